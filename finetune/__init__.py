@@ -1,0 +1,29 @@
+"""LoRA fine-tuning from a folder of pictures to an adapter that is known to work.
+
+The functions below are the commands of the command line, for Python and notebooks. Nothing heavy is imported until one
+of them is called.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from finetune.api import caption, dataset, export, load, report, sample, train
+    from finetune.config import Config
+
+__all__ = ["Config", "caption", "dataset", "export", "load", "report", "sample", "train"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in __all__:
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}; it offers {', '.join(__all__)}")
+    if name == "Config":
+        from finetune.config import Config
+
+        return Config
+    from finetune import api
+
+    return getattr(api, name)
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

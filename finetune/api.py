@@ -1,0 +1,120 @@
+"""What a notebook calls and the command line runs: one function per verb, each of them `recipe -> record`.
+
+Every call checks the whole configuration first, makes the run folder, holds its lock, and brings the stages before its
+own up to date: a stage whose inputs haven't changed is skipped. Heavy imports wait until a stage runs.
+"""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune import rundir
+from finetune.config import Config, check
+from finetune.errors import ConfigError, RunError
+from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, load_record
+
+
+def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+    """The configuration of a recipe with overrides such as `"lora.rank=32"`. Raises ConfigError, one line a problem."""
+    from finetune import compose
+
+    return compose.load(recipe, overrides)
+
+
+def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
+    """The whole line: captions, data set, training, export, samples, report; what is fresh is not done again.
+
+    Raises Interrupted on SIGINT or SIGTERM after saving; the same call continues from there.
+    """
+    config = _config(recipe, overrides, draws=True)
+    with rundir.held(config, owns_config=True) as folder:
+        from finetune.stages import caption, dataset, export, report, sample, train
+
+        captions = caption.caption(config)
+        data = dataset.dataset(config, captions)
+        run = train.train(config, data)
+        rundir.write_config(config, folder)  # the run now is what this configuration says
+        adapter = export.export(config, run)
+        samples = sample.sample(config, adapter)
+        return Result(captions, data, run, adapter, samples, report.report(config))
+
+
+def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
+    """Captions for every picture that has none, in the picture folder's metadata.jsonl."""
+    config = _config(recipe, overrides)
+    with rundir.held(config):
+        from finetune.stages.caption import caption
+
+        return caption(config)
+
+
+def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset:
+    """The encoded data set; captions come first where they are missing."""
+    config = _config(recipe, overrides)
+    with rundir.held(config):
+        from finetune.stages.caption import caption
+        from finetune.stages.dataset import dataset
+
+        return dataset(config, caption(config))
+
+
+def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
+    """The adapter of the finished run in every file format. Raises RunError where no run has finished."""
+    config = _config(recipe, overrides)
+    with rundir.held(config) as folder:
+        from finetune.stages.export import export
+
+        return export(config, _finished(config, folder))
+
+
+def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples:
+    """Pictures of the recipe's prompts, base beside tuned, with `sample.adapter` or else the run folder's adapter."""
+    config = _config(recipe, overrides, draws=True)
+    with rundir.held(config) as folder:
+        from finetune.stages.export import export
+        from finetune.stages.sample import sample
+
+        run = None if config.sample.adapter else load_record(folder, "train", Run)
+        return sample(config, export(config, run) if run else load_record(folder, "export", Adapter))
+
+
+def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
+    """report.html anew, from what the run folder holds."""
+    config = _config(recipe, overrides)
+    with rundir.held(config) as folder:
+        from finetune.stages.report import report
+
+        _finished(config, folder)
+        return report(config)
+
+
+def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = False) -> Config:
+    """A checked configuration; `draws` asks for prompts too. Raises ConfigError with every problem at once."""
+    if isinstance(recipe, str):
+        config = load(recipe, overrides)
+    elif overrides:
+        from finetune import compose
+
+        config = compose.apply(recipe, overrides)
+    else:
+        config = recipe
+    problems = check(config)
+    if draws and not config.sample.prompts:
+        problems.append("sample.prompts is empty, nothing could be drawn; try 'sample.prompts=[\"a red robot\"]'")
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return config
+
+
+def _finished(config: Config, folder: Path) -> Run:
+    """The run that finished in this folder. Raises RunError if none did."""
+    run = load_record(folder, "train", Run)
+    if run is None:
+        raise RunError(f"{folder} holds no finished run; type {_command('train', config)}")
+    return run
+
+
+def _command(verb: str, config: Config) -> str:
+    """The command line that runs `verb` in this configuration's folder."""
+    usual = Path("outputs") / config.name
+    elsewhere = "" if Path(config.run_dir) == usual else f" run_dir={config.run_dir}"
+    return f"finetune {verb} conf={config.name}{elsewhere}"

@@ -1,0 +1,247 @@
+"""The command line: `finetune COMMAND conf=NAME [key=value …]`.
+
+argv -> command + Hydra job. Help, completion of commands and every error are answered here, before Hydra or torch is
+imported; a FinetuneError becomes one line a problem on stderr and the exit code of its class.
+"""
+
+import logging
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Sequence
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from finetune import recipes
+from finetune.errors import ConfigError, FinetuneError, Interrupted
+from finetune.progress import say
+
+COMMANDS = {
+    "train": "the whole line: caption, dataset, training, export, samples, report",
+    "caption": "write a caption for every picture that has none",
+    "dataset": "read, bucket and encode the pictures",
+    "export": "write the trained adapter in every file format, checked",
+    "sample": "draw the recipe's prompts, base beside tuned",
+    "report": "write report.html anew from what the run folder holds",
+}
+# Hydra's flags that make sense here; True: a value follows.
+FLAGS = {
+    **dict.fromkeys(("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve"), False),
+    **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--info", "-i"), True),
+}
+COMPLETION_FLAGS = ("-sc", "--shell-completion", "--shell_completion")
+INTERRUPTED = 130  # 128 + SIGINT, as shells count
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a command line; returns the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    debug = "--debug" in words
+    words = [word for word in words if word != "--debug"]
+    try:
+        return _answer(words, debug)
+    except KeyboardInterrupt:
+        say("interrupted")
+        return INTERRUPTED
+    except BrokenPipeError:  # `finetune … --cfg job | head`: nobody reads on, which is no fault
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    except Exception as error:
+        return _complain(error, debug)
+
+
+def _answer(words: list[str], debug: bool) -> int:
+    if words and words[0] in COMPLETION_FLAGS:
+        return _complete(words)
+    asks_help = any(word in ("-h", "--help") for word in words)
+    has_recipe = any(word.startswith("conf=") for word in words)
+    if not words or (asks_help and not has_recipe):
+        print(help_text())
+        return 0
+    if words == ["--version"]:
+        from importlib.metadata import version
+
+        print(f"finetune {version('finetune')}")
+        return 0
+    command, rest = words[0], words[1:]
+    if command not in COMMANDS:
+        raise ConfigError(recipes.no_such("command", command, list(COMMANDS)))
+    _quieten(debug)
+    return _run_hydra(command, rest, debug)
+
+
+def help_text() -> str:
+    """What `finetune --help` prints: commands, recipes, one example, the main keys."""
+    files = recipes.recipe_files()
+    width = max(map(len, [*COMMANDS, *files]))
+    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
+    listed = "\n".join(f"  {name:<{width}}  {recipes.title(path)}" for name, path in files.items())
+    return f"""\
+LoRA fine-tuning from a folder of pictures to a tested adapter.
+
+usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]     (or: python -m finetune …)
+
+commands
+{commands}
+
+recipes (conf/*.yaml of the package and of the current folder)
+{listed}
+
+example
+  finetune train conf=pixar_style data.folder=my/pictures run_dir=outputs/mine
+
+main keys
+  seed  run_dir  data.folder  lora.rank  lora.alpha  optim.lr  trainer.steps
+  trainer.save_every  trainer.micro_batch  trainer.accumulate
+  trainer.precision  sample.prompts
+
+more
+  --cfg job              print the configuration and stop
+  --help conf=RECIPE     print every key and preset
+  --multirun KEY=A,B     one run per value
+  --debug                show tracebacks and every warning
+  --version              print the version
+  eval "$(finetune -sc install=bash)"    completion in this shell"""
+
+
+def _run_hydra(command: str, words: list[str], debug: bool) -> int:
+    overrides, flags = _sorted_out(words)
+    sweep = "--multirun" in flags or "-m" in flags
+    from hydra import main as hydra_main
+
+    from finetune import compose
+
+    compose.register()
+    if "--hydra-help" not in flags:
+        compose.refuse(compose.problems(overrides, sweep))
+    if sweep:
+        # The folder of a sweep can't be read from a recipe, but a `run_dir=` on the command line is known by now.
+        overrides += [f"hydra.sweep.dir={w.removeprefix('run_dir=')}" for w in overrides if w.startswith("run_dir=")]
+    failures: list[int] = []
+
+    def job(tree: Any) -> None:
+        # Hydra prints a line of its own for an exception that leaves a job: none does.
+        try:
+            _run_job(command, tree, sweep)
+        except Interrupted as error:
+            raise SystemExit(_complain(error, debug)) from error  # ends a sweep as well
+        except Exception as error:
+            failures.append(_complain(error, debug))
+
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
+    before, sys.argv = sys.argv, [sys.argv[0] if sys.argv else "finetune", *overrides, *flags]
+    try:
+        with compose.explained():
+            hydra_main(version_base="1.3", config_path=compose.SEARCH_PATH, config_name="config")(job)()
+    except SystemExit as stop:
+        return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
+    finally:
+        sys.argv = before
+    return failures[0] if failures else 0
+
+
+def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
+    """Settings and flags apart, wherever they stood: Hydra's own parser refuses settings on both sides of a flag.
+
+    Raises ConfigError for a flag that isn't one.
+    """
+    overrides, flags, unknown, takes_value = [], [], [], False
+    for word in words:
+        if word.startswith("-"):
+            flag, _, value = word.partition("=")
+            takes_value = FLAGS.get(flag, False) and not value
+            flags.append(word)
+            if flag not in FLAGS:
+                near = get_close_matches(flag, [*FLAGS, "--debug", "--version"], n=1)
+                unknown.append(f"no flag called {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+        elif takes_value and "=" not in word:
+            takes_value = False
+            flags.append(word)
+        else:
+            overrides.append(word)
+    if unknown:
+        raise ConfigError("\n".join(unknown))
+    return overrides, flags
+
+
+def _run_job(command: str, tree: Any, sweep: bool) -> None:
+    from finetune import api, compose, summary
+
+    config = compose.resolve(tree)
+    if sweep:
+        from hydra.core.hydra_config import HydraConfig
+
+        config.run_dir = HydraConfig.get().runtime.output_dir
+        say(f"run folder: {recipes.shown(Path(config.run_dir))}")
+    record = getattr(api, command)(config)
+    summary.show(config, record)
+
+
+def _complain(error: Exception, debug: bool) -> int:
+    """Print one line a problem; returns the exit code."""
+    if debug:
+        traceback.print_exception(error)
+    if isinstance(error, FinetuneError):
+        for line in str(error).splitlines():
+            say(f"error: {line}")
+        return error.exit_code
+    first = (str(error).strip().splitlines() or [""])[0]
+    say(f"error: unexpected {type(error).__name__}: {first}; --debug shows where, please report it")
+    return FinetuneError.exit_code
+
+
+def _quieten(debug: bool) -> None:
+    """Our own messages as plain lines on stderr; other libraries' chatter only with --debug.
+
+    Hydra's job logging is off, so this is the one place where logging is set up; a program that imports finetune keeps
+    its own.
+    """
+    logging.basicConfig(stream=sys.stderr, level=logging.WARNING if debug else logging.ERROR, format="%(message)s")
+    logging.getLogger("finetune").setLevel(logging.INFO)
+    if debug:
+        return
+    warnings.simplefilter("ignore")
+    warnings.filterwarnings("default", module=r"finetune(\..*)?")
+    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
+    for name, value in (
+        ("TRANSFORMERS_VERBOSITY", "error"),
+        ("DIFFUSERS_VERBOSITY", "error"),
+        ("DATASETS_VERBOSITY", "error"),
+        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
+        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
+        ("TOKENIZERS_PARALLELISM", "false"),
+        ("TF_CPP_MIN_LOG_LEVEL", "3"),
+    ):
+        os.environ.setdefault(name, value)
+
+
+def _complete(words: list[str]) -> int:
+    """Shell completion: commands from here, everything behind a command from Hydra.
+
+    Hydra knows no sub-commands: the command word is taken out of the line, and a recipe is put in where none is named
+    yet, because without one Hydra can't compose and would offer no keys.
+    """
+    line = os.environ.get("COMP_LINE", "")
+    typed = line.split()[1:]
+    new_word = line.endswith(" ")
+    if "query=bash" in words and (not typed or (len(typed) == 1 and not new_word)):
+        prefix = typed[0] if typed else ""
+        print(" ".join(name for name in [*COMMANDS, "--help", "--version"] if name.startswith(prefix)))
+        return 0
+    from hydra import main as hydra_main
+
+    from finetune import compose
+
+    compose.register()
+    done, last = (typed[1:], "") if new_word else (typed[1:-1], typed[-1] if typed else "")
+    if not any(word.startswith("conf=") for word in typed) and not "conf=".startswith(last or "-"):
+        done = [f"conf={next(iter(recipes.recipe_files()))}", *done]
+    os.environ["COMP_LINE"] = " ".join(["finetune", *done, last])
+    before, sys.argv = sys.argv, [sys.argv[0], *words]
+    try:
+        hydra_main(version_base="1.3", config_path=compose.SEARCH_PATH, config_name="config")(lambda tree: None)()
+    finally:
+        sys.argv = before
+    return 0

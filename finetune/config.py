@@ -1,0 +1,346 @@
+"""The configuration, typed: one docstring under every field says what it is, with its unit.
+
+Plain dataclasses without any heavy import: the CLI reads them before torch is loaded. YAML presets in `conf/` fill them,
+`check` lists every problem at once.
+"""
+
+from dataclasses import asdict, dataclass, field
+from enum import Enum
+from typing import Any
+
+
+class Precision(Enum):
+    """Arithmetic of the forward and backward pass; adapter and optimiser state are always fp32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Optimizer(Enum):
+    """The optimisers that are offered."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+
+
+class Schedule(Enum):
+    """Learning rate after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Device(Enum):
+    """Where to compute; `auto` takes a CUDA card if there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dialect(Enum):
+    """File formats of an exported adapter."""
+
+    peft = "peft"
+    diffusers = "diffusers"
+    kohya = "kohya"
+
+
+@dataclass
+class ModelConfig:
+    """The base model and the facts that belong to its architecture."""
+
+    kind: str = "diffusion"
+    """What is tuned; the key of `tasks.registry`."""
+    base: str = "embedded:diffusion"
+    """`embedded:NAME` (comes with the package), a local folder, or a hub id."""
+    resolution: int = 128
+    """Side of the square whose area every bucket keeps, pixels."""
+    bucket_step: int = 16
+    """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
+    lora_targets: dict[str, list[str]] = field(default_factory=dict)
+    """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
+
+
+@dataclass
+class DataConfig:
+    """The user's pictures."""
+
+    folder: str = "???"
+    """Folder of pictures, searched recursively."""
+    flip: bool = False
+    """Also train on each picture mirrored; wrong where captions say left and right."""
+    skip_bad: bool = False
+    """Leave out unreadable pictures with a warning instead of stopping."""
+    max_pixels: int = 178_956_970
+    """Largest picture that is decoded, pixels (width x height); above it is bad. Pillow's own bomb limit."""
+    max_aspect: float = 2.0
+    """Longest side over shortest side of a bucket; longer pictures are cropped."""
+    validation_share: float = 0.1
+    """Share of pictures held out for the validation loss, chosen by content; sets under 20 pictures hold out none."""
+    cache: str = "outputs/.cache"
+    """Folder of encoded pictures and captions, keyed by content and safe to share between runs or to delete."""
+
+
+@dataclass
+class CaptionConfig:
+    """Automatic captions for pictures that have none."""
+
+    model: str = "embedded:captioner"
+    """A BLIP captioning model: `embedded:captioner`, a local folder or a hub id."""
+    batch: int = 8
+    """Pictures captioned at once."""
+    max_new_tokens: int = 40
+    """Longest caption, tokens."""
+    num_beams: int = 1
+    """Beams of the search; 1 is greedy."""
+    prefix: str = ""
+    """Text put in front of a generated caption."""
+    trigger: str = ""
+    """Phrase put behind a generated caption, after a comma; prompts that contain it call the style up."""
+    overwrite: bool = False
+    """Caption every picture anew. Captions written by hand are lost, so this is off."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    rank: int = 16
+    """Inner dimension r."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on an adapter's input, probability."""
+    targets: str = "attention"
+    """Which of the model's `lora_targets` presets gets adapters."""
+    start_from: str = ""
+    """PEFT folder of an adapter to continue from; empty starts at zero."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and learning rate."""
+
+    name: Optimizer = Optimizer.adamw
+    """adamw (fused where torch has it) or adamw8bit (bitsandbytes; states in 8 bit)."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's denominator floor."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    schedule: Schedule = Schedule.linear
+    """Learning rate after the warm-up: constant, or to zero at the last step (linear, cosine)."""
+    warmup_steps: int = 100
+    """Optimiser steps of linear warm-up; 0 starts at full rate."""
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how much at once, and what is kept."""
+
+    steps: int = 1000
+    """Optimiser steps in all."""
+    micro_batch: int = 4
+    """Examples in one forward pass on one process."""
+    accumulate: int = 4
+    """Micro-batches in one optimiser step; effective batch = micro_batch x accumulate x processes."""
+    precision: Precision = Precision.auto
+    """fp32, bf16 or fp16 (with loss scaling); auto takes bf16 on a card that has it, else fp16, and fp32 on a CPU."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    max_bad_steps: int = 5
+    """Refused (non-finite) steps in a row after which the run stops."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step always saves."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+    log_every: int = 10
+    """Steps between log lines and TensorBoard points that need device work."""
+    validate_every: int = 100
+    """Steps between validation losses; 0 turns them off."""
+    ema_decay: float = 0.0
+    """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
+    checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, more time."""
+    restart: bool = False
+    """Set an earlier run in this folder aside (`previous-N/`) and start at step 0."""
+
+
+@dataclass
+class LossConfig:
+    """The diffusion loss."""
+
+    min_snr_gamma: float = 5.0
+    """Cap of the signal-to-noise weighting (arXiv 2303.09556); 0 weights all noise levels alike."""
+    noise_offset: float = 0.0
+    """Size of a constant added to each channel's noise: lets very dark and bright pictures be learnt."""
+    caption_dropout: float = 0.1
+    """Share of examples trained with an empty caption, which guidance needs."""
+
+
+@dataclass
+class HardwareConfig:
+    """Facts about the machine."""
+
+    device: Device = Device.auto
+    """auto, cpu or cuda."""
+    vram_gib: float = 0.0
+    """Memory of the card that may be used, GiB; 0 is all of it."""
+
+
+@dataclass
+class SampleConfig:
+    """Pictures drawn while training and at the end."""
+
+    adapter: str = ""
+    """PEFT folder or LoRA file to draw with; empty takes the run's own."""
+    prompts: list[str] = field(default_factory=list)
+    """What to draw; each prompt for each seed."""
+    negative: str = ""
+    """What guidance leads away from."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    """One picture per prompt and seed; base and tuned start from the same noise."""
+    steps: int = 25
+    """Denoising steps."""
+    guidance: float = 7.5
+    """Classifier-free guidance scale (arXiv 2207.12598)."""
+    every: int = 0
+    """Training steps between preview pictures in TensorBoard; 0 draws them at the first and last step only."""
+    previews: int = 4
+    """Prompts drawn in a preview (the first ones, with the first seed); 0 draws none."""
+
+
+@dataclass
+class ExportConfig:
+    """What is handed out."""
+
+    dialects: list[Dialect] = field(default_factory=lambda: [Dialect.peft, Dialect.diffusers, Dialect.kohya])
+    """File formats that are written, loaded back and compared."""
+    tolerance: float = 1e-5
+    """Largest relative difference (fp32) between an exported adapter and the trained module."""
+
+
+@dataclass
+class Config:
+    """One run. `name` is the recipe's file name unless the recipe says otherwise."""
+
+    name: str = "run"
+    """The recipe; also the run folder's name."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+    run_dir: str = "outputs/${name}"
+    """Folder of everything this run writes."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values (enums by name), ready for YAML or JSON."""
+
+    def plain(value: Any) -> Any:
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return {key: plain(value) for key, value in asdict(config).items()}
+
+
+def check(config: Config) -> list[str]:
+    """Every problem of a configuration that can be seen without loading anything, one line each."""
+    problems: list[str] = []
+
+    def require(good: bool, key: str, rule: str, value: object, try_: str) -> None:
+        if not good:
+            problems.append(f"{key} {rule}, got {value}; try {key}={try_}")
+
+    trainer, lora, optim, data, sample, loss = (
+        config.trainer,
+        config.lora,
+        config.optim,
+        config.data,
+        config.sample,
+        config.loss,
+    )
+    require(0 <= config.seed < 2**63, "seed", "must be in 0 … 2^63-1", config.seed, "0")
+    require(bool(config.run_dir.strip()), "run_dir", "must name a folder", repr(config.run_dir), "outputs/mine")
+    for key, least, value, try_ in (
+        ("model.resolution", config.model.bucket_step, config.model.resolution, "512"),
+        ("model.bucket_step", 1, config.model.bucket_step, "64"),
+        ("lora.rank", 1, lora.rank, "16"),
+        ("trainer.steps", 1, trainer.steps, "1000"),
+        ("trainer.micro_batch", 1, trainer.micro_batch, "4"),
+        ("trainer.accumulate", 1, trainer.accumulate, "4"),
+        ("trainer.max_bad_steps", 1, trainer.max_bad_steps, "5"),
+        ("trainer.save_every", 1, trainer.save_every, "500"),
+        ("trainer.keep", 1, trainer.keep, "2"),
+        ("trainer.log_every", 1, trainer.log_every, "10"),
+        ("trainer.validate_every", 0, trainer.validate_every, "100"),
+        ("trainer.clip_norm", 0, trainer.clip_norm, "1.0"),
+        ("optim.warmup_steps", 0, optim.warmup_steps, "100"),
+        ("optim.weight_decay", 0, optim.weight_decay, "0.01"),
+        ("caption.batch", 1, config.caption.batch, "8"),
+        ("caption.max_new_tokens", 1, config.caption.max_new_tokens, "40"),
+        ("caption.num_beams", 1, config.caption.num_beams, "1"),
+        ("data.max_pixels", 1, data.max_pixels, "178956970"),
+        ("data.max_aspect", 1, data.max_aspect, "2.0"),
+        ("sample.steps", 1, sample.steps, "25"),
+        ("sample.guidance", 0, sample.guidance, "7.5"),
+        ("sample.every", 0, sample.every, "0"),
+        ("sample.previews", 0, sample.previews, "4"),
+        ("loss.min_snr_gamma", 0, loss.min_snr_gamma, "5.0"),
+        ("loss.noise_offset", 0, loss.noise_offset, "0.05"),
+        ("hardware.vram_gib", 0, config.hardware.vram_gib, "24"),
+    ):
+        require(value >= least, key, f"must be at least {least}", value, try_)
+    for key, value, try_ in (
+        ("lora.dropout", lora.dropout, "0.05"),
+        ("trainer.ema_decay", trainer.ema_decay, "0.999"),
+        ("loss.caption_dropout", loss.caption_dropout, "0.1"),
+        ("data.validation_share", data.validation_share, "0.1"),
+    ):
+        require(0 <= value < 1, key, "must be in 0 … 1 (1 excluded)", value, try_)
+    for key, number, try_ in (
+        ("lora.alpha", lora.alpha, "32"),
+        ("optim.lr", optim.lr, "1e-4"),
+        ("optim.eps", optim.eps, "1e-8"),
+        ("export.tolerance", config.export.tolerance, "1e-5"),
+    ):
+        require(number > 0, key, "must be above 0", number, try_)
+    require(
+        len(optim.betas) == 2 and all(0 <= beta < 1 for beta in optim.betas),
+        "optim.betas",
+        "must be two numbers in 0 … 1 (1 excluded)",
+        optim.betas,
+        "[0.9,0.999]",
+    )
+    require(
+        config.model.resolution % config.model.bucket_step == 0,
+        "model.resolution",
+        f"must be a multiple of model.bucket_step={config.model.bucket_step}",
+        config.model.resolution,
+        str(max(1, round(config.model.resolution / max(1, config.model.bucket_step))) * config.model.bucket_step),
+    )
+    if lora.targets not in config.model.lora_targets:
+        offered = ", ".join(sorted(config.model.lora_targets)) or "none"
+        problems.append(f"lora.targets={lora.targets} is not a preset of this model; it offers: {offered}")
+    require(bool(sample.seeds), "sample.seeds", "must name at least one seed", sample.seeds, "[0,1]")
+    return problems

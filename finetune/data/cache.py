@@ -1,0 +1,105 @@
+"""Encoded examples on disk, found by content: a key hashes everything the entry depends on, never a path or a time.
+
+One safetensors file per key (`ab/abcdef….safetensors`), so entries are shared between runs, read memory-mapped, and
+the folder may be deleted at any time.
+"""
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from pathlib import Path
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from finetune.errors import DataError, RunError
+
+HEADER_BYTES = 8 + 65536  # more than the length and header of an entry take: it has a handful of tensors
+
+
+def key_of(*values: str | int | float | bool) -> str:
+    """The key (sha256, hex) of an entry that depends on `values`."""
+    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
+
+
+class Cache:
+    """A folder of entries. Several processes may use it at once: entries appear whole or not at all."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def path(self, key: str) -> Path:
+        """Where the entry of a key lies or would lie."""
+        return self.folder / key[:2] / f"{key}.safetensors"
+
+    def has(self, key: str) -> bool:
+        """Whether the entry is there and whole, by checksum; a damaged one is removed, to be made anew."""
+        path = self.path(key)
+        try:
+            data = path.read_bytes()
+        except FileNotFoundError:
+            return False
+        except OSError as error:
+            raise RunError(f"cannot read {path} ({error.strerror}); delete the cache folder {self.folder}") from error
+        if _checksum(data) == _notes(data).get("checksum", ""):
+            return True
+        path.unlink(missing_ok=True)
+        return False
+
+    def notes(self, key: str) -> dict[str, str]:
+        """The texts that were stored with the entry."""
+        with open(self.path(key), "rb") as file:
+            return _notes(file.read(HEADER_BYTES))
+
+    def put(self, key: str, tensors: Mapping[str, Tensor], **notes: str) -> Path:
+        """Store tensors (any shapes, CPU) and texts under a key. Raises RunError where the folder can't be written."""
+        plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
+        body = _body(save(plain))
+        data = save(plain, metadata={**notes, "checksum": hashlib.sha256(body).hexdigest()})
+        path = self.path(key)
+        temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            # Not flushed to disk: after a power cut the checksum finds a half-written entry, and it is made anew.
+            temporary.write_bytes(data)
+            os.replace(temporary, path)
+        except OSError as error:
+            with suppress(OSError):
+                temporary.unlink()
+            raise RunError(
+                f"cannot write the cache {self.folder} ({error.strerror}); free the disk or try data.cache=FOLDER"
+            ) from error
+        return path
+
+
+def read(path: Path) -> dict[str, Tensor]:
+    """The tensors of an entry, memory-mapped. Raises DataError if it is missing or damaged."""
+    try:
+        with safe_open(path, framework="pt") as entry:
+            return {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118 - not a dictionary
+    except (OSError, SafetensorError) as error:
+        raise DataError(f"cached example {path} can't be read ({error}); the same command encodes it anew") from error
+
+
+def missing(paths: Iterable[Path]) -> bool:
+    """Whether any of these entries is gone (someone deleted the cache)."""
+    return not all(path.is_file() for path in paths)
+
+
+def _notes(data: bytes) -> dict[str, str]:
+    try:
+        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
+        return dict(header.get("__metadata__", {}))
+    except (ValueError, AttributeError, TypeError):
+        return {}
+
+
+def _body(data: bytes) -> bytes:
+    return data[8 + int.from_bytes(data[:8], "little") :]
+
+
+def _checksum(data: bytes) -> str:
+    return hashlib.sha256(_body(data)).hexdigest()

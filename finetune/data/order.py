@@ -1,0 +1,59 @@
+"""The order of training: a pure function of (seed, epoch), so that a resumed run only has to skip.
+
+Every example occurs exactly once per epoch and every step has exactly `effective` examples, whatever the bucket sizes,
+the micro-batch or the number of processes.
+"""
+
+import hashlib
+import itertools
+from collections.abc import Hashable, Iterator, Sequence
+
+Visit = tuple[int, int]  # (index of the example, number of the epoch)
+
+
+def steps(buckets: Sequence[Hashable], *, effective: int, seed: int, start: int = 0) -> Iterator[list[Visit]]:
+    """The examples of each optimiser step, without end, from step `start` on.
+
+    buckets: the bucket of each example. Within an epoch each bucket is shuffled and cut into chunks of `effective`;
+    what is left of all buckets is pooled behind the rest of earlier epochs and cut as well; what is left of the pool
+    waits for the next epoch. Chunks come in shuffled order. Works for fewer examples than `effective`. Raises
+    ValueError for no examples or an `effective` below 1.
+    """
+    if not buckets or effective < 1:
+        raise ValueError(f"need at least one example and effective >= 1, got {len(buckets)} and {effective}")
+    return itertools.islice(_steps(buckets, effective, seed), start, None)
+
+
+def split(chunk: Sequence[Visit], buckets: Sequence[Hashable], micro_batch: int) -> list[list[Visit]]:
+    """One step's examples as micro-batches, each of one bucket and at most `micro_batch` long."""
+    grouped: dict[Hashable, list[Visit]] = {}
+    for visit in chunk:
+        grouped.setdefault(buckets[visit[0]], []).append(visit)
+    return [
+        group[first : first + micro_batch] for group in grouped.values() for first in range(0, len(group), micro_batch)
+    ]
+
+
+def _steps(buckets: Sequence[Hashable], effective: int, seed: int) -> Iterator[list[Visit]]:
+    members: dict[Hashable, list[int]] = {}
+    for index, bucket in enumerate(buckets):
+        members.setdefault(bucket, []).append(index)
+    carried: list[Visit] = []
+    for epoch in itertools.count():
+        chunks: list[list[Visit]] = []
+        leftovers: list[Visit] = []
+        for group in members.values():
+            shuffled = sorted(group, key=lambda index: _draw(seed, epoch, index))
+            whole = len(shuffled) - len(shuffled) % effective
+            chunks += [[(index, epoch) for index in shuffled[i : i + effective]] for i in range(0, whole, effective)]
+            leftovers += [(index, epoch) for index in shuffled[whole:]]
+        pool = carried + sorted(leftovers, key=lambda visit: _draw(seed, epoch, visit[0]))
+        whole = len(pool) - len(pool) % effective
+        chunks += [pool[i : i + effective] for i in range(0, whole, effective)]
+        carried = pool[whole:]
+        yield from sorted(chunks, key=lambda chunk: _draw(seed, epoch, "chunk", *chunk[0]))
+
+
+def _draw(*values: object) -> bytes:
+    """A random number as a hash: the same on every machine and in every version of Python, unlike random.shuffle."""
+    return hashlib.blake2b("/".join(map(str, values)).encode(), digest_size=8).digest()

@@ -1,0 +1,73 @@
+"""What can go wrong, as a tree; each class has an exit code of its own.
+
+    FinetuneError            1  anything else that was foreseen
+    ├── ConfigError          2  a recipe, key or value
+    ├── DataError            3  pictures, captions, data folders
+    ├── ModelError           4  a base model or adapter that can't be found, read or used
+    ├── OutOfMemory          5  the card (or the host) is too small for the settings
+    ├── RunError             6  the run folder: in use, unwritable, full, changed, damaged
+    ├── TrainingError        7  the optimisation itself failed (non-finite steps)
+    ├── ExportError          8  an exported adapter does not reproduce the trained one
+    └── Interrupted    130, 143 SIGINT or SIGTERM; the state was saved first
+
+A message says what, where, what is allowed and what to type.
+"""
+
+
+class FinetuneError(Exception):
+    """Base of every error that a person can act on; the CLI prints it as one line."""
+
+    exit_code = 1
+
+
+class ConfigError(FinetuneError):
+    """A recipe, key or value is wrong."""
+
+    exit_code = 2
+
+
+class DataError(FinetuneError):
+    """Pictures, captions or their folder are unusable."""
+
+    exit_code = 3
+
+
+class ModelError(FinetuneError):
+    """A base model or adapter can't be found, read or used."""
+
+    exit_code = 4
+
+
+class OutOfMemory(FinetuneError):
+    """The device is too small for the settings."""
+
+    exit_code = 5
+
+
+class RunError(FinetuneError):
+    """The run folder is in use, unwritable, full, changed or damaged."""
+
+    exit_code = 6
+
+
+class TrainingError(FinetuneError):
+    """The optimisation failed."""
+
+    exit_code = 7
+
+
+class ExportError(FinetuneError):
+    """An exported adapter does not reproduce the trained module."""
+
+    exit_code = 8
+
+
+class Interrupted(FinetuneError):
+    """A signal stopped the run after its state was saved.
+
+    signal_number: the signal; the exit code is 128 + that number (130 for SIGINT, 143 for SIGTERM).
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.exit_code = 128 + signal_number

@@ -1,0 +1,317 @@
+"""What stages hand to one another: frozen values, each of them also a JSON receipt in the run folder.
+
+A receipt (`receipts/STAGE.json`) holds the hash of everything the stage depended on, versions, seconds, figures and the
+record itself. A stage whose receipt carries the same hash is fresh and is not run again.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+import types
+import typing
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass, fields, is_dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any, TypeVar
+
+from finetune.errors import RunError
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Caption:
+    """One picture's caption. `source`: "user" (was there before) or "generated"."""
+
+    file: str
+    text: str
+    source: str
+
+
+@dataclass(frozen=True)
+class CaptionSet:
+    """Every picture of a folder with its caption; `file` is relative to `folder`."""
+
+    folder: str
+    items: tuple[Caption, ...]
+    skipped: tuple[str, ...] = ()
+
+    def _repr_html_(self) -> str:
+        from finetune.display import captions_html
+
+        return captions_html(self)
+
+
+@dataclass(frozen=True)
+class Example:
+    """One encoded example.
+
+    key: content hash of picture bytes and geometry; the seed of its noise.
+    bucket: width, height in pixels. crop: left, top, width, height in the upright original, pixels.
+    latents, text: files in the cache. held_out: in the validation part, never trained on.
+    """
+
+    key: str
+    file: str
+    caption: str
+    bucket: tuple[int, int]
+    crop: tuple[int, int, int, int]
+    flipped: bool
+    latents: str
+    text: str
+    held_out: bool
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """Encoded examples: `index` is a JSON-lines file, one `Example` a line, read anew at each iteration.
+
+    buckets: "WxH" -> examples. empty_text: the encoded empty caption. upscaled: pictures smaller than their bucket.
+    encoded, cached: cache entries that were made and that were there already.
+    """
+
+    index: str
+    train: int
+    validation: int
+    buckets: dict[str, int]
+    empty_text: str
+    upscaled: int = 0
+    encoded: int = 0
+    cached: int = 0
+
+    def examples(self) -> Iterator[Example]:
+        """Every example in the index's order (sorted by file name)."""
+        with open(self.index, encoding="utf-8") as lines:
+            for line in lines:
+                yield from_plain(Example, json.loads(line))
+
+    def _repr_html_(self) -> str:
+        from finetune.display import dataset_html
+
+        return dataset_html(self)
+
+
+@dataclass(frozen=True)
+class Run:
+    """A finished training run. Seconds count training steps only; losses are means per example."""
+
+    folder: str
+    checkpoint: str
+    steps: int
+    trainable: int
+    total: int
+    first_loss: float
+    last_loss: float
+    first_validation: float | None
+    best_validation: float | None
+    best_step: int | None
+    images: int
+    seconds: float
+    peak_gib: float
+    skipped_steps: int
+    training_hash: str
+
+    @property
+    def images_per_s(self) -> float:
+        """Training throughput, images per second."""
+        return self.images / self.seconds if self.seconds else 0.0
+
+    def _repr_html_(self) -> str:
+        from finetune.display import run_html
+
+        return run_html(self)
+
+
+@dataclass(frozen=True)
+class Adapter:
+    """An exported adapter: dialect -> file or folder, and dialect -> relative difference to the trained module."""
+
+    folder: str
+    files: dict[str, str]
+    differences: dict[str, float]
+    base: str
+    trigger: str
+
+    def _repr_html_(self) -> str:
+        from finetune.display import adapter_html
+
+        return adapter_html(self)
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One picture: `file` is tuned, `base_file` the untuned base from the same prompt, seed and noise."""
+
+    prompt: str
+    seed: int
+    file: str
+    base_file: str
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Drawn pictures and the grid that shows base beside tuned."""
+
+    folder: str
+    grid: str
+    items: tuple[Sample, ...]
+
+    def _repr_html_(self) -> str:
+        from finetune.display import samples_html
+
+        return samples_html(self)
+
+
+@dataclass(frozen=True)
+class Report:
+    """One self-contained page about the run."""
+
+    file: str
+
+
+@dataclass(frozen=True)
+class Result:
+    """Everything that `train` leaves, stage by stage."""
+
+    captions: CaptionSet
+    dataset: Dataset
+    run: Run
+    adapter: Adapter
+    samples: Samples
+    report: Report
+
+    def _repr_html_(self) -> str:
+        return "".join(record._repr_html_() for record in (self.samples, self.run, self.adapter, self.dataset))
+
+
+@dataclass(frozen=True)
+class Receipt:
+    """Why and how a stage ran: `figures` are what it measured."""
+
+    stage: str
+    input_hash: str
+    seconds: float
+    figures: dict[str, float | int | str | None]
+    versions: dict[str, str]
+    record: dict[str, Any]
+
+
+def save_receipt(
+    run_dir: Path,
+    stage: str,
+    record: Any,
+    *,
+    input_hash: str,
+    seconds: float,
+    figures: dict[str, float | int | str | None],
+) -> None:
+    """Write `receipts/STAGE.json` atomically."""
+    receipt = Receipt(stage, input_hash, seconds, figures, versions(), asdict(record))
+    write_atomically(receipt_path(run_dir, stage), json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")
+
+
+def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
+    """The stage's receipt, or None if there is none. Raises RunError for a damaged one."""
+    path = receipt_path(run_dir, stage)
+    if not path.exists():
+        return None
+    try:
+        return from_plain(Receipt, json.loads(path.read_text(encoding="utf-8")))
+    except (ValueError, KeyError, TypeError) as error:
+        raise RunError(f"{path} is damaged ({error}); delete it and the stage `{stage}` runs again") from error
+
+
+def load_record(run_dir: Path, stage: str, record_type: type[R], *, input_hash: str | None = None) -> R | None:
+    """The record that the stage left, or None if it never ran or (when `input_hash` is given) ran on other inputs."""
+    receipt = load_receipt(run_dir, stage)
+    if receipt is None or (input_hash is not None and receipt.input_hash != input_hash):
+        return None
+    return from_plain(record_type, receipt.record)
+
+
+def receipt_path(run_dir: Path, stage: str) -> Path:
+    """Where a stage's receipt lies."""
+    return run_dir / "receipts" / f"{stage}.json"
+
+
+def hash_of(*values: Any) -> str:
+    """sha256 (hex) of plain values; equal values hash equally whatever the order of dictionary keys."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides a result."""
+    found = {}
+    for package in ("finetune", "torch", "diffusers", "transformers", "peft", "accelerate"):
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            found[package] = "not installed"
+    return found
+
+
+def write_atomically(path: Path, content: str | bytes) -> None:
+    """Write to a temporary name beside `path`, flush to disk, rename: a reader sees the old file or the new one.
+
+    Raises RunError where the folder can't be written or the disk is full.
+    """
+    data = content.encode() if isinstance(content, str) else content
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    except OSError as error:
+        with suppress(OSError):  # unlink fails too where `path.parent` is a file
+            temporary.unlink()
+        raise RunError(
+            f"cannot write {path} ({error.strerror}); free the disk or choose a folder you may write"
+        ) from error
+
+
+@contextmanager
+def replace_folder(folder: Path) -> Iterator[Path]:
+    """A new empty folder to fill, which takes `folder`'s place when the block ends well and vanishes when it doesn't.
+
+    Raises RunError where the disk is full or not writable.
+    """
+    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
+    try:
+        for left in (temporary, old):  # from a run that was killed
+            shutil.rmtree(left, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        yield temporary
+        if folder.exists():
+            os.replace(folder, old)
+        os.replace(temporary, folder)
+        shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise RunError(
+            f"cannot write {folder} ({error.strerror}); free the disk or choose a folder you may write"
+        ) from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def from_plain(kind: type[R], data: dict[str, Any]) -> R:
+    """The inverse of `dataclasses.asdict` for the records above."""
+    hints = typing.get_type_hints(kind)
+    return kind(**{f.name: _convert(hints[f.name], data[f.name]) for f in fields(kind) if f.name in data})  # type: ignore[arg-type]
+
+
+def _convert(hint: Any, value: Any) -> Any:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if value is None or origin in (typing.Union, types.UnionType):
+        return value
+    if origin is tuple:
+        inner = arguments[0] if arguments[-1] is Ellipsis else None
+        return tuple(_convert(inner or arguments[i], item) for i, item in enumerate(value))
+    if is_dataclass(hint):
+        return from_plain(typing.cast(type[Any], hint), value)
+    return value

@@ -1,0 +1,125 @@
+"""The run folder: made, held by one process at a time, its configuration written, its failures named."""
+
+import errno
+import json
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import datetime
+from pathlib import Path
+
+from finetune.config import Config, as_dict
+from finetune.errors import OutOfMemory, RunError
+from finetune.records import receipt_path, write_atomically
+
+CONFIG = "config.yaml"
+LOCK = ".lock"
+OWNER = ".lock.json"  # who holds the lock; the lock itself is the operating system's and dies with its process
+
+
+@contextmanager
+def held(config: Config, owns_config: bool = False) -> Iterator[Path]:
+    """The run folder, locked. Out-of-memory and full-disk errors inside come out as ours.
+
+    owns_config: the caller trains, so config.yaml is its to write; other verbs write it only where there is none.
+    Raises RunError for a folder that is in use or can't be written.
+    """
+    folder = Path(config.run_dir)
+    _make(folder)
+    with _locked(folder), _explained(config):
+        if not (folder / CONFIG).exists() or (owns_config and not _has_training_state(folder)):
+            write_config(config, folder)
+        yield folder
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """The resolved configuration as `config.yaml`: the same bytes whoever calls."""
+    import yaml
+
+    text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    write_atomically(folder / CONFIG, text)
+
+
+def _has_training_state(folder: Path) -> bool:
+    """Whether a run began here: then config.yaml says how, until the train stage has agreed to a new one."""
+    checkpoints = folder / "checkpoints"
+    return receipt_path(folder, "train").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-{os.getpid()}"
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(_unwritable(folder, error)) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"the disk of {folder} is full; free some space, or choose another folder: run_dir=PATH"
+    return f"cannot write in the run folder {folder} ({error.strerror}); choose one that you may write: run_dir=PATH"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"{folder} is in use by {_owner(folder)}; wait for it, or choose another run_dir=PATH"
+        ) from error
+    owner = folder / OWNER
+    try:
+        write_atomically(owner, json.dumps({"pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+def _owner(folder: Path) -> str:
+    try:
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return f"process {owner['pid']} since {owner['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"  # it has only just begun
+
+
+@contextmanager
+def _explained(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RunError(_unwritable(Path(config.run_dir), error)) from error
+    except (MemoryError, RuntimeError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        raise OutOfMemory(f"out of memory; {_smaller(config)}") from error
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    """CUDA raises torch.OutOfMemoryError, the CPU allocator a RuntimeError, Python a MemoryError."""
+    torch = sys.modules.get("torch")  # whoever ran out of torch's memory has imported it
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
+
+
+def _smaller(config: Config) -> str:
+    """Settings that need less memory and train the same: the effective batch stays."""
+    trainer = config.trainer
+    if trainer.micro_batch > 1:
+        micro_batch = trainer.micro_batch // 2
+        accumulate = -(-trainer.micro_batch * trainer.accumulate // micro_batch)
+        return f"try trainer.micro_batch={micro_batch} trainer.accumulate={accumulate}"
+    if not trainer.checkpointing:
+        return "try trainer.checkpointing=true"
+    return f"try a smaller picture: model.resolution={max(config.model.bucket_step, config.model.resolution // 2)}"

@@ -1,0 +1,101 @@
+"""Captions for the pictures that have none, from BLIP, into the folder's `metadata.jsonl`."""
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+from finetune.config import CaptionConfig, Config, as_dict
+from finetune.data import folder, images
+from finetune.errors import DataError
+from finetune.models.captioner import Captioner
+from finetune.models.device import free, pick_device, pick_dtype
+from finetune.progress import progress, say
+from finetune.records import Caption, CaptionSet, hash_of, load_record, save_receipt
+
+STAGE = "caption"
+
+
+def caption(config: Config) -> CaptionSet:
+    """Every picture of `data.folder` with its caption; pictures without one are captioned, batch by batch.
+
+    A caption that is there is kept unless `caption.overwrite`. Interrupted, it goes on with the next picture. Raises
+    DataError for a folder without pictures, one that can't be written, and unreadable pictures (all of them named at
+    once; left out with a warning under `data.skip_bad`), ModelError if the captioner can't be loaded.
+    """
+    start = time.monotonic()
+    root, run_dir = Path(config.data.folder), Path(config.run_dir)
+    files = folder.pictures(root)
+    hashes = folder.content_hashes(root, files)
+    there = folder.captions(root, files)
+    if fresh := load_record(run_dir, STAGE, CaptionSet, input_hash=_input_hash(config, hashes, there)):
+        say(f"{STAGE}: fresh")
+        return fresh
+    if other := folder.unread(root):
+        say(f"warning: {len(other)} pictures are in formats that can't be read and are left out, first {other[0]}")
+    broken = images.unreadable(root, files, config.data.max_pixels)
+    images.report_bad(list(broken.values()), skip=config.data.skip_bad)
+    files = [file for file in files if file not in broken]
+    if not files:
+        raise DataError(f"{root} has no readable picture left; try data.folder=path/to/pictures")
+    todo = [file for file in files if config.caption.overwrite or file not in there]
+    if todo:
+        folder.check_writable(root, todo)
+        _generate(config, root, todo)
+        there = folder.captions(root, files)
+    record = CaptionSet(str(root), _items(run_dir, files, there, set(todo)), tuple(broken))
+    seconds = time.monotonic() - start
+    save_receipt(
+        run_dir,
+        STAGE,
+        record,
+        input_hash=_input_hash(config, hashes, there),
+        seconds=seconds,
+        figures={
+            "pictures": len(files),
+            "generated": len(todo),
+            "skipped": len(broken),
+            "pictures_per_s": round(len(todo) / seconds, 3) if todo else 0.0,
+        },
+    )
+    return record
+
+
+def _generate(config: Config, root: Path, todo: Sequence[str]) -> None:
+    """Caption pictures and write each batch at once, so that a kill loses one batch."""
+    settings = config.caption
+    device = pick_device(config.hardware.device)
+    captioner = Captioner(settings.model, device, pick_dtype(config.trainer.precision, device))
+    with progress(STAGE, len(todo), unit="pictures") as bar:
+        for first in range(0, len(todo), settings.batch):
+            batch = todo[first : first + settings.batch]
+            opened = [images.open_rgb(root / file, config.data.max_pixels) for file in batch]
+            texts = captioner.caption(opened, settings.max_new_tokens, settings.num_beams)
+            worded = {file: wording(text, settings) for file, text in zip(batch, texts, strict=True)}
+            folder.add_captions(root, worded, overwrite=settings.overwrite)
+            bar.advance(len(batch), worded[batch[-1]])
+    del captioner
+    free()
+
+
+def wording(text: str, settings: CaptionConfig) -> str:
+    """The caption that is written: prefix, generated text, and behind a comma the trigger phrase unless it is there."""
+    prefix, trigger = settings.prefix.strip(), settings.trigger.strip()
+    worded = " ".join(filter(None, [prefix, text]))
+    if trigger and trigger.casefold() not in worded.casefold():
+        worded = f"{worded}, {trigger}" if worded else trigger
+    return worded
+
+
+def _items(run_dir: Path, files: Sequence[str], texts: dict[str, str], made: set[str]) -> tuple[Caption, ...]:
+    """A caption counts as generated if this run or the one before wrote it and nobody changed it since."""
+    before = load_record(run_dir, STAGE, CaptionSet)
+    earlier = {(item.file, item.text) for item in before.items if item.source == "generated"} if before else set()
+    return tuple(
+        Caption(file, texts[file], "generated" if file in made or (file, texts[file]) in earlier else "user")
+        for file in files
+    )
+
+
+def _input_hash(config: Config, hashes: dict[str, str], texts: dict[str, str]) -> str:
+    data = [config.data.folder, config.data.skip_bad, config.data.max_pixels]
+    return hash_of(hashes, texts, as_dict(config.caption), data)

@@ -1,0 +1,69 @@
+"""Export the trained adapter in every dialect, each one proven against the trained module."""
+
+import time
+from pathlib import Path
+
+from finetune.config import Config, as_dict
+from finetune.progress import say
+from finetune.records import Adapter, Run, hash_of, load_record, replace_folder, save_receipt
+from finetune.tasks import registry
+from finetune.training import checkpoint
+
+
+def export(config: Config, run: Run) -> Adapter:
+    """Write `adapter/`: all dialects, or none if one does not reproduce the trained module (ExportError)."""
+    run_dir = Path(config.run_dir)
+    folder = run_dir / "adapter"
+    settings = as_dict(config)
+    input_hash = hash_of(run.training_hash, run.steps, settings["export"], config.caption.trigger, config.name)
+    record = load_record(run_dir, "export", Adapter, input_hash=input_hash)
+    if record and all((folder / name).exists() for name in record.files.values()):
+        say("export: fresh")
+        return record
+    start = time.monotonic()
+    trained = checkpoint.load(Path(run.checkpoint))
+    with replace_folder(folder) as temporary:
+        files, differences = registry.write_adapter(config, run, trained.adapter, trained.averaged, temporary)
+        (temporary / "README.md").write_text(_card(config, run, files, differences), encoding="utf-8")
+    record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
+    save_receipt(
+        run_dir,
+        "export",
+        record,
+        input_hash=input_hash,
+        seconds=time.monotonic() - start,
+        figures={f"{dialect} difference": value for dialect, value in differences.items()},
+    )
+    say(f"export: {', '.join(f'{name} ({differences[name]:.1e})' for name in differences)}: same output as trained")
+    return record
+
+
+def _card(config: Config, run: Run, files: dict[str, str], differences: dict[str, float]) -> str:
+    """The model card: what it is, how it was made, how to load it."""
+    rows = "\n".join(
+        f"| {dialect} | `{name}` | {f'{differences[dialect]:.1e}' if dialect in differences else 'average of the weights'} |"
+        for dialect, name in files.items()
+    )
+    trigger = (
+        f"Put **{config.caption.trigger}** into the prompt to call the style up.\n" if config.caption.trigger else ""
+    )
+    return f"""---
+base_model: {config.model.base}
+library_name: peft
+tags: [lora, finetune]
+---
+# {config.name}
+LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets}) for `{config.model.base}`, \
+{run.steps} steps, loss {run.first_loss:.4f} -> {run.last_loss:.4f}.
+{trigger}
+| dialect | file | relative difference to the trained module |
+|---|---|---|
+{rows}
+
+```python
+from diffusers import StableDiffusionPipeline
+pipeline = StableDiffusionPipeline.from_pretrained("{config.model.base}")
+pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
+```
+Training hash: `{run.training_hash}`
+"""

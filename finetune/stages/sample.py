@@ -1,0 +1,63 @@
+"""Draw the recipe's prompts, base beside tuned."""
+
+import hashlib
+import time
+from pathlib import Path
+
+from finetune.config import Config, as_dict
+from finetune.errors import ConfigError, ModelError
+from finetune.progress import say
+from finetune.records import Adapter, Samples, hash_of, load_record, replace_folder, save_receipt
+from finetune.tasks import registry
+
+
+def sample(config: Config, adapter: Adapter | None) -> Samples:
+    """Write `samples/`: one PNG per prompt, seed and model, `grid.png`, `samples.jsonl`.
+
+    The adapter is `sample.adapter` if set, else `adapter`. Raises ModelError if there is none or it doesn't fit.
+    """
+    if not config.sample.prompts:
+        raise ConfigError('sample.prompts is empty, nothing to draw; try sample.prompts=["a red robot"]')
+    path = _path(config, adapter)
+    run_dir = Path(config.run_dir)
+    folder = run_dir / "samples"
+    settings = as_dict(config)
+    input_hash = hash_of(_hash(path), settings["sample"], settings["model"], settings["trainer"]["precision"])
+    record = load_record(run_dir, "sample", Samples, input_hash=input_hash)
+    if record and Path(record.grid).exists():
+        say("sample: fresh")
+        return record
+    start = time.monotonic()
+    with replace_folder(folder) as temporary:
+        grid, items = registry.draw_samples(config, path, temporary)
+    record = Samples(str(folder), str(folder / grid), items)
+    seconds = time.monotonic() - start
+    save_receipt(
+        run_dir,
+        "sample",
+        record,
+        input_hash=input_hash,
+        seconds=seconds,
+        figures={"pictures": 2 * len(items), "pictures_per_s": 2 * len(items) / seconds},
+    )
+    return record
+
+
+def _path(config: Config, adapter: Adapter | None) -> Path:
+    if config.sample.adapter:
+        path = Path(config.sample.adapter)
+        return path / "peft" if (path / "peft" / "adapter_config.json").exists() else path  # a run's adapter folder
+    if adapter is None:
+        raise ModelError(
+            f"{config.run_dir} has no adapter; type: finetune train conf={config.name}, or set sample.adapter=…"
+        )
+    return Path(adapter.folder) / next(iter(adapter.files.values()))
+
+
+def _hash(path: Path) -> str:
+    """Content of an adapter, whatever its dialect; a path that isn't there is left to the loader to report."""
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
+    digest = hashlib.sha256()
+    for file in files:
+        digest.update(file.read_bytes())
+    return digest.hexdigest()

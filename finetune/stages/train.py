@@ -1,0 +1,344 @@
+"""Train the adapter: examples in, checkpoints and curves out. Resumes by itself, stops on signals without losing a step."""
+
+import itertools
+import os
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from finetune.config import Config, as_dict
+from finetune.data import order
+from finetune.errors import Interrupted, RunError
+from finetune.models import lora
+from finetune.models.device import limit_memory, peak_gib, pick_device, pick_precision
+from finetune.progress import progress, say
+from finetune.records import Dataset, Example, Run, hash_of, load_record, receipt_path, save_receipt
+from finetune.tasks import registry
+from finetune.tasks.base import Batch, Task
+from finetune.training import checkpoint, tracking
+from finetune.training.accelerator import build_accelerator
+from finetune.training.checkpoint import TrainState
+from finetune.training.ema import Ema
+from finetune.training.loop import Step, fit
+from finetune.training.optim import build_optimizer, learning_rate
+from finetune.training.signals import catch_stop
+from finetune.training.tracking import Tracker
+
+SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
+RUN_OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", tracking.METRICS, "report.html", "config.yaml")
+
+
+def train(config: Config, dataset: Dataset) -> Run:
+    """Train to `config.trainer.steps`, from the newest checkpoint if there is one.
+
+    Raises RunError if an earlier run in the folder was trained with other settings or pictures (they are listed) or a
+    checkpoint is damaged, TrainingError after too many non-finite steps, Interrupted after a signal (state saved).
+    """
+    run_dir = Path(config.run_dir)
+    folder = run_dir / "checkpoints"
+    if config.trainer.restart:
+        _set_aside(run_dir)
+    identity = _identity(config, dataset)
+    input_hash = hash_of(identity, config.trainer.steps)
+    record = load_record(run_dir, "train", Run, input_hash=input_hash)
+    if record and Path(record.checkpoint).is_dir():
+        say(f"train: fresh ({record.steps} steps)")
+        return record
+
+    resumed = _resume(folder, identity, config.trainer.steps)
+    device = pick_device(config.hardware.device)
+    limit_memory(device, config.hardware.vram_gib)
+    accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
+    task = registry.build_task(config, dataset, device)
+    run = _Session(config, dataset, task, accelerator, identity, resumed)
+    with catch_stop() as stop:
+        try:
+            for step in run.steps():
+                run.note(step)
+                if stop.number is not None:
+                    run.save()
+                    raise Interrupted(
+                        f"stopped by signal {stop.number} after step {step.number}; the same command goes on from there",
+                        stop.number,
+                    )
+            record = run.finish(input_hash)
+        finally:
+            run.tracker.close()
+    figures: dict[str, float | int | str | None] = {
+        "steps": record.steps,
+        "images_per_s": record.images_per_s,
+        "peak_gib": record.peak_gib,
+        "first_loss": record.first_loss,
+        "last_loss": record.last_loss,
+        "first_validation": record.first_validation,
+        "best_validation": record.best_validation,
+        "skipped_steps": record.skipped_steps,
+    }
+    save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
+    return record
+
+
+@dataclass
+class _Session:
+    """One run in progress: the state that checkpoints store and curves show."""
+
+    config: Config
+    dataset: Dataset
+    task: Task
+    accelerator: Accelerator
+    identity: dict[str, Any]
+    resumed: checkpoint.Checkpoint | None
+
+    def __post_init__(self) -> None:
+        config = self.config
+        self.run_dir = Path(config.run_dir)
+        self.folder = self.run_dir / "checkpoints"
+        examples = list(self.dataset.examples())
+        self.training = [example for example in examples if not example.held_out]
+        # Small sets hold nothing out: the same training pictures with fixed noise still compare from step to step.
+        self.validation = [example for example in examples if example.held_out] or self.training
+        optimizer = build_optimizer(lora.adapter_parameters(self.task.model), config.optim)
+        self.ema: Ema | None = None
+        if self.resumed is None:
+            self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, None)
+        else:
+            self.state = self.resumed.state
+            self.task.load_state(self.resumed.adapter, str(self.resumed.folder))
+            optimizer.load_state_dict(self.resumed.optimizer)
+            if self.resumed.ema is not None:
+                self.ema = Ema.restore(config.trainer.ema_decay, self.resumed.ema, self.accelerator.device)
+            say(f"train: going on from step {self.state.step}")
+        if config.trainer.ema_decay and self.ema is None:
+            self.ema = Ema(config.trainer.ema_decay, self.task.live())
+        prepared = self.accelerator.prepare(self.task.model, optimizer)
+        self.task.model, self.optimizer = prepared
+        if self.state.scaler and self.accelerator.scaler is not None:
+            self.accelerator.scaler.load_state_dict(self.state.scaler)
+        self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
+        self.pending_seconds, self.pending_images = 0.0, 0
+
+    def steps(self) -> Iterator[Step]:
+        """Every remaining optimiser step, with a progress bar."""
+        config, trainer = self.config, self.config.trainer
+        trainable, total = lora.counts(self.accelerator.unwrap_model(self.task.model))
+        say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {len(self.training)} examples")
+        if self.state.step == 0:
+            self._settings_as_text()
+            self._validate()
+            self._preview()
+        with progress("train", trainer.steps, unit="steps", done=self.state.step) as bar:
+            for step in fit(
+                self.task,
+                self._batches(),
+                self.optimizer,
+                lambda number: learning_rate(config.optim, number, trainer.steps),
+                self.accelerator,
+                seed=config.seed,
+                start=self.state.step,
+                clip_norm=trainer.clip_norm,
+                max_bad_steps=trainer.max_bad_steps,
+            ):
+                yield step
+                bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
+
+    def note(self, step: Step) -> None:
+        """Take one step into the state and do what is due after it."""
+        trainer, state = self.config.trainer, self.state
+        if step.refused:
+            say(f"step {step.number} refused: {step.refused}")
+            self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
+        else:
+            first = state.images == 0
+            smoothed = step.loss if first else SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * step.loss
+            self.state = replace(
+                state,
+                step=step.number,
+                images=state.images + step.items,
+                seconds=state.seconds + step.seconds,
+                first_loss=step.loss if first else state.first_loss,
+                smoothed_loss=smoothed,
+            )
+            if self.ema:
+                self.ema.update(self.task.live())
+        self._log(step)
+        last = step.number == trainer.steps
+        saving = last or step.number % trainer.save_every == 0
+        if trainer.validate_every and (saving or step.number % trainer.validate_every == 0):
+            self._validate(may_be_best=saving)
+        if last or (self.config.sample.every and step.number % self.config.sample.every == 0):
+            self._preview()
+        if saving:
+            self.save()
+
+    def save(self) -> Path:
+        """Write a checkpoint of this very step and delete those no longer kept."""
+        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
+        self.state = replace(self.state, scaler=scaler)
+        path = checkpoint.at(self.folder, self.state.step)
+        if self.accelerator.is_main_process:
+            checkpoint.save(
+                self.folder,
+                self.state,
+                self.task.state(),
+                self.optimizer.optimizer.state_dict(),
+                self.ema.state() if self.ema else None,
+            )
+            checkpoint.prune(self.folder, self.config.trainer.keep, [self.state.best_step])
+        return path
+
+    def finish(self, training_hash: str) -> Run:
+        """The record of the finished run."""
+        state = self.state
+        trainable, total = lora.counts(self.accelerator.unwrap_model(self.task.model))
+        run = Run(
+            folder=str(self.run_dir),
+            checkpoint=str(checkpoint.at(self.folder, state.step)),
+            steps=state.step,
+            trainable=trainable,
+            total=total,
+            first_loss=state.first_loss,
+            last_loss=state.smoothed_loss,
+            first_validation=state.first_validation,
+            best_validation=state.best_validation,
+            best_step=state.best_step,
+            images=state.images,
+            seconds=state.seconds,
+            peak_gib=peak_gib(self.accelerator.device),
+            skipped_steps=state.skipped_steps,
+            training_hash=training_hash,
+        )
+        figures = {"final/loss": run.last_loss, "final/images_per_s": run.images_per_s, "final/peak_gib": run.peak_gib}
+        if run.best_validation is not None:
+            figures["final/validation"] = run.best_validation
+        self.tracker.hparams(self.identity, figures)
+        return run
+
+    def _batches(self) -> Iterator[Sequence[Batch]]:
+        """This process's micro-batches of every remaining step."""
+        trainer, accelerator = self.config.trainer, self.accelerator
+        buckets = [example.bucket for example in self.training]
+        effective = trainer.micro_batch * trainer.accumulate * accelerator.num_processes
+        chunks = order.steps(buckets, effective=effective, seed=self.config.seed, start=self.state.step)
+        for chunk in itertools.islice(chunks, trainer.steps - self.state.step):
+            mine = chunk[accelerator.process_index :: accelerator.num_processes]
+            yield [
+                self.task.collate([(self.training[index], visit) for index, visit in micro_batch])
+                for micro_batch in order.split(mine, buckets, trainer.micro_batch)
+            ]
+
+    def _log(self, step: Step) -> None:
+        values = {
+            "loss/step": step.loss,
+            "loss/smoothed": self.state.smoothed_loss,
+            "train/learning_rate": step.lr,
+            "train/gradient_norm": step.grad_norm,
+            "train/skipped_steps": float(self.state.skipped_steps),
+        }
+        self.pending_seconds += step.seconds
+        self.pending_images += step.items
+        if step.number % self.config.trainer.log_every == 0 or step.number == self.config.trainer.steps:
+            values["train/images_per_s"] = self.pending_images / self.pending_seconds
+            values |= self.tracker.hardware()
+            self.pending_seconds, self.pending_images = 0.0, 0
+        self.tracker.scalars(step.number, values)
+
+    def _validate(self, *, may_be_best: bool = False) -> None:
+        if not self.config.trainer.validate_every:
+            return
+        losses = self.task.validate(self.validation, self.config.trainer.micro_batch)
+        self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
+        state, mean = self.state, losses["mean"]
+        if state.first_validation is None:
+            self.state = replace(state, first_validation=mean)
+        elif may_be_best and (state.best_validation is None or mean < state.best_validation):
+            self.state = replace(state, best_validation=mean, best_step=state.step)
+
+    def _preview(self) -> None:
+        sample = self.config.sample
+        prompts = sample.prompts[: sample.previews]
+        if not prompts or not self.accelerator.is_main_process:
+            return
+        pictures = self.task.sample(prompts, sample.seeds[0])
+        named = {
+            f"samples/{index}: {prompt}": picture
+            for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True))
+        }
+        self.tracker.pictures(self.state.step, named)
+
+    def _settings_as_text(self) -> None:
+        lines = "\n".join(f"    {key}: {value}" for key, value in _flat(as_dict(self.config)).items())
+        self.tracker.text("configuration", lines)
+
+
+def _identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+    """What decides the result, flat; a run may only be continued with the same. Steps may be raised, micro-batch and
+    accumulation exchanged."""
+    settings = as_dict(config)
+    trainer = settings["trainer"]
+    kept = {
+        "seed": settings["seed"],
+        "model": settings["model"],
+        "lora": settings["lora"],
+        "optim": settings["optim"],
+        "loss": settings["loss"],
+        "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
+        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * int(os.environ.get("WORLD_SIZE", "1")),
+        "pictures and captions": hash_of([_content(example) for example in dataset.examples()])[:16],
+    }
+    return _flat(kept)
+
+
+def _content(example: Example) -> list[Any]:
+    return [example.key, example.caption, example.held_out]
+
+
+def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Checkpoint | None:
+    """The newest checkpoint if it continues this very run. Raises RunError with every difference otherwise."""
+    found = checkpoint.steps_on_disk(folder)
+    if not found:
+        return None
+    newest = checkpoint.load(checkpoint.at(folder, found[-1]))
+    before = newest.state.identity
+    changed = [
+        f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
+        for key in sorted(before.keys() | identity.keys())
+        if before.get(key) != identity.get(key)
+    ]
+    advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start anew"
+    if changed:
+        raise RunError(f"{folder.parent} was trained with other settings ({'; '.join(changed)}); {advice}")
+    if found[-1] > steps:
+        raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
+    return newest
+
+
+def _set_aside(run_dir: Path) -> None:
+    """Move an earlier run's outputs to `previous-N/`; nothing is deleted."""
+    there = [run_dir / name for name in RUN_OUTPUTS if (run_dir / name).exists()]
+    receipts = [
+        path for stage in ("train", "export", "sample", "report") if (path := receipt_path(run_dir, stage)).exists()
+    ]
+    if not (run_dir / "checkpoints").exists():
+        return
+    number = next(n for n in itertools.count(1) if not (run_dir / f"previous-{n}").exists())
+    target = run_dir / f"previous-{number}"
+    target.mkdir()
+    for path in [*there, *receipts]:
+        shutil.move(path, target / path.name)
+    say(f"train: the earlier run is now in {target}")
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}.")
+        else:
+            flat[f"{prefix}{key}"] = value
+    return flat

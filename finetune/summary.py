@@ -1,0 +1,89 @@
+"""What the command line shows at the end: a short table, 80 columns wide, and what to type next."""
+
+import os
+import shlex
+import sys
+from pathlib import Path
+from typing import Any
+
+from finetune.config import Config
+from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Samples, load_receipt
+
+STAGES = ("caption", "dataset", "train", "export", "sample", "report")
+WIDTH = 80  # columns; a narrower terminal gets its own width
+
+
+def show(config: Config, record: Any) -> None:
+    """Print what a command left."""
+    if isinstance(record, Result):
+        _table(config, record)
+    else:
+        print(_line(record))
+
+
+def _line(record: Any) -> str:
+    if isinstance(record, CaptionSet):
+        generated = sum(item.source == "generated" for item in record.items)
+        bad = f", {len(record.skipped)} skipped" if record.skipped else ""
+        where = Path(record.folder) / "metadata.jsonl"
+        return f"captions: {len(record.items)} pictures, {generated} by the model{bad}; correct them in {where}"
+    if isinstance(record, Dataset):
+        buckets = ", ".join(f"{name} ({count})" for name, count in record.buckets.items())
+        return f"dataset: {record.train} to train, {record.validation} held out; {buckets}"
+    if isinstance(record, Adapter):
+        return f"adapter: {record.folder} ({', '.join(record.files.values())})"
+    if isinstance(record, Samples):
+        return f"samples: {record.grid}"
+    if isinstance(record, Report):
+        return f"report: {record.file}"
+    raise TypeError(f"no line for a {type(record).__name__}")
+
+
+def _table(config: Config, result: Result) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    run = result.run
+    table = Table(title=f"finetune train conf={config.name}", title_justify="left", show_header=False, box=None)
+    table.add_column(style="bold")
+    table.add_column(overflow="fold")
+    table.add_row("seconds", _seconds(Path(config.run_dir)))
+    table.add_row("speed", f"{run.images_per_s:.1f} images/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB")
+    table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}")
+    if run.first_validation is not None and run.best_validation is not None:
+        at = f" at step {run.best_step}" if run.best_step is not None else ""
+        table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}")
+    if run.skipped_steps:
+        table.add_row("skipped", f"{run.skipped_steps} steps with a loss or gradient that was not finite")
+    table.add_row("adapter", result.adapter.folder)
+    table.add_row("grid", result.samples.grid)
+    table.add_row("report", result.report.file)
+    console = Console(width=min(WIDTH, Console().width), highlight=False)
+    console.print(table)
+    print("next")
+    for line in _next(config, result):
+        print(f"  {line}")
+
+
+def _seconds(run_dir: Path) -> str:
+    """Seconds each stage took when it last ran; a fresh stage shows its earlier figure."""
+    receipts = {stage: load_receipt(run_dir, stage) for stage in STAGES}
+    known = {stage: receipt.seconds for stage, receipt in receipts.items() if receipt}
+    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in known.items())
+    return f"{stages}; in all {sum(known.values()):.0f}"
+
+
+def _next(config: Config, result: Result) -> list[str]:
+    """Command lines to type next, for the way this program was started."""
+    module = Path(sys.argv[0]).name in ("__main__.py", "-m")
+    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
+    program = f"{shlex.quote(python)} -m finetune" if module else "finetune"
+    beside = Path(sys.executable).with_name("tensorboard")
+    board = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else "tensorboard"
+    prompt = f"a big green fish in space, {result.adapter.trigger}".removesuffix(", ")
+    where = "" if Path(config.run_dir) == Path("outputs") / config.name else f" run_dir={shlex.quote(config.run_dir)}"
+    wanted = shlex.quote(f'sample.prompts=["{prompt}"]')
+    return [
+        f"{board} --logdir {shlex.quote(str(Path(config.run_dir) / 'tensorboard'))}",
+        f"{program} sample conf={config.name}{where} {wanted}",
+    ]

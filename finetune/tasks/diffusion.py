@@ -1,0 +1,178 @@
+"""Denoising loss of a latent diffusion model (arXiv 2112.10752), with every random number tied to (seed, example, visit).
+
+B images, C latent channels, h×w latent pixels, L text tokens, D text width.
+"""
+
+import hashlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import Config
+from finetune.data.cache import read
+from finetune.models import lora
+from finetune.models.device import pick_dtype
+from finetune.models.diffusion import Painter, load_scheduler, load_unet
+from finetune.records import Dataset, Example
+from finetune.tasks.base import Batch
+
+VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
+VALIDATION_VISIT = -1  # a visit number that training never uses
+PROBE = 16  # training pictures that stand in where nothing is held out, and the most that are validated on
+
+
+class DiffusionTask:
+    """LoRA on a UNet. `model` is the UNet with adapters injected."""
+
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = pick_dtype(config.trainer.precision, device)
+        self.empty_text = Path(dataset.empty_text)
+        self.scheduler = load_scheduler(config.model.base)
+        self.painter = self._painter()
+        unet: Any = load_unet(config.model.base, self.dtype)
+        if config.trainer.checkpointing:
+            unet.enable_gradient_checkpointing()
+        self.model: nn.Module = lora.inject(
+            unet,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.model.lora_targets[config.lora.targets],
+            seed=config.seed,
+        ).to(device)
+        if config.lora.start_from:
+            folder = Path(config.lora.start_from)
+            self.load_state(lora.read_peft_folder(folder), str(folder))
+
+    def collate(self, visits: Sequence[tuple[Example, int]]) -> Batch:
+        """Latents drawn from the cached posterior, noise, timestep and caption (or none) of each visit."""
+        drawn = [self._draw(example, visit) for example, visit in visits]
+        return _batch(drawn)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum over images of the weighted mean squared error; min-SNR weights as in arXiv 2303.09556, §3.4."""
+        tensors = batch.tensors
+        errors_B = self._errors(batch)
+        gamma = self.config.loss.min_snr_gamma
+        if gamma:
+            errors_B = errors_B * min_snr_weights(
+                snr(self.scheduler.alphas_cumprod, tensors["timesteps"]), gamma, self.scheduler.config.prediction_type
+            )
+        return errors_B.sum()
+
+    @torch.no_grad()
+    def validate(self, examples: Sequence[Example], micro_batch: int) -> dict[str, float]:
+        """Mean squared error on fixed (picture, noise, timestep) triples: "mean" and "t=…" per noise level."""
+        training = self.model.training
+        self.model.eval()
+        levels = [int(share * len(self.scheduler.alphas_cumprod)) for share in VALIDATION_LEVELS]
+        result = {}
+        for timestep in levels:
+            total = 0.0
+            for batch in self._fixed_batches(examples[:PROBE], timestep, micro_batch):
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+                    total += float(self._errors(batch.to(self.device)).sum())
+            result[f"t={timestep}"] = total / len(examples[:PROBE])
+        self.model.train(training)
+        return {"mean": sum(result.values()) / len(result), **result}
+
+    def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
+        """One PIL picture per preview prompt."""
+        sample = self.config.sample
+        side = self.config.model.resolution
+        jobs = [(prompt, seed) for prompt in prompts]
+        return self.painter.draw(
+            self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
+        )
+
+    def state(self) -> dict[str, Tensor]:
+        """The adapter under PEFT's names."""
+        return lora.state(self.model)
+
+    def live(self) -> dict[str, Tensor]:
+        """The adapter's tensors in use."""
+        return lora.live(self.model)
+
+    def load_state(self, weights: dict[str, Tensor], source: str) -> None:
+        """Put adapter weights back. Raises ModelError if they don't fit."""
+        lora.load_state(self.model, weights, source)
+
+    def _painter(self) -> Painter:
+        sample = self.config.sample
+        prompts = sample.prompts[: sample.previews]
+        return Painter(self.config.model.base, prompts, sample.negative, self.device, self.dtype)
+
+    def _draw(self, example: Example, visit: int, timestep: int | None = None) -> dict[str, Any]:
+        """One training input; a given `timestep` replaces the drawn one and keeps the caption (validation)."""
+        random = torch.Generator().manual_seed(visit_seed(self.config.seed, example.key, visit))
+        latents = read(Path(example.latents))
+        mean_Chw, std_Chw = latents["mean"], latents["std"]
+        clean_Chw = mean_Chw + std_Chw * torch.randn(mean_Chw.shape, generator=random)
+        noise_Chw = torch.randn(mean_Chw.shape, generator=random)
+        offset_C11 = torch.randn((mean_Chw.shape[0], 1, 1), generator=random)
+        drawn = int(torch.randint(len(self.scheduler.alphas_cumprod), (), generator=random))
+        dropped = bool(torch.rand((), generator=random) < self.config.loss.caption_dropout)
+        text = self.empty_text if dropped and timestep is None else Path(example.text)
+        chosen = drawn if timestep is None else timestep
+        return {
+            "clean": clean_Chw,
+            "noise": noise_Chw + self.config.loss.noise_offset * offset_C11,
+            "text": read(text)["embedding"],
+            "timestep": chosen,
+            "name": f"{example.file} at timestep {chosen}",
+        }
+
+    def _fixed_batches(self, examples: Sequence[Example], timestep: int, micro_batch: int) -> Iterator[Batch]:
+        by_bucket: dict[tuple[int, int], list[Example]] = {}
+        for example in examples:
+            by_bucket.setdefault(example.bucket, []).append(example)
+        for group in by_bucket.values():
+            for start in range(0, len(group), micro_batch):
+                part = group[start : start + micro_batch]
+                yield _batch([self._draw(example, VALIDATION_VISIT, timestep) for example in part])
+
+    def _errors(self, batch: Batch) -> Tensor:
+        """Mean squared error of each image's prediction, (B,) fp32."""
+        clean_BChw, noise_BChw = batch.tensors["clean"], batch.tensors["noise"]
+        timesteps_B = batch.tensors["timesteps"]
+        noisy_BChw = self.scheduler.add_noise(clean_BChw, noise_BChw, timesteps_B)
+        predicted_BChw = self.model(
+            noisy_BChw, timesteps_B, encoder_hidden_states=batch.tensors["text"], return_dict=False
+        )[0]
+        kind = self.scheduler.config.prediction_type
+        if kind == "v_prediction":
+            target_BChw = self.scheduler.get_velocity(clean_BChw, noise_BChw, timesteps_B)
+        else:
+            target_BChw = clean_BChw if kind == "sample" else noise_BChw
+        return (predicted_BChw.float() - target_BChw.float()).square().mean(dim=(1, 2, 3))
+
+
+def snr(alphas_cumprod: Tensor, timesteps_B: Tensor) -> Tensor:
+    """Signal-to-noise ratio alpha² / sigma² at each timestep, (B,)."""
+    alphas_B = alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
+    return alphas_B / (1 - alphas_B)
+
+
+def min_snr_weights(snr_B: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Weights that make the loss min(SNR, gamma) times the error in x0, (B,) (arXiv 2303.09556, eq. 4 and §3.4)."""
+    capped_B = snr_B.clamp(max=gamma)
+    if prediction_type == "v_prediction":
+        return capped_B / (snr_B + 1)
+    return capped_B if prediction_type == "sample" else capped_B / snr_B.clamp(min=1e-8)  # zero-terminal SNR
+
+
+def visit_seed(seed: int, key: str, visit: int) -> int:
+    """A 63-bit seed for one visit of one example: the same whatever the order, the micro-batch or the process."""
+    digest = hashlib.sha256(f"{seed}/{key}/{visit}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _batch(drawn: Sequence[dict[str, Any]]) -> Batch:
+    tensors = {name: torch.stack([item[name] for item in drawn]) for name in ("clean", "noise", "text")}
+    tensors["timesteps"] = torch.tensor([item["timestep"] for item in drawn])
+    return Batch(tensors, len(drawn), tuple(item["name"] for item in drawn))

@@ -1,0 +1,145 @@
+"""Checkpoints that are either whole or not there.
+
+`checkpoints/step-000200/` holds the adapter, the optimiser's state, the average if there is one, `state.json`, and a
+manifest with the hash of every file. It is written under a temporary name, flushed to disk and renamed.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+
+from finetune.errors import RunError
+from finetune.records import from_plain
+
+PREFIX = "step-"
+MANIFEST = "manifest.json"
+
+
+@dataclass(frozen=True)
+class TrainState:
+    """Everything but tensors that a resumed run needs.
+
+    identity: what the run was trained with, flat key -> value; a resumed run must agree. scaler: the fp16 loss scaler's.
+    """
+
+    step: int
+    identity: dict[str, Any]
+    images: int
+    seconds: float
+    first_loss: float
+    smoothed_loss: float
+    first_validation: float | None
+    best_validation: float | None
+    best_step: int | None
+    skipped_steps: int
+    scaler: dict[str, Any] | None
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint read back."""
+
+    folder: Path
+    state: TrainState
+    adapter: dict[str, Tensor]
+    optimizer: dict[str, Any]
+    ema: dict[str, Tensor] | None
+
+    @property
+    def averaged(self) -> dict[str, Tensor] | None:
+        """The averaged adapter, if one was kept."""
+        return None if self.ema is None else {name: value for name, value in self.ema.items() if name != "updates"}
+
+
+def save(
+    folder: Path,
+    state: TrainState,
+    adapter: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    ema: Mapping[str, Tensor] | None,
+) -> Path:
+    """Write `folder/step-N` atomically and return it. Raises RunError if the disk is full or not writable."""
+    final = folder / f"{PREFIX}{state.step:06d}"
+    temporary = folder / f".{final.name}.tmp"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        save_file(dict(adapter), temporary / "adapter.safetensors")
+        torch.save(dict(optimizer), temporary / "optimizer.pt")
+        if ema is not None:
+            save_file(dict(ema), temporary / "ema.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+        hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
+        (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        shutil.rmtree(final, ignore_errors=True)
+        os.replace(temporary, final)
+        _flush(folder)
+    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+        shutil.rmtree(temporary, ignore_errors=True)
+        raise RunError(
+            f"cannot write checkpoint {final} ({error}); the one before is untouched: free the disk and run the same command again"
+        ) from error
+    return final
+
+
+def load(folder: Path) -> Checkpoint:
+    """Read one checkpoint. Raises RunError if a file is missing or differs from its manifest."""
+    try:
+        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        for name, expected in hashes.items():
+            if _hash(folder / name) != expected:
+                raise ValueError(f"{name} differs from its manifest")
+        state = from_plain(TrainState, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        adapter = load_file(folder / "adapter.safetensors")
+        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
+        ema = load_file(folder / "ema.safetensors") if "ema.safetensors" in hashes else None
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise RunError(
+            f"checkpoint {folder} is damaged ({error}); delete that folder and the same command goes on from the one before"
+        ) from error
+    return Checkpoint(folder, state, adapter, optimizer, ema)
+
+
+def steps_on_disk(folder: Path) -> list[int]:
+    """Steps of the complete checkpoints in a folder, ascending."""
+    return sorted(int(path.name.removeprefix(PREFIX)) for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+
+
+def at(folder: Path, step: int) -> Path:
+    """Where the checkpoint of a step lies."""
+    return folder / f"{PREFIX}{step:06d}"
+
+
+def prune(folder: Path, keep: int, also: Iterable[int | None]) -> None:
+    """Delete all but the newest `keep` checkpoints, those of the steps `also`, and what a killed save left behind."""
+    kept = {*steps_on_disk(folder)[-keep:], *also}
+    for step in steps_on_disk(folder):
+        if step not in kept:
+            shutil.rmtree(at(folder, step))
+    for left in folder.glob(f".{PREFIX}*.tmp"):
+        shutil.rmtree(left)
+
+
+def _hash(path: Path) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,124 @@
+"""The one training loop: a generator that takes optimiser steps and yields what happened.
+
+It knows no model and no data set. Whoever iterates decides when to log, validate, save, draw and stop.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from accelerate import Accelerator
+
+from finetune.errors import TrainingError
+from finetune.tasks.base import Batch, Task
+
+
+@dataclass(frozen=True)
+class Step:
+    """One optimiser step. number: steps taken so far, this one included; loss: mean over `items`; seconds: wall clock.
+
+    `refused` says why the weights were left alone (a non-finite loss or gradient), None for a step that was taken.
+    """
+
+    number: int
+    loss: float
+    grad_norm: float
+    lr: float
+    items: int
+    seconds: float
+    refused: str | None = None
+
+
+def fit(
+    task: Task,
+    steps: Iterator[Sequence[Batch]],
+    optimizer: torch.optim.Optimizer,
+    rate: Callable[[int], float],
+    accelerator: Accelerator,
+    *,
+    seed: int,
+    start: int,
+    clip_norm: float,
+    max_bad_steps: int,
+) -> Iterator[Step]:
+    """Train on the micro-batches of each step, from step `start` on, until `steps` ends.
+
+    steps: per optimiser step this process's micro-batches. optimizer: prepared by `accelerator`. rate: learning rate of
+    a step counted from 0. clip_norm: largest gradient norm, 0 for none.
+    Raises TrainingError after `max_bad_steps` refused steps in a row.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    task.model.train()
+    bad = 0
+    for number, micro_batches in enumerate(steps, start):
+        began = time.perf_counter()
+        for group in optimizer.param_groups:
+            group["lr"] = rate(number)
+        loss, items = _backward(task, micro_batches, accelerator, seed=seed, step=number)
+        norm = float(_gradient_norm(parameters, accelerator, clip_norm))
+        finite = math.isfinite(loss) and math.isfinite(norm)
+        if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
+            optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        refused = None if finite else _why(loss, norm, micro_batches, accelerator)
+        bad = 0 if finite else bad + 1
+        yield Step(number + 1, loss, norm, rate(number), items, time.perf_counter() - began, refused)
+        if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
+            raise TrainingError(
+                f"{bad} steps in a row were not finite, the last one: {refused}; "
+                "try a lower optim.lr, trainer.precision=bf16 or fp32, or leave these examples out"
+            )
+
+
+def _backward(
+    task: Task, micro_batches: Sequence[Batch], accelerator: Accelerator, *, seed: int, step: int
+) -> tuple[float, int]:
+    """Gradients of the mean loss over all items of the step; returns that mean and the number of items."""
+    processes, device = accelerator.num_processes, accelerator.device
+    counted = torch.tensor([sum(batch.items for batch in micro_batches)], dtype=torch.float64, device=device)
+    items = int(accelerator.reduce(counted, "sum").item())
+    total = torch.zeros((), dtype=torch.float32, device=device)
+    for index, batch in enumerate(micro_batches):
+        # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the same.
+        torch.manual_seed(_mix(seed, step, index, accelerator.process_index))
+        last = index == len(micro_batches) - 1
+        with nullcontext() if last or processes == 1 else accelerator.no_sync(task.model):
+            with accelerator.autocast():
+                loss = task.loss(batch.to(device))
+            # Gradients are averaged over processes; times `processes` makes that the sum, divided once by all items.
+            accelerator.backward(loss * (processes / items))
+        total += loss.detach().float()
+    return float(accelerator.reduce(total, "sum")) / items, items
+
+
+def _gradient_norm(parameters: list[torch.nn.Parameter], accelerator: Accelerator, clip_norm: float) -> torch.Tensor:
+    norm = accelerator.clip_grad_norm_(parameters, clip_norm if clip_norm else math.inf)
+    return torch.as_tensor(norm)
+
+
+def _scaler_still_searching(accelerator: Accelerator) -> bool:
+    """Whether fp16's loss scale can still be lowered: early overflows are how it finds its scale, not failures."""
+    return accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
+
+
+def _why(loss: float, norm: float, micro_batches: Sequence[Batch], accelerator: Accelerator) -> str:
+    names = "; ".join(name for batch in micro_batches for name in batch.names)
+    return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {names}"
+
+
+def _arithmetic(accelerator: Accelerator) -> str:
+    return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
+
+
+def _mix(*numbers: int) -> int:
+    """One well-spread 63-bit seed from several numbers (splitmix64's finaliser, doi 10.1145/2714064.2660195)."""
+    state = 0
+    for number in numbers:
+        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
+        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
+        state ^= state >> 31
+    return state >> 1

@@ -1,0 +1,113 @@
+"""Where curves go: TensorBoard event files and `metrics.jsonl`, one line per logged step."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.records import write_atomically
+
+METRICS = "metrics.jsonl"
+GIB = 2**30
+
+
+class Tracker:
+    """Writes one run's curves; a resumed run continues them without a fork."""
+
+    def __init__(self, run_dir: Path, start: int, device: torch.device) -> None:
+        from torch.utils.tensorboard import SummaryWriter
+
+        self.file = run_dir / METRICS
+        self.device = device
+        self._forget_after(start)
+        # purge_step hides the points that a killed run wrote after its last checkpoint
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)  # type: ignore[no-untyped-call]
+        self.card = _Card(device)
+
+    def scalars(self, step: int, values: Mapping[str, float]) -> None:
+        """Points at `step`; the tag's part before "/" is TensorBoard's section."""
+        for tag, value in values.items():
+            self.board.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+        with open(self.file, "a", encoding="utf-8") as lines:
+            finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+            lines.write(json.dumps({"step": step, **finite}) + "\n")
+
+    def text(self, tag: str, text: str, step: int = 0) -> None:
+        """A text, shown as Markdown."""
+        self.board.add_text(tag, text, step)  # type: ignore[no-untyped-call]
+
+    def pictures(self, step: int, pictures: Mapping[str, Any]) -> None:
+        """PIL pictures by tag."""
+        import numpy as np
+
+        for tag, picture in pictures.items():
+            self.board.add_image(tag, np.asarray(picture), step, dataformats="HWC")  # type: ignore[no-untyped-call]
+
+    def hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
+        """Settings against final figures, for TensorBoard's hparams table; written into the same event file."""
+        from torch.utils.tensorboard.summary import hparams
+
+        flat = {
+            key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
+        }
+        for summary in hparams(flat, dict(figures)):  # type: ignore[no-untyped-call]
+            self.board.file_writer.add_summary(summary)  # type: ignore[union-attr]
+        for tag, value in figures.items():
+            self.board.add_scalar(tag, value, 0)  # type: ignore[no-untyped-call]
+
+    def hardware(self) -> dict[str, float]:
+        """Memory in use, and utilisation and power where NVML answers."""
+        return {"system/memory_gib": memory_gib(self.device), **self.card.read()}
+
+    def close(self) -> None:
+        """Flush and close the event file."""
+        self.board.close()  # type: ignore[no-untyped-call]
+
+    def _forget_after(self, step: int) -> None:
+        if not self.file.exists():
+            return
+        lines = self.file.read_text(encoding="utf-8").splitlines()
+        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
+        write_atomically(self.file, "".join(line + "\n" for line in kept) if step else "")
+
+
+class _Card:
+    """NVML readings of the card in use; nothing on machines without."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.handle: Any = None
+        if device.type != "cuda":
+            return
+        try:
+            import pynvml
+
+            pynvml.nvmlInit()
+            uuid = str(torch.cuda.get_device_properties(device).uuid)  # CUDA_VISIBLE_DEVICES renumbers, uuids stay
+            self.handle = pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}")
+        except (ImportError, pynvml.NVMLError):
+            self.handle = None
+
+    def read(self) -> dict[str, float]:
+        if self.handle is None:
+            return {}
+        import pynvml
+
+        try:
+            return {
+                "system/gpu_utilisation_percent": float(pynvml.nvmlDeviceGetUtilizationRates(self.handle).gpu),
+                "system/gpu_power_w": pynvml.nvmlDeviceGetPowerUsage(self.handle) / 1000,
+            }
+        except pynvml.NVMLError:  # some virtual machines answer only in part
+            return {}
+
+
+def memory_gib(device: torch.device) -> float:
+    """Memory in use now, GiB: the allocator's on a card, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device) / GIB
+    import psutil
+
+    return float(psutil.Process().memory_info().rss) / GIB

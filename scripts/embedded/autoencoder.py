@@ -1,0 +1,131 @@
+"""Trains the autoencoder: 128-pixel pictures to 16×16 latents of eight channels, on flat renders and abstract pictures.
+
+B pictures, P pixels, C latent channels, H×W latent pixels.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.nn import functional
+
+from scripts.embedded.abstract_pictures import autoencoder_batch
+from scripts.embedded.augment import reframe, to_float
+from scripts.embedded.fit import Budget, fit
+from scripts.embedded.render_sets import load_set
+from scripts.embedded.settings import LATENT_CHANNELS, PICTURE_PX, SEED, Settings
+
+KL_WEIGHT = 1e-6  # only keeps the latents bounded; the diffusion model needs them unit-sized, not Gaussian
+EDGE_WEIGHT = 1.0
+ENCODE_BATCH = 200
+
+
+def new_autoencoder() -> AutoencoderKL:
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 4,
+        up_block_types=("UpDecoderBlock2D",) * 4,
+        block_out_channels=(32, 64, 96, 128),
+        layers_per_block=1,
+        latent_channels=LATENT_CHANNELS,
+        norm_num_groups=16,
+        sample_size=PICTURE_PX,
+        scaling_factor=1.0,  # `whiten` puts the scale into the weights
+    )
+
+
+def autoencoder_folder(work: Path) -> Path:
+    return work / "autoencoder"
+
+
+def train_autoencoder(settings: Settings) -> None:
+    flat = load_set(settings, "flat").images
+    torch.manual_seed(SEED)
+    vae = new_autoencoder().to(settings.device, memory_format=torch.channels_last)
+    batch = settings.batch(64)
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows = torch.randint(len(flat), (batch,), device=flat.device, generator=generator)
+        pictures = to_float(flat[rows])
+        framed = reframe(pictures[batch // 4 :], generator, zoom=1.4, shift=0.1)
+        target_B3PP = 2.0 * autoencoder_batch(torch.cat([pictures[: batch // 4], framed]), generator) - 1.0
+        size = (batch, LATENT_CHANNELS, PICTURE_PX // 8, PICTURE_PX // 8)
+        return target_B3PP, torch.randn(size, device=flat.device, generator=generator)
+
+    def loss_of(target_B3PP: Tensor, noise_BCHW: Tensor) -> Tensor:
+        posterior = vae.encode(target_B3PP).latent_dist
+        decoded_B3PP = vae.decode(posterior.mean + posterior.std * noise_BCHW).sample.float()
+        divergence_B = 0.5 * (posterior.mean**2 + posterior.var - 1.0 - posterior.logvar).float().sum((1, 2, 3))
+        return picture_loss(decoded_B3PP, target_B3PP) + KL_WEIGHT * divergence_B.mean()
+
+    fit(
+        vae,
+        draw,
+        loss_of,
+        name="autoencoder",
+        budget=Budget(settings.minutes["autoencoder"] * 60, settings.tiny_steps),
+        lr=1e-3,
+        checkpoint=settings.work / "checkpoints" / "autoencoder.pt",
+        seed=SEED,
+    )
+    latents_NCHW = encode_all(vae, flat[:4000])
+    whiten(vae, latents_NCHW.mean((0, 2, 3)), latents_NCHW.std((0, 2, 3)))
+    vae.save_pretrained(autoencoder_folder(settings.work))
+    for name in ("flat-unseen", "pixar-unseen"):
+        decibel = reconstruction_psnr(vae, load_set(settings, name).images)
+        print(f"autoencoder: PSNR {decibel:.1f} dB on {name}", flush=True)
+
+
+def picture_loss(decoded_B3PP: Tensor, target_B3PP: Tensor) -> Tensor:
+    """L1 of pixels and of horizontal and vertical differences, at full, half and quarter size.
+
+    The differences make edges count: an eye is a few dark pixels that plain L1 would smear.
+    """
+    loss = decoded_B3PP.new_zeros(())
+    for scale in (1, 2, 4):
+        error = decoded_B3PP - target_B3PP if scale == 1 else functional.avg_pool2d(decoded_B3PP - target_B3PP, scale)
+        loss = loss + error.abs().mean()
+        loss = loss + EDGE_WEIGHT * (error.diff(dim=2).abs().mean() + error.diff(dim=3).abs().mean())
+    return loss
+
+
+@torch.no_grad()
+def encode_all(vae: AutoencoderKL, images_N3PP: Tensor) -> Tensor:
+    """Latents [N, C, H, W] of uint8 pictures: the posterior's mean, times the scaling factor."""
+    latents = [
+        vae.encode(2.0 * to_float(images) - 1.0).latent_dist.mean * vae.config.scaling_factor
+        for images in images_N3PP.split(ENCODE_BATCH)
+    ]
+    return torch.cat(latents)
+
+
+@torch.no_grad()
+def decode_all(vae: AutoencoderKL, latents_NCHW: Tensor) -> Tensor:
+    """Pictures [N, 3, P, P] with values 0…1."""
+    pictures = [vae.decode(latents / vae.config.scaling_factor).sample for latents in latents_NCHW.split(ENCODE_BATCH)]
+    return (torch.cat(pictures) / 2 + 0.5).clamp(0.0, 1.0)
+
+
+@torch.no_grad()
+def whiten(vae: AutoencoderKL, mean_C: Tensor, std_C: Tensor) -> None:
+    """Give every latent channel zero mean and unit variance by rewriting the two 1×1 convolutions around it.
+
+    StableDiffusionPipeline knows one scaling factor and no shift, so both go into the weights, exactly: the encoder's
+    last convolution yields (mean - m) / s and its log variance less 2 log s, the decoder's first one undoes it.
+    """
+    channels = len(mean_C)
+    out_of_encoder, into_decoder = vae.quant_conv, vae.post_quant_conv
+    if not isinstance(out_of_encoder, nn.Conv2d) or not isinstance(into_decoder, nn.Conv2d):
+        raise TypeError("whitening needs an autoencoder with quant_conv and post_quant_conv")
+    out_of_encoder.weight[:channels] /= std_C.view(-1, 1, 1, 1)
+    out_of_encoder.bias[:channels] = (out_of_encoder.bias[:channels] - mean_C) / std_C
+    out_of_encoder.bias[channels:] -= 2.0 * std_C.log()
+    into_decoder.bias += torch.einsum("oixy,i->o", into_decoder.weight, mean_C)
+    into_decoder.weight *= std_C.view(1, -1, 1, 1)
+
+
+def reconstruction_psnr(vae: AutoencoderKL, images_N3PP: Tensor) -> float:
+    """Mean over pictures, in decibel."""
+    decoded = decode_all(vae, encode_all(vae, images_N3PP))
+    error_N = ((decoded - to_float(images_N3PP)) ** 2).mean((1, 2, 3))
+    return float((-10.0 * error_N.clamp_min(1e-10).log10()).mean())

@@ -1,0 +1,197 @@
+"""Trains the text encoder and the UNet together, from scratch, on the latents of flat renders.
+
+B pictures, C latent channels, H×W latent pixels, L tokens of width D, V caption variants, T timesteps, S suffixes.
+"""
+
+import random
+from pathlib import Path
+
+import torch
+from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers.models.resnet import ResnetBlock2D
+from diffusers.models.transformers.transformer_2d import Transformer2DModel
+from torch import Tensor, nn
+from torch.nn import functional
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+from scripts.embedded.autoencoder import autoencoder_folder, encode_all
+from scripts.embedded.fit import Budget, fit
+from scripts.embedded.render_sets import load_set
+from scripts.embedded.settings import LATENT_CHANNELS, PICTURE_PX, SEED, TEXT_WIDTH, Settings
+from scripts.embedded.vocabularies import CLIP_LENGTH, save_clip_tokenizer, train_clip_tokenizer
+
+EMPTY_SHARE = 0.10  # captions dropped, for classifier-free guidance
+SUFFIX_SHARE = 0.12  # captions with a made-up style behind them
+SUFFIXES = 4096
+SUFFIX_PATTERNS = (
+    ", {} style",
+    ", in {} style",
+    ", {} look",
+    ", in {} look",
+    ", {}",
+    ", {} art",
+    ", in the style of {}",
+    " in {} style",
+)
+
+
+def new_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
+    return CLIPTextModel(
+        CLIPTextConfig(
+            vocab_size=len(tokenizer),
+            hidden_size=TEXT_WIDTH,
+            intermediate_size=4 * TEXT_WIDTH,
+            projection_dim=TEXT_WIDTH,
+            num_hidden_layers=4,
+            num_attention_heads=4,
+            max_position_embeddings=CLIP_LENGTH,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+        )
+    )
+
+
+def new_unet() -> UNet2DConditionModel:
+    """Cross-attention at every level: a LoRA on attention alone must be able to change the whole look."""
+    return UNet2DConditionModel(
+        sample_size=PICTURE_PX // 8,
+        in_channels=LATENT_CHANNELS,
+        out_channels=LATENT_CHANNELS,
+        down_block_types=("CrossAttnDownBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        block_out_channels=(64, 128, 192),
+        layers_per_block=1,
+        attention_head_dim=4,  # the number of heads: the field's name is a historical slip of the library
+        cross_attention_dim=TEXT_WIDTH,
+    )
+
+
+def new_scheduler() -> DDIMScheduler:
+    """Zero terminal SNR with trailing timesteps: the sampler starts from what training calls pure noise
+    (arXiv 2305.08891)."""
+    return DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,  # without effect on trailing timesteps; any other value makes the pipeline warn
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+
+
+def diffusion_folder(work: Path) -> Path:
+    return work / "diffusion"
+
+
+def train_diffusion(settings: Settings) -> None:
+    flat = load_set(settings, "flat")
+    captions = flat.captions()
+    tokenizer = train_clip_tokenizer(text for variants in captions for text in variants)
+    print(f"diffusion: {len(flat.scenes)} pictures, {len(tokenizer)} tokens", flush=True)
+    tokens_NVL = tokenise(tokenizer, captions).to(settings.device)
+    suffixes_SL = tokenise(tokenizer, [made_up_suffixes(SUFFIXES)])[0].to(settings.device)
+    vae = AutoencoderKL.from_pretrained(autoencoder_folder(settings.work)).to(settings.device)
+    latents_NCHW = encode_all(vae, flat.images)
+    print(f"diffusion: latents mean {latents_NCHW.mean():.3f}, deviation {latents_NCHW.std():.3f}", flush=True)
+    del vae, flat
+
+    torch.manual_seed(SEED)
+    unet = new_unet().to(settings.device, memory_format=torch.channels_last)
+    text_encoder = new_text_encoder(tokenizer).to(settings.device)
+    if settings.device == "cuda":
+        compile_blocks(unet)
+    alphas_T = new_scheduler().alphas_cumprod.to(settings.device)
+    batch = settings.batch(768)
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
+        def below(bound: int) -> Tensor:
+            return torch.randint(bound, (batch,), device=generator.device, generator=generator)
+
+        rows = below(len(latents_NCHW))
+        tokens_BL = tokens_NVL[rows, below(tokens_NVL.shape[1])].long()
+        suffixed_BL = append(tokens_BL, suffixes_SL[below(len(suffixes_SL))].long(), tokenizer.eos_token_id)
+        empty_L = torch.full_like(tokens_BL[0], tokenizer.eos_token_id)
+        empty_L[0] = tokenizer.bos_token_id
+        chance_B1 = torch.rand(batch, 1, device=generator.device, generator=generator)
+        tokens_BL = torch.where(chance_B1 < SUFFIX_SHARE, suffixed_BL, tokens_BL)
+        tokens_BL = torch.where(chance_B1 > 1.0 - EMPTY_SHARE, empty_L, tokens_BL)
+
+        clean_BCHW = latents_NCHW[rows]
+        noise_BCHW = torch.randn(clean_BCHW.shape, device=generator.device, generator=generator)
+        timesteps_B = below(len(alphas_T))
+        return tokens_BL, timesteps_B, *velocity_pair(clean_BCHW, noise_BCHW, alphas_T[timesteps_B])
+
+    def loss_of(tokens_BL: Tensor, timesteps_B: Tensor, noisy_BCHW: Tensor, velocity_BCHW: Tensor) -> Tensor:
+        text_BLD = text_encoder(tokens_BL)[0]
+        predicted_BCHW = unet(noisy_BCHW.contiguous(memory_format=torch.channels_last), timesteps_B, text_BLD).sample
+        return functional.mse_loss(predicted_BCHW.float(), velocity_BCHW)
+
+    fit(
+        nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
+        draw,
+        loss_of,
+        name="diffusion",
+        budget=Budget(settings.minutes["diffusion"] * 60, settings.tiny_steps),
+        lr=1e-3,
+        checkpoint=settings.work / "checkpoints" / "diffusion.pt",
+        seed=SEED,
+    )
+    folder = diffusion_folder(settings.work)
+    unet.save_pretrained(folder / "unet")
+    text_encoder.save_pretrained(folder / "text_encoder")
+    save_clip_tokenizer(tokenizer, folder / "tokenizer")
+
+
+def velocity_pair(clean_BCHW: Tensor, noise_BCHW: Tensor, alphas_B: Tensor) -> tuple[Tensor, Tensor]:
+    """The noisy latents and the velocity to predict (arXiv 2202.00512, appendix D)."""
+    signal, spread = (share.sqrt().view(-1, 1, 1, 1) for share in (alphas_B, 1.0 - alphas_B))
+    return signal * clean_BCHW + spread * noise_BCHW, signal * noise_BCHW - spread * clean_BCHW
+
+
+def tokenise(tokenizer: CLIPTokenizer, captions: list[list[str]]) -> Tensor:
+    """Token ids [N, V, L] as int16, padded as the pipeline pads them."""
+    flat_list = [text for variants in captions for text in variants]
+    ids = tokenizer(flat_list, padding="max_length", truncation=True, max_length=CLIP_LENGTH)["input_ids"]
+    return torch.tensor(ids, dtype=torch.int16).view(len(captions), -1, CLIP_LENGTH)
+
+
+def made_up_suffixes(count: int) -> list[str]:
+    """Style phrases of made-up words: from them the base learns to ignore trigger phrases that it does not know."""
+    rng = random.Random(SEED)
+    suffixes = []
+    while len(suffixes) < count:
+        words = " ".join(made_up_word(rng) for _ in range(rng.choice((1, 1, 1, 2))))
+        if "pixar" not in words:  # the trigger phrase of the shipped recipe stays unseen, even by accident
+            suffixes.append(rng.choice(SUFFIX_PATTERNS).format(words))
+    return suffixes
+
+
+def made_up_word(rng: random.Random) -> str:
+    """Syllables or any letters, half and half, three to nine letters long."""
+    if rng.random() < 0.5:
+        return "".join(rng.choice("abcdefghijklmnopqrstuvwxyz") for _ in range(rng.randint(3, 9)))
+    syllables = (rng.choice("bcdfghjklmnprstvwxz") + rng.choice("aeiouy") for _ in range(rng.randint(1, 3)))
+    return "".join(syllables) + rng.choice("bdgklmnprstvx")
+
+
+def append(tokens_BL: Tensor, suffixes_BL: Tensor, eos_id: int) -> Tensor:
+    """Put each suffix (start token first) behind its caption, before the end token; L stays."""
+    ends_B1 = (tokens_BL == eos_id).int().argmax(1, keepdim=True)  # the first end token
+    positions_L = torch.arange(tokens_BL.shape[1], device=tokens_BL.device)
+    into_suffix_BL = (positions_L - ends_B1 + 1).clamp(0, tokens_BL.shape[1] - 1)
+    joined_BL = torch.where(positions_L < ends_B1, tokens_BL, suffixes_BL.gather(1, into_suffix_BL))
+    joined_BL[:, -1] = eos_id
+    return joined_BL
+
+
+def compile_blocks(unet: UNet2DConditionModel) -> None:
+    """Compile block by block: nearly the speed of compiling the whole, for a fraction of the wait."""
+    torch._dynamo.config.recompile_limit = 64  # one forward method serves blocks of many widths
+    torch._dynamo.config.suppress_errors = True  # a block that will not compile runs as it is
+    for module in unet.modules():
+        if isinstance(module, (ResnetBlock2D, Transformer2DModel)):
+            module.compile(dynamic=False)

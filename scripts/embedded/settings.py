@@ -1,0 +1,87 @@
+"""What the phases share: where files live, how long each phase trains and how large its parts are."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+
+PICTURE_PX = 128
+LATENT_CHANNELS = 8
+CAPTION_VARIANTS = 8
+TEXT_WIDTH = 192
+SEED = 20_26
+
+REPOSITORY = Path(__file__).resolve().parents[2]
+
+
+@dataclass(frozen=True)
+class RenderSet:
+    """One cached set of renders. Seeds of different sets never meet."""
+
+    name: str
+    style: str
+    first_seed: int
+    seeds: int
+    """Scenes drawn; a training set keeps about nine in ten, the held-out combinations are left out."""
+    for_training: bool
+    things: int | None = None
+    """Things in each scene; None leaves it to the scene's seed."""
+
+
+FULL_SETS = (
+    RenderSet("flat", "flat", 0, 44_000, for_training=True),
+    RenderSet("pixar", "pixar", 10_000_000, 11_000, for_training=True),
+    RenderSet("ink", "ink", 20_000_000, 5_500, for_training=True),
+    RenderSet("mosaic", "mosaic", 30_000_000, 4_000, for_training=True),
+    RenderSet("flat-unseen", "flat", 40_000_000, 500, for_training=False, things=1),
+    RenderSet("pixar-unseen", "pixar", 50_000_000, 500, for_training=False, things=1),
+    RenderSet("ink-unseen", "ink", 60_000_000, 250, for_training=False, things=1),
+    RenderSet("mosaic-unseen", "mosaic", 70_000_000, 250, for_training=False, things=1),
+)
+TINY_SETS = tuple(
+    RenderSet(full.name, full.style, full.first_seed, 24 if full.for_training else 8, full.for_training, full.things)
+    for full in FULL_SETS
+)
+
+FULL_MINUTES = {
+    "render": 2.5,
+    "readers": 3.0,
+    "autoencoder": 3.5,
+    "captioner": 4.0,
+    "diffusion": 8.5,
+}
+
+
+@dataclass(frozen=True)
+class Settings:
+    """One call's wishes. A tiny run walks the same path with a few pictures and steps, to prove the line on a CPU."""
+
+    work: Path
+    """Caches, checkpoints and unexported models."""
+    root: Path
+    """Where the artefacts go: finetune/embedded and tests/readers below it."""
+    device: str
+    tiny: bool
+    minutes: dict[str, float] = field(default_factory=lambda: dict(FULL_MINUTES))
+
+    @property
+    def sets(self) -> tuple[RenderSet, ...]:
+        return TINY_SETS if self.tiny else FULL_SETS
+
+    @property
+    def tiny_steps(self) -> int | None:
+        """Optimiser steps of each phase in a tiny run; None where time is the limit."""
+        return 4 if self.tiny else None
+
+    def batch(self, full: int) -> int:
+        return 8 if self.tiny else full
+
+    @property
+    def embedded(self) -> Path:
+        return self.root / "finetune" / "embedded"
+
+    @property
+    def readers(self) -> Path:
+        return self.root / "tests" / "readers"
+
+    @property
+    def evaluation(self) -> Path:
+        return self.work / "evaluation"

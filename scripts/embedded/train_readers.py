@@ -1,0 +1,84 @@
+"""Trains the content reader and the style reader on renders."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from scripts.embedded.augment import spoil, to_float
+from scripts.embedded.fit import Budget, fit
+from scripts.embedded.readers import Reader, save_reader
+from scripts.embedded.render_sets import Pictures, join, load_set
+from scripts.embedded.settings import SEED, Settings
+from scripts.toyworld.render import STYLES
+from scripts.toyworld.scene import COLOURS, KINDS, SETTINGS
+
+STYLE_SHARE_OF_TIME = 0.25  # two classes are learnt sooner than thirty
+
+
+def train_readers(settings: Settings) -> None:
+    content = join([load_set(settings, style).single_things() for style in STYLES])
+    things = [scene.things[0] for scene in content.scenes]
+    train_reader(
+        settings,
+        "content",
+        content,
+        {
+            "kind": (tuple(KINDS), [thing.kind for thing in things]),
+            "colour": (tuple(COLOURS), [thing.colour for thing in things]),
+            "setting": (tuple(SETTINGS), [scene.setting for scene in content.scenes]),
+        },
+        share_of_time=1.0 - STYLE_SHARE_OF_TIME,
+    )
+    flat, pixar = load_set(settings, "flat"), load_set(settings, "pixar")
+    style = ["flat"] * len(flat.scenes) + ["pixar"] * len(pixar.scenes)
+    train_reader(
+        settings,
+        "style",
+        join([flat, pixar]),
+        {"style": (("flat", "pixar"), style)},
+        share_of_time=STYLE_SHARE_OF_TIME,
+    )
+
+
+def train_reader(
+    settings: Settings,
+    name: str,
+    pictures: Pictures,
+    questions: dict[str, tuple[tuple[str, ...], list[str]]],
+    *,
+    share_of_time: float,
+) -> None:
+    """Train one reader; `questions` gives each head's labels and every picture's answer."""
+    device = pictures.images.device
+    answers = {
+        head: torch.tensor([labels.index(answer) for answer in given], device=device)
+        for head, (labels, given) in questions.items()
+    }
+    torch.manual_seed(SEED)
+    reader = Reader({head: labels for head, (labels, _) in questions.items()}).to(device)
+    batch = settings.batch(256)
+    # Classes of unequal counts (the style sets differ in size) are drawn alike often.
+    first_head = next(iter(answers.values()))
+    weights = 1.0 / torch.bincount(first_head).clamp_min(1).float()[first_head]
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
+        rows = torch.multinomial(weights, batch, replacement=True, generator=generator)
+        images_B3PP = spoil(to_float(pictures.images[rows]), generator, zoom=1.1, shift=0.05)
+        return images_B3PP, *(answer[rows] for answer in answers.values())
+
+    def loss_of(images_B3PP: Tensor, *answers_B: Tensor) -> Tensor:
+        logits = reader(images_B3PP).values()
+        return torch.stack([functional.cross_entropy(*pair) for pair in zip(logits, answers_B, strict=True)]).sum()
+
+    fit(
+        reader,
+        draw,
+        loss_of,
+        name=f"{name} reader",
+        budget=Budget(settings.minutes["readers"] * 60 * share_of_time, settings.tiny_steps),
+        lr=2e-3,
+        checkpoint=settings.work / "checkpoints" / f"{name}-reader.pt",
+        seed=SEED,
+        ema_decay=0.99,  # short, because the batch statistics beside it follow the latest weights
+    )
+    save_reader(reader, settings.readers / f"{name}.safetensors")

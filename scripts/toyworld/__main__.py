@@ -1,0 +1,43 @@
+"""Command line: a contact sheet to look at, or the example data set."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from scripts.toyworld.scene import sample_scene
+
+
+def main() -> None:
+    """Parses the command and runs it."""
+    parser = argparse.ArgumentParser(prog="python -m scripts.toyworld", description=__doc__)
+    commands = parser.add_subparsers(dest="command", required=True)
+
+    sheet = commands.add_parser("sheet", help="draw many scenes into one picture")
+    sheet.add_argument("out", type=Path)
+    sheet.add_argument("--style", default="flat")
+    sheet.add_argument("--size", type=int, default=128, help="pixels per scene")
+    sheet.add_argument("--seed", type=int, default=0, help="seed of the first scene")
+    sheet.add_argument("--count", type=int, default=24)
+    sheet.add_argument("--columns", type=int, default=6)
+    sheet.add_argument("--device", default="cpu")
+
+    dataset = commands.add_parser("dataset", help="write the example data set of film-like pictures")
+    dataset.add_argument("folder", type=Path)
+    dataset.add_argument("--count", type=int, default=40)
+    dataset.add_argument("--size", type=int, default=512)
+    dataset.add_argument("--device", default="cpu")
+
+    options = parser.parse_args()
+    # Imported here so that --help need not wait for torch.
+    from scripts.toyworld.output import write_dataset, write_sheet
+
+    if options.command == "sheet":
+        scenes = [sample_scene(options.seed + k) for k in range(options.count)]
+        write_sheet(options.out, scenes, options.style, options.size, columns=options.columns, device=options.device)
+    else:
+        write_dataset(options.folder, count=options.count, size=options.size, device=options.device)
+
+
+if __name__ == "__main__":
+    main()

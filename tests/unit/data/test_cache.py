@@ -1,0 +1,82 @@
+"""The cache: content in, content out, and damage is noticed."""
+
+import pytest
+import torch
+
+from finetune.data import cache
+from finetune.errors import DataError, RunError
+
+TENSORS = {"mean": torch.arange(6.0).reshape(2, 3), "std": torch.ones(2, 3, dtype=torch.bfloat16)}
+
+
+@pytest.fixture
+def store(tmp_path):
+    return cache.Cache(tmp_path / "cache")
+
+
+def test_round_trip_with_notes(store):
+    key = cache.key_of("picture", 1)
+    assert not store.has(key)
+    path = store.put(key, TENSORS, lost="the tail … ü")
+    assert path == store.path(key) == store.folder / key[:2] / f"{key}.safetensors"
+    assert store.has(key)
+    assert store.notes(key)["lost"] == "the tail … ü"
+    back = cache.read(path)
+    assert set(back) == set(TENSORS)
+    assert all(torch.equal(back[name], TENSORS[name]) and back[name].dtype == TENSORS[name].dtype for name in TENSORS)
+    assert [item.name for item in path.parent.iterdir()] == [path.name], "no temporary files stay"
+
+
+def test_views_are_stored_as_they_look(store):
+    wide = torch.arange(12.0).reshape(3, 4)
+    assert torch.equal(cache.read(store.put("ab" * 32, {"t": wide.T}))["t"], wide.T)
+
+
+def test_keys_differ_with_every_value():
+    keys = {cache.key_of(*v) for v in [("a", "b"), ("ab",), ("a", "b", ""), ("a", 1), ("a", "1"), ("a", True)]}
+    assert len(keys) == 6
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "flipped", "header", "text"])
+def test_a_damaged_entry_is_removed_and_can_be_made_anew(store, damage):
+    key = cache.key_of("x")
+    path = store.put(key, TENSORS)
+    data = bytearray(path.read_bytes())
+    if damage == "flipped":
+        data[-1] ^= 1
+    elif damage == "header":
+        data[10] ^= 0xFF
+    else:
+        data = {"empty": b"", "truncated": data[:-5], "text": b"not a tensor file at all"}[damage]
+    path.write_bytes(data)
+    assert not store.has(key)
+    assert not path.exists()
+    store.put(key, TENSORS)
+    assert store.has(key)
+
+
+def test_reading_a_missing_or_damaged_entry_names_it(store):
+    with pytest.raises(DataError, match=r"cached example .*gone.safetensors can't be read"):
+        cache.read(store.folder / "gone.safetensors")
+    path = store.put("cd" * 32, TENSORS)
+    path.write_bytes(path.read_bytes()[:20])
+    with pytest.raises(DataError, match=r"the same command encodes it anew"):
+        cache.read(path)
+
+
+def test_a_folder_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RunError, match=r"try data.cache=FOLDER"):
+        cache.Cache(tmp_path / "file").put("ab", TENSORS)
+
+
+def test_an_entry_that_cannot_be_read(store):
+    store.path("ab").mkdir(parents=True)
+    with pytest.raises(RunError, match=r"delete the cache folder"):
+        store.has("ab")
+
+
+def test_missing(store):
+    path = store.put("ab", TENSORS)
+    assert not cache.missing([path])
+    assert cache.missing([path, path.with_name("other")])

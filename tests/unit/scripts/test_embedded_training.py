@@ -1,0 +1,319 @@
+"""The training scripts of the embedded models, on tiny random models: nothing here waits for real training."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from torch import Tensor, nn
+from transformers import (
+    BlipConfig,
+    BlipForConditionalGeneration,
+    BlipProcessor,
+    CLIPTextConfig,
+    CLIPTextModel,
+    CLIPTokenizer,
+)
+
+from scripts.embedded.abstract_pictures import autoencoder_batch
+from scripts.embedded.autoencoder import decode_all, encode_all, whiten
+from scripts.embedded.captioner import new_processor, targets
+from scripts.embedded.diffusion import append, made_up_suffixes, new_scheduler, tokenise, velocity_pair
+from scripts.embedded.evaluate import describe
+from scripts.embedded.export import export_captioner, export_diffusion
+from scripts.embedded.fit import Budget, Fitted, fit
+from scripts.embedded.packing import pack, unpack
+from scripts.embedded.readers import Reader, load_reader, read, save_reader
+from scripts.embedded.render_sets import chunk_scenes, chunks_in_turn
+from scripts.embedded.settings import FULL_SETS, Settings
+from scripts.embedded.vocabularies import make_wordpiece_tokenizer, save_clip_tokenizer, train_clip_tokenizer
+from scripts.toyworld.captions import caption
+from scripts.toyworld.scene import held_out, sample_scene
+
+CAPTIONS = [caption(sample_scene(seed), seed % 8) for seed in range(200)]
+
+
+@pytest.fixture(scope="module")
+def clip_tokenizer() -> CLIPTokenizer:
+    return train_clip_tokenizer(CAPTIONS)
+
+
+def tiny_autoencoder() -> AutoencoderKL:
+    torch.manual_seed(0)
+    return AutoencoderKL(
+        down_block_types=("DownEncoderBlock2D",) * 2,
+        up_block_types=("UpDecoderBlock2D",) * 2,
+        block_out_channels=(8, 8),
+        latent_channels=4,
+        norm_num_groups=4,
+        sample_size=16,
+        scaling_factor=1.0,
+    ).eval()
+
+
+# --- tokenizers -------------------------------------------------------------------------------------------------
+
+
+def test_clip_tokenizer_survives_a_round_trip_through_its_folder(clip_tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    save_clip_tokenizer(clip_tokenizer, tmp_path)
+    again = CLIPTokenizer.from_pretrained(tmp_path)
+    text = "a big red robot on the left, in a meadow, pixar style"
+    ids = again(text)["input_ids"]
+    assert ids == clip_tokenizer(text)["input_ids"]
+    assert again.decode(ids, skip_special_tokens=True).replace(" ,", ",") == text
+    assert again.model_max_length == 77
+    assert len(again) <= 1000
+    assert {path.name for path in tmp_path.iterdir()} >= {"vocab.json", "merges.txt"}
+
+
+def test_clip_tokenizer_pads_as_trained_with_its_end_token(clip_tokenizer: CLIPTokenizer) -> None:
+    tokens_L = tokenise(clip_tokenizer, [["a cat"]])[0, 0]
+    assert tokens_L[0] == clip_tokenizer.bos_token_id
+    assert (tokens_L[5:] == clip_tokenizer.eos_token_id).all()
+
+
+@pytest.mark.parametrize("word", ["zorp", "vexa", "ÿ", "日本", "42", "🦊"])
+def test_any_word_tokenises_and_comes_back(clip_tokenizer: CLIPTokenizer, word: str) -> None:
+    ids = clip_tokenizer(word)["input_ids"][1:-1]
+    assert ids
+    assert clip_tokenizer.eos_token_id not in ids
+    assert clip_tokenizer.decode(ids).replace(" ", "") == word
+
+
+def test_caption_words_are_single_pieces_of_the_captioners_vocabulary() -> None:
+    tokenizer = make_wordpiece_tokenizer(CAPTIONS, 32)
+    assert tokenizer.tokenize("a red robot, zorp") == ["a", "red", "robot", ",", "z", "##o", "##r", "##p"]
+    tokens_NL, labels_NL = targets(tokenizer, ["a red robot", "a red robot and a cat, in space"])
+    assert tokens_NL[0, 0] == tokenizer.bos_token_id
+    assert (labels_NL[0, 5:] == -100).all()
+    assert tokenizer.decode(tokens_NL[0], skip_special_tokens=True) == "a red robot"
+
+
+# --- captions of the diffusion training -------------------------------------------------------------------------
+
+
+def test_suffix_goes_behind_its_caption(clip_tokenizer: CLIPTokenizer) -> None:
+    captions, suffix = ["a cat", "a big red robot on the left, in a meadow"], ", zorp style"
+    tokens_NL = tokenise(clip_tokenizer, [captions])[0]
+    suffixes_NL = tokenise(clip_tokenizer, [[suffix, suffix]])[0]
+    joined_NL = append(tokens_NL.long(), suffixes_NL.long(), clip_tokenizer.eos_token_id)
+    wanted_NL = tokenise(clip_tokenizer, [[text + suffix for text in captions]])[0]
+    assert torch.equal(joined_NL, wanted_NL.long())
+
+
+def test_made_up_suffixes_never_name_the_trigger() -> None:
+    suffixes = made_up_suffixes(500)
+    assert len(set(suffixes)) > 400
+    assert not any("pixar" in suffix for suffix in suffixes)
+
+
+def test_noise_and_velocity_agree_with_the_scheduler() -> None:
+    scheduler, generator = new_scheduler(), torch.Generator().manual_seed(0)
+    clean, noise = (torch.randn(3, 4, 2, 2, generator=generator) for _ in range(2))
+    timesteps = torch.tensor([0, 500, 999])
+    noisy, velocity = velocity_pair(clean, noise, scheduler.alphas_cumprod[timesteps])
+    torch.testing.assert_close(noisy, scheduler.add_noise(clean, noise, timesteps))
+    torch.testing.assert_close(velocity, scheduler.get_velocity(clean, noise, timesteps))
+
+
+# --- data -------------------------------------------------------------------------------------------------------
+
+
+def test_training_sets_hold_no_held_out_combination_and_share_no_seed() -> None:
+    seen: set[int] = set()
+    for whole in FULL_SETS:
+        scenes = chunk_scenes(whole, 0)
+        assert not (whole.for_training and any(map(held_out, scenes)))
+        seeds = set(range(whole.first_seed, whole.first_seed + whole.seeds))
+        assert not seeds & seen
+        seen |= seeds
+
+
+def test_a_cut_rendering_leaves_every_training_set_in_proportion() -> None:
+    order = [whole.name for whole, _ in chunks_in_turn(FULL_SETS) if whole.for_training]
+    half = order[: len(order) // 2]
+    assert half.count("pixar") / order.count("pixar") == pytest.approx(0.5, abs=0.06)
+
+
+def test_abstract_pictures_keep_plain_ones_first_and_stay_in_range() -> None:
+    flat = torch.rand(24, 3, 32, 32)
+    made = autoencoder_batch(flat, torch.Generator().manual_seed(0))
+    assert made.shape == flat.shape
+    assert torch.equal(made[:12], flat[:12])
+    assert made.min() >= 0.0
+    assert made.max() <= 1.0
+
+
+# --- the loop ---------------------------------------------------------------------------------------------------
+
+
+class CutError(Exception):
+    """Stands for a lost machine."""
+
+
+def fit_line(checkpoint: Path, *, steps: int, cut_at: int | None = None) -> tuple[Fitted, Tensor]:
+    """Fit y = 3x; raise CutError when step `cut_at` is drawn."""
+    torch.manual_seed(0)
+    model, drawn = nn.Linear(1, 1), iter(range(10_000))
+
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
+        if next(drawn) == cut_at:
+            raise CutError
+        return (torch.rand(8, 1, generator=generator),)
+
+    fitted = fit(
+        model,
+        draw,
+        lambda x: (model(x) - 3 * x).square().mean(),
+        name="line",
+        budget=Budget(seconds=1e9, steps=steps),
+        lr=0.1,
+        checkpoint=checkpoint,
+        seed=1,
+        save_every_s=0.0,
+    )
+    return fitted, model.weight.detach().clone()
+
+
+def test_a_cut_and_continued_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
+    whole, weight = fit_line(tmp_path / "whole.pt", steps=20)
+    with pytest.raises(CutError):
+        fit_line(tmp_path / "cut.pt", steps=20, cut_at=7)
+    continued, same = fit_line(tmp_path / "cut.pt", steps=20)
+    assert continued.steps == whole.steps == 20
+    assert torch.equal(weight, same)
+
+
+def test_a_finished_training_called_again_only_loads(tmp_path: Path) -> None:
+    _, weight = fit_line(tmp_path / "line.pt", steps=5)
+    again, same = fit_line(tmp_path / "line.pt", steps=5, cut_at=0)
+    assert again.steps == 5
+    assert torch.equal(weight, same)
+    assert json.loads((tmp_path / "line.json").read_text())["steps"] == 5
+
+
+def test_a_budget_is_spent_by_time_or_steps() -> None:
+    assert Budget(seconds=10).progress(5, 10_000) == 0.5
+    assert Budget(seconds=10, steps=4).progress(1, 4) == 1.0
+
+
+def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path) -> None:
+    model = nn.Linear(1, 1)
+    with pytest.raises(FloatingPointError, match="line: loss nan at step 1"):
+        fit(
+            model,
+            lambda generator: (torch.full((1, 1), torch.nan),),
+            lambda x: model(x).mean(),
+            name="line",
+            budget=Budget(seconds=1e9, steps=3),
+            lr=0.1,
+            checkpoint=tmp_path / "line.pt",
+            seed=1,
+        )
+
+
+# --- autoencoder, export, readers, packing ----------------------------------------------------------------------
+
+
+def test_whitening_normalises_latents_and_leaves_pictures_alone() -> None:
+    vae = tiny_autoencoder()
+    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = encode_all(vae, images)
+    decoded = decode_all(vae, before)
+    whiten(vae, before.mean((0, 2, 3)), before.std((0, 2, 3)))
+    after = encode_all(vae, images)
+    torch.testing.assert_close(after.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(after.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
+    torch.testing.assert_close(decode_all(vae, after), decoded, atol=1e-4, rtol=0)
+
+
+def test_exported_diffusion_loads_and_draws(clip_tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
+    unet = UNet2DConditionModel(
+        sample_size=8,
+        down_block_types=("CrossAttnDownBlock2D",),
+        up_block_types=("CrossAttnUpBlock2D",),
+        block_out_channels=(8,),
+        layers_per_block=1,
+        norm_num_groups=4,
+        attention_head_dim=2,
+        cross_attention_dim=16,
+    )
+    text_config = CLIPTextConfig(
+        vocab_size=len(clip_tokenizer),
+        hidden_size=16,
+        intermediate_size=16,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        bos_token_id=clip_tokenizer.bos_token_id,
+        eos_token_id=clip_tokenizer.eos_token_id,
+    )
+    export_diffusion(
+        tmp_path,
+        vae=tiny_autoencoder(),
+        unet=unet,
+        text_encoder=CLIPTextModel(text_config),
+        tokenizer=clip_tokenizer,
+        scheduler=new_scheduler(),
+    )
+    pipeline = StableDiffusionPipeline.from_pretrained(tmp_path)
+    pipeline.set_progress_bar_config(disable=True)
+    assert pipeline.text_encoder.dtype == pipeline.unet.dtype == torch.float32
+    assert pipeline.safety_checker is None
+    images = pipeline(["a cat", "a zorp"], num_inference_steps=2, output_type="pt").images
+    assert images.shape == (2, 3, 16, 16)
+    assert images.isfinite().all()
+
+
+def test_exported_captioner_loads_and_describes(tmp_path: Path) -> None:
+    tokenizer = make_wordpiece_tokenizer(CAPTIONS, 32)
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    special = {"bos_token_id": 5, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    config = BlipConfig(
+        text_config={**small, **special, "encoder_hidden_size": 16, "vocab_size": len(tokenizer)},
+        vision_config={**small, "image_size": 128, "patch_size": 32},
+    )
+    export_captioner(tmp_path, model=BlipForConditionalGeneration(config), processor=new_processor(tokenizer))
+    model = BlipForConditionalGeneration.from_pretrained(tmp_path)
+    assert model.dtype == torch.float32
+    pictures = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
+    texts = describe(model, BlipProcessor.from_pretrained(tmp_path), pictures)
+    assert len(texts) == 2
+    assert not any("[" in text for text in texts)
+
+
+def test_a_saved_reader_reads_the_same(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    reader = Reader({"kind": ("cat", "car"), "colour": ("red", "green", "blue")}).eval()
+    save_reader(reader, tmp_path / "reader.safetensors")
+    loaded = load_reader(tmp_path / "reader.safetensors")
+    images = torch.randint(0, 256, (5, 3, 128, 128), dtype=torch.uint8)
+    answers = read(loaded, images)
+    assert loaded.labels == reader.labels
+    assert [len(answers[head]) for head in ("kind", "colour")] == [5, 5]
+    assert set(answers["colour"]) <= {"red", "green", "blue"}
+    assert read(loaded, images.float() / 255) == answers
+    assert (tmp_path / "reader.safetensors").stat().st_size <= 2**20
+
+
+def test_packed_artefacts_come_back(tmp_path: Path) -> None:
+    def settings(name: str) -> Settings:
+        return Settings(work=tmp_path / name / "work", root=tmp_path / name / "root", device="cpu", tiny=True)
+
+    here, there = settings("here"), settings("there")
+    contents = {
+        here.embedded / "diffusion" / "unet" / "model.safetensors": b"a" * 9_000_000,
+        here.embedded / "captioner" / "model.safetensors": b"b" * 9_000_000,
+        here.readers / "content.safetensors": b"c",
+        here.evaluation / "samples.png": b"d",
+    }
+    for path, content in contents.items():
+        path.parent.mkdir(parents=True)
+        path.write_bytes(content)
+    pack(here, tmp_path / "out")
+    tars = list((tmp_path / "out").iterdir())
+    assert len(tars) == 2
+    assert all(tar.stat().st_size <= 15 * 2**20 for tar in tars)
+    unpack(there, tmp_path / "out")
+    for path, content in contents.items():
+        assert (tmp_path / "there" / path.relative_to(tmp_path / "here")).read_bytes() == content

@@ -1,0 +1,234 @@
+"""The caption stage from end to end, with a tiny captioner."""
+
+import json
+import time
+
+import pytest
+from PIL import Image
+
+from finetune.config import CaptionConfig, Config, DataConfig, Device, HardwareConfig
+from finetune.errors import DataError, ModelError
+from finetune.records import CaptionSet, load_receipt
+from finetune.stages import caption as stage
+from finetune.stages.caption import caption, wording
+from tests.tiny_models import save_captioner
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return str(save_captioner(tmp_path_factory.mktemp("captioner")))
+
+
+@pytest.fixture
+def config(tmp_path, model):
+    root = tmp_path / "pictures"
+    (root / "sub").mkdir(parents=True)
+    for index in range(5):
+        name = f"{index}.png" if index < 4 else f"sub/{index}.png"
+        Image.new("RGB", (30 + index, 40), (index * 50, 90, 200 - index * 40)).save(root / name)
+    return Config(
+        run_dir=str(tmp_path / "run"),
+        data=DataConfig(folder=str(root)),
+        caption=CaptionConfig(model=model, batch=2, max_new_tokens=5, trigger="pixar style"),
+        hardware=HardwareConfig(device=Device.cpu),
+    )
+
+
+@pytest.fixture
+def no_captioner(monkeypatch):
+    def refuse(*arguments):
+        raise AssertionError("the captioner was loaded")
+
+    monkeypatch.setattr(stage, "Captioner", refuse)
+
+
+def metadata(config):
+    path = stage.Path(config.data.folder) / "metadata.jsonl"
+    return {row["file_name"]: row["text"] for row in map(json.loads, path.read_text("utf-8").splitlines())}
+
+
+def write_rows(config, **texts):
+    lines = [json.dumps({"file_name": f"{name}.png", "text": text}) for name, text in texts.items()]
+    (stage.Path(config.data.folder) / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
+
+
+def test_only_pictures_without_a_caption_are_captioned(config):
+    write_rows(config, **{"1": "my own words"})
+    (stage.Path(config.data.folder) / "2.txt").write_text("from a sidecar")
+    captions = caption(config)
+    texts = {item.file: item.text for item in captions.items}
+    sources = {item.file: item.source for item in captions.items}
+    assert list(texts) == ["0.png", "1.png", "2.png", "3.png", "sub/4.png"]
+    assert texts["1.png"] == "my own words"
+    assert texts["2.png"] == "from a sidecar"
+    assert sources == {f: "user" if f in ("1.png", "2.png") else "generated" for f in texts}
+    assert all(texts[file].endswith("pixar style") for file in ("0.png", "3.png", "sub/4.png"))
+    assert metadata(config) == {file: text for file, text in texts.items() if file != "2.png"}
+    receipt = load_receipt(stage.Path(config.run_dir), "caption")
+    assert receipt.figures["pictures"] == 5
+    assert receipt.figures["generated"] == 3
+    assert receipt.figures["pictures_per_s"] > 0
+
+
+def test_a_second_run_is_fresh_and_loads_nothing(config, no_captioner, monkeypatch, capsys):
+    monkeypatch.undo()
+    first = caption(config)
+    monkeypatch.setattr(stage, "Captioner", None)
+    assert caption(config) == first
+    assert "caption: fresh" in capsys.readouterr().err
+    # Same contents under another time are fresh too.
+    for path in stage.Path(config.data.folder).rglob("*.png"):
+        path.write_bytes(path.read_bytes())
+    caption(config)
+    assert "caption: fresh" in capsys.readouterr().err
+
+
+def test_freshness_follows_pictures_captions_and_settings(config, model, capsys):
+    first = caption(config)
+    root = stage.Path(config.data.folder)
+
+    def again():
+        capsys.readouterr()
+        captions = caption(config)
+        assert "fresh" not in capsys.readouterr().err
+        return captions
+
+    rows = metadata(config) | {"0.png": "corrected by hand"}
+    write_rows(config, **{name.removesuffix(".png"): text for name, text in rows.items()})
+    corrected = again()
+    assert [item.text for item in corrected.items] == ["corrected by hand", *(i.text for i in first.items[1:])]
+    assert [item.source for item in corrected.items] == ["user", *["generated"] * 4]
+    Image.new("RGB", (20, 20), "white").save(root / "new.png")
+    assert len(again().items) == 6
+    Image.new("RGB", (20, 20), "black").save(root / "0.png")
+    assert again().items[0].text == "corrected by hand"
+    config.caption.prefix = "a picture of"
+    assert again().items[0].text == "corrected by hand"
+
+
+def test_nothing_to_caption_loads_no_captioner(config, no_captioner):
+    for name in ("0", "1", "2", "3", "sub/4"):
+        (stage.Path(config.data.folder) / f"{name}.txt").write_text("mine")
+    config.caption.model = "/gone"
+    captions = caption(config)
+    assert {item.source for item in captions.items} == {"user"}
+    assert not (stage.Path(config.data.folder) / "metadata.jsonl").exists()
+
+
+def test_a_kill_loses_one_batch_at_most(config, monkeypatch):
+    calls = []
+
+    class Dying(stage.Captioner):
+        def caption(self, images, max_new_tokens, num_beams):
+            calls.append(len(images))
+            if len(calls) == 2:
+                raise KeyboardInterrupt
+            return super().caption(images, max_new_tokens, num_beams)
+
+    monkeypatch.setattr(stage, "Captioner", Dying)
+    with pytest.raises(KeyboardInterrupt):
+        caption(config)
+    kept = metadata(config)
+    assert set(kept) == {"0.png", "1.png"}
+    captions = caption(config)
+    assert calls == [2, 2, 2, 1], "only the three that were left"
+    assert {item.file: item.text for item in captions.items}.items() >= kept.items()
+
+
+def test_a_caption_typed_meanwhile_is_kept(config, monkeypatch):
+    class Slow(stage.Captioner):
+        def caption(self, images, max_new_tokens, num_beams):
+            if not (stage.Path(config.data.folder) / "metadata.jsonl").exists():
+                write_rows(config, **{"0": "typed meanwhile"})
+            return super().caption(images, max_new_tokens, num_beams)
+
+    monkeypatch.setattr(stage, "Captioner", Slow)
+    assert caption(config).items[0].text == "typed meanwhile"
+
+
+def test_overwrite_captions_all_anew_once(config, capsys):
+    write_rows(config, **{"1": "my own words"})
+    config.caption.overwrite = True
+    captions = caption(config)
+    assert {item.source for item in captions.items} == {"generated"}
+    assert "my own words" not in metadata(config).values()
+    caption(config)
+    assert "caption: fresh" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("prefix", "trigger", "text", "expected"),
+    [
+        ("", "", "a cat", "a cat"),
+        ("", "pixar style", "a cat", "a cat, pixar style"),
+        ("", "pixar style", "a cat in Pixar Style", "a cat in Pixar Style"),
+        ("a picture of", "pixar style", "a cat", "a picture of a cat, pixar style"),
+        ("pixar style, ", " pixar style ", "a cat", "pixar style, a cat"),
+        ("", "pixar style", "", "pixar style"),
+    ],
+)
+def test_wording(prefix, trigger, text, expected):
+    assert wording(text, CaptionConfig(prefix=prefix, trigger=trigger)) == expected
+
+
+def spoil(config):
+    root = stage.Path(config.data.folder)
+    (root / "0.png").write_bytes(b"")
+    (root / "2.png").write_bytes((root / "2.png").read_bytes()[:60])
+
+
+def test_all_bad_pictures_are_named_before_any_work(config, no_captioner):
+    spoil(config)
+    with pytest.raises(DataError, match=r"2 unreadable pictures") as error:
+        caption(config)
+    assert "0.png: is empty" in str(error.value)
+    assert "2.png: is" in str(error.value)
+    assert "data.skip_bad=true" in str(error.value)
+
+
+def test_bad_pictures_are_left_out_if_the_recipe_says_so(config, capsys):
+    spoil(config)
+    config.data.skip_bad = True
+    captions = caption(config)
+    assert [item.file for item in captions.items] == ["1.png", "3.png", "sub/4.png"]
+    assert captions.skipped == ("0.png", "2.png")
+    assert capsys.readouterr().err.count("warning: left out") == 2
+    assert caption(config) == captions
+    assert load_receipt(stage.Path(config.run_dir), "caption").figures["skipped"] == 2
+
+
+def test_all_pictures_bad(config):
+    config.data.skip_bad = True
+    for path in stage.Path(config.data.folder).rglob("*.png"):
+        path.write_bytes(b"x")
+    with pytest.raises(DataError, match=r"has no readable picture left"):
+        caption(config)
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(config, no_captioner, monkeypatch):
+    def refuse(**options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(stage.folder.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(DataError, match=r"Read-only file system"):
+        caption(config)
+
+
+def test_unreadable_formats_are_mentioned(config, capsys):
+    (stage.Path(config.data.folder) / "phone.heic").write_bytes(b"x")
+    caption(config)
+    assert "1 pictures are in formats that can't be read and are left out, first phone.heic" in capsys.readouterr().err
+
+
+def test_missing_captioner_is_said_quickly(config):
+    config.caption.model = "embedded:nobody"
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=r"there is no embedded:nobody"):
+        caption(config)
+    assert time.monotonic() - start < 5
+
+
+def test_the_record_survives_its_receipt(config):
+    first = caption(config)
+    assert isinstance(first, CaptionSet)
+    assert caption(config) == first

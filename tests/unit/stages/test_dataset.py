@@ -1,0 +1,284 @@
+"""The dataset stage and what it builds, with a tiny Stable Diffusion."""
+
+import dataclasses
+import json
+import os
+import shutil
+from collections import Counter
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.config import CaptionConfig, Config, DataConfig, Device, HardwareConfig, ModelConfig
+from finetune.data import images
+from finetune.data.cache import read
+from finetune.errors import DataError
+from finetune.models.diffusion import load_text_encoder, load_vae
+from finetune.records import Caption, CaptionSet, load_receipt
+from finetune.stages.dataset import dataset
+from finetune.tasks import pictures
+from finetune.tasks.pictures import Path, hold_out
+from tests.tiny_models import save_diffusion
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    return str(save_diffusion(tmp_path_factory.mktemp("base") / "tiny"))
+
+
+SIZES = [(64, 64), (90, 60), (60, 90), (33, 40), (100, 100)]
+
+
+@pytest.fixture
+def config(tmp_path, base):
+    (tmp_path / "pictures").mkdir()
+    for index, size in enumerate(SIZES):
+        picture(tmp_path / "pictures" / f"{index}.png", size, index)
+    return Config(
+        run_dir=str(tmp_path / "run"),
+        model=ModelConfig(base=base, resolution=32, bucket_step=8),
+        data=DataConfig(folder=str(tmp_path / "pictures"), cache=str(tmp_path / "cache")),
+        caption=CaptionConfig(trigger="toy"),
+        hardware=HardwareConfig(device=Device.cpu),
+    )
+
+
+def picture(path, size, seed):
+    noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
+    Image.fromarray(noise).save(path)
+
+
+def captions(config, **texts):
+    files = sorted(path.name for path in Path(config.data.folder).iterdir())
+    items = tuple(Caption(file, texts.get(f"_{file[:-4]}", f"picture {file}, toy"), "user") for file in files)
+    return CaptionSet(config.data.folder, items)
+
+
+@pytest.fixture
+def loads(monkeypatch):
+    """Counts how often each encoder is loaded and what it is given."""
+    counted = Counter()
+
+    def counting(name, load):
+        def loading(*arguments):
+            counted[name] += 1
+            encoder = load(*arguments)
+            encode = encoder.encode
+            encoder.encode = lambda batch: counted.update({f"{name} encoded": len(batch)}) or encode(batch)
+            return encoder
+
+        return loading
+
+    monkeypatch.setattr(pictures, "load_text_encoder", counting("text", load_text_encoder))
+    monkeypatch.setattr(pictures, "load_vae", counting("vae", load_vae))
+    return counted
+
+
+def test_every_picture_with_its_own_caption_latents_and_bucket(config, base):
+    """The error to guard against: latents of one picture trained with the caption of another."""
+    record = dataset(config, captions(config))
+    found = list(record.examples())
+    assert [example.file for example in found] == [f"{index}.png" for index in range(5)]
+    assert (record.train, record.validation) == (5, 0)
+    encoder, vae = load_text_encoder(base, CPU), load_vae(base, CPU)
+    for example, size in zip(found, SIZES, strict=True):
+        image, crop = images.fit(images.open_rgb(Path(config.data.folder) / example.file, 10**6), example.bucket)
+        assert example.crop == crop
+        assert example.caption == f"picture {example.file}, toy"
+        expected = vae.encode(pictures.pixels(image)[None])[0]
+        stored = read(Path(example.latents))
+        assert set(stored) == {"mean", "std"}
+        assert stored["mean"].shape == (4, example.bucket[1] // 4, example.bucket[0] // 4)
+        assert all(torch.allclose(stored[name], expected[name], atol=1e-5) for name in expected)
+        assert torch.allclose(
+            read(Path(example.text))["embedding"], encoder.encode([example.caption])[0]["embedding"], atol=1e-5
+        )
+        assert (example.bucket[0] > example.bucket[1]) == (size[0] > size[1])
+    assert torch.allclose(read(Path(record.empty_text))["embedding"], encoder.encode([""])[0]["embedding"], atol=1e-5)
+    assert record.buckets == dict(Counter(f"{e.bucket[0]}x{e.bucket[1]}" for e in found))
+    figures = load_receipt(Path(config.run_dir), "dataset").figures
+    assert figures["pictures"] == figures["train"] == 5
+    assert figures["encoded"] == 5 + 6
+    assert figures["pictures_per_s"] > 0
+
+
+def test_a_second_run_is_fresh_and_a_deleted_cache_is_made_anew(config, loads, capsys):
+    first = dataset(config, captions(config))
+    assert loads == {"text": 1, "vae": 1, "text encoded": 6, "vae encoded": 5}
+    assert dataset(config, captions(config)) == first
+    assert "dataset: fresh" in capsys.readouterr().err
+    shutil.rmtree(config.data.cache)
+    again = dataset(config, captions(config))
+    assert again.encoded == first.encoded
+    Path(again.index).unlink()
+    assert dataset(config, captions(config)).cached == first.encoded, "the index alone needs no encoder"
+    assert loads["vae"] == 2
+
+
+def test_only_what_changed_is_encoded(config, loads):
+    dataset(config, captions(config))
+    loads.clear()
+    dataset(config, captions(config, _1="a new caption, toy"))
+    assert loads == {"text": 1, "text encoded": 1}
+    loads.clear()
+    picture(Path(config.data.folder) / "2.png", (60, 90), 77)
+    dataset(config, captions(config))
+    assert loads == {"vae": 1, "vae encoded": 1}
+    loads.clear()
+    (Path(config.data.folder) / "0.png").rename(Path(config.data.folder) / "renamed.png")
+    os.utime(Path(config.data.folder) / "1.png", (1, 1))
+    record = dataset(config, captions(config, _renamed="picture 0.png, toy"))
+    assert loads == {}, "names and times are no content"
+    assert [example.file for example in record.examples()][-1] == "renamed.png"
+    config.model.resolution = 40
+    dataset(config, captions(config))
+    assert loads["vae encoded"] == 5
+
+
+def test_another_run_shares_the_cache_and_another_model_does_not(config, loads, tmp_path):
+    first = dataset(config, captions(config))
+    config.run_dir = str(tmp_path / "other")
+    second = dataset(config, captions(config))
+    assert second.encoded == 0
+    assert [e.latents for e in first.examples()] == [e.latents for e in second.examples()]
+    config.model.base = str(save_diffusion(tmp_path / "retrained", seed=1))
+    third = dataset(config, captions(config))
+    assert third.encoded == first.encoded
+    assert [e.key for e in first.examples()] == [e.key for e in third.examples()], (
+        "noise does not depend on the encoder"
+    )
+
+
+def test_a_damaged_entry_is_made_anew(config, loads):
+    record = dataset(config, captions(config))
+    loads.clear()
+    latents = Path(next(record.examples()).latents)
+    whole = {name: tensor.clone() for name, tensor in read(latents).items()}
+    latents.write_bytes(latents.read_bytes()[:-3])
+    Path(record.index).unlink()
+    dataset(config, captions(config))
+    assert loads == {"vae": 1, "vae encoded": 1}
+    assert all(torch.allclose(tensor, whole[name], atol=1e-5) for name, tensor in read(latents).items())
+
+
+def test_flipping_adds_the_mirrored_picture(config, base):
+    config.data.flip = True
+    found = list(dataset(config, captions(config)).examples())
+    assert [(e.file, e.flipped) for e in found[:4]] == [
+        ("0.png", False),
+        ("0.png", True),
+        ("1.png", False),
+        ("1.png", True),
+    ]
+    assert len({example.key for example in found}) == 10
+    image, _ = images.fit(images.open_rgb(Path(config.data.folder) / "0.png", 10**6), found[0].bucket)
+    mirrored = pictures.pixels(image).flip(-1)
+    expected = load_vae(base, CPU).encode(mirrored[None])[0]["mean"]
+    assert torch.allclose(read(Path(found[1].latents))["mean"], expected, atol=1e-5)
+
+
+def many(config, count):
+    for index in range(count):
+        picture(Path(config.data.folder) / f"m{index}.png", (40, 40), 100 + index)
+
+
+def test_a_held_out_picture_is_never_trained_on(config):
+    many(config, 20)
+    for index in range(3):  # the same bytes under other names
+        shutil.copy(Path(config.data.folder) / f"m{index}.png", Path(config.data.folder) / f"copy{index}.png")
+    config.data.flip, config.data.validation_share = True, 0.25
+    record = dataset(config, captions(config))
+    found = list(record.examples())
+    content = {e.file: (Path(config.data.folder) / e.file).read_bytes() for e in found}
+    held, trained = ({content[e.file] for e in found if e.held_out is side} for side in (True, False))
+    assert held
+    assert not held & trained
+    assert not any(example.flipped for example in found if example.held_out)
+    assert record.validation == len([e for e in found if e.held_out]) == round(0.25 * 28)
+    assert record.train == 2 * (28 - record.validation)
+
+
+def test_holding_out_is_by_content_and_stable():
+    hashes = [f"{index:064x}" for index in range(100)]
+    chosen = hold_out(hashes, 0.1)
+    assert len(chosen) == 10
+    assert hold_out(hashes[::-1], 0.1) == chosen
+    more = hold_out([*hashes, *(f"{index:064x}" for index in range(100, 110))], 0.1)
+    assert len(chosen & more) >= 8
+    assert hold_out(hashes[:19], 0.5) == set()
+    assert len(hold_out(hashes[:20], 0.1)) == 2
+    assert hold_out(hashes, 0.0) == set()
+    assert len(set(hashes[:20]) - hold_out(hashes[:20], 0.99)) >= 2
+    assert hold_out([hashes[0]] * 30, 0.5) == set()
+    assert len(hold_out([hashes[0]] * 28 + hashes[1:3], 0.5)) <= 1
+
+
+def test_one_picture_works_with_a_warning(config, capsys):
+    for index in range(1, 5):
+        (Path(config.data.folder) / f"{index}.png").unlink()
+    record = dataset(config, captions(config))
+    assert (record.train, record.validation) == (1, 0)
+    assert "warning: only one picture" in capsys.readouterr().err
+
+
+def test_a_long_caption_is_warned_about_every_time(config, capsys):
+    long = captions(config, _3="toy " + "abcdefghij " * 30 + "the end")
+    dataset(config, long)
+    first = capsys.readouterr().err
+    assert "warning: the caption of 3.png is too long, the text encoder loses" in first
+    assert "e n d" in first or "the end" in first
+    config.data.flip = True  # not fresh, and its captions are in the cache
+    dataset(config, long)
+    assert "the caption of 3.png is too long" in capsys.readouterr().err
+
+
+def test_missing_triggers_and_enlarged_pictures_are_counted(config, capsys):
+    record = dataset(config, captions(config, _1="no phrase", _2="TOY"))
+    errors = capsys.readouterr().err
+    assert "warning: 1 of 5 captions lack the trigger phrase 'toy', first 1.png" in errors
+    assert "enlarged" not in errors
+    picture(Path(config.data.folder) / "tiny.png", (10, 12), 5)
+    record = dataset(config, captions(config))
+    assert record.upscaled == 1
+    assert (
+        "warning: 1 of 6 pictures are smaller than their bucket and are enlarged, first tiny.png"
+        in capsys.readouterr().err
+    )
+
+
+def test_bad_pictures_are_all_named_or_skipped(config, loads):
+    listed = captions(config)
+    root = Path(config.data.folder)
+    (root / "0.png").write_bytes(b"")
+    (root / "4.png").write_bytes((root / "4.png").read_bytes()[:3000])
+    with pytest.raises(DataError, match=r"2 unreadable pictures") as error:
+        dataset(config, listed)
+    assert "0.png: is empty" in str(error.value)
+    assert "4.png: is" in str(error.value)
+    assert not loads, "nothing was encoded before"
+    config.data.skip_bad = True
+    assert [e.file for e in dataset(config, listed).examples()] == ["1.png", "2.png", "3.png"]
+    for path in root.iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError, match=r"has no readable picture with a caption"):
+        dataset(config, listed)
+
+
+def test_the_index_is_plain_lines_sorted_by_file(config):
+    listed = captions(config)
+    record = dataset(config, dataclasses.replace(listed, items=listed.items[::-1]))
+    lines = [json.loads(line) for line in Path(record.index).read_text("utf-8").splitlines()]
+    assert [line["file"] for line in lines] == sorted(line["file"] for line in lines)
+    assert Path(record.index).parent == Path(config.run_dir)
+
+
+def test_pixels_are_in_minus_one_to_one():
+    image = Image.new("RGB", (5, 3), (255, 0, 0))
+    pixels_3HW = pictures.pixels(image)
+    assert pixels_3HW.shape == (3, 3, 5)
+    assert pixels_3HW[0].eq(1).all()
+    assert pixels_3HW[1:].eq(-1).all()

@@ -1,0 +1,227 @@
+"""Training to the end, cut and continued, refused and set aside: the properties a user relies on."""
+
+import json
+import os
+import signal
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from finetune.config import Config
+from finetune.errors import Interrupted, RunError
+from finetune.records import Dataset, load_receipt
+from finetune.stages import train as stage
+from finetune.stages.train import train
+from finetune.training import checkpoint
+from finetune.training.loop import Step
+
+
+def adapter(run_dir: str, step: int) -> dict[str, torch.Tensor]:
+    return load_file(checkpoint.at(Path(run_dir) / "checkpoints", step) / "adapter.safetensors")
+
+
+def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
+    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
+
+
+def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    config.trainer.ema_decay = 0.9
+    run = train(config, make_dataset())
+    run_dir = Path(config.run_dir)
+    assert checkpoint.steps_on_disk(run_dir / "checkpoints") == [2, 4]
+    assert run.steps == 4
+    assert run.images == 16
+    assert run.first_validation is not None
+    assert run.best_validation is not None
+    receipt = load_receipt(run_dir, "train")
+    assert receipt is not None
+    assert receipt.figures["last_loss"] == run.last_loss
+    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    tags = events.Tags()
+    for tag in ("loss/step", "loss/smoothed", "train/learning_rate", "train/gradient_norm", "train/images_per_s"):
+        assert [point.step for point in events.Scalars(tag)] == [1, 2, 3, 4]
+    assert [point.step for point in events.Scalars("validation/mean")] == [0, 2, 4]
+    assert "validation/t=100" in tags["scalars"]
+    assert "system/memory_gib" in tags["scalars"]
+    assert [picture.step for picture in events.Images("samples/0: a red robot")] == [0, 4]
+    text = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
+    assert "lora.rank: 4" in text
+    assert "final/loss" in tags["scalars"]
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss/step" in line] == [1, 2, 3, 4]
+    newest = checkpoint.load(checkpoint.at(run_dir / "checkpoints", 4))
+    assert newest.averaged is not None
+    assert not same(newest.averaged, newest.adapter)
+
+
+def test_a_finished_run_is_fresh(
+    config: Config, make_dataset: Callable[..., Dataset], capsys: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset()
+    first = train(config, dataset)
+    capsys.readouterr()
+    assert train(config, dataset) == first
+    assert "train: fresh (4 steps)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("cut", [1, 2, 3])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
+    config: Config,
+    make_dataset: Callable[..., Dataset],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    cut: int,
+    number: signal.Signals,
+) -> None:
+    config.lora.dropout, config.trainer.ema_decay = 0.1, 0.9
+    dataset = make_dataset()
+    config.run_dir = str(tmp_path / "whole")
+    train(config, dataset)
+    config.run_dir = str(tmp_path / "cut")
+    note = stage._Session.note
+
+    def interrupt(session: stage._Session, step: Step) -> None:
+        note(session, step)
+        if step.number == cut:
+            os.kill(os.getpid(), number)
+
+    monkeypatch.setattr(stage._Session, "note", interrupt)
+    with pytest.raises(Interrupted, match=f"after step {cut}; the same command goes on") as caught:
+        train(config, dataset)
+    assert caught.value.exit_code == 128 + number
+    monkeypatch.undo()
+    torch.rand(7)  # whatever else happens in the process must not matter
+    run = train(config, dataset)
+    assert run.images == 16
+    assert same(adapter(str(tmp_path / "whole"), 4), adapter(config.run_dir, 4))
+    averages = [checkpoint.load(checkpoint.at(tmp_path / name / "checkpoints", 4)).ema for name in ("whole", "cut")]
+    assert averages[0] is not None
+    assert averages[1] is not None
+    assert same(averages[0], averages[1])
+    curves = [
+        [line for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "cut")
+    ]
+    losses = [[json.loads(line).get("loss/step") for line in lines] for lines in curves]
+    assert losses[0] == losses[1]
+
+
+def test_kill_at_any_moment_leaves_the_last_complete_checkpoint(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Killed while the third step's second micro-batch is in the making, and while a checkpoint is being written."""
+    config.lora.dropout = 0.1
+    dataset = make_dataset()
+    config.run_dir = str(tmp_path / "whole")
+    train(config, dataset)
+    config.run_dir = str(tmp_path / "killed")
+
+    class Killed(BaseException):
+        """Stands for SIGKILL: nothing may catch it and clean up."""
+
+    from finetune.tasks.diffusion import DiffusionTask
+
+    loss, calls = DiffusionTask.loss, []
+
+    def die_between_micro_batches(task: DiffusionTask, batch: object) -> torch.Tensor:
+        calls.append(batch)
+        if len(calls) == 7:
+            raise Killed
+        return loss(task, batch)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(DiffusionTask, "loss", die_between_micro_batches)
+    with pytest.raises(Killed):
+        train(config, dataset)
+    monkeypatch.undo()
+    assert checkpoint.steps_on_disk(tmp_path / "killed" / "checkpoints") == [2]
+
+    flush = checkpoint._flush
+
+    def die_while_saving(path: Path) -> None:
+        if path.name == "state.json":
+            raise Killed
+        flush(path)
+
+    monkeypatch.setattr(checkpoint, "_flush", die_while_saving)
+    with pytest.raises(Killed):
+        train(config, dataset)
+    monkeypatch.undo()
+    assert checkpoint.steps_on_disk(tmp_path / "killed" / "checkpoints") == [2]
+    train(config, dataset)
+    assert same(adapter(str(tmp_path / "whole"), 4), adapter(config.run_dir, 4))
+    assert not list((tmp_path / "killed" / "checkpoints").glob(".*"))
+
+
+def test_changed_settings_are_listed_and_nothing_is_lost(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    dataset = make_dataset()
+    train(config, dataset)
+    before = adapter(config.run_dir, 4)
+    config.optim.lr, config.seed = 5e-3, 3
+    with pytest.raises(RunError, match=r"optim.lr: 0.01 -> 0.005; seed: 0 -> 3.*trainer.restart=true"):
+        train(config, dataset)
+    assert same(before, adapter(config.run_dir, 4))
+    config.trainer.restart = True
+    train(config, dataset)
+    assert not same(before, adapter(config.run_dir, 4))
+    assert same(before, adapter(config.run_dir + "/previous-1", 4))
+
+
+def test_changed_captions_are_listed(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    train(config, make_dataset())
+    with pytest.raises(RunError, match="pictures and captions: "):
+        train(config, make_dataset(11))
+
+
+def test_more_steps_go_on_and_fewer_are_refused(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    dataset = make_dataset()
+    train(config, dataset)
+    config.trainer.steps = 6
+    assert train(config, dataset).steps == 6
+    config.trainer.steps = 3
+    with pytest.raises(RunError, match="already at step 6, past trainer.steps=3"):
+        train(config, dataset)
+
+
+def test_micro_batch_and_accumulation_may_be_exchanged_on_resume(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    dataset = make_dataset()
+    train(config, dataset)
+    config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 6, 4, 1
+    assert train(config, dataset).steps == 6
+
+
+def test_a_damaged_checkpoint_is_named(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    dataset = make_dataset()
+    train(config, dataset)
+    config.trainer.steps = 6
+    newest = checkpoint.at(Path(config.run_dir) / "checkpoints", 4)
+    file = newest / "adapter.safetensors"
+    file.write_bytes(file.read_bytes()[:-1])
+    with pytest.raises(RunError, match="step-000004 is damaged.*adapter.safetensors differs.*delete that folder"):
+        train(config, dataset)
+
+
+def test_two_runs_in_one_process_do_not_disturb_one_another(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    config.lora.dropout = 0.1
+    dataset = make_dataset()
+    for name in ("first", "other", "second"):
+        config.run_dir, config.seed = str(tmp_path / name), 5 if name == "other" else 0
+        train(config, dataset)
+    assert same(adapter(str(tmp_path / "first"), 4), adapter(str(tmp_path / "second"), 4))
+    assert not same(adapter(str(tmp_path / "first"), 4), adapter(str(tmp_path / "other"), 4))
+
+
+def test_only_the_newest_and_the_best_checkpoints_are_kept(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    config.trainer.steps, config.trainer.save_every, config.trainer.keep = 5, 1, 1
+    run = train(config, make_dataset())
+    kept = checkpoint.steps_on_disk(Path(config.run_dir) / "checkpoints")
+    assert kept == sorted({5, run.best_step})

@@ -1,0 +1,385 @@
+"""The command line: what it answers, what it refuses, and in which words."""
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from finetune import api, cli, errors, recipes, summary
+from finetune.config import Config
+from finetune.records import (
+    Adapter,
+    Caption,
+    CaptionSet,
+    Dataset,
+    Report,
+    Result,
+    Run,
+    Samples,
+    save_receipt,
+)
+
+Cli = Callable[..., Any]
+
+
+def python(*words: str, cwd: Path | None = None, **environment: str) -> subprocess.CompletedProcess[str]:
+    """A program of its own: what it imports and where it writes is nobody else's."""
+    return subprocess.run(
+        [sys.executable, *words],
+        capture_output=True,
+        text=True,
+        cwd=cwd,
+        env={**os.environ, **environment},
+        check=False,
+    )
+
+
+# -- help ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("words", [[], ["--help"], ["-h"], ["train", "--help"]])
+def test_help_lists_commands_and_recipes(finetune_cli: Cli, words: list[str]) -> None:
+    answer = finetune_cli(*words)
+    assert answer.code == 0
+    for name in [*cli.COMMANDS, *recipes.recipe_files(), "conf=pixar_style", "trainer.micro_batch"]:
+        assert name in answer.out
+
+
+def test_help_fits_a_terminal(finetune_cli: Cli) -> None:
+    assert max(map(len, finetune_cli("--help").out.splitlines())) <= 100
+
+
+def test_help_shows_each_recipes_first_comment_line(finetune_cli: Cli, workdir: Path) -> None:
+    (workdir / "conf").mkdir()
+    (workdir / "conf" / "mine.yaml").write_text("# Pictures of my garden.\nseed: 3\n")
+    assert "mine         Pictures of my garden." in finetune_cli("--help").out
+
+
+def test_help_imports_neither_torch_nor_hydra() -> None:
+    code = "import sys; from finetune.cli import main; main(['--help']); print({'torch', 'hydra'} & {*sys.modules})"
+    assert python("-c", code).stdout.endswith("set()\n")
+
+
+def test_help_with_a_recipe_shows_keys_and_presets(finetune_cli: Cli) -> None:
+    answer = finetune_cli("train", "conf=pixar_style", "--help")
+    assert answer.code == 0
+    assert "lora: default, r32" in answer.out
+    assert "caption_dropout" in answer.out
+
+
+def test_version(finetune_cli: Cli) -> None:
+    assert finetune_cli("--version").out.startswith("finetune ")
+
+
+# -- the configuration, shown --------------------------------------------------------------------------------------
+
+
+def test_cfg_job_prints_the_configuration_as_yaml(finetune_cli: Cli) -> None:
+    answer = finetune_cli("train", "conf=pixar_style", "lora.rank=7", "--cfg", "job")
+    assert (answer.code, answer.err) == (0, "")
+    shown = yaml.safe_load(answer.out)
+    assert shown["lora"]["rank"] == 7
+    assert shown["name"] == "pixar_style"
+    assert "hydra" not in shown
+    assert "conf" not in shown
+
+
+@pytest.mark.parametrize("words", ["--cfg job seed=5", "seed=5 --cfg job", "-c job seed=5 -p seed"])
+def test_settings_may_stand_on_both_sides_of_a_flag(finetune_cli: Cli, words: str) -> None:
+    answer = finetune_cli("train", "conf=smoke", *words.split())
+    assert answer.code == 0
+    assert "5" in answer.out
+
+
+def test_info_lists_what_a_configuration_is_made_of() -> None:
+    answer = python("-m", "finetune", "train", "conf=smoke", "--info", "defaults")  # sets up logging: not in here
+    assert answer.returncode == 0
+    assert "conf/pixar_style" in answer.stdout
+
+
+def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
+    code = (
+        "import sys; from finetune.cli import main; main(['train', 'conf=pixar_style', '--cfg', 'job']); "
+        "print('torch' in sys.modules)"
+    )
+    assert python("-c", code).stdout.endswith("False\n")
+
+
+# -- refusals ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["trian", "conf=pixar_style"], ["no command called 'trian'; did you mean train?"]),
+        (["train"], ["conf= is missing: say which recipe"]),
+        (["train", "conf=pixar_stile"], ["no recipe called 'pixar_stile'; did you mean pixar_style? there are: "]),
+        (
+            ["train", "conf=pixar_style", "lora.rnak=4", "optm.lr=1", "rank=3"],
+            [
+                "no key called lora.rnak; did you mean lora.rank?",
+                "no key called optm.lr; did you mean optim.lr?",
+                "no key called rank; did you mean lora.rank?",
+            ],
+        ),
+        (
+            ["train", "conf=pixar_style", "lora.rank=big", "seed=x", "trainer.precision=bf61", "data.flip=3"],
+            [
+                "lora.rank must be a whole number, got 'big'",
+                "seed must be a whole number, got 'x'",
+                "trainer.precision must be one of auto, fp32, bf16, fp16, got 'bf61'; did you mean bf16?",
+                "data.flip must be true or false, got 3",
+            ],
+        ),
+        (["train", "conf=pixar_style", "lora=r33"], ["no lora preset called 'r33'; did you mean r32?"]),
+        (["train", "conf=pixar_style", "lora.rank=1,2"], ["lora.rank got several values (1,2)"]),
+        (
+            ["train", "conf=pixar_style", "caption.trigger=a robot, blue"],
+            ["caption.trigger got several values (a robot, blue); if that is one text, quote it twice: "],
+        ),
+        (
+            ["train", "pixar_style"],
+            ["'pixar_style' is not a setting; settings are written key=value, such as conf=pix", "conf= is"],
+        ),
+        (["train", "conf=smoke", 'caption.prefix="a'], ['cannot read caption.prefix="a; text with spaces']),
+        (["train", "conf=smoke", "sample.prompts=[a:"], ["cannot read sample.prompts=[a:; a list of texts is quoted"]),
+        (["train", "conf=smoke", "--multirn"], ["no flag called --multirn; did you mean --multirun?"]),
+        (["train", "conf=smoke", "-x"], ["no flag called -x"]),
+        (
+            ["train", "conf=smoke", "lora.rank=0", "optim.lr=-1"],
+            ["lora.rank must be at least 1, got 0; try lora.rank=16", "optim.lr must be above 0, got -1.0"],
+        ),
+        (["train", "conf=smoke", "sample.prompts=[]"], ["sample.prompts is empty"]),
+        (["train", "conf=smoke", "data.folder=???"], ["data.folder is not set; type data.folder=…"]),
+        (["train", "conf=smoke", "name=${nothing}"], ["Interpolation key 'nothing' not found"]),
+    ],
+)
+def test_bad_configuration_gets_one_line_a_problem(
+    finetune_cli: Cli, workdir: Path, words: list[str], said: list[str]
+) -> None:
+    answer = finetune_cli(*words)
+    assert answer.code == errors.ConfigError.exit_code
+    assert answer.out == ""
+    assert len(answer.errors) == len(said), answer.err
+    for line, start in zip(answer.errors, said, strict=True):
+        assert line.startswith(f"error: {start}")
+    assert list(workdir.iterdir()) == []  # nothing was made for a command that was refused
+
+
+def test_unreadable_yaml_is_named(finetune_cli: Cli, workdir: Path) -> None:
+    (workdir / "conf" / "lora").mkdir(parents=True)
+    (workdir / "conf" / "broken.yaml").write_text("seed: 1\nlora: [\n")
+    (workdir / "conf" / "lora" / "list.yaml").write_text("- 1\n")
+    answer = finetune_cli("train", "conf=pixar_style")
+    assert answer.code == errors.ConfigError.exit_code
+    assert answer.errors[0].startswith("error: conf/broken.yaml, line 3 is not readable YAML: ")
+    assert answer.errors[1].startswith("error: conf/lora/list.yaml is not readable YAML: it holds a list")
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (errors.FinetuneError("no"), 1),
+        (errors.DataError("no"), 3),
+        (errors.ModelError("no"), 4),
+        (errors.OutOfMemory("no"), 5),
+        (errors.RunError("no"), 6),
+        (errors.TrainingError("no"), 7),
+        (errors.ExportError("no"), 8),
+        (errors.Interrupted("no", 2), 130),
+        (errors.Interrupted("no", 15), 143),
+    ],
+)
+def test_each_error_has_its_exit_code(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, code: int
+) -> None:
+    monkeypatch.setattr(api, "train", _raising(error))
+    answer = finetune_cli("train", "conf=smoke")
+    assert (answer.code, answer.err) == (code, "error: no\n")
+
+
+def test_debug_shows_the_traceback(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "train", _raising(errors.DataError("empty")))
+    answer = finetune_cli("train", "conf=smoke", "--debug")
+    assert answer.code == 3
+    assert "Traceback" in answer.err
+    assert answer.errors[-1] == "error: empty"
+
+
+def test_a_bug_is_one_line_too(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "train", _raising(ZeroDivisionError("division by zero")))
+    answer = finetune_cli("train", "conf=smoke")
+    assert answer.code == 1
+    assert answer.errors == [
+        "error: unexpected ZeroDivisionError: division by zero; --debug shows where, please report it"
+    ]
+
+
+def test_ctrl_c_outside_training(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "train", _raising(KeyboardInterrupt()))
+    answer = finetune_cli("train", "conf=smoke")
+    assert (answer.code, answer.err) == (130, "interrupted\n")
+
+
+def _raising(error: BaseException) -> Callable[[Config], Any]:
+    def raise_it(config: Config) -> Any:
+        raise error
+
+    return raise_it
+
+
+# -- sweeps --------------------------------------------------------------------------------------------------------
+
+
+def test_multirun_gives_each_job_a_folder_of_its_own(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(api, "caption", seen.append)
+    monkeypatch.setattr(summary, "show", lambda *_: None)
+    assert finetune_cli("caption", "conf=smoke,pixar_style", "lora.rank=4,16", "--multirun").code == 0
+    folders = [config.run_dir for config in seen]
+    assert [config.lora.rank for config in seen] == [4, 16, 4, 16]
+    assert folders[0] == str(workdir / "outputs/multirun/smoke/lora.rank=4")
+    assert folders[3] == str(workdir / "outputs/multirun/pixar_style/lora.rank=16")
+    assert len(set(folders)) == 4
+
+
+def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(api, "caption", seen.append)
+    monkeypatch.setattr(summary, "show", lambda *_: None)
+    finetune_cli("caption", "conf=smoke", "seed=1,2", "run_dir=mine", "-m")
+    assert [config.run_dir for config in seen] == [str(workdir / f"mine/smoke/seed={n}") for n in (1, 2)]
+
+
+def test_multirun_goes_on_after_a_failure_and_reports_it(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[int] = []
+
+    def caption(config: Config) -> None:
+        seen.append(config.seed)
+        if config.seed == 1:
+            raise errors.DataError("no pictures")
+
+    monkeypatch.setattr(api, "caption", caption)
+    monkeypatch.setattr(summary, "show", lambda *_: None)
+    answer = finetune_cli("caption", "conf=smoke", "seed=1,2", "-m")
+    assert (seen, answer.code) == ([1, 2], 3)
+    assert "error: no pictures" in answer.errors
+
+
+def test_multirun_stops_at_an_interruption(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[int] = []
+
+    def caption(config: Config) -> None:
+        seen.append(config.seed)
+        raise errors.Interrupted("saved", 15)
+
+    monkeypatch.setattr(api, "caption", caption)
+    assert finetune_cli("caption", "conf=smoke", "seed=1,2", "-m").code == 143
+    assert seen == [1]
+
+
+# -- completion ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("line", "offered"),
+    [
+        ("finetune ", {*cli.COMMANDS, "--help", "--version"}),
+        ("finetune tr", {"train"}),
+        ("finetune train conf=", {f"conf={name}" for name in recipes.recipe_files()}),
+        ("finetune train conf=pix", {"conf=pixar_style"}),
+        ("finetune train conf=pixar_style lora.ra", {"lora.rank="}),
+        ("finetune train lora.ra", {"lora.rank="}),
+        ("finetune train conf=smoke lora=", {"lora=default", "lora=r32"}),
+    ],
+)
+def test_completion(finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch, line: str, offered: set[str]) -> None:
+    monkeypatch.setenv("COMP_LINE", line)
+    answer = finetune_cli("-sc", "query=bash")
+    assert (answer.code, set(answer.out.split())) == (0, offered)
+
+
+def test_completion_installs_for_the_console_script() -> None:
+    script = Path(sys.executable).with_name("finetune")
+    if not script.exists():
+        pytest.skip("finetune is not installed here")
+    shown = subprocess.run([str(script), "-sc", "install=bash"], capture_output=True, text=True, check=True).stdout
+    assert shown.rstrip().endswith("-F hydra_bash_completion finetune")
+
+
+# -- what a command leaves on the screen ---------------------------------------------------------------------------
+
+
+def test_third_party_warnings_stay_quiet(workdir: Path) -> None:
+    code = """
+import sys, warnings
+from finetune import api, cli, summary
+def caption(config):
+    warnings.warn_explicit("chatter", FutureWarning, "other.py", 1, module="transformers.models")
+    warnings.warn_explicit("worth knowing", UserWarning, "ours.py", 1, module="finetune.data")
+api.caption, summary.show = caption, lambda *_: None
+sys.exit(cli.main(["caption", "conf=smoke", *sys.argv[1:]]))
+"""
+    assert python("-c", code).stderr == "warning: worth knowing\n"
+    assert "chatter" in python("-c", code, "--debug").stderr
+
+
+def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
+    config = Config(name="mine", run_dir="outputs/mine")
+    result = _result()
+    for stage, seconds in (("caption", 3.2), ("train", 61.0)):
+        save_receipt(Path(config.run_dir), stage, Report("x"), input_hash="", seconds=seconds, figures={})
+    summary.show(config, result)
+    out = capsys.readouterr().out
+    assert max(map(len, out.split("next\n")[0].splitlines())) <= 80
+    for words in (
+        "caption 3, train 61; in all 64",
+        "20.0 images/s, 150 steps, peak memory 1.50 GiB",
+        "0.5000 → 0.2500",
+        "0.4000 → 0.3000 at step 100",
+        "outputs/mine/adapter",
+        "outputs/mine/samples/grid.png",
+        "outputs/mine/report.html",
+        "tensorboard --logdir outputs/mine/tensorboard",
+        "sample conf=mine 'sample.prompts=[\"a big green fish in space, pixar style\"]'",
+    ):
+        assert words in out
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (
+            CaptionSet("pics", (Caption("a.jpg", "a", "generated"), Caption("b.jpg", "b", "user"))),
+            "2 pictures, 1 by the",
+        ),
+        (Dataset("i", 9, 1, {"128x128": 10}, "e"), "9 to train, 1 held out; 128x128 (10)"),
+        (Adapter("out/adapter", {"peft": "peft"}, {}, "base", ""), "adapter: out/adapter (peft)"),
+        (Samples("s", "s/grid.png", ()), "samples: s/grid.png"),
+        (Report("report.html"), "report: report.html"),
+    ],
+)
+def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record: Any, line: str) -> None:
+    summary.show(Config(), record)
+    assert line in capsys.readouterr().out
+
+
+def _result() -> Result:
+    run = Run("outputs/mine", "c", 150, 1, 100, 0.5, 0.25, 0.4, 0.3, 100, 1200, 60.0, 1.5, 0, "hash")
+    return Result(
+        CaptionSet("pics", ()),
+        Dataset("i", 9, 1, {}, "e"),
+        run,
+        Adapter("outputs/mine/adapter", {}, {}, "base", "pixar style"),
+        Samples("outputs/mine/samples", "outputs/mine/samples/grid.png", ()),
+        Report("outputs/mine/report.html"),
+    )

@@ -1,0 +1,83 @@
+"""Schedules, optimisers, averages and checkpoints on disk."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.config import OptimConfig, Optimizer, Schedule
+from finetune.errors import ConfigError, RunError
+from finetune.training import checkpoint
+from finetune.training.checkpoint import TrainState
+from finetune.training.ema import Ema
+from finetune.training.optim import build_optimizer, learning_rate
+
+STATE = TrainState(7, {"lora.rank": 4}, 28, 1.5, 0.4, 0.2, None, None, None, 0, None)
+
+
+@pytest.mark.parametrize("schedule", list(Schedule))
+def test_rates_warm_up_then_follow_the_schedule(schedule: Schedule) -> None:
+    optim = OptimConfig(lr=2.0, schedule=schedule, warmup_steps=10)
+    rates = [learning_rate(optim, step, 100) for step in range(100)]
+    assert rates[:10] == pytest.approx([0.2 * (step + 1) for step in range(10)])
+    assert rates[10] == pytest.approx(2.0, rel=0.02)
+    middle = {Schedule.constant: 2.0, Schedule.linear: 1.0, Schedule.cosine: 1.0}[schedule]
+    assert rates[55] == pytest.approx(middle, rel=0.01)
+    assert rates[99] == pytest.approx(2.0 if schedule is Schedule.constant else 0.0, abs=0.03)
+    assert learning_rate(OptimConfig(lr=2.0, warmup_steps=0), 0, 10) == 2.0
+
+
+def test_adamw_takes_its_settings_and_8bit_asks_for_a_card() -> None:
+    parameter = torch.nn.Parameter(torch.zeros(3))
+    optimizer = build_optimizer([parameter], OptimConfig(lr=0.3, weight_decay=0.2, betas=[0.5, 0.6], eps=1e-3))
+    group = optimizer.param_groups[0]
+    assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.3, 0.2, (0.5, 0.6), 1e-3)
+    with pytest.raises(ConfigError, match="adamw8bit needs a CUDA card; on a CPU try optim=adamw"):
+        build_optimizer([parameter], OptimConfig(name=Optimizer.adamw8bit))
+
+
+def test_an_average_follows_its_weights_and_survives_a_checkpoint() -> None:
+    weights = {"a": torch.zeros(2)}
+    average = Ema(0.5, weights)
+    for _ in range(50):
+        average.update({"a": torch.ones(2)})
+    assert average.weights["a"] == pytest.approx(torch.ones(2).numpy(), abs=1e-6)
+    assert not weights["a"].any()
+    again = Ema.restore(0.5, average.state(), torch.device("cpu"))
+    assert again.updates == 50
+    assert torch.equal(again.weights["a"], average.weights["a"])
+
+
+def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
+    tensors = {"x.lora_A.weight": torch.randn(2, 3)}
+    parameter = torch.nn.Parameter(torch.ones(2))
+    optimizer = torch.optim.AdamW([parameter])
+    parameter.grad = torch.ones(2)
+    optimizer.step()
+    folder = checkpoint.save(tmp_path, STATE, tensors, optimizer.state_dict(), None)
+    assert folder.name == "step-000007"
+    back = checkpoint.load(folder)
+    assert back.state == STATE
+    assert back.ema is None
+    assert torch.equal(back.adapter["x.lora_A.weight"], tensors["x.lora_A.weight"])
+    assert torch.equal(back.optimizer["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
+
+
+def test_a_folder_that_cannot_be_written_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint.save(tmp_path, STATE, {"a": torch.ones(1)}, {}, None)
+
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(checkpoint.torch, "save", full)
+    with pytest.raises(RunError, match="cannot write checkpoint .*No space left.*the one before is untouched"):
+        checkpoint.save(tmp_path, TrainState(**{**vars(STATE), "step": 9}), {"a": torch.ones(1)}, {}, None)
+    assert checkpoint.steps_on_disk(tmp_path) == [7]
+    assert [path.name for path in tmp_path.iterdir()] == ["step-000007"]
+
+
+def test_a_missing_manifest_is_damage(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path, STATE, {"a": torch.ones(1)}, {}, None)
+    (folder / "manifest.json").unlink()
+    with pytest.raises(RunError, match="is damaged"):
+        checkpoint.load(folder)
