@@ -333,7 +333,7 @@ def check(config: Config) -> list[str]:
         "[0.9,0.999]",
     )
     require(
-        config.model.resolution % config.model.bucket_step == 0,
+        config.model.bucket_step < 1 or config.model.resolution % config.model.bucket_step == 0,
         "model.resolution",
         f"must be a multiple of model.bucket_step={config.model.bucket_step}",
         config.model.resolution,

@@ -21,6 +21,8 @@ from finetune.errors import RunError
 
 R = TypeVar("R")
 
+METRICS = "metrics.jsonl"  # the run's curves, one JSON line per logged step
+
 
 @dataclass(frozen=True)
 class Caption:

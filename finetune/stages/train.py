@@ -18,10 +18,10 @@ from finetune.errors import Interrupted, RunError
 from finetune.models import lora
 from finetune.models.device import limit_memory, peak_gib, pick_device, pick_precision
 from finetune.progress import progress, say
-from finetune.records import Dataset, Example, Run, hash_of, load_record, receipt_path, save_receipt
+from finetune.records import METRICS, Dataset, Example, Run, hash_of, load_record, receipt_path, save_receipt
 from finetune.tasks import registry
 from finetune.tasks.base import Batch, Task
-from finetune.training import checkpoint, tracking
+from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
@@ -31,7 +31,7 @@ from finetune.training.signals import catch_stop
 from finetune.training.tracking import Tracker
 
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
-RUN_OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", tracking.METRICS, "report.html", "config.yaml")
+RUN_OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", METRICS, "report.html", "config.yaml")
 
 
 def train(config: Config, dataset: Dataset) -> Run:

@@ -8,9 +8,8 @@ from typing import Any
 
 import torch
 
-from finetune.records import write_atomically
+from finetune.records import METRICS, write_atomically
 
-METRICS = "metrics.jsonl"
 GIB = 2**30
 
 

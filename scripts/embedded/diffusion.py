@@ -8,8 +8,6 @@ from pathlib import Path
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
-from diffusers.models.resnet import ResnetBlock2D
-from diffusers.models.transformers.transformer_2d import Transformer2DModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -102,8 +100,6 @@ def train_diffusion(settings: Settings) -> None:
     torch.manual_seed(SEED)
     unet = new_unet().to(settings.device, memory_format=torch.channels_last)
     text_encoder = new_text_encoder(tokenizer).to(settings.device)
-    if settings.device == "cuda":
-        compile_blocks(unet)
     alphas_T = new_scheduler().alphas_cumprod.to(settings.device)
     batch = settings.batch(768)
 
@@ -136,7 +132,7 @@ def train_diffusion(settings: Settings) -> None:
         loss_of,
         name="diffusion",
         budget=Budget(settings.minutes["diffusion"] * 60, settings.tiny_steps),
-        lr=1e-3,
+        lr=8e-4,
         checkpoint=settings.work / "checkpoints" / "diffusion.pt",
         seed=SEED,
     )
@@ -186,12 +182,3 @@ def append(tokens_BL: Tensor, suffixes_BL: Tensor, eos_id: int) -> Tensor:
     joined_BL = torch.where(positions_L < ends_B1, tokens_BL, suffixes_BL.gather(1, into_suffix_BL))
     joined_BL[:, -1] = eos_id
     return joined_BL
-
-
-def compile_blocks(unet: UNet2DConditionModel) -> None:
-    """Compile block by block: nearly the speed of compiling the whole, for a fraction of the wait."""
-    torch._dynamo.config.recompile_limit = 64  # one forward method serves blocks of many widths
-    torch._dynamo.config.suppress_errors = True  # a block that will not compile runs as it is
-    for module in unet.modules():
-        if isinstance(module, (ResnetBlock2D, Transformer2DModel)):
-            module.compile(dynamic=False)

@@ -3,8 +3,11 @@
 N pictures of 3×P×P pixels.
 """
 
+import multiprocessing
+import os
 import time
 from dataclasses import dataclass
+from multiprocessing.queues import Queue
 from pathlib import Path
 
 import torch
@@ -16,7 +19,8 @@ from scripts.toyworld.captions import caption
 from scripts.toyworld.render import render
 from scripts.toyworld.scene import Scene, held_out, sample_scene
 
-CHUNK_SEEDS = 500
+CHUNK_SEEDS = 128  # two batches of a GPU; small, so that a spent budget is noticed soon
+GPU_WORKERS = 3  # tracing leaves gaps between its kernels that another process fills
 
 
 @dataclass(frozen=True)
@@ -38,21 +42,41 @@ class Pictures:
 
 
 def render_sets(settings: Settings) -> None:
-    """Render what is missing, set by set in turn, so that a spent budget leaves every set in proportion."""
-    started, deadline_s = time.monotonic(), settings.minutes["render"] * 60
-    for whole, part in chunks_in_turn(settings.sets):
-        path = chunk_path(settings.work, whole, part)
-        if path.exists():
+    """Render what is missing, set by set in turn, so that a spent budget leaves every set in proportion.
+
+    Several processes take chunks from one queue: a few on the GPU, one on each CPU core that is left.
+    """
+    workers = ["cpu"] if settings.device == "cpu" else [settings.device] * GPU_WORKERS
+    if settings.device != "cpu":
+        workers += ["cpu"] * max(0, (os.cpu_count() or 1) - len(workers) - 1)
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    queue: "Queue[tuple[RenderSet, int] | None]" = context.Queue()
+    missing = [entry for entry in chunks_in_turn(settings.sets) if not chunk_path(settings.work, *entry).exists()]
+    for entry in [*missing, *[None] * len(workers)]:
+        queue.put(entry)
+    deadline = time.time() + settings.minutes["render"] * 60
+    processes = [context.Process(target=render_chunks, args=(settings, device, queue, deadline)) for device in workers]
+    started = time.monotonic()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+        if process.exitcode:
+            raise RuntimeError(f"a rendering process ended with exit code {process.exitcode}")
+    left = sum(not chunk_path(settings.work, *entry).exists() for entry in missing)
+    print(f"render: {len(missing) - left} chunks in {time.monotonic() - started:.0f} s, {left} left out", flush=True)
+
+
+def render_chunks(settings: Settings, device: str, queue: "Queue[tuple[RenderSet, int] | None]", deadline: float) -> None:
+    """Render chunks until the queue ends. The test sets are never cut short: figures need the same pictures each time."""
+    if device == "cpu":
+        torch.set_num_threads(1)
+    while (entry := queue.get()) is not None:
+        whole, part = entry
+        if whole.for_training and time.time() > deadline:
             continue
-        # The test sets are never cut short: figures are only comparable over the same pictures.
-        if whole.for_training and time.monotonic() - started > deadline_s:
-            print(f"render: out of time before {path.name}; training uses what is there", flush=True)
-            continue
-        before = time.monotonic()
-        scenes = chunk_scenes(whole, part)
-        save_atomically(render(scenes, whole.style, PICTURE_PX, device=settings.device).cpu(), path)
-        rate = len(scenes) / (time.monotonic() - before)
-        print(f"render: {path.name}  {len(scenes)} pictures  {rate:.0f}/s", flush=True)
+        pictures = render(chunk_scenes(whole, part), whole.style, PICTURE_PX, device=device).cpu()
+        save_atomically(pictures, chunk_path(settings.work, whole, part))
 
 
 def chunks_in_turn(sets: tuple[RenderSet, ...]) -> list[tuple[RenderSet, int]]:

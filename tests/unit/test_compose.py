@@ -91,10 +91,10 @@ def test_everything_wrong_with_a_recipe_is_named_with_its_file(workdir: Path) ->
     write(workdir / "conf/base.yaml", "sead: 4\n")
     with pytest.raises(ConfigError) as raised:
         compose.load("mine", ["lora.dropuot=1"])
+    groups = "caption, data, export, hardware, lora, loss, model, optim, sample, trainer"
     assert str(raised.value).splitlines() == [
         "conf/base.yaml: no key called sead; did you mean seed?",
-        "conf/mine.yaml: no preset group called 'modle'; did you mean model? there are: caption, data, export, hardware, "
-        "lora, loss, model, optim, sample, trainer",
+        f"conf/mine.yaml: no preset group called 'modle'; did you mean model? there are: {groups}",
         "conf/mine.yaml: no lora preset called 'r33'; did you mean r32? there are: default, r32",
         "conf/mine.yaml: no key called lora.rnk; did you mean lora.rank?",
         "conf/mine.yaml: lora.alpha must be a number, got 'much'",

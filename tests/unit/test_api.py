@@ -1,0 +1,351 @@
+"""The Python functions: order of the stages, the run folder's lock and configuration, errors in our own words."""
+
+import errno
+import os
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from PIL import Image
+
+import finetune
+from finetune import api, rundir
+from finetune.config import Config, as_dict
+from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
+from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
+
+RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, 8, 1.0, 0.1, 0, "hash")
+RECORDS: dict[str, Any] = {
+    "caption": CaptionSet("pics", ()),
+    "dataset": Dataset("index", 1, 0, {}, "empty"),
+    "train": RUN,
+    "export": Adapter("run/adapter", {"peft": "peft"}, {}, "base", ""),
+    "sample": Samples("run/samples", "run/samples/grid.png", ()),
+    "report": Report("run/report.html"),
+}
+
+
+@pytest.fixture
+def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
+    """Stages that only note their arguments."""
+    seen: list[tuple[str, tuple[Any, ...]]] = []
+
+    def noting(name: str) -> Callable[..., Any]:
+        def stage(config: Config, *arguments: Any) -> Any:
+            seen.append((name, arguments))
+            return RECORDS[name]
+
+        return stage
+
+    import finetune.stages
+
+    for name in RECORDS:
+        module = types.ModuleType(f"finetune.stages.{name}")
+        setattr(module, name, noting(name))
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setattr(finetune.stages, name, module, raising=False)
+    return seen
+
+
+@pytest.fixture
+def plain(workdir: Path) -> Config:
+    """A configuration that passes every check and loads nothing."""
+    return finetune.load("smoke", ["run_dir=run"])
+
+
+def stage_names(calls: list[tuple[str, tuple[Any, ...]]]) -> list[str]:
+    return [name for name, _ in calls]
+
+
+def finished(config: Config) -> None:
+    save_receipt(Path(config.run_dir), "train", RUN, input_hash="", seconds=1.0, figures={})
+
+
+# -- the public names ----------------------------------------------------------------------------------------------
+
+
+def test_public_names_are_pinned() -> None:
+    assert sorted(finetune.__all__) == [
+        "Config", "caption", "dataset", "export", "load", "report", "sample", "train",
+    ]  # fmt: skip
+    assert all(getattr(finetune, name) for name in finetune.__all__)
+    assert set(finetune.__all__) <= set(dir(finetune))
+
+
+def test_an_unknown_name_lists_what_there_is() -> None:
+    with pytest.raises(AttributeError, match=r"has no attribute 'tune'; it offers Config, caption"):
+        finetune.tune  # noqa: B018
+
+
+@pytest.mark.parametrize(
+    "code", ["import finetune", "import finetune; finetune.load('pixar_style'); finetune.train", "import finetune.cli"]
+)
+def test_importing_and_loading_do_not_import_torch(code: str) -> None:
+    subprocess.run([sys.executable, "-c", f"{code}; import sys; assert 'torch' not in sys.modules"], check=True)
+
+
+# -- the order of the stages ---------------------------------------------------------------------------------------
+
+
+def test_train_runs_the_whole_line(plain: Config, calls: list[Any]) -> None:
+    result = finetune.train(plain)
+    assert calls == [
+        ("caption", ()),
+        ("dataset", (RECORDS["caption"],)),
+        ("train", (RECORDS["dataset"],)),
+        ("export", (RUN,)),
+        ("sample", (RECORDS["export"],)),
+        ("report", ()),
+    ]
+    assert result == Result(*RECORDS.values())
+
+
+def test_caption_and_dataset_run_what_they_need(plain: Config, calls: list[Any]) -> None:
+    assert finetune.caption(plain) is RECORDS["caption"]
+    assert finetune.dataset(plain) is RECORDS["dataset"]
+    assert stage_names(calls) == ["caption", "caption", "dataset"]
+
+
+def test_a_recipe_by_name_takes_overrides(workdir: Path, calls: list[Any]) -> None:
+    finetune.caption("smoke", ["run_dir=here", "lora.rank=3"])
+    assert yaml.safe_load(Path("here/config.yaml").read_text())["lora"]["rank"] == 3
+
+
+@pytest.mark.parametrize("verb", ["export", "report"])
+def test_what_needs_a_finished_run_says_how_to_get_one(plain: Config, calls: list[Any], verb: str) -> None:
+    with pytest.raises(RunError, match=r"^run holds no finished run; type finetune train conf=smoke run_dir=run$"):
+        getattr(finetune, verb)(plain)
+    assert calls == []
+    finished(plain)
+    assert getattr(finetune, verb)(plain) is RECORDS[verb]
+
+
+def test_sample_exports_a_finished_run_first(plain: Config, calls: list[Any]) -> None:
+    finished(plain)
+    finetune.sample(plain)
+    assert calls == [("export", (RUN,)), ("sample", (RECORDS["export"],))]
+
+
+def test_sample_draws_with_any_adapter(plain: Config, calls: list[Any]) -> None:
+    finished(plain)
+    finetune.sample(plain, ["sample.adapter=elsewhere"])
+    assert calls == [("sample", (None,))]
+
+
+def test_sample_draws_with_an_exported_adapter_whose_run_is_gone(plain: Config, calls: list[Any]) -> None:
+    save_receipt(Path("run"), "export", RECORDS["export"], input_hash="", seconds=1.0, figures={})
+    finetune.sample(plain)
+    assert calls == [("sample", (RECORDS["export"],))]
+
+
+def test_sample_without_any_adapter_says_what_to_type(plain: Config) -> None:
+    with pytest.raises(ModelError, match="has no adapter; type: finetune train conf=smoke"):
+        finetune.sample(plain)
+
+
+# -- refusals before anything is touched ---------------------------------------------------------------------------
+
+
+def test_every_bad_value_is_named_and_nothing_is_made(workdir: Path, calls: list[Any]) -> None:
+    with pytest.raises(ConfigError) as raised:
+        finetune.train("smoke", ["lora.rank=0", "optim.lr=0", "sample.prompts=[]"])
+    lines = str(raised.value).splitlines()
+    assert [line.split()[0] for line in lines] == ["lora.rank", "optim.lr", "sample.prompts"]
+    assert (calls, list(workdir.iterdir())) == ([], [])
+
+
+def test_overrides_apply_to_a_config_too(plain: Config, calls: list[Any]) -> None:
+    with pytest.raises(ConfigError, match=r"lora.rank must be at least 1"):
+        finetune.train(plain, ["lora.rank=0"])
+
+
+# -- the run folder ------------------------------------------------------------------------------------------------
+
+
+def test_a_folder_in_use_is_refused_with_its_owner(plain: Config, calls: list[Any]) -> None:
+    said = rf"^run is in use by process {os.getpid()} since 20\d\d-.*run_dir=PATH$"
+    with rundir.held(plain), pytest.raises(RunError, match=said):
+        finetune.caption(plain)
+    assert calls == []
+    finetune.caption(plain)  # free again
+
+
+def test_a_folder_in_use_by_another_process(plain: Config, calls: list[Any]) -> None:
+    code = (
+        "import sys; from finetune import rundir; from finetune.config import Config\n"
+        "with rundir.held(Config(run_dir='run')): print('held', flush=True); sys.stdin.read()"
+    )
+    with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as other:
+        assert other.stdout
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(RunError, match=f"in use by process {other.pid} since"):
+            finetune.caption(plain)
+        other.kill()
+        other.wait()
+    finetune.caption(plain)  # the lock died with its process
+
+
+def test_an_owner_that_has_not_signed_yet(plain: Config, calls: list[Any]) -> None:
+    with rundir.held(plain):
+        Path("run/.lock.json").unlink()
+        with pytest.raises(RunError, match="in use by another process"):
+            finetune.caption(plain)
+
+
+def test_a_folder_that_cannot_be_made(plain: Config, calls: list[Any]) -> None:
+    Path("file").write_text("")
+    plain.run_dir = "file/run"
+    with pytest.raises(RunError, match=r"cannot write in the run folder file/run \(Not a directory\); choose one"):
+        finetune.caption(plain)
+
+
+def test_a_read_only_folder(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Path, "write_bytes", _failing(errno.EROFS))  # permissions don't bind root, who may run tests
+    with pytest.raises(RunError, match=r"cannot write in the run folder run \(Read-only file system\)"):
+        finetune.caption(plain)
+    assert calls == []
+
+
+@pytest.mark.parametrize("where", ["probe", "stage"])
+def test_a_full_disk(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    if where == "probe":
+        monkeypatch.setattr(Path, "write_bytes", _failing(errno.ENOSPC))
+    else:
+        monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", _failing(errno.ENOSPC))
+    with pytest.raises(RunError, match="the disk of run is full; free some space"):
+        finetune.caption(plain)
+
+
+def test_other_os_errors_keep_their_words(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", _failing(errno.ENOENT))
+    with pytest.raises(FileNotFoundError):
+        finetune.caption(plain)
+
+
+def _failing(number: int) -> Callable[..., Any]:
+    def fail(*_: Any, **__: Any) -> Any:
+        raise OSError(number, os.strerror(number))
+
+    return fail
+
+
+@pytest.mark.parametrize(
+    ("overrides", "advice"),
+    [
+        (["trainer.micro_batch=6", "trainer.accumulate=2"], "try trainer.micro_batch=3 trainer.accumulate=4"),
+        (["trainer.micro_batch=1"], "try trainer.checkpointing=true"),
+        (["trainer.micro_batch=1", "trainer.checkpointing=true"], "try a smaller picture: model.resolution=64"),
+    ],
+)
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 MiB\nlong advice"),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        MemoryError(),
+    ],
+)
+def test_out_of_memory_says_what_to_try(
+    plain: Config,
+    calls: list[Any],
+    monkeypatch: pytest.MonkeyPatch,
+    error: Exception,
+    overrides: list[str],
+    advice: str,
+) -> None:
+    def fail(config: Config) -> Any:
+        raise error
+
+    monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", fail)
+    with pytest.raises(OutOfMemory) as raised:
+        finetune.train(plain, overrides)
+    assert str(raised.value) == f"out of memory; {advice}"
+
+
+def test_another_runtime_error_is_not_taken_for_memory(
+    plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: Config) -> Any:
+        raise RuntimeError("shapes differ")
+
+    monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", fail)
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        finetune.train(plain)
+
+
+# -- config.yaml ---------------------------------------------------------------------------------------------------
+
+
+def test_config_yaml_is_the_same_from_python_and_the_command_line(
+    workdir: Path, calls: list[Any], finetune_cli: Callable[..., Any]
+) -> None:
+    words = ["run_dir=run", "lora.rank=4", "optim.lr=1e-05", 'caption.prefix="ä, b"', "trainer.precision=bf16"]
+    finetune.caption("smoke", words)
+    python = Path("run/config.yaml").read_bytes()
+    Path("run/config.yaml").unlink()
+    assert finetune_cli("caption", "conf=smoke", *words).code == 0
+    assert Path("run/config.yaml").read_bytes() == python
+    assert yaml.safe_load(python) == as_dict(finetune.load("smoke", words))
+
+
+def test_config_yaml_belongs_to_training(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    def rank() -> int:
+        return int(yaml.safe_load(Path("run/config.yaml").read_text())["lora"]["rank"])
+
+    def refuse(config: Config, dataset: Dataset) -> Any:
+        raise RunError("was trained with other settings")
+
+    finetune.caption(plain, ["lora.rank=2"])
+    assert rank() == 2  # there was none
+    finetune.caption(plain, ["lora.rank=3"])
+    assert rank() == 2
+    finetune.train(plain, ["lora.rank=4"])
+    assert rank() == 4
+    finished(plain)
+    finetune.sample(plain, ["lora.rank=5"])
+    assert rank() == 4
+    monkeypatch.setattr(sys.modules["finetune.stages.train"], "train", refuse)
+    with pytest.raises(RunError, match="other settings"):
+        finetune.train(plain, ["lora.rank=6"])
+    assert rank() == 4  # still says how the run in this folder was trained
+
+
+def test_two_runs_in_one_process_do_not_disturb_one_another(workdir: Path, calls: list[Any]) -> None:
+    finetune.train("smoke", ["run_dir=one", "seed=1"])
+    finetune.train("smoke", ["run_dir=two", "seed=2"])
+    assert [yaml.safe_load(Path(name, "config.yaml").read_text())["seed"] for name in ("one", "two")] == [1, 2]
+
+
+def test_records_survive_asdict() -> None:
+    assert asdict(Result(*RECORDS.values()))["run"]["steps"] == 4
+    assert api.train.__doc__
+
+
+# -- the real stages, on models built in code ----------------------------------------------------------------------
+
+
+def test_the_whole_line_with_tiny_models(config: Config) -> None:
+    folder = Path(config.data.folder)
+    folder.mkdir()
+    for index, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (64, 64 if index % 2 else 40), colour).save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text(f"a {colour} wall")
+    first = finetune.train(config)
+    assert first.run.steps == config.trainer.steps
+    for path in (first.adapter.folder, first.samples.grid, first.report.file, config.run_dir + "/tensorboard"):
+        assert Path(path).exists()
+    before = Path(first.report.file).stat().st_mtime_ns, Path(first.samples.grid).stat().st_mtime_ns
+    again = finetune.train(config)
+    assert asdict(again) == asdict(first)
+    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # fresh, not drawn again
+    drawn = finetune.sample(config, ['sample.prompts=["a blue wall","a red wall"]'])
+    assert [item.prompt for item in drawn.items] == ["a blue wall", "a red wall"]
+    assert finetune.export(config) == first.adapter
+    assert first._repr_html_()
