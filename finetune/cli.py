@@ -117,6 +117,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     if "--hydra-help" not in flags:
         compose.refuse(compose.problems(overrides, sweep))
     if sweep:
+        compose.name_sweep_folders(overrides)
         # The folder of a sweep can't be read from a recipe, but a `run_dir=` on the command line is known by now.
         overrides += [f"hydra.sweep.dir={w.removeprefix('run_dir=')}" for w in overrides if w.startswith("run_dir=")]
     failures: list[int] = []
@@ -167,22 +168,25 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
 
 
 def _run_job(command: str, tree: Any, sweep: bool) -> None:
+    from hydra.core.hydra_config import HydraConfig
+
     from finetune import api, compose, summary
 
     config = compose.resolve(tree)
     if sweep:
-        from hydra.core.hydra_config import HydraConfig
-
         config.run_dir = HydraConfig.get().runtime.output_dir
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
-    summary.show(config, record)
+    summary.show(config, record, list(HydraConfig.get().overrides.task))
 
 
 def _complain(error: Exception, debug: bool) -> int:
     """Print one line a problem; returns the exit code."""
     if debug:
         traceback.print_exception(error)
+    if isinstance(error, Interrupted):  # asked for, and nothing is lost
+        say(str(error))
+        return error.exit_code
     if isinstance(error, FinetuneError):
         for line in str(error).splitlines():
             say(f"error: {line}")

@@ -29,7 +29,7 @@ from finetune.errors import ConfigError
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
 # configs, without what `register` adds.
 SEARCH_PATH = "pkg://hydra.conf"
-LONGEST_FOLDER = 120  # characters; file systems allow 255 bytes, and adapters append to it
+LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -99,7 +99,6 @@ def register() -> None:
         for name, path in files.items():
             put(name, path, group=group)
     refuse(unreadable)
-    OmegaConf.register_new_resolver("sweep_folder", _sweep_folder, replace=True)
 
 
 def _read(path: Path, recipe: bool) -> DictConfig:
@@ -117,15 +116,26 @@ def _read(path: Path, recipe: bool) -> DictConfig:
     return tree
 
 
-def _sweep_folder(overrides: Sequence[str]) -> str:
-    """Folder of one job of a sweep: recipe / every other override, short enough and safe for a file system."""
-    words = [word for word in overrides if not word.startswith("run_dir=")]
-    recipe = next((word.removeprefix("conf=") for word in words if word.startswith("conf=")), "run")
-    rest = ",".join(sorted(word for word in words if not word.startswith("conf="))) or "default"
-    safe = re.sub(r"[^\w.=+,-]", "-", rest)
-    if safe != rest or len(safe) > LONGEST_FOLDER:
-        safe = f"{safe[:LONGEST_FOLDER]}-{sha256(rest.encode()).hexdigest()[:8]}"
-    return f"{recipe}/{safe}"
+def name_sweep_folders(overrides: Sequence[str]) -> None:
+    """Teach Hydra the folder of each job of a sweep: recipe / swept settings, and a digest of the settings in common.
+
+    Two jobs then share a folder only if they are the same job, in this sweep or a later one; the second continues the
+    first.
+    """
+    _, parsed = _parsed(overrides, sweep=True)
+    swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
+    OmegaConf.register_new_resolver("sweep_folder", lambda words: _sweep_folder(words, swept), replace=True)
+
+
+def _sweep_folder(words: Sequence[str], swept: set[str]) -> str:
+    settings = {key: value for key, _, value in (word.partition("=") for word in words)}
+    settings.pop("run_dir", None)
+    recipe = settings.pop("conf")
+    varied = ",".join(f"{key}={value}" for key, value in sorted(settings.items()) if key in swept) or "all"
+    common = "".join(f"{key}={value}\n" for key, value in sorted(settings.items()) if key not in swept)
+    safe = re.sub(r"[^\w.=+,-]", "-", varied)[:LONGEST_FOLDER]
+    hidden = common if safe == varied else varied + common  # what the readable part doesn't tell
+    return f"{recipe}/{safe}" + (f"-{sha256(hidden.encode()).hexdigest()[:8]}" if hidden else "")
 
 
 @contextmanager

@@ -3,20 +3,26 @@
 import os
 import shlex
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
+from finetune.recipes import shown
 from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Samples, load_receipt
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
+NOT_REPEATED = ("run_dir=", "sample.prompts=", "trainer.restart=")  # the next command gives its own, or none
 WIDTH = 80  # columns; a narrower terminal gets its own width
 
 
-def show(config: Config, record: Any) -> None:
-    """Print what a command left."""
+def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
+    """Print what a command left. overrides: the settings it was given, which the next commands repeat."""
     if isinstance(record, Result):
         _table(config, record)
+        print("next")
+        for line in _next(config, record, overrides):
+            print(f"  {line}")
     else:
         print(_line(record))
 
@@ -47,7 +53,9 @@ def _table(config: Config, result: Result) -> None:
     table = Table(title=f"finetune train conf={config.name}", title_justify="left", show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
-    table.add_row("seconds", _seconds(Path(config.run_dir)))
+    names, seconds = _seconds(Path(config.run_dir))
+    table.add_row("stage", names)
+    table.add_row("seconds", seconds)
     table.add_row("speed", f"{run.images_per_s:.1f} images/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB")
     table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}")
     if run.first_validation is not None and run.best_validation is not None:
@@ -55,25 +63,32 @@ def _table(config: Config, result: Result) -> None:
         table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}")
     if run.skipped_steps:
         table.add_row("skipped", f"{run.skipped_steps} steps with a loss or gradient that was not finite")
-    table.add_row("adapter", result.adapter.folder)
-    table.add_row("grid", result.samples.grid)
-    table.add_row("report", result.report.file)
+    for name, path in (
+        ("adapter", result.adapter.folder),
+        ("grid", result.samples.grid),
+        ("report", result.report.file),
+    ):
+        table.add_row(name, shown(Path(path)))
     console = Console(width=min(WIDTH, Console().width), highlight=False)
     console.print(table)
-    print("next")
-    for line in _next(config, result):
-        print(f"  {line}")
 
 
-def _seconds(run_dir: Path) -> str:
-    """Seconds each stage took when it last ran; a fresh stage shows its earlier figure."""
+def _seconds(run_dir: Path) -> tuple[str, str]:
+    """Stages above the seconds each took when it last ran: a fresh stage shows its earlier figure."""
     receipts = {stage: load_receipt(run_dir, stage) for stage in STAGES}
     known = {stage: receipt.seconds for stage, receipt in receipts.items() if receipt}
-    stages = ", ".join(f"{stage} {seconds:.0f}" for stage, seconds in known.items())
-    return f"{stages}; in all {sum(known.values()):.0f}"
+    known["total"] = sum(known.values())
+    cells = [(stage, f"{seconds:.0f}") for stage, seconds in known.items()]
+    widths = [max(map(len, cell)) for cell in cells]
+    head, figures = zip(*cells, strict=True)
+    return _row(head, widths), _row(figures, widths)
 
 
-def _next(config: Config, result: Result) -> list[str]:
+def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
+    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+
+
+def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]:
     """Command lines to type next, for the way this program was started."""
     module = Path(sys.argv[0]).name in ("__main__.py", "-m")
     python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
@@ -81,9 +96,14 @@ def _next(config: Config, result: Result) -> list[str]:
     beside = Path(sys.executable).with_name("tensorboard")
     board = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else "tensorboard"
     prompt = f"a big green fish in space, {result.adapter.trigger}".removesuffix(", ")
-    where = "" if Path(config.run_dir) == Path("outputs") / config.name else f" run_dir={shlex.quote(config.run_dir)}"
+    run_dir = shown(Path(config.run_dir))
+    words = [f"conf={config.name}"] if not overrides else []
+    words += [word for word in overrides if not word.startswith(NOT_REPEATED)]
+    if Path(run_dir) != Path("outputs") / config.name:
+        words.append(f"run_dir={run_dir}")
+    settings = " ".join(map(shlex.quote, words))
     wanted = shlex.quote(f'sample.prompts=["{prompt}"]')
     return [
-        f"{board} --logdir {shlex.quote(str(Path(config.run_dir) / 'tensorboard'))}",
-        f"{program} sample conf={config.name}{where} {wanted}",
+        f"{board} --logdir {shlex.quote(f'{run_dir}/tensorboard')}",
+        f"{program} sample {settings} {wanted}",
     ]

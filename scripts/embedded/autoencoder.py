@@ -67,6 +67,7 @@ def train_autoencoder(settings: Settings) -> None:
         lr=1e-3,
         checkpoint=settings.work / "checkpoints" / "autoencoder.pt",
         seed=SEED,
+        graph=True,
     )
     latents_NCHW = encode_all(vae, flat[:4000])
     whiten(vae, latents_NCHW.mean((0, 2, 3)), latents_NCHW.std((0, 2, 3)))

@@ -135,6 +135,7 @@ def train_diffusion(settings: Settings) -> None:
         lr=8e-4,
         checkpoint=settings.work / "checkpoints" / "diffusion.pt",
         seed=SEED,
+        graph=True,
     )
     folder = diffusion_folder(settings.work)
     unet.save_pretrained(folder / "unet")

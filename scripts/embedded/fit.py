@@ -47,12 +47,14 @@ def fit(
     seed: int,
     ema_decay: float = 0.999,
     save_every_s: float = 60.0,
+    graph: bool = False,
 ) -> Fitted:
     """Train `model` in place and leave the moving average of its weights in it.
 
     `draw` makes a step's batch, in full precision; `loss_of(*batch)` runs the model, on a GPU under bf16 autocast.
     All randomness comes from the generator that `draw` is given, which depends on the seed and the step alone: a run
-    that was cut and continued sees what an uninterrupted one of as many steps sees.
+    that was cut and continued sees what an uninterrupted one of as many steps sees. `graph`: on a GPU, replay forward and
+    backward pass as one CUDA graph (shapes never change, and small networks otherwise wait for kernel launches).
     """
     device = next(model.parameters()).device
     weights = [weight for weight in model.parameters() if weight.requires_grad]
@@ -78,7 +80,18 @@ def fit(
         }
         save_atomically(state, checkpoint)
 
+    def backward(*batch: Tensor) -> Tensor:
+        # The graph must not hold on to autocast's cached copies of the weights.
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda", cache_enabled=not graph):
+            loss = loss_of(*batch)
+        loss.backward()
+        return loss.detach()
+
     generator = torch.Generator(device)
+    forward_backward = backward
+    if graph and device.type == "cuda":
+        model.train()
+        forward_backward = captured(backward, draw(generator), weights)
     loss: Tensor | None = None
     model.train()
     last = saved = said = time.monotonic()
@@ -88,10 +101,9 @@ def fit(
             group["lr"] = lr * warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
         generator.manual_seed(seed * 1_000_003 + step)
         batch = draw(generator)
-        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
-            loss = loss_of(*batch)
-        optimizer.zero_grad(set_to_none=True)
-        loss.backward()
+        if forward_backward is backward:  # a graph writes its gradients anew at each replay
+            optimizer.zero_grad(set_to_none=True)
+        loss = forward_backward(*batch)
         nn.utils.clip_grad_norm_(weights, MAX_GRADIENT_NORM)
         optimizer.step()
         # Early on the plain decay would keep the random start in the average for a thousand steps.
@@ -121,6 +133,36 @@ def fit(
     checkpoint.with_suffix(".json").write_text(json.dumps(asdict(fitted)))
     print(f"{name}: done, {step} steps in {seconds:.0f} s, loss {loss_value:.4f}", flush=True)
     return fitted
+
+
+def captured(
+    backward: Callable[..., Tensor], batch: tuple[Tensor, ...], weights: list[nn.Parameter]
+) -> Callable[..., Tensor]:
+    """`backward` as one CUDA graph for batches of this shape; runs as it is where capturing fails, and says so."""
+    inputs = [tensor.clone() for tensor in batch]
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for _ in range(3):  # libraries choose their kernels before the capture
+            backward(*inputs)
+    torch.cuda.current_stream().wait_stream(side)
+    for weight in weights:  # so that the capture allocates gradients of its own, overwritten at each replay
+        weight.grad = None
+    recorded = torch.cuda.CUDAGraph()
+    try:
+        with torch.cuda.graph(recorded):
+            loss = backward(*inputs)
+    except RuntimeError as error:
+        print(f"no CUDA graph: {str(error).splitlines()[0]}", flush=True)
+        torch.cuda.synchronize()
+        return backward
+
+    def replay(*new: Tensor) -> Tensor:
+        torch._foreach_copy_(inputs, list(new))
+        recorded.replay()
+        return loss
+
+    return replay
 
 
 def save_atomically(state: object, path: Path) -> None:

@@ -46,9 +46,9 @@ def render_sets(settings: Settings) -> None:
 
     Several processes take chunks from one queue: a few on the GPU, one on each CPU core that is left.
     """
-    workers = ["cpu"] if settings.device == "cpu" else [settings.device] * GPU_WORKERS
-    if settings.device != "cpu":
-        workers += ["cpu"] * max(0, (os.cpu_count() or 1) - len(workers) - 1)
+    gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
+    workers = [f"cuda:{index % gpus}" for index in range(gpus * GPU_WORKERS)]
+    workers += ["cpu"] * max(1, (os.cpu_count() or 1) - len(workers) - 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     queue: "Queue[tuple[RenderSet, int] | None]" = context.Queue()
     missing = [entry for entry in chunks_in_turn(settings.sets) if not chunk_path(settings.work, *entry).exists()]

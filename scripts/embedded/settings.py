@@ -27,10 +27,10 @@ class RenderSet:
 
 
 FULL_SETS = (
-    RenderSet("flat", "flat", 0, 44_000, for_training=True),
-    RenderSet("pixar", "pixar", 10_000_000, 11_000, for_training=True),
-    RenderSet("ink", "ink", 20_000_000, 5_500, for_training=True),
-    RenderSet("mosaic", "mosaic", 30_000_000, 4_000, for_training=True),
+    RenderSet("flat", "flat", 0, 30_000, for_training=True),
+    RenderSet("pixar", "pixar", 10_000_000, 7_000, for_training=True),
+    RenderSet("ink", "ink", 20_000_000, 2_500, for_training=True),
+    RenderSet("mosaic", "mosaic", 30_000_000, 1_500, for_training=True),
     RenderSet("flat-unseen", "flat", 40_000_000, 500, for_training=False, things=1),
     RenderSet("pixar-unseen", "pixar", 50_000_000, 500, for_training=False, things=1),
     RenderSet("ink-unseen", "ink", 60_000_000, 250, for_training=False, things=1),

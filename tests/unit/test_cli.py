@@ -200,7 +200,7 @@ def test_each_error_has_its_exit_code(
 ) -> None:
     monkeypatch.setattr(api, "train", _raising(error))
     answer = finetune_cli("train", "conf=smoke")
-    assert (answer.code, answer.err) == (code, "error: no\n")
+    assert (answer.code, answer.err) == (code, "no\n" if isinstance(error, errors.Interrupted) else "error: no\n")
 
 
 def test_debug_shows_the_traceback(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -316,6 +316,20 @@ def test_completion_installs_for_the_console_script() -> None:
     assert shown.rstrip().endswith("-F hydra_bash_completion finetune")
 
 
+def test_completion_in_a_real_bash(workdir: Path) -> None:
+    script = Path(sys.executable).with_name("finetune")
+    if not script.exists():
+        pytest.skip("finetune is not installed here")
+    program = """
+eval "$(finetune -sc install=bash)"
+COMP_LINE="finetune train conf=pix"; COMP_POINT=${#COMP_LINE}; COMP_CWORD=2
+hydra_bash_completion; echo "${COMPREPLY[@]}"
+"""
+    environment = {**os.environ, "PATH": f"{script.parent}:{os.environ['PATH']}"}
+    shown = subprocess.run(["bash", "-c", program], capture_output=True, text=True, env=environment, check=False)
+    assert shown.stdout == "conf=pixar_style\n", shown.stderr
+
+
 # -- what a command leaves on the screen ---------------------------------------------------------------------------
 
 
@@ -333,6 +347,12 @@ sys.exit(cli.main(["caption", "conf=smoke", *sys.argv[1:]]))
     assert "chatter" in python("-c", code, "--debug").stderr
 
 
+def test_the_next_commands_repeat_the_settings(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
+    overrides = ["conf=mine", "model=sd15", "caption.prefix=a b", "run_dir=z", "sample.prompts=[x]"]
+    summary.show(Config(name="mine", run_dir="z"), _result(), overrides)
+    assert "sample conf=mine model=sd15 'caption.prefix=a b' run_dir=z 'sample.prompts=[" in capsys.readouterr().out
+
+
 def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
     config = Config(name="mine", run_dir="outputs/mine")
     result = _result()
@@ -342,7 +362,8 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert max(map(len, out.split("next\n")[0].splitlines())) <= 80
     for words in (
-        "caption 3, train 61; in all 64",
+        "caption  train  total",
+        "      3     61     64",
         "20.0 images/s, 150 steps, peak memory 1.50 GiB",
         "0.5000 → 0.2500",
         "0.4000 → 0.3000 at step 100",

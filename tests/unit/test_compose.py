@@ -144,15 +144,18 @@ def test_apply_refuses_what_load_refuses_and_presets() -> None:
         compose.apply(config, ["lora=r32"])
 
 
-def test_the_folder_of_a_sweep_job_is_safe_short_and_its_own() -> None:
+def test_the_folder_of_a_sweep_job_is_readable_safe_and_its_own() -> None:
     name = compose._sweep_folder
-    assert name(["conf=a", "lora.rank=4", "seed=1", "run_dir=x"]) == "a/lora.rank=4,seed=1"
-    assert name(["seed=1", "conf=a", "lora.rank=4"]) == name(["conf=a", "lora.rank=4", "seed=1"])
-    slashed, spaced = name(["conf=a", "data.folder=b/c"]), name(["conf=a", "data.folder=b c"])
+    assert name(["conf=a", "lora.rank=4", "run_dir=x"], {"lora.rank"}) == "a/lora.rank=4"
+    assert name(["conf=a"], set()) == "a/all"
+    in_common = [name(["conf=a", "lora.rank=4", f"seed={seed}"], {"lora.rank"}) for seed in (1, 2)]
+    assert in_common[0] != in_common[1]
+    assert all(folder.startswith("a/lora.rank=4-") for folder in in_common)
+    assert name(["seed=1", "lora.rank=4", "conf=a"], {"lora.rank"}) == in_common[0]
+    slashed, spaced = (name(["conf=a", f"data.folder={folder}"], {"data.folder"}) for folder in ("b/c", "b c"))
     assert slashed != spaced
     assert slashed.count("/") == 1
-    assert len(name(["conf=a", f"caption.prefix={'x' * 999}"])) < 150
-    assert name(["conf=a"]) == "a/default"
+    assert len(name(["conf=a", f"caption.prefix={'x' * 999}"], {"caption.prefix"})) < 120
 
 
 def test_a_configuration_survives_yaml() -> None:

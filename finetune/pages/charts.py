@@ -1,4 +1,4 @@
-"""Line charts as inline SVG: no script, no network, the text and axes in the page's own colour (light and dark alike)."""
+"""Line charts as inline SVG: no script, no network, text and axes in the page's own colour (light and dark alike)."""
 
 import math
 from collections.abc import Sequence
@@ -56,7 +56,7 @@ def line_chart(
         *[item for row in legend for item in row],
         *frame.axes(x_label, y_label),
         *[drawn for line in sorted(lines, key=lambda line: not line.faint) for drawn in _curve(line, frame)],
-        *([] if mark is None else _mark(mark, frame)),
+        *([] if mark is None else [_mark(mark, frame)]),
     ]
     described = escape(f"{title}: {y_label} against {x_label}", quote=True)
     return (
@@ -83,7 +83,7 @@ class _Frame:
             low, high = low - (abs(low) or 1) * 0.1, high + (abs(high) or 1) * 0.1
         first, last = min(steps), max(steps)
         x_ticks = [tick for tick in _ticks(first, last, whole=True) if first <= tick <= last]
-        top = TITLE_LINE + legend_rows * LEGEND_LINE + 4
+        top = TITLE_LINE + legend_rows * LEGEND_LINE + 10
         return _Frame(x_ticks, _ticks(low, high), (first, last if last > first else first + 1), top)
 
     def x(self, value: float) -> float:
@@ -113,9 +113,9 @@ class _Frame:
             )
         middle = (self.top + floor) / 2
         drawn.append(
-            f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle" {_PALE}>{escape(x_label)}'
-            f'</text><text transform="translate(10 {middle:.0f}) rotate(-90)" text-anchor="middle" {_PALE}>'
-            f"{escape(y_label)}</text>"
+            f'<text x="{(LEFT + WIDTH - RIGHT) / 2:.0f}" y="{HEIGHT - 6}" text-anchor="middle" {_PALE}>'
+            f'{escape(x_label)}</text><text transform="translate(10 {middle:.0f}) rotate(-90)" text-anchor="middle" '
+            f"{_PALE}>{escape(y_label)}</text>"
         )
         return drawn
 
@@ -129,14 +129,15 @@ def _colour(tone: int) -> str:
 
 def _curve(line: Line, frame: _Frame) -> list[str]:
     corners = [(frame.x(x), frame.y(y)) for x, y in line.points]
-    width, opacity = (1, 0.38) if line.faint else (2.2 if line.tone else 2.6, 1)
+    width, opacity = (1, 0.45) if line.faint else (2.2 if line.tone else 2.6, 1)
     path = "M" + "L".join(f"{x:.1f} {y:.1f}" for x, y in corners)
-    drawn = [
+    stroke = (
         f'<path d="{path}" fill="none" style="stroke:{_colour(line.tone)}" stroke-width="{width}" '
         f'stroke-opacity="{opacity}" stroke-linejoin="round" stroke-linecap="round"/>'
-    ]
+    )
     if line.faint:
-        return drawn
+        return [stroke]
+    drawn = [stroke]
     few = len(corners) <= MOST_DOTS // 2
     every = -(-len(corners) // MOST_DOTS)
     for (x, y), (step, value) in list(zip(corners, line.points, strict=True))[::every]:
@@ -148,15 +149,15 @@ def _curve(line: Line, frame: _Frame) -> list[str]:
     return drawn
 
 
-def _mark(mark: Mark, frame: _Frame) -> list[str]:
+def _mark(mark: Mark, frame: _Frame) -> str:
     x, y = frame.x(mark.x), frame.y(mark.y)
-    room_left = x > WIDTH / 2  # the label goes where there is room
-    above = y > frame.top + 30
-    return [
+    room_left = x > WIDTH / 2  # the label goes where there is room, and below a curve's lowest point there mostly is
+    below = y < HEIGHT - BOTTOM - 26
+    return (
         f'<circle cx="{x:.1f}" cy="{y:.1f}" r="5" fill="none" stroke="currentColor" stroke-width="1.6"/>'
-        f'<text x="{x - 4 if room_left else x + 4:.1f}" y="{y - 10 if above else y + 20:.1f}" font-weight="600" '
+        f'<text x="{x - 4 if room_left else x + 4:.1f}" y="{y + 20 if below else y - 12:.1f}" font-weight="600" '
         f'fill="currentColor" text-anchor="{"end" if room_left else "start"}">{escape(mark.label)}</text>'
-    ]
+    )
 
 
 def _legend(lines: Sequence[Line]) -> list[list[str]]:
@@ -212,8 +213,15 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
 def _tick_texts(ticks: Sequence[float]) -> list[str]:
     largest = max(abs(tick) for tick in ticks)
     step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
-    if 0 < largest < 1e-3:
-        exponent = math.floor(math.log10(largest) + 1e-9)
-        return ["0" if tick == 0 else f"{tick / 10.0**exponent:.3g}e{exponent}" for tick in ticks]
+    if 0 < largest < 0.01:
+        return [_scientific(tick) for tick in ticks]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
-    return [f"{tick:,.{decimals}f}" for tick in ticks]
+    return [f"{tick:,.{decimals}f}".replace("-", "−") for tick in ticks]
+
+
+def _scientific(value: float) -> str:
+    """2e-4 rather than 0.0002."""
+    if value == 0:
+        return "0"
+    exponent = math.floor(math.log10(abs(value)) + 1e-9)
+    return f"{value / 10.0**exponent:.3g}e{exponent}".replace("-", "−")

@@ -3,7 +3,7 @@
 import json
 from pathlib import Path
 
-from finetune.charts import Line, Mark, line_chart
+from finetune.pages.charts import Line, Mark, line_chart
 from finetune.records import METRICS
 
 Curves = dict[str, list[tuple[float, float]]]
@@ -15,7 +15,7 @@ FIRST_LEVEL_TONE, LEVEL_TONES = 3, 5
 
 
 def read(run_dir: Path) -> Curves:
-    """Every curve of the run; none if there is no metrics.jsonl. Values that weren't finite, and half a line, are left out."""
+    """Every curve of the run; none without a metrics.jsonl. Values that weren't finite and half lines are left out."""
     curves: Curves = {}
     try:
         lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
@@ -61,7 +61,7 @@ def validation_by_level(curves: Curves) -> str:
         )
         for index, (level, points) in enumerate(levels)
     ]
-    return line_chart("Validation by noise level", lines, y_label="change since step 0, %")
+    return line_chart("Validation by noise level (high t: noisy)", lines, y_label="change since step 0, %")
 
 
 def learning_rate(curves: Curves) -> str:

@@ -1,0 +1,89 @@
+"""Tables and figures in words, as reports and notebooks show them."""
+
+from collections.abc import Sequence
+from html import escape
+from pathlib import Path
+
+from finetune.records import Adapter, Run
+
+
+def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """A table. head: plain words; rows: HTML, already escaped."""
+    if not rows:
+        return ""
+    titles = "".join(f'<th style="text-align:left">{escape(title)}</th>' for title in head)
+    body = "".join(
+        "<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in row) + "</tr>" for row in rows
+    )
+    return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
+
+
+def run_rows(run: Run) -> list[list[str]]:
+    """What a finished run measured: name, figure."""
+    rows = [
+        ["steps", f"{run.steps:,}"],
+        ["images seen", f"{run.images:,}"],
+        ["loss, first step → smoothed at the end", f"{run.first_loss:.4f} → {run.last_loss:.4f}"],
+    ]
+    if run.first_validation is not None and run.best_validation is not None:
+        at = "" if run.best_step is None else f" (step {run.best_step:,})"
+        rows.append(["validation loss, first → best", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}"])
+    share = run.trainable / run.total if run.total else 0.0
+    rows += [
+        ["training time", duration(run.seconds)],
+        ["speed", f"{run.images_per_s:.1f} images/s"],
+        ["peak memory", f"{run.peak_gib:.2f} GiB"],
+        ["trained parameters", f"{run.trainable:,} of {run.total:,} ({share:.2%})"],
+    ]
+    if run.skipped_steps:
+        rows.append(["refused steps", f"{run.skipped_steps:,} (loss or gradient not finite)"])
+    return rows
+
+
+def adapter_rows(adapter: Adapter) -> list[list[str]]:
+    """Dialect, file, size, relative difference."""
+    return [
+        [
+            escape(dialect),
+            escape(name),
+            file_size(Path(adapter.folder) / name),
+            _difference(adapter, dialect),
+        ]
+        for dialect, name in adapter.files.items()
+    ]
+
+
+def _difference(adapter: Adapter, dialect: str) -> str:
+    if dialect not in adapter.differences:
+        return "average of the weights"
+    difference = adapter.differences[dialect]
+    return f"{difference:.1e}" if difference else "none"
+
+
+def plural(count: int, thing: str) -> str:
+    """ "1 picture", "2 pictures"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "42 s", "3 min 05 s", "2 h 10 min"."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def file_size(path: Path) -> str:
+    """Size of a file, or of everything in a folder."""
+    files = [item for item in path.rglob("*") if item.is_file()] if path.is_dir() else [path]
+    try:
+        size = float(sum(file.stat().st_size for file in files))
+    except OSError:
+        return "gone"
+    if not files:
+        return "gone"
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"

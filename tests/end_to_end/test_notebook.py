@@ -1,0 +1,85 @@
+"""The notebook runs from its first cell to its last, and keeps the better adapter for the reason that it gives."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+from PIL import Image, ImageDraw
+
+from finetune.models.hub import EMBEDDED
+from tests.conftest import ROOT
+from tests.tiny_models import save_diffusion
+
+NOTEBOOK = ROOT / "scripts" / "retrain.ipynb"
+TIME_LIMIT_S = 300
+
+
+def draw(folder: Path, count: int, colour: str) -> None:
+    """Discs on white, each with its caption: no captioner is needed."""
+    folder.mkdir()
+    for number in range(count):
+        picture = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(picture).ellipse((8, 8, 30 + number, 30 + number), fill=colour)
+        picture.save(folder / f"{colour}-{number}.png")
+        (folder / f"{colour}-{number}.txt").write_text(f"a {colour} disc, pixar style")
+
+
+def small(tmp_path: Path) -> list[str]:
+    """Settings with which the recipe takes seconds."""
+    settings = [f"data.folder={tmp_path / 'first'}", f"data.cache={tmp_path / 'cache'}", "hardware.device=cpu"]
+    settings += ["trainer.steps=3", "trainer.micro_batch=2", "trainer.validate_every=2", "optim.warmup_steps=0"]
+    settings += ["sample.steps=2", "sample.seeds=[0]", "sample.previews=0"]
+    settings += ['\'sample.prompts=["a red disc, pixar style","a blue disc, pixar style"]\'']
+    if not (EMBEDDED / "diffusion" / "model_index.json").exists():
+        settings += [f"model.base={save_diffusion(tmp_path / 'tiny')}", "model.resolution=32", "model.bucket_step=16"]
+    return settings
+
+
+def outputs(notebook: Any, kind: str) -> str:
+    """Everything of one MIME type that the cells showed, in order."""
+    shown = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    return "\n".join(output["data"][kind] for output in shown if kind in output.get("data", {}))
+
+
+@pytest.fixture
+def executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
+    draw(tmp_path / "first", 4, "red")
+    draw(tmp_path / "more", 3, "blue")
+    for name, value in {"PICTURES": tmp_path / "more", "STEPS": 4, "OVERRIDES": " ".join(small(tmp_path))}.items():
+        monkeypatch.setenv(f"RETRAIN_{name}", str(value))
+    notebook = nbformat.read(NOTEBOOK, as_version=4)
+    where = {"metadata": {"path": str(tmp_path)}}
+    return NotebookClient(notebook, timeout=TIME_LIMIT_S, kernel_name="python3", resources=where).execute()
+
+
+@pytest.mark.slow
+def test_retraining(executed: Any, tmp_path: Path) -> None:
+    out = tmp_path / "outputs"
+    captions = json.loads((out / "pixar_style_2" / "receipts" / "caption.json").read_text())["record"]["items"]
+    assert [item["file"] for item in captions] == [
+        *(f"added/blue-{number}.png" for number in range(3)),
+        *(f"red-{number}.png" for number in range(4)),
+    ]
+    trained = json.loads((out / "pixar_style_2" / "receipts" / "train.json").read_text())["record"]
+    assert trained["steps"] == 4
+    assert (out / "pixar_style" / "report.html").exists()  # it wasn't there, so the notebook trained it first
+    lines = [json.loads(line) for line in (out / "pixar_style_2" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation/mean"] for line in lines if "validation/mean" in line]
+    better = "pixar_style_2" if losses[-1] < losses[0] else "pixar_style"
+    best = out / "pixar_style_best"
+    for file in ("peft/adapter_model.safetensors", "pytorch_lora_weights.safetensors"):
+        assert (best / file).read_bytes() == (out / better / "adapter" / file).read_bytes()
+    assert f"{min(losses[0], losses[-1]):.5f} against" in (best / "WHY.md").read_text()
+    html = outputs(executed, "text/html")
+    assert "7 pictures" in html
+    assert "Training loss" in html
+    assert "old adapter" in html
+    assert html.count("a blue disc, pixar style<br>seed 0") == 1
+
+
+def test_the_notebook_is_stored_without_outputs() -> None:
+    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+    assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]

@@ -1,0 +1,208 @@
+"""The report: one page, complete in itself, from whatever part of a run there is."""
+
+import json
+import re
+from collections.abc import Callable
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from finetune import rundir
+from finetune.config import Config
+from finetune.errors import RunError
+from finetune.records import (
+    Adapter,
+    Caption,
+    CaptionSet,
+    Dataset,
+    Report,
+    load_receipt,
+    load_record,
+    receipt_path,
+    save_receipt,
+)
+from finetune.stages.report import report
+from finetune.stages.train import train
+
+EVIL = "a robot <script>alert(1)</script> & \"friends\" <img src=x onerror='alert(2)'>"
+VOID = {"meta", "img", "br"}
+
+
+class Page(HTMLParser):
+    """Tags in order, with their attributes; refuses tags that are closed in the wrong order."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text = ""
+        self.feed(text)
+        assert not self.open
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+        if tag not in VOID:
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append((tag, dict(attrs)))
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        self.text += data
+
+    def sections(self) -> list[str | None]:
+        return [attributes.get("id") for tag, attributes in self.tags if tag == "section"]
+
+
+def read(config: Config) -> Page:
+    return Page(Path(report(config).file).read_text(encoding="utf-8"))
+
+
+def save(config: Config, stage: str, record: object) -> None:
+    save_receipt(Path(config.run_dir), stage, record, input_hash=stage, seconds=1.5, figures={"pictures": 2})
+
+
+def add_captions(config: Config) -> None:
+    folder = Path(config.data.folder)
+    folder.mkdir(exist_ok=True)
+    Image.new("RGB", (600, 400), "teal").save(folder / "a.jpg")
+    items = (Caption("a.jpg", EVIL, "user"), Caption("gone.jpg", "it went", "generated"))
+    save(config, "caption", CaptionSet(str(folder), items))
+
+
+def add_samples(config: Config, *, pairs: int = 2, side: int = 32, prompt: str = "a red robot") -> None:
+    folder = Path(config.run_dir) / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    lines = []
+    for number in range(pairs):
+        names = {"file": f"{number}-tuned.png", "base_file": f"{number}-base.png"}
+        for name in names.values():
+            Image.effect_noise((side, side), 80).convert("RGB").save(folder / name)
+        lines.append(json.dumps({"prompt": prompt, "seed": number, **names}))
+    (folder / "samples.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture
+def trained(config: Config, make_dataset: Callable[..., Dataset]) -> Config:
+    dataset = make_dataset()
+    save(config, "dataset", dataset)
+    train(config, dataset)
+    rundir.write_config(config, Path(config.run_dir))
+    return config
+
+
+def test_a_whole_run_on_one_page(trained: Config) -> None:
+    add_captions(trained)
+    add_samples(trained)
+    save(trained, "export", Adapter(trained.run_dir, {"peft": "peft"}, {"peft": 1e-7}, "tiny", "toy style"))
+    page = read(trained)
+    assert page.sections() == ["pictures", "curves", "captions", "stages", "adapter", "configuration"]
+    assert [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"] == [
+        "Training loss: loss against step",
+        "Validation loss: mean squared error against step",
+        "Validation by noise level (high t: noisy): change since step 0, % against step",
+        "Learning rate: rate against step",
+        "Gradient norm: norm before clipping against step",
+        "Speed: images/s against step",
+        "Memory: GiB in use against step",
+    ]
+    for words in ("In 4 steps the training loss went from", "On held-out pictures the loss", "images a second"):
+        assert words in page.text
+    for words in ("a red robot", "seed 1", "toy style", "1.0e-07", "it went", "rank: 4", "diffusers", "trained on"):
+        assert words in page.text
+    assert load_record(Path(trained.run_dir), "report", Report) == Report(str(Path(trained.run_dir) / "report.html"))
+
+
+def test_nothing_is_fetched_and_nothing_runs(trained: Config) -> None:
+    add_captions(trained)
+    add_samples(trained, prompt=EVIL)
+    page = read(trained)
+    assert not {tag for tag, _ in page.tags} & {"script", "link", "iframe", "object", "base", "form"}
+    for tag, attributes in page.tags:
+        assert not [name for name in attributes if name.startswith("on")]
+        assert (attributes.get("src") or "data:image/").startswith("data:image/")
+        assert (attributes.get("href") or "#").startswith("#")
+        assert tag != "img" or attributes["src"] != "x"
+    assert page.text.count("<script>alert(1)</script>") == 2
+    text = (Path(trained.run_dir) / "report.html").read_text(encoding="utf-8")
+    assert not re.search(r"url\(|@import|https?:", re.sub(r"<pre>.*?</pre>", "", text, flags=re.DOTALL))
+
+
+def test_whatever_is_missing_is_left_out(config: Config) -> None:
+    Path(config.run_dir).mkdir()
+    page = read(config)
+    assert page.sections() == ["configuration"]
+    assert "No run has finished in this folder yet." in page.text
+
+
+def test_a_run_without_validation_or_samples(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    config.trainer.validate_every = 0
+    train(config, make_dataset())
+    page = read(config)
+    assert page.sections() == ["curves", "stages", "configuration"]
+    assert "alidation" not in page.text
+
+
+def test_without_held_out_pictures_the_sentence_does_not_speak_of_them(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    dataset = make_dataset(held_out=0)
+    save(config, "dataset", dataset)
+    train(config, dataset)
+    assert "On training pictures with fixed noise the loss" in read(config).text
+
+
+def test_pictures_that_are_gone_are_said_to_be(trained: Config) -> None:
+    add_samples(trained)
+    (Path(trained.run_dir) / "samples" / "0-base.png").unlink()
+    (Path(trained.run_dir) / "samples" / "1-tuned.png").write_bytes(b"torn")
+    page = read(trained)
+    assert page.text.count("picture is gone") == 2
+    assert sum(tag == "img" for tag, _ in page.tags) == 2
+
+
+def test_many_large_pictures_stay_under_five_megabytes(config: Config) -> None:
+    add_samples(config, pairs=62, side=200)
+    folder = Path(config.data.folder)
+    folder.mkdir()
+    for number in range(62):
+        Image.effect_noise((400, 300), 90).save(folder / f"{number}.jpg")
+    save(config, "caption", CaptionSet(str(folder), tuple(Caption(f"{n}.jpg", "text", "user") for n in range(62))))
+    page = read(config)
+    assert (Path(config.run_dir) / "report.html").stat().st_size < 5_000_000
+    assert "2 more pairs in the samples folder" in page.text
+    assert "2 more captions in metadata.jsonl" in page.text
+
+
+def test_samples_of_another_adapter_are_named(trained: Config, tmp_path: Path) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    add_samples(trained)
+    info = PngInfo()
+    for key, value in {"steps": "25", "guidance": "4.0", "adapter": str(tmp_path / "other" / "peft")}.items():
+        info.add_itxt(key, value)
+    Image.new("RGB", (8, 8)).save(Path(trained.run_dir) / "samples" / "0-tuned.png", pnginfo=info)
+    page = read(trained)
+    assert "25 denoising steps, guidance 4.0" in page.text
+    assert "Drawn with another adapter than this run's" in page.text
+
+
+def test_a_second_report_takes_the_place_of_the_first(trained: Config) -> None:
+    before = Path(report(trained).file).read_bytes()
+    assert "report" not in Page(before.decode()).sections()
+    again = Path(report(trained).file).read_bytes()
+    assert before == again
+    receipt = load_receipt(Path(trained.run_dir), "report")
+    assert receipt is not None
+    assert receipt.figures["bytes"] == len(again)
+
+
+def test_a_damaged_receipt_is_named(trained: Config) -> None:
+    receipt_path(Path(trained.run_dir), "dataset").write_text("{")
+    with pytest.raises(RunError, match=r"dataset\.json is damaged"):
+        report(trained)
