@@ -1,7 +1,7 @@
 """The configuration, typed: one docstring under every field says what it is, with its unit.
 
-Plain dataclasses without any heavy import: the CLI reads them before torch is loaded. YAML presets in `conf/` fill them,
-`check` lists every problem at once.
+Plain dataclasses without any heavy import: the CLI reads them before torch is loaded. YAML presets in `conf/`
+fill them, `check` lists every problem at once.
 """
 
 from dataclasses import asdict, dataclass, field

@@ -51,9 +51,8 @@ class _Plain:
 
     def _line(self) -> None:
         seconds = time.monotonic() - self.start
-        say(
-            f"{self.title}: {self.done}/{self.total} {self.unit}, {seconds:.0f} s{', ' + self.text if self.text else ''}"
-        )
+        parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", f"{seconds:.0f} s", self.text]
+        say(", ".join(part for part in parts if part))
 
 
 @contextmanager

@@ -61,7 +61,10 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> list[dict[str, Tensor]]:
-        """Per picture (values in -1 … 1) `{"mean", "std"}`, each (C, h, w) fp32 on the CPU: latents are drawn anew a visit."""
+        """Per picture (values in -1 … 1) `{"mean", "std"}`, each (C, h, w) fp32 on the CPU.
+
+        Training draws new latents from them at each visit.
+        """
         posterior = self.model.encode(pixels_B3HW.to(self.device)).latent_dist
         mean_BChw = (posterior.mean - self.shift) * self.scale
         std_BChw = posterior.std * self.scale
@@ -119,9 +122,10 @@ def load_scheduler(base: str) -> Any:
 
 
 class Painter:
-    """Draws pictures with any UNet of one base: prompt embeddings and autoencoder are loaded once, the text encoder is dropped.
+    """Draws pictures with any UNet of one base.
 
-    The same prompt and seed start from the same noise whatever the UNet, the batch or the device.
+    Prompt embeddings and autoencoder are loaded once, the text encoder is dropped again. The same
+    prompt and seed start from the same noise whatever the UNet, the batch or the device.
     """
 
     def __init__(
@@ -157,9 +161,9 @@ class Painter:
 
         pipeline = StableDiffusionPipeline(
             vae=self.vae.to(self.device),
-            text_encoder=None,  # type: ignore[arg-type]
-            tokenizer=None,  # type: ignore[arg-type]
-            unet=unet,  # type: ignore[arg-type]
+            text_encoder=None,
+            tokenizer=None,
+            unet=unet,
             scheduler=self.scheduler,
             safety_checker=None,
             feature_extractor=None,

@@ -15,9 +15,9 @@ ADAPTER = "default"  # PEFT's own default name
 def inject(
     model: nn.Module, *, rank: int, alpha: float, dropout: float, targets: Sequence[str], seed: int
 ) -> nn.Module:
-    """Put fp32 adapters of the given rank on every layer whose name ends with one of `targets`; the update starts at zero.
+    """Put fp32 adapters of that rank on every layer whose name ends with one of `targets`.
 
-    Raises ModelError if no layer matches.
+    The update starts at zero. Raises ModelError if no layer matches.
     """
     from peft import LoraConfig, inject_adapter_in_model
 
@@ -69,7 +69,8 @@ def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     for name, weight in weights.items():
         if weight.shape != own[name].shape:
             raise ModelError(
-                f"{source} does not fit: {name} is {tuple(weight.shape)}, here {tuple(own[name].shape)}; set lora.rank to match"
+                f"{source} does not fit: {name} is {tuple(weight.shape)}, here {tuple(own[name].shape)}; "
+                "set lora.rank to match"
             )
     set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
 
@@ -98,7 +99,7 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config: Any = model.peft_config[ADAPTER]  # type: ignore[index,union-attr]
+    config: Any = model.peft_config[ADAPTER]  # type: ignore[index]
     config.base_model_name_or_path = base
     config.inference_mode = True
     config.save_pretrained(folder)
@@ -118,7 +119,7 @@ def save_diffusers(
         folder,
         unet_lora_layers=convert_state_dict_to_diffusers(dict(weights)),
         weight_name=name,
-        unet_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),  # type: ignore[index,union-attr,operator]
+        unet_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),  # type: ignore[index,union-attr]
     )
     return folder / name
 

@@ -41,7 +41,8 @@ def export(config: Config, run: Run) -> Adapter:
 def _card(config: Config, run: Run, files: dict[str, str], differences: dict[str, float]) -> str:
     """The model card: what it is, how it was made, how to load it."""
     rows = "\n".join(
-        f"| {dialect} | `{name}` | {f'{differences[dialect]:.1e}' if dialect in differences else 'average of the weights'} |"
+        f"| {dialect} | `{name}` | "
+        + (f"{differences[dialect]:.1e} |" if dialect in differences else "average of the weights |")
         for dialect, name in files.items()
     )
     trigger = (

@@ -1,15 +1,13 @@
-"""Train the adapter: examples in, checkpoints and curves out. Resumes by itself, stops on signals without losing a step."""
+"""Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
 import itertools
 import os
 import shutil
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from accelerate import Accelerator
 
 from finetune.config import Config, as_dict
@@ -64,7 +62,8 @@ def train(config: Config, dataset: Dataset) -> Run:
                 if stop.number is not None:
                     run.save()
                     raise Interrupted(
-                        f"stopped by signal {stop.number} after step {step.number}; the same command goes on from there",
+                        f"stopped by signal {stop.number} after step {step.number}; "
+                        "the same command goes on from there",
                         stop.number,
                     )
             record = run.finish(input_hash)

@@ -1,4 +1,4 @@
-"""Denoising loss of a latent diffusion model (arXiv 2112.10752), with every random number tied to (seed, example, visit).
+"""Denoising loss of a latent diffusion model (arXiv 2112.10752); random numbers are tied to (seed, example, visit).
 
 B images, C latent channels, h×w latent pixels, L text tokens, D text width.
 """
@@ -149,7 +149,8 @@ class DiffusionTask:
             target_BChw = self.scheduler.get_velocity(clean_BChw, noise_BChw, timesteps_B)
         else:
             target_BChw = clean_BChw if kind == "sample" else noise_BChw
-        return (predicted_BChw.float() - target_BChw.float()).square().mean(dim=(1, 2, 3))
+        errors_B: Tensor = (predicted_BChw.float() - target_BChw.float()).square().mean(dim=(1, 2, 3))
+        return errors_B
 
 
 def snr(alphas_cumprod: Tensor, timesteps_B: Tensor) -> Tensor:

@@ -49,8 +49,9 @@ def write(
         differences[dialect_name] = _relative(probe(loaded), reference)
         if not differences[dialect_name] <= config.export.tolerance:  # NaN fails too
             raise ExportError(
-                f"the {dialect_name} adapter {folder / file_name} does not reproduce the trained one: relative difference "
-                f"{differences[dialect_name]:.1e}, allowed {config.export.tolerance:.1e} (export.tolerance)"
+                f"the {dialect_name} adapter {folder / file_name} does not reproduce the trained one: "
+                f"relative difference {differences[dialect_name]:.1e}, allowed {config.export.tolerance:.1e} "
+                "(export.tolerance)"
             )
     if averaged is not None:
         files["ema"] = lora.save_diffusers(trained, folder, averaged, "pytorch_lora_weights_ema.safetensors").name
@@ -71,7 +72,7 @@ def load(unet: nn.Module, path: Path) -> nn.Module:
     weights = lora.read_weights(file)  # names a damaged file better than the libraries do
     try:
         if path.is_dir():
-            return PeftModel.from_pretrained(unet, str(path)).eval().get_base_model()  # type: ignore[arg-type,no-any-return]
+            return PeftModel.from_pretrained(unet, str(path)).eval().get_base_model()  # type: ignore[no-any-return]
         state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
             dict(weights) if _is_kohya(weights) else str(file), return_lora_metadata=True, unet_config=None
         )

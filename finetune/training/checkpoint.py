@@ -28,7 +28,8 @@ MANIFEST = "manifest.json"
 class TrainState:
     """Everything but tensors that a resumed run needs.
 
-    identity: what the run was trained with, flat key -> value; a resumed run must agree. scaler: the fp16 loss scaler's.
+    identity: what the run was trained with, flat key -> value; a resumed run must agree.
+    scaler: the fp16 loss scaler's.
     """
 
     step: int
@@ -88,7 +89,8 @@ def save(
     except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
-            f"cannot write checkpoint {final} ({error}); the one before is untouched: free the disk and run the same command again"
+            f"cannot write checkpoint {final} ({error}); the one before is untouched: "
+            "free the disk and run the same command again"
         ) from error
     return final
 
@@ -106,7 +108,8 @@ def load(folder: Path) -> Checkpoint:
         ema = load_file(folder / "ema.safetensors") if "ema.safetensors" in hashes else None
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise RunError(
-            f"checkpoint {folder} is damaged ({error}); delete that folder and the same command goes on from the one before"
+            f"checkpoint {folder} is damaged ({error}); "
+            "delete that folder and the same command goes on from the one before"
         ) from error
     return Checkpoint(folder, state, adapter, optimizer, ema)
 

@@ -23,39 +23,34 @@ class Tracker:
         self.device = device
         self._forget_after(start)
         # purge_step hides the points that a killed run wrote after its last checkpoint
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)  # type: ignore[no-untyped-call]
+        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
         self.card = _Card(device)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points at `step`; the tag's part before "/" is TensorBoard's section."""
         for tag, value in values.items():
-            self.board.add_scalar(tag, value, step)  # type: ignore[no-untyped-call]
+            self.board.add_scalar(tag, value, step)
         with open(self.file, "a", encoding="utf-8") as lines:
             finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
             lines.write(json.dumps({"step": step, **finite}) + "\n")
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """A text, shown as Markdown."""
-        self.board.add_text(tag, text, step)  # type: ignore[no-untyped-call]
+        self.board.add_text(tag, text, step)
 
     def pictures(self, step: int, pictures: Mapping[str, Any]) -> None:
         """PIL pictures by tag."""
         import numpy as np
 
         for tag, picture in pictures.items():
-            self.board.add_image(tag, np.asarray(picture), step, dataformats="HWC")  # type: ignore[no-untyped-call]
+            self.board.add_image(tag, np.asarray(picture), step, dataformats="HWC")
 
     def hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """Settings against final figures, for TensorBoard's hparams table; written into the same event file."""
-        from torch.utils.tensorboard.summary import hparams
-
         flat = {
             key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
         }
-        for summary in hparams(flat, dict(figures)):  # type: ignore[no-untyped-call]
-            self.board.file_writer.add_summary(summary)  # type: ignore[union-attr]
-        for tag, value in figures.items():
-            self.board.add_scalar(tag, value, 0)  # type: ignore[no-untyped-call]
+        self.board.add_hparams(flat, dict(figures), run_name=".")
 
     def hardware(self) -> dict[str, float]:
         """Memory in use, and utilisation and power where NVML answers."""
@@ -63,7 +58,7 @@ class Tracker:
 
     def close(self) -> None:
         """Flush and close the event file."""
-        self.board.close()  # type: ignore[no-untyped-call]
+        self.board.close()
 
     def _forget_after(self, step: int) -> None:
         if not self.file.exists():

@@ -50,7 +50,7 @@ def render_sets(settings: Settings) -> None:
     workers = [f"cuda:{index % gpus}" for index in range(gpus * GPU_WORKERS)]
     workers += ["cpu"] * max(1, (os.cpu_count() or 1) - len(workers) - 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    queue: "Queue[tuple[RenderSet, int] | None]" = context.Queue()
+    queue: Queue[tuple[RenderSet, int] | None] = context.Queue()
     missing = [entry for entry in chunks_in_turn(settings.sets) if not chunk_path(settings.work, *entry).exists()]
     for entry in [*missing, *[None] * len(workers)]:
         queue.put(entry)

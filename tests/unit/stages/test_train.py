@@ -103,9 +103,7 @@ def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
     assert averages[0] is not None
     assert averages[1] is not None
     assert same(averages[0], averages[1])
-    curves = [
-        [line for line in (tmp_path / name / "metrics.jsonl").read_text().splitlines()] for name in ("whole", "cut")
-    ]
+    curves = [(tmp_path / name / "metrics.jsonl").read_text().splitlines() for name in ("whole", "cut")]
     losses = [[json.loads(line).get("loss/step") for line in lines] for lines in curves]
     assert losses[0] == losses[1]
 
@@ -172,7 +170,7 @@ def test_changed_settings_are_listed_and_nothing_is_lost(config: Config, make_da
 
 def test_changed_captions_are_listed(config: Config, make_dataset: Callable[..., Dataset]) -> None:
     train(config, make_dataset())
-    with pytest.raises(RunError, match="pictures and captions: "):
+    with pytest.raises(RunError, match=r"pictures and captions: "):
         train(config, make_dataset(11))
 
 
@@ -182,7 +180,7 @@ def test_more_steps_go_on_and_fewer_are_refused(config: Config, make_dataset: Ca
     config.trainer.steps = 6
     assert train(config, dataset).steps == 6
     config.trainer.steps = 3
-    with pytest.raises(RunError, match="already at step 6, past trainer.steps=3"):
+    with pytest.raises(RunError, match=r"already at step 6, past trainer.steps=3"):
         train(config, dataset)
 
 
@@ -202,7 +200,7 @@ def test_a_damaged_checkpoint_is_named(config: Config, make_dataset: Callable[..
     newest = checkpoint.at(Path(config.run_dir) / "checkpoints", 4)
     file = newest / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(RunError, match="step-000004 is damaged.*adapter.safetensors differs.*delete that folder"):
+    with pytest.raises(RunError, match=r"step-000004 is damaged.*adapter.safetensors differs.*delete that folder"):
         train(config, dataset)
 
 

@@ -13,7 +13,9 @@ from tests.tiny_models import save_diffusion
 CPU = torch.device("cpu")
 
 
-def test_noise_and_timestep_do_not_depend_on_batch_or_order(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+def test_noise_and_timestep_do_not_depend_on_batch_or_order(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
     dataset = make_dataset()
     task = DiffusionTask(config, dataset, CPU)
     examples = [example for example in dataset.examples() if example.bucket == (32, 32)][:3]
@@ -24,7 +26,9 @@ def test_noise_and_timestep_do_not_depend_on_batch_or_order(config: Config, make
     assert not torch.equal(forward.tensors["noise"], task.collate([(e, 6) for e in examples]).tensors["noise"])
 
 
-def test_validation_repeats_exactly_and_names_noise_levels(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+def test_validation_repeats_exactly_and_names_noise_levels(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
     dataset = make_dataset()
     task = DiffusionTask(config, dataset, CPU)
     held_out = [example for example in dataset.examples() if example.held_out]
@@ -74,7 +78,9 @@ def test_a_perfect_prediction_has_no_loss(
     assert float(task.loss(batch)) > 0.01
 
 
-def test_caption_dropout_noise_offset_and_min_snr_are_used(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+def test_caption_dropout_noise_offset_and_min_snr_are_used(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
     dataset = make_dataset()
     example = next(dataset.examples())
     config.loss.caption_dropout = 0.999999

@@ -73,7 +73,9 @@ def test_a_file_that_does_not_reproduce_the_module_fails_the_stage_and_leaves_th
     assert sorted(path.name for path in Path(config.run_dir, "adapter").iterdir()) == before
 
 
-def test_an_untrained_adapter_is_reported(config: Config, run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+def test_an_untrained_adapter_is_reported(
+    config: Config, run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
     unet = lora.inject(
         load_unet(config.model.base, torch.float32),
         rank=4,
@@ -90,12 +92,12 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
     config: Config, run: Run, tiny_base: Path, tmp_path: Path
 ) -> None:
     unet = load_unet(str(tiny_base), torch.float32)
-    with pytest.raises(ModelError, match="no adapter at .*sample.adapter="):
+    with pytest.raises(ModelError, match=r"no adapter at .*sample.adapter="):
         handout.load(unet, tmp_path / "nowhere")
     adapter = export(config, run)
     peft = Path(adapter.folder) / "peft" / "adapter_model.safetensors"
     peft.write_bytes(peft.read_bytes()[:100])
-    with pytest.raises(ModelError, match="adapter_model.safetensors is damaged"):
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged"):
         handout.load(unet, peft.parent)
     from diffusers import UNet2DConditionModel
 
@@ -105,5 +107,5 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
         attention_head_dim=4,
     )  # fmt: skip
     for name in ("diffusers", "kohya"):
-        with pytest.raises(ModelError, match="does not fit this base"):
+        with pytest.raises(ModelError, match=r"does not fit this base"):
             handout.load(other, Path(adapter.folder) / adapter.files[name])

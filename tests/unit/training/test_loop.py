@@ -1,4 +1,4 @@
-"""The loop's properties: gradients are means over items however they are cut up, and bad steps leave the weights alone."""
+"""The loop: gradients are means over items however they are cut up, and bad steps leave the weights alone."""
 
 from collections.abc import Callable
 
@@ -71,7 +71,7 @@ def test_micro_batch_and_accumulation_do_not_change_the_adapter(
 
 def test_loss_is_the_mean_over_items(config: Config, make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset()
-    task, steps = run(config, dataset, steps=1)
+    _, steps = run(config, dataset, steps=1)
     fresh = DiffusionTask(config, dataset, CPU)
     examples = [example for example in dataset.examples() if not example.held_out]
     chunk = next(order.steps([example.bucket for example in examples], effective=4, seed=0))
@@ -94,5 +94,5 @@ def test_a_non_finite_step_is_refused_and_named(config: Config, make_dataset: Ca
 
 def test_bad_steps_in_a_row_end_the_run(config: Config, make_dataset: Callable[..., Dataset]) -> None:
     config.trainer.max_bad_steps = 1
-    with pytest.raises(TrainingError, match="1 steps in a row were not finite.*try a lower optim.lr"):
+    with pytest.raises(TrainingError, match=r"1 steps in a row were not finite.*try a lower optim.lr"):
         run(config, make_dataset(), poison=2)

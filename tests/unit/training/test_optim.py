@@ -32,7 +32,7 @@ def test_adamw_takes_its_settings_and_8bit_asks_for_a_card() -> None:
     optimizer = build_optimizer([parameter], OptimConfig(lr=0.3, weight_decay=0.2, betas=[0.5, 0.6], eps=1e-3))
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.3, 0.2, (0.5, 0.6), 1e-3)
-    with pytest.raises(ConfigError, match="adamw8bit needs a CUDA card; on a CPU try optim=adamw"):
+    with pytest.raises(ConfigError, match=r"adamw8bit needs a CUDA card; on a CPU try optim=adamw"):
         build_optimizer([parameter], OptimConfig(name=Optimizer.adamw8bit))
 
 
@@ -63,14 +63,16 @@ def test_a_checkpoint_comes_back_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(back.optimizer["state"][0]["exp_avg"], optimizer.state_dict()["state"][0]["exp_avg"])
 
 
-def test_a_folder_that_cannot_be_written_keeps_the_old_checkpoint(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_folder_that_cannot_be_written_keeps_the_old_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     checkpoint.save(tmp_path, STATE, {"a": torch.ones(1)}, {}, None)
 
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(checkpoint.torch, "save", full)
-    with pytest.raises(RunError, match="cannot write checkpoint .*No space left.*the one before is untouched"):
+    with pytest.raises(RunError, match=r"cannot write checkpoint .*No space left.*the one before is untouched"):
         checkpoint.save(tmp_path, TrainState(**{**vars(STATE), "step": 9}), {"a": torch.ones(1)}, {}, None)
     assert checkpoint.steps_on_disk(tmp_path) == [7]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000007"]
@@ -79,5 +81,5 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_checkpoint(tmp_path: Path
 def test_a_missing_manifest_is_damage(tmp_path: Path) -> None:
     folder = checkpoint.save(tmp_path, STATE, {"a": torch.ones(1)}, {}, None)
     (folder / "manifest.json").unlink()
-    with pytest.raises(RunError, match="is damaged"):
+    with pytest.raises(RunError, match=r"is damaged"):
         checkpoint.load(folder)

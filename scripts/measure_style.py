@@ -1,0 +1,95 @@
+"""Measure what a style recipe on the embedded base does, with readers that never saw a sample.
+
+python scripts/measure_style.py RUN_DIR [--prompts 100]: draws prompts of combinations that the base never met, with the
+trigger phrase, base and tuned from the same noise, and prints the shares that the readers in tests/readers read right.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+from finetune.models.diffusion import Painter, load_unet
+from finetune.tasks.handout import load
+from scripts.embedded.readers import load_reader, read
+from scripts.toyworld.captions import caption
+from scripts.toyworld.scene import Scene, held_out, sample_scene
+
+READERS = Path(__file__).resolve().parents[1] / "tests" / "readers"
+FIRST_SEED = 95_000_000  # scenes that no training set holds
+BASE = "embedded:diffusion"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("run_dir", type=Path)
+    parser.add_argument("--prompts", type=int, default=100)
+    parser.add_argument("--steps", type=int, default=25)
+    parser.add_argument("--guidance", type=float, default=2.0)
+    parser.add_argument("--trigger", default="pixar style")
+    given = parser.parse_args()
+    figures = measure(
+        given.run_dir / "adapter" / "peft",
+        prompts=given.prompts,
+        steps=given.steps,
+        guidance=given.guidance,
+        trigger=given.trigger,
+    )
+    print(json.dumps(figures, indent=2))
+
+
+def measure(adapter: Path, *, prompts: int, steps: int, guidance: float, trigger: str) -> dict[str, dict[str, float]]:
+    """For base and tuned, the shares of samples read as "pixar" and "flat", and of those whose content is read right."""
+    scenes = unseen_scenes(prompts)
+    jobs = [(f"{caption(scene)}, {trigger}", index) for index, scene in enumerate(scenes)]
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    painter = Painter(BASE, [prompt for prompt, _ in jobs], "", device, torch.float32)
+    figures = {}
+    for name in ("base", "tuned"):
+        unet = load_unet(BASE, torch.float32)
+        unet = (load(unet, adapter) if name == "tuned" else unet).to(device)
+        pictures = painter.draw(unet, jobs, width=128, height=128, steps=steps, guidance=guidance)
+        figures[name] = shares(pictures, scenes)
+    return figures
+
+
+def unseen_scenes(count: int) -> list[Scene]:
+    """One-thing scenes whose combination of thing, colour and setting was held out of the base's training."""
+    scenes: list[Scene] = []
+    seed = FIRST_SEED
+    while len(scenes) < count:
+        scene = sample_scene(seed, things=1)
+        if held_out(scene):
+            scenes.append(scene)
+        seed += 1
+    return scenes
+
+
+def shares(pictures: Sequence[Any], scenes: Sequence[Scene]) -> dict[str, float]:
+    """What the readers make of PIL pictures of these scenes, as shares of all."""
+    images_N3PP = torch.stack([torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) for picture in pictures])
+    content = read(load_reader(READERS / "content.safetensors"), images_N3PP)
+    style = read(load_reader(READERS / "style.safetensors"), images_N3PP)["style"]
+    things = [scene.things[0] for scene in scenes]
+    right = [
+        kind == thing.kind and colour == thing.colour
+        for kind, colour, thing in zip(content["kind"], content["colour"], things, strict=True)
+    ]
+    settings = [answer == scene.setting for answer, scene in zip(content["setting"], scenes, strict=True)]
+    return {
+        "pixar": style.count("pixar") / len(style),
+        "flat": style.count("flat") / len(style),
+        "thing_and_colour": sum(right) / len(right),
+        "setting": sum(settings) / len(settings),
+    }
+
+
+if __name__ == "__main__":
+    main()
