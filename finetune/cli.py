@@ -7,6 +7,7 @@ imported; a FinetuneError becomes one line a problem on stderr and the exit code
 import logging
 import os
 import sys
+import threading
 import traceback
 import warnings
 from collections.abc import Sequence
@@ -206,6 +207,7 @@ def _quieten(debug: bool) -> None:
     logging.getLogger("finetune").setLevel(logging.INFO)
     if debug:
         return
+    threading.excepthook = lambda _: None  # TensorBoard's writer: what stops it is raised again by the next write
     warnings.simplefilter("ignore")
     warnings.filterwarnings("default", module=r"finetune(\..*)?")
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"

@@ -10,12 +10,13 @@ from datetime import datetime
 from pathlib import Path
 
 from finetune.config import Config, as_dict
-from finetune.errors import OutOfMemory, RunError
+from finetune.errors import FinetuneError, OutOfMemory, RunError
 from finetune.records import receipt_path, write_atomically
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 OWNER = ".lock.json"  # who holds the lock; the lock itself is the operating system's and dies with its process
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
@@ -58,9 +59,13 @@ def _make(folder: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> str:
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        return f"the disk of {folder} is full; free some space, or choose another folder: run_dir=PATH"
+    if _is_disk_full(error):
+        return _full(folder)
     return f"cannot write in the run folder {folder} ({error.strerror}); choose one that you may write: run_dir=PATH"
+
+
+def _full(folder: Path) -> str:
+    return f"the disk of {folder} is full; free some space, or choose another folder: run_dir=PATH"
 
 
 @contextmanager
@@ -95,14 +100,21 @@ def _owner(folder: Path) -> str:
 def _explained(config: Config) -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
-            raise
-        raise RunError(_unwritable(Path(config.run_dir), error)) from error
-    except (MemoryError, RuntimeError) as error:
-        if not _is_out_of_memory(error):
-            raise
-        raise OutOfMemory(f"out of memory; {_smaller(config)}") from error
+    except FinetuneError:
+        raise
+    except Exception as error:
+        if _is_disk_full(error):
+            raise RunError(_full(Path(config.run_dir))) from error
+        if _is_out_of_memory(error):
+            raise OutOfMemory(f"out of memory; {_smaller(config)}") from error
+        raise
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """safetensors has an error of its own, which tells the number only in its text."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"(os error {number})" in str(error) for number in DISK_FULL)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import shlex
+import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -91,10 +92,9 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]:
     """Command lines to type next, for the way this program was started."""
     module = Path(sys.argv[0]).name in ("__main__.py", "-m")
-    python = os.path.relpath(sys.executable) if Path(sys.executable).is_relative_to(Path.cwd()) else sys.executable
-    program = f"{shlex.quote(python)} -m finetune" if module else "finetune"
-    beside = Path(sys.executable).with_name("tensorboard")
-    board = os.path.relpath(beside) if beside.is_relative_to(Path.cwd()) else "tensorboard"
+    python = Path(sys.executable)
+    program = f"{_typed(python)} -m finetune" if module else _typed(python.with_name("finetune"))
+    board = _typed(python.with_name("tensorboard"))
     prompt = f"a big green fish in space, {result.adapter.trigger}".removesuffix(", ")
     run_dir = shown(Path(config.run_dir))
     words = [f"conf={config.name}"] if not overrides else []
@@ -107,3 +107,11 @@ def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]
         f"{board} --logdir {shlex.quote(f'{run_dir}/tensorboard')}",
         f"{program} sample {settings} {wanted}",
     ]
+
+
+def _typed(program: Path) -> str:
+    """How to call a program of this environment from the current folder: by name only where the shell finds that one."""
+    found = shutil.which(program.name)
+    if not program.exists() or (found and Path(found).resolve() == program.resolve()):
+        return program.name
+    return shlex.quote(os.path.relpath(program) if program.is_relative_to(Path.cwd()) else str(program))

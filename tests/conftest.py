@@ -1,6 +1,7 @@
 """What every test may count on: no network, no card unless marked, a clean terminal."""
 
 import os
+import threading
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -41,6 +42,7 @@ def finetune_cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
 
     monkeypatch.setenv("HYDRA_FULL_ERROR", "1")
     monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(threading, "excepthook", threading.excepthook)
     monkeypatch.setattr(cli.logging, "basicConfig", lambda **_: None)  # pytest holds the root logger
 
     def run(*words: str) -> Answer:

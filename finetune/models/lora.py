@@ -112,12 +112,12 @@ def save_diffusers(
 ) -> Path:
     """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
     from diffusers import StableDiffusionPipeline
-    from diffusers.utils import convert_state_dict_to_diffusers
 
     folder.mkdir(parents=True, exist_ok=True)
     StableDiffusionPipeline.save_lora_weights(
         folder,
-        unet_lora_layers=convert_state_dict_to_diffusers(dict(weights)),
+        # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
+        unet_lora_layers=dict(weights),
         weight_name=name,
         unet_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),  # type: ignore[index,union-attr]
     )

@@ -30,7 +30,7 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
     jobs = [(prompt, seed) for prompt in sample.prompts for seed in sample.seeds]
     drawn: dict[str, list[Any]] = {}
     with progress("sample", 2 * len(jobs), unit="pictures") as bar:
-        for kind in ("base", "tuned"):
+        for kind in ("tuned", "base"):  # an adapter that can't be used is reported before anything is drawn
             unet = load_unet(config.model.base, dtype)
             unet = (load(unet, adapter) if kind == "tuned" else unet).to(device)
             drawn[kind] = []

@@ -1,5 +1,6 @@
 """Hand a diffusion adapter out in every dialect, and prove each file by loading it into a fresh base."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -77,6 +78,10 @@ def load(unet: nn.Module, path: Path) -> nn.Module:
             dict(weights) if _is_kohya(weights) else str(file), return_lora_metadata=True, unet_config=None
         )
         StableDiffusionPipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"{path / 'adapter_config.json'} is damaged ({error}); export it again or restore it from a copy"
+        ) from error
     except (RuntimeError, ValueError, KeyError, OSError) as error:
         raise ModelError(
             f"{path} does not fit this base ({str(error).splitlines()[0]}); was it trained on another?"

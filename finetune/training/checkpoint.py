@@ -5,6 +5,7 @@ manifest with the hash of every file. It is written under a temporary name, flus
 """
 
 import hashlib
+import io
 import json
 import os
 import shutil
@@ -14,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
+from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from finetune.errors import RunError
@@ -74,10 +76,13 @@ def save(
     try:
         shutil.rmtree(temporary, ignore_errors=True)
         temporary.mkdir(parents=True)
-        save_file(dict(adapter), temporary / "adapter.safetensors")
-        torch.save(dict(optimizer), temporary / "optimizer.pt")
+        # Serialised in memory first: at a full disk, torch and safetensors raise errors that don't say so.
+        (temporary / "adapter.safetensors").write_bytes(save_tensors(dict(adapter)))
+        buffer = io.BytesIO()
+        torch.save(dict(optimizer), buffer)
+        (temporary / "optimizer.pt").write_bytes(buffer.getbuffer())
         if ema is not None:
-            save_file(dict(ema), temporary / "ema.safetensors")
+            (temporary / "ema.safetensors").write_bytes(save_tensors(dict(ema)))
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
         hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
@@ -86,10 +91,10 @@ def save(
         shutil.rmtree(final, ignore_errors=True)
         os.replace(temporary, final)
         _flush(folder)
-    except (OSError, RuntimeError) as error:  # torch and safetensors report a full disk as RuntimeError
+    except OSError as error:
         shutil.rmtree(temporary, ignore_errors=True)
         raise RunError(
-            f"cannot write checkpoint {final} ({error}); the one before is untouched: "
+            f"cannot write checkpoint {final} ({error.strerror}); the one before is untouched: "
             "free the disk and run the same command again"
         ) from error
     return final

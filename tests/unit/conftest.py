@@ -15,7 +15,11 @@ from tests.tiny_models import save_diffusion
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
 
-TARGETS = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+TARGETS = {
+    "attention": ATTENTION,
+    "wide": [*ATTENTION, "ff.net.0.proj", "ff.net.2", "proj_in", "proj_out", "conv1", "conv2", "time_emb_proj"],
+}
 
 
 @pytest.fixture(scope="session")

@@ -18,8 +18,9 @@ from finetune.stages.train import train
 from finetune.tasks import handout
 
 
-@pytest.fixture
-def run(config: Config, make_dataset: Callable[..., Dataset]) -> Run:
+@pytest.fixture(params=["attention", "wide"])
+def run(config: Config, make_dataset: Callable[..., Dataset], request: pytest.FixtureRequest) -> Run:
+    config.lora.targets = request.param
     config.lora.alpha, config.trainer.ema_decay = 3.0, 0.9  # alpha != rank: converters like to mix them up
     config.caption.trigger = "pixar style"
     return train(config, make_dataset())
@@ -81,7 +82,7 @@ def test_an_untrained_adapter_is_reported(
         rank=4,
         alpha=3.0,
         dropout=0.0,
-        targets=config.model.lora_targets["attention"],
+        targets=config.model.lora_targets[config.lora.targets],
         seed=0,
     )
     handout.write(config, run, lora.state(unet), None, tmp_path)
