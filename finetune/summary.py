@@ -110,8 +110,8 @@ def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]
 
 
 def _typed(program: Path) -> str:
-    """How to call a program of this environment from the current folder: by name only where the shell finds that one."""
+    """How to call a program of this environment from here: by its name alone only where the shell finds that very one."""
     found = shutil.which(program.name)
-    if not program.exists() or (found and Path(found).resolve() == program.resolve()):
+    if not program.exists() or (found and Path(found).absolute() == program):
         return program.name
     return shlex.quote(os.path.relpath(program) if program.is_relative_to(Path.cwd()) else str(program))

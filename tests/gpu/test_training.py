@@ -1,0 +1,150 @@
+"""What only a card can show: 16-bit arithmetic, the loss scaler, 8-bit optimiser states, resuming, NVML."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.config import Config, Device, Optimizer, Precision
+from finetune.models import lora
+from finetune.models.device import limit_memory, pick_device, pick_precision
+from finetune.records import Dataset
+from finetune.stages.export import export
+from finetune.stages.train import train
+from finetune.tasks.diffusion import DiffusionTask
+from finetune.training import checkpoint
+from finetune.training.accelerator import build_accelerator
+from finetune.training.loop import fit
+from finetune.training.optim import build_optimizer
+from finetune.training.tracking import Tracker
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def on_card(config: Config) -> Config:
+    """The tiny run of the unit tests, on the card."""
+    config.hardware.device = Device.cuda
+    return config
+
+
+def losses(config: Config, dataset: Dataset, precision: Precision) -> list[float]:
+    """Loss of every training picture, one by one, with a freshly injected adapter."""
+    config.trainer.precision = precision
+    device = pick_device(Device.cuda)
+    task = DiffusionTask(config, dataset, device)
+    accelerator = build_accelerator(precision, device)
+    values = []
+    for example in dataset.examples():
+        with torch.no_grad(), accelerator.autocast():
+            values.append(float(task.loss(task.collate([(example, 0)]).to(device))))
+    return values
+
+
+@pytest.mark.parametrize(("precision", "tolerance"), [(Precision.bf16, 2e-2), (Precision.fp16, 5e-3)])
+def test_16_bit_losses_follow_fp32(
+    on_card: Config, make_dataset: Callable[..., Dataset], precision: Precision, tolerance: float
+) -> None:
+    dataset = make_dataset()
+    assert losses(on_card, dataset, precision) == pytest.approx(
+        losses(on_card, dataset, Precision.fp32), rel=tolerance
+    )
+
+
+@pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16, Precision.fp16])
+@pytest.mark.parametrize("optimizer", list(Optimizer))
+def test_every_precision_and_optimiser_trains_exports_and_resumes(
+    on_card: Config, make_dataset: Callable[..., Dataset], precision: Precision, optimizer: Optimizer
+) -> None:
+    on_card.trainer.precision, on_card.optim.name, on_card.lora.dropout = precision, optimizer, 0.1
+    dataset = make_dataset()
+    run = train(on_card, dataset)
+    assert run.steps == 4
+    on_card.trainer.steps = 6
+    run = train(on_card, dataset)
+    assert run.steps == 6
+    assert run.last_loss < 2
+    assert max(export(on_card, run).differences.values()) <= 1e-5
+
+
+def test_a_resumed_run_equals_an_uninterrupted_one_on_the_card(
+    on_card: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    on_card.trainer.precision, on_card.lora.dropout = Precision.bf16, 0.1
+    on_card.optim.schedule = type(on_card.optim.schedule).constant  # more steps later must not change the early rates
+    dataset = make_dataset()
+    adapters = []
+    for name, legs in (("whole", (6,)), ("legs", (2, 4, 6))):
+        on_card.run_dir = str(tmp_path / name)
+        for steps in legs:
+            on_card.trainer.steps = steps
+            train(on_card, dataset)
+        adapters.append(checkpoint.load(checkpoint.at(tmp_path / name / "checkpoints", 6)).adapter)
+    whole, legs_ = adapters
+    assert all(torch.equal(whole[name], legs_[name]) for name in whole)
+
+
+def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dataset: Callable[..., Dataset]) -> None:
+    device = pick_device(Device.cuda)
+    on_card.trainer.precision = Precision.fp16
+    dataset = make_dataset()
+    task = DiffusionTask(on_card, dataset, device)
+    accelerator = build_accelerator(Precision.fp16, device)
+    optimizer = build_optimizer(lora.adapter_parameters(task.model), on_card.optim)
+    task.model, optimizer = accelerator.prepare(task.model, optimizer)
+    before = task.state()
+    examples = list(dataset.examples())
+
+    def batches():
+        for number in range(3):
+            batch = task.collate([(examples[0], number)])
+            if number == 0:
+                batch.tensors["clean"].fill_(float("inf"))
+            yield [batch]
+
+    scale = accelerator.scaler.get_scale()
+    steps = []
+    for step in fit(
+        task,
+        batches(),
+        optimizer,
+        lambda _: 1e-2,
+        accelerator,
+        seed=0,
+        start=0,
+        clip_norm=1.0,
+        max_bad_steps=1,
+    ):
+        steps.append(step)
+        if step.number == 1:
+            assert all(torch.equal(weight, before[name]) for name, weight in task.state().items())
+    assert [step.refused is not None for step in steps] == [True, False, False]
+    assert "in fp16 on 000.png" in str(steps[0].refused)
+    assert accelerator.scaler.get_scale() < scale
+    assert not all(torch.equal(weight, before[name]) for name, weight in task.state().items())
+
+
+def test_the_best_precision_of_the_card_is_picked() -> None:
+    device = pick_device(Device.auto)
+    assert device.type == "cuda"
+    expected = Precision.bf16 if torch.cuda.is_bf16_supported(including_emulation=False) else Precision.fp16
+    assert pick_precision(Precision.auto, device) is expected
+
+
+def test_nvml_answers_for_the_card_in_use(tmp_path: Path) -> None:
+    tracker = Tracker(tmp_path, 0, pick_device(Device.cuda))
+    values = tracker.hardware()
+    tracker.close()
+    assert values["system/gpu_power_w"] > 10
+    assert 0 <= values["system/gpu_utilisation_percent"] <= 100
+
+
+def test_a_memory_limit_holds() -> None:
+    device = pick_device(Device.cuda)
+    limit_memory(device, 1.0)
+    try:
+        with pytest.raises(torch.OutOfMemoryError):
+            torch.empty(2 * 2**30, dtype=torch.uint8, device=device)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0, device)
