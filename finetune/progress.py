@@ -38,6 +38,7 @@ class _Plain:
         self.title, self.total, self.unit, self.done = title, total, unit, done
         self.start = self.last = time.monotonic()
         self.text = ""
+        self.said = -1
 
     def advance(self, amount: int = 1, text: str = "") -> None:
         self.done += amount
@@ -47,10 +48,12 @@ class _Plain:
             self._line()
 
     def finish(self) -> None:
-        self._line()
+        if self.said != self.done:
+            self._line()
 
     def _line(self) -> None:
         seconds = time.monotonic() - self.start
+        self.said = self.done
         parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", f"{seconds:.0f} s", self.text]
         say(", ".join(part for part in parts if part))
 

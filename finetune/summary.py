@@ -110,7 +110,7 @@ def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]
 
 
 def _typed(program: Path) -> str:
-    """How to call a program of this environment from here: by its name alone only where the shell finds that very one."""
+    """How to call a program of this environment from here: by its name alone only where the shell finds that one."""
     found = shutil.which(program.name)
     if not program.exists() or (found and Path(found).absolute() == program):
         return program.name

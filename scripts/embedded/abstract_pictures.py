@@ -14,10 +14,21 @@ BALLS = 5
 
 
 def smooth_field(count: int, channels: int, px: int, generator: torch.Generator) -> Tensor:
-    """[count, channels, px, px] of smooth variation, each over 0…1: a few random values, interpolated."""
-    cells = int(torch.randint(2, 6, (), device=generator.device, generator=generator))
-    coarse = torch.rand(count, channels, cells, cells, device=generator.device, generator=generator)
-    return functional.interpolate(coarse, (px, px), mode="bicubic", align_corners=True).clamp(0.0, 1.0)
+    """[count, channels, px, px] of smooth variation over 0…1: one to four random cells across, interpolated.
+
+    The number of cells is a zoom of each picture's own: a number drawn for all would have to reach the CPU, which would
+    wait for the GPU at every step.
+    """
+    device = generator.device
+    coarse = torch.rand(count, channels, 5, 5, device=device, generator=generator)
+    zoom = uniform(count, 0.25, 1.0, generator).view(count)
+    moved = (2 * torch.rand(count, 2, device=device, generator=generator) - 1) * (1 - zoom[:, None])
+    affine = torch.zeros(count, 2, 3, device=device)
+    affine[:, 0, 0] = affine[:, 1, 1] = zoom
+    affine[:, :, 2] = moved
+    grid = functional.affine_grid(affine, [count, channels, px, px], align_corners=True)
+    fields = functional.grid_sample(coarse, grid, mode="bicubic", padding_mode="border", align_corners=True)
+    return fields.clamp(0.0, 1.0)
 
 
 def positions(px: int, device: torch.device) -> tuple[Tensor, Tensor]:
@@ -44,10 +55,9 @@ def shaded_balls(backdrop_B3PP: Tensor, generator: torch.Generator) -> Tensor:
         images = images * (1.0 - uniform(count, 0.0, 0.6, generator) * shadow)
 
         depth = (1.0 - distance**2).clamp_min(0.0).sqrt()
-        light = torch.randn(count, 3, 1, 1, device=images.device, generator=generator)
-        light = functional.normalize(
-            light.abs() * torch.tensor([1.0, -1.0, 1.5], device=images.device).view(3, 1, 1), dim=1
-        )
+        # From the right, from above, and mostly from the front.
+        right, above, front = torch.randn(3, count, 1, 1, 1, device=images.device, generator=generator).abs()
+        light = functional.normalize(torch.cat([right, -above, 1.5 * front], dim=1), dim=1)
         facing = across * light[:, :1] + down * light[:, 1:2] + depth * light[:, 2:]
         colour = torch.rand(count, 3, 1, 1, device=images.device, generator=generator)
         ambient = uniform(count, 0.2, 0.7, generator)
@@ -83,22 +93,19 @@ def recolour(images_B3PP: Tensor, generator: torch.Generator) -> Tensor:
 def autoencoder_batch(flat_B3PP: Tensor, generator: torch.Generator) -> Tensor:
     """A training batch from flat renders: half stay plain, the rest turn into abstract and shaded pictures.
 
-    The sixths of the other half: gradients, balls on gradients, balls on renders, blurred, relit, recoloured renders.
+    The sixths of the other half: gradients, balls on gradients, lit balls on renders, blurred and lit, blurred and
+    recoloured, recoloured renders. What two sixths share is one slice, since each change is some hundred GPU kernels.
     """
-    count, px = len(flat_B3PP), flat_B3PP.shape[-1]
-    plain, rest = flat_B3PP[: count // 2], flat_B3PP[count // 2 :]
-    kinds = [part for part in rest.chunk(6) if len(part)]
-    changed = []
-    for kind, part in enumerate(kinds):
-        if kind in (0, 1):
-            part = smooth_field(len(part), 3, px, generator)
-        if kind in (1, 2):
-            part = shaded_balls(part, generator)
-        if kind in (3, 4):
-            part = blur(part, generator, most=3.0)
-        if kind in (2, 4):
-            part = relight(part, generator)
-        if kind in (3, 5):
-            part = recolour(part, generator)
-        changed.append(expose(part, generator, most=0.25))
-    return torch.cat([plain, *changed])
+    px = flat_B3PP.shape[-1]
+    plain, rest = flat_B3PP[: len(flat_B3PP) // 2], flat_B3PP[len(flat_B3PP) // 2 :].clone()
+
+    def sixths(first: int, stop: int) -> slice:
+        return slice(first * len(rest) // 6, stop * len(rest) // 6)
+
+    gradients, balls, blurred, lit, hues = sixths(0, 2), sixths(1, 3), sixths(3, 5), sixths(2, 4), sixths(4, 6)
+    rest[gradients] = smooth_field(gradients.stop - gradients.start, 3, px, generator)
+    rest[balls] = shaded_balls(rest[balls], generator)
+    rest[blurred] = blur(rest[blurred], generator, most=3.0)
+    rest[lit] = relight(rest[lit], generator)
+    rest[hues] = recolour(rest[hues], generator)
+    return torch.cat([plain, expose(rest, generator, most=0.25)])

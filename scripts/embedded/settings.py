@@ -1,10 +1,11 @@
 """What the phases share: where files live, how long each phase trains and how large its parts are."""
 
+import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
 PICTURE_PX = 128
-LATENT_CHANNELS = 8
+LATENT_CHANNELS = 16  # eight left an eye, a few pixels in one 8×8 patch, too little room: 26 dB
 CAPTION_VARIANTS = 8
 TEXT_WIDTH = 192
 SEED = 20_26
@@ -42,12 +43,16 @@ TINY_SETS = tuple(
 )
 
 FULL_MINUTES = {
-    "render": 2.5,
-    "readers": 3.0,
-    "autoencoder": 3.5,
-    "captioner": 4.0,
-    "diffusion": 8.5,
+    "render": 1.8,
+    "readers": 2.0,
+    "autoencoder": 3.0,
+    "captioner": 3.2,
+    "diffusion": 10.5,
+    "probe": 1.0,
 }
+
+PARTS = ("readers", "captioner", "autoencoder", "diffusion")
+"""What a rebuild trains, and what it may instead keep as the repository ships it."""
 
 
 @dataclass(frozen=True)
@@ -61,18 +66,31 @@ class Settings:
     device: str
     tiny: bool
     minutes: dict[str, float] = field(default_factory=lambda: dict(FULL_MINUTES))
+    kept: frozenset[str] = frozenset()
+    """Parts that stay as shipped: readers and captioner untouched, autoencoder reused, diffusion trained on."""
+    processes: int = 1
+    """Processes that train one model together, one a GPU."""
+    pause_at: float = math.inf
+    """When the diffusion training pauses, as time.time() counts, to be continued by another call."""
+    variant: str | None = None
+    """How models are computed, as `Variant.parse` reads it; None takes what the probe found best."""
 
     @property
     def sets(self) -> tuple[RenderSet, ...]:
-        return TINY_SETS if self.tiny else FULL_SETS
+        """Only readers and captioner learn from other styles than flat."""
+        sets = TINY_SETS if self.tiny else FULL_SETS
+        if {"readers", "captioner"} <= self.kept:
+            return tuple(entry for entry in sets if entry.style == "flat" or not entry.for_training)
+        return sets
 
     @property
     def tiny_steps(self) -> int | None:
         """Optimiser steps of each phase in a tiny run; None where time is the limit."""
         return 4 if self.tiny else None
 
-    def batch(self, full: int) -> int:
-        return 8 if self.tiny else full
+    def batch(self, a_process: int, at_least: int = 0) -> int:
+        """Pictures each process draws for a step: `a_process`, or its part of `at_least` where few processes train."""
+        return 8 // self.processes if self.tiny else max(a_process, at_least // self.processes)
 
     @property
     def embedded(self) -> Path:
@@ -85,3 +103,7 @@ class Settings:
     @property
     def evaluation(self) -> Path:
         return self.work / "evaluation"
+
+    @property
+    def probed(self) -> Path:
+        return self.work / "probe.json"

@@ -1,0 +1,43 @@
+"""What end-to-end tests share: a tiny base model, a few pictures, and settings with which a run takes a second."""
+
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.tiny_models import save_diffusion
+
+
+@pytest.fixture(scope="session")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny pipeline."""
+    return save_diffusion(tmp_path_factory.mktemp("models") / "tiny")
+
+
+@pytest.fixture(scope="session")
+def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Encoded pictures, keyed by content: every test may use the same."""
+    return tmp_path_factory.mktemp("cache")
+
+
+@pytest.fixture
+def pictures(workdir: Path) -> Path:
+    """Four pictures in the current folder, each with a caption."""
+    folder = workdir / "pictures"
+    folder.mkdir()
+    for colour in ("red", "green", "blue", "white"):
+        Image.new("RGB", (64, 64), colour).save(folder / f"{colour}.png")
+        (folder / f"{colour}.txt").write_text(f"a {colour} wall, pixar style")
+    return folder
+
+
+@pytest.fixture
+def small(tiny_base: Path, shared_cache: Path, pictures: Path) -> list[str]:
+    """The recipe on the tiny base: two steps, two pictures."""
+    return [
+        "conf=pixar_style",
+        *(f"model.base={tiny_base}", "model.resolution=32", "model.bucket_step=16", "hardware.device=cpu"),
+        *("data.folder=pictures", f"data.cache={shared_cache}", "run_dir=run", "lora.rank=4", "optim.warmup_steps=0"),
+        *("trainer.steps=2", "trainer.micro_batch=2", "trainer.save_every=1", "trainer.validate_every=2"),
+        *("sample.steps=1", "sample.seeds=[0]", "sample.previews=0", 'sample.prompts=["a red wall, pixar style"]'),
+    ]

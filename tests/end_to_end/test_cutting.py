@@ -1,0 +1,128 @@
+"""Cut anywhere, by any means, and run again: nothing is lost and the adapter is the same, bit for bit."""
+
+import json
+import shutil
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune.training import checkpoint
+from scripts.toyworld.captions import caption
+from scripts.toyworld.output import dataset_scenes
+from tests.conftest import ROOT
+from tests.end_to_end import command
+
+pytestmark = pytest.mark.slow
+
+PICTURES = 20  # the fewest of which some are held out for validation
+STEPS = 12
+# Steps of a quarter of a second on the embedded model, so that a signal meets a step in progress.
+TRAINING = [
+    "conf=pixar_style",
+    *(f"trainer.steps={STEPS}", "trainer.save_every=3", "trainer.validate_every=6", "trainer.ema_decay=0.9"),
+    *("trainer.micro_batch=4", "trainer.accumulate=2", "optim.warmup_steps=2", "hardware.device=cpu"),
+    *("sample.previews=0", "sample.steps=1", "sample.seeds=[0]", 'sample.prompts=["a red cat, pixar style"]'),
+]
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A working folder with some of the example pictures and their true captions."""
+    work = tmp_path_factory.mktemp("cutting") / "work"
+    data = work / "datasets" / "pixar_style"
+    copy_pictures(data, PICTURES)
+    rows = [
+        {"file_name": picture.name, "text": f"{caption(scene)}, pixar style"}
+        for picture, scene in zip(sorted(data.glob("*.jpg")), dataset_scenes(40), strict=False)
+    ]
+    (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return work
+
+
+def copy_pictures(folder: Path, count: int) -> None:
+    folder.mkdir(parents=True)
+    for picture in sorted((ROOT / "datasets" / "pixar_style").glob("*.jpg"))[:count]:
+        shutil.copy(picture, folder)
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    """Every tensor of every adapter file."""
+    files = sorted((run_dir / "adapter").rglob("*.safetensors"))
+    assert len(files) == 4  # three dialects and the average
+    return {
+        f"{file.relative_to(run_dir)}: {name}": tensor for file in files for name, tensor in load_file(file).items()
+    }
+
+
+def losses(run_dir: Path) -> list[tuple[int, float]]:
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return [(line["step"], line["loss/step"]) for line in lines if "loss/step" in line]
+
+
+def test_a_run_cut_by_signals_and_by_kill_gives_the_very_same_adapter(captioned: Path) -> None:
+    whole = command.run("train", *TRAINING, "run_dir=whole", cwd=captioned)
+    assert whole.code == 0, whole.err
+    run_dir = captioned / "cut"
+    checkpoints = run_dir / "checkpoints"
+
+    def cut(after: int, number: signal.Signals) -> command.Finished:
+        """The same command, cut as soon as it has gone past the checkpoint of a step."""
+        running = command.start("train", *TRAINING, "run_dir=cut", cwd=captioned)
+        running.wait_for(f"step {after}", lambda: checkpoint.at(checkpoints, after).exists())
+        running.send(number)
+        return running.finish()
+
+    for after, number in ((3, signal.SIGINT), (6, signal.SIGTERM)):
+        ended = cut(after, number)
+        assert ended.code == 128 + number, ended.err
+        newest = checkpoint.steps_on_disk(checkpoints)[-1]
+        assert after < newest < STEPS  # the step that the signal met was finished and saved
+        assert ended.err.splitlines()[-1] == (
+            f"stopped by signal {number.value} after step {newest}; the same command goes on from there"
+        )
+        assert "Traceback" not in ended.err
+        assert "error" not in ended.err
+
+    assert cut(9, signal.SIGKILL).code == -signal.SIGKILL
+    newest = checkpoint.steps_on_disk(checkpoints)[-1]
+    assert 9 <= newest < STEPS
+
+    last = command.run("train", *TRAINING, "run_dir=cut", cwd=captioned)
+    assert last.code == 0, last.err
+    assert f"train: going on from step {newest}" in last.err.splitlines()
+    one, other = weights(captioned / "whole"), weights(run_dir)
+    assert one.keys() == other.keys()
+    assert [name for name in one if not torch.equal(one[name], other[name])] == []
+    assert losses(run_dir) == losses(captioned / "whole")
+
+
+def test_captioning_cut_by_ctrl_c_and_by_kill_captions_nothing_twice(tmp_path: Path) -> None:
+    work, count = tmp_path / "work", 16
+    data = work / "pictures"
+    copy_pictures(data, count)
+    words = ["caption", "conf=pixar_style", "data.folder=pictures", "caption.batch=1"]
+    kept: dict[str, str] = {}
+    for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
+        running, there = command.start(*words, cwd=work), len(kept)
+        running.wait_for("a caption", lambda there=there: len(command.captions(data)) > there)  # type: ignore[misc]
+        running.send(number)
+        ended = running.finish()
+        assert ended.code == code, ended.err
+        assert "Traceback" not in ended.err
+        before, kept = kept, command.captions(data)
+        assert there < len(kept) < count
+        assert kept.items() >= before.items()
+    # Words of one's own in a caption that is there: they would be lost if it were made again.
+    kept[next(iter(kept))] = "my own words, pixar style"
+    rows = [json.dumps({"file_name": name, "text": text}) for name, text in kept.items()]
+    (data / "metadata.jsonl").write_text("\n".join(rows) + "\n")
+    last = command.run(*words, cwd=work)
+    assert last.code == 0, last.err
+    left = count - len(kept)
+    assert [line for line in last.err.splitlines() if line.startswith(f"caption: {left}/{left} pictures")]
+    texts = command.captions(data)
+    assert len(texts) == count
+    assert texts.items() >= kept.items()
