@@ -18,9 +18,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune.models.diffusion import Painter, load_unet
 from finetune.tasks.handout import load
+from scripts.embedded.evaluate import content_figures, held_out_scenes, share
 from scripts.embedded.readers import load_reader, read
 from scripts.toyworld.captions import caption
-from scripts.toyworld.scene import Scene, held_out, sample_scene
+from scripts.toyworld.scene import Scene
 
 READERS = Path(__file__).resolve().parents[1] / "tests" / "readers"
 FIRST_SEED = 95_000_000  # scenes that no training set holds
@@ -46,8 +47,8 @@ def main() -> None:
 
 
 def measure(adapter: Path, *, prompts: int, steps: int, guidance: float, trigger: str) -> dict[str, dict[str, float]]:
-    """For base and tuned, the shares of samples read as "pixar" and "flat", and of those whose content is read right."""
-    scenes = unseen_scenes(prompts)
+    """For base and tuned: shares of samples read as "pixar" and "flat", and of those whose content is read right."""
+    scenes = held_out_scenes(FIRST_SEED, prompts)
     jobs = [(f"{caption(scene)}, {trigger}", index) for index, scene in enumerate(scenes)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     painter = Painter(BASE, [prompt for prompt, _ in jobs], "", device, torch.float32)
@@ -60,34 +61,14 @@ def measure(adapter: Path, *, prompts: int, steps: int, guidance: float, trigger
     return figures
 
 
-def unseen_scenes(count: int) -> list[Scene]:
-    """One-thing scenes whose combination of thing, colour and setting was held out of the base's training."""
-    scenes: list[Scene] = []
-    seed = FIRST_SEED
-    while len(scenes) < count:
-        scene = sample_scene(seed, things=1)
-        if held_out(scene):
-            scenes.append(scene)
-        seed += 1
-    return scenes
-
-
 def shares(pictures: Sequence[Any], scenes: Sequence[Scene]) -> dict[str, float]:
     """What the readers make of PIL pictures of these scenes, as shares of all."""
     images_N3PP = torch.stack([torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) for picture in pictures])
-    content = read(load_reader(READERS / "content.safetensors"), images_N3PP)
     style = read(load_reader(READERS / "style.safetensors"), images_N3PP)["style"]
-    things = [scene.things[0] for scene in scenes]
-    right = [
-        kind == thing.kind and colour == thing.colour
-        for kind, colour, thing in zip(content["kind"], content["colour"], things, strict=True)
-    ]
-    settings = [answer == scene.setting for answer, scene in zip(content["setting"], scenes, strict=True)]
     return {
-        "pixar": style.count("pixar") / len(style),
-        "flat": style.count("flat") / len(style),
-        "thing_and_colour": sum(right) / len(right),
-        "setting": sum(settings) / len(settings),
+        "pixar": share([label == "pixar" for label in style]),
+        "flat": share([label == "flat" for label in style]),
+        **content_figures(load_reader(READERS / "content.safetensors"), images_N3PP, list(scenes)),
     }
 
 

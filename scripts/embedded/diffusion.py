@@ -13,9 +13,11 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from scripts.embedded.autoencoder import autoencoder_folder, encode_all
-from scripts.embedded.fit import Budget, fit
+from scripts.embedded.fit import Budget, Draw, LossOf, fit
 from scripts.embedded.render_sets import load_set
 from scripts.embedded.settings import LATENT_CHANNELS, PICTURE_PX, SEED, TEXT_WIDTH, Settings
+from scripts.embedded.team import Team, together
+from scripts.embedded.variants import chosen_variant
 from scripts.embedded.vocabularies import CLIP_LENGTH, save_clip_tokenizer, train_clip_tokenizer
 
 EMPTY_SHARE = 0.10  # captions dropped, for classifier-free guidance
@@ -60,7 +62,9 @@ def new_unet() -> UNet2DConditionModel:
         up_block_types=("CrossAttnUpBlock2D",) * 3,
         block_out_channels=(64, 128, 192),
         layers_per_block=1,
-        attention_head_dim=4,  # the number of heads: the field's name is a historical slip of the library
+        # The numbers of heads: the field's name is a historical slip of the library. All of width 32, the least that
+        # fused attention computes: it pads narrower ones.
+        attention_head_dim=(2, 4, 6),
         cross_attention_dim=TEXT_WIDTH,
     )
 
@@ -86,61 +90,89 @@ def diffusion_folder(work: Path) -> Path:
 
 
 def train_diffusion(settings: Settings) -> None:
+    together(train_in_team, settings)
+
+
+def train_in_team(settings: Settings, team: Team) -> None:
     flat = load_set(settings, "flat")
     captions = flat.captions()
-    tokenizer = train_clip_tokenizer(text for variants in captions for text in variants)
-    print(f"diffusion: {len(flat.scenes)} pictures, {len(tokenizer)} tokens", flush=True)
+    folder, goes_on = diffusion_folder(settings.work), "diffusion" in settings.kept
+    if goes_on:
+        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    else:
+        tokenizer = train_clip_tokenizer(text for variants in captions for text in variants)
     tokens_NVL = tokenise(tokenizer, captions).to(settings.device)
-    suffixes_SL = tokenise(tokenizer, [made_up_suffixes(SUFFIXES)])[0].to(settings.device)
     vae = AutoencoderKL.from_pretrained(autoencoder_folder(settings.work)).to(settings.device)
     latents_NCHW = encode_all(vae, flat.images)
-    print(f"diffusion: latents mean {latents_NCHW.mean():.3f}, deviation {latents_NCHW.std():.3f}", flush=True)
+    if team.leads:
+        print(f"diffusion: {len(flat.scenes)} pictures, {len(tokenizer)} tokens", flush=True)
+        print(f"diffusion: latents mean {latents_NCHW.mean():.3f}, deviation {latents_NCHW.std():.3f}", flush=True)
     del vae, flat
 
+    variant = chosen_variant(settings, "diffusion")
     torch.manual_seed(SEED)
-    unet = new_unet().to(settings.device, memory_format=torch.channels_last)
-    text_encoder = new_text_encoder(tokenizer).to(settings.device)
-    alphas_T = new_scheduler().alphas_cumprod.to(settings.device)
-    batch = settings.batch(768)
+    unet = UNet2DConditionModel.from_pretrained(folder / "unet") if goes_on else new_unet()
+    text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder") if goes_on else new_text_encoder(tokenizer)
+    unet.to(settings.device, memory_format=variant.memory_format)
+    text_encoder.to(settings.device)
+    fit(
+        nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
+        batches(latents_NCHW, tokens_NVL, tokenizer, settings.batch(256, at_least=512)),
+        loss_with(unet, text_encoder),
+        name=f"diffusion ({variant}, {team.size} processes)",
+        budget=Budget(settings.minutes["diffusion"] * 60, settings.tiny_steps),
+        lr=4e-4 if goes_on else 8e-4,
+        checkpoint=settings.work / "checkpoints" / "diffusion.pt",
+        seed=SEED,
+        ema_decay=0.9995,
+        pause_at=settings.pause_at,
+        graph=True,
+        variant=variant,
+        team=team,
+    )
+    if team.leads:
+        unet.save_pretrained(folder / "unet")
+        text_encoder.save_pretrained(folder / "text_encoder")
+        save_clip_tokenizer(tokenizer, folder / "tokenizer")
+
+
+def batches(latents_NCHW: Tensor, tokens_NVL: Tensor, tokenizer: CLIPTokenizer, batch: int) -> Draw:
+    """Draws (tokens [B, L], timesteps [B], noisy latents, velocities [B, C, H, W])."""
+    device = latents_NCHW.device
+    suffixes_SL = tokenise(tokenizer, [made_up_suffixes(SUFFIXES)])[0].to(device)
+    alphas_T = new_scheduler().alphas_cumprod.to(device)
+    places_B = torch.arange(batch, device=device)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
         def below(bound: int) -> Tensor:
-            return torch.randint(bound, (batch,), device=generator.device, generator=generator)
+            return torch.randint(bound, (batch,), device=device, generator=generator)
 
         rows = below(len(latents_NCHW))
         tokens_BL = tokens_NVL[rows, below(tokens_NVL.shape[1])].long()
         suffixed_BL = append(tokens_BL, suffixes_SL[below(len(suffixes_SL))].long(), tokenizer.eos_token_id)
         empty_L = torch.full_like(tokens_BL[0], tokenizer.eos_token_id)
         empty_L[0] = tokenizer.bos_token_id
-        chance_B1 = torch.rand(batch, 1, device=generator.device, generator=generator)
+        chance_B1 = torch.rand(batch, 1, device=device, generator=generator)
         tokens_BL = torch.where(chance_B1 < SUFFIX_SHARE, suffixed_BL, tokens_BL)
         tokens_BL = torch.where(chance_B1 > 1.0 - EMPTY_SHARE, empty_L, tokens_BL)
 
         clean_BCHW = latents_NCHW[rows]
-        noise_BCHW = torch.randn(clean_BCHW.shape, device=generator.device, generator=generator)
-        timesteps_B = below(len(alphas_T))
+        noise_BCHW = torch.randn(clean_BCHW.shape, device=device, generator=generator)
+        # One timestep from each of B equal parts of the range: every batch weighs early and late steps alike.
+        parts_B = (places_B + torch.rand(batch, device=device, generator=generator)) / batch
+        timesteps_B = (parts_B * len(alphas_T)).long().clamp_max(len(alphas_T) - 1)
         return tokens_BL, timesteps_B, *velocity_pair(clean_BCHW, noise_BCHW, alphas_T[timesteps_B])
 
+    return draw
+
+
+def loss_with(unet: UNet2DConditionModel, text_encoder: CLIPTextModel) -> LossOf:
     def loss_of(tokens_BL: Tensor, timesteps_B: Tensor, noisy_BCHW: Tensor, velocity_BCHW: Tensor) -> Tensor:
         text_BLD = text_encoder(tokens_BL)[0]
-        predicted_BCHW = unet(noisy_BCHW.contiguous(memory_format=torch.channels_last), timesteps_B, text_BLD).sample
+        predicted_BCHW = unet(noisy_BCHW.to(unet.dtype), timesteps_B, text_BLD).sample
         return functional.mse_loss(predicted_BCHW.float(), velocity_BCHW)
 
-    fit(
-        nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
-        draw,
-        loss_of,
-        name="diffusion",
-        budget=Budget(settings.minutes["diffusion"] * 60, settings.tiny_steps),
-        lr=8e-4,
-        checkpoint=settings.work / "checkpoints" / "diffusion.pt",
-        seed=SEED,
-        graph=True,
-    )
-    folder = diffusion_folder(settings.work)
-    unet.save_pretrained(folder / "unet")
-    text_encoder.save_pretrained(folder / "text_encoder")
-    save_clip_tokenizer(tokenizer, folder / "tokenizer")
+    return loss_of
 
 
 def velocity_pair(clean_BCHW: Tensor, noise_BCHW: Tensor, alphas_B: Tensor) -> tuple[Tensor, Tensor]:

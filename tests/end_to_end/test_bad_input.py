@@ -1,0 +1,381 @@
+"""What people get wrong, through the real command line: one line a problem, its exit code, nothing of theirs lost."""
+
+import ctypes
+import json
+import re
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from finetune.errors import ConfigError, DataError, ModelError, RunError
+from tests.end_to_end import command
+
+Cli = Callable[..., Any]
+
+# Runs a command without root's right to ignore file permissions (capabilities(7)); for others it changes nothing.
+ORDINARY = (
+    *(sys.executable, "-c"),
+    "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, n, 0, 0, 0) for n in (1, 2)]; os.execv(sys.argv[1], sys.argv[1:])",
+)
+
+
+def refused(answer: Any, code: int, *said: Sequence[str] | str) -> None:
+    """The exit code, and one line for each problem that holds all its words; nothing else went wrong."""
+    expected = [[words] if isinstance(words, str) else words for words in said]
+    lines = [line for line in answer.err.splitlines() if line.startswith("error: ")]
+    assert answer.code == code, answer.err
+    assert len(lines) == len(expected), answer.err
+    for line, words in zip(lines, expected, strict=True):
+        assert [word for word in words if word not in line] == [], line
+    assert "Traceback" not in answer.err
+    assert "unexpected" not in answer.err
+    assert answer.out == ""
+
+
+@contextmanager
+def untouched(*folders: Path) -> Iterator[None]:
+    """These folders hold the same before and after."""
+    before = command.contents(*folders)
+    yield
+    assert command.contents(*folders) == before
+
+
+# -- configuration: the exit code of a real process; the words themselves are tested with the command line -----------
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["conf=pixar_stile"], ["no recipe called 'pixar_stile'; did you mean pixar_style? there are: pixar_style, "]),
+        (["conf=pixar_style", "lora.rnak=4"], ["no key called lora.rnak; did you mean lora.rank?"]),
+        (
+            ["conf=pixar_style", "lora.rank=0", "optim.lr=-1", "trainer.micro_batch=0", "sample.seeds=[]"],
+            [
+                "lora.rank must be at least 1, got 0; try lora.rank=16",
+                "trainer.micro_batch must be at least 1, got 0; try trainer.micro_batch=4",
+                "optim.lr must be above 0, got -1.0; try optim.lr=1e-4",
+                "sample.seeds must name at least one seed",
+            ],
+        ),
+    ],
+    ids=["recipe", "key", "values"],
+)
+def test_bad_configuration(workdir: Path, words: list[str], said: list[str]) -> None:
+    (workdir / "here").mkdir()
+    refused(command.run("train", *words, cwd=workdir / "here"), ConfigError.exit_code, *said)
+    assert list((workdir / "here").iterdir()) == []
+
+
+# -- pictures --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("made", "said"),
+    [
+        ((), ["there is no folder other", "data.folder=path/to/pictures"]),
+        (("other/",), ["other is empty", "data.folder=path/to/pictures"]),
+        (
+            ("other/notes.doc", "other/a.docx"),
+            ["other has no pictures (found: 1 .doc, 1 .docx)", ".jpg .jpeg", "data."],
+        ),
+        (("other",), ["other is a file", "data.folder=."]),
+    ],
+    ids=["missing", "empty", "no pictures", "a file"],
+)
+def test_a_folder_without_pictures(
+    finetune_cli: Cli, workdir: Path, small: list[str], made: tuple[str, ...], said: list[str]
+) -> None:
+    for name in made:
+        path = workdir / name
+        (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
+        if not name.endswith("/"):
+            path.write_text("words")
+    refused(finetune_cli("train", *small, "data.folder=other"), DataError.exit_code, said)
+    if made:
+        assert not list((workdir / "other").glob("metadata.jsonl"))
+
+
+def huge(side: int) -> bytes:
+    """A whole black PNG of side x side pixels, one bit each."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 1, 0, 0, 0, 0)
+    rows = zlib.compress(bytes(side * (1 + side // 8)), 1)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
+
+
+def test_bad_pictures_are_all_named_and_may_be_skipped(finetune_cli: Cli, pictures: Path, small: list[str]) -> None:
+    noise = Image.effect_noise((256, 256), 90)
+    noise.save(pictures / "truncated.jpg")
+    (pictures / "truncated.jpg").write_bytes((pictures / "truncated.jpg").read_bytes()[:9000])
+    (pictures / "corrupt.png").write_bytes(b"these are words, not pixels")
+    (pictures / "empty.webp").write_bytes(b"")
+    (pictures / "huge.png").write_bytes(huge(30_000))
+    with untouched(pictures):
+        refused(
+            finetune_cli("train", *small),
+            DataError.exit_code,
+            ["4 unreadable pictures", "data.skip_bad=true"],
+            ["corrupt.png", "is not a picture"],
+            ["empty.webp", "is empty (0 bytes)"],
+            ["huge.png", "30000 x 30000 pixels", "data.max_pixels=900000000"],
+            ["truncated.jpg", "is truncated"],
+        )
+        skipping = finetune_cli("train", *small, "data.skip_bad=true")
+    assert skipping.code == 0, skipping.err
+    warned = [line for line in skipping.errors if line.startswith("warning: left out pictures/")]
+    assert [line.split(":")[1].split("/")[1] for line in warned] == [
+        *("corrupt.png", "empty.webp", "huge.png", "truncated.jpg")
+    ]
+    lines = Path("run/dataset.jsonl").read_text().splitlines()
+    assert [json.loads(line)["file"] for line in lines] == ["blue.png", "green.png", "red.png", "white.png"]
+
+
+def test_one_picture_only_is_trained_on_with_a_warning(finetune_cli: Cli, pictures: Path, small: list[str]) -> None:
+    for name in ("green", "blue", "white"):
+        (pictures / f"{name}.png").unlink()
+        (pictures / f"{name}.txt").unlink()
+    with untouched(pictures):
+        answer = finetune_cli("train", *small)
+    assert answer.code == 0, answer.err
+    assert [line for line in answer.errors if line.startswith("warning: only one picture; ")]
+    assert Path("run/adapter/pixar_style.safetensors").exists()
+
+
+# -- captions --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "text"), [("red.txt", "ein grüner Würfel"), ("metadata.jsonl", '{"file_name": "red.png", "text": "ü"}')]
+)
+def test_captions_that_are_not_utf8(finetune_cli: Cli, pictures: Path, small: list[str], name: str, text: str) -> None:
+    data = text.encode("latin-1")
+    (pictures / name).write_bytes(data)
+    at = data.index(b"\xfc")
+    with untouched(pictures):
+        refused(
+            finetune_cli("train", *small),
+            DataError.exit_code,
+            [f"pictures/{name}: byte {at} is not UTF-8 (0xfc)", "save the file as UTF-8"],
+        )
+
+
+def test_a_caption_that_is_too_long_is_warned_about_with_what_is_lost(
+    finetune_cli: Cli, pictures: Path, small: list[str]
+) -> None:
+    text = "a red wall, pixar style, " + " ".join(f"brick{number}" for number in range(40))
+    (pictures / "red.txt").write_text(text)
+    for _ in range(2):  # also where nothing is left to encode
+        with untouched(pictures):
+            answer = finetune_cli("dataset", *small)
+        assert answer.code == 0, answer.err
+        found = re.findall(
+            r"^warning: the caption of red.png is too long, .* loses (\d+) words: (.*)$", answer.err, re.M
+        )
+        assert len(found) == 1
+        words, lost = found[0]
+        assert int(words) == len(lost.split())
+        assert text.replace(" ", "").endswith(lost.replace(" ", ""))
+        assert 0 < len(lost) < len(text)
+        Path("run/receipts/dataset.json").unlink()
+
+
+# -- the output folder -----------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def rights() -> None:
+    if sys.platform != "linux" or not hasattr(ctypes.CDLL(None), "prctl"):
+        pytest.skip("file permissions are tested on Linux")
+
+
+@pytest.mark.usefixtures("rights")
+def test_a_read_only_output_folder(workdir: Path, pictures: Path, small: list[str]) -> None:
+    closed = workdir / "closed"
+    closed.mkdir(mode=0o555)
+    with untouched(pictures):
+        answer = command.run("train", *small, "run_dir=closed/run", cwd=workdir, before=ORDINARY)
+    refused(answer, RunError.exit_code, ["run folder closed/run (Permission denied)", "run_dir=PATH"])
+    assert list(closed.iterdir()) == []
+
+
+@pytest.mark.usefixtures("rights")
+def test_a_read_only_folder_of_pictures_without_captions(workdir: Path, pictures: Path, small: list[str]) -> None:
+    (pictures / "red.txt").unlink()
+    pictures.chmod(0o555)
+    try:
+        with untouched(pictures):
+            answer = command.run("train", *small, cwd=workdir, before=ORDINARY)
+    finally:
+        pictures.chmod(0o755)
+    refused(
+        answer,
+        DataError.exit_code,
+        ["captions can't be written to pictures/metadata.jsonl (Permission denied)", "chmod u+w", "data.folder=COPY"],
+    )
+
+
+# Runs one command on disks of several sizes, each a second time on a larger one, and prints how each ended. In a mount
+# namespace of its own: nothing stays mounted.
+ON_SMALL_DISKS = """
+import contextlib, io, json, subprocess, sys
+from finetune import cli
+sizes, words = json.loads(sys.argv[1]), json.loads(sys.argv[2])
+for kib in sizes:
+    subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={kib}k", "tmpfs", "disk"], check=True)
+    for _ in range(2):
+        out, err = io.StringIO(), io.StringIO()
+        with contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            code = cli.main(words)
+        left = subprocess.run("sha256sum disk/run/adapter/peft/adapter_model.safetensors", shell=True,
+                              capture_output=True, text=True).stdout
+        print(json.dumps({"kib": kib, "code": code, "out": out.getvalue(), "err": err.getvalue(), "adapter": left}))
+        subprocess.run(["mount", "-o", "remount,size=16m", "disk"], check=True)
+    subprocess.run(["umount", "-l", "disk"], check=True)
+"""
+
+
+def test_a_full_disk_loses_nothing_wherever_it_strikes(workdir: Path, pictures: Path, small: list[str]) -> None:
+    own = ["unshare", "--user", "--map-root-user", "--mount"]
+    (workdir / "disk").mkdir()
+    tried = [*own, "mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", "disk"]
+    if (
+        shutil.which("unshare") is None
+        or subprocess.run(tried, cwd=workdir, capture_output=True, check=False).returncode
+    ):
+        pytest.skip("a disk of one's own can't be mounted here")
+    sizes = [4, 16, 40, 100, 160, 180, 240, 320, 360, 400, 460]  # KiB; the run fills about 500
+    words = ["train", *small, "run_dir=disk/run"]
+    ended = subprocess.run(
+        [*own, sys.executable, "-c", ON_SMALL_DISKS, json.dumps(sizes), json.dumps(words)],
+        cwd=workdir,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert "Traceback" not in ended.stderr
+    answers = [json.loads(line) for line in ended.stdout.splitlines()]
+    assert [answer["kib"] for answer in answers] == [size for size in sizes for _ in range(2)]
+    seen = set()
+    for full, roomy in zip(answers[::2], answers[1::2], strict=True):
+        lines = [line for line in full["err"].splitlines() if line.startswith("error: ")]
+        assert (full["code"], len(lines)) == (RunError.exit_code, 1), full
+        assert "No space left on device" in lines[0] or "is full" in lines[0], lines
+        assert "free" in lines[0]
+        assert "Traceback" not in full["err"]
+        assert roomy["code"] == 0, roomy  # the same command, once there is room
+        seen.add(roomy["adapter"])
+    assert len(seen) == 1  # and it is the same adapter each time
+    assert seen != {""}
+
+
+def test_a_run_folder_in_use_by_another_process(
+    finetune_cli: Cli, workdir: Path, pictures: Path, small: list[str]
+) -> None:
+    other = command.start("train", *small, cwd=workdir)
+    other.wait_for("the lock", (workdir / "run" / ".lock.json").exists)
+    other.send(signal.SIGSTOP)  # however long the question takes
+    try:
+        with untouched(pictures, workdir / "run"):
+            refused(
+                finetune_cli("train", *small),
+                RunError.exit_code,
+                [f"run is in use by process {other.process.pid} since 20", "wait for it", "run_dir=PATH"],
+            )
+    finally:
+        other.send(signal.SIGCONT)
+    ended = other.finish()
+    assert ended.code == 0, ended.err
+
+
+# -- going on from what is there -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def trained(finetune_cli: Cli, small: list[str]) -> Path:
+    """The folder of a finished run."""
+    answer = finetune_cli("train", *small)
+    assert answer.code == 0, answer.err
+    return Path("run")
+
+
+def test_going_on_with_another_configuration_lists_what_changed(
+    finetune_cli: Cli, pictures: Path, small: list[str], trained: Path
+) -> None:
+    with untouched(pictures, trained / "checkpoints", trained / "adapter", trained / "samples"):
+        changed = finetune_cli("train", *small, "lora.rank=2", "optim.lr=0.5", "seed=7", "trainer.steps=3")
+        refused(
+            changed,
+            RunError.exit_code,
+            [
+                "run was trained with other settings (lora.rank: 4 -> 2; optim.lr: 0.001 -> 0.5; seed: 0 -> 7)",
+                "run_dir=",
+                "trainer.restart=true",
+            ],
+        )
+        (pictures / "red.txt").write_text("a crimson wall, pixar style")
+        recaptioned = finetune_cli("train", *small)
+        (pictures / "red.txt").write_text("a red wall, pixar style")
+        refused(recaptioned, RunError.exit_code, ["pictures and captions: ", "trainer.restart=true"])
+    assert finetune_cli("train", *small, "trainer.steps=3").code == 0  # more steps are no other run
+
+
+def test_a_damaged_checkpoint_is_named_and_the_advice_works(
+    finetune_cli: Cli, pictures: Path, small: list[str], trained: Path
+) -> None:
+    newest = trained / "checkpoints" / "step-000002"
+    file = newest / "optimizer.pt"
+    file.write_bytes(file.read_bytes()[:-100])
+    with untouched(pictures, trained / "checkpoints", trained / "adapter"):
+        refused(
+            finetune_cli("train", *small, "trainer.steps=3"),
+            RunError.exit_code,
+            ["checkpoint run/checkpoints/step-000002 is damaged (optimizer.pt ", "delete that folder"],
+        )
+    shutil.rmtree(newest)
+    answer = finetune_cli("train", *small, "trainer.steps=3")
+    assert answer.code == 0, answer.err
+    assert "train: going on from step 1" in answer.errors
+
+
+@pytest.mark.parametrize(
+    "name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "pixar_style.safetensors"]
+)
+def test_a_damaged_adapter_is_named(
+    finetune_cli: Cli, pictures: Path, small: list[str], trained: Path, name: str
+) -> None:
+    file = trained / "adapter" / name
+    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    given = file.parent if name.startswith("peft") else file
+    with untouched(pictures, trained / "samples", trained / "checkpoints"):
+        refused(
+            finetune_cli("sample", *small, f"sample.adapter={given}"),
+            ModelError.exit_code,
+            [f"run/adapter/{name} is damaged", "export it again"],
+        )
+
+
+def test_a_model_that_is_nowhere_names_the_embedded_one(workdir: Path, pictures: Path, small: list[str]) -> None:
+    nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workdir / "hub"), "HF_HUB_OFFLINE": "0"}
+    words = [word for word in small if not word.startswith("model.")]
+    with untouched(pictures):
+        answer = command.run("train", *words, "model=sd15", cwd=workdir, **nowhere)
+    refused(
+        answer,
+        ModelError.exit_code,
+        ["stable-diffusion-v1-5/stable-diffusion-v1-5 is not on disk", "hub can't be reached", "model=embedded"],
+    )
+    assert answer.seconds < 60
