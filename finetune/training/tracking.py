@@ -46,7 +46,7 @@ class Tracker:
             self.board.add_image(tag, np.asarray(picture), step, dataformats="HWC")
 
     def hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """Settings against final figures, for TensorBoard's hparams table; written into the same event file."""
+        """Settings against final figures, for TensorBoard's hparams table; in an event file of their own."""
         flat = {
             key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
         }

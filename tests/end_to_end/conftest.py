@@ -37,7 +37,8 @@ def small(tiny_base: Path, shared_cache: Path, pictures: Path) -> list[str]:
     return [
         "conf=pixar_style",
         *(f"model.base={tiny_base}", "model.resolution=32", "model.bucket_step=16", "hardware.device=cpu"),
-        *("data.folder=pictures", f"data.cache={shared_cache}", "run_dir=run", "lora.rank=4", "optim.warmup_steps=0"),
+        *("data.folder=pictures", f"data.cache={shared_cache}", "run_dir=run", "optim.warmup_steps=0"),
+        *("lora.rank=4", "lora.targets=attention", "optim.lr=1e-3"),
         *("trainer.steps=2", "trainer.micro_batch=2", "trainer.save_every=1", "trainer.validate_every=2"),
         *("sample.steps=1", "sample.seeds=[0]", "sample.previews=0", 'sample.prompts=["a red wall, pixar style"]'),
     ]

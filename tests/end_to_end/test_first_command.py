@@ -195,7 +195,7 @@ def test_the_run_folder_is_complete(first: First) -> None:
         "report.html",
     ):
         assert (first.run_dir / name).stat().st_size > 0, name
-    assert len(list((first.run_dir / "tensorboard").glob("events.out.tfevents.*"))) == 1
+    assert list((first.run_dir / "tensorboard").glob("events.out.tfevents.*"))
     left = {path.name for path in first.run_dir.rglob("*") if path.name.startswith(".")}
     assert left <= {".lock"}  # nothing half written
 
@@ -256,10 +256,10 @@ def test_the_libraries_own_loaders_read_all_three_alike(first: First) -> None:
     base, folder = resolve("embedded:diffusion"), first.run_dir / "adapter"
 
     def bare() -> Any:
-        return UNet2DConditionModel.from_pretrained(base, subfolder="unet", torch_dtype=torch.float32)
+        return UNet2DConditionModel.from_pretrained(base, subfolder="unet").float()
 
     def through_a_pipeline(name: str) -> Any:
-        pipeline = StableDiffusionPipeline.from_pretrained(base, torch_dtype=torch.float32)
+        pipeline = StableDiffusionPipeline.from_pretrained(base).to(torch.float32)
         pipeline.load_lora_weights(folder, weight_name=name)
         return pipeline.unet
 
