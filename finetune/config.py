@@ -118,7 +118,7 @@ class LoraConfig:
     targets: str = "attention"
     """Which of the model's `lora_targets` presets gets adapters."""
     start_from: str = ""
-    """PEFT folder of an adapter to continue from; empty starts at zero."""
+    """PEFT folder of an adapter, or a run's adapter folder, to continue from; empty starts at zero."""
 
 
 @dataclass

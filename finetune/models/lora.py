@@ -88,6 +88,11 @@ def read_weights(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} is damaged ({error}); export it again or restore it from a copy") from error
 
 
+def peft_folder(path: Path) -> Path:
+    """The PEFT folder in a run's `adapter/` folder; any other path as it is."""
+    return path / "peft" if (path / "peft" / "adapter_config.json").exists() else path
+
+
 def read_peft_folder(folder: Path) -> dict[str, Tensor]:
     """An exported PEFT adapter's weights under the names that `load_state` takes."""
     weights = read_weights(folder / "adapter_model.safetensors")

@@ -10,6 +10,7 @@ from pathlib import Path
 import yaml
 
 from finetune.config import Config
+from finetune.errors import RunError
 from finetune.pages import curves
 from finetune.pages.sections import Found, page
 from finetune.progress import say
@@ -44,7 +45,11 @@ def _gather(run_dir: Path) -> Found:
     receipts = {stage: receipt for stage in STAGES if (receipt := load_receipt(run_dir, stage))}
     text = _text(run_dir / "config.yaml")
     lines = _text(run_dir / "samples" / "samples.jsonl").splitlines()
-    samples = [from_plain(Sample, json.loads(line)) for line in lines]
+    try:
+        samples = [from_plain(Sample, json.loads(line)) for line in lines]
+    except (ValueError, KeyError, TypeError) as error:
+        file = run_dir / "samples" / "samples.jsonl"
+        raise RunError(f"{file} is damaged ({error}); delete it and draw again") from error
     return Found(run_dir, yaml.safe_load(text) or {}, text, receipts, curves.read(run_dir), samples)
 
 

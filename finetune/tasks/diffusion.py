@@ -46,7 +46,7 @@ class DiffusionTask:
             seed=config.seed,
         ).to(device)
         if config.lora.start_from:
-            folder = Path(config.lora.start_from)
+            folder = lora.peft_folder(Path(config.lora.start_from))
             self.load_state(lora.read_peft_folder(folder), str(folder))
 
     def collate(self, visits: Sequence[tuple[Example, int]]) -> Batch:

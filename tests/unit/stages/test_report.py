@@ -206,3 +206,10 @@ def test_a_damaged_receipt_is_named(trained: Config) -> None:
     receipt_path(Path(trained.run_dir), "dataset").write_text("{")
     with pytest.raises(RunError, match=r"dataset\.json is damaged"):
         report(trained)
+
+
+def test_a_damaged_list_of_samples_is_named(tmp_path: Path) -> None:
+    (tmp_path / "samples").mkdir()
+    (tmp_path / "samples" / "samples.jsonl").write_text("{broken\n")
+    with pytest.raises(RunError, match=r"samples.jsonl is damaged .*delete it and draw again"):
+        report(Config(name="mine", run_dir=str(tmp_path)))

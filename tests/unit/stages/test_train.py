@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetune.config import Config
-from finetune.errors import Interrupted, RunError
+from finetune.errors import Interrupted, ModelError, RunError
 from finetune.records import Dataset, load_receipt
 from finetune.stages import train as stage
 from finetune.stages.train import train
@@ -223,3 +223,18 @@ def test_only_the_newest_and_the_best_checkpoints_are_kept(
     run = train(config, make_dataset())
     kept = checkpoint.steps_on_disk(Path(config.run_dir) / "checkpoints")
     assert kept == sorted({5, run.best_step})
+
+
+def test_a_run_can_continue_from_an_earlier_adapter(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    from finetune.stages.export import export
+    from finetune.tasks.diffusion import DiffusionTask
+
+    dataset = make_dataset()
+    export(config, train(config, dataset))
+    before = adapter(config.run_dir, 4)
+    for folder in ("adapter", "adapter/peft"):
+        config.lora.start_from = str(Path(config.run_dir) / folder)
+        assert same(before, DiffusionTask(config, dataset, torch.device("cpu")).state())
+    config.lora.start_from = str(Path(config.run_dir) / "nothing")
+    with pytest.raises(ModelError, match=r"nothing/adapter_model.safetensors does not exist"):
+        DiffusionTask(config, dataset, torch.device("cpu"))
