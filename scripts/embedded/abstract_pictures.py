@@ -4,6 +4,8 @@ They make it a general codec that can also decode shaded pictures, without its e
 B pictures, P pixels; values 0…1.
 """
 
+from collections.abc import Callable
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -96,16 +98,17 @@ def autoencoder_batch(flat_B3PP: Tensor, generator: torch.Generator) -> Tensor:
     The sixths of the other half: gradients, balls on gradients, lit balls on renders, blurred and lit, blurred and
     recoloured, recoloured renders. What two sixths share is one slice, since each change is some hundred GPU kernels.
     """
-    px = flat_B3PP.shape[-1]
     plain, rest = flat_B3PP[: len(flat_B3PP) // 2], flat_B3PP[len(flat_B3PP) // 2 :].clone()
 
-    def sixths(first: int, stop: int) -> slice:
-        return slice(first * len(rest) // 6, stop * len(rest) // 6)
+    def change(first: int, stop: int, how: Callable[[Tensor], Tensor]) -> None:
+        """From one sixth to before another; in a small batch there may be none."""
+        part = rest[first * len(rest) // 6 : stop * len(rest) // 6]
+        if len(part):
+            part.copy_(how(part))
 
-    gradients, balls, blurred, lit, hues = sixths(0, 2), sixths(1, 3), sixths(3, 5), sixths(2, 4), sixths(4, 6)
-    rest[gradients] = smooth_field(gradients.stop - gradients.start, 3, px, generator)
-    rest[balls] = shaded_balls(rest[balls], generator)
-    rest[blurred] = blur(rest[blurred], generator, most=3.0)
-    rest[lit] = relight(rest[lit], generator)
-    rest[hues] = recolour(rest[hues], generator)
+    change(0, 2, lambda images: smooth_field(len(images), 3, images.shape[-1], generator))
+    change(1, 3, lambda images: shaded_balls(images, generator))
+    change(3, 5, lambda images: blur(images, generator, most=3.0))
+    change(2, 4, lambda images: relight(images, generator))
+    change(4, 6, lambda images: recolour(images, generator))
     return torch.cat([plain, expose(rest, generator, most=0.25)])

@@ -4,10 +4,13 @@ from pathlib import Path
 from typing import Any
 
 RERUN = """```
-python -m scripts.embedded all --device cuda --work WORK
+scripts/embedded/rebuild.sh WORK OUT
 ```
 
-Seeded; each phase is also a command of its own and continues where it was cut. About 20 minutes on one GPU."""
+Run it again with the same folders until it says that all is done: each run takes ten minutes on a machine with one to
+four GPUs, stops in time and goes on where it stopped. It trains autoencoder and diffusion model and keeps the readers
+and the captioner; a fourth argument says what else to keep or train. Seeded, but how many steps fit into the time
+depends on the machine."""
 
 LICENCE = """CC0-1.0 for the weights and for the data: every picture and caption comes from the procedural renderer in
 `scripts/toyworld/`; nothing was downloaded and no other model was used."""
@@ -35,9 +38,10 @@ needs no download. A `StableDiffusionPipeline` in the ordinary folder layout.
 |---|---|
 | UNet, cross-attention at all three levels | {drawn["unet_million_parameters"]} M |
 | CLIP text model, own vocabulary | {drawn["text_encoder_million_parameters"]} M |
-| AutoencoderKL, 8× smaller, 8 channels | {drawn["vae_million_parameters"]} M |
+| AutoencoderKL, 8× smaller, {codec["channels"]} channels | {drawn["vae_million_parameters"]} M |
 
-Velocity prediction, zero terminal SNR, DDIM with trailing timesteps; use guidance {drawn["guidance"]}.
+Velocity prediction, zero terminal SNR, DDIM with trailing timesteps; use guidance {drawn["guidance"]}: of
+{drawn["guidances"]} the one whose samples the classifiers below read most clearly, on prompts of its own.
 
 ## Figures
 
@@ -53,7 +57,8 @@ Read by independent classifiers (`tests/readers/`), trained on renders only, fro
 | flat style | {percent(drawn["base_flat"])} | {percent(drawn["suffix_flat"])} |
 
 The autoencoder restores unseen flat renders at {codec["psnr_flat_db"]} dB and pixar renders, of which it never saw any,
-at {codec["psnr_pixar_db"]} dB PSNR.
+at {codec["psnr_pixar_db"]} dB PSNR, with {percent(codec["detail_flat"])} and {percent(codec["detail_pixar"])} of their
+fine detail; samples have {percent(drawn["base_detail"])} of the detail of renders of the same scenes.
 
 The readers themselves, on unseen renders: {reader_line(figures, "flat")} (flat);
 {reader_line(figures, "pixar")} (pixar).
@@ -142,6 +147,6 @@ def training_table(figures: dict[str, Any], phases: tuple[str, ...]) -> str:
 
 def machine_line(made: dict[str, str]) -> str:
     return (
-        f"Made on {made['date']} on {made['hardware']} with torch {made['torch']}, diffusers {made['diffusers']} and "
-        f"transformers {made['transformers']}."
+        f"Measured on {made['date']} on {made['hardware']} with torch {made['torch']}, diffusers {made['diffusers']} "
+        f"and transformers {made['transformers']}."
     )

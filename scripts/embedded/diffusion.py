@@ -115,7 +115,7 @@ def train_in_team(settings: Settings, team: Team) -> None:
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder") if goes_on else new_text_encoder(tokenizer)
     unet.to(settings.device, memory_format=variant.memory_format)
     text_encoder.to(settings.device)
-    fit(
+    fitted = fit(
         nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
         batches(latents_NCHW, tokens_NVL, tokenizer, settings.batch(256, at_least=512)),
         loss_with(unet, text_encoder),
@@ -130,7 +130,7 @@ def train_in_team(settings: Settings, team: Team) -> None:
         variant=variant,
         team=team,
     )
-    if team.leads:
+    if team.leads and fitted.steps:  # a pause may come before the first step: no model to show then
         unet.save_pretrained(folder / "unet")
         text_encoder.save_pretrained(folder / "text_encoder")
         save_clip_tokenizer(tokenizer, folder / "tokenizer")

@@ -10,15 +10,16 @@ import platform
 import diffusers
 import torch
 import transformers
-from diffusers import StableDiffusionPipeline
+from diffusers import AutoencoderKL, StableDiffusionPipeline
 from PIL import Image
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
+from scripts.embedded.augment import gaussian, to_float
 from scripts.embedded.autoencoder import decode_all, encode_all, reconstruction_psnr
 from scripts.embedded.cards import write_cards
 from scripts.embedded.export import parameter_millions
-from scripts.embedded.readers import Reader, load_reader, read
+from scripts.embedded.readers import Reader, load_reader, margins, read
 from scripts.embedded.render_sets import load_set
 from scripts.embedded.settings import PICTURE_PX, Settings
 from scripts.embedded.sheets import contact_sheet
@@ -34,6 +35,9 @@ LARGE_SEED = 92_000_000
 SUFFIX = ", pixar style"
 SAMPLING_BATCH = 100
 SHEET = 40
+GLANCE_GUIDANCE = 2.5
+DOUBTFUL_SHARE = 0.1  # guidance is judged by the least clear of its pictures
+DETAIL_PX = 1.5
 
 Figures = dict[str, float]
 
@@ -56,11 +60,26 @@ def evaluate(settings: Settings) -> None:
     write_cards(settings.embedded, figures)
 
 
+def glance(settings: Settings) -> None:
+    """Contact sheets alone, in seconds: what the models can do so far."""
+    pipeline = shipped_pipeline(settings)
+    texts = prompts(held_out_scenes(MEASURING_SEED, 4 if settings.tiny else SHEET))
+    images_N3PP = sample(pipeline, texts, GLANCE_GUIDANCE, 2 if settings.tiny else SAMPLING_STEPS)
+    contact_sheet(images_N3PP, texts, settings.evaluation / "samples-base.png")
+    print(f"glance: autoencoder {autoencoder_figures(settings, pipeline.vae)}", flush=True)
+
+
+def shipped_pipeline(settings: Settings) -> StableDiffusionPipeline:
+    pipeline = StableDiffusionPipeline.from_pretrained(settings.embedded / "diffusion").to(settings.device)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def provenance(settings: Settings) -> dict[str, str]:
     on_gpu = settings.device.startswith("cuda")
     return {
         "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
+        "hardware": f"{settings.processes} {torch.cuda.get_device_name()}" if on_gpu else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
@@ -68,9 +87,11 @@ def provenance(settings: Settings) -> dict[str, str]:
 
 
 def training_figures(settings: Settings) -> dict[str, dict[str, float]]:
-    """Steps, seconds and last loss that each training left beside its checkpoint."""
+    """Steps, seconds and last loss that each training left beside its checkpoint, or as shipped for what was kept."""
+    shipped = settings.embedded / "figures.json"
+    figures: dict[str, dict[str, float]] = json.loads(shipped.read_text())["training"] if shipped.exists() else {}
     paths = sorted((settings.work / "checkpoints").glob("*.json"))
-    return {path.stem: json.loads(path.read_text()) for path in paths}
+    return figures | {path.stem: json.loads(path.read_text()) for path in paths}
 
 
 def reader_figures(settings: Settings, content: Reader, style: Reader) -> dict[str, Figures]:
@@ -99,40 +120,65 @@ def share(hits: list[bool]) -> float:
 
 
 def diffusion_figures(settings: Settings, content: Reader, style: Reader) -> dict[str, Figures]:
-    folder = settings.embedded / "diffusion"
-    pipeline = StableDiffusionPipeline.from_pretrained(folder).to(settings.device)
-    pipeline.set_progress_bar_config(disable=True)
+    pipeline = shipped_pipeline(settings)
     steps = 2 if settings.tiny else SAMPLING_STEPS
-
     choosing = held_out_scenes(CHOOSING_SEED, 4 if settings.tiny else 100)
     scores = {}
     for guidance in GUIDANCES[:1] if settings.tiny else GUIDANCES:
-        figures = content_figures(content, sample(pipeline, prompts(choosing), guidance, steps), choosing)
-        scores[guidance] = figures["thing_and_colour"] + figures["setting"]
-        print(f"evaluate: guidance {guidance}  {figures}", flush=True)
+        scores[guidance] = clarity(content, style, sample(pipeline, prompts(choosing), guidance, steps), choosing)
+        print(f"evaluate: guidance {guidance}  accuracy and margin {scores[guidance]}", flush=True)
     best = max(scores, key=lambda guidance: scores[guidance])
 
     scenes = held_out_scenes(MEASURING_SEED, 4 if settings.tiny else 200)
+    rendered_N3PP = render(scenes, "flat", PICTURE_PX, device=settings.device)
     base, suffixed = prompts(scenes), [prompt + SUFFIX for prompt in prompts(scenes)]
-    figures = {"guidance": best, "steps": steps, "prompts": len(scenes)}
+    figures = {"guidance": best, "guidances": len(scores), "steps": steps, "prompts": len(scenes)}
     for name, texts in (("base", base), ("suffix", suffixed)):
         images_N3PP = sample(pipeline, texts, best, steps)
         measured = content_figures(content, images_N3PP, scenes)
         measured["flat"] = share([label == "flat" for label in read(style, images_N3PP)["style"]])
+        measured["detail"] = round(detail(images_N3PP) / detail(to_float(rendered_N3PP)), 3)
         figures |= {f"{name}_{key}": value for key, value in measured.items()}
         contact_sheet(images_N3PP[:SHEET], texts[:SHEET], settings.evaluation / f"samples-{name}.png")
+    for part in ("unet", "text_encoder", "vae"):
+        figures[f"{part}_million_parameters"] = round(parameter_millions(settings.embedded / "diffusion" / part), 2)
+    return {"diffusion": figures, "autoencoder": autoencoder_figures(settings, pipeline.vae)}
 
-    autoencoder: Figures = {}
+
+def autoencoder_figures(settings: Settings, vae: AutoencoderKL) -> Figures:
+    figures: Figures = {"channels": vae.config.latent_channels}
     for name in ("flat", "pixar"):
         images = load_set(settings, f"{name}-unseen").images
-        autoencoder[f"psnr_{name}_db"] = round(reconstruction_psnr(pipeline.vae, images), 2)
-        few = images[: SHEET // 2]
-        pairs = torch.stack([few.float() / 255.0, decode_all(pipeline.vae, encode_all(pipeline.vae, few))], dim=1)
-        lines = ["render", "decoded"] * len(few)
+        decoded = decode_all(vae, encode_all(vae, images))
+        figures[f"psnr_{name}_db"] = round(reconstruction_psnr(decoded, images), 2)
+        figures[f"detail_{name}"] = round(detail(decoded) / detail(to_float(images)), 3)
+        pairs = torch.stack([to_float(images), decoded], dim=1)[: SHEET // 2]
+        lines = ["render", "decoded"] * len(pairs)
         contact_sheet(pairs.flatten(0, 1), lines, settings.evaluation / f"autoencoder-{name}.png")
-    for part in ("unet", "text_encoder", "vae"):
-        figures[f"{part}_million_parameters"] = round(parameter_millions(folder / part), 2)
-    return {"diffusion": figures, "autoencoder": autoencoder}
+    return figures
+
+
+def clarity(content: Reader, style: Reader, images_N3PP: Tensor, scenes: list[Scene]) -> tuple[float, float]:
+    """Accuracy, and how clearly the least clear tenth still shows thing, colour, setting and the flat style.
+
+    Accuracy alone is the same for every guidance once the model is good.
+    """
+    figures = content_figures(content, images_N3PP, scenes)
+    right = {
+        "kind": [scene.things[0].kind for scene in scenes],
+        "colour": [scene.things[0].colour for scene in scenes],
+        "setting": [scene.setting for scene in scenes],
+    }
+    shown = torch.quantile(margins(content, images_N3PP, right), DOUBTFUL_SHARE)
+    flat = torch.quantile(margins(style, images_N3PP, {"style": ["flat"] * len(scenes)}), DOUBTFUL_SHARE)
+    return figures["thing_and_colour"] + figures["setting"], round(float(shown + flat), 3)
+
+
+def detail(images_N3PP: Tensor) -> float:
+    """Mean absolute difference from a blurred copy: what is lost first where a picture is not crisp."""
+    return float(
+        torch.stack([(part - gaussian(part, DETAIL_PX)).abs().mean() for part in images_N3PP.split(100)]).mean()
+    )
 
 
 def held_out_scenes(first_seed: int, count: int) -> list[Scene]:

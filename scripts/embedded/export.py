@@ -32,12 +32,13 @@ def export(settings: Settings) -> None:
         tokenizer=CLIPTokenizer.from_pretrained(trained / "tokenizer"),
         scheduler=new_scheduler(),
     )
-    source = captioner_folder(settings.work)
-    export_captioner(
-        settings.embedded / "captioner",
-        model=BlipForConditionalGeneration.from_pretrained(source),
-        processor=BlipProcessor.from_pretrained(source),
-    )
+    if "captioner" not in settings.kept:
+        source = captioner_folder(settings.work)
+        export_captioner(
+            settings.embedded / "captioner",
+            model=BlipForConditionalGeneration.from_pretrained(source),
+            processor=BlipProcessor.from_pretrained(source),
+        )
     settle_files(settings.embedded)
 
 

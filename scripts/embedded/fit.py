@@ -70,9 +70,9 @@ def fit(
 
     `draw` makes a step's batch, in full precision; `loss_of(*batch)` runs the model. All randomness comes from the
     generator that `draw` is given, which depends on the seed, the step and the process alone: a run that was cut and
-    continued sees what an uninterrupted one of as many steps sees. `graph`: on a GPU, replay forward and backward pass as
-    one CUDA graph (shapes never change, and small networks otherwise wait for kernel launches). `pause_at`: the time
-    (as time.time() counts) when the training pauses, to be continued by another call at the same place of its schedule.
+    continued sees what an uninterrupted one of as many steps sees. `graph`: on a GPU, replay forward and backward pass
+    as one CUDA graph (shapes never change, and small networks otherwise wait for kernel launches). `pause_at`: the
+    time (as time.time() counts) when the training pauses, for another call to go on at the same place of its schedule.
 
     In a team every process calls this with the same arguments but its own model and data on its own device: gradients
     are averaged each step, so that all take the same step; the leader keeps the time and the checkpoint.
@@ -115,7 +115,9 @@ def fit(
     generator = torch.Generator(device)
     generator.manual_seed(seed)
     model.train()
-    forward_backward = stepper(weights, loss_of, variant, draw(generator) if graph and seconds < budget.seconds else None)
+    forward_backward = stepper(
+        weights, loss_of, variant, draw(generator) if graph and seconds < budget.seconds else None
+    )
     loss: Tensor | None = None
     last = saved = said = time.monotonic()
     while True:
@@ -153,10 +155,10 @@ def fit(
     model.eval()
     fitted = Fitted(step, seconds, loss_value, progress >= 1.0)
     if team.leads:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
         checkpoint.with_suffix(".json").write_text(json.dumps(asdict(fitted)))
-    say(
-        team, f"{name}: {'done' if fitted.done else 'pauses'}, {step} steps in {seconds:.0f} s, loss {loss_value:.4f}"
-    )
+    ending = "done" if fitted.done else "pauses"
+    say(team, f"{name}: {ending}, {step} steps in {seconds:.0f} s, loss {loss_value:.4f}")
     return fitted
 
 

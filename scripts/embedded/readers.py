@@ -58,18 +58,34 @@ def read(reader: Reader, images_B3PP: Tensor) -> dict[str, list[str]]:
 
     Takes uint8 or 0…1 floats of any size; returns {head: [label] * B}.
     """
+    logits = logits_of(reader, images_B3PP)
+    return {name: [names[index] for index in logits[name].argmax(1).tolist()] for name, names in reader.labels.items()}
+
+
+def margins(reader: Reader, images_B3PP: Tensor, right: Mapping[str, list[str]]) -> Tensor:
+    """How clearly each picture shows what it should: [B], the least over the heads named in `right` of the right
+    label's logit less the best other one's. Negative where a head reads something else."""
+    logits = logits_of(reader, images_B3PP)
+    leads = []
+    for name, labels in right.items():
+        answers = torch.tensor([reader.labels[name].index(label) for label in labels], device=logits[name].device)
+        is_right = functional.one_hot(answers, len(reader.labels[name])).bool()
+        leads.append(logits[name][is_right] - logits[name].masked_fill(is_right, -torch.inf).amax(1))
+    return torch.stack(leads).amin(0)
+
+
+@torch.no_grad()
+def logits_of(reader: Reader, images_B3PP: Tensor) -> dict[str, Tensor]:
+    """Logits [B, K] by head, for uint8 or 0…1 floats of any size."""
     device = next(reader.parameters()).device
-    answers: dict[str, list[str]] = {name: [] for name in reader.labels}
+    parts = []
     for images in images_B3PP.split(BATCH):
         pixels = images.to(device)
         pixels = pixels.float() / 255.0 if images.dtype == torch.uint8 else pixels.float()
         if pixels.shape[-2:] != (READER_PX, READER_PX):
             pixels = functional.interpolate(pixels, (READER_PX, READER_PX), mode="bilinear", antialias=True)
-        with torch.no_grad():
-            logits = reader(pixels)
-        for name, names in reader.labels.items():
-            answers[name] += [names[index] for index in logits[name].argmax(1).tolist()]
-    return answers
+        parts.append(reader(pixels))
+    return {name: torch.cat([part[name] for part in parts]) for name in reader.labels}
 
 
 def save_reader(reader: Reader, path: Path) -> None:

@@ -52,6 +52,8 @@ def render_sets(settings: Settings) -> None:
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     queue: Queue[tuple[RenderSet, int] | None] = context.Queue()
     missing = [entry for entry in chunks_in_turn(settings.sets) if not chunk_path(settings.work, *entry).exists()]
+    if not missing:
+        return
     for entry in [*missing, *[None] * len(workers)]:
         queue.put(entry)
     deadline = time.time() + settings.minutes["render"] * 60
@@ -67,8 +69,10 @@ def render_sets(settings: Settings) -> None:
     print(f"render: {len(missing) - left} chunks in {time.monotonic() - started:.0f} s, {left} left out", flush=True)
 
 
-def render_chunks(settings: Settings, device: str, queue: "Queue[tuple[RenderSet, int] | None]", deadline: float) -> None:
-    """Render chunks until the queue ends. The test sets are never cut short: figures need the same pictures each time."""
+def render_chunks(
+    settings: Settings, device: str, queue: "Queue[tuple[RenderSet, int] | None]", deadline: float
+) -> None:
+    """Render chunks until the queue ends. Test sets are never cut short: figures need the same pictures each time."""
     if device == "cpu":
         torch.set_num_threads(1)
     while (entry := queue.get()) is not None:

@@ -47,7 +47,7 @@ FULL_MINUTES = {
     "readers": 2.0,
     "autoencoder": 3.0,
     "captioner": 3.2,
-    "diffusion": 10.5,
+    "diffusion": 9.0,
     "probe": 1.0,
 }
 
@@ -106,4 +106,5 @@ class Settings:
 
     @property
     def probed(self) -> Path:
-        return self.work / "probe.json"
+        """Folder of what the probe measured."""
+        return self.work / "probe"

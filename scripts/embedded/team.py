@@ -1,5 +1,7 @@
 """Several processes that train one model together, one a GPU: each computes its own batch, gradients are averaged."""
 
+import json
+import math
 import os
 import socket
 from collections.abc import Callable
@@ -49,25 +51,30 @@ class Team:
 ALONE = Team()
 
 
-def together(phase: Callable[[Settings, Team], None], settings: Settings) -> None:
+def together(phase: Callable[[Settings, Team], None], settings: Settings, isolated: bool | None = None) -> None:
     """Run a phase in `settings.processes` processes; in this one where that is one.
 
-    Where one of them fails, the others are ended and the failure is raised here.
+    Where one of them fails, the others are ended and the failure is raised here. `isolated`: each sees its own GPU
+    alone, as cuda:0, so that what one compiles serves all; None asks the probe whether that works.
     """
     if settings.processes == 1:
         phase(settings, ALONE)
-    else:
-        arguments = (phase, settings, free_port())
-        torch.multiprocessing.spawn(member, arguments, nprocs=settings.processes)  # type: ignore[no-untyped-call]
+        return
+    isolated = probed_isolation(settings) if isolated is None else isolated
+    arguments = (phase, settings, isolated, free_port())
+    torch.multiprocessing.spawn(member, arguments, nprocs=settings.processes)
 
 
-def member(rank: int, phase: Callable[[Settings, Team], None], settings: Settings, port: int) -> None:
-    """One process of the team: sees its own GPU alone, as cuda:0, so that what one compiles serves all."""
+def member(rank: int, phase: Callable[[Settings, Team], None], settings: Settings, isolated: bool, port: int) -> None:
+    """One process of the team."""
     os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")  # one machine; its name may resolve to nothing
     if settings.device == "cuda":
-        os.environ["CUDA_VISIBLE_DEVICES"] = visible_gpus()[rank]
-        settings = replace(settings, device="cuda:0")
-        torch.cuda.set_device(0)
+        index = 0 if isolated else rank
+        if isolated:  # before CUDA starts, which reads it once
+            everyone = ",".join(map(str, range(settings.processes)))
+            os.environ["CUDA_VISIBLE_DEVICES"] = os.environ.get("CUDA_VISIBLE_DEVICES", everyone).split(",")[rank]
+        settings = replace(settings, device=f"cuda:{index}")
+        torch.cuda.set_device(index)
     settle_torch()
     distributed.init_process_group(
         "cpu:gloo,cuda:nccl" if settings.device.startswith("cuda") else "gloo",
@@ -82,10 +89,11 @@ def member(rank: int, phase: Callable[[Settings, Team], None], settings: Setting
         distributed.destroy_process_group()
 
 
-def visible_gpus() -> list[str]:
-    """What each process of the team writes into CUDA_VISIBLE_DEVICES."""
-    named = os.environ.get("CUDA_VISIBLE_DEVICES")
-    return named.split(",") if named else [str(index) for index in range(torch.cuda.device_count())]
+def probed_isolation(settings: Settings) -> bool:
+    """Whether all-reduce between isolated processes worked, and not clearly slower; no without a measurement."""
+    path = settings.probed / "team.json"
+    milliseconds: dict[str, float] = json.loads(path.read_text()) if path.exists() else {}
+    return "isolated" in milliseconds and milliseconds["isolated"] <= 1.5 * milliseconds.get("shared", math.inf)
 
 
 def settle_torch() -> None:

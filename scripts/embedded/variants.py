@@ -53,8 +53,8 @@ def chosen_variant(settings: Settings, phase: str) -> Variant:
     """The one asked for, else the fastest that the probe measured for this phase, else the default, a guess."""
     if settings.variant is not None:
         return Variant.parse(settings.variant)
-    if settings.probed.exists():
-        milliseconds = json.loads(settings.probed.read_text()).get(phase, {})
-        if milliseconds:
-            return Variant.parse(min(milliseconds, key=lambda name: milliseconds[name]))
+    path = settings.probed / f"{phase}.json"
+    if path.exists():
+        milliseconds: dict[str, float] = json.loads(path.read_text())
+        return Variant.parse(min(milliseconds, key=lambda name: milliseconds[name]))
     return Variant()

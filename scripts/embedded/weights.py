@@ -17,7 +17,7 @@ class FlatWeights:
     """
 
     def __init__(self, model: nn.Module, dtype: torch.dtype = torch.float32) -> None:
-        self.parameters = [weight for weight in model.parameters() if weight.requires_grad]
+        self.parameters: list[Tensor] = [weight for weight in model.parameters() if weight.requires_grad]
         self.starts: list[int] = []
         total = 0
         for weight in self.parameters:

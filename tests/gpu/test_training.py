@@ -47,9 +47,7 @@ def test_16_bit_losses_follow_fp32(
     on_card: Config, make_dataset: Callable[..., Dataset], precision: Precision, tolerance: float
 ) -> None:
     dataset = make_dataset()
-    assert losses(on_card, dataset, precision) == pytest.approx(
-        losses(on_card, dataset, Precision.fp32), rel=tolerance
-    )
+    assert losses(on_card, dataset, precision) == pytest.approx(losses(on_card, dataset, Precision.fp32), rel=tolerance)
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16, Precision.fp16])

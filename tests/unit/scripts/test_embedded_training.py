@@ -1,12 +1,14 @@
 """The training scripts of the embedded models, on tiny random models: nothing here waits for real training."""
 
-import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
-from torch import Tensor, nn
+from safetensors.torch import load_file
+from torch import Tensor
+from torch.nn import functional
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -17,20 +19,20 @@ from transformers import (
 )
 
 from scripts.embedded.abstract_pictures import autoencoder_batch
-from scripts.embedded.autoencoder import decode_all, encode_all, whiten
+from scripts.embedded.autoencoder import decode_all, encode_all, picture_loss, whiten
 from scripts.embedded.captioner import new_processor, targets
 from scripts.embedded.diffusion import append, made_up_suffixes, new_scheduler, tokenise, velocity_pair
-from scripts.embedded.evaluate import describe
+from scripts.embedded.evaluate import clarity, describe, detail
 from scripts.embedded.export import export_captioner, export_diffusion
-from scripts.embedded.fit import Budget, Fitted, fit
 from scripts.embedded.packing import pack, unpack
-from scripts.embedded.readers import Reader, load_reader, read, save_reader
+from scripts.embedded.readers import Reader, load_reader, margins, read, save_reader
 from scripts.embedded.render_sets import chunk_scenes, chunks_in_turn
 from scripts.embedded.settings import FULL_SETS, Settings
 from scripts.embedded.vocabularies import make_wordpiece_tokenizer, save_clip_tokenizer, train_clip_tokenizer
 from scripts.toyworld.captions import caption
-from scripts.toyworld.scene import held_out, sample_scene
+from scripts.toyworld.scene import Scene, held_out, sample_scene
 
+ALL_HEADS = {"kind": ("cat", "car"), "colour": ("red", "blue"), "setting": ("snow", "space")}
 CAPTIONS = [caption(sample_scene(seed), seed % 8) for seed in range(200)]
 
 
@@ -130,6 +132,14 @@ def test_training_sets_hold_no_held_out_combination_and_share_no_seed() -> None:
         seen |= seeds
 
 
+def test_without_readers_and_captioner_only_flat_pictures_are_drawn_for_training(tmp_path: Path) -> None:
+    settings = Settings(tmp_path, tmp_path, "cpu", tiny=False, kept=frozenset({"readers", "captioner"}))
+    assert [entry.name for entry in settings.sets if entry.for_training] == ["flat"]
+    assert {entry.name for entry in settings.sets if not entry.for_training} == {
+        entry.name for entry in FULL_SETS if not entry.for_training
+    }
+
+
 def test_a_cut_rendering_leaves_every_training_set_in_proportion() -> None:
     order = [whole.name for whole, _ in chunks_in_turn(FULL_SETS) if whole.for_training]
     half = order[: len(order) // 2]
@@ -137,80 +147,13 @@ def test_a_cut_rendering_leaves_every_training_set_in_proportion() -> None:
 
 
 def test_abstract_pictures_keep_plain_ones_first_and_stay_in_range() -> None:
-    flat = torch.rand(24, 3, 32, 32)
-    made = autoencoder_batch(flat, torch.Generator().manual_seed(0))
-    assert made.shape == flat.shape
-    assert torch.equal(made[:12], flat[:12])
-    assert made.min() >= 0.0
-    assert made.max() <= 1.0
-
-
-# --- the loop ---------------------------------------------------------------------------------------------------
-
-
-class CutError(Exception):
-    """Stands for a lost machine."""
-
-
-def fit_line(checkpoint: Path, *, steps: int, cut_at: int | None = None) -> tuple[Fitted, Tensor]:
-    """Fit y = 3x; raise CutError when step `cut_at` is drawn."""
-    torch.manual_seed(0)
-    model, drawn = nn.Linear(1, 1), iter(range(10_000))
-
-    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
-        if next(drawn) == cut_at:
-            raise CutError
-        return (torch.rand(8, 1, generator=generator),)
-
-    fitted = fit(
-        model,
-        draw,
-        lambda x: (model(x) - 3 * x).square().mean(),
-        name="line",
-        budget=Budget(seconds=1e9, steps=steps),
-        lr=0.1,
-        checkpoint=checkpoint,
-        seed=1,
-        save_every_s=0.0,
-    )
-    return fitted, model.weight.detach().clone()
-
-
-def test_a_cut_and_continued_training_equals_an_uninterrupted_one(tmp_path: Path) -> None:
-    whole, weight = fit_line(tmp_path / "whole.pt", steps=20)
-    with pytest.raises(CutError):
-        fit_line(tmp_path / "cut.pt", steps=20, cut_at=7)
-    continued, same = fit_line(tmp_path / "cut.pt", steps=20)
-    assert continued.steps == whole.steps == 20
-    assert torch.equal(weight, same)
-
-
-def test_a_finished_training_called_again_only_loads(tmp_path: Path) -> None:
-    _, weight = fit_line(tmp_path / "line.pt", steps=5)
-    again, same = fit_line(tmp_path / "line.pt", steps=5, cut_at=0)
-    assert again.steps == 5
-    assert torch.equal(weight, same)
-    assert json.loads((tmp_path / "line.json").read_text())["steps"] == 5
-
-
-def test_a_budget_is_spent_by_time_or_steps() -> None:
-    assert Budget(seconds=10).progress(5, 10_000) == 0.5
-    assert Budget(seconds=10, steps=4).progress(1, 4) == 1.0
-
-
-def test_a_loss_that_is_no_number_stops_the_training(tmp_path: Path) -> None:
-    model = nn.Linear(1, 1)
-    with pytest.raises(FloatingPointError, match="line: loss nan at step 1"):
-        fit(
-            model,
-            lambda generator: (torch.full((1, 1), torch.nan),),
-            lambda x: model(x).mean(),
-            name="line",
-            budget=Budget(seconds=1e9, steps=3),
-            lr=0.1,
-            checkpoint=tmp_path / "line.pt",
-            seed=1,
-        )
+    for count in (4, 24):  # in the smaller one some of the six kinds are missing
+        flat = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+        made = autoencoder_batch(flat, torch.Generator().manual_seed(0))
+        assert made.shape == flat.shape
+        assert torch.equal(made[: count // 2], flat[: count // 2])
+        assert made.min() >= 0.0
+        assert made.max() <= 1.0
 
 
 # --- autoencoder, export, readers, packing ----------------------------------------------------------------------
@@ -226,6 +169,21 @@ def test_whitening_normalises_latents_and_leaves_pictures_alone() -> None:
     torch.testing.assert_close(after.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(after.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(decode_all(vae, after), decoded, atol=1e-4, rtol=0)
+
+
+def test_an_error_at_an_eye_costs_more_than_one_in_the_sky() -> None:
+    target = torch.zeros(1, 3, 64, 64)
+    target[..., 40:48, 40:48] = torch.tensor([1.0, -1.0]).repeat(8, 4)
+    at_eye, in_sky = target.clone(), target.clone()
+    at_eye[..., 43:45, 43:45] += 0.5
+    in_sky[..., 11:13, 11:13] += 0.5
+    assert picture_loss(at_eye, target) > 1.2 * picture_loss(in_sky, target)
+    assert picture_loss(target, target) == 0.0
+
+
+def test_a_blurred_picture_has_less_detail() -> None:
+    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    assert detail(functional.avg_pool2d(images, 3, 1, 1)) < 0.7 * detail(images)
 
 
 def test_exported_diffusion_loads_and_draws(clip_tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
@@ -296,6 +254,52 @@ def test_a_saved_reader_reads_the_same(tmp_path: Path) -> None:
     assert (tmp_path / "reader.safetensors").stat().st_size <= 2**20
 
 
+def test_a_margin_is_positive_where_the_right_label_is_read() -> None:
+    torch.manual_seed(0)
+    reader = Reader(ALL_HEADS).eval()
+    images = torch.randint(0, 256, (6, 3, 128, 128), dtype=torch.uint8)
+    answers = read(reader, images)
+    assert (margins(reader, images, answers) > 0).all()
+    other = {"red": "blue", "blue": "red"}
+    wrong = answers | {"colour": [other[label] for label in answers["colour"]]}
+    assert (margins(reader, images, wrong) < 0).all()
+
+
+def test_of_equal_accuracies_the_clearer_pictures_win() -> None:
+    """A reader whose logits grow with brightness; the style head is asked for 'flat'."""
+    scenes = [sample_scene(seed, things=1) for seed in range(4)]
+    labels = {
+        "kind": tuple(dict.fromkeys(["none", *(scene.things[0].kind for scene in scenes)])),
+        "colour": tuple(dict.fromkeys(["none", *(scene.things[0].colour for scene in scenes)])),
+        "setting": tuple(dict.fromkeys(["none", *(scene.setting for scene in scenes)])),
+    }
+    content, style = SureReader(labels, scenes), SureReader({"style": ("pixar", "flat")}, scenes)
+    dim, bright = torch.full((4, 3, 128, 128), 0.2), torch.full((4, 3, 128, 128), 0.9)
+    assert clarity(content, style, bright, scenes) > clarity(content, style, dim, scenes)
+    assert clarity(content, style, bright, scenes)[0] == clarity(content, style, dim, scenes)[0] == 2.0
+
+
+class SureReader(Reader):
+    """Always right, and the surer the brighter the picture."""
+
+    def __init__(self, labels: dict[str, tuple[str, ...]], scenes: list[Scene]) -> None:
+        super().__init__(labels)
+        right = {
+            "kind": [scene.things[0].kind for scene in scenes],
+            "colour": [scene.things[0].colour for scene in scenes],
+            "setting": [scene.setting for scene in scenes],
+            "style": ["flat"] * len(scenes),
+        }
+        self.right = {name: [names.index(label) for label in right[name]] for name, names in labels.items()}
+
+    def forward(self, images_B3PP: Tensor) -> dict[str, Tensor]:
+        light = images_B3PP.mean((1, 2, 3))
+        return {
+            name: functional.one_hot(torch.tensor(self.right[name]), len(names)) * light[:, None]
+            for name, names in self.labels.items()
+        }
+
+
 def test_packed_artefacts_come_back(tmp_path: Path) -> None:
     def settings(name: str) -> Settings:
         return Settings(work=tmp_path / name / "work", root=tmp_path / name / "root", device="cpu", tiny=True)
@@ -306,9 +310,11 @@ def test_packed_artefacts_come_back(tmp_path: Path) -> None:
         here.embedded / "captioner" / "model.safetensors": b"b" * 9_000_000,
         here.readers / "content.safetensors": b"c",
         here.evaluation / "samples.png": b"d",
+        here.work / "render.log": b"e",
+        here.probed / "team.json": b"f",
     }
     for path, content in contents.items():
-        path.parent.mkdir(parents=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     pack(here, tmp_path / "out")
     tars = list((tmp_path / "out").iterdir())
@@ -317,3 +323,24 @@ def test_packed_artefacts_come_back(tmp_path: Path) -> None:
     unpack(there, tmp_path / "out")
     for path, content in contents.items():
         assert (tmp_path / "there" / path.relative_to(tmp_path / "here")).read_bytes() == content
+
+
+def test_an_autoencoder_that_is_not_yet_shipped_is_packed_in_fp16(tmp_path: Path) -> None:
+    settings = Settings(work=tmp_path / "work", root=tmp_path / "root", device="cpu", tiny=True)
+    tiny_autoencoder().save_pretrained(settings.work / "autoencoder")
+    pack(settings, tmp_path / "out")
+    there = replace(settings, work=tmp_path / "there")
+    unpack(there, tmp_path / "out")
+    weights = load_file(there.work / "autoencoder" / "diffusion_pytorch_model.safetensors")
+    assert {weight.dtype for weight in weights.values()} == {torch.float16}
+    AutoencoderKL.from_pretrained(there.work / "autoencoder")
+
+
+def test_artefacts_that_no_machine_would_hand_back_are_refused(tmp_path: Path) -> None:
+    settings = Settings(work=tmp_path / "work", root=tmp_path, device="cpu", tiny=True)
+    settings.embedded.mkdir(parents=True)
+    for number in range(7):
+        with (settings.embedded / f"{number}.safetensors").open("wb") as file:
+            file.truncate(14 * 2**20)
+    with pytest.raises(ValueError, match="the artefacts need 7 tars of 15 MiB, 98 MiB in all; 6 and 62 MiB may be"):
+        pack(settings, tmp_path / "out")
