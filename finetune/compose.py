@@ -23,7 +23,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from finetune import recipes, schema
-from finetune.config import Config
+from finetune.config import Config, check
 from finetune.errors import ConfigError
 
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
@@ -165,6 +165,8 @@ def _own_hydra() -> Iterator[None]:
 def problems(overrides: Sequence[str], sweep: bool = False) -> list[str]:
     """Everything wrong with the names, keys and types of a command line and of the recipes it names, one line each.
 
+    Where something is wrong, the settings that can be read are checked for their values too: all is named at once.
+
     sweep: several values of one key are allowed (`--multirun`).
     """
     found, parsed = _parsed(overrides, sweep)
@@ -172,11 +174,28 @@ def problems(overrides: Sequence[str], sweep: bool = False) -> list[str]:
     if not chosen:
         listed = ", ".join(recipes.recipe_files())
         found.append(f"conf= is missing: say which recipe, such as conf=pixar_style; there are: {listed}")
+    wrong_recipes: list[str] = []
     for override in chosen:
         for name in _values(override):
-            found += _recipe_problems(str(name), seen=set())
-    found += [problem for override in parsed if override not in chosen and (problem := _override_problem(override))]
-    return found
+            wrong_recipes += _recipe_problems(str(name), seen=set())
+    found += wrong_recipes
+    usable = bool(chosen) and not sweep and not wrong_recipes
+    good = [str(override.input_line) for override in chosen]
+    for override in parsed:
+        if override not in chosen:
+            if problem := _override_problem(override):
+                found.append(problem)
+            else:
+                good.append(str(override.input_line))
+    return found + _value_problems(good) if found and usable else found
+
+
+def _value_problems(words: Sequence[str]) -> list[str]:
+    try:
+        with explained(), _own_hydra():
+            return check(resolve(compose("config", overrides=list(words))))
+    except ConfigError:  # it will be named once the rest is mended
+        return []
 
 
 def _parsed(overrides: Sequence[str], sweep: bool) -> tuple[list[str], list[Override]]:

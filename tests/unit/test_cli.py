@@ -404,3 +404,16 @@ def _result() -> Result:
         Samples("outputs/mine/samples", "outputs/mine/samples/grid.png", ()),
         Report("outputs/mine/report.html"),
     )
+
+
+def test_misspelt_keys_wrong_types_and_wrong_values_are_named_at_once(finetune_cli: Cli) -> None:
+    answer = finetune_cli(
+        "train", "conf=pixar_style", "lora.rnk=3", "trainer.steps=abc", "seed=-1", "lora.dropout=2", "run_dir=nowhere"
+    )
+    assert answer.code == 2
+    assert [line.split(" ", 1)[1].split(",")[0] for line in answer.errors] == [
+        "no key called lora.rnk; did you mean lora.rank?",
+        "trainer.steps must be a whole number",
+        "seed must be in 0 … 2^63-1",
+        "lora.dropout must be in 0 … 1 (1 excluded)",
+    ]
