@@ -4,12 +4,7 @@ The functions below are the commands of the command line, for Python and noteboo
 of them is called.
 """
 
-import os
 from typing import TYPE_CHECKING, Any
-
-# Read when torch loads. Threads that spin while they wait halve the speed of everything beside them, and on a busy
-# machine their own: at a load of 7 on two cores a training step took 13 s, with sleeping waiters 1.6 s.
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 if TYPE_CHECKING:
     from finetune.api import caption, dataset, export, load, report, sample, train
