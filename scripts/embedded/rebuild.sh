@@ -9,6 +9,7 @@
 # KEEP     parts taken as shipped instead of trained: readers,captioner by default; none trains everything.
 #          On a fresh machine after `python -m scripts.embedded unpack --out TARS`:
 #          readers,captioner,autoencoder,diffusion goes on from the diffusion model that was shipped unfinished.
+# GPUS     how many of the machine's, its first ones, where others have other work; all by default.
 # FLAGS    more for every phase: FLAGS="--tiny --device cpu --processes 2" proves this script without a GPU.
 set -uo pipefail
 work=${1:?usage: rebuild.sh WORK OUT [SECONDS [KEEP]]}
@@ -18,8 +19,9 @@ keep=${4:-readers,captioner}
 started=$(date +%s)
 export PYTHONUNBUFFERED=1 CUDA_DEVICE_ORDER=PCI_BUS_ID
 mkdir -p "$work" "$out"
-gpus=$(nvidia-smi -L 2> /dev/null | wc -l)
+gpus=${GPUS:-$(nvidia-smi -L 2> /dev/null | wc -l)}
 last=$((gpus > 0 ? gpus - 1 : 0))
+((gpus == 0)) || CUDA_VISIBLE_DEVICES=$(seq -s, 0 "$last") && export CUDA_VISIBLE_DEVICES
 
 # shellcheck disable=SC2206
 phase=(python3 -m scripts.embedded --work "$work" --keep "$keep" ${FLAGS:-})
@@ -43,7 +45,7 @@ if ((gpus > 0)) && [ ! -d "$work/probe" ]; then
   CUDA_VISIBLE_DEVICES=$(seq -s, $((gpus > 2 ? 2 : 0)) "$last") nice -n 10 "${phase[@]}" render --minutes 1.5 || exit
   wait "${probes[@]}"
   timeout 60 "${phase[@]}" probe-team > "$work/probe-team.log" 2>&1
-else
+elif [ ! -f "$work/checkpoints/diffusion.pt" ]; then # what a training began with stays as it is
   "${phase[@]}" render --minutes 1.8 || exit
 fi
 # Links that do not work would hang the training.
