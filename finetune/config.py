@@ -1,12 +1,15 @@
 """The configuration, typed: one docstring under every field says what it is, with its unit.
 
 Plain dataclasses without any heavy import: the CLI reads them before torch is loaded. YAML presets in `conf/`
-fill them, `check` lists every problem at once.
+fill them, `check` lists every problem at once. Keys marked `PICTURES` or `LANGUAGE` belong to that kind of model alone.
 """
 
 from dataclasses import asdict, dataclass, field
 from enum import Enum
 from typing import Any
+
+PICTURES = {"kind": "diffusion"}
+LANGUAGE = {"kind": "language"}
 
 
 class Precision(Enum):
@@ -42,11 +45,63 @@ class Device(Enum):
 
 
 class Dialect(Enum):
-    """File formats of an exported adapter."""
+    """File formats of an exported adapter.
+
+    peft for every model, diffusers and kohya for picture models, merged (a whole model in 16 bit) and gguf (an adapter
+    for llama.cpp) for language models.
+    """
 
     peft = "peft"
     diffusers = "diffusers"
     kohya = "kohya"
+    merged = "merged"
+    gguf = "gguf"
+
+
+class Quantize(Enum):
+    """How the frozen base is stored: as it computes, in 8-bit integers (arXiv 2208.07339), or in 4-bit NormalFloat with
+    double quantisation (arXiv 2305.14314)."""
+
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class LoraInit(Enum):
+    """Where an adapter starts: B at zero, the base's principal components (PiSSA, arXiv 2404.02948), or what
+    quantisation lost (LoftQ, arXiv 2310.08659)."""
+
+    default = "default"
+    pissa = "pissa"
+    loftq = "loftq"
+
+
+class Format(Enum):
+    """What the columns of a file of conversations mean."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
+    text = "text"
+
+
+class LongRows(Enum):
+    """What happens to a row of more tokens than fit."""
+
+    keep_end = "keep_end"
+    keep_start = "keep_start"
+    split = "split"
+    drop = "drop"
+    refuse = "refuse"
+
+
+class Kept(Enum):
+    """Which checkpoint is handed out: the last one, or the one of the lowest validation loss."""
+
+    last = "last"
+    best = "best"
 
 
 @dataclass
@@ -57,32 +112,52 @@ class ModelConfig:
     """What is tuned; the key of `tasks.registry`."""
     base: str = "embedded:diffusion"
     """`embedded:NAME` (comes with the package), a local folder, or a hub id."""
-    resolution: int = 128
-    """Side of the square whose area every bucket keeps, pixels."""
-    bucket_step: int = 16
-    """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
     lora_targets: dict[str, list[str]] = field(default_factory=dict)
     """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
+    resolution: int = field(default=128, metadata=PICTURES)
+    """Side of the square whose area every bucket keeps, pixels."""
+    bucket_step: int = field(default=16, metadata=PICTURES)
+    """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
+    quantize: Quantize = field(default=Quantize.none, metadata=LANGUAGE)
+    """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
+    offload: bool = field(default=False, metadata=LANGUAGE)
+    """Keep layers that don't fit `hardware.vram_gib` in main memory: slow, but it runs."""
+    added_tokens: list[str] = field(default_factory=list, metadata=LANGUAGE)
+    """New control tokens; only their own rows of the embedding are trained."""
 
 
 @dataclass
 class DataConfig:
-    """The user's pictures."""
+    """The user's pictures or conversations."""
 
-    folder: str = "???"
+    folder: str = field(default="", metadata=PICTURES)
     """Folder of pictures, searched recursively."""
-    flip: bool = False
+    flip: bool = field(default=False, metadata=PICTURES)
     """Also train on each picture mirrored; wrong where captions say left and right."""
-    skip_bad: bool = False
-    """Leave out unreadable pictures with a warning instead of stopping."""
-    max_pixels: int = 178_956_970
+    max_pixels: int = field(default=178_956_970, metadata=PICTURES)
     """Largest picture that is decoded, pixels (width x height); above it is bad. Pillow's own bomb limit."""
-    max_aspect: float = 2.0
+    max_aspect: float = field(default=2.0, metadata=PICTURES)
     """Longest side over shortest side of a bucket; longer pictures are cropped."""
+    file: str = field(default="", metadata=LANGUAGE)
+    """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`."""
+    format: Format = field(default=Format.auto, metadata=LANGUAGE)
+    """What the columns mean; auto recognises it and says so."""
+    chat_template: str = field(default="", metadata=LANGUAGE)
+    """Jinja template of conversations, or chatml; empty takes the tokenizer's own."""
+    length: int = field(default=2048, metadata=LANGUAGE)
+    """Tokens in a row that the model sees; longer conversations meet `data.long_rows`."""
+    long_rows: LongRows = field(default=LongRows.keep_end, metadata=LANGUAGE)
+    """Over-long rows: keep_end, keep_start, split, drop or refuse; the trained tokens that are lost are reported."""
+    packing: bool = field(default=True, metadata=LANGUAGE)
+    """Put several conversations into one row, isolated from one another; off gives each a row of its own."""
+    workers: int = field(default=0, metadata=LANGUAGE)
+    """Processes that tokenise; 0 is one for each core."""
+    skip_bad: bool = False
+    """Leave out unreadable pictures or rows with a warning instead of stopping."""
     validation_share: float = 0.1
-    """Share of pictures held out for the validation loss, chosen by content; sets under 20 pictures hold out none."""
+    """Share of examples held out for the validation loss, chosen by content; sets under 20 hold out none."""
     cache: str = "outputs/.cache"
-    """Folder of encoded pictures and captions, keyed by content and safe to share between runs or to delete."""
+    """Folder of encoded examples, keyed by content and safe to share between runs or to delete."""
 
 
 @dataclass
@@ -117,6 +192,12 @@ class LoraConfig:
     """Dropout on an adapter's input, probability."""
     targets: str = "attention"
     """Which of the model's `lora_targets` presets gets adapters."""
+    init: LoraInit = field(default=LoraInit.default, metadata=LANGUAGE)
+    """Where the adapter starts: default (no change), pissa (principal components), loftq (makes up for nf4)."""
+    rslora: bool = field(default=False, metadata=LANGUAGE)
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732): high ranks then still learn."""
+    dora: bool = field(default=False, metadata=LANGUAGE)
+    """Train the weights' magnitude apart from their direction (arXiv 2402.09353): a little better, slower."""
     start_from: str = ""
     """PEFT folder of an adapter, or a run's adapter folder, to continue from; empty starts at zero."""
 
@@ -129,6 +210,8 @@ class OptimConfig:
     """adamw (fused where torch has it) or adamw8bit (bitsandbytes; states in 8 bit)."""
     lr: float = 1e-4
     """Peak learning rate."""
+    lora_plus: float = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
     betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
     """Adam's decay rates."""
     eps: float = 1e-8
@@ -169,6 +252,8 @@ class TrainerConfig:
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
     checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, more time."""
+    patience: int = 0
+    """Validations in a row without a better loss after which training stops early; 0 never stops."""
     restart: bool = False
     """Set an earlier run in this folder aside (`previous-N/`) and start at step 0."""
 
@@ -177,11 +262,11 @@ class TrainerConfig:
 class LossConfig:
     """The diffusion loss."""
 
-    min_snr_gamma: float = 5.0
+    min_snr_gamma: float = field(default=5.0, metadata=PICTURES)
     """Cap of the signal-to-noise weighting (arXiv 2303.09556); 0 weights all noise levels alike."""
-    noise_offset: float = 0.0
+    noise_offset: float = field(default=0.0, metadata=PICTURES)
     """Size of a constant added to each channel's noise: lets very dark and bright pictures be learnt."""
-    caption_dropout: float = 0.1
+    caption_dropout: float = field(default=0.1, metadata=PICTURES)
     """Share of examples trained with an empty caption, which guidance needs."""
 
 
@@ -197,24 +282,28 @@ class HardwareConfig:
 
 @dataclass
 class SampleConfig:
-    """Pictures drawn while training and at the end."""
+    """Pictures drawn, or answers written, while training and at the end."""
 
     adapter: str = ""
     """PEFT folder or LoRA file to draw with; empty takes the run's own."""
     prompts: list[str] = field(default_factory=list)
-    """What to draw; each prompt for each seed."""
-    negative: str = ""
+    """What to draw or to answer; each prompt for each seed."""
+    negative: str = field(default="", metadata=PICTURES)
     """What guidance leads away from."""
     seeds: list[int] = field(default_factory=lambda: [0, 1])
-    """One picture per prompt and seed; base and tuned start from the same noise."""
-    steps: int = 25
+    """One picture (or answer) per prompt and seed; base and tuned start from the same noise."""
+    steps: int = field(default=25, metadata=PICTURES)
     """Denoising steps."""
-    guidance: float = 7.5
+    guidance: float = field(default=7.5, metadata=PICTURES)
     """Classifier-free guidance scale (arXiv 2207.12598)."""
+    max_new_tokens: int = field(default=128, metadata=LANGUAGE)
+    """Longest answer, tokens."""
+    temperature: float = field(default=0.0, metadata=LANGUAGE)
+    """Of the tokens drawn; 0 always takes the likeliest."""
     every: int = 0
-    """Training steps between preview pictures in TensorBoard; 0 draws them at the first and last step only."""
+    """Training steps between previews in TensorBoard; 0 makes them at the first and last step only."""
     previews: int = 4
-    """Prompts drawn in a preview (the first ones, with the first seed); 0 draws none."""
+    """Prompts of a preview (the first ones, with the first seed); 0 makes none."""
 
 
 @dataclass
@@ -225,6 +314,10 @@ class ExportConfig:
     """File formats that are written, loaded back and compared."""
     tolerance: float = 1e-5
     """Largest relative difference (fp32) between an exported adapter and the trained module."""
+    divergence: float = field(default=0.05, metadata=LANGUAGE)
+    """Largest mean divergence (KL, nats a token) of a merged or quantised model from the trained one."""
+    checkpoint: Kept = Kept.last
+    """What is handed out: the last checkpoint, or the one of the lowest validation loss (best)."""
 
 
 @dataclass
@@ -302,6 +395,11 @@ def check(config: Config) -> list[str]:
         ("caption.num_beams", 1, config.caption.num_beams, "1"),
         ("data.max_pixels", 1, data.max_pixels, "178956970"),
         ("data.max_aspect", 1, data.max_aspect, "2.0"),
+        ("data.length", 2, data.length, "2048"),
+        ("data.workers", 0, data.workers, "0"),
+        ("trainer.patience", 0, trainer.patience, "5"),
+        ("sample.max_new_tokens", 1, sample.max_new_tokens, "128"),
+        ("sample.temperature", 0, sample.temperature, "0.7"),
         ("sample.steps", 1, sample.steps, "25"),
         ("sample.guidance", 0, sample.guidance, "7.5"),
         ("sample.every", 0, sample.every, "0"),
@@ -322,7 +420,9 @@ def check(config: Config) -> list[str]:
         ("lora.alpha", lora.alpha, "32"),
         ("optim.lr", optim.lr, "1e-4"),
         ("optim.eps", optim.eps, "1e-8"),
+        ("optim.lora_plus", optim.lora_plus, "1"),
         ("export.tolerance", config.export.tolerance, "1e-5"),
+        ("export.divergence", config.export.divergence, "0.05"),
     ):
         require(number > 0, key, "must be above 0", number, try_)
     require(

@@ -97,6 +97,38 @@ class Dataset:
 
 
 @dataclass(frozen=True)
+class TextSet:
+    """Conversations as token rows in the cache folder `rows`.
+
+    train, validation: rows on either side. content: hash of everything that decides ids and masks, and of the split.
+    tokens, trained: of all rows, after cutting; lost: share of trained tokens lost to the length. packs, real, learnt:
+    packs of an epoch, and the shares of their slots that hold a token and a trained one. marked: one row as text, its
+    trained tokens in ⟦ ⟧. leaked: held-out rows that nearly equal one that is trained on. cached: found, not made.
+    """
+
+    rows: str
+    content: str
+    source: str
+    train: int
+    validation: int
+    tokens: int
+    trained: int
+    lost: float
+    packs: int
+    real: float
+    learnt: float
+    marked: str
+    leaked: int
+    bad: int
+    cached: bool
+
+    def _repr_html_(self) -> str:
+        from finetune.display import text_set_html
+
+        return text_set_html(self)
+
+
+@dataclass(frozen=True)
 class Run:
     """A finished training run. Seconds count training steps only; losses are means per example."""
 
@@ -165,6 +197,30 @@ class Samples:
         from finetune.display import samples_html
 
         return samples_html(self)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What the base and the tuned model say to one prompt, drawn with the same seed."""
+
+    prompt: str
+    seed: int
+    base: str
+    tuned: str
+
+
+@dataclass(frozen=True)
+class Answers:
+    """Written answers; `page` is a Markdown file that shows base beside tuned."""
+
+    folder: str
+    page: str
+    items: tuple[Answer, ...]
+
+    def _repr_html_(self) -> str:
+        from finetune.display import answers_html
+
+        return answers_html(self)
 
 
 @dataclass(frozen=True)

@@ -7,10 +7,10 @@ does not grow with the file. Texts stay as they are; only blank system turns are
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from enum import Enum
 from pathlib import Path
 from typing import Any
 
+from finetune.config import Format
 from finetune.data import tables
 from finetune.errors import DataError
 
@@ -26,16 +26,6 @@ TURNS = ("messages", "conversations", "conversation")  # columns that hold a lis
 ANSWERS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
 UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")  # keys that hold trained text
 SKIP = "correct it, or leave such rows out: data.skip_bad=true"
-
-
-class Format(Enum):
-    """What the columns of a row mean."""
-
-    messages = "messages"
-    sharegpt = "sharegpt"
-    alpaca = "alpaca"
-    prompt_completion = "prompt_completion"
-    text = "text"
 
 
 NEEDS = {
@@ -79,8 +69,8 @@ class Source:
         return f"{self.path}: {self.format.value} ({how}){files}"
 
 
-def open_source(path: Path, *, format_: Format | None = None) -> Source:
-    """The files behind a path and their format, recognised by the first readable row where none is named.
+def open_source(path: Path, *, format_: Format = Format.auto) -> Source:
+    """The files behind a path and their format, under `auto` recognised by the first readable row.
 
     Raises DataError for missing, empty or unreadable files and for columns of no known format.
     """
@@ -92,8 +82,9 @@ def open_source(path: Path, *, format_: Format | None = None) -> Source:
                 error = error or row
                 continue
             where = f"{file}:{number}"
-            found = format_ or _recognise(_columns(row, where), where)
-            return Source(path, files, found, format_ is not None)
+            named = format_ is not Format.auto
+            found = format_ if named else _recognise(_columns(row, where), where)
+            return Source(path, files, found, named)
     raise error or DataError(f"{path} holds no rows; a row has one of these: {_formats()}")
 
 

@@ -19,10 +19,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.config import LongRows
 from finetune.data import duplicates
 from finetune.data.chat import Chat, Encoded
 from finetune.data.conversations import Conversation
-from finetune.data.long_rows import LongRows, fit
+from finetune.data.long_rows import fit
 from finetune.errors import DataError, RunError
 
 BATCH = 256  # rows sent at once

@@ -1,22 +1,12 @@
 """Rows that are longer than the model shall see: cut, divided, left out or refused, by choice and never silently."""
 
 from collections.abc import Iterator
-from enum import Enum
 
 import numpy as np
 
+from finetune.config import LongRows
 from finetune.data.chat import Encoded
 from finetune.errors import DataError
-
-
-class LongRows(Enum):
-    """What happens to a row of more tokens than fit."""
-
-    keep_end = "keep_end"
-    keep_start = "keep_start"
-    split = "split"
-    drop = "drop"
-    refuse = "refuse"
 
 
 def fit(row: Encoded, *, length: int, policy: LongRows, start_id: int | None, source: str) -> list[Encoded]:

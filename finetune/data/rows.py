@@ -15,11 +15,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.config import LongRows
 from finetune.data import conversations, duplicates, tables
 from finetune.data.chat import Chat, Encoded
 from finetune.data.conversations import Source
 from finetune.data.encoders import TRAINED, Chunk, Work, encode_stream
-from finetune.data.long_rows import LongRows
 from finetune.errors import DataError, FinetuneError
 from finetune.progress import PLAIN_LINE_EVERY_S, say
 from finetune.records import hash_of, replace_folder

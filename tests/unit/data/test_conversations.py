@@ -6,8 +6,9 @@ import json
 
 import pytest
 
+from finetune.config import Format
 from finetune.data import conversations
-from finetune.data.conversations import Conversation, Format, Message, open_source
+from finetune.data.conversations import Conversation, Message, open_source
 from finetune.errors import DataError
 
 ROWS = {
@@ -56,7 +57,7 @@ def one(row, format_=None):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved"])
-@pytest.mark.parametrize("format_", list(Format), ids=lambda item: item.name)
+@pytest.mark.parametrize("format_", [item for item in Format if item is not Format.auto], ids=lambda item: item.name)
 def test_every_format_from_every_kind_of_file(tmp_path, format_, kind):
     path = save(tmp_path, kind, [ROWS[format_]] * 3)
     source = open_source(path)
@@ -147,7 +148,7 @@ def test_unknown_columns_list_every_format(tmp_path):
         DataError, match=r"rows.jsonl:1: its columns \(answer, question\) are of no known format"
     ) as caught:
         open_source(path)
-    assert all(format_.value in str(caught.value) for format_ in Format)
+    assert all(format_.value in str(caught.value) for format_ in Format if format_ is not Format.auto)
     with pytest.raises(DataError, match=r"rows.jsonl:1: is no object with columns; a row has one of"):
         open_source(save(tmp_path, "jsonl", [[1]]))
 

@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 
+from finetune.config import LongRows
 from finetune.data.chat import Encoded
-from finetune.data.long_rows import LongRows, fit
+from finetune.data.long_rows import fit
 from finetune.errors import DataError
 
 

@@ -11,10 +11,10 @@ import threading
 import numpy as np
 import pytest
 
+from finetune.config import LongRows
 from finetune.data import encoders, rows
 from finetune.data.chat import Chat, marked
 from finetune.data.conversations import Conversation, Message, open_source
-from finetune.data.long_rows import LongRows
 from finetune.errors import DataError, RunError
 from tests.conftest import ROOT
 from tests.unit.data import templates
