@@ -9,6 +9,7 @@
 # KEEP     parts taken as shipped instead of trained: readers,captioner by default; none trains everything.
 #          On a fresh machine after `python -m scripts.embedded unpack --out TARS`:
 #          readers,captioner,autoencoder,diffusion goes on from the diffusion model that was shipped unfinished.
+# RENDER_MINUTES=1.8 is the most that rendering takes where nothing is probed.
 # GPUS     how many of the machine's, its first ones, where others have other work; all by default.
 # FLAGS    more for every phase: FLAGS="--tiny --device cpu --processes 2" proves this script without a GPU.
 set -uo pipefail
@@ -46,7 +47,7 @@ if ((gpus > 0)) && [ ! -d "$work/probe" ]; then
   wait "${probes[@]}"
   timeout 60 "${phase[@]}" probe-team > "$work/probe-team.log" 2>&1
 elif [ ! -f "$work/checkpoints/diffusion.pt" ]; then # what a training began with stays as it is
-  "${phase[@]}" render --minutes 1.8 || exit
+  "${phase[@]}" render --minutes "${RENDER_MINUTES:-1.8}" || exit
 fi
 # Links that do not work would hang the training.
 ((gpus < 2)) || [ -f "$work/probe/team.json" ] || phase+=(--processes 1)

@@ -77,6 +77,8 @@ def count_none(scene: TalkScene, _topic: Group | None, rng: random.Random) -> As
 
 
 def total(scene: TalkScene, _topic: Group | None, rng: random.Random) -> Asked | None:
+    if scene.total >= len(NUMBER_WORDS):  # so many have come that there is no word for it
+        return None
     question = rng.choice(["How many things are there?", "How many things do you see?", "How many things in all?"])
     be, things = ("is", "thing") if scene.total == 1 else ("are", "things")
     return Asked(
