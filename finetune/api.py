@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune import rundir
 from finetune.config import Config, check
 from finetune.errors import ConfigError, RunError
-from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, load_record
+from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet, load_record
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -27,9 +27,9 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     """
     config = _config(recipe, overrides, draws=True)
     with rundir.held(config, owns_config=True) as folder:
-        from finetune.stages import caption, dataset, export, report, sample, train
+        from finetune.stages import dataset, export, report, sample, train
 
-        captions = caption.caption(config)
+        captions = _captions(config)
         data = dataset.dataset(config, captions)
         run = train.train(config, data)
         rundir.write_config(config, folder)  # the run now is what this configuration says
@@ -41,20 +41,23 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
 def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
     """Captions for every picture that has none, in the picture folder's metadata.jsonl."""
     config = _config(recipe, overrides)
+    from finetune.tasks import registry
+
+    if not registry.kind(config).captioned:
+        raise ConfigError(f"conf={config.name} trains a {config.model.kind} model; only pictures have captions")
     with rundir.held(config):
         from finetune.stages.caption import caption
 
         return caption(config)
 
 
-def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset:
+def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | TextSet:
     """The encoded data set; captions come first where they are missing."""
     config = _config(recipe, overrides)
     with rundir.held(config):
-        from finetune.stages.caption import caption
         from finetune.stages.dataset import dataset
 
-        return dataset(config, caption(config))
+        return dataset(config, _captions(config))
 
 
 def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
@@ -66,8 +69,8 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
         return export(config, _finished(config, folder))
 
 
-def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples:
-    """Pictures of the recipe's prompts, base beside tuned, with `sample.adapter` or else the run folder's adapter."""
+def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Answers:
+    """What base and tuned model make of the recipe's prompts; tuned by `sample.adapter`, or else by the run's adapter."""
     config = _config(recipe, overrides, draws=True)
     with rundir.held(config) as folder:
         from finetune.stages.export import export
@@ -103,6 +106,17 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = Fal
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _captions(config: Config) -> CaptionSet | None:
+    """The stage's record, or None where the examples are no pictures."""
+    from finetune.tasks import registry
+
+    if not registry.kind(config).captioned:
+        return None
+    from finetune.stages.caption import caption
+
+    return caption(config)
 
 
 def _finished(config: Config, folder: Path) -> Run:

@@ -187,7 +187,23 @@ def problems(overrides: Sequence[str], sweep: bool = False) -> list[str]:
                 found.append(problem)
             else:
                 good.append(str(override.input_line))
+    if usable and not found:
+        return _foreign_keys(parsed, good)
     return found + _value_problems(good) if found and usable else found
+
+
+def _foreign_keys(parsed: Sequence[Override], words: Sequence[str]) -> list[str]:
+    """Settings that the recipe's kind of model doesn't have."""
+    belongs = {override.key_or_group: schema.kind_of(override.key_or_group) for override in parsed}
+    if not any(belongs.values()):
+        return []
+    with explained(), _own_hydra():
+        kind = resolve(compose("config", overrides=list(words))).model.kind
+    return [
+        f"{key} is a setting of {owner} models, this recipe trains a {kind} model; leave it out"
+        for key, owner in belongs.items()
+        if owner not in (None, kind)
+    ]
 
 
 def _value_problems(words: Sequence[str]) -> list[str]:

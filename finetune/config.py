@@ -4,9 +4,9 @@ Plain dataclasses without any heavy import: the CLI reads them before torch is l
 fill them, `check` lists every problem at once. Keys marked `PICTURES` or `LANGUAGE` belong to that kind of model alone.
 """
 
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 from enum import Enum
-from typing import Any
+from typing import Any, cast
 
 PICTURES = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
@@ -56,6 +56,12 @@ class Dialect(Enum):
     kohya = "kohya"
     merged = "merged"
     gguf = "gguf"
+
+
+DIALECTS = {
+    "diffusion": (Dialect.peft, Dialect.diffusers, Dialect.kohya),
+    "language": (Dialect.peft, Dialect.merged, Dialect.gguf),
+}
 
 
 class Quantize(Enum):
@@ -332,20 +338,31 @@ class Config:
     """Folder of everything this run writes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    caption: CaptionConfig = field(default_factory=CaptionConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig, metadata=PICTURES)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
+    loss: LossConfig = field(default_factory=LossConfig, metadata=PICTURES)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
 
 
 def as_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values (enums by name), ready for YAML or JSON."""
+    """A configuration as plain values (enums by name), ready for YAML or JSON.
+
+    Of a whole `Config`, keys that belong to another kind of model are left out.
+    """
+
+    kind = config.model.kind if isinstance(config, Config) else None
 
     def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return {
+                entry.name: plain(getattr(value, entry.name))
+                for entry in fields(value)
+                if kind is None or entry.metadata.get("kind", kind) == kind
+            }
         if isinstance(value, Enum):
             return value.name
         if isinstance(value, dict):
@@ -354,7 +371,7 @@ def as_dict(config: Any) -> dict[str, Any]:
             return [plain(item) for item in value]
         return value
 
-    return {key: plain(value) for key, value in asdict(config).items()}
+    return cast(dict[str, Any], plain(config))
 
 
 def check(config: Config) -> list[str]:
@@ -374,6 +391,15 @@ def check(config: Config) -> list[str]:
         config.loss,
     )
     require(0 <= config.seed < 2**63, "seed", "must be in 0 … 2^63-1", config.seed, "0")
+    needed = {"diffusion": ("data.folder", data.folder), "language": ("data.file", data.file)}.get(config.model.kind)
+    if needed and not needed[1].strip():
+        problems.append(f"{needed[0]} is not set; type {needed[0]}=…")
+    dialects = DIALECTS.get(config.model.kind, tuple(Dialect))
+    if foreign := [dialect.name for dialect in config.export.dialects if dialect not in dialects]:
+        problems.append(
+            f"export.dialects={foreign[0]} is not for a {config.model.kind} model; "
+            f"it offers: {', '.join(dialect.name for dialect in dialects)}"
+        )
     require(bool(config.run_dir.strip()), "run_dir", "must name a folder", repr(config.run_dir), "outputs/mine")
     for key, least, value, try_ in (
         ("model.resolution", config.model.bucket_step, config.model.resolution, "512"),

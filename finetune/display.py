@@ -10,7 +10,8 @@ from pathlib import Path
 from finetune.pages import curves
 from finetune.pages.pictures import picture_html
 from finetune.pages.tables import adapter_rows, plural, run_rows, table_html
-from finetune.records import Adapter, CaptionSet, Dataset, Run, Samples
+from finetune.pages.texts import SPACED, answers_table, marked_html, text_set_rows
+from finetune.records import Adapter, Answers, CaptionSet, Dataset, Run, Samples, TextSet
 
 MOST_ROWS = 60  # captions shown; the rest is counted
 THUMBNAIL = 96  # pixels
@@ -27,7 +28,8 @@ def captions_html(captions: CaptionSet) -> str:
     parts = [f"<b>{plural(len(captions.items), 'picture')}</b> in {escape(captions.folder)}", f"{generated} captioned"]
     if captions.skipped:
         parts.append(f"{len(captions.skipped)} unreadable and left out")
-    return f"<p>{', '.join(parts)}</p>{table_html(('', 'caption', 'from'), rows)}{_more(len(captions.items))}"
+    more = _more(len(captions.items), "metadata.jsonl")
+    return f"<p>{', '.join(parts)}</p>{table_html(('', 'caption', 'from'), rows)}{more}"
 
 
 def dataset_html(dataset: Dataset) -> str:
@@ -41,6 +43,12 @@ def dataset_html(dataset: Dataset) -> str:
         ["encoded now, found in the cache", f"{dataset.encoded:,}, {dataset.cached:,}"],
     ]
     return table_html(("data set", ""), rows)
+
+
+def text_set_html(texts: TextSet) -> str:
+    """What became of the conversations, and one of them as the model sees it."""
+    row = f"<p>One row, its trained tokens highlighted:</p>{marked_html(texts.marked)}" if texts.marked else ""
+    return table_html(("data set", ""), text_set_rows(texts)) + row
 
 
 def run_html(run: Run) -> str:
@@ -62,5 +70,16 @@ def samples_html(samples: Samples) -> str:
     return picture_html(Path(samples.grid), GRID_SIDE, "base beside tuned, a prompt at a time")
 
 
-def _more(count: int) -> str:
-    return f"<p>and {count - MOST_ROWS:,} more in metadata.jsonl</p>" if count > MOST_ROWS else ""
+def answers_html(answers: Answers) -> str:
+    """Per prompt the base's answers beside the tuned ones."""
+    shown = answers.items[:MOST_ROWS]
+    parts = [
+        f'<p style="{SPACED}"><b>{escape(prompt)}</b></p>'
+        f"{answers_table([item for item in shown if item.prompt == prompt])}"
+        for prompt in dict.fromkeys(item.prompt for item in shown)
+    ]
+    return "".join(parts) + _more(len(answers.items), Path(answers.page).name)
+
+
+def _more(count: int, where: str) -> str:
+    return f"<p>and {count - MOST_ROWS:,} more in {escape(where)}</p>" if count > MOST_ROWS else ""

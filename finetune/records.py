@@ -15,7 +15,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from finetune.errors import RunError
 
@@ -83,6 +83,12 @@ class Dataset:
     upscaled: int = 0
     encoded: int = 0
     cached: int = 0
+    content_name: ClassVar[str] = "pictures and captions"
+
+    @property
+    def content(self) -> str:
+        """Hash of everything that is trained on, and of the split."""
+        return hash_of([[example.key, example.caption, example.held_out] for example in self.examples()])[:16]
 
     def examples(self) -> Iterator[Example]:
         """Every example in the index's order (sorted by file name)."""
@@ -121,6 +127,7 @@ class TextSet:
     leaked: int
     bad: int
     cached: bool
+    content_name: ClassVar[str] = "conversations and template"
 
     def _repr_html_(self) -> str:
         from finetune.display import text_set_html
@@ -130,7 +137,10 @@ class TextSet:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training run. Seconds count training steps only; losses are means per example."""
+    """A finished training run. Seconds count training steps only; losses are means per picture or trained token.
+
+    checkpoint: the last one's folder. unit, items: what was trained on, "images" or "tokens", and how many.
+    """
 
     folder: str
     checkpoint: str
@@ -142,16 +152,17 @@ class Run:
     first_validation: float | None
     best_validation: float | None
     best_step: int | None
-    images: int
+    unit: str
+    items: int
     seconds: float
     peak_gib: float
     skipped_steps: int
     training_hash: str
 
     @property
-    def images_per_s(self) -> float:
-        """Training throughput, images per second."""
-        return self.images / self.seconds if self.seconds else 0.0
+    def items_per_s(self) -> float:
+        """Training throughput, images or tokens (`unit`) per second."""
+        return self.items / self.seconds if self.seconds else 0.0
 
     def _repr_html_(self) -> str:
         from finetune.display import run_html
@@ -192,6 +203,11 @@ class Samples:
     folder: str
     grid: str
     items: tuple[Sample, ...]
+
+    @property
+    def page(self) -> str:
+        """The file that shows all of them."""
+        return self.grid
 
     def _repr_html_(self) -> str:
         from finetune.display import samples_html
@@ -234,11 +250,11 @@ class Report:
 class Result:
     """Everything that `train` leaves, stage by stage."""
 
-    captions: CaptionSet
-    dataset: Dataset
+    captions: CaptionSet | None
+    dataset: Dataset | TextSet
     run: Run
     adapter: Adapter
-    samples: Samples
+    samples: Samples | Answers
     report: Report
 
     def _repr_html_(self) -> str:

@@ -134,4 +134,7 @@ def _smaller(config: Config) -> str:
         return f"try trainer.micro_batch={micro_batch} trainer.accumulate={accumulate}"
     if not trainer.checkpointing:
         return "try trainer.checkpointing=true"
-    return f"try a smaller picture: model.resolution={max(config.model.bucket_step, config.model.resolution // 2)}"
+    if "resolution" in as_dict(config)["model"]:
+        side = max(config.model.bucket_step, config.model.resolution // 2)
+        return f"try a smaller picture: model.resolution={side}"
+    return f"try shorter rows: data.length={max(2, config.data.length // 2)}"

@@ -5,7 +5,7 @@ Hydra stops at the first problem; this names all of them. It needs neither Hydra
 
 import typing
 from collections.abc import Iterator, Mapping
-from dataclasses import is_dataclass
+from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
@@ -33,6 +33,19 @@ def _leaves(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
 def sections() -> list[str]:
     """The keys that hold other keys: `lora`, `trainer`, …"""
     return [name for name, hint in typing.get_type_hints(Config).items() if is_dataclass(hint)]
+
+
+def kind_of(key: str) -> str | None:
+    """The kind of model that alone has this key or section; None for keys of every kind."""
+    kind: type = Config
+    for name in key.split("."):
+        entry = next((entry for entry in fields(kind) if entry.name == name), None) if is_dataclass(kind) else None
+        if entry is None:
+            return None
+        if "kind" in entry.metadata:
+            return str(entry.metadata["kind"])
+        kind = typing.get_type_hints(kind)[name]
+    return None
 
 
 def key_problem(key: str) -> str | None:

@@ -10,7 +10,7 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.recipes import shown
-from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Samples, load_receipt
+from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet, load_receipt
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
 NOT_REPEATED = ("run_dir=", "sample.prompts=", "trainer.restart=")  # the next command gives its own, or none
@@ -37,10 +37,13 @@ def _line(record: Any) -> str:
     if isinstance(record, Dataset):
         buckets = ", ".join(f"{name} ({count})" for name, count in record.buckets.items())
         return f"dataset: {record.train} to train, {record.validation} held out; {buckets}"
+    if isinstance(record, TextSet):
+        rows = f"{record.train:,} rows to train, {record.validation:,} held out"
+        return f"dataset: {rows}; {record.tokens:,} tokens, {record.trained:,} of them trained"
     if isinstance(record, Adapter):
         return f"adapter: {record.folder} ({', '.join(record.files.values())})"
-    if isinstance(record, Samples):
-        return f"samples: {record.grid}"
+    if isinstance(record, Samples | Answers):
+        return f"samples: {record.page}"
     if isinstance(record, Report):
         return f"report: {record.file}"
     raise TypeError(f"no line for a {type(record).__name__}")
@@ -57,7 +60,9 @@ def _table(config: Config, result: Result) -> None:
     names, seconds = _seconds(Path(config.run_dir))
     table.add_row("stage", names)
     table.add_row("seconds", seconds)
-    table.add_row("speed", f"{run.images_per_s:.1f} images/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB")
+    table.add_row(
+        "speed", f"{run.items_per_s:,.1f} {run.unit}/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB"
+    )
     table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}")
     if run.first_validation is not None and run.best_validation is not None:
         at = f" at step {run.best_step}" if run.best_step is not None else ""
@@ -66,7 +71,7 @@ def _table(config: Config, result: Result) -> None:
         table.add_row("skipped", f"{run.skipped_steps} steps with a loss or gradient that was not finite")
     for name, path in (
         ("adapter", result.adapter.folder),
-        ("grid", result.samples.grid),
+        ("answers" if isinstance(result.samples, Answers) else "grid", result.samples.page),
         ("report", result.report.file),
     ):
         table.add_row(name, shown(Path(path)))
@@ -95,7 +100,8 @@ def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]
     python = Path(sys.executable)
     program = f"{_typed(python)} -m finetune" if module else _typed(python.with_name("finetune"))
     board = _typed(python.with_name("tensorboard"))
-    prompt = f"a big green fish in space, {result.adapter.trigger}".removesuffix(", ")
+    wish = "What colour is the sea?" if isinstance(result.samples, Answers) else "a big green fish in space"
+    prompt = f"{wish}, {result.adapter.trigger}".removesuffix(", ")
     run_dir = shown(Path(config.run_dir))
     words = [f"conf={config.name}"] if not overrides else []
     words += [word for word in overrides if not word.startswith(NOT_REPEATED)]

@@ -11,6 +11,8 @@ import pytest
 
 # Before any library reads it: a test that needs a download fails at once instead of waiting for a time-out.
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
 

@@ -96,6 +96,32 @@ class Chat:
             results[index] = self._finished(rows[index], ids, np.ones(len(ids), np.bool_), closed, 0)
         return [results[index] for index in range(len(rows))]
 
+    def prompt_ids(self, text: str) -> list[int]:
+        """What the model is given to answer a user's `text`: its turn and the template's call for an answer, as ids.
+
+        Without a template it is the text itself, to be continued. Raises DataError if the template refuses the text or
+        no token is left of it.
+        """
+        end = self.tokenizer.eos_token_id
+        if self.template.text:
+            ids = vocabulary.token_spans(self.tokenizer, [self._called(text)], [[]])[0][0]
+        else:
+            ids = self._plain([text])[0]
+            if len(ids) and ids[-1] == end != self.tokenizer.bos_token_id:  # some tokenizers close every text
+                ids = ids[:-1]
+        if not len(ids):
+            raise DataError(f"sample.prompts: {text!r} holds no token of this tokenizer; write at least a word")
+        return [int(token) for token in ids[self._surplus(ids) :]]
+
+    def _called(self, text: str) -> str:
+        """A user's turn, rendered up to where the answer begins."""
+        turn = Message("user", text)
+        rendered = self.template.render(Conversation((turn, Message("assistant", "a")), "sample.prompts"))
+        before = rendered.text[: rendered.spans[0][0]]
+        own = self.template._try((turn,), prompt=True)
+        # The template's own may go on with the beginning of a thought; some templates do not heed the call at all.
+        return own if own.startswith(before) else before
+
     def _plain(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         if not texts:
             return []
@@ -106,13 +132,13 @@ class Chat:
         self, row: Conversation, ids: NDArray[np.uint32], trained: NDArray[np.bool_], closed: bool, shortened: int
     ) -> Encoded | DataError:
         """With an end token where the template writes none, and one start token at most."""
-        start, end = self.tokenizer.bos_token_id, self.tokenizer.eos_token_id
+        end = self.tokenizer.eos_token_id
         if not closed:
             if end is None:
                 return _endless(row.source)
             ids, trained = np.append(ids, np.uint32(end)), np.append(trained, True)
-        while len(ids) > 1 and start is not None and ids[0] == ids[1] == start:
-            ids, trained = ids[1:], trained[1:]
+        surplus = self._surplus(ids)
+        ids, trained = ids[surplus:], trained[surplus:]
         trained[:1] = False
         if not trained.any():
             return DataError(
@@ -121,6 +147,13 @@ class Chat:
             )
         control = sum(len(self._control.findall(message.content)) for message in row.messages)
         return Encoded(ids, trained, shortened, control)
+
+    def _surplus(self, ids: NDArray[np.uint32]) -> int:
+        """Start tokens in front of the one that belongs there."""
+        start, count = self.tokenizer.bos_token_id, 0
+        while start is not None and count + 1 < len(ids) and ids[count] == ids[count + 1] == start:
+            count += 1
+        return count
 
 
 def marked(tokenizer: Any, row: Encoded) -> str:

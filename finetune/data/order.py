@@ -6,9 +6,11 @@ the micro-batch or the number of processes.
 
 import hashlib
 import itertools
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import TypeVar
 
 Visit = tuple[int, int]  # (index of the example, number of the epoch)
+V = TypeVar("V")
 
 
 def steps(buckets: Sequence[Hashable], *, effective: int, seed: int, start: int = 0) -> Iterator[list[Visit]]:
@@ -24,11 +26,11 @@ def steps(buckets: Sequence[Hashable], *, effective: int, seed: int, start: int 
     return itertools.islice(_steps(buckets, effective, seed), start, None)
 
 
-def split(chunk: Sequence[Visit], buckets: Sequence[Hashable], micro_batch: int) -> list[list[Visit]]:
+def split(chunk: Sequence[V], bucket_of: Callable[[V], Hashable], micro_batch: int) -> list[list[V]]:
     """One step's examples as micro-batches, each of one bucket and at most `micro_batch` long."""
-    grouped: dict[Hashable, list[Visit]] = {}
+    grouped: dict[Hashable, list[V]] = {}
     for visit in chunk:
-        grouped.setdefault(buckets[visit[0]], []).append(visit)
+        grouped.setdefault(bucket_of(visit), []).append(visit)
     return [
         group[first : first + micro_batch] for group in grouped.values() for first in range(0, len(group), micro_batch)
     ]

@@ -185,6 +185,16 @@ def prepare(
     return Rows(folder, _noted(folder)[0], cached=False)
 
 
+def reopen(folder: Path) -> Rows:
+    """Rows that `prepare` made. Raises DataError where they are gone or damaged."""
+    figures = _intact(folder)
+    if figures is None:
+        raise DataError(
+            f"the token rows {folder} are damaged or gone; run the same command again and they are made anew"
+        )
+    return Rows(folder, figures, cached=True)
+
+
 def _write(folder: Path, source: Source, work: Work, workers: int) -> None:
     start = last = time.monotonic()
     totals: dict[str, int] = {}

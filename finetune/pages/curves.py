@@ -1,6 +1,7 @@
 """A run's curves: read from `metrics.jsonl`, arranged into charts."""
 
 import json
+import re
 from pathlib import Path
 
 from finetune.pages.charts import Line, Mark, line_chart
@@ -11,6 +12,8 @@ Curves = dict[str, list[tuple[float, float]]]
 
 SMOOTHING = 0.9  # share of the old value in curves that are smoothed for the eye only
 LEVELS = "validation/t="
+PERPLEXITY = "validation/perplexity"
+SPEED = re.compile(r"train/(\w+)_per_s")
 FIRST_LEVEL_TONE, LEVEL_TONES = 3, 5
 
 
@@ -45,9 +48,16 @@ def loss(curves: Curves) -> str:
 def validation(curves: Curves, best_step: int | None) -> str:
     """Validation loss, with the step whose checkpoint was best."""
     points = curves.get("validation/mean", [])
-    best = next(((x, y) for x, y in points if x == best_step), None)
-    mark = Mark(*best, f"best {best[1]:.4g}") if best else None
-    return line_chart("Validation loss", [Line("mean", points, tone=2)], y_label="mean squared error", mark=mark)
+    measure = "nats a token" if PERPLEXITY in curves else "mean squared error"
+    return line_chart(
+        "Validation loss", [Line("mean", points, tone=2)], y_label=measure, mark=_best(points, best_step, "best ")
+    )
+
+
+def perplexity(curves: Curves, best_step: int | None) -> str:
+    """Perplexity of the held-out conversations, with that of the best checkpoint."""
+    points = curves.get(PERPLEXITY, [])
+    return line_chart("Perplexity", [Line("", points, tone=2)], y_label="perplexity", mark=_best(points, best_step))
 
 
 def validation_by_level(curves: Curves) -> str:
@@ -77,13 +87,19 @@ def gradient_norm(curves: Curves) -> str:
 
 
 def speed(curves: Curves) -> str:
-    """Images per second."""
-    return line_chart("Speed", [Line("", curves.get("train/images_per_s", []))], y_label="images/s", zero=True)
+    """Images or tokens per second, whichever the run counted."""
+    tag = next((tag for tag in curves if SPEED.fullmatch(tag)), "")
+    unit = SPEED.sub(r"\1/s", tag)
+    return line_chart("Speed", [Line("", curves.get(tag, []))], y_label=unit, zero=True)
 
 
 def memory(curves: Curves) -> str:
     """Memory in use."""
     return line_chart("Memory", [Line("", curves.get("system/memory_gib", []))], y_label="GiB in use", zero=True)
+
+
+def _best(points: list[tuple[float, float]], best_step: int | None, word: str = "") -> Mark | None:
+    return next((Mark(x, y, f"{word}{y:.4g}") for x, y in points if x == best_step), None)
 
 
 def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:

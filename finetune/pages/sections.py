@@ -10,8 +10,21 @@ from PIL import Image
 
 from finetune.pages import curves
 from finetune.pages.pictures import fitting
-from finetune.pages.tables import adapter_rows, duration, plural, run_rows, table_html
-from finetune.records import Adapter, CaptionSet, Dataset, Receipt, Run, Sample, from_plain, receipt_path, versions
+from finetune.pages.tables import adapter_rows, duration, plural, rate, run_rows, table_html
+from finetune.pages.texts import answers_table, marked_html, text_set_rows
+from finetune.records import (
+    Adapter,
+    Answer,
+    CaptionSet,
+    Dataset,
+    Receipt,
+    Run,
+    Sample,
+    TextSet,
+    from_plain,
+    receipt_path,
+    versions,
+)
 
 # base64 adds a third and is counted in; with curves and text the page stays under the 5 MB that mail programs take.
 SAMPLE_BUDGET_BYTES, CAPTION_BUDGET_BYTES = 3_300_000, 1_000_000
@@ -26,7 +39,10 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Found:
-    """What a run folder holds: receipts by stage, the values of config.yaml and its text, curves, samples."""
+    """What a run folder holds: receipts by stage, the values of config.yaml and its text, curves, pictures or answers.
+
+    drawn: how these were made, as far as samples.jsonl says.
+    """
 
     folder: Path
     settings: dict[str, Any]
@@ -34,19 +50,30 @@ class Found:
     receipts: dict[str, Receipt]
     curves: curves.Curves
     samples: list[Sample]
+    answers: list[Answer]
+    drawn: dict[str, Any]
 
     def record(self, stage: str, kind: type[R]) -> R | None:
         """The stage's record, or None if it never ran."""
         receipt = self.receipts.get(stage)
         return from_plain(kind, receipt.record) if receipt else None
 
+    def dataset(self) -> Dataset | TextSet | None:
+        """The data set's record, of pictures or of conversations."""
+        receipt = self.receipts.get("dataset")
+        if receipt and "rows" in receipt.record:
+            return self.record("dataset", TextSet)
+        return self.record("dataset", Dataset)
+
 
 def page(found: Found) -> str:
     """The whole page."""
     sections = [
         ("pictures", "Base against tuned", _pictures(found)),
+        ("answers", "Base against tuned", _answers(found)),
         ("curves", "Curves", _curves(found)),
         ("captions", "Captions", _captions(found)),
+        ("conversations", "Conversations", _conversations(found)),
         ("stages", "Stages", _stages(found)),
         ("adapter", "Adapter", _adapter(found)),
         ("configuration", "Configuration", _configuration(found)),
@@ -75,7 +102,8 @@ def _head(found: Found) -> str:
         facts.append(f"trained on {trained.day} {trained:%B %Y}")
     return (
         f'<header><p class="eyebrow">finetune report</p><h1>{escape(_name(found))}</h1>'
-        f'<p class="facts">{" · ".join(facts)}</p><p class="verdict">{_verdict(found, run)}</p>{_tiles(run)}</header>\n'
+        f'<p class="facts">{" · ".join(facts)}</p><p class="verdict">{_verdict(found, run)}</p>'
+        f"{_tiles(found, run)}</header>\n"
     )
 
 
@@ -91,17 +119,16 @@ def _verdict(found: Found, run: Run | None) -> str:
     went = f"{run.first_loss:.4f} at the first one to {run.last_loss:.4f} at the last (smoothed; {change})"
     sentences = [f"In {plural(run.steps, 'step')} the training loss went from {went}."]
     if run.first_validation is not None and run.best_validation is not None:
-        dataset = found.record("dataset", Dataset)
-        held_out = dataset is None or dataset.validation
-        where = "On held-out pictures" if held_out else "On training pictures with fixed noise"
         verb = "fell" if run.best_validation < run.first_validation else "rose"
         at = "" if run.best_step is None else f", best at step {run.best_step:,}"
+        perplexity = _perplexity(found, run)
+        and_perplexity = f" and the perplexity from {perplexity[0]} to {perplexity[1]}" if perplexity else ""
         sentences.append(
-            f"{where} the loss {verb} from {run.first_validation:.4f} to {run.best_validation:.4f} "
-            f"({_change(run.first_validation, run.best_validation)}){at}."
+            f"{_validated_on(found.dataset())} the loss {verb} from {run.first_validation:.4f} to "
+            f"{run.best_validation:.4f} ({_change(run.first_validation, run.best_validation)}){and_perplexity}{at}."
         )
     sentences.append(
-        f"Training took {duration(run.seconds)} at {run.images_per_s:.1f} images a second, "
+        f"Training took {duration(run.seconds)} at {rate(run.items_per_s)} {run.unit} a second, "
         f"with at most {run.peak_gib:.2f} GiB of memory."
     )
     if run.skipped_steps:
@@ -109,19 +136,37 @@ def _verdict(found: Found, run: Run | None) -> str:
     return " ".join(sentences)
 
 
+def _validated_on(dataset: Dataset | TextSet | None) -> str:
+    if dataset is None:
+        return "On held-out examples"
+    things = "conversations" if isinstance(dataset, TextSet) else "pictures"
+    if dataset.validation:
+        return f"On held-out {things}"
+    return f"On training {things}" + ("" if isinstance(dataset, TextSet) else " with fixed noise")
+
+
+def _perplexity(found: Found, run: Run) -> tuple[str, str] | None:
+    """At the start, and where the validation loss was best."""
+    points = found.curves.get(curves.PERPLEXITY, [])
+    best = dict(points).get(-1 if run.best_step is None else run.best_step)
+    return (f"{points[0][1]:,.2f}", f"{best:,.2f}") if best is not None else None
+
+
 def _change(first: float, last: float) -> str:
     return f"{100 * (last / first - 1):+.1f} %".replace("-", "−") if first else "from 0"
 
 
-def _tiles(run: Run | None) -> str:
+def _tiles(found: Found, run: Run | None) -> str:
     if run is None:
         return ""
     tiles = [("loss", f"{run.last_loss:.3f}")]
     if run.best_validation is not None:
         tiles.append(("validation loss", f"{run.best_validation:.3f}"))
+    if perplexity := _perplexity(found, run):
+        tiles.append(("perplexity", perplexity[1]))
     tiles += [
         ("training time", duration(run.seconds)),
-        ("images a second", f"{run.images_per_s:.1f}"),
+        (f"{run.unit} a second", rate(run.items_per_s)),
         ("peak memory", f"{run.peak_gib:.2f} GiB"),
         ("trained parameters", f"{run.trainable / run.total:.1%}" if run.total else "–"),
     ]
@@ -166,17 +211,47 @@ def _how_drawn(found: Found) -> str:
         return note + "."
     if "steps" in facts and "guidance" in facts:
         note += f"; {escape(facts['steps'])} denoising steps, guidance {escape(facts['guidance'])}"
-    adapter = facts.get("adapter", "")
-    if adapter and not Path(adapter).resolve().is_relative_to(found.folder.resolve()):
-        note += f". Drawn with another adapter than this run's: {escape(adapter)}"
-    return note + "."
+    return f"{note}.{_other_adapter(found, facts.get('adapter', ''))}"
+
+
+def _other_adapter(found: Found, adapter: str) -> str:
+    if not adapter or Path(adapter).resolve().is_relative_to(found.folder.resolve()):
+        return ""
+    return f" Made with another adapter than this run's: {escape(adapter)}."
+
+
+def _answers(found: Found) -> str:
+    """Per prompt a table: the base's answers on the left."""
+    shown = found.answers[:MOST_PAIRS]
+    prompts = [
+        f'<article class="prompt"><h3>{escape(prompt)}</h3>'
+        f"{answers_table([item for item in shown if item.prompt == prompt])}</article>"
+        for prompt in dict.fromkeys(item.prompt for item in shown)
+    ]
+    if not prompts:
+        return ""
+    return f'<p class="note">{_how_written(found)}</p><div class="prompts">{"".join(prompts)}</div>' + _more(
+        len(found.answers) - len(shown), "pair", "the samples folder"
+    )
+
+
+def _how_written(found: Found) -> str:
+    """The settings, which the sample stage leaves beside each answer."""
+    temperature, longest = (found.drawn.get(name) for name in ("temperature", "max_new_tokens"))
+    note = "The same prompt, without and with the adapter"
+    if temperature is not None and longest is not None:
+        how = f"the same random numbers, temperature {temperature:g}" if temperature else "always the likeliest token"
+        note += f"; {how}, at most {plural(longest, 'token')} an answer"
+    return f"{note}.{_other_adapter(found, str(found.drawn.get('adapter', '')))}"
 
 
 def _curves(found: Found) -> str:
     run = found.record("train", Run)
+    best_step = run.best_step if run else None
     drawn = [
         curves.loss(found.curves),
-        curves.validation(found.curves, run.best_step if run else None),
+        curves.validation(found.curves, best_step),
+        curves.perplexity(found.curves, best_step),
         curves.validation_by_level(found.curves),
         curves.learning_rate(found.curves),
         curves.gradient_norm(found.curves),
@@ -210,6 +285,20 @@ def _captions(found: Found) -> str:
     return f'<p class="note">{note}</p><ul class="captions">{"".join(cards)}</ul>' + _more(
         len(captions.items) - len(shown), "caption", "metadata.jsonl of the picture folder"
     )
+
+
+def _conversations(found: Found) -> str:
+    """The figures of the data set, and a row of it with its trained tokens highlighted."""
+    texts = found.dataset()
+    if not isinstance(texts, TextSet):
+        return ""
+    row = ""
+    if texts.marked:
+        row = (
+            '<p class="note">One row as the model sees it. Only the <mark>highlighted</mark> tokens are trained; the '
+            f"rest is what they follow from.</p>{marked_html(texts.marked)}"
+        )
+    return _wide(table_html(("data set", ""), text_set_rows(texts))) + row
 
 
 def _stages(found: Found) -> str:

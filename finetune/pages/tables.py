@@ -13,7 +13,8 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         return ""
     titles = "".join(f'<th style="text-align:left">{escape(title)}</th>' for title in head)
     body = "".join(
-        "<tr>" + "".join(f'<td style="text-align:left">{cell}</td>' for cell in row) + "</tr>" for row in rows
+        "<tr>" + "".join(f'<td style="text-align:left;vertical-align:top">{cell}</td>' for cell in row) + "</tr>"
+        for row in rows
     )
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
@@ -22,7 +23,7 @@ def run_rows(run: Run) -> list[list[str]]:
     """What a finished run measured: name, figure."""
     rows = [
         ["steps", f"{run.steps:,}"],
-        ["images seen", f"{run.images:,}"],
+        [f"{run.unit} seen", f"{run.items:,}"],
         ["loss, first step → smoothed at the end", f"{run.first_loss:.4f} → {run.last_loss:.4f}"],
     ]
     if run.first_validation is not None and run.best_validation is not None:
@@ -31,7 +32,7 @@ def run_rows(run: Run) -> list[list[str]]:
     share = run.trainable / run.total if run.total else 0.0
     rows += [
         ["training time", duration(run.seconds)],
-        ["speed", f"{run.images_per_s:.1f} images/s"],
+        ["speed", f"{rate(run.items_per_s)} {run.unit}/s"],
         ["peak memory", f"{run.peak_gib:.2f} GiB"],
         ["trained parameters", f"{run.trainable:,} of {run.total:,} ({share:.2%})"],
     ]
@@ -63,6 +64,11 @@ def _difference(adapter: Adapter, dialect: str) -> str:
 def plural(count: int, thing: str) -> str:
     """ "1 picture", "2 pictures"."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def rate(per_s: float) -> str:
+    """ "18.5", "7,120"."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.1f}"
 
 
 def duration(seconds: float) -> str:

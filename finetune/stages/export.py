@@ -3,7 +3,7 @@
 import time
 from pathlib import Path
 
-from finetune.config import Config, as_dict
+from finetune.config import Config, Kept, as_dict
 from finetune.progress import say
 from finetune.records import Adapter, Run, hash_of, load_record, replace_folder, save_receipt
 from finetune.tasks import registry
@@ -21,9 +21,10 @@ def export(config: Config, run: Run) -> Adapter:
         say("export: fresh")
         return record
     start = time.monotonic()
-    trained = checkpoint.load(Path(run.checkpoint))
+    trained = checkpoint.load(_chosen(config, run))
     with replace_folder(folder) as temporary:
-        files, differences = registry.write_adapter(config, run, trained.adapter, trained.averaged, temporary)
+        handout = registry.kind(config).handout
+        files, differences = handout.write(config, run, trained.adapter, trained.averaged, temporary)
         (temporary / "README.md").write_text(_card(config, run, files, differences), encoding="utf-8")
     record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
     save_receipt(
@@ -36,6 +37,14 @@ def export(config: Config, run: Run) -> Adapter:
     )
     say(f"export: {', '.join(f'{name} ({differences[name]:.1e})' for name in differences)}: same output as trained")
     return record
+
+
+def _chosen(config: Config, run: Run) -> Path:
+    """The checkpoint that is handed out; the last one where none was validated."""
+    last = Path(run.checkpoint)
+    if config.export.checkpoint is Kept.last or run.best_step is None:
+        return last
+    return checkpoint.at(last.parent, run.best_step)
 
 
 def _card(config: Config, run: Run, files: dict[str, str], differences: dict[str, float]) -> str:

@@ -14,7 +14,7 @@ from finetune.errors import RunError
 from finetune.pages import curves
 from finetune.pages.sections import Found, page
 from finetune.progress import say
-from finetune.records import Report, Sample, from_plain, hash_of, load_receipt, save_receipt, write_atomically
+from finetune.records import Answer, Report, Sample, from_plain, hash_of, load_receipt, save_receipt, write_atomically
 
 STAGE = "report"
 PAGE = "report.html"
@@ -35,7 +35,7 @@ def report(config: Config) -> Report:
         record,
         input_hash=hash_of({stage: receipt.input_hash for stage, receipt in found.receipts.items()}),
         seconds=time.monotonic() - start,
-        figures={"bytes": len(html.encode()), "pairs": len(found.samples)},
+        figures={"bytes": len(html.encode()), "pairs": len(found.samples) + len(found.answers)},
     )
     say(f"{STAGE}: {record.file}")
     return record
@@ -44,13 +44,15 @@ def report(config: Config) -> Report:
 def _gather(run_dir: Path) -> Found:
     receipts = {stage: receipt for stage in STAGES if (receipt := load_receipt(run_dir, stage))}
     text = _text(run_dir / "config.yaml")
-    lines = _text(run_dir / "samples" / "samples.jsonl").splitlines()
     try:
-        samples = [from_plain(Sample, json.loads(line)) for line in lines]
+        lines = [json.loads(line) for line in _text(run_dir / "samples" / "samples.jsonl").splitlines()]
+        samples = [from_plain(Sample, line) for line in lines if "file" in line]
+        answers = [from_plain(Answer, line) for line in lines if "file" not in line]
     except (ValueError, KeyError, TypeError) as error:
         file = run_dir / "samples" / "samples.jsonl"
         raise RunError(f"{file} is damaged ({error}); delete it and draw again") from error
-    return Found(run_dir, yaml.safe_load(text) or {}, text, receipts, curves.read(run_dir), samples)
+    drawn = lines[0] if lines else {}
+    return Found(run_dir, yaml.safe_load(text) or {}, text, receipts, curves.read(run_dir), samples, answers, drawn)
 
 
 def _text(path: Path) -> str:

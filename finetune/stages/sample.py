@@ -1,4 +1,4 @@
-"""Draw the recipe's prompts, base beside tuned."""
+"""Draw or answer the recipe's prompts, base beside tuned."""
 
 import hashlib
 import time
@@ -8,12 +8,12 @@ from finetune.config import Config, as_dict
 from finetune.errors import ConfigError, ModelError
 from finetune.models import lora
 from finetune.progress import say
-from finetune.records import Adapter, Samples, hash_of, load_record, replace_folder, save_receipt
+from finetune.records import Adapter, Answers, Samples, hash_of, load_record, replace_folder, save_receipt
 from finetune.tasks import registry
 
 
-def sample(config: Config, adapter: Adapter | None) -> Samples:
-    """Write `samples/`: one PNG per prompt, seed and model, `grid.png`, `samples.jsonl`.
+def sample(config: Config, adapter: Adapter | None) -> Samples | Answers:
+    """Write `samples/`: all pairs on one page (a grid of pictures, or answers), `samples.jsonl`, each picture alone.
 
     The adapter is `sample.adapter` if set, else `adapter`. Raises ModelError if there is none or it doesn't fit.
     """
@@ -24,14 +24,15 @@ def sample(config: Config, adapter: Adapter | None) -> Samples:
     folder = run_dir / "samples"
     settings = as_dict(config)
     input_hash = hash_of(_hash(path), settings["sample"], settings["model"], settings["trainer"]["precision"])
-    record = load_record(run_dir, "sample", Samples, input_hash=input_hash)
-    if record and Path(record.grid).exists():
+    kind = registry.kind(config)
+    record = load_record(run_dir, "sample", kind.samples, input_hash=input_hash)
+    if record and Path(record.page).exists():
         say("sample: fresh")
         return record
     start = time.monotonic()
     with replace_folder(folder) as temporary:
-        grid, items = registry.draw_samples(config, path, temporary)
-    record = Samples(str(folder), str(folder / grid), items)
+        page, items = kind.show.draw(config, path, temporary)
+    record = kind.samples(str(folder), str(folder / page), items)  # type: ignore[arg-type]
     seconds = time.monotonic() - start
     save_receipt(
         run_dir,
@@ -39,7 +40,7 @@ def sample(config: Config, adapter: Adapter | None) -> Samples:
         record,
         input_hash=input_hash,
         seconds=seconds,
-        figures={"pictures": 2 * len(items), "pictures_per_s": 2 * len(items) / seconds},
+        figures={"samples": 2 * len(items), "samples_per_s": 2 * len(items) / seconds},
     )
     return record
 

@@ -11,12 +11,11 @@ from typing import Any
 from accelerate import Accelerator
 
 from finetune.config import Config, as_dict
-from finetune.data import order
 from finetune.errors import Interrupted, RunError
 from finetune.models import lora
 from finetune.models.device import limit_memory, peak_gib, pick_device, pick_precision
 from finetune.progress import progress, say
-from finetune.records import METRICS, Dataset, Example, Run, hash_of, load_record, receipt_path, save_receipt
+from finetune.records import METRICS, Dataset, Run, TextSet, hash_of, load_record, receipt_path, save_receipt
 from finetune.tasks import registry
 from finetune.tasks.base import Batch, Task
 from finetune.training import checkpoint
@@ -32,8 +31,8 @@ SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 
 RUN_OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", METRICS, "report.html", "config.yaml")
 
 
-def train(config: Config, dataset: Dataset) -> Run:
-    """Train to `config.trainer.steps`, from the newest checkpoint if there is one.
+def train(config: Config, dataset: Dataset | TextSet) -> Run:
+    """Train to `config.trainer.steps`, or until it no longer helps (`trainer.patience`), from the newest checkpoint.
 
     Raises RunError if an earlier run in the folder was trained with other settings or pictures (they are listed) or a
     checkpoint is damaged, TrainingError after too many non-finite steps, Interrupted after a signal (state saved).
@@ -54,7 +53,7 @@ def train(config: Config, dataset: Dataset) -> Run:
     limit_memory(device, config.hardware.vram_gib)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     task = registry.build_task(config, dataset, device)
-    run = _Session(config, dataset, task, accelerator, identity, resumed)
+    run = _Session(config, task, accelerator, identity, resumed)
     with catch_stop() as stop:
         try:
             for step in run.steps():
@@ -71,7 +70,7 @@ def train(config: Config, dataset: Dataset) -> Run:
             run.tracker.close()
     figures: dict[str, float | int | str | None] = {
         "steps": record.steps,
-        "images_per_s": record.images_per_s,
+        f"{record.unit}_per_s": record.items_per_s,
         "peak_gib": record.peak_gib,
         "first_loss": record.first_loss,
         "last_loss": record.last_loss,
@@ -88,7 +87,6 @@ class _Session:
     """One run in progress: the state that checkpoints store and curves show."""
 
     config: Config
-    dataset: Dataset
     task: Task
     accelerator: Accelerator
     identity: dict[str, Any]
@@ -98,14 +96,10 @@ class _Session:
         config = self.config
         self.run_dir = Path(config.run_dir)
         self.folder = self.run_dir / "checkpoints"
-        examples = list(self.dataset.examples())
-        self.training = [example for example in examples if not example.held_out]
-        # Small sets hold nothing out: the same training pictures with fixed noise still compare from step to step.
-        self.validation = [example for example in examples if example.held_out] or self.training
         optimizer = build_optimizer(lora.adapter_parameters(self.task.model), config.optim)
         self.ema: Ema | None = None
         if self.resumed is None:
-            self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, None)
+            self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, 0, None)
         else:
             self.state = self.resumed.state
             self.task.load_state(self.resumed.adapter, str(self.resumed.folder))
@@ -120,17 +114,19 @@ class _Session:
         if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
-        self.pending_seconds, self.pending_images = 0.0, 0
+        self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
 
     def steps(self) -> Iterator[Step]:
         """Every remaining optimiser step, with a progress bar."""
         config, trainer = self.config, self.config.trainer
         trainable, total = lora.counts(self.accelerator.unwrap_model(self.task.model))
-        say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {len(self.training)} examples")
+        say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {self.task.size:,} examples")
         if self.state.step == 0:
-            self._settings_as_text()
+            self._texts()
             self._validate()
             self._preview()
+        if self.exhausted():
+            return
         with progress("train", trainer.steps, unit="steps", done=self.state.step) as bar:
             for step in fit(
                 self.task,
@@ -145,6 +141,14 @@ class _Session:
             ):
                 yield step
                 bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
+                if self.exhausted():
+                    say(f"train: no better validation loss since step {self.state.best_step}; stopping early")
+                    break
+
+    def exhausted(self) -> bool:
+        """Whether the validation loss has not improved for `trainer.patience` saved steps."""
+        patience = self.config.trainer.patience
+        return bool(patience) and self.state.waited >= patience
 
     def note(self, step: Step) -> None:
         """Take one step into the state and do what is due after it."""
@@ -153,12 +157,12 @@ class _Session:
             say(f"step {step.number} refused: {step.refused}")
             self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
         else:
-            first = state.images == 0
+            first = state.units == 0
             smoothed = step.loss if first else SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * step.loss
             self.state = replace(
                 state,
                 step=step.number,
-                images=state.images + step.items,
+                units=state.units + step.units,
                 seconds=state.seconds + step.seconds,
                 first_loss=step.loss if first else state.first_loss,
                 smoothed_loss=smoothed,
@@ -166,10 +170,10 @@ class _Session:
             if self.ema:
                 self.ema.update(self.task.live())
         self._log(step)
-        last = step.number == trainer.steps
-        saving = last or step.number % trainer.save_every == 0
+        saving = step.number == trainer.steps or step.number % trainer.save_every == 0
         if trainer.validate_every and (saving or step.number % trainer.validate_every == 0):
             self._validate(may_be_best=saving)
+        last = step.number == trainer.steps or self.exhausted()
         if last or (self.config.sample.every and step.number % self.config.sample.every == 0):
             self._preview()
         if saving:
@@ -206,13 +210,18 @@ class _Session:
             first_validation=state.first_validation,
             best_validation=state.best_validation,
             best_step=state.best_step,
-            images=state.images,
+            unit=self.task.unit,
+            items=state.units,
             seconds=state.seconds,
             peak_gib=peak_gib(self.accelerator.device),
             skipped_steps=state.skipped_steps,
             training_hash=training_hash,
         )
-        figures = {"final/loss": run.last_loss, "final/images_per_s": run.images_per_s, "final/peak_gib": run.peak_gib}
+        figures = {
+            "final/loss": run.last_loss,
+            f"final/{run.unit}_per_s": run.items_per_s,
+            "final/peak_gib": run.peak_gib,
+        }
         if run.best_validation is not None:
             figures["final/validation"] = run.best_validation
         self.tracker.hparams(self.identity, figures)
@@ -221,15 +230,11 @@ class _Session:
     def _batches(self) -> Iterator[Sequence[Batch]]:
         """This process's micro-batches of every remaining step."""
         trainer, accelerator = self.config.trainer, self.accelerator
-        buckets = [example.bucket for example in self.training]
         effective = trainer.micro_batch * trainer.accumulate * accelerator.num_processes
-        chunks = order.steps(buckets, effective=effective, seed=self.config.seed, start=self.state.step)
+        chunks = self.task.steps(effective=effective, start=self.state.step)
         for chunk in itertools.islice(chunks, trainer.steps - self.state.step):
             mine = chunk[accelerator.process_index :: accelerator.num_processes]
-            yield [
-                self.task.collate([(self.training[index], visit) for index, visit in micro_batch])
-                for micro_batch in order.split(mine, buckets, trainer.micro_batch)
-            ]
+            yield [self.task.collate(visits) for visits in self.task.split(mine, trainer.micro_batch)]
 
     def _log(self, step: Step) -> None:
         values = {
@@ -240,61 +245,61 @@ class _Session:
             "train/skipped_steps": float(self.state.skipped_steps),
         }
         self.pending_seconds += step.seconds
-        self.pending_images += step.items
+        self.pending_units += step.units
+        self.pending_slots += step.slots
         if step.number % self.config.trainer.log_every == 0 or step.number == self.config.trainer.steps:
-            values["train/images_per_s"] = self.pending_images / self.pending_seconds
+            values[f"train/{self.task.unit}_per_s"] = self.pending_units / self.pending_seconds
+            if self.pending_slots > self.pending_units:
+                values["train/padding"] = 1 - self.pending_units / self.pending_slots
             values |= self.tracker.hardware()
-            self.pending_seconds, self.pending_images = 0.0, 0
+            self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
         self.tracker.scalars(step.number, values)
 
     def _validate(self, *, may_be_best: bool = False) -> None:
         if not self.config.trainer.validate_every:
             return
-        losses = self.task.validate(self.validation, self.config.trainer.micro_batch)
+        losses = self.task.validate(self.config.trainer.micro_batch)
         self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
         state, mean = self.state, losses["mean"]
         if state.first_validation is None:
             self.state = replace(state, first_validation=mean)
         elif may_be_best and (state.best_validation is None or mean < state.best_validation):
-            self.state = replace(state, best_validation=mean, best_step=state.step)
+            self.state = replace(state, best_validation=mean, best_step=state.step, waited=0)
+        elif may_be_best:
+            self.state = replace(state, waited=state.waited + 1)
 
     def _preview(self) -> None:
         sample = self.config.sample
         prompts = sample.prompts[: sample.previews]
         if not prompts or not self.accelerator.is_main_process:
             return
-        pictures = self.task.sample(prompts, sample.seeds[0])
+        previews = self.task.sample(prompts, sample.seeds[0])
         named = {
-            f"samples/{index}: {prompt}": picture
-            for index, (prompt, picture) in enumerate(zip(prompts, pictures, strict=True))
+            f"samples/{index}: {prompt}": preview
+            for index, (prompt, preview) in enumerate(zip(prompts, previews, strict=True))
         }
-        self.tracker.pictures(self.state.step, named)
+        self.tracker.previews(self.state.step, named)
 
-    def _settings_as_text(self) -> None:
+    def _texts(self) -> None:
         lines = "\n".join(f"    {key}: {value}" for key, value in _flat(as_dict(self.config)).items())
         self.tracker.text("configuration", lines)
+        for title, text in self.task.notes().items():
+            self.tracker.text(title, text)
 
 
-def _identity(config: Config, dataset: Dataset) -> dict[str, Any]:
+def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
     """What decides the result, flat; a run may only be continued with the same. Steps may be raised, micro-batch and
     accumulation exchanged."""
     settings = as_dict(config)
     trainer = settings["trainer"]
-    kept = {
+    kept: dict[str, Any] = {
         "seed": settings["seed"],
-        "model": settings["model"],
-        "lora": settings["lora"],
-        "optim": settings["optim"],
-        "loss": settings["loss"],
+        **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},
         "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * int(os.environ.get("WORLD_SIZE", "1")),
-        "pictures and captions": hash_of([_content(example) for example in dataset.examples()])[:16],
+        dataset.content_name: dataset.content,
     }
     return _flat(kept)
-
-
-def _content(example: Example) -> list[Any]:
-    return [example.key, example.caption, example.held_out]
 
 
 def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Checkpoint | None:

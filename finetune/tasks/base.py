@@ -1,13 +1,13 @@
 """The seam between the one loop and the kinds of model: a task turns examples into a loss."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from finetune.records import Example
+Visit = tuple[Any, int]  # (an example: whatever the task's `collate` takes, the number of the visit)
 
 
 @dataclass(frozen=True)
@@ -15,25 +15,40 @@ class Batch:
     """What one forward pass takes.
 
     items: how many things the loss sums over (pictures or trained tokens); names: one description per example, for
-    messages ("003.jpg at timestep 871").
+    messages ("003.jpg at timestep 871"). units: what throughput counts (pictures, or tokens that are not padding);
+    slots: the same with padding.
     """
 
     tensors: dict[str, Tensor]
     items: int
     names: tuple[str, ...]
+    units: int
+    slots: int
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         moved = {key: value.to(device, non_blocking=True) for key, value in self.tensors.items()}
-        return Batch(moved, self.items, self.names)
+        return Batch(moved, self.items, self.names, self.units, self.slots)
 
 
 class Task(Protocol):
     """One kind of model, adapters injected. No base class: anything with these members will do."""
 
     model: nn.Module
+    unit: str
+    """What throughput counts: images or tokens."""
+    size: int
+    """Examples to train on."""
 
-    def collate(self, visits: Sequence[tuple[Example, int]]) -> Batch:
+    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
+        """The `effective` visits of each optimiser step, without end, from step `start` on."""
+        ...
+
+    def split(self, visits: Sequence[Visit], micro_batch: int) -> Sequence[Sequence[Visit]]:
+        """Visits as micro-batches of at most that many, each of one shape."""
+        ...
+
+    def collate(self, visits: Sequence[Visit]) -> Batch:
         """Examples with their visit numbers -> one batch; all randomness comes from (seed, example key, visit)."""
         ...
 
@@ -41,12 +56,16 @@ class Task(Protocol):
         """The SUM of the loss over `batch.items`; the loop divides, once."""
         ...
 
-    def validate(self, examples: Sequence[Example], micro_batch: int) -> dict[str, float]:
-        """Mean unweighted loss on fixed inputs, under "mean" and by finer keys."""
+    def validate(self, micro_batch: int) -> dict[str, float]:
+        """Mean unweighted loss of the held-out examples on fixed inputs, under "mean" and by finer keys."""
         ...
 
     def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
-        """Pictures (or texts) from fixed prompts, for previews."""
+        """One preview for each prompt: a PIL picture, or a text."""
+        ...
+
+    def notes(self) -> dict[str, str]:
+        """Texts to show beside the curves when training starts, by title."""
         ...
 
     def state(self) -> dict[str, Tensor]:

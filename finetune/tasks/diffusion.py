@@ -12,12 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import Config
+from finetune.data import order
 from finetune.data.cache import read
 from finetune.models import lora
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_scheduler, load_unet
 from finetune.records import Dataset, Example
-from finetune.tasks.base import Batch
+from finetune.tasks.base import Batch, Visit
 
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
 VALIDATION_VISIT = -1  # a visit number that training never uses
@@ -27,11 +28,18 @@ PROBE = 16  # training pictures that stand in where nothing is held out, and the
 class DiffusionTask:
     """LoRA on a UNet. `model` is the UNet with adapters injected."""
 
+    unit = "images"
+
     def __init__(self, config: Config, dataset: Dataset, device: torch.device) -> None:
         self.config = config
         self.device = device
         self.dtype = pick_dtype(config.trainer.precision, device)
         self.empty_text = Path(dataset.empty_text)
+        examples = list(dataset.examples())
+        self.training = [example for example in examples if not example.held_out]
+        # Small sets hold nothing out: the same training pictures with fixed noise still compare from step to step.
+        self.validation = ([example for example in examples if example.held_out] or self.training)[:PROBE]
+        self.size = len(self.training)
         self.scheduler = load_scheduler(config.model.base)
         self.painter = self._painter()
         unet: Any = load_unet(config.model.base, self.dtype)
@@ -49,7 +57,17 @@ class DiffusionTask:
             folder = lora.peft_folder(Path(config.lora.start_from))
             self.load_state(lora.read_peft_folder(folder), str(folder))
 
-    def collate(self, visits: Sequence[tuple[Example, int]]) -> Batch:
+    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
+        """The pictures of each step, each step's from as few buckets as possible."""
+        buckets = [example.bucket for example in self.training]
+        for chunk in order.steps(buckets, effective=effective, seed=self.config.seed, start=start):
+            yield [(self.training[index], epoch) for index, epoch in chunk]
+
+    def split(self, visits: Sequence[Visit], micro_batch: int) -> Sequence[Sequence[Visit]]:
+        """Micro-batches of one bucket each."""
+        return order.split(visits, lambda visit: visit[0].bucket, micro_batch)
+
+    def collate(self, visits: Sequence[Visit]) -> Batch:
         """Latents drawn from the cached posterior, noise, timestep and caption (or none) of each visit."""
         drawn = [self._draw(example, visit) for example, visit in visits]
         return _batch(drawn)
@@ -66,7 +84,7 @@ class DiffusionTask:
         return errors_B.sum()
 
     @torch.no_grad()
-    def validate(self, examples: Sequence[Example], micro_batch: int) -> dict[str, float]:
+    def validate(self, micro_batch: int) -> dict[str, float]:
         """Mean squared error on fixed (picture, noise, timestep) triples: "mean" and "t=…" per noise level."""
         training = self.model.training
         self.model.eval()
@@ -74,10 +92,10 @@ class DiffusionTask:
         result = {}
         for timestep in levels:
             total = 0.0
-            for batch in self._fixed_batches(examples[:PROBE], timestep, micro_batch):
+            for batch in self._fixed_batches(timestep, micro_batch):
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
                     total += float(self._errors(batch.to(self.device)).sum())
-            result[f"t={timestep}"] = total / len(examples[:PROBE])
+            result[f"t={timestep}"] = total / len(self.validation)
         self.model.train(training)
         return {"mean": sum(result.values()) / len(result), **result}
 
@@ -89,6 +107,10 @@ class DiffusionTask:
         return self.painter.draw(
             self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
         )
+
+    def notes(self) -> dict[str, str]:
+        """None: the pictures and captions are in the report."""
+        return {}
 
     def state(self) -> dict[str, Tensor]:
         """The adapter under PEFT's names."""
@@ -127,14 +149,10 @@ class DiffusionTask:
             "name": f"{example.file} at timestep {chosen}",
         }
 
-    def _fixed_batches(self, examples: Sequence[Example], timestep: int, micro_batch: int) -> Iterator[Batch]:
-        by_bucket: dict[tuple[int, int], list[Example]] = {}
-        for example in examples:
-            by_bucket.setdefault(example.bucket, []).append(example)
-        for group in by_bucket.values():
-            for start in range(0, len(group), micro_batch):
-                part = group[start : start + micro_batch]
-                yield _batch([self._draw(example, VALIDATION_VISIT, timestep) for example in part])
+    def _fixed_batches(self, timestep: int, micro_batch: int) -> Iterator[Batch]:
+        visits = [(example, VALIDATION_VISIT) for example in self.validation]
+        for part in self.split(visits, micro_batch):
+            yield _batch([self._draw(example, visit, timestep) for example, visit in part])
 
     def _errors(self, batch: Batch) -> Tensor:
         """Mean squared error of each image's prediction, (B,) fp32."""
@@ -176,4 +194,4 @@ def visit_seed(seed: int, key: str, visit: int) -> int:
 def _batch(drawn: Sequence[dict[str, Any]]) -> Batch:
     tensors = {name: torch.stack([item[name] for item in drawn]) for name in ("clean", "noise", "text")}
     tensors["timesteps"] = torch.tensor([item["timestep"] for item in drawn])
-    return Batch(tensors, len(drawn), tuple(item["name"] for item in drawn))
+    return Batch(tensors, len(drawn), tuple(item["name"] for item in drawn), units=len(drawn), slots=len(drawn))

@@ -1,6 +1,5 @@
 """Hand a diffusion adapter out in every dialect, and prove each file by loading it into a fresh base."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -9,8 +8,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import Config, Dialect
-from finetune.errors import ExportError, ModelError
-from finetune.models import lora
+from finetune.errors import ExportError
+from finetune.models import adapters, lora
 from finetune.models.device import pick_device
 from finetune.models.diffusion import load_unet
 from finetune.progress import say
@@ -65,27 +64,16 @@ def load(unet: nn.Module, path: Path) -> nn.Module:
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
     from diffusers import StableDiffusionPipeline
-    from peft import PeftModel
 
-    if not path.exists():
-        raise ModelError(f"no adapter at {path}; train one first, or name another with sample.adapter=FOLDER_OR_FILE")
-    file = path / "adapter_model.safetensors" if path.is_dir() else path
-    weights = lora.read_weights(file)  # names a damaged file better than the libraries do
-    try:
-        if path.is_dir():
-            return PeftModel.from_pretrained(unet, str(path)).eval().get_base_model()  # type: ignore[no-any-return]
+    adapters.require(path)
+    if path.is_dir():
+        return adapters.attach(unet, path).get_base_model()  # type: ignore[no-any-return]
+    weights = lora.read_weights(path)  # names a damaged file better than the libraries do
+    with adapters.fitting(path):
         state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-            dict(weights) if _is_kohya(weights) else str(file), return_lora_metadata=True, unet_config=None
+            dict(weights) if _is_kohya(weights) else str(path), return_lora_metadata=True, unet_config=None
         )
         StableDiffusionPipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
-    except json.JSONDecodeError as error:
-        raise ModelError(
-            f"{path / 'adapter_config.json'} is damaged ({error}); export it again or restore it from a copy"
-        ) from error
-    except (RuntimeError, ValueError, KeyError, OSError) as error:
-        raise ModelError(
-            f"{path} does not fit this base ({str(error).splitlines()[0]}); was it trained on another?"
-        ) from error
     return unet.eval()
 
 

@@ -10,16 +10,18 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from finetune.config import Config
+from finetune.config import Config, as_dict
 from finetune.data import buckets, folder, images
-from finetune.data.cache import Cache, key_of
+from finetune.data.cache import Cache, key_of, missing
 from finetune.errors import DataError
+from finetune.models import hub
 from finetune.models.device import free, pick_device
 from finetune.models.diffusion import load_text_encoder, load_vae, text_identity, vae_identity
 from finetune.progress import progress, say
@@ -44,11 +46,49 @@ class Picture:
     upscaled: bool
 
 
-def build(config: Config, captions: CaptionSet) -> Dataset:
+def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
+    """Pictures and captions by content, the encoders, and everything that decides how pictures are cut."""
+    assert captions is not None
+    files = [item.file for item in captions.items]
+    model = config.model
+    return [
+        folder.content_hashes(Path(captions.folder), files),
+        {item.file: item.text for item in captions.items},
+        as_dict(config)["data"],
+        [model.kind, hub.identity(model.base), model.resolution, model.bucket_step, config.caption.trigger],
+    ]
+
+
+def complete(record: Dataset) -> bool:
+    """Whether the index and every entry that it names are still there."""
+    if not Path(record.index).is_file():
+        return False
+    wanted = {Path(record.empty_text)}
+    lines = 0
+    for example in record.examples():
+        lines += 1
+        wanted |= {Path(example.latents), Path(example.text)}
+    return lines == record.train + record.validation and not missing(wanted)
+
+
+def figures(record: Dataset) -> dict[str, float | int | str | None]:
+    """For the receipt."""
+    return {
+        "train": record.train,
+        "validation": record.validation,
+        "buckets": ", ".join(f"{name}: {count}" for name, count in record.buckets.items()),
+        "upscaled": record.upscaled,
+        "encoded": record.encoded,
+        "cached": record.cached,
+    }
+
+
+def build(config: Config, captions: CaptionSet | None) -> Dataset:
     """Encode what the cache lacks, write `dataset.jsonl` into the run folder (one line an example, sorted by file).
 
     Raises DataError naming every unreadable picture (left out with a warning under `data.skip_bad`).
     """
+    assert captions is not None
     root, cache = Path(captions.folder), Cache(Path(config.data.cache))
     identity = vae_identity(config.model.base)
     pictures = _read_pictures(config, captions, cache, identity)
@@ -65,8 +105,8 @@ def build(config: Config, captions: CaptionSet) -> Dataset:
     ]
     keys = {job: _cache_key(identity, config, *job) for job in jobs}
     wanted = {key: job for job, key in keys.items()}
-    missing = {key: job for key, job in wanted.items() if not cache.has(key)}
-    _encode_pictures(config, cache, root, missing)
+    new = {key: job for key, job in wanted.items() if not cache.has(key)}
+    _encode_pictures(config, cache, root, new)
 
     examples = [
         Example(
@@ -84,7 +124,7 @@ def build(config: Config, captions: CaptionSet) -> Dataset:
     ]
     index = Path(config.run_dir) / "dataset.jsonl"
     write_atomically(index, "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples))
-    made = len(missing) + texts_made
+    made = len(new) + texts_made
     return Dataset(
         index=str(index),
         train=sum(not example.held_out for example in examples),

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Protocol
 
-from finetune.config import Config
 from finetune.errors import ConfigError
-from finetune.records import CaptionSet, Dataset, Run, Sample
+from finetune.records import Answer, Answers, CaptionSet, Dataset, Run, Sample, Samples, TextSet
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -14,45 +14,79 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
+    from finetune.config import Config
     from finetune.tasks.base import Task
 
-KINDS = ("diffusion",)
+
+class Data(Protocol):
+    """The module that makes a kind's data set."""
+
+    def inputs(self, config: Config, captions: CaptionSet | None) -> list[Any]:
+        """Everything that decides the data set, as plain values."""
+        ...
+
+    def build(self, config: Config, captions: CaptionSet | None) -> Any:
+        """Read, encode and cache every example: the data set's record."""
+        ...
+
+    def complete(self, record: Any) -> bool:
+        """Whether all that the record names is still there: the cache may be deleted at any time."""
+        ...
+
+    def figures(self, record: Any) -> dict[str, float | int | str | None]:
+        """For the receipt."""
+        ...
 
 
-def build_dataset(config: Config, captions: CaptionSet) -> Dataset:
-    """Read, encode and cache every example, and write the index."""
-    _check(config)
-    from finetune.tasks import pictures
+class Handout(Protocol):
+    """The module that hands a kind's adapters out."""
 
-    return pictures.build(config, captions)
+    def write(
+        self, config: Config, run: Run, weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, folder: Path
+    ) -> tuple[dict[str, str], dict[str, float]]:
+        """Write the adapter in every dialect: files and, by dialect, the difference to the trained module."""
+        ...
 
 
-def build_task(config: Config, dataset: Dataset, device: torch.device) -> Task:
+class Show(Protocol):
+    """The module that shows what base and tuned model make of the prompts."""
+
+    def draw(self, config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample, ...] | tuple[Answer, ...]]:
+        """Fill `folder`: the name of the file that shows all, and every sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class Kind:
+    """One kind of model. captioned: its examples are pictures that may need captions first."""
+
+    captioned: bool
+    dataset: type[Dataset] | type[TextSet]
+    samples: type[Samples] | type[Answers]
+    data: Data
+    handout: Handout
+    show: Show
+
+
+def kind(config: Config) -> Kind:
+    """What handles this configuration's model. Raises ConfigError for a kind there isn't."""
+    if config.model.kind == "diffusion":
+        from finetune.tasks import gallery, handout, pictures
+
+        return Kind(True, Dataset, Samples, pictures, handout, gallery)
+    if config.model.kind == "language":
+        from finetune.tasks import answers, text_handout, texts
+
+        return Kind(False, TextSet, Answers, texts, text_handout, answers)
+    raise ConfigError(f"model.kind={config.model.kind} is not known; allowed: diffusion, language")
+
+
+def build_task(config: Config, dataset: Any, device: torch.device) -> Task:
     """The model with adapters injected, on `device`."""
-    _check(config)
-    from finetune.tasks.diffusion import DiffusionTask
+    if config.model.kind == "diffusion":
+        from finetune.tasks.diffusion import DiffusionTask
 
-    return DiffusionTask(config, dataset, device)
+        return DiffusionTask(config, dataset, device)
+    from finetune.tasks.language import LanguageTask
 
-
-def write_adapter(
-    config: Config, run: Run, weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, folder: Path
-) -> tuple[dict[str, str], dict[str, float]]:
-    """Write the adapter in every dialect into `folder`: files and, by dialect, the difference to the trained module."""
-    _check(config)
-    from finetune.tasks import handout
-
-    return handout.write(config, run, weights, averaged, folder)
-
-
-def draw_samples(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample, ...]]:
-    """Draw base beside tuned into `folder`: the grid's file name and every sample."""
-    _check(config)
-    from finetune.tasks import gallery
-
-    return gallery.draw(config, adapter, folder)
-
-
-def _check(config: Config) -> None:
-    if config.model.kind not in KINDS:
-        raise ConfigError(f"model.kind={config.model.kind} is not known; allowed: {', '.join(KINDS)}")
+    return LanguageTask(config, dataset, device)

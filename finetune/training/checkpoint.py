@@ -31,18 +31,20 @@ class TrainState:
     """Everything but tensors that a resumed run needs.
 
     identity: what the run was trained with, flat key -> value; a resumed run must agree.
+    units: images or tokens trained on. waited: saved steps in a row whose validation loss was no better than the best.
     scaler: the fp16 loss scaler's.
     """
 
     step: int
     identity: dict[str, Any]
-    images: int
+    units: int
     seconds: float
     first_loss: float
     smoothed_loss: float
     first_validation: float | None
     best_validation: float | None
     best_step: int | None
+    waited: int
     skipped_steps: int
     scaler: dict[str, Any] | None
 

@@ -18,8 +18,9 @@ from finetune.tasks.base import Batch, Task
 
 @dataclass(frozen=True)
 class Step:
-    """One optimiser step. number: steps taken so far, this one included; loss: mean over `items`; seconds: wall clock.
+    """One optimiser step. number: steps taken so far, this one included; loss: mean over items; seconds: wall clock.
 
+    units, slots: as in `Batch`, of all micro-batches and processes.
     `refused` says why the weights were left alone (a non-finite loss or gradient), None for a step that was taken.
     """
 
@@ -27,7 +28,8 @@ class Step:
     loss: float
     grad_norm: float
     lr: float
-    items: int
+    units: int
+    slots: int
     seconds: float
     refused: str | None = None
 
@@ -56,8 +58,8 @@ def fit(
     for number, micro_batches in enumerate(steps, start):
         began = time.perf_counter()
         for group in optimizer.param_groups:
-            group["lr"] = rate(number)
-        loss, items = _backward(task, micro_batches, accelerator, seed=seed, step=number)
+            group["lr"] = rate(number) * group.get("lr_scale", 1.0)
+        loss, units, slots = _backward(task, micro_batches, accelerator, seed=seed, step=number)
         norm = float(_gradient_norm(parameters, accelerator, clip_norm))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
@@ -65,7 +67,7 @@ def fit(
         optimizer.zero_grad(set_to_none=True)
         refused = None if finite else _why(loss, norm, micro_batches, accelerator)
         bad = 0 if finite else bad + 1
-        yield Step(number + 1, loss, norm, rate(number), items, time.perf_counter() - began, refused)
+        yield Step(number + 1, loss, norm, rate(number), units, slots, time.perf_counter() - began, refused)
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
             raise TrainingError(
                 f"{bad} steps in a row were not finite, the last one: {refused}; "
@@ -75,11 +77,12 @@ def fit(
 
 def _backward(
     task: Task, micro_batches: Sequence[Batch], accelerator: Accelerator, *, seed: int, step: int
-) -> tuple[float, int]:
-    """Gradients of the mean loss over all items of the step; returns that mean and the number of items."""
+) -> tuple[float, int, int]:
+    """Gradients of the mean loss over all items of the step; returns that mean, and its units and slots."""
     processes, device = accelerator.num_processes, accelerator.device
-    counted = torch.tensor([sum(batch.items for batch in micro_batches)], dtype=torch.float64, device=device)
-    items = int(accelerator.reduce(counted, "sum").item())
+    counts = [[batch.items, batch.units, batch.slots] for batch in micro_batches]
+    counted = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
+    items, units, slots = (int(count) for count in accelerator.reduce(counted, "sum").tolist())
     total = torch.zeros((), dtype=torch.float32, device=device)
     for index, batch in enumerate(micro_batches):
         # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the same.
@@ -91,7 +94,7 @@ def _backward(
             # Gradients are averaged over processes; times `processes` makes that the sum, divided once by all items.
             accelerator.backward(loss * (processes / items))
         total += loss.detach().float()
-    return float(accelerator.reduce(total, "sum")) / items, items
+    return float(accelerator.reduce(total, "sum")) / items, units, slots
 
 
 def _gradient_norm(parameters: list[torch.nn.Parameter], accelerator: Accelerator, clip_norm: float) -> torch.Tensor:

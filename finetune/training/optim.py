@@ -11,9 +11,15 @@ from finetune.config import OptimConfig, Optimizer, Schedule
 from finetune.errors import ConfigError
 
 
-def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> torch.optim.Optimizer:
-    """The optimiser over `parameters`. Raises ConfigError where bitsandbytes can't serve the device."""
-    trained = list(parameters)
+def build_optimizer(
+    parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], optim: OptimConfig
+) -> torch.optim.Optimizer:
+    """The optimiser over parameters, or over groups of them that may carry an `lr_scale`, which the loop multiplies in.
+
+    Raises ConfigError where bitsandbytes can't serve the device.
+    """
+    trained: list[Any] = list(parameters)
+    first = trained[0]["params"][0] if isinstance(trained[0], dict) else trained[0]
     settings: dict[str, Any] = {
         "lr": optim.lr,
         "betas": (optim.betas[0], optim.betas[1]),
@@ -21,13 +27,13 @@ def build_optimizer(parameters: Iterable[nn.Parameter], optim: OptimConfig) -> t
         "weight_decay": optim.weight_decay,
     }
     if optim.name is Optimizer.adamw8bit:
-        if trained[0].device.type != "cuda":
+        if first.device.type != "cuda":
             raise ConfigError("optim.name=adamw8bit needs a CUDA card; on a CPU try optim=adamw")
         import bitsandbytes
 
         optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(trained, **settings)
         return optimizer
-    return torch.optim.AdamW(trained, fused=trained[0].device.type in ("cuda", "cpu"), **settings)
+    return torch.optim.AdamW(trained, fused=first.device.type in ("cuda", "cpu"), **settings)
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:

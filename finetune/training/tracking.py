@@ -38,12 +38,15 @@ class Tracker:
         """A text, shown as Markdown."""
         self.board.add_text(tag, text, step)
 
-    def pictures(self, step: int, pictures: Mapping[str, Any]) -> None:
-        """PIL pictures by tag."""
+    def previews(self, step: int, previews: Mapping[str, Any]) -> None:
+        """PIL pictures or texts by tag."""
         import numpy as np
 
-        for tag, picture in pictures.items():
-            self.board.add_image(tag, np.asarray(picture), step, dataformats="HWC")
+        for tag, preview in previews.items():
+            if isinstance(preview, str):
+                self.text(tag, preview, step)
+            else:
+                self.board.add_image(tag, np.asarray(preview), step, dataformats="HWC")
 
     def hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
         """Settings against final figures, for TensorBoard's hparams table; in an event file of their own."""

@@ -351,7 +351,7 @@ def test_configuration_and_hparams_are_there(first: First, events: EventAccumula
     hparams = HParamsPluginData.FromString(content).session_start_info.hparams
     assert hparams["lora.rank"].number_value == first.config["lora"]["rank"]
     run = first.record("train", Run)
-    for tag, value in {"loss": run.last_loss, "images_per_s": run.images_per_s, "peak_gib": run.peak_gib}.items():
+    for tag, value in {"loss": run.last_loss, "images_per_s": run.items_per_s, "peak_gib": run.peak_gib}.items():
         assert events.Scalars(f"final/{tag}")[-1].value == pytest.approx(value, rel=1e-4)
 
 

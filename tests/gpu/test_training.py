@@ -7,7 +7,6 @@ import pytest
 import torch
 
 from finetune.config import Config, Device, Optimizer, Precision
-from finetune.models import lora
 from finetune.models.device import limit_memory, pick_device, pick_precision
 from finetune.records import Dataset
 from finetune.stages.export import export
@@ -16,8 +15,8 @@ from finetune.tasks.diffusion import DiffusionTask
 from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.loop import fit
-from finetune.training.optim import build_optimizer
 from finetune.training.tracking import Tracker
+from tests.unit.training.steps import prepared
 
 pytestmark = pytest.mark.gpu
 
@@ -84,13 +83,9 @@ def test_a_resumed_run_equals_an_uninterrupted_one_on_the_card(
 
 
 def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dataset: Callable[..., Dataset]) -> None:
-    device = pick_device(Device.cuda)
     on_card.trainer.precision = Precision.fp16
     dataset = make_dataset()
-    task = DiffusionTask(on_card, dataset, device)
-    accelerator = build_accelerator(Precision.fp16, device)
-    optimizer = build_optimizer(lora.adapter_parameters(task.model), on_card.optim)
-    task.model, optimizer = accelerator.prepare(task.model, optimizer)
+    task, accelerator, optimizer = prepared(on_card, dataset)
     before = task.state()
     examples = list(dataset.examples())
 

@@ -1,16 +1,18 @@
-"""A diffusion task on a tiny model with a hand-made data set."""
+"""A picture and a language task on tiny models, with hand-made data."""
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import pytest
 import torch
 
-from finetune.config import Config, Device, Precision
+from finetune.config import Config, Device, Dialect, Precision
 from finetune.data.cache import Cache
-from finetune.records import Dataset, Example
+from finetune.records import Dataset, Example, TextSet
+from finetune.tasks import texts
+from tests.tiny_language_models import save_language
 from tests.tiny_models import save_diffusion
 
 torch.set_num_threads(1)  # tiny tensors: more threads would only wait for one another
@@ -77,3 +79,60 @@ def make_dataset(tmp_path: Path) -> Callable[..., Dataset]:
         return Dataset(str(index_file), count - held_out, held_out, {}, str(empty))
 
     return make
+
+
+@pytest.fixture(scope="session")
+def tiny_language(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A saved tiny Llama with a chat template."""
+    return save_language(tmp_path_factory.mktemp("models") / "llama")
+
+
+def conversations(count: int) -> str:
+    """So many short conversations, one JSON line each."""
+    things = ("cats", "boats", "red cups", "trees in the snow")
+    turns = [
+        [
+            {"role": "user", "content": f"How many {things[number % 4]} are {number}?"},
+            {"role": "assistant", "content": " ".join(["Arr!"] * (number % 3 + 1)) + f" {number}, matey."},
+        ]
+        for number in range(count)
+    ]
+    return "".join(json.dumps({"messages": messages}) + "\n" for messages in turns)
+
+
+@pytest.fixture
+def language_config(tmp_path: Path, tiny_language: Path) -> Config:
+    """A run of a few steps on the CPU, without dropout."""
+    config = Config(name="tiny-language", run_dir=str(tmp_path / "run"))
+    config.model.kind, config.model.base = "language", str(tiny_language)
+    linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+    config.model.lora_targets = {"all_linear": linear}
+    file = tmp_path / "conversations.jsonl"
+    file.write_text(conversations(40))
+    config.data.file, config.data.cache = str(file), str(tmp_path / "cache")
+    config.data.length, config.data.workers, config.data.validation_share = 192, 1, 0.2
+    config.lora.rank, config.lora.dropout, config.lora.targets = 4, 0.0, "all_linear"
+    config.optim.lr, config.optim.warmup_steps = 1e-2, 2
+    config.trainer.precision, config.hardware.device = Precision.fp32, Device.cpu
+    config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 4, 2, 2
+    config.trainer.save_every, config.trainer.validate_every, config.trainer.log_every = 2, 2, 1
+    config.sample.prompts, config.sample.seeds, config.sample.max_new_tokens = ["How many cats?"], [0], 4
+    config.export.dialects = [Dialect.peft]
+    return config
+
+
+@dataclass
+class Setting:
+    """A configuration and its data set."""
+
+    config: Config
+    dataset: Dataset | TextSet
+
+
+@pytest.fixture(params=["diffusion", "language"])
+def setting(request: pytest.FixtureRequest) -> Setting:
+    """Each kind of model in turn: what holds for the loop holds for both."""
+    if request.param == "diffusion":
+        return Setting(request.getfixturevalue("config"), request.getfixturevalue("make_dataset")())
+    config = request.getfixturevalue("language_config")
+    return Setting(config, texts.build(config, None))

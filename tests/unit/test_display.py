@@ -10,8 +10,22 @@ import pytest
 from PIL import Image
 
 from finetune.pages.pictures import data_uri, fitting
-from finetune.pages.tables import duration, file_size
-from finetune.records import Adapter, Caption, CaptionSet, Dataset, Report, Result, Run, Sample, Samples
+from finetune.pages.tables import duration, file_size, rate
+from finetune.pages.texts import MOST_MARKED
+from finetune.records import (
+    Adapter,
+    Answer,
+    Answers,
+    Caption,
+    CaptionSet,
+    Dataset,
+    Report,
+    Result,
+    Run,
+    Sample,
+    Samples,
+    TextSet,
+)
 
 EVIL = '<script>alert("1")</script>'
 
@@ -28,7 +42,8 @@ def run_record(folder: Path, **values: object) -> Run:
         "first_validation": 0.4,
         "best_validation": 0.3,
         "best_step": 4,
-        "images": 16,
+        "unit": "images",
+        "items": 16,
         "seconds": 8.0,
         "peak_gib": 1.5,
         "skipped_steps": 0,
@@ -41,6 +56,27 @@ def captions(folder: Path) -> CaptionSet:
     Image.new("RGB", (300, 200), "red").save(folder / "a.png")
     items = (Caption("a.png", f"a red wall {EVIL}", "generated"), Caption("gone.png", "gone", "user"))
     return CaptionSet(str(folder), items, ("broken.png",))
+
+
+def text_set(**values: object) -> TextSet:
+    facts = {
+        "rows": "cache/rows-1",
+        "content": "c",
+        "source": "chat.jsonl: messages (recognised)",
+        "train": 180,
+        "validation": 20,
+        "tokens": 20_000,
+        "trained": 5000,
+        "lost": 0.0,
+        "packs": 88,
+        "real": 0.97,
+        "learnt": 0.25,
+        "marked": "user: hi\nassistant: ⟦ahoy</s>⟧",
+        "leaked": 0,
+        "bad": 0,
+        "cached": False,
+    }
+    return TextSet(**(facts | values))  # type: ignore[arg-type]
 
 
 def decoded(html: str) -> list[Image.Image]:
@@ -67,6 +103,48 @@ def test_dataset_shows_its_shapes() -> None:
         assert words in html
 
 
+def test_conversations_show_their_figures_and_what_is_trained() -> None:
+    html = text_set()._repr_html_()
+    for words in ("messages (recognised)", "180", "20,000", "5,000 (25.0%)", "88 packs, 97.0% filled, 25.0% with"):
+        assert words in html
+    assert "assistant: <mark>ahoy&lt;/s&gt;</mark>" in html
+    for absent in ("lost", "unusable", "nearly equal"):
+        assert absent not in html
+    html = text_set(lost=0.0123, bad=3, leaked=2, cached=True)._repr_html_()
+    for words in ("1.23%", "unusable rows", "nearly equal", "found in the cache"):
+        assert words in html
+
+
+@pytest.mark.parametrize(
+    ("marked", "shown"),
+    [
+        ("a ⟧ b ⟦c ⟦ d⟧ e", "a ⟧ b <mark>c ⟦ d</mark> e"),
+        ("⟦never closed", "<mark>never closed</mark>"),
+        (f"⟦{EVIL}⟧", "<mark>&lt;script&gt;alert(&quot;1&quot;)&lt;/script&gt;</mark>"),
+        ("⟦" + "long " * MOST_MARKED + "⟧", "long long</mark> …"),
+        ("nothing is trained", "nothing is trained"),
+    ],
+)
+def test_any_text_may_stand_in_a_marked_row(marked: str, shown: str) -> None:
+    html = text_set(marked=marked)._repr_html_()
+    assert shown in re.sub(r"(long ?)+(?=</mark>)", "long long", html)
+    assert html.count("<mark>") == html.count("</mark>") <= 1
+
+
+def test_answers_stand_side_by_side(tmp_path: Path) -> None:
+    items = (Answer(f"Who are you? {EVIL}", 0, "a helper\n  of sorts", "a pirate"), Answer("Be silent.", 0, "", EVIL))
+    html = Answers(str(tmp_path), str(tmp_path / "answers.md"), items)._repr_html_()
+    assert html.index("Who are you?") < html.index("a helper\n  of sorts") < html.index("a pirate")
+    assert html.count("<th ") == 4, "base and tuned for each prompt, no seed"
+    assert "<em>nothing</em>" in html
+    assert "<script" not in html
+    again = [Answer("p", seed, f"base {seed}", f"tuned {seed}") for seed in range(70)]
+    html = Answers(str(tmp_path), str(tmp_path / "answers.md"), tuple(again))._repr_html_()
+    assert ">seed</th>" in html
+    assert "tuned 59" in html
+    assert "and 10 more in answers.md" in html
+
+
 def test_run_shows_its_curve_and_figures(tmp_path: Path) -> None:
     lines = [{"step": step, "loss/step": 1 / step, "loss/smoothed": 1 / step} for step in (1, 2, 3)]
     broken = '{"step": 4, "loss/st'  # the process was killed here
@@ -75,6 +153,14 @@ def test_run_shows_its_curve_and_figures(tmp_path: Path) -> None:
     assert "<svg" in html
     for words in ("0.5000 → 0.2500", "0.4000 → 0.3000 (step 4)", "2.0 images/s", "1.50 GiB", "2.50%", "8.0 s"):
         assert words in html
+
+
+def test_a_run_on_conversations_counts_tokens(tmp_path: Path) -> None:
+    html = run_record(tmp_path, unit="tokens", items=56_960)._repr_html_()
+    for words in ("tokens seen", "56,960", "7,120 tokens/s"):
+        assert words in html
+    assert "image" not in html
+    assert (rate(18.46), rate(99.96), rate(1234.5)) == ("18.5", "100.0", "1,234")
 
 
 def test_run_without_curves_or_validation_still_shows(tmp_path: Path) -> None:
@@ -110,6 +196,10 @@ def test_what_train_returns_shows_everything(tmp_path: Path) -> None:
     dataset = Dataset("index", 1, 0, {}, "empty")
     html = Result(captions(tmp_path), dataset, run_record(tmp_path), adapter, samples, Report("r"))._repr_html_()
     for words in ("images seen", "trigger phrase", "to train on"):
+        assert words in html
+    answers = Answers(str(tmp_path), str(tmp_path / "answers.md"), (Answer("p", 0, "hello", "ahoy"),))
+    html = Result(None, text_set(), run_record(tmp_path, unit="tokens"), adapter, answers, Report("r"))._repr_html_()
+    for words in ("ahoy", "tokens seen", "rows to train on"):
         assert words in html
 
 

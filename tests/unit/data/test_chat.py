@@ -332,6 +332,70 @@ def test_what_a_sampler_must_stop_at():
         Chat(tokenizer(eos=None)).ends()
 
 
+@pytest.mark.parametrize("metaspace", [False, True], ids=["byte-level", "metaspace"])
+@pytest.mark.parametrize(
+    ("name", "tail"),
+    [
+        ("LLAMA3", "<|end_header_id|>\n\n"),
+        ("CHATML", "<|im_start|>assistant\n"),
+        ("CHATML_MARKED", "<|im_start|>assistant\n"),
+        ("QWEN3", "<|im_start|>assistant\n"),
+        ("R1", "<|assistant|><think>\n"),
+        ("MISTRAL", "[/INST]"),
+        ("GEMMA", "<start_of_turn>model\n"),
+        ("GLM", "<|assistant|>"),
+        ("ZEPHYR", "<|assistant|>\n"),
+        ("TWICE", "<|end_header_id|>\n\n"),
+    ],
+)
+def test_a_prompt_is_the_templates_own_call_for_an_answer(name, tail, metaspace):
+    made = tokenizer(getattr(templates, name), metaspace=metaspace, unk="<unk>" if metaspace else None)
+    ids = Chat(made).prompt_ids("What is the colour of the sky?")
+    turn = [{"role": "user", "content": "What is the colour of the sky?"}]
+    own = made.apply_chat_template(turn, add_generation_prompt=True)["input_ids"]
+    assert ids == (own[1:] if name == "TWICE" else own)
+    assert made.decode(ids).endswith(tail)
+
+
+@pytest.mark.parametrize("name", ["LLAMA3", "CHATML", "CHATML_MARKED_WHOLE", "QWEN3", "MISTRAL", "NO_PROMPT", "TWICE"])
+def test_an_answer_is_trained_behind_what_its_prompt_will_be(name):
+    made, encoded = encode(name, *TWO[:2])
+    prompt = Chat(made).prompt_ids(TWO[0][1])
+    assert encoded.ids[: len(prompt)].tolist() == prompt
+    assert encoded.trained[len(prompt)]
+    assert not encoded.trained[: len(prompt)].any()
+
+
+def test_prompts_of_templates_that_want_lists_of_parts():
+    parts = (
+        "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' }}{% for part in message.content %}"
+        "{{ part.text }}{% endfor %}{{ '<|im_end|>\n' }}{% endfor %}"
+        "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+    )
+    made = tokenizer(parts)
+    spelled = made.decode(Chat(made).prompt_ids("Hello there"))
+    assert spelled == "<|im_start|>user\nHello there<|im_end|>\n<|im_start|>assistant\n"
+
+
+def test_without_a_template_a_prompt_is_text_to_be_continued():
+    from tokenizers.processors import TemplateProcessing
+
+    made = tokenizer()
+    assert made.decode(Chat(made).prompt_ids("Hello there")) == "Hello there"
+    with pytest.raises(DataError, match=r"sample.prompts: '' holds no token of this tokenizer; write at least a word"):
+        Chat(made).prompt_ids("")
+    for single in ("<s> $0", "<s> $0 </s>"):
+        made.backend_tokenizer.post_processor = TemplateProcessing(
+            single=single, special_tokens=[("<s>", 0), ("</s>", 1)]
+        )
+        assert made.decode(Chat(made).prompt_ids("<s>Hello there")) == "<s>Hello there", "neither two starts nor an end"
+
+
+def test_prompts_that_the_template_refuses_are_named():
+    with pytest.raises(DataError, match=r"^sample.prompts: the chat template leaves out or rewrites turn 1 \(user\)"):
+        Chat(tokenizer(templates.SHOUTING)).prompt_ids("hi!")
+
+
 def test_control_tokens_in_texts_are_counted():
     _, encoded = encode("CHATML", ("user", "<s>struck</s>"), ("assistant", "It is blue."))
     assert encoded.control == 2

@@ -46,7 +46,7 @@ def test_a_resumed_run_only_skips(buckets, effective, seed):
 def test_micro_batches_hold_one_bucket_and_all_examples(buckets, effective, seed):
     for step in take(buckets, effective, seed, 4):
         for micro_batch in range(1, effective + 1):
-            parts = order.split(step, buckets, micro_batch)
+            parts = order.split(step, lambda visit: buckets[visit[0]], micro_batch)
             assert sorted(itertools.chain(*parts)) == sorted(step)
             assert all(len(part) <= micro_batch for part in parts)
             assert all(len({buckets[index] for index, _ in part}) == 1 for part in parts)

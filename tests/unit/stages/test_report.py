@@ -13,11 +13,13 @@ from finetune import rundir
 from finetune.config import Config
 from finetune.errors import RunError
 from finetune.records import (
+    METRICS,
     Adapter,
     Caption,
     CaptionSet,
     Dataset,
     Report,
+    Run,
     load_receipt,
     load_record,
     receipt_path,
@@ -25,6 +27,7 @@ from finetune.records import (
 )
 from finetune.stages.report import report
 from finetune.stages.train import train
+from tests.unit.test_display import run_record, text_set
 
 EVIL = "a robot <script>alert(1)</script> & \"friends\" <img src=x onerror='alert(2)'>"
 VOID = {"meta", "img", "br"}
@@ -85,6 +88,38 @@ def add_samples(config: Config, *, pairs: int = 2, side: int = 32, prompt: str =
             Image.effect_noise((side, side), 80).convert("RGB").save(folder / name)
         lines.append(json.dumps({"prompt": prompt, "seed": number, **names}))
     (folder / "samples.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+def add_answers(run_dir: Path, *, temperature: float = 0.0, adapter: str = "", pairs: int = 1) -> None:
+    folder = run_dir / "samples"
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = {"temperature": temperature, "max_new_tokens": 48, "adapter": adapter or str(run_dir / "adapter/peft")}
+    lines = [
+        json.dumps({"prompt": prompt, "seed": seed, "base": "I am well.", "tuned": f"Ahoy! {EVIL}"} | settings)
+        for prompt in ("How are you?", EVIL)
+        for seed in range(pairs)
+    ]
+    (folder / "samples.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> Config:
+    """What a finished run on conversations leaves."""
+    config = Config(name="pirate", run_dir=str(tmp_path / "talk"))
+    config.model.kind, config.model.base = "language", "tiny"
+    run_dir = Path(config.run_dir)
+    rundir.write_config(config, run_dir)
+    save(config, "dataset", text_set())
+    save(config, "train", run_record(run_dir, unit="tokens", items=56_960, best_step=4))
+    save(config, "export", Adapter(str(run_dir / "adapter"), {"peft": "peft"}, {"peft": 0.0}, "tiny", ""))
+    lines = [
+        {"step": step, "loss/step": 2.0 - 0.1 * step, "train/tokens_per_s": 7000.0}
+        | {"validation/mean": 1.0 / (step + 1), "validation/perplexity": 8.5 - step}
+        for step in range(5)
+    ]
+    (run_dir / METRICS).write_text("".join(json.dumps(line) + "\n" for line in lines))
+    add_answers(run_dir)
+    return config
 
 
 @pytest.fixture
@@ -189,7 +224,7 @@ def test_samples_of_another_adapter_are_named(trained: Config, tmp_path: Path) -
     Image.new("RGB", (8, 8)).save(Path(trained.run_dir) / "samples" / "0-tuned.png", pnginfo=info)
     page = read(trained)
     assert "25 denoising steps, guidance 4.0" in page.text
-    assert "Drawn with another adapter than this run's" in page.text
+    assert "Made with another adapter than this run's" in page.text
 
 
 def test_a_second_report_takes_the_place_of_the_first(trained: Config) -> None:
@@ -200,6 +235,59 @@ def test_a_second_report_takes_the_place_of_the_first(trained: Config) -> None:
     receipt = load_receipt(Path(trained.run_dir), "report")
     assert receipt is not None
     assert receipt.figures["bytes"] == len(again)
+
+
+def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
+    page = read(talk)
+    assert page.sections() == ["answers", "curves", "conversations", "stages", "adapter", "configuration"]
+    assert [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"] == [
+        "Training loss: loss against step",
+        "Validation loss: nats a token against step",
+        "Perplexity: perplexity against step",
+        "Speed: tokens/s against step",
+    ]
+    for words in (
+        "On held-out conversations the loss fell from 0.4000 to 0.3000 (−25.0 %) and the perplexity from 8.50 to 4.50, "
+        "best at step 4.",
+        "7,120 tokens a second",
+        "always the likeliest token, at most 48 tokens an answer",
+        "I am well.",
+        "How are you?",
+        "88 packs",
+    ):
+        assert words in page.text
+    assert page.text.count("<script>alert(1)</script>") == 3, "as text: once as a prompt, twice as an answer"
+    assert "image" not in page.text.split("config.yaml, every value resolved")[0]
+    assert "picture" not in page.text.split("config.yaml, every value resolved")[0].replace("pictures 2", "")
+    assert sum(tag == "mark" for tag, _ in page.tags) == 2, "a word of the note, and the answer of the row"
+    receipt = load_receipt(Path(talk.run_dir), "report")
+    assert receipt is not None
+    assert receipt.figures["pairs"] == 2
+
+
+def test_without_held_out_conversations_the_sentence_says_so(talk: Config) -> None:
+    save(talk, "dataset", text_set(validation=0, marked=""))
+    page = read(talk)
+    assert "On training conversations the loss" in page.text
+    assert not [tag for tag, _ in page.tags if tag == "mark"]
+
+
+def test_answers_say_how_they_were_written(talk: Config, tmp_path: Path) -> None:
+    add_answers(Path(talk.run_dir), temperature=0.7, adapter=str(tmp_path / "other" / "peft"), pairs=40)
+    page = read(talk)
+    assert "the same random numbers, temperature 0.7, at most 48 tokens" in page.text
+    assert "Made with another adapter than this run's" in page.text
+    assert "20 more pairs in the samples folder" in page.text
+
+
+def test_a_run_without_perplexity_or_data_set_still_has_its_sentence(talk: Config) -> None:
+    (Path(talk.run_dir) / METRICS).unlink()
+    receipt_path(Path(talk.run_dir), "dataset").unlink()
+    save(talk, "train", run_record(Path(talk.run_dir), unit="tokens", best_step=None))
+    page = read(talk)
+    assert "On held-out examples the loss fell from 0.4000 to 0.3000 (−25.0 %)." in page.text
+    assert page.sections() == ["answers", "stages", "adapter", "configuration"]
+    assert load_record(Path(talk.run_dir), "train", Run) is not None
 
 
 def test_a_damaged_receipt_is_named(trained: Config) -> None:

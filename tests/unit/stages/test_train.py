@@ -8,16 +8,18 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from finetune.config import Config
+from finetune.config import Config, Dialect, Kept, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.records import Dataset, load_receipt
 from finetune.stages import train as stage
 from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.loop import Step
+from tests.unit.conftest import Setting
 
 
 def adapter(run_dir: str, step: int) -> dict[str, torch.Tensor]:
@@ -34,7 +36,7 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     run_dir = Path(config.run_dir)
     assert checkpoint.steps_on_disk(run_dir / "checkpoints") == [2, 4]
     assert run.steps == 4
-    assert run.images == 16
+    assert run.items == 16
     assert run.first_validation is not None
     assert run.best_validation is not None
     receipt = load_receipt(run_dir, "train")
@@ -71,17 +73,16 @@ def test_a_finished_run_is_fresh(
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
-    config: Config,
-    make_dataset: Callable[..., Dataset],
+    setting: Setting,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
     cut: int,
     number: signal.Signals,
 ) -> None:
+    config, dataset = setting.config, setting.dataset
     config.lora.dropout, config.trainer.ema_decay = 0.1, 0.9
-    dataset = make_dataset()
     config.run_dir = str(tmp_path / "whole")
-    train(config, dataset)
+    whole = train(config, dataset)
     config.run_dir = str(tmp_path / "cut")
     note = stage._Session.note
 
@@ -97,7 +98,7 @@ def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
     monkeypatch.undo()
     torch.rand(7)  # whatever else happens in the process must not matter
     run = train(config, dataset)
-    assert run.images == 16
+    assert run.items == whole.items
     assert same(adapter(str(tmp_path / "whole"), 4), adapter(config.run_dir, 4))
     averages = [checkpoint.load(checkpoint.at(tmp_path / name / "checkpoints", 4)).ema for name in ("whole", "cut")]
     assert averages[0] is not None
@@ -109,11 +110,11 @@ def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
 
 
 def test_kill_at_any_moment_leaves_the_last_complete_checkpoint(
-    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Killed while the third step's second micro-batch is in the making, and while a checkpoint is being written."""
+    config, dataset = setting.config, setting.dataset
     config.lora.dropout = 0.1
-    dataset = make_dataset()
     config.run_dir = str(tmp_path / "whole")
     train(config, dataset)
     config.run_dir = str(tmp_path / "killed")
@@ -121,17 +122,15 @@ def test_kill_at_any_moment_leaves_the_last_complete_checkpoint(
     class Killed(BaseException):
         """Stands for SIGKILL: nothing may catch it and clean up."""
 
-    from finetune.tasks.diffusion import DiffusionTask
+    backward, calls = Accelerator.backward, []
 
-    loss, calls = DiffusionTask.loss, []
-
-    def die_between_micro_batches(task: DiffusionTask, batch: object) -> torch.Tensor:
-        calls.append(batch)
+    def die_between_micro_batches(accelerator: Accelerator, loss: torch.Tensor) -> None:
+        calls.append(loss)
         if len(calls) == 7:
             raise Killed
-        return loss(task, batch)  # type: ignore[arg-type]
+        backward(accelerator, loss)
 
-    monkeypatch.setattr(DiffusionTask, "loss", die_between_micro_batches)
+    monkeypatch.setattr(Accelerator, "backward", die_between_micro_batches)
     with pytest.raises(Killed):
         train(config, dataset)
     monkeypatch.undo()
@@ -238,3 +237,23 @@ def test_a_run_can_continue_from_an_earlier_adapter(config: Config, make_dataset
     config.lora.start_from = str(Path(config.run_dir) / "nothing")
     with pytest.raises(ModelError, match=r"nothing/adapter_model.safetensors does not exist"):
         DiffusionTask(config, dataset, torch.device("cpu"))
+
+
+def test_training_stops_once_the_validation_loss_no_longer_falls_and_the_best_is_handed_out(
+    setting: Setting, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from finetune.stages.export import export
+
+    config = setting.config
+    config.trainer.steps, config.trainer.save_every, config.trainer.patience = 60, 1, 2
+    config.optim.lr, config.optim.warmup_steps = 1.0, 0  # far too much: it gets worse at once
+    config.optim.schedule = Schedule.constant
+    config.export.checkpoint, config.export.dialects = Kept.best, [Dialect.peft]
+    run = train(config, setting.dataset)
+    assert run.best_step is not None
+    assert run.steps == run.best_step + 2 < 60
+    assert f"no better validation loss since step {run.best_step}; stopping early" in capsys.readouterr().err
+    assert train(config, setting.dataset) == run  # fresh, not trained on
+    exported = load_file(Path(export(config, run).folder) / "peft" / "adapter_model.safetensors")
+    best = adapter(config.run_dir, run.best_step)
+    assert same({name.removeprefix("base_model.model."): weight for name, weight in exported.items()}, best)

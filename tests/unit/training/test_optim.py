@@ -12,7 +12,7 @@ from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
 from finetune.training.optim import build_optimizer, learning_rate
 
-STATE = TrainState(7, {"lora.rank": 4}, 28, 1.5, 0.4, 0.2, None, None, None, 0, None)
+STATE = TrainState(7, {"lora.rank": 4}, 28, 1.5, 0.4, 0.2, None, None, None, 0, 0, None)
 
 
 @pytest.mark.parametrize("schedule", list(Schedule))

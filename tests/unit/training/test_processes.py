@@ -8,14 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config import Config, Precision
-from finetune.data import order
-from finetune.models import lora
+from finetune.config import Config
 from finetune.records import Dataset
-from finetune.tasks.diffusion import DiffusionTask
-from finetune.training.accelerator import build_accelerator
 from finetune.training.loop import fit
-from finetune.training.optim import build_optimizer
+from tests.unit.training.steps import micro_batches, prepared
 
 
 def train_rank(rank: int, processes: int, port: int, config: Config, dataset: Dataset, out: str) -> None:
@@ -24,18 +20,10 @@ def train_rank(rank: int, processes: int, port: int, config: Config, dataset: Da
         os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(processes)}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "ACCELERATE_USE_CPU": "true"}
     torch.set_num_threads(1)
-    cpu = torch.device("cpu")
-    accelerator = build_accelerator(Precision.fp32, cpu)
+    config.trainer.accumulate = 4 // processes
+    task, accelerator, optimizer = prepared(config, dataset)
     assert accelerator.num_processes == processes
-    task = DiffusionTask(config, dataset, cpu)
-    optimizer = build_optimizer(lora.adapter_parameters(task.model), config.optim)
-    task.model, optimizer = accelerator.prepare(task.model, optimizer)
-    examples = [example for example in dataset.examples() if not example.held_out]
-    buckets = [example.bucket for example in examples]
-    batches = []
-    for _, chunk in zip(range(2), order.steps(buckets, effective=4, seed=0), strict=False):
-        mine = order.split(chunk[rank::processes], buckets, config.trainer.micro_batch)
-        batches.append([task.collate([(examples[index], visit) for index, visit in part]) for part in mine])
+    batches = list(micro_batches(task, config, 2, rank, processes))
     steps = list(
         fit(
             task,
@@ -49,7 +37,7 @@ def train_rank(rank: int, processes: int, port: int, config: Config, dataset: Da
             max_bad_steps=1,
         )
     )
-    assert [step.items for step in steps] == [4, 4]
+    assert [step.units for step in steps] == [4, 4]
     if rank == 0:
         torch.save({"loss": [step.loss for step in steps], "adapter": task.state()}, out)
     if processes > 1:

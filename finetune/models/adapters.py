@@ -1,0 +1,54 @@
+"""A PEFT folder put into a fresh base, for every kind of model."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune.errors import ModelError
+from finetune.models import lora
+
+ANOTHER = "was it trained on another?"
+
+
+def attach(model: nn.Module, folder: Path) -> Any:
+    """The `PeftModel` of a base and a PEFT folder, for inference. Changes `model`, which stays inside.
+
+    Raises ModelError if the adapter is missing, damaged, or made for another base.
+    """
+    from peft import PeftModel, get_peft_model_state_dict
+
+    require(folder)
+    require(folder / "adapter_config.json")  # PEFT would look for the folder on the hub
+    stored = lora.read_weights(folder / "adapter_model.safetensors")  # names a damaged file better than PEFT does
+    with fitting(folder):
+        attached = PeftModel.from_pretrained(model, str(folder)).eval()
+    own = get_peft_model_state_dict(attached, save_embedding_layers=False)
+    if odd := sorted(own.keys() ^ stored.keys()):  # PEFT leaves out what has no place, and says nothing
+        raise ModelError(f"{folder} does not fit this base ({len(odd)} layers differ, first {odd[0]}); {ANOTHER}")
+    return attached
+
+
+def require(path: Path) -> None:
+    """Raises ModelError if there is nothing at `path`."""
+    if not path.exists():
+        raise ModelError(f"no adapter at {path}; train one first, or name another with sample.adapter=FOLDER_OR_FILE")
+
+
+@contextmanager
+def fitting(path: Path) -> Iterator[None]:
+    """What the libraries raise while they put the adapter at `path` into a base, as a ModelError."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except json.JSONDecodeError as error:
+        raise ModelError(
+            f"{path / 'adapter_config.json'} is damaged ({error}); export it again or restore it from a copy"
+        ) from error
+    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
+        raise ModelError(f"{path} does not fit this base ({str(error).splitlines()[0]}); {ANOTHER}") from error

@@ -1,0 +1,205 @@
+"""Hand a language adapter out in every dialect, and prove each against the trained model on held-out rows.
+
+Models are compared in fp32, one at a time on the device; merging holds another one, in 16 bit, in main memory.
+"""
+
+import hashlib
+import json
+import math
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.config import Config, Dialect, Quantize
+from finetune.data.chat import Chat
+from finetune.data.rows import reopen
+from finetune.errors import ConfigError, DataError, ExportError
+from finetune.models import adapters, gguf_file, hub, lora
+from finetune.models.device import free, pick_device
+from finetune.models.language import load_model
+from finetune.models.likeness import Likeness, compare, look
+from finetune.models.merge import merge
+from finetune.progress import say
+from finetune.records import Run, TextSet, load_record, write_atomically
+from finetune.tasks.language import inject
+from finetune.tasks.texts import chat_of
+
+ROWS = 16  # the most that are compared on
+RANDOM_ROWS, RANDOM_LENGTH, RANDOM_SEED = 4, 64, 20240131  # where there are no rows
+OFFERED = (Dialect.peft, Dialect.merged, Dialect.gguf)
+
+
+def write(
+    config: Config, run: Run, weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, folder: Path
+) -> tuple[dict[str, str], dict[str, float]]:
+    """Write the adapter into `folder` in each of `export.dialects`, its average, if there is one, as a PEFT folder, and
+    `comparison.json`: how like the trained model the base and each dialect are.
+
+    Returns the files by dialect (relative to `folder`), and by dialect the relative difference of the logits (peft) or
+    of the weights' updates (gguf), or the mean KL in nats a token (merged). Raises ExportError if one is over
+    `export.tolerance`, or the last over `export.divergence`; ConfigError as `refuse` does.
+    """
+    base, export = refuse(config), config.export
+    device, chat = pick_device(config.hardware.device), chat_of(config)
+    rows, source = _rows(config, chat)
+    peft, merged, gguf = folder / "peft", folder / "merged", folder / f"{config.name}.gguf"
+
+    trained = inject(config, _fp32(config, device), chat.tokenizer)
+    lora.load_state(trained, weights, "the checkpoint")
+    reference = look(trained, rows, device)
+    _save_peft(config, trained, peft, weights, chat)
+    if averaged is not None:
+        _save_peft(config, trained, folder / "peft_ema", averaged, chat)
+    del trained
+    free()
+
+    def measure(model: nn.Module) -> Likeness:
+        return compare(reference, look(model, rows, device), device)
+
+    fresh = _fp32(config, device)
+    models = {"base": measure(fresh), "peft": measure(load(fresh, peft))}
+    del fresh
+    free()
+    if models["base"].relative <= export.tolerance:
+        say(
+            f"export: the adapter changes the logits by only {models['base'].relative:.1e}; was it trained long enough?"
+        )
+    differences = {"peft": _checked(peft, models["peft"].relative, export.tolerance, "tolerance")}
+    if Dialect.merged in export.dialects:
+        models |= _write_merged(config, base, chat, peft, merged, measure, device)
+        differences["merged"] = _checked(merged, models["merged"].divergence, export.divergence, "divergence")
+    if Dialect.gguf in export.dialects:
+        gguf_file.write(gguf, peft, base, config.name)
+        differences["gguf"] = _checked(gguf, gguf_file.difference(gguf, peft, base), export.tolerance, "tolerance")
+    if Dialect.peft not in export.dialects:
+        shutil.rmtree(peft)
+        del differences["peft"]
+    facts = {"rows": len(rows), "tokens": sum(map(len, rows)), "source": source, "gguf": differences.get("gguf")}
+    facts["models"] = {name: asdict(likeness) for name, likeness in models.items()}
+    write_atomically(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
+    files = {path: {"peft": peft, "merged": merged, "gguf": gguf}[path].name for path in differences}
+    return files | ({"ema": "peft_ema"} if averaged is not None else {}), differences
+
+
+def refuse(config: Config) -> Any:
+    """The base's configuration. Raises ConfigError if one of `export.dialects` can't be had for it: ask early."""
+    from transformers import AutoConfig
+
+    dialects = config.export.dialects
+    if others := [dialect.value for dialect in dialects if dialect not in OFFERED]:
+        raise ConfigError(
+            f"export.dialects names {', '.join(others)}, which language models don't have; allowed: "
+            f"{', '.join(dialect.value for dialect in OFFERED)}; try export.dialects=[peft]"
+        )
+    base = hub.load(AutoConfig, config.model.base)
+    if Dialect.gguf in dialects:
+        gguf_file.require(base, dora=config.lora.dora, added_tokens=bool(config.model.added_tokens))
+    return base
+
+
+def load(model: nn.Module, path: Path) -> nn.Module:
+    """The base with the adapter of a PEFT folder, or of a run's adapter folder, for inference; `model` is changed.
+
+    Raises ModelError if the adapter is missing, damaged, or made for another base.
+    """
+    return adapters.attach(model, lora.peft_folder(path)).get_base_model()  # type: ignore[no-any-return]
+
+
+def _rows(config: Config, chat: Chat) -> tuple[list[list[int]], str]:
+    """Token ids to compare on, and where they are from: held-out rows of the run's data set, spread over it.
+
+    Sets too small to hold any out give rows that were trained on; without a data set the ids are random.
+    """
+    record = load_record(Path(config.run_dir), "dataset", TextSet)
+    try:
+        stored = reopen(Path(record.rows)) if record else None
+    except DataError:  # the cache may be deleted at any time
+        stored = None
+    if stored is None:
+        random = torch.Generator().manual_seed(RANDOM_SEED)
+        ids = torch.randint(
+            len(chat.tokenizer), (RANDOM_ROWS, min(RANDOM_LENGTH, config.data.length)), generator=random
+        )
+        return ids.tolist(), "random tokens"
+    training, held_out = stored.split(config.data.validation_share)
+    indices, source = (held_out, "held-out rows") if len(held_out) else (training, "rows that were trained on")
+    spread = np.linspace(0, len(indices) - 1, min(ROWS, len(indices))).astype(int)
+    return [stored[int(index)].ids[: config.data.length].tolist() for index in indices[spread]], source
+
+
+def _fp32(config: Config, device: torch.device, **changes: Any) -> nn.Module:
+    """The base in fp32, with `changes` of `config.model`; a quantised one stays so and computes in fp32."""
+    return load_model(replace(config.model, **changes), torch.float32, device, vram_gib=config.hardware.vram_gib)
+
+
+def _save_peft(config: Config, model: nn.Module, folder: Path, weights: dict[str, Tensor], chat: Chat) -> None:
+    """A PEFT folder with the hash of the chat template, so that a server can refuse another one."""
+    lora.save_peft(model, folder, weights, config.model.base)
+    template = {"sha256": hashlib.sha256(chat.template.text.encode()).hexdigest(), "base": config.model.base}
+    write_atomically(folder / "chat_template.json", json.dumps(template, indent=2) + "\n")
+    if config.model.added_tokens:
+        _save_tokenizer(config, chat, folder)
+
+
+def _save_tokenizer(config: Config, chat: Chat, folder: Path) -> None:
+    if config.data.chat_template:
+        chat.tokenizer.chat_template = chat.template.text
+    chat.tokenizer.save_pretrained(folder)
+
+
+def _write_merged(
+    config: Config,
+    base: Any,
+    chat: Chat,
+    peft: Path,
+    merged: Path,
+    measure: Callable[[nn.Module], Likeness],
+    device: torch.device,
+) -> dict[str, Likeness]:
+    """Write a whole model in 16 bit: under "merged" what it is like, and under other names what else was tried.
+
+    A quantised base offers two ways: into the original weights, or into the dequantised ones that the adapter was
+    trained with. Both are written and measured, and the one of the lower KL is kept.
+    """
+    dtype = torch.float16 if base.dtype is torch.float16 else torch.bfloat16
+    quantised = config.model.quantize is not Quantize.none
+    plain = replace(config.model, quantize=Quantize.none, offload=False)
+    tried = {}
+    for name in ("merged into the original weights", "merged into the dequantised weights")[: 1 + quantised]:
+        folder = merged.with_name(name.replace(" ", "-"))
+        stored = _fp32(config, device) if "dequantised" in name else None
+        model = merge(load_model(plain, dtype, torch.device("cpu")), peft, stored)
+        model.save_pretrained(folder)
+        _save_tokenizer(config, chat, folder)
+        del model, stored
+        free()
+        tried[name] = (folder, measure(_fp32(config, device, base=str(folder), quantize=Quantize.none)))
+        free()
+        say(f"export: {name}, the model's predictions differ by {tried[name][1].divergence:.2e} nats a token (KL)")
+    best = min(tried, key=lambda name: (math.isnan(tried[name][1].divergence), tried[name][1].divergence))
+    for name, (folder, _) in tried.items():
+        if name == best:
+            folder.rename(merged)
+        else:
+            shutil.rmtree(folder)
+    found = {name: likeness for name, (_, likeness) in tried.items()} | {"merged": tried[best][1]}
+    if quantised:  # as it will often be used
+        found[f"merged, in {config.model.quantize.value} again"] = measure(_fp32(config, device, base=str(merged)))
+        free()
+    return found
+
+
+def _checked(path: Path, difference: float, limit: float, key: str) -> float:
+    """The difference. Raises ExportError if it is over the limit, or not a number."""
+    if not difference <= limit:
+        what = "mean KL in nats a token" if key == "divergence" else "relative difference"
+        raise ExportError(
+            f"{path} does not reproduce the trained model: {what} {difference:.1e}, allowed {limit:.1e} (export.{key})"
+        )
+    return difference

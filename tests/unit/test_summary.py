@@ -1,0 +1,42 @@
+"""What a run on conversations leaves on the screen; `test_cli` has that of a run on pictures."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune import summary
+from finetune.config import Config
+from finetune.records import Adapter, Answer, Answers, Report, Result, save_receipt
+from tests.unit.test_display import run_record, text_set
+
+ANSWERS = Answers("outputs/mine/samples", "outputs/mine/samples/answers.md", (Answer("p", 0, "hello", "ahoy"),))
+
+
+@pytest.mark.parametrize(
+    ("record", "line"),
+    [
+        (text_set(), "dataset: 180 rows to train, 20 held out; 20,000 tokens, 5,000 of them trained"),
+        (ANSWERS, "samples: outputs/mine/samples/answers.md"),
+    ],
+)
+def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record: Any, line: str) -> None:
+    summary.show(Config(), record)
+    assert capsys.readouterr().out == line + "\n"
+
+
+def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
+    config = Config(name="mine", run_dir="outputs/mine")
+    save_receipt(Path(config.run_dir), "train", Report("x"), input_hash="", seconds=61.0, figures={})
+    run, adapter = run_record(Path("outputs/mine"), unit="tokens"), Adapter("outputs/mine/adapter", {}, {}, "base", "")
+    summary.show(config, Result(None, text_set(), run, adapter, ANSWERS, Report("outputs/mine/report.html")))
+    out = capsys.readouterr().out
+    assert max(map(len, out.split("next\n")[0].splitlines())) <= 80
+    for words in (
+        "2.0 tokens/s",
+        " answers ",
+        "outputs/mine/samples/answers.md",
+        'sample.prompts=["What colour is the',
+    ):
+        assert words in out
+    assert "grid" not in out

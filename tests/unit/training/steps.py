@@ -1,0 +1,61 @@
+"""A task with all that a few steps of the loop need, as the train stage puts it together."""
+
+import math
+from collections.abc import Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+
+from finetune.config import Config
+from finetune.models import lora
+from finetune.models.device import pick_device
+from finetune.tasks import registry
+from finetune.tasks.base import Batch, Task
+from finetune.training.accelerator import build_accelerator
+from finetune.training.loop import Step, fit
+from finetune.training.optim import build_optimizer, learning_rate
+
+
+def prepared(config: Config, dataset: Any) -> tuple[Task, Any, torch.optim.Optimizer]:
+    """Task, accelerator and optimiser."""
+    device = pick_device(config.hardware.device)
+    accelerator = build_accelerator(config.trainer.precision, device)
+    task = registry.build_task(config, dataset, device)
+    optimizer = build_optimizer(lora.adapter_parameters(task.model), config.optim)
+    task.model, optimizer = accelerator.prepare(task.model, optimizer)
+    return task, accelerator, optimizer
+
+
+def micro_batches(task: Task, config: Config, steps: int, rank: int = 0, processes: int = 1) -> Iterator[list[Batch]]:
+    """What `rank` of so many processes trains on in each step."""
+    effective = config.trainer.micro_batch * config.trainer.accumulate * processes
+    for chunk in islice(task.steps(effective=effective, start=0), steps):
+        yield [task.collate(part) for part in task.split(chunk[rank::processes], config.trainer.micro_batch)]
+
+
+def run(config: Config, dataset: Any, *, poison: int | None = None, steps: int = 4) -> tuple[Task, list[Step]]:
+    """Train a few steps; the loss of step number `poison` (from 0) is NaN."""
+    task, accelerator, optimizer = prepared(config, dataset)
+    factor, loss_of = 1.0, task.loss
+
+    def batches() -> Iterator[list[Batch]]:
+        nonlocal factor
+        for number, micro in enumerate(micro_batches(task, config, steps)):
+            factor = math.nan if number == poison else 1.0
+            yield micro
+
+    task.loss = lambda batch: factor * loss_of(batch)  # type: ignore[method-assign]
+    trainer = config.trainer
+    taken = fit(
+        task,
+        batches(),
+        optimizer,
+        lambda number: learning_rate(config.optim, number, steps),
+        accelerator,
+        seed=config.seed,
+        start=0,
+        clip_norm=trainer.clip_norm,
+        max_bad_steps=trainer.max_bad_steps,
+    )
+    return task, list(taken)
