@@ -70,7 +70,7 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
 
 
 def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Answers:
-    """What base and tuned model make of the recipe's prompts; tuned by `sample.adapter`, or else by the run's adapter."""
+    """What base and tuned model make of the prompts; tuned by `sample.adapter`, or else by the run's adapter."""
     config = _config(recipe, overrides, draws=True)
     with rundir.held(config) as folder:
         from finetune.stages.export import export

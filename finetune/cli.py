@@ -22,9 +22,9 @@ from finetune.progress import say
 COMMANDS = {
     "train": "the whole line: caption, dataset, training, export, samples, report",
     "caption": "write a caption for every picture that has none",
-    "dataset": "read, bucket and encode the pictures",
+    "dataset": "read and encode pictures or conversations",
     "export": "write the trained adapter in every file format, checked",
-    "sample": "draw the recipe's prompts, base beside tuned",
+    "sample": "draw or answer the recipe's prompts, base beside tuned",
     "report": "write report.html anew from what the run folder holds",
 }
 # Hydra's flags that make sense here; True: a value follows.
@@ -80,7 +80,7 @@ def help_text() -> str:
     commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
     listed = "\n".join(f"  {name:<{width}}  {recipes.title(path)}" for name, path in files.items())
     return f"""\
-LoRA fine-tuning from a folder of pictures to a tested adapter.
+LoRA fine-tuning from pictures or conversations to a tested adapter.
 
 usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]     (or: python -m finetune …)
 

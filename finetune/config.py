@@ -468,5 +468,12 @@ def check(config: Config) -> list[str]:
     if lora.targets not in config.model.lora_targets:
         offered = ", ".join(sorted(config.model.lora_targets)) or "none"
         problems.append(f"lora.targets={lora.targets} is not a preset of this model; it offers: {offered}")
+    require(
+        lora.init is not LoraInit.loftq or config.model.quantize is Quantize.nf4,
+        "lora.init=loftq",
+        "makes up for what nf4 loses",
+        f"model.quantize={config.model.quantize.name}",
+        "default",
+    )
     require(bool(sample.seeds), "sample.seeds", "must name at least one seed", sample.seeds, "[0,1]")
     return problems

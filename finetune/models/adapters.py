@@ -29,7 +29,12 @@ def attach(model: nn.Module, folder: Path) -> Any:
         attached = PeftModel.from_pretrained(model, str(folder)).eval()
     own = get_peft_model_state_dict(attached, save_embedding_layers=False)
     if odd := sorted(own.keys() ^ stored.keys()):  # PEFT leaves out what has no place, and says nothing
-        raise ModelError(f"{folder} does not fit this base ({len(odd)} layers differ, first {odd[0]}); {ANOTHER}")
+        raise ModelError(f"{folder} does not fit this base ({len(odd)} tensors differ, first {odd[0]}); {ANOTHER}")
+    # PEFT puts an adapter where its layer's weights are, and those of offloaded layers wait in main memory.
+    device = next((weight.device for weight in model.parameters() if weight.device.type != "cpu"), torch.device("cpu"))
+    for name, weight in attached.named_parameters():
+        if ".lora_" in name:
+            weight.data = weight.data.to(device)
     return attached
 
 

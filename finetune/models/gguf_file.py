@@ -8,7 +8,7 @@ r rank, I inputs, O outputs of a layer
 """
 
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,17 +48,17 @@ class Pair:
 
 
 def require(base: Any, *, dora: bool = False, added_tokens: bool = False) -> None:
-    """Raises ConfigError if an adapter for a base with this configuration of transformers can't become a GGUF file."""
+    """Raises ConfigError if an adapter for this base (transformers' configuration of it) can't become a GGUF file."""
     try:
         import gguf  # noqa: F401
     except ImportError as error:
         raise ConfigError(
             f"export.dialects names gguf, which needs: pip install finetune[gguf]; or {OTHERWISE}"
         ) from error
-    kind = base.get_text_config().model_type
-    if kind not in ARCHITECTURES:
+    if base.model_type not in ARCHITECTURES:
         raise ConfigError(
-            f"export.dialects names gguf, which is there for {', '.join(ARCHITECTURES)}, not for {kind}; {OTHERWISE}"
+            f"export.dialects names gguf, which is there for {', '.join(ARCHITECTURES)}, not for {base.model_type}; "
+            f"{OTHERWISE}"
         )
     if dora or added_tokens:
         what = "lora.dora=true has magnitudes" if dora else "model.added_tokens have rows of their own"
@@ -72,27 +72,41 @@ def write(file: Path, adapter: Path, base: Any, name: str) -> None:
     """
     import gguf
 
-    text = base.get_text_config()  # of a model that also sees, its part that reads
-    names = _names(text)
+    names = _names(base)
     pairs = list(_pairs(adapter))
     rank = len(pairs[0].a)
-    writer = gguf.GGUFWriter(file, ARCHITECTURES[text.model_type][0])
+    writer = gguf.GGUFWriter(file, ARCHITECTURES[base.model_type][0])
     writer.add_type(gguf.GGUFType.ADAPTER)
     writer.add_name(name)
     writer.add_string(gguf.Keys.Adapter.TYPE, "lora")
     writer.add_float32(gguf.Keys.Adapter.LORA_ALPHA, pairs[0].scaling * rank)
     for pair in pairs:
-        target = names(pair.name)
+        target = names.get_name(pair.name)
         if target is None or (target == "output" and base.tie_word_embeddings):
             raise ConfigError(f"llama.cpp has no weight of its own for {pair.name}; {OTHERWISE}")
-        heads = _reordered_heads(pair.name, text)
-        b_Or = pair.b.reshape(heads, 2, -1, rank).transpose(1, 2).reshape(pair.b.shape) if heads else pair.b
+        heads = reordered_heads(pair.name, base)
+        b_Or = reordered(pair.b, heads) if heads else pair.b
         writer.add_tensor(f"{target}.weight.lora_a", pair.a.numpy())
         writer.add_tensor(f"{target}.weight.lora_b", b_Or.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def reordered_heads(name: str, base: Any) -> int:
+    """How many heads share a query or key weight whose rows llama.cpp keeps in another order; 0 for other weights."""
+    _, reorders = ARCHITECTURES[base.model_type]
+    if reorders and name.endswith("q_proj"):
+        return int(base.num_attention_heads)
+    if reorders and name.endswith("k_proj"):
+        return int(base.num_key_value_heads)
+    return 0
+
+
+def reordered(weight: Tensor, heads: int) -> Tensor:
+    """Rows (O, …) of transformers' order in llama.cpp's: those of a head's two halves take turns."""
+    return weight.reshape(heads, 2, -1, weight.shape[-1]).transpose(1, 2).reshape(weight.shape)
 
 
 def difference(file: Path, adapter: Path, base: Any) -> float:
@@ -102,13 +116,12 @@ def difference(file: Path, adapter: Path, base: Any) -> float:
     reader = gguf.GGUFReader(file)
     alpha = float(reader.fields[gguf.Keys.Adapter.LORA_ALPHA].contents())
     tensors = {tensor.name: torch.from_numpy(tensor.data.copy()) for tensor in reader.tensors}
-    text = base.get_text_config()
-    names = _names(text)
+    names = _names(base)
     apart, size = [], []
     for pair in _pairs(adapter):
-        a_rI, b_Or = (tensors[f"{names(pair.name)}.weight.lora_{half}"] for half in "ab")
+        a_rI, b_Or = (tensors[f"{names.get_name(pair.name)}.weight.lora_{half}"] for half in "ab")
         update_OI = b_Or @ a_rI * (alpha / len(a_rI))
-        if heads := _reordered_heads(pair.name, text):
+        if heads := reordered_heads(pair.name, base):
             update_OI = update_OI.reshape(heads, -1, 2, pair.a.shape[1]).transpose(1, 2).reshape(update_OI.shape)
         wanted_OI = pair.b @ pair.a * pair.scaling
         apart.append(torch.linalg.vector_norm(update_OI - wanted_OI))
@@ -130,21 +143,10 @@ def _pairs(adapter: Path) -> Iterator[Pair]:
         yield Pair(name, weights[f"{name}.lora_A.weight"], weights[f"{name}.lora_B.weight"], scaling)
 
 
-def _names(text: Any) -> Callable[[str], str | None]:
-    """From a layer's name in transformers to its name in llama.cpp, or None."""
+def _names(base: Any) -> Any:
+    """llama.cpp's names of layers by those in transformers."""
     import gguf
 
-    architecture, _ = ARCHITECTURES[text.model_type]
+    architecture, _ = ARCHITECTURES[base.model_type]
     key = next(key for key, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
-    names = gguf.get_tensor_name_map(key, text.num_hidden_layers)
-    return lambda name: names.get_name(name.replace("model.language_model.", "model.", 1))
-
-
-def _reordered_heads(name: str, text: Any) -> int:
-    """How many heads share a query or key weight whose rows llama.cpp keeps in another order; 0 for other weights."""
-    _, reordered = ARCHITECTURES[text.model_type]
-    if reordered and name.endswith("q_proj"):
-        return int(text.num_attention_heads)
-    if reordered and name.endswith("k_proj"):
-        return int(text.num_key_value_heads)
-    return 0
+    return gguf.get_tensor_name_map(key, base.num_hidden_layers)

@@ -8,7 +8,8 @@ import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -65,7 +66,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
     if model.quantize is not Quantize.none:
         options["quantization_config"] = _quantization(model, dtype, device)
     with _hushed():
-        loaded: nn.Module = hub.load(
+        loaded = hub.load(
             loader, model.base, config=config, dtype=dtype, device_map={"": "cpu" if streamed else device}, **options
         )
     if "key_mapping" in options:
@@ -80,10 +81,13 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
             layer.support_avx512bf16_for_cpu = False
     if streamed:
         _spread(loaded, device, vram_gib)
-    if device.type == "cuda" and dtype in HALF and _varlen_fits(loaded, device):
-        _use_varlen(loaded)
+    if device.type == "cuda" and dtype in HALF and _varlen_fits(loaded):
+        if _varlen_works(loaded, dtype, device):
+            _use_varlen(loaded)
+        else:
+            say("torch's attention for packed rows doesn't work on this card; masks do, slower and with more memory")
     _prove(loaded, model.base, device)
-    return loaded
+    return cast(nn.Module, loaded)
 
 
 def hidden(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, segments_BL: Tensor | None) -> Tensor:
@@ -130,14 +134,14 @@ def _architecture(model: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
     """The causal language model's class, its configuration, and further options for loading it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
+    source = hub.resolve(model.base)
+    if isinstance(source, Path) and (source / "model_index.json").is_file():
+        raise _no_language_model(model.base, "diffusion")
     whole = hub.load(AutoConfig, model.base)
     text = whole.get_text_config()
     config = text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else whole
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        raise ModelError(
-            f"{model.base} is a {whole.model_type} model and no causal language model; try a preset such as "
-            "model=qwen3_4b, or model.base=OWNER/NAME of a chat model"
-        )
+        raise _no_language_model(model.base, whole.model_type)
     stored = getattr(whole, "quantization_config", None)
     if stored and (model.quantize is not Quantize.none or config is not whole):
         method = stored.get("quant_method", "unknown method") if isinstance(stored, dict) else stored.quant_method
@@ -146,6 +150,13 @@ def _architecture(model: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
             + ("; try model.quantize=none" if config is whole else "; take the release that isn't quantised")
         )
     return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, {} if config is whole else {"key_mapping": TEXT_PARTS}
+
+
+def _no_language_model(base: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{base} is a {kind} model and no causal language model; try a preset such as model=qwen3_4b, or "
+        "model.base=OWNER/NAME of a chat model"
+    )
 
 
 def _quantization(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> Any:
@@ -225,6 +236,8 @@ def _spread(model: Any, device: torch.device, vram_gib: float) -> None:
             _stream(module, device)
         else:
             module._apply(lambda tensor: tensor.to(device), recurse=False)
+    names = [name for name, module in model.named_modules() if module in away]
+    model.hf_device_map = {"": device} | dict.fromkeys(names, "cpu")  # tells Accelerate to leave it so
     held = sum(map(_bytes, away)) / 2**30
     say(f"model.offload: {held:.1f} of {_bytes(model) / 2**30:.1f} GiB of weights stay in main memory")
 
@@ -261,19 +274,43 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _varlen_fits(model: Any, device: torch.device) -> bool:
-    """Whether torch's attention for rows of many lengths computes what this model's attention does."""
+def _varlen_fits(model: Any) -> bool:
+    """Whether attention for rows of many lengths is all that this model's attention does."""
     config = model.config
-    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     return bool(
-        torch.cuda.get_device_capability(device) >= (8, 0)
-        and model._supports_flash_attn
+        model._supports_flash_attn
         and config._attn_implementation == "sdpa"  # transformers takes another where scores are capped
         and not getattr(config, "attention_dropout", 0)
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-        and channels % 8 == 0  # what the kernel takes
-        and channels <= 256
     )
+
+
+@torch.enable_grad()
+def _varlen_works(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's kernel gives what plain attention gives, gradients too, for heads of this size on this card."""
+    config = model.config
+    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    segments_L = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1], device=device)
+    behind_LL = torch.arange(8, device=device)[:, None] - torch.arange(8, device=device)
+    random = torch.randn((4, 1, 2, 8, channels), generator=torch.Generator().manual_seed(0)).to(device, dtype)
+    query, key, value = (states.requires_grad_() for states in random[:3])
+    try:
+        for window in (None, 3):
+            seen_LL = (segments_L[:, None] == segments_L) & (behind_LL >= 0) & (behind_LL < (window or 8))
+            plain = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen_LL)
+            packed_BLHE, _ = _varlen_attention(
+                nn.Module(), query, key, value, None, scaling=channels**-0.5, sliding_window=window,
+                cu_seq_lens_q=_borders(segments_L[None]), max_length_q=8,
+            )  # fmt: skip
+            found, expected = (
+                torch.cat([output, *torch.autograd.grad(output, (query, key, value), random[3])])
+                for output in (packed_BLHE.transpose(1, 2), plain)
+            )
+            if not (found - expected).norm() <= HALF_NOISE * expected.norm():
+                return False
+    except RuntimeError:  # no kernel for this card or size of heads
+        return False
+    return True
 
 
 def _use_varlen(model: Any) -> None:

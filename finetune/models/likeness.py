@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.models import language
+from finetune.models.language import head, hidden
 from finetune.models.linear_loss import Head, logits
 
 CHUNK_BYTES = 1 << 27  # of one model's fp32 logits; about five of it are alive at once
@@ -50,8 +50,8 @@ def look(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> Vie
     for row in rows:
         ids_1L = torch.tensor([list(row)], device=device)
         positions_1L = torch.arange(ids_1L.shape[1], device=device)[None]
-        states.append(language.hidden(model, ids_1L, positions_1L, None)[0].float().cpu())
-    return View(torch.cat(states), _moved(language.head(model), torch.device("cpu")))
+        states.append(hidden(model, ids_1L, positions_1L, None)[0].float().cpu())
+    return View(torch.cat(states), _moved(head(model), torch.device("cpu")))
 
 
 @torch.no_grad()
@@ -63,7 +63,7 @@ def compare(reference: View, other: View, device: torch.device) -> Likeness:
     largest, same = torch.zeros((), device=device), 0
     pairs = zip(torch.split(reference.states, chunk), torch.split(other.states, chunk), strict=True)
     for states in pairs:
-        wanted_CV, found_CV = (logits(head, part.to(device)) for head, part in zip(heads, states, strict=True))
+        wanted_CV, found_CV = (logits(layer, part.to(device)) for layer, part in zip(heads, states, strict=True))
         gap_CV = found_CV - wanted_CV
         apart += float(torch.linalg.vector_norm(gap_CV)) ** 2
         size += float(torch.linalg.vector_norm(wanted_CV)) ** 2
@@ -78,6 +78,6 @@ def compare(reference: View, other: View, device: torch.device) -> Likeness:
     return Likeness((apart / size) ** 0.5, float(largest), divergence / count, same / count)
 
 
-def _moved(head: Head, device: torch.device) -> Head:
-    bias = None if head.bias is None else head.bias.detach().to(device)
-    return replace(head, weight=head.weight.detach().to(device), bias=bias)
+def _moved(layer: Head, device: torch.device) -> Head:
+    bias = None if layer.bias is None else layer.bias.detach().to(device)
+    return replace(layer, weight=layer.weight.detach().to(device), bias=bias)

@@ -63,12 +63,16 @@ def inject(
             raise ModelError(
                 f"no layer of the base matches lora targets {list(targets)}; try another lora.targets"
             ) from error
+        # PEFT puts an adapter where its layer's weights are, and those of offloaded layers wait in main memory.
+        device = next((p.device for p in model.parameters() if p.device.type != "cpu"), torch.device("cpu"))
+        if dora:
+            _refuse_unreadable(model, device)
         for parameter in adapter_parameters(model):
-            parameter.data = parameter.data.float()  # small updates vanish in 16 bit
+            parameter.data = parameter.data.to(device, torch.float32)  # small updates vanish in 16 bit
         if init is LoraInit.loftq:
             _start_loftq(model)
         if dora:
-            for _, layer in _layers(model):  # again: of the fp32 factors, and of what LoftQ made of them
+            for _, layer in _layers(model):  # the magnitudes again, of fp32 factors and of those that LoftQ found
                 layer.lora_variant[ADAPTER].init(layer, adapter_name=ADAPTER)
         if init is LoraInit.pissa:
             _start_pissa(model)
@@ -127,8 +131,8 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     What is trained, and PiSSA's start (`…lora_A.initial`): no other machine, precision or number of threads would find
     quite the same one.
     """
-    starts = {_peft_name(name): start for name, start in model.named_buffers() if name.endswith(f".{ADAPTER}.initial")}
-    return {name: weight.float().cpu().clone().contiguous() for name, weight in sorted((live(model) | starts).items())}
+    everything = live(model) | _starts(model)
+    return {name: weight.float().cpu().clone().contiguous() for name, weight in sorted(everything.items())}
 
 
 def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
@@ -178,8 +182,9 @@ def read_peft_folder(folder: Path) -> dict[str, Tensor]:
 def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], base: str) -> None:
     """Write a PEFT folder that `PeftModel.from_pretrained` reads into the untouched base.
 
-    weights: as from `state`. PiSSA becomes an ordinary adapter of twice the rank. LoftQ's base is the one quantised to
-    nf4. Tokens beyond the base's vocabulary need `resize_token_embeddings` before it is read.
+    weights: as from `state`, or an average of what is trained. PiSSA becomes an ordinary adapter of twice the rank.
+    LoftQ's base is the one quantised to nf4. Tokens beyond the base's vocabulary need `resize_token_embeddings` before
+    it is read.
     """
     from safetensors.torch import save_file
 
@@ -187,8 +192,9 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     config: Any = copy.copy(model.peft_config[ADAPTER])  # type: ignore[index]
     config.base_model_name_or_path = base
     config.inference_mode = True
-    plain = _plain(weights)
-    if len(plain) < len(weights):
+    starts = {name: start.float().cpu() for name, start in _starts(model).items()}
+    plain = _plain(starts | dict(weights))
+    if starts:
         config.r *= 2
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the scale stays
     config.save_pretrained(folder)
@@ -243,9 +249,21 @@ def _token_rows(model: Any, rows: Sequence[int], targets: Sequence[str]) -> dict
     return {name: sorted(set(rows)) for name in names}
 
 
+def _refuse_unreadable(model: nn.Module, device: torch.device) -> None:
+    """DoRA reads the base's weights in every step. Raises ModelError where it can't."""
+    weights = [layer.get_base_layer().weight for _, layer in _layers(model)]
+    if any(weight.device != device for weight in weights):
+        raise ModelError(
+            "lora.dora=true needs all weights where it computes, and model.offload=true keeps some in main memory; "
+            "set one of the two to false"
+        )
+    if device.type == "cpu" and any(_bits(weight) == 8 for weight in weights):  # PEFT drops their scales there
+        raise ModelError("lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4")
+
+
 def _start_loftq(model: Any) -> None:
     """Start the adapters of 4-bit layers as the principal part of what quantisation lost."""
-    packed = [(name, layer) for name, layer in _layers(model) if _quantised_4bit(layer.get_base_layer().weight)]
+    packed = [(name, layer) for name, layer in _layers(model) if _bits(layer.get_base_layer().weight) == 4]
     if not packed:
         raise ConfigError("lora.init=loftq makes up for nf4's loss; set model.quantize=nf4, or try lora.init=pissa")
     files = _base_files(model)
@@ -273,7 +291,8 @@ class _Anchored(nn.Module):
     """One factor of a PiSSA adapter beside its frozen start: [A; A₀] (2r, I) or [B, −B₀] (O, 2r).
 
     Their product B A − B₀ A₀ is the change so far. Subtracting B₀ A₀ from the base instead would round it in the
-    base's precision, and would have to be undone for every other use of the base.
+    base's precision, and would have to be undone for every other use of the base. PEFT's own `merge` sees `weight`
+    alone: merge what `save_peft` writes.
     """
 
     initial: Tensor
@@ -295,12 +314,16 @@ def _layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 
 def _weight(name: str, layer: Any) -> Tensor:
-    """An adapted layer's weights as they act, (O, I) fp32. Raises ModelError if it isn't linear."""
-    from peft.utils.integrations import dequantize_module_weight
+    """The base's weights as they act, (O, I) fp32 on the adapter's device. Raises ModelError if it isn't linear."""
+    from peft.utils.integrations import dequantize_bnb_weight
 
-    weight: Tensor = dequantize_module_weight(layer.get_base_layer()).detach().float()
+    base = layer.get_base_layer()
+    weight: Tensor = base.weight.detach()
+    if _bits(base.weight):
+        weight = dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
     if ADAPTER not in layer.lora_A or weight.ndim != 2:
         raise ModelError(f"{name} is no linear layer, and only those can start elsewhere; try lora.init=default")
+    weight = weight.to(layer.lora_A[ADAPTER].weight)
     return weight.T if layer.fan_in_fan_out else weight
 
 
@@ -320,7 +343,8 @@ def _base_files(model: Any) -> dict[str, Path]:
     from transformers.utils import cached_file
 
     try:
-        config = cached_file(model.name_or_path, "config.json", revision=getattr(model.config, "_commit_hash", None))
+        commit = getattr(model.config, "_commit_hash", None)
+        config = cached_file(model.name_or_path, "config.json", revision=commit, local_files_only=True)
     except OSError:  # a model built in memory
         return {}
     files: dict[str, Path] = {}
@@ -343,18 +367,24 @@ def _original(files: Mapping[str, Path], name: str, stored_OI: Tensor) -> Tensor
     return None
 
 
-def _quantised_4bit(weight: Any) -> bool:
-    return getattr(weight, "quant_state", None) is not None
+def _bits(weight: Tensor) -> int:
+    """Of each number in a weight that bitsandbytes quantised: 4 or 8; 0 for any other."""
+    return {"Params4bit": 4, "Int8Params": 8}.get(type(weight).__name__, 0)
 
 
 def _size(parameter: Any) -> int:
     """Numbers that a parameter stands for: bitsandbytes packs two 4-bit ones into a byte."""
-    return math.prod(parameter.quant_state.shape) if _quantised_4bit(parameter) else parameter.numel()
+    return math.prod(parameter.quant_state.shape) if _bits(parameter) == 4 else parameter.numel()
 
 
 def _peft_name(name: str) -> str:
     short = name.removeprefix("module.").replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
     return short.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as PEFT writes it
+
+
+def _starts(model: nn.Module) -> dict[str, Tensor]:
+    """What PiSSA takes off again, under names as PEFT would give them; nothing in any other adapter."""
+    return {_peft_name(name): start for name, start in model.named_buffers() if name.endswith(f".{ADAPTER}.initial")}
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

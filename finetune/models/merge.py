@@ -57,8 +57,11 @@ def _fold(name: str, layer: Any, weight: nn.Parameter, start: Tensor | None) -> 
 def _dequantised(layer: Any) -> Tensor | None:
     """The weight of a quantised layer as it takes part in its products; None for any other layer."""
     from peft.tuners.tuners_utils import BaseTunerLayer
-    from peft.utils.integrations import dequantize_module_weight, get_bnb_param_type
+    from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 
     plain = layer.get_base_layer() if isinstance(layer, BaseTunerLayer) else layer
     weight = plain._parameters.get("weight")
-    return dequantize_module_weight(plain) if weight is not None and get_bnb_param_type(weight) else None
+    if weight is None or not get_bnb_param_type(weight):
+        return None
+    found: Tensor = dequantize_bnb_weight(weight, getattr(plain, "state", None))
+    return found

@@ -328,7 +328,7 @@ def _adapter(found: Found) -> str:
     if adapter is None:
         return ""
     trigger = f" Put <b>{escape(adapter.trigger)}</b> into the prompt to call it up." if adapter.trigger else ""
-    head = ("dialect", "file", "size", "relative difference to the trained module")
+    head = ("dialect", "file", "size", "difference to the trained module")
     return f'<p class="note">In {escape(adapter.folder)}.{trigger}</p>{_wide(table_html(head, adapter_rows(adapter)))}'
 
 

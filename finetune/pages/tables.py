@@ -1,6 +1,6 @@
 """Tables and figures in words, as reports and notebooks show them."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from html import escape
 from pathlib import Path
 
@@ -42,23 +42,24 @@ def run_rows(run: Run) -> list[list[str]]:
 
 
 def adapter_rows(adapter: Adapter) -> list[list[str]]:
-    """Dialect, file, size, relative difference."""
+    """Dialect, file, size, difference."""
     return [
         [
             escape(dialect),
             escape(name),
             file_size(Path(adapter.folder) / name),
-            _difference(adapter, dialect),
+            difference(dialect, adapter.differences),
         ]
         for dialect, name in adapter.files.items()
     ]
 
 
-def _difference(adapter: Adapter, dialect: str) -> str:
-    if dialect not in adapter.differences:
+def difference(dialect: str, differences: Mapping[str, float]) -> str:
+    """How far a handed-out file is from the trained model: relative, or in nats a token for a merged model."""
+    if dialect not in differences:
         return "average of the weights"
-    difference = adapter.differences[dialect]
-    return f"{difference:.1e}" if difference else "none"
+    unit = " nats a token (KL)" if dialect == "merged" else ""
+    return f"{differences[dialect]:.1e}{unit}" if differences[dialect] else "none"
 
 
 def plural(count: int, thing: str) -> str:

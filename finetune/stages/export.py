@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from finetune.config import Config, Kept, as_dict
+from finetune.pages.tables import difference
 from finetune.progress import say
 from finetune.records import Adapter, Run, hash_of, load_record, replace_folder, save_receipt
 from finetune.tasks import registry
@@ -25,7 +26,7 @@ def export(config: Config, run: Run) -> Adapter:
     with replace_folder(folder) as temporary:
         handout = registry.kind(config).handout
         files, differences = handout.write(config, run, trained.adapter, trained.averaged, temporary)
-        (temporary / "README.md").write_text(_card(config, run, files, differences), encoding="utf-8")
+        (temporary / "README.md").write_text(_card(config, run, files, differences, handout.USAGE), encoding="utf-8")
     record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
     save_receipt(
         run_dir,
@@ -35,7 +36,8 @@ def export(config: Config, run: Run) -> Adapter:
         seconds=time.monotonic() - start,
         figures={f"{dialect} difference": value for dialect, value in differences.items()},
     )
-    say(f"export: {', '.join(f'{name} ({differences[name]:.1e})' for name in differences)}: same output as trained")
+    proven = ", ".join(f"{name} ({difference(name, differences)})" for name in differences)
+    say(f"export: compared with the trained model: {proven}")
     return record
 
 
@@ -47,12 +49,10 @@ def _chosen(config: Config, run: Run) -> Path:
     return checkpoint.at(last.parent, run.best_step)
 
 
-def _card(config: Config, run: Run, files: dict[str, str], differences: dict[str, float]) -> str:
+def _card(config: Config, run: Run, files: dict[str, str], differences: dict[str, float], usage: str) -> str:
     """The model card: what it is, how it was made, how to load it."""
     rows = "\n".join(
-        f"| {dialect} | `{name}` | "
-        + (f"{differences[dialect]:.1e} |" if dialect in differences else "average of the weights |")
-        for dialect, name in files.items()
+        f"| {dialect} | `{name}` | {difference(dialect, differences)} |" for dialect, name in files.items()
     )
     trigger = (
         f"Put **{config.caption.trigger}** into the prompt to call the style up.\n" if config.caption.trigger else ""
@@ -66,14 +66,11 @@ tags: [lora, finetune]
 LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets}) for `{config.model.base}`, \
 {run.steps} steps, loss {run.first_loss:.4f} -> {run.last_loss:.4f}.
 {trigger}
-| dialect | file | relative difference to the trained module |
+| dialect | file | difference to the trained model |
 |---|---|---|
 {rows}
 
 ```python
-from diffusers import StableDiffusionPipeline
-pipeline = StableDiffusionPipeline.from_pretrained("{config.model.base}")
-pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
-```
+{usage.format(base=config.model.base)}```
 Training hash: `{run.training_hash}`
 """

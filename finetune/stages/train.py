@@ -96,7 +96,7 @@ class _Session:
         config = self.config
         self.run_dir = Path(config.run_dir)
         self.folder = self.run_dir / "checkpoints"
-        optimizer = build_optimizer(lora.adapter_parameters(self.task.model), config.optim)
+        optimizer = build_optimizer(lora.parameter_groups(self.task.model, config.optim.lora_plus), config.optim)
         self.ema: Ema | None = None
         if self.resumed is None:
             self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, 0, None)

@@ -15,6 +15,11 @@ from finetune.models.diffusion import load_unet
 from finetune.progress import say
 from finetune.records import Run, hash_of
 
+USAGE = """from diffusers import StableDiffusionPipeline
+
+pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
+"""
 PROBE_SEED = 20240131  # any fixed number: the inputs of the comparison
 
 

@@ -39,7 +39,9 @@ class Data(Protocol):
 
 
 class Handout(Protocol):
-    """The module that hands a kind's adapters out."""
+    """The module that hands a kind's adapters out. USAGE: Python that loads one, `{base}` to be filled in."""
+
+    USAGE: str
 
     def write(
         self, config: Config, run: Run, weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, folder: Path
@@ -87,6 +89,8 @@ def build_task(config: Config, dataset: Any, device: torch.device) -> Task:
         from finetune.tasks.diffusion import DiffusionTask
 
         return DiffusionTask(config, dataset, device)
+    from finetune.tasks import text_handout
     from finetune.tasks.language import LanguageTask
 
+    text_handout.refuse(config)  # now, and not when the training is over
     return LanguageTask(config, dataset, device)

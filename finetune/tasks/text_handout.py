@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetune.config import Config, Dialect, Quantize
 from finetune.data.chat import Chat
 from finetune.data.rows import reopen
-from finetune.errors import ConfigError, DataError, ExportError
+from finetune.errors import DataError, ExportError
 from finetune.models import adapters, gguf_file, hub, lora
 from finetune.models.device import free, pick_device
 from finetune.models.language import load_model
@@ -32,7 +32,12 @@ from finetune.tasks.texts import chat_of
 
 ROWS = 16  # the most that are compared on
 RANDOM_ROWS, RANDOM_LENGTH, RANDOM_SEED = 4, 64, 20240131  # where there are no rows
-OFFERED = (Dialect.peft, Dialect.merged, Dialect.gguf)
+USAGE = """from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+tokenizer = AutoTokenizer.from_pretrained("{base}")
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "adapter/peft")
+"""
 
 
 def write(
@@ -75,15 +80,17 @@ def write(
         models |= _write_merged(config, base, chat, peft, merged, measure, device)
         differences["merged"] = _checked(merged, models["merged"].divergence, export.divergence, "divergence")
     if Dialect.gguf in export.dialects:
-        gguf_file.write(gguf, peft, base, config.name)
-        differences["gguf"] = _checked(gguf, gguf_file.difference(gguf, peft, base), export.tolerance, "tolerance")
+        gguf_file.write(gguf, peft, base.get_text_config(), config.name)
+        difference = gguf_file.difference(gguf, peft, base.get_text_config())
+        differences["gguf"] = _checked(gguf, difference, export.tolerance, "tolerance")
     if Dialect.peft not in export.dialects:
         shutil.rmtree(peft)
         del differences["peft"]
     facts = {"rows": len(rows), "tokens": sum(map(len, rows)), "source": source, "gguf": differences.get("gguf")}
     facts["models"] = {name: asdict(likeness) for name, likeness in models.items()}
     write_atomically(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
-    files = {path: {"peft": peft, "merged": merged, "gguf": gguf}[path].name for path in differences}
+    places = {"peft": peft, "merged": merged, "gguf": gguf}
+    files = {dialect: places[dialect].name for dialect in differences}
     return files | ({"ema": "peft_ema"} if averaged is not None else {}), differences
 
 
@@ -91,15 +98,9 @@ def refuse(config: Config) -> Any:
     """The base's configuration. Raises ConfigError if one of `export.dialects` can't be had for it: ask early."""
     from transformers import AutoConfig
 
-    dialects = config.export.dialects
-    if others := [dialect.value for dialect in dialects if dialect not in OFFERED]:
-        raise ConfigError(
-            f"export.dialects names {', '.join(others)}, which language models don't have; allowed: "
-            f"{', '.join(dialect.value for dialect in OFFERED)}; try export.dialects=[peft]"
-        )
     base = hub.load(AutoConfig, config.model.base)
-    if Dialect.gguf in dialects:
-        gguf_file.require(base, dora=config.lora.dora, added_tokens=bool(config.model.added_tokens))
+    if Dialect.gguf in config.export.dialects:
+        gguf_file.require(base.get_text_config(), dora=config.lora.dora, added_tokens=bool(config.model.added_tokens))
     return base
 
 
@@ -134,8 +135,14 @@ def _rows(config: Config, chat: Chat) -> tuple[list[list[int]], str]:
 
 
 def _fp32(config: Config, device: torch.device, **changes: Any) -> nn.Module:
-    """The base in fp32, with `changes` of `config.model`; a quantised one stays so and computes in fp32."""
-    return load_model(replace(config.model, **changes), torch.float32, device, vram_gib=config.hardware.vram_gib)
+    """The base in fp32, with `changes` of `config.model`; a quantised one stays so and computes in fp32.
+
+    In fp32 a base may not fit the card that it was trained on in 16 bit: then layers wait in main memory.
+    """
+    model = replace(config.model, **changes)
+    if device.type == "cuda" and model.quantize is Quantize.none and not config.lora.dora:  # which needs all at hand
+        model.offload = True
+    return load_model(model, torch.float32, device, vram_gib=config.hardware.vram_gib)
 
 
 def _save_peft(config: Config, model: nn.Module, folder: Path, weights: dict[str, Tensor], chat: Chat) -> None:
@@ -181,17 +188,19 @@ def _write_merged(
         free()
         tried[name] = (folder, measure(_fp32(config, device, base=str(folder), quantize=Quantize.none)))
         free()
-        say(f"export: {name}, the model's predictions differ by {tried[name][1].divergence:.2e} nats a token (KL)")
     best = min(tried, key=lambda name: (math.isnan(tried[name][1].divergence), tried[name][1].divergence))
-    for name, (folder, _) in tried.items():
+    for name, (folder, likeness) in tried.items():
+        say(f"export: {name}: {likeness.divergence:.2e} nats a token (KL){', kept' if name == best else ''}")
         if name == best:
             folder.rename(merged)
         else:
             shutil.rmtree(folder)
-    found = {name: likeness for name, (_, likeness) in tried.items()} | {"merged": tried[best][1]}
-    if quantised:  # as it will often be used
-        found[f"merged, in {config.model.quantize.value} again"] = measure(_fp32(config, device, base=str(merged)))
+    found = {"merged": tried[best][1]}
+    if quantised:
+        found |= {name: likeness for name, (_, likeness) in tried.items()}
+        again = measure(_fp32(config, device, base=str(merged)))  # as it will often be used
         free()
+        found[f"merged, in {config.model.quantize.value} again"] = again
     return found
 
 

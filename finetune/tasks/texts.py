@@ -39,13 +39,13 @@ def figures(record: TextSet) -> dict[str, float | int | str | None]:
         "train": record.train,
         "validation": record.validation,
         "tokens": record.tokens,
-        "trained": record.trained,
-        "lost": record.lost,
+        "trained_tokens": record.trained,
+        "lost_share": record.lost,
         "packs": record.packs,
-        "real": record.real,
-        "learnt": record.learnt,
-        "leaked": record.leaked,
-        "bad": record.bad,
+        "filled_share": record.real,
+        "trained_share": record.learnt,
+        "near_duplicates": record.leaked,
+        "unusable": record.bad,
     }
 
 

@@ -139,10 +139,11 @@ def reader_line(figures: dict[str, Any], style: str) -> str:
 
 def training_table(figures: dict[str, Any], phases: tuple[str, ...]) -> str:
     rows = [
-        f"| {phase} | {figures['training'][phase]['steps']:,} | {figures['training'][phase]['seconds'] / 60:.1f} |"
+        f"| {phase} | {trained['steps']:,} | {trained['seconds'] / 60:.1f} | {trained['hardware']} |"
         for phase in phases
+        for trained in [figures["training"][phase]]
     ]
-    return "\n".join(["| phase | steps | minutes |", "|---|---|---|", *rows])
+    return "\n".join(["| phase | steps | minutes | on |", "|---|---|---|---|", *rows])
 
 
 def machine_line(made: dict[str, str]) -> str:

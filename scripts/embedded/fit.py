@@ -156,7 +156,8 @@ def fit(
     fitted = Fitted(step, seconds, loss_value, progress >= 1.0)
     if team.leads:
         checkpoint.parent.mkdir(parents=True, exist_ok=True)
-        checkpoint.with_suffix(".json").write_text(json.dumps(asdict(fitted)))
+        trained_on = {"hardware": f"{team.size} {torch.cuda.get_device_name()}" if device.type == "cuda" else "CPU"}
+        checkpoint.with_suffix(".json").write_text(json.dumps(asdict(fitted) | trained_on))
     ending = "done" if fitted.done else "pauses"
     say(team, f"{name}: {ending}, {step} steps in {seconds:.0f} s, loss {loss_value:.4f}")
     return fitted

@@ -21,7 +21,7 @@ from finetune.config import Config, as_dict
 from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
 from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
 
-RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, 8, 1.0, 0.1, 0, "hash")
+RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, "images", 8, 1.0, 0.1, 0, "hash")
 RECORDS: dict[str, Any] = {
     "caption": CaptionSet("pics", ()),
     "dataset": Dataset("index", 1, 0, {}, "empty"),

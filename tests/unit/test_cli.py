@@ -68,7 +68,7 @@ def test_help_imports_neither_torch_nor_hydra() -> None:
 def test_help_with_a_recipe_shows_keys_and_presets(finetune_cli: Cli) -> None:
     answer = finetune_cli("train", "conf=pixar_style", "--help")
     assert answer.code == 0
-    assert "lora: default, r32" in answer.out
+    assert "lora: all_linear, default, r32" in answer.out
     assert "caption_dropout" in answer.out
 
 
@@ -299,7 +299,7 @@ def test_multirun_stops_at_an_interruption(finetune_cli: Cli, workdir: Path, mon
         ("finetune train conf=pix", {"conf=pixar_style"}),
         ("finetune train conf=pixar_style lora.ra", {"lora.rank="}),
         ("finetune train lora.ra", {"lora.rank="}),
-        ("finetune train conf=smoke lora=", {"lora=default", "lora=r32"}),
+        ("finetune train conf=smoke lora=", {"lora=all_linear", "lora=default", "lora=r32"}),
     ],
 )
 def test_completion(finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch, line: str, offered: set[str]) -> None:
@@ -395,7 +395,7 @@ def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record:
 
 
 def _result() -> Result:
-    run = Run("outputs/mine", "c", 150, 1, 100, 0.5, 0.25, 0.4, 0.3, 100, 1200, 60.0, 1.5, 0, "hash")
+    run = Run("outputs/mine", "c", 150, 1, 100, 0.5, 0.25, 0.4, 0.3, 100, "images", 1200, 60.0, 1.5, 0, "hash")
     return Result(
         CaptionSet("pics", ()),
         Dataset("i", 9, 1, {}, "e"),

@@ -31,9 +31,25 @@ def test_every_recipe_composes_and_passes_the_check(name: str) -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset: str) -> None:
-    assert check(compose.load("pixar_style", [preset])) == []
     group, name = preset.split("=")
-    assert recipes.title(recipes.preset_files()[group][name])
+    file = recipes.preset_files()[group][name]
+    of_language = "kind: language" in file.read_text() or preset in ("lora=all_linear", "export=language")
+    assert check(compose.load("pirate_chat" if of_language else "pixar_style", [preset])) == []
+    assert recipes.title(file)
+
+
+def test_settings_of_the_other_kind_of_model_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match="data.length is a setting of language models, this recipe trains a diffusion"
+    ):
+        compose.load("pixar_style", ["data.length=512"])
+    with pytest.raises(
+        ConfigError, match=r"caption\.prefix is a setting of diffusion models, this recipe trains a lang"
+    ):
+        compose.load("pirate_chat", ["caption.prefix=x"])
+    found = check(compose.load("pixar_style", ["model=embedded_language", "lora=all_linear"]))
+    assert found[0] == "data.file is not set; type data.file=…"
+    assert found[1] == "export.dialects=diffusers is not for a language model; it offers: peft, merged, gguf"
 
 
 def test_values_arrive_with_their_types() -> None:
@@ -95,7 +111,7 @@ def test_everything_wrong_with_a_recipe_is_named_with_its_file(workdir: Path) ->
     assert str(raised.value).splitlines() == [
         "conf/base.yaml: no key called sead; did you mean seed?",
         f"conf/mine.yaml: no preset group called 'modle'; did you mean model? there are: {groups}",
-        "conf/mine.yaml: no lora preset called 'r33'; did you mean r32? there are: default, r32",
+        "conf/mine.yaml: no lora preset called 'r33'; did you mean r32? there are: all_linear, default, r32",
         "conf/mine.yaml: no key called lora.rnk; did you mean lora.rank?",
         "conf/mine.yaml: lora.alpha must be a number, got 'much'",
         "conf/mine.yaml: optim is a section, got 'fast'; set a key in it, such as optim.name",

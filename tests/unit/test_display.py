@@ -179,6 +179,8 @@ def test_adapter_lists_files(tmp_path: Path) -> None:
     html = adapter._repr_html_()
     for words in ("2.5 KB", "1.2e-07", "average of the weights", "gone"):
         assert words in html
+    whole = Adapter(str(tmp_path), {"peft": "peft", "merged": "merged"}, {"peft": 0.0, "merged": 0.012}, "base", "")
+    assert "1.2e-02 nats a token (KL)" in whole._repr_html_()
     assert "<script" not in html
 
 

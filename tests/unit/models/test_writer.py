@@ -1,15 +1,19 @@
 """Answers: the same alone and in a batch, drawn with the right chances, ended where answers end."""
 
 import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import nn
 
+from finetune.config import ModelConfig
 from finetune.data.chat import Chat
 from finetune.errors import ModelError
+from finetune.models import language
 from finetune.models.writer import Writer, _Noise
+from tests.tiny_language_models import save_language
 from tests.unit.data import templates
 
 CPU = torch.device("cpu")
@@ -78,6 +82,17 @@ def test_the_batch_does_not_show_in_the_answers(chat: Chat, model: Any, writer: 
     assert whole == few == alone
     backwards = writer.write(model, asked[::-1], max_new_tokens=12, temperature=temperature, batch=4)
     assert backwards[::-1] == whole
+
+
+@pytest.mark.parametrize("architecture", ["qwen3", "mistral_sliding", "gemma2", "gemma3", "glm4", "granite", "cohere"])
+def test_no_architecture_minds_the_batch(tmp_path: Path, architecture: str) -> None:
+    config = ModelConfig(kind="language", base=str(save_language(tmp_path, architecture)))
+    chat = Chat(language.load_tokenizer(config.base))
+    base = language.load_model(config, torch.float32, CPU)
+    writer = Writer(chat.tokenizer, chat.ends(), CPU, torch.float32)
+    together, alone = (writer.write(base, jobs(chat), max_new_tokens=9, temperature=0.5, batch=b) for b in (8, 1))
+    assert together == alone
+    assert len(set(alone)) == len(PROMPTS)
 
 
 def test_seed_and_prompt_decide_what_is_drawn(chat: Chat, model: Any, writer: Writer) -> None:

@@ -247,8 +247,8 @@ def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
         "Speed: tokens/s against step",
     ]
     for words in (
-        "On held-out conversations the loss fell from 0.4000 to 0.3000 (−25.0 %) and the perplexity from 8.50 to 4.50, "
-        "best at step 4.",
+        "On held-out conversations the loss fell from 0.4000 to 0.3000 (−25.0 %) and the perplexity from 8.50 to 4.50",
+        ", best at step 4.",
         "7,120 tokens a second",
         "always the likeliest token, at most 48 tokens an answer",
         "I am well.",

@@ -99,9 +99,7 @@ def test_one_row_is_shown_with_its_trained_tokens_marked(language_config: Config
 
 def test_rows_longer_than_the_model_reads_are_refused(language_config: Config) -> None:
     language_config.data.length = 100_000
-    with pytest.raises(
-        ConfigError, match=r"is more than .* reads \(256 tokens\); try data.length=256"
-    ):
+    with pytest.raises(ConfigError, match=r"is more than .* reads \(256 tokens\); try data.length=256"):
         build(language_config)
 
 

@@ -22,7 +22,7 @@ def prepared(config: Config, dataset: Any) -> tuple[Task, Any, torch.optim.Optim
     device = pick_device(config.hardware.device)
     accelerator = build_accelerator(config.trainer.precision, device)
     task = registry.build_task(config, dataset, device)
-    optimizer = build_optimizer(lora.adapter_parameters(task.model), config.optim)
+    optimizer = build_optimizer(lora.parameter_groups(task.model, config.optim.lora_plus), config.optim)
     task.model, optimizer = accelerator.prepare(task.model, optimizer)
     return task, accelerator, optimizer
 

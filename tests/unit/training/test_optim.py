@@ -36,6 +36,27 @@ def test_adamw_takes_its_settings_and_8bit_asks_for_a_card() -> None:
         build_optimizer([parameter], OptimConfig(name=Optimizer.adamw8bit))
 
 
+def test_groups_keep_their_scale_through_a_checkpoint_and_a_single_one_is_a_list_of_parameters() -> None:
+    def weights() -> list[torch.nn.Parameter]:
+        return [torch.nn.Parameter(torch.zeros(3)) for _ in range(2)]
+
+    optim = OptimConfig(lr=0.3)
+    first, second = weights()
+    scaled = build_optimizer([{"params": [first]}, {"params": [second], "lr_scale": 4.0}], optim)
+    for group in scaled.param_groups:  # as the loop does
+        group["lr"] = optim.lr * group.get("lr_scale", 1.0)
+    first.grad, second.grad = torch.ones(3), torch.ones(3)
+    scaled.step()
+    assert second.detach() == pytest.approx(4 * first.detach().numpy(), rel=1e-5)
+    again = build_optimizer([{"params": weights()[:1]}, {"params": weights()[:1], "lr_scale": 4.0}], optim)
+    again.load_state_dict(scaled.state_dict())
+    assert [group.get("lr_scale") for group in again.param_groups] == [None, 4.0]
+    plain, single = build_optimizer(weights(), optim), build_optimizer([{"params": weights()}], optim)
+    assert plain.state_dict() == single.state_dict()
+    with pytest.raises(ConfigError, match=r"adamw8bit needs a CUDA card"):
+        build_optimizer([{"params": weights()}], OptimConfig(name=Optimizer.adamw8bit))
+
+
 def test_an_average_follows_its_weights_and_survives_a_checkpoint() -> None:
     weights = {"a": torch.zeros(2)}
     average = Ema(0.5, weights)

@@ -1,0 +1,514 @@
+"""Language models: what a pack's rows see, what the output layer says, how a base is stored, what is refused."""
+
+import dataclasses
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+
+import bitsandbytes
+import numpy as np
+import pytest
+import torch
+from accelerate import Accelerator
+from torch import Tensor, nn
+from torch.nn.attention import varlen
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune.config import ModelConfig, Quantize
+from finetune.data.chat import Encoded
+from finetune.data.packing import build
+from finetune.errors import ConfigError, ModelError
+from finetune.models import language, lora
+from finetune.models.linear_loss import logits, summed_cross_entropy
+from tests.tiny_language_models import CHATS, save_language
+from tests.tiny_models import save_captioner
+
+torch.set_num_threads(1)
+
+CPU = torch.device("cpu")
+LENGTHS = (9, 1, 6), (3, 12)  # tokens of the rows of two packs of 17 and more slots
+TARGETS = {"phi3": ["qkv_proj", "down_proj"], "glm4": ["q_proj", "gate_up_proj"]}
+Base = Callable[..., Path]
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
+    """A saved tiny model of an architecture, made once."""
+    made: dict[str, Path] = {}
+
+    def get(architecture: str = "llama") -> Path:
+        if architecture not in made:
+            made[architecture] = save_language(tmp_path_factory.mktemp(architecture), architecture)
+        return made[architecture]
+
+    return get
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU, **wanted: object) -> nn.Module:
+    return language.load_model(ModelConfig(kind="language", base=str(folder), **wanted), dtype, device)
+
+
+def packs(length: int = 20) -> tuple[Tensor, Tensor, Tensor]:
+    """ids, positions and segments (2, L) of two packs with padding at their ends."""
+    random = np.random.default_rng(0)
+    built = []
+    for lengths in LENGTHS:
+        rows = [Encoded(random.integers(5, 390, n).astype(np.uint32), np.ones(n, np.bool_)) for n in lengths]
+        built.append(build(rows.__getitem__, range(len(rows)), length=length, pad_id=3))
+    fields = ([getattr(pack, name) for pack in built] for name in ("ids", "positions", "segments"))
+    ids_BL, positions_BL, segments_BL = (torch.from_numpy(np.stack(field)) for field in fields)
+    return ids_BL, positions_BL, segments_BL
+
+
+def adapted(model: nn.Module, targets: list[str], dropout: float = 0.0) -> nn.Module:
+    """The model with adapters that change it, in training mode."""
+    lora.inject(model, rank=4, alpha=8, dropout=dropout, targets=targets, seed=0)
+    random = torch.Generator().manual_seed(0)
+    for parameter in lora.adapter_parameters(model):
+        change = 0.1 * torch.randn(parameter.shape, generator=random)
+        parameter.data = (parameter.data.cpu() + change).to(model.device)  # where the base has layers in main memory
+    return model.train()
+
+
+def gradients(model: nn.Module) -> dict[str, Tensor]:
+    """What a packed batch's loss gives the adapters."""
+    model.zero_grad()
+    device = next(model.parameters()).device
+    ids_BL, positions_BL, segments_BL = packs()
+    states_BLD = language.hidden(model, ids_BL.to(device), positions_BL.to(device), segments_BL)
+    trained = positions_BL[:, 1:] > 0
+    states_ND, targets_N = states_BLD[:, :-1][trained.to(device)], ids_BL[:, 1:][trained].to(device)
+    summed_cross_entropy(states_ND, language.head(model), targets_N).backward()
+    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert all(parameter.grad is not None and parameter.grad.any() for _, parameter in named)
+    return {name: parameter.grad.float().cpu() for name, parameter in named}
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    """Relative difference of two sets of tensors, as one."""
+    one, other = (torch.cat([part[name].flatten() for name in sorted(part)]) for part in (a, b))
+    return float((one - other).norm() / other.norm())
+
+
+# Packs
+
+
+@pytest.mark.parametrize("architecture", CHATS)
+def test_rows_of_a_pack_get_what_each_gets_alone(base: Base, architecture: str) -> None:
+    model = adapted(load(base(architecture)), TARGETS.get(architecture, ["q_proj", "v_proj", "down_proj"]))
+    ids_BL, positions_BL, segments_BL = packs()
+    with torch.no_grad():
+        packed_BLD = language.hidden(model, ids_BL, positions_BL, segments_BL)
+        for pack, lengths in enumerate(LENGTHS):
+            for row in range(len(lengths)):
+                mine = segments_BL[pack] == row
+                alone_1LD = model.model(input_ids=ids_BL[pack, mine][None], use_cache=False).last_hidden_state
+                torch.testing.assert_close(packed_BLD[pack, mine], alone_1LD[0], rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3", "mistral_sliding"])
+def test_without_segments_a_slot_sees_all_before_it_whatever_the_positions(base: Base, architecture: str) -> None:
+    model = load(base(architecture))
+    ids_BL, positions_BL, _ = packs()
+    plain_BL = torch.arange(ids_BL.shape[1]).expand_as(ids_BL)
+    with torch.no_grad():
+        expected_BLD = model.model(input_ids=ids_BL, use_cache=False).last_hidden_state
+        torch.testing.assert_close(language.hidden(model, ids_BL, plain_BL, None), expected_BLD)
+        before_BLD = language.hidden(model, ids_BL, positions_BL, None)
+        ids_BL[:, 0] = 7
+        after_BLD = language.hidden(model, ids_BL, positions_BL, None)
+    assert not torch.allclose(before_BLD[:, 4], after_BLD[:, 4])
+
+
+def test_positions_that_disagree_with_the_segments_are_refused(base: Base) -> None:
+    model = load(base())
+    ids_BL, positions_BL, segments_BL = packs()
+    with pytest.raises(ValueError, match="start anew"):
+        language.hidden(model, ids_BL, torch.arange(ids_BL.shape[1]).expand_as(ids_BL), segments_BL)
+    with pytest.raises(ValueError, match="start anew"):
+        language.hidden(model, ids_BL, positions_BL, torch.zeros_like(segments_BL))
+
+
+@pytest.mark.parametrize("architecture", CHATS)
+def test_recomputed_activations_give_the_same_gradients(base: Base, architecture: str) -> None:
+    """Nothing has to be done for the embedding's output to carry a gradient."""
+    model = adapted(load(base(architecture)), TARGETS.get(architecture, ["q_proj", "down_proj"]))
+    kept = gradients(model)
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert all(layer.gradient_checkpointing for layer in model.get_decoder().layers)
+    assert distance(gradients(model), kept) < 1e-6
+
+
+# The output layer
+
+
+@pytest.mark.parametrize("architecture", CHATS)
+def test_the_head_gives_the_models_own_logits(base: Base, architecture: str) -> None:
+    model = load(base(architecture))
+    ids_BL = packs()[0]
+    with torch.no_grad():
+        states_BLD = language.hidden(model, ids_BL, torch.arange(ids_BL.shape[1]).expand_as(ids_BL), None)
+        found_NV = logits(language.head(model), states_BLD.flatten(0, 1))
+        expected_BLV = model(input_ids=ids_BL, use_cache=False).logits
+    torch.testing.assert_close(found_NV, expected_BLV.flatten(0, 1), rtol=1e-5, atol=1e-5)
+
+
+def test_softcap_and_scale_are_read_off_the_architecture(base: Base) -> None:
+    assert language.head(load(base("gemma2"))).softcap == 2.0
+    assert language.head(load(base("granite"))).scale == 1 / 8
+    assert language.head(load(base("cohere"))).scale == 1 / 16
+    plain = language.head(load(base("llama")))
+    assert (plain.softcap, plain.scale, plain.bias) == (None, 1.0, None)
+
+
+# Loading
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_base_is_frozen_in_eval_mode_and_in_the_dtype_asked_for(base: Base, dtype: torch.dtype) -> None:
+    model = load(base(), dtype)
+    assert not model.training
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert {parameter.dtype for parameter in model.parameters()} == {dtype}
+
+
+def test_of_a_model_that_reads_pictures_the_language_model_is_taken(
+    base: Base, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    whole = AutoModelForCausalLM.from_pretrained(base("gemma3")).eval()
+    capfd.readouterr()
+    model = load(base("gemma3"))
+    assert capfd.readouterr().err == ""  # no report of weights left out
+    assert type(model).__name__ == "Gemma3ForCausalLM"
+    ids_BL = packs()[0]
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=ids_BL).logits, whole(input_ids=ids_BL).logits)
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(again) is type(model)
+    with torch.no_grad():
+        assert torch.equal(again.eval()(input_ids=ids_BL).logits, model(input_ids=ids_BL).logits)
+
+
+@pytest.mark.parametrize("quantize", [Quantize.int8, Quantize.nf4])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("architecture", ["llama", "phi3", "gemma3"])
+def test_a_quantised_base_trains_on_a_cpu(
+    base: Base, architecture: str, dtype: torch.dtype, quantize: Quantize, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = base(architecture)
+    capfd.readouterr()
+    model = load(folder, dtype, quantize=quantize)
+    kind = bitsandbytes.nn.Linear4bit if quantize is Quantize.nf4 else bitsandbytes.nn.Linear8bitLt
+    linear = {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear)}
+    assert {name for name, layer in model.named_modules() if isinstance(layer, kind)} == linear - {"lm_head"}
+    assert {model.get_input_embeddings().weight.dtype, language.head(model).weight.dtype} == {dtype}
+    adapted(model, TARGETS.get(architecture, ["q_proj", "down_proj"]))
+    gradients(model)
+    model.eval()
+    with torch.no_grad():
+        model(input_ids=packs()[0])
+    gradients(model.train())  # an evaluation leaves the weights as training needs them
+    assert capfd.readouterr().err == ""
+
+
+def test_gradients_through_nf4_are_those_of_the_weights_it_stands_for(base: Base) -> None:
+    packed = load(base(), quantize=Quantize.nf4)
+    plain = load(base())
+    for name, layer in packed.named_modules():
+        if isinstance(layer, bitsandbytes.nn.Linear4bit):
+            weight = bitsandbytes.functional.dequantize_4bit(layer.weight.data, layer.weight.quant_state)
+            assert layer.weight.quant_state.nested
+            assert layer.weight.dtype == torch.uint8
+            plain.get_submodule(name).weight.data = weight
+    targets = ["q_proj", "up_proj", "down_proj"]
+    assert distance(gradients(adapted(packed, targets)), gradients(adapted(plain, targets))) < 1e-5
+
+
+def test_a_base_that_is_stored_quantised_is_read_as_it_is(base: Base, tmp_path: Path) -> None:
+    load(base(), quantize=Quantize.nf4).save_pretrained(tmp_path)
+    gradients(adapted(load(tmp_path), ["q_proj"]))
+    with pytest.raises(ModelError, match=r"is stored quantised \(bitsandbytes\) .* again; try model\.quantize=none"):
+        load(tmp_path, quantize=Quantize.int8)
+
+
+# Tokens
+
+
+def test_new_control_tokens_stand_behind_the_vocabulary_at_the_mean_of_all_others(base: Base) -> None:
+    for architecture in ("llama", "gemma3"):  # a head of its own, and the embedding's
+        plain, before = load(base(architecture)), torch.random.get_rng_state()
+        grown = load(base(architecture), added_tokens=["<|note|>", "<|end_note|>", "<|im_end|>"])
+        assert torch.equal(torch.random.get_rng_state(), before)
+        tokenizer = language.load_tokenizer(str(base(architecture)), ["<|note|>", "<|end_note|>", "<|im_end|>"])
+        old = len(language.load_tokenizer(str(base(architecture))))
+        ids = tokenizer("a<|note|>b<|end_note|>", add_special_tokens=False).input_ids
+        assert [index for index in ids if index >= old] == [old, old + 1]
+        assert tokenizer.decode(ids, skip_special_tokens=True) == "ab"
+        for name in ("get_input_embeddings", "get_output_embeddings"):
+            known, weight = (getattr(model, name)().weight for model in (plain, grown))
+            assert weight.shape == (old + 2, known.shape[1])
+            assert torch.equal(weight[:old], known)
+            torch.testing.assert_close(weight[old:], known.mean(0).expand(2, -1))
+        assert not any(parameter.requires_grad for parameter in grown.parameters())
+
+
+def test_spare_rows_of_the_embedding_are_used_first(base: Base, tmp_path: Path) -> None:
+    model = AutoModelForCausalLM.from_pretrained(base())
+    old = model.get_input_embeddings().weight.shape[0]
+    model.resize_token_embeddings(old + 8)
+    model.save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(base()).save_pretrained(tmp_path)
+    weight = load(tmp_path, added_tokens=["<|note|>"]).get_input_embeddings().weight
+    assert len(weight) == old + 8
+    torch.testing.assert_close(weight[old], weight[:old].mean(0))
+
+
+@pytest.mark.parametrize("token", ["a", "", " ", "<|note|> "])
+def test_what_can_not_become_a_control_token_is_refused(base: Base, token: str) -> None:
+    with pytest.raises(ConfigError, match=r"model\.added_tokens: .* try one like <\|note\|>"):
+        language.load_tokenizer(str(base()), [token])
+
+
+# Layers in main memory
+
+
+def test_offload_without_a_card_is_said_to_change_nothing(base: Base, capfd: pytest.CaptureFixture[str]) -> None:
+    folder = base()
+    capfd.readouterr()
+    load(folder, offload=True)
+    assert capfd.readouterr().err == (
+        "model.offload=true changes nothing without a CUDA card: every layer is in main memory anyway\n"
+    )
+
+
+@pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4])
+@pytest.mark.parametrize("recomputed", [False, True])
+def test_streamed_layers_compute_the_same_and_rest_where_they_were(
+    base: Base, quantize: Quantize, recomputed: bool
+) -> None:
+    """The card's part of this is played by copies on the CPU."""
+    kept, streamed = (load(base(), quantize=quantize) for _ in range(2))
+    linear = [layer for layer in streamed.get_decoder().modules() if isinstance(layer, nn.Linear)]
+    resting = [layer.weight for layer in linear]
+    for layer in linear:
+        language._stream(layer, CPU)
+    targets = ["q_proj", "down_proj"]
+    adapted(kept, targets), adapted(streamed, targets)
+    if recomputed:
+        streamed.gradient_checkpointing_enable({"use_reentrant": False})
+    assert distance(gradients(streamed), gradients(kept)) < 1e-6
+    assert all(layer.weight is weight for layer, weight in zip(linear, resting, strict=True))
+    with pytest.raises(RuntimeError):
+        linear[0](torch.zeros(1, 5))
+    assert linear[0].weight is resting[0]
+
+
+@pytest.mark.parametrize("limit", ["hardware.vram_gib", "what is free"])
+def test_the_linear_layers_of_blocks_that_do_not_fit_stay(
+    base: Base, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], limit: str
+) -> None:
+    model, whole = load(base()), load(base())
+    capfd.readouterr()
+    blocks = model.model.layers
+    room = int((language._bytes(model) - language._bytes(blocks[1]) / 2) / language.WEIGHTS_SHARE)
+    free, vram_gib = (10**12, room / 2**30) if limit == "hardware.vram_gib" else (room, 0.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
+    language._spread(model, CPU, vram_gib)
+    away = {name for name, place in model.hf_device_map.items() if place == "cpu"} - {""}
+    assert away == {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and ".1." in name}
+    assert capfd.readouterr().err == "model.offload: 0.0 of 0.0 GiB of weights stay in main memory\n"
+    assert Accelerator(cpu=True).verify_device_map(model)  # it won't move the model to the card as a whole
+    with torch.no_grad():
+        assert torch.equal(model(input_ids=packs()[0]).logits, whole(input_ids=packs()[0]).logits)
+
+
+def test_a_copied_4bit_weight_leaves_the_scales_of_the_original(base: Base) -> None:
+    weight = load(base(), quantize=Quantize.nf4).model.layers[0].mlp.up_proj.weight
+    copied = language._copied(weight, torch.device("meta"))
+    assert copied.quant_state.absmax.device.type == copied.quant_state.state2.absmax.device.type == "meta"
+    assert weight.quant_state.absmax.device.type == weight.quant_state.state2.absmax.device.type == "cpu"
+
+
+# Attention for rows of many lengths
+
+
+def reference_varlen(
+    query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, borders: Tensor, key_borders: Tensor,
+    longest: int, longest_key: int, *, scale: float, window_size: tuple[int, int],
+) -> Tensor:  # fmt: skip
+    """What torch's kernel computes, as its documentation says; it needs a card."""
+    assert torch.equal(borders, key_borders)
+    assert borders.dtype == torch.int32
+    assert borders.diff().max() <= longest == longest_key
+    left, right = window_size
+    parts = []
+    for begin, stop in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+        distance_LL = torch.arange(stop - begin)[:, None] - torch.arange(stop - begin)
+        seen_LL = (distance_LL >= -right) & ((distance_LL <= left) if left >= 0 else True)
+        scores_HLL = torch.einsum("lhe,mhe->hlm", query_NHE[begin:stop], key_NHE[begin:stop]) * scale
+        weights_HLL = scores_HLL.masked_fill(~seen_LL, -torch.inf).softmax(-1)
+        parts.append(torch.einsum("hlm,mhe->lhe", weights_HLL, value_NHE[begin:stop]))
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral_sliding", "gemma3", "phi3", "glm4", "granite"])
+def test_borders_isolate_rows_as_masks_do(base: Base, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = TARGETS.get(architecture, ["q_proj", "down_proj"])
+    masked = adapted(load(base(architecture)), targets)
+    model = adapted(load(base(architecture)), targets)
+    monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
+    language._use_varlen(model)
+    found, expected = (language.hidden(each, *packs()) for each in (model, masked))
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+    expected_gradients = gradients(masked)
+    assert distance(gradients(model), expected_gradients) < 1e-5
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert distance(gradients(model), expected_gradients) < 1e-5
+
+
+def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load(base("gemma3"))
+
+    def works(kernel: Callable[..., Tensor]) -> bool:
+        monkeypatch.setattr(varlen, "varlen_attn", kernel)
+        return language._varlen_works(model, torch.bfloat16, CPU)
+
+    def missing(*_: object, **__: object) -> Tensor:
+        raise NotImplementedError("no kernel for this card")
+
+    assert works(reference_varlen)
+    assert not works(missing)
+    assert not works(lambda *states, window_size, **rest: reference_varlen(*states, window_size=(-1, 0), **rest))
+    whole = torch.tensor([0, 8], dtype=torch.int32)
+    assert not works(lambda q, k, v, _, __, *rest, **others: reference_varlen(q, k, v, whole, whole, *rest, **others))
+    assert not works(lambda q, *rest, **others: reference_varlen(q.detach(), *rest, **others) + 0 * q)
+    assert [language._varlen_fits(load(base(name))) for name in ("llama", "gemma3", "gemma2")] == [True, True, False]
+
+
+def test_without_borders_the_same_model_still_writes(base: Base) -> None:
+    model, plain = load(base("gemma3")), load(base("gemma3"))
+    language._use_varlen(model)
+    written = [each.generate(packs()[0], max_new_tokens=8, do_sample=False, pad_token_id=3) for each in (model, plain)]
+    assert torch.equal(*written)
+    ids_BL, positions_BL, _ = packs()
+    with torch.no_grad():
+        found, expected = (language.hidden(each, ids_BL, positions_BL, None) for each in (model, plain))
+    assert torch.equal(found, expected)
+
+
+def test_attention_that_knows_no_borders_fails_instead_of_mixing_rows(base: Base) -> None:
+    model = load(base())
+    language._use_varlen(model)
+    for layer in model.model.layers:  # as if the architecture did not hand them on
+        attention = layer.self_attn.forward
+        layer.self_attn.forward = lambda *_, attention=attention, cu_seq_lens_q, **rest: attention(**rest)
+    with pytest.raises(RuntimeError, match="must match"):
+        language.hidden(model, *packs())
+
+
+def test_borders_are_those_of_all_packs_end_to_end() -> None:
+    segments_BL = packs(length=18)[2]
+    assert language._borders(segments_BL).tolist() == [0, 9, 10, 16, 18, 21, 33, 36]
+    assert language._borders(torch.zeros(2, 3)).tolist() == [0, 3, 6]
+
+
+# What is refused
+
+
+def test_bases_that_are_no_language_models_are_refused(base: Base, tiny_base: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="is a diffusion model and no causal language model; try a preset such as"):
+        load(tiny_base)
+    with pytest.raises(ModelError, match="is a blip model and no causal language model; try a preset such as"):
+        load(save_captioner(tmp_path / "captioner"))
+    with pytest.raises(ModelError, match=r"can't be loaded as AutoConfig: .*config\.json"):
+        load(tmp_path)
+
+
+def test_a_base_without_a_tokenizer_is_refused(base: Base, tmp_path: Path) -> None:
+    folder = shutil.copytree(base(), tmp_path / "bare")
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (folder / name).unlink()
+    with pytest.raises(ModelError, match=r"tokenizer\.json is missing"):
+        language.load_tokenizer(str(folder))
+
+
+def test_storage_that_the_machine_can_not_compute_in_is_refused(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise RuntimeError("no kernel\nfor this card")
+
+    monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", fail)
+    with pytest.raises(ModelError, match=r"^model\.quantize=nf4 does not work on this cpu \(no kernel for this card\)"):
+        load(base(), quantize=Quantize.nf4)
+
+
+def test_int8_layers_do_not_go_to_main_memory(base: Base) -> None:
+    with pytest.raises(ModelError, match=r"model\.offload=true needs model\.quantize=nf4 or none"):
+        load(base(), quantize=Quantize.int8, offload=True)
+
+
+def test_a_quantised_release_with_a_picture_part_is_refused(base: Base, tmp_path: Path) -> None:
+    folder = shutil.copytree(base("gemma3"), tmp_path / "quantised")
+    config = (folder / "config.json").read_text()
+    (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4},' + config[1:])
+    with pytest.raises(ModelError, match=r"stored quantised \(gptq\) .* take the release that isn't quantised"):
+        load(folder)
+
+
+def test_a_model_whose_packs_or_logits_work_in_an_unknown_way_is_refused(
+    base: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # rows that see one another
+        seen = language.hidden
+        patch.setattr(language, "hidden", lambda model, ids, positions, segments: seen(model, ids, positions, None))
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM\) can't be trained here.*logits differ by 0\.\d+"):
+            load(base(), torch.bfloat16)
+    with monkeypatch.context() as patch:  # a softcap that the head knows nothing of
+        own = language.head
+        patch.setattr(language, "head", lambda model: dataclasses.replace(own(model), softcap=None))
+        with pytest.raises(ModelError, match=r"Gemma2ForCausalLM\) can't be trained here"):
+            load(base("gemma2"))
+
+
+# What only a card can show
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("dtype", language.HALF)
+@pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral_sliding", "gemma3", "phi3", "glm4"])
+def test_torchs_kernel_isolates_rows_as_masks_do(base: Base, architecture: str, dtype: torch.dtype) -> None:
+    card = torch.device("cuda")
+    targets = TARGETS.get(architecture, ["q_proj", "down_proj"])
+    model = adapted(load(base(architecture), dtype, card), targets)
+    assert model.config._attn_implementation == language.VARLEN
+    masked = adapted(load(base(architecture), dtype, card), targets)
+    masked.set_attn_implementation("sdpa")
+    exact = adapted(load(base(architecture), torch.float32, card), targets)
+    true = gradients(exact)
+    assert distance(gradients(model), true) < 2 * distance(gradients(masked), true) + 1e-3
+    model.gradient_checkpointing_enable({"use_reentrant": False})
+    assert distance(gradients(model), true) < 2 * distance(gradients(masked), true) + 1e-3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [Quantize.int8, Quantize.nf4])
+def test_a_quantised_base_trains_on_a_card(base: Base, quantize: Quantize) -> None:
+    models = (load(base(), torch.bfloat16, device, quantize=quantize) for device in (torch.device("cuda"), CPU))
+    card, cpu = (gradients(adapted(model, ["q_proj", "down_proj"])) for model in models)
+    assert distance(card, cpu) < 0.1
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4])
+def test_layers_that_do_not_fit_stay_in_main_memory(base: Base, quantize: Quantize) -> None:
+    card = torch.device("cuda")
+    config = ModelConfig(kind="language", base=str(base()), quantize=quantize, offload=True)
+    model = language.load_model(config, torch.bfloat16, card, vram_gib=1e-6)
+    weights = [layer.weight for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
+    assert all(weight.device == CPU and weight.is_pinned() for weight in weights)
+    assert model.device.type == language.head(model).weight.device.type == "cuda"
+    whole = load(base(), torch.bfloat16, card, quantize=quantize)
+    targets = ["q_proj", "down_proj"]
+    adapted(model, targets).gradient_checkpointing_enable({"use_reentrant": False})
+    assert distance(gradients(model), gradients(adapted(whole, targets))) < 0.02
