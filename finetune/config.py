@@ -468,12 +468,7 @@ def check(config: Config) -> list[str]:
     if lora.targets not in config.model.lora_targets:
         offered = ", ".join(sorted(config.model.lora_targets)) or "none"
         problems.append(f"lora.targets={lora.targets} is not a preset of this model; it offers: {offered}")
-    require(
-        lora.init is not LoraInit.loftq or config.model.quantize is Quantize.nf4,
-        "lora.init=loftq",
-        "makes up for what nf4 loses",
-        f"model.quantize={config.model.quantize.name}",
-        "default",
-    )
+    if lora.init is LoraInit.loftq and config.model.quantize is not Quantize.nf4:
+        problems.append("lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4")
     require(bool(sample.seeds), "sample.seeds", "must name at least one seed", sample.seeds, "[0,1]")
     return problems

@@ -7,7 +7,6 @@ has to skip. Rows are shuffled anew each epoch and packed within a window of the
 import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -15,13 +14,10 @@ from numpy.typing import NDArray
 from finetune.data.chat import Encoded
 from finetune.errors import DataError
 
-if TYPE_CHECKING:
-    import torch
-
-# B packs, L slots of a pack, N rows, G segments of a pack (its rows, and its padding if there is any)
+# L slots of a pack, N rows
 WINDOW = 8192  # rows packed together: far more than fit a pack, far fewer than a large set
 PADDING = -1  # segment number of padding
-IGNORED = -100  # label of tokens that are not trained: the default of torch's cross entropy
+PAD_ID = 0  # any id will do: padding is a segment of its own that nothing sees and nothing is trained on
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,21 +26,14 @@ class Pack:
 
     ids (L,) int64. trained (L,) bool: the slot's token is a target, predicted from the slot before; never so at a row's
     first token, so nothing is predicted from a neighbour. positions (L,) int64: from 0 in each row, and in the padding.
-    segments (L,) int32: the row's number within the pack, -1 for padding. borders (G+1,) int32: where segments begin
-    and the last one ends (cu_seqlens), padding counted as one. rows: the indices that `plan` gave.
+    segments (L,) int32: the row's number within the pack, -1 for padding. rows: the indices that `plan` gave.
     """
 
     ids: NDArray[np.int64]
     trained: NDArray[np.bool_]
     positions: NDArray[np.int64]
     segments: NDArray[np.int32]
-    borders: NDArray[np.int32]
     rows: tuple[int, ...]
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Targets in place (L,) int64, not shifted: the id where it is trained, else -100."""
-        return np.where(self.trained, self.ids, IGNORED)
 
     @property
     def real(self) -> int:
@@ -113,23 +102,20 @@ def steps(
         yield list(itertools.islice(left, effective))
 
 
-def build(read: Callable[[int], Encoded], rows: Sequence[int], *, length: int, pad_id: int) -> Pack:
+def build(read: Callable[[int], Encoded], rows: Sequence[int], *, length: int) -> Pack:
     """One pack of the rows that `read` gives for these indices. Raises DataError if they don't fit `length` slots."""
-    ids, positions = np.full(length, pad_id, np.int64), np.zeros(length, np.int64)
+    ids, positions = np.full(length, PAD_ID, np.int64), np.zeros(length, np.int64)
     trained, segments = np.zeros(length, np.bool_), np.full(length, PADDING, np.int32)
-    borders = [0]
+    stop = 0
     for number, index in enumerate(rows):
         row = read(index)
-        begin, stop = borders[-1], borders[-1] + len(row.ids)
+        begin, stop = stop, stop + len(row.ids)
         if stop > length:
             raise DataError(f"rows {tuple(rows)} need {stop} slots or more, a pack has {length}; plan anew")
         ids[begin:stop], trained[begin + 1 : stop] = row.ids, row.trained[1:]
         positions[begin:stop], segments[begin:stop] = np.arange(stop - begin), number
-        borders.append(stop)
-    if borders[-1] < length:
-        positions[borders[-1] :] = np.arange(length - borders[-1])
-        borders.append(length)
-    return Pack(ids, trained, positions, segments, np.array(borders, np.int32), tuple(rows))
+    positions[stop:] = np.arange(length - stop)
+    return Pack(ids, trained, positions, segments, tuple(rows))
 
 
 def utilisation(
@@ -143,35 +129,6 @@ def utilisation(
     """How full the packs of the first epoch are. lengths, trained: tokens and trained tokens of each row, (N,)."""
     packs = sum(1 for _ in plan(lengths, length=length, seed=seed, epoch=0, pack=pack))
     return Utilisation(packs, packs * length, int(np.sum(lengths)), int(np.sum(trained)))
-
-
-def flat_borders(packs: Sequence[Pack]) -> NDArray[np.int32]:
-    """Borders of several packs laid end to end, (sum of G + 1,): cu_seqlens for variable-length attention."""
-    parts = [np.zeros(1, np.int32)]
-    for number, pack in enumerate(packs):
-        parts.append(pack.borders[1:] + np.int32(number * len(pack.ids)))
-    return np.concatenate(parts)
-
-
-def block_mask(segments_BL: "torch.Tensor") -> "torch.Tensor":
-    """Which slots see which, (B, 1, L, L) bool for SDPA: those of the same segment that are not later.
-
-    Padding sees padding, so no line is empty (a softmax over nothing is NaN).
-    """
-    import torch
-
-    length = segments_BL.shape[1]
-    causal_LL = torch.ones(length, length, dtype=torch.bool, device=segments_BL.device).tril()
-    same_BLL = segments_BL[:, :, None] == segments_BL[:, None, :]
-    return (same_BLL & causal_LL)[:, None]
-
-
-def additive_mask(segments_BL: "torch.Tensor", dtype: "torch.dtype") -> "torch.Tensor":
-    """`block_mask` as numbers to add to attention scores, (B, 1, L, L): 0 where it is seen, the least number else."""
-    import torch
-
-    seen = block_mask(segments_BL)
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(~seen, torch.finfo(dtype).min)
 
 
 def shuffled(count: int, *key: int) -> NDArray[np.int64]:

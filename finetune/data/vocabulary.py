@@ -1,45 +1,19 @@
-"""What the data side has to know about a tokenizer: its control tokens, padding, identity, and where its tokens lie."""
+"""What the data side has to know about a tokenizer: its control tokens, identity, and where its tokens lie."""
 
 import hashlib
 import itertools
 import json
-import re
 from collections.abc import Sequence, Set
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-# Names that vocabularies give to tokens nobody uses: Llama 3, Qwen, Mistral, Phi, Gemma, GLM, BERT.
-SPARE = (r"pad", r"finetune_right_pad", r"reserved", r"unused", r"dummy", r"placeholder")
-
 
 def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     """The special tokens of a tokenizer, as they are spelled."""
     added = [entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.special]
     return tuple(sorted({*tokenizer.all_special_tokens, *added}))
-
-
-def padding(tokenizer: Any, *, ends: Sequence[int] = ()) -> tuple[int, str]:
-    """The id to pad with and, for the log, why. ends: ids that end an answer.
-
-    Never an id that ends an answer where there is any other: elsewhere (other libraries mask padding by its id) a model
-    that was trained so never stops. The tokenizer's vocabulary is not changed.
-    """
-    forbidden = {*ends, tokenizer.eos_token_id}
-    own = tokenizer.pad_token_id
-    if own is not None and own not in forbidden:
-        return own, f"padding with the tokenizer's own {tokenizer.pad_token}"
-    why = f"its {tokenizer.pad_token} ends answers" if own is not None else "the tokenizer has no padding token"
-    special = {key: entry.content for key, entry in tokenizer.added_tokens_decoder.items() if entry.special}
-    for pattern in SPARE:
-        for key, token in sorted(special.items()):
-            if key not in forbidden and re.search(pattern, token, re.IGNORECASE):
-                return key, f"padding with {token}: {why}"
-    for key, name in ((tokenizer.unk_token_id, "unknown token"), (tokenizer.bos_token_id, "start token")):
-        if key is not None and key not in forbidden:
-            return key, f"padding with the {name} {tokenizer.convert_ids_to_tokens(key)}: {why}"
-    return 0 if 0 not in forbidden else 1, f"padding with the token of id {int(0 in forbidden)}: {why}"
 
 
 def identity(tokenizer: Any, template: str = "") -> str:

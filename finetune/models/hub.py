@@ -149,7 +149,7 @@ def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str,
             return _load(loader, reference, source, options)
     except FinetuneError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
         raise ModelError(_unusable(loader, reference, options, " ".join(str(error).split())[:300])) from error
 
 

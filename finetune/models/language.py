@@ -149,7 +149,10 @@ def _architecture(model: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
             f"{model.base} is stored quantised ({method}) and can't be quantised again"
             + ("; try model.quantize=none" if config is whole else "; take the release that isn't quantised")
         )
-    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, {} if config is whole else {"key_mapping": TEXT_PARTS}
+    options: dict[str, Any] = {} if config is whole else {"key_mapping": TEXT_PARTS}
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2's; some releases of transformers drop it elsewhere
+        options["attn_implementation"] = "eager"
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, options
 
 
 def _no_language_model(base: str, kind: str) -> ModelError:
@@ -279,7 +282,7 @@ def _varlen_fits(model: Any) -> bool:
     config = model.config
     return bool(
         model._supports_flash_attn
-        and config._attn_implementation == "sdpa"  # transformers takes another where scores are capped
+        and config._attn_implementation == "sdpa"
         and not getattr(config, "attention_dropout", 0)
         and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
     )

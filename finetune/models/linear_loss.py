@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-
-from finetune.errors import ModelError
+from torch.utils.checkpoint import checkpoint
 
 CHUNK_BYTES = 128 * 2**20
-"""Size of one chunk's fp32 logits; about two buffers of it are alive at once. Smaller chunks read the weight more often:
-forward and backward of 660 tokens at D = 512, V = 152k, fp32, one CPU core took 8.3 s with 16 MiB, 4.1 s with 64, 3.0 s
-with 128 and 2.8 s with 256. Not measured on a card."""
+"""Size of one chunk's fp32 logits; two such buffers are alive at once, three with a softcap.
+
+Smaller chunks read the weight more often: 660 tokens forward and backward at D = 512, V = 152k in fp32 took one core
+of a CPU 5.2 s with 16 MiB, 3.2 s with 64, 2.9 s with 128 and 2.9 s with 256. Not measured on a card."""
 
 
 @dataclass(frozen=True)
@@ -46,8 +46,8 @@ def logits(head: Head, hidden_ND: Tensor) -> Tensor:
     dtype = _product_dtype(head, hidden_ND.device.type)
     bias = None if head.bias is None else head.bias.to(dtype)
     with torch.autocast(hidden_ND.device.type, enabled=False):
-        product_NV = torch.nn.functional.linear(hidden_ND.to(dtype), head.weight.to(dtype), bias)
-        logits_NV = product_NV.to(torch.promote_types(dtype, torch.float32))
+        logits_NV = torch.nn.functional.linear(hidden_ND.to(dtype), head.weight.to(dtype), bias)
+        logits_NV = logits_NV.to(torch.promote_types(dtype, torch.float32))
         if head.scale != 1:
             logits_NV = logits_NV * head.scale
         if head.softcap is not None:
@@ -61,28 +61,25 @@ def summed_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Te
     hidden_ND: states of the trained tokens alone, so that the others cost nothing; N may be 0. Any dtype.
     targets_N: int64, each from 0 to V - 1.
 
-    Only `hidden_ND` gets a gradient, which is computed at once unless gradients are off. The product runs in the dtype
-    that `logits` names, the softmax and the sum in fp32.
+    The gradient of `hidden_ND` is computed at once unless gradients are off. A head that asks for a gradient as well
+    (the rows of new tokens do) gets one; its logits are then made a second time in the backward pass. The product runs
+    in the dtype that `logits` names, the softmax and the sum in fp32.
 
     One implementation serves every device; the others gain too little where the weight is frozen. 2048 tokens, D = 512,
-    V = 32k, one CPU core, forward and backward, peak memory beyond the inputs:
+    V = 32k, forward and backward, CPU seconds on one core, peak memory beyond the inputs:
 
-        full logits                           fp32 2.2 s, 763 MiB    bf16 1.6 s, 754 MiB
-        torch.nn.functional.linear_cross_entropy   2.8 s,  97 MiB         3.3 s, 159 MiB
-        this, 128 MiB a chunk                      1.7 s, 264 MiB         1.4 s, 272 MiB
-        this, 32 MiB a chunk                       1.8 s,  89 MiB         1.3 s, 100 MiB
+        full logits                           fp32 2.4 s, 763 MiB    bf16 1.5 s, 752 MiB
+        torch.nn.functional.linear_cross_entropy   3.3 s,  97 MiB         2.3 s, 158 MiB
+        this, 128 MiB a chunk                      2.3 s, 280 MiB         1.3 s, 275 MiB
+        this, 32 MiB a chunk                       2.1 s, 118 MiB         1.2 s, 101 MiB
 
-    torch's function (2.13 on) also adds up in bf16 when the states are (29568 nats where 30258 were right), wants states
-    and weight in one dtype, and knows neither softcap nor scale. Liger's kernel, which needs a card and was not timed,
-    passes over a chunk fewer times, but knows no scale, shrinks the chunk to N·D/V tokens, waits for the card in both
-    passes and scales its gradient in place, so that a second backward pass is wrong.
-
-    Raises ModelError if the head asks for a gradient, which would otherwise be lost in silence.
+    torch's function (2.13 on) also adds up in bf16 if the states are bf16 (29568 nats where 30258 were right), wants
+    states and weight in one dtype, and knows neither softcap nor scale. Liger's kernel, which needs a card and was not
+    timed, passes over a chunk fewer times, but knows no scale, shrinks the chunk to about N·D/V tokens, waits for the
+    card in both passes and scales its gradient in place, so that a second backward pass is wrong.
     """
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (head.weight, head.bias)):
-        raise ModelError(
-            "the output layer asks for a gradient, but this loss treats it as frozen; call requires_grad_(False) on it"
-        )
+        return _recomputed(hidden_ND, head, targets_N)
     result: Tensor = _SummedCrossEntropy.apply(  # type: ignore[no-untyped-call]
         hidden_ND, head, targets_N, hidden_ND.requires_grad and torch.is_grad_enabled()
     )
@@ -95,7 +92,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
         device = hidden_ND.device.type
         dtype = _product_dtype(head, device)
         head = replace(head, weight=head.weight.to(dtype))  # once, and not in every chunk
-        rows = max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
+        rows = _rows(head)
         total = hidden_ND.new_zeros((), dtype=torch.promote_types(dtype, torch.float32))
         gradient_ND = torch.empty_like(hidden_ND) if differentiate else None
         with torch.autocast(device, enabled=False):
@@ -115,6 +112,23 @@ class _SummedCrossEntropy(torch.autograd.Function):
         # `out` spares a card the fp32 product.
         scaled_ND = torch.mul(gradient_ND, upstream.reshape(1, 1), out=torch.empty_like(gradient_ND))
         return scaled_ND, None, None, None
+
+
+def _recomputed(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Tensor:
+    def loss(hidden_CD: Tensor, targets_C: Tensor) -> Tensor:
+        return torch.nn.functional.cross_entropy(logits(head, hidden_CD), targets_C, reduction="sum")
+
+    rows = _rows(head)
+    total = hidden_ND.new_zeros((), dtype=torch.promote_types(head.weight.dtype, torch.float32))
+    for start in range(0, len(hidden_ND), rows):
+        hidden_CD, targets_C = hidden_ND[start : start + rows], targets_N[start : start + rows]
+        total = total + checkpoint(loss, hidden_CD, targets_C, use_reentrant=False)
+    return total
+
+
+def _rows(head: Head) -> int:
+    """Tokens in a chunk."""
+    return max(1, CHUNK_BYTES // (4 * head.weight.shape[0]))
 
 
 def _chunk(head: Head, hidden_CD: Tensor, targets_C: Tensor, gradient_CD: Tensor | None) -> Tensor:

@@ -46,10 +46,10 @@ class LanguageTask:
         self.training, held_out = self.rows.split(config.data.validation_share)
         self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
         self.size = len(self.training)
-        self.pad_id = _pad_id(self.chat.tokenizer)
         model: Any = language.load_model(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
         _check_length(config, model)
-        if config.trainer.checkpointing:
+        # Offloaded weights are copied in for each use: without recomputing, a step would keep all copies.
+        if config.trainer.checkpointing or config.model.offload:
             model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
         if config.lora.start_from:
@@ -142,7 +142,7 @@ class LanguageTask:
         if not self.config.data.packing:
             longest = max(int(self.rows.lengths[pack[0]]) for pack in packs)
             length = min(length, -(-longest // ROUND_TO) * ROUND_TO)
-        built = [packing.build(self.rows.__getitem__, pack, length=length, pad_id=self.pad_id) for pack in packs]
+        built = [packing.build(self.rows.__getitem__, pack, length=length) for pack in packs]
         tensors = {
             name: torch.from_numpy(np.stack([getattr(pack, name) for pack in built]))
             for name in ("ids", "positions", "segments", "trained")
@@ -195,11 +195,6 @@ def inject(config: Config, model: nn.Module, tokenizer: Any) -> nn.Module:
         dora=settings.dora,
         new_token_rows=tokenizer.convert_tokens_to_ids(config.model.added_tokens),
     )
-
-
-def _pad_id(tokenizer: Any) -> int:
-    """Any token will do: padding is a segment of its own that nothing looks at and nothing is trained on."""
-    return int(tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id or 0)
 
 
 def _check_length(config: Config, model: Any) -> None:

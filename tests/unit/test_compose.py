@@ -40,7 +40,7 @@ def test_every_preset_composes(preset: str) -> None:
 
 def test_settings_of_the_other_kind_of_model_are_refused() -> None:
     with pytest.raises(
-        ConfigError, match="data.length is a setting of language models, this recipe trains a diffusion"
+        ConfigError, match=r"data\.length is a setting of language models, this recipe trains a diffusion"
     ):
         compose.load("pixar_style", ["data.length=512"])
     with pytest.raises(

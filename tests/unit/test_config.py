@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from finetune import config as module
-from finetune import recipes, schema
+from finetune import schema
 from finetune.compose import load
 from finetune.config import Config, as_dict, check
 

@@ -11,28 +11,6 @@ from tests.unit.data.templates import tokenizer
 BARE = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
 
 
-def test_padding_is_never_what_ends_answers():
-    assert vocabulary.padding(tokenizer(pad="<unk>")) == (2, "padding with the tokenizer's own <unk>")
-    made = tokenizer(pad="</s>", eos="</s>")
-    reserved = made.convert_tokens_to_ids("<|reserved_1|>")
-    assert vocabulary.padding(made) == (reserved, "padding with <|reserved_1|>: its </s> ends answers")
-    made = tokenizer(templates.CHATML, eos="</s>", pad="<|im_end|>", special=[*BARE, "<unk>"], unk="<unk>")
-    key, why = vocabulary.padding(made, ends=Chat(made).ends())
-    assert made.convert_ids_to_tokens(key) == "<unk>"
-    assert why == "padding with the unknown token <unk>: its <|im_end|> ends answers"
-    key, why = vocabulary.padding(tokenizer(special=BARE))
-    assert (key, why) == (0, "padding with the start token <s>: the tokenizer has no padding token")
-    assert vocabulary.padding(tokenizer(special=BARE, bos=None))[0] == 0
-    assert vocabulary.padding(tokenizer(special=["</s>", "<s>"], bos=None))[0] == 1, "0 is the end here"
-
-
-def test_choosing_a_padding_changes_nothing():
-    made = tokenizer()
-    size = len(made)
-    vocabulary.padding(made)
-    assert (len(made), made.pad_token) == (size, None)
-
-
 def test_identity_is_by_content(tmp_path):
     from transformers import AutoTokenizer
 

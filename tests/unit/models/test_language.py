@@ -153,6 +153,11 @@ def test_the_head_gives_the_models_own_logits(base: Base, architecture: str) -> 
     torch.testing.assert_close(found_NV, expected_BLV.flatten(0, 1), rtol=1e-5, atol=1e-5)
 
 
+def test_capped_scores_are_computed_where_the_cap_is_known(base: Base) -> None:
+    assert load(base("gemma2")).config._attn_implementation == "eager"
+    assert load(base("gemma3")).config._attn_implementation == "sdpa"
+
+
 def test_softcap_and_scale_are_read_off_the_architecture(base: Base) -> None:
     assert language.head(load(base("gemma2"))).softcap == 2.0
     assert language.head(load(base("granite"))).scale == 1 / 8

@@ -9,7 +9,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.errors import ModelError
 from finetune.models import linear_loss
 from finetune.models.linear_loss import Head, logits, summed_cross_entropy
 
@@ -207,11 +206,11 @@ def test_without_gradients_none_is_computed() -> None:
 
 
 @pytest.mark.parametrize("part", ["weight", "bias"])
-def test_a_head_that_asks_for_a_gradient_is_refused(part: str) -> None:
+def test_a_head_that_asks_for_a_gradient_gets_it(part: str) -> None:
     hidden_ND, head, targets_N = draw(torch.float32, torch.float32)
     head = with_bias(head)
-    getattr(head, part).requires_grad_()
-    with pytest.raises(ModelError, match=r"treats it as frozen; call requires_grad_\(False\) on it"):
-        summed_cross_entropy(hidden_ND, head, targets_N)
-    with torch.no_grad():
-        assert summed_cross_entropy(hidden_ND, head, targets_N) > 0
+    trained = getattr(head, part).requires_grad_()
+    found = torch.autograd.grad(summed_cross_entropy(hidden_ND, head, targets_N), (hidden_ND, trained))
+    plain = torch.nn.functional.cross_entropy(logits(head, hidden_ND), targets_N, reduction="sum")
+    for gradient, expected in zip(found, torch.autograd.grad(plain, (hidden_ND, trained)), strict=True):
+        torch.testing.assert_close(gradient, expected)

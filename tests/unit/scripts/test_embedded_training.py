@@ -19,7 +19,8 @@ from transformers import (
 )
 
 from scripts.embedded.abstract_pictures import autoencoder_batch
-from scripts.embedded.autoencoder import decode_all, encode_all, picture_loss, whiten
+from scripts.embedded.augment import to_float
+from scripts.embedded.autoencoder import WIDEST, decode_all, encode_all, narrow, picture_loss, whiten
 from scripts.embedded.captioner import new_processor, targets
 from scripts.embedded.diffusion import append, made_up_suffixes, new_scheduler, tokenise, velocity_pair
 from scripts.embedded.evaluate import clarity, describe, detail
@@ -169,6 +170,17 @@ def test_whitening_normalises_latents_and_leaves_pictures_alone() -> None:
     torch.testing.assert_close(after.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(after.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(decode_all(vae, after), decoded, atol=1e-4, rtol=0)
+
+
+def test_a_wide_posterior_is_narrowed_and_its_mean_left_alone() -> None:
+    vae = tiny_autoencoder()
+    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    before = vae.encode(2.0 * to_float(images) - 1.0).latent_dist
+    assert before.std.mean((0, 2, 3)).min() > WIDEST  # untrained
+    narrow(vae, images)
+    after = vae.encode(2.0 * to_float(images) - 1.0).latent_dist
+    torch.testing.assert_close(after.std.mean((0, 2, 3)), torch.full((4,), WIDEST), rtol=1e-3, atol=0)
+    torch.testing.assert_close(after.mean, before.mean)
 
 
 def test_an_error_at_an_eye_costs_more_than_one_in_the_sky() -> None:

@@ -132,3 +132,18 @@ def test_what_decides_the_data_set_changes_its_hash(language_config: Config) -> 
     language_config.data.validation_share = 0.3
     assert texts.inputs(language_config, None) != before
     assert texts.build(language_config, None).content != record.content
+
+
+def test_new_tokens_train_their_own_rows_alone(language_config: Config) -> None:
+    language_config.model.added_tokens = ["<|ship|>"]
+    file = Path(language_config.data.file)
+    file.write_text(file.read_text().replace("matey", "matey<|ship|>"))
+    task = build(language_config)
+    before = {name: weight.clone() for name, weight in task.live().items()}
+    rows = [name for name in before if "trainable_tokens" in name]
+    assert rows
+    assert all(before[name].shape[0] == 1 for name in rows)
+    task.loss(task.collate(next(iter(task.steps(effective=2, start=0))))).backward()
+    trained = {name for name, weight in task.model.named_parameters() if weight.requires_grad}
+    for name, weight in task.model.named_parameters():
+        assert (weight.grad is not None) == (name in trained)
