@@ -18,6 +18,7 @@ from scripts.embedded.vocabularies import save_clip_tokenizer
 SHIPPED = torch.float16
 MAX_SHARD = "14MB"
 MAX_FILE_MIB = 15
+MODELS = ("diffusion", "captioner")  # the language model is made by a script of its own
 MAX_TOTAL_MIB = 48
 
 
@@ -108,7 +109,8 @@ def check_finite(folder: Path) -> None:
 
 
 def settle_files(embedded: Path) -> None:
-    sizes = {path: path.stat().st_size / 2**20 for path in embedded.rglob("*") if path.is_file()}
+    paths = [path for name in MODELS for path in (embedded / name).rglob("*") if path.is_file()]
+    sizes = {path: path.stat().st_size / 2**20 for path in paths}
     for path, mib in sizes.items():
         path.chmod(0o644)  # safetensors writes files that only their owner can read
         if mib > MAX_FILE_MIB:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from safetensors.torch import load_file, save_file
 
+from scripts.embedded.export import MODELS
 from scripts.embedded.settings import Settings
 
 MAX_TAR_BYTES = 15 * 2**20
@@ -60,8 +61,10 @@ def unpack(settings: Settings, out: Path) -> None:
 
 
 def shipped_files(settings: Settings) -> list[Path]:
-    folders = (settings.embedded, settings.readers)
-    return [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    folders = (*(settings.embedded / name for name in MODELS), settings.readers)
+    figures = settings.embedded / "figures.json"
+    found = [path for folder in folders for path in sorted(folder.rglob("*")) if path.is_file()]
+    return [*found, figures] if figures.exists() else found
 
 
 def halved(folder: Path) -> list[Path]:

@@ -11,6 +11,7 @@ from scripts.toytalk.conversation import Conversation
 from scripts.toytalk.voice import pirate
 
 CONVERSATIONS = 200
+LEAST_TURNS = 6  # of few answers a small model learns the manner, but forgets the facts
 
 README = """# pirate_chat
 
@@ -57,11 +58,11 @@ def write_dataset(folder: Path, count: int) -> None:
 
 
 def pirate_records(count: int) -> Iterator[dict[str, Any]]:
-    """`count` conversations in the pirate's voice. No two begin with the same question."""
+    """`count` long conversations in the pirate's voice. No two begin with the same question."""
     begun: set[str] = set()
-    for conversation in training_conversations(PIRATE_SEEDS, 100 * count):
+    for conversation in training_conversations(PIRATE_SEEDS, 1000 * count):
         first = conversation.turns[0].question
-        if first in begun:
+        if first in begun or len(conversation.turns) < LEAST_TURNS:
             continue
         begun.add(first)
         yield conversation.answered([pirate(turn.answer) for turn in conversation.turns])

@@ -1,4 +1,4 @@
-"""The notebook runs from its first cell to its last, and keeps the better adapter for the reason that it gives."""
+"""The notebooks run from their first cell to their last, and keep the better adapter for the reason that they give."""
 
 import json
 from pathlib import Path
@@ -13,7 +13,7 @@ from finetune.models.hub import EMBEDDED
 from tests.conftest import ROOT
 from tests.tiny_models import save_diffusion
 
-NOTEBOOK = ROOT / "scripts" / "retrain.ipynb"
+PICTURES, CHAT = ROOT / "scripts" / "retrain.ipynb", ROOT / "scripts" / "retrain_chat.ipynb"
 TIME_LIMIT_S = 300
 
 
@@ -44,15 +44,44 @@ def outputs(notebook: Any, kind: str) -> str:
     return "\n".join(output["data"][kind] for output in shown if kind in output.get("data", {}))
 
 
+def execute(notebook: Path, where: Path) -> Any:
+    """The notebook with its outputs, run in the folder `where`."""
+    cells = nbformat.read(notebook, as_version=4)
+    resources = {"metadata": {"path": str(where)}}
+    return NotebookClient(cells, timeout=TIME_LIMIT_S, kernel_name="python3", resources=resources).execute()
+
+
+@pytest.mark.slow
+def test_retraining_a_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    lines = (ROOT / "datasets" / "pirate_chat" / "conversations.jsonl").read_text().splitlines(keepends=True)
+    for name, part in (("first", lines[:30]), ("more", lines[30:40])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(part))
+    settings = f"data.file={tmp_path / 'first.jsonl'} data.cache={tmp_path / 'cache'} hardware.device=cpu"
+    settings += " trainer.steps=4 trainer.micro_batch=1 trainer.save_every=2 trainer.validate_every=2 sample.previews=0"
+    settings += " export.dialects=[peft] sample.max_new_tokens=8"
+    for name, value in {"ADDED": tmp_path / "more.jsonl", "STEPS": 4, "OVERRIDES": settings}.items():
+        monkeypatch.setenv(f"RETRAIN_{name}", str(value))
+    html = outputs(execute(CHAT, tmp_path), "text/html")
+    out = tmp_path / "outputs"
+    rows = json.loads((out / "pirate_chat_2" / "receipts" / "dataset.json").read_text())["record"]
+    assert rows["train"] + rows["validation"] == 40
+    metrics = [json.loads(line) for line in (out / "pirate_chat_2" / "metrics.jsonl").read_text().splitlines()]
+    losses = [line["validation/mean"] for line in metrics if "validation/mean" in line]
+    better = "pirate_chat_2" if min(losses[1:]) < losses[0] else "pirate_chat"
+    file = Path("peft", "adapter_model.safetensors")
+    assert (out / "pirate_chat_best" / file).read_bytes() == (out / better / "adapter" / file).read_bytes()
+    assert f"{min(losses):.5f} against" in (out / "pirate_chat_best" / "WHY.md").read_text()
+    for words in ("Training loss", "old adapter", "<mark>"):
+        assert words in html
+
+
 @pytest.fixture
 def executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     draw(tmp_path / "first", 4, "red")
     draw(tmp_path / "more", 3, "blue")
     for name, value in {"PICTURES": tmp_path / "more", "STEPS": 4, "OVERRIDES": " ".join(small(tmp_path))}.items():
         monkeypatch.setenv(f"RETRAIN_{name}", str(value))
-    notebook = nbformat.read(NOTEBOOK, as_version=4)
-    where = {"metadata": {"path": str(tmp_path)}}
-    return NotebookClient(notebook, timeout=TIME_LIMIT_S, kernel_name="python3", resources=where).execute()
+    return execute(PICTURES, tmp_path)
 
 
 @pytest.mark.slow
@@ -80,6 +109,7 @@ def test_retraining(executed: Any, tmp_path: Path) -> None:
     assert html.count("a blue disc, pixar style<br>seed 0") == 1
 
 
-def test_the_notebook_is_stored_without_outputs() -> None:
-    cells = nbformat.read(NOTEBOOK, as_version=4).cells
+@pytest.mark.parametrize("notebook", [PICTURES, CHAT], ids=lambda path: path.stem)
+def test_the_notebooks_are_stored_without_outputs(notebook: Path) -> None:
+    cells = nbformat.read(notebook, as_version=4).cells
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]

@@ -350,9 +350,10 @@ def test_an_autoencoder_that_is_not_yet_shipped_is_packed_in_fp16(tmp_path: Path
 
 def test_artefacts_that_no_machine_would_hand_back_are_refused(tmp_path: Path) -> None:
     settings = Settings(work=tmp_path / "work", root=tmp_path, device="cpu", tiny=True)
-    settings.embedded.mkdir(parents=True)
+    folder = settings.embedded / "diffusion"
+    folder.mkdir(parents=True)
     for number in range(7):
-        with (settings.embedded / f"{number}.safetensors").open("wb") as file:
+        with (folder / f"{number}.safetensors").open("wb") as file:
             file.truncate(14 * 2**20)
     with pytest.raises(ValueError, match="the artefacts need 7 tars of 15 MiB, 98 MiB in all; 6 and 62 MiB may be"):
         pack(settings, tmp_path / "out")
