@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from finetune import rundir
-from finetune.config import Config, check
+from finetune.checks import check
+from finetune.config import Config
 from finetune.errors import ConfigError, RunError
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet, load_record
 

@@ -14,7 +14,6 @@ from scripts.toytalk.voice import pirate
 CONVERSATIONS = 200
 # Of few answers a small model learns the manner, but forgets the facts; and most of all those it is seldom asked for.
 LEAST_TURNS, LEAST_OTHERS = 5, 3
-MOST_TURNS = 13  # of both talks: more would not fit 512 tokens
 SCENE_SKILLS = {asker.__name__ for asker in ASKERS}
 
 README = """# pirate_chat
@@ -64,13 +63,12 @@ def write_dataset(folder: Path, count: int) -> None:
 def pirate_records(count: int) -> Iterator[dict[str, Any]]:
     """`count` long and varied conversations in the pirate's voice. No two begin with the same question."""
     begun: set[str] = set()
-    varied = filter(is_varied, training_conversations(PIRATE_SEEDS, 1000 * count))
-    for first, second in zip(varied, varied, strict=False):  # two talks in a row, by turns from one stream
-        if first.turns[0].question in begun or len(first.turns) + len(second.turns) > MOST_TURNS:
+    for conversation in filter(is_varied, training_conversations(PIRATE_SEEDS, 1000 * count)):
+        first = conversation.turns[0].question
+        if first in begun:
             continue
-        begun.add(first.turns[0].question)
-        both = Conversation((*first.turns, *second.turns), first.system)
-        yield both.answered([pirate(turn.answer) for turn in both.turns])
+        begun.add(first)
+        yield conversation.answered([pirate(turn.answer) for turn in conversation.turns])
         if len(begun) == count:
             return
 

@@ -54,7 +54,7 @@ def untouched(*folders: Path) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["conf=pixar_stile"], ["no recipe called 'pixar_stile'; did you mean pixar_style? there are: pixar_style, "]),
+        (["conf=pixar_stile"], ["no recipe called 'pixar_stile'; did you mean pixar_style? there are: pirate_chat, "]),
         (["conf=pixar_style", "lora.rnak=4"], ["no key called lora.rnak; did you mean lora.rank?"]),
         (
             ["conf=pixar_style", "lora.rank=0", "optim.lr=-1", "trainer.micro_batch=0", "sample.seeds=[]"],

@@ -83,10 +83,10 @@ def test_the_adapter_and_the_merged_model_come_with_what_a_server_needs(talk: Ta
     assert len(json.loads((adapter / "peft" / "chat_template.json").read_text())["sha256"]) == 64
     tokenizer = AutoTokenizer.from_pretrained(adapter / "merged")
     model = AutoModelForCausalLM.from_pretrained(adapter / "merged")
-    question = [{"role": "user", "content": "What is two plus three?"}]
+    question = [{"role": "user", "content": "There are two red boats on a beach. What colour are the boats?"}]
     ids = tokenizer.apply_chat_template(question, add_generation_prompt=True, return_dict=True, return_tensors="pt")
     answer = tokenizer.decode(model.generate(**ids, max_new_tokens=30)[0, ids["input_ids"].shape[1] :])
-    assert re.search(r"five|5", answer)
+    assert "red" in answer
     models = json.loads((adapter / "comparison.json").read_text())["models"]
     assert models["merged"]["divergence"] < 0.01 < models["base"]["divergence"]
 
@@ -119,7 +119,7 @@ def test_the_same_command_again_finds_everything_fresh(talk: Talk) -> None:
 def test_only_pictures_are_captioned(talk: Talk) -> None:
     ended = command.run("caption", "conf=pirate_chat", cwd=talk.work)
     assert ended.code == 2
-    assert ended.err.splitlines() == ["conf=pirate_chat trains a language model; only pictures have captions"]
+    assert ended.err.splitlines() == ["error: conf=pirate_chat trains a language model; only pictures have captions"]
 
 
 @pytest.fixture(scope="session")

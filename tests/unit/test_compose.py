@@ -9,7 +9,8 @@ from hydra import initialize
 from hydra.core.global_hydra import GlobalHydra
 
 from finetune import compose, recipes
-from finetune.config import Config, Optimizer, Precision, as_dict, check
+from finetune.checks import check
+from finetune.config import Config, Optimizer, Precision, as_dict
 from finetune.errors import ConfigError
 
 PRESETS = [f"{group}={name}" for group, files in recipes.preset_files().items() for name in files]

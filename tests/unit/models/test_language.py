@@ -54,7 +54,7 @@ def packs(length: int = 20) -> tuple[Tensor, Tensor, Tensor]:
     built = []
     for lengths in LENGTHS:
         rows = [Encoded(random.integers(5, 390, n).astype(np.uint32), np.ones(n, np.bool_)) for n in lengths]
-        built.append(build(rows.__getitem__, range(len(rows)), length=length, pad_id=3))
+        built.append(build(rows.__getitem__, range(len(rows)), length=length))
     fields = ([getattr(pack, name) for pack in built] for name in ("ids", "positions", "segments"))
     ids_BL, positions_BL, segments_BL = (torch.from_numpy(np.stack(field)) for field in fields)
     return ids_BL, positions_BL, segments_BL

@@ -208,8 +208,6 @@ def test_dialects_that_cannot_be_had_are_refused_before_anything_is_loaded(
         with pytest.raises(ConfigError, match=message):
             text_handout.write(language_config, RUN, {}, None, folder)
 
-    language_config.export.dialects = [Dialect.peft, Dialect.diffusers, Dialect.kohya]
-    refused(r"names diffusers, kohya, which language models don't have; allowed: peft, merged, gguf; try export.dial")
     language_config.export.dialects = [Dialect.gguf]
     language_config.lora.dora = True
     refused(r"lora.dora=true has magnitudes")
