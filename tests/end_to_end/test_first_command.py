@@ -38,7 +38,7 @@ pytestmark = pytest.mark.slow
 
 PICTURES = 40
 TRIGGER = "pixar style"
-FIGURE_PROMPTS, FIGURE_STEPS = 30, 12  # enough to see the figures, few enough for a minute on one core
+FIGURE_PROMPTS, FIGURE_STEPS = 24, 10  # enough to see the figures, few enough for a minute on one core
 
 
 @dataclass(frozen=True)
