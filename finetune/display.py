@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.pages import curves
 from finetune.pages.pictures import picture_html
 from finetune.pages.tables import adapter_rows, plural, run_rows, table_html
-from finetune.pages.texts import SPACED, answers_table, marked_html, text_set_rows
+from finetune.pages.texts import SPACED, answers_table, by_prompt, marked_html, text_set_rows
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Run, Samples, TextSet
 
 MOST_ROWS = 60  # captions shown; the rest is counted
@@ -72,11 +72,9 @@ def samples_html(samples: Samples) -> str:
 
 def answers_html(answers: Answers) -> str:
     """Per prompt the base's answers beside the tuned ones."""
-    shown = answers.items[:MOST_ROWS]
     parts = [
-        f'<p style="{SPACED}"><b>{escape(prompt)}</b></p>'
-        f"{answers_table([item for item in shown if item.prompt == prompt])}"
-        for prompt in dict.fromkeys(item.prompt for item in shown)
+        f'<p style="{SPACED}"><b>{escape(prompt)}</b></p>{answers_table(items)}'
+        for prompt, items in by_prompt(answers.items[:MOST_ROWS]).items()
     ]
     return "".join(parts) + _more(len(answers.items), Path(answers.page).name)
 

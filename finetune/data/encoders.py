@@ -157,7 +157,8 @@ def _receive(process: "subprocess.Popen[bytes]") -> Chunk:
         raise _died(process) from error
     if isinstance(answer, Exception):
         raise answer
-    return answer  # type: ignore[no-any-return]
+    assert isinstance(answer, Chunk)
+    return answer
 
 
 def _died(process: "subprocess.Popen[bytes]") -> RunError:

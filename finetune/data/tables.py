@@ -234,8 +234,8 @@ def _lines(path: Path) -> Iterator[str]:
 
 
 def _parquet(path: Path) -> Rows:
-    import pyarrow  # type: ignore[import-untyped]
-    import pyarrow.parquet  # type: ignore[import-untyped]
+    import pyarrow
+    import pyarrow.parquet
 
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as table:

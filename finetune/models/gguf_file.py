@@ -10,6 +10,7 @@ r rank, I inputs, O outputs of a layer
 import json
 from collections.abc import Iterator
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -49,12 +50,8 @@ class Pair:
 
 def require(base: Any, *, dora: bool = False, added_tokens: bool = False) -> None:
     """Raises ConfigError if an adapter for this base (transformers' configuration of it) can't become a GGUF file."""
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ConfigError(
-            f"export.dialects names gguf, which needs: pip install finetune[gguf]; or {OTHERWISE}"
-        ) from error
+    if find_spec("gguf") is None:
+        raise ConfigError(f"export.dialects names gguf, which needs: pip install finetune[gguf]; or {OTHERWISE}")
     if base.model_type not in ARCHITECTURES:
         raise ConfigError(
             f"export.dialects names gguf, which is there for {', '.join(ARCHITECTURES)}, not for {base.model_type}; "

@@ -97,7 +97,8 @@ def hidden(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, segments_BL: 
     its own segment that are not later (within the window, where a layer has one); on the CPU they spare the card a
     wait. None: a pack is one segment, whatever its positions. Raises ValueError where positions and segments disagree.
     """
-    backbone: Any = model.get_decoder()  # type: ignore[operator]
+    causal: Any = model
+    backbone: Any = causal.get_decoder()
     seen: dict[str, Any]
     if segments_BL is None:
         seen = {"attention_mask": torch.ones_like(ids_BL)}
@@ -120,7 +121,8 @@ def hidden(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, segments_BL: 
 def head(model: nn.Module) -> Head:
     """The frozen output layer, with what the architecture does to its logits."""
     config: Any = model.config
-    layer: Any = model.get_output_embeddings()  # type: ignore[operator]
+    causal: Any = model
+    layer = causal.get_output_embeddings()
     scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
     return Head(
         weight=layer.weight,

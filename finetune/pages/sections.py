@@ -11,7 +11,7 @@ from PIL import Image
 from finetune.pages import curves
 from finetune.pages.pictures import fitting
 from finetune.pages.tables import adapter_rows, duration, plural, rate, run_rows, table_html
-from finetune.pages.texts import answers_table, marked_html, text_set_rows
+from finetune.pages.texts import answers_table, by_prompt, marked_html, text_set_rows
 from finetune.records import (
     Adapter,
     Answer,
@@ -180,12 +180,11 @@ def _pictures(found: Found) -> str:
     files = [folder / name for sample in shown for name in (sample.base_file, sample.file)]
     uris = fitting(files, SAMPLE_SIDES, SAMPLE_BUDGET_BYTES)
     prompts = []
-    for prompt in dict.fromkeys(sample.prompt for sample in shown):
+    for prompt, samples in by_prompt(shown).items():
         pairs = "".join(
             f'<figure class="pair">{_half("base", uris[folder / sample.base_file], sample)}'
             f"{_half('tuned', uris[folder / sample.file], sample)}<figcaption>seed {sample.seed}</figcaption></figure>"
-            for sample in shown
-            if sample.prompt == prompt
+            for sample in samples
         )
         prompts.append(f'<article class="prompt"><h3>{escape(prompt)}</h3>{pairs}</article>')
     if not prompts:
@@ -224,9 +223,8 @@ def _answers(found: Found) -> str:
     """Per prompt a table: the base's answers on the left."""
     shown = found.answers[:MOST_PAIRS]
     prompts = [
-        f'<article class="prompt"><h3>{escape(prompt)}</h3>'
-        f"{answers_table([item for item in shown if item.prompt == prompt])}</article>"
-        for prompt in dict.fromkeys(item.prompt for item in shown)
+        f'<article class="prompt"><h3>{escape(prompt)}</h3>{answers_table(items)}</article>'
+        for prompt, items in by_prompt(shown).items()
     ]
     if not prompts:
         return ""

@@ -3,13 +3,21 @@
 import re
 from collections.abc import Sequence
 from html import escape
+from typing import TypeVar
 
 from finetune.pages.tables import plural, table_html
-from finetune.records import Answer, TextSet
+from finetune.records import Answer, Sample, TextSet
 
+S = TypeVar("S", Sample, Answer)
 MOST_MARKED = 6000  # characters of a conversation that are shown
 BRACKETS = re.compile(r"([⟦⟧])")
 SPACED = "white-space:pre-wrap;overflow-wrap:anywhere"  # here and not in a style sheet: a notebook has none
+
+
+def by_prompt(items: Sequence[S]) -> dict[str, list[S]]:
+    """Samples or answers by their prompt, in the order in which prompts first come."""
+    prompts = dict.fromkeys(item.prompt for item in items)
+    return {prompt: [item for item in items if item.prompt == prompt] for prompt in prompts}
 
 
 def text_set_rows(texts: TextSet) -> list[list[str]]:

@@ -102,13 +102,13 @@ class _Session:
             self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, 0, None)
         else:
             self.state = self.resumed.state
-            self.task.load_state(self.resumed.adapter, str(self.resumed.folder))
+            lora.load_state(self.task.model, self.resumed.adapter, str(self.resumed.folder))
             optimizer.load_state_dict(self.resumed.optimizer)
             if self.resumed.ema is not None:
                 self.ema = Ema.restore(config.trainer.ema_decay, self.resumed.ema, self.accelerator.device)
             say(f"train: going on from step {self.state.step}")
         if config.trainer.ema_decay and self.ema is None:
-            self.ema = Ema(config.trainer.ema_decay, self.task.live())
+            self.ema = Ema(config.trainer.ema_decay, lora.live(self.task.model))
         prepared = self.accelerator.prepare(self.task.model, optimizer)
         self.task.model, self.optimizer = prepared
         if self.state.scaler and self.accelerator.scaler is not None:
@@ -168,7 +168,7 @@ class _Session:
                 smoothed_loss=smoothed,
             )
             if self.ema:
-                self.ema.update(self.task.live())
+                self.ema.update(lora.live(self.task.model))
         self._log(step)
         saving = step.number == trainer.steps or step.number % trainer.save_every == 0
         if trainer.validate_every and (saving or step.number % trainer.validate_every == 0):
@@ -188,7 +188,7 @@ class _Session:
             checkpoint.save(
                 self.folder,
                 self.state,
-                self.task.state(),
+                lora.state(self.task.model),
                 self.optimizer.optimizer.state_dict(),
                 self.ema.state() if self.ema else None,
             )

@@ -11,6 +11,7 @@ from finetune.config import Config
 from finetune.models import language
 from finetune.models.device import pick_device, pick_dtype
 from finetune.models.writer import Writer
+from finetune.pages.texts import by_prompt
 from finetune.progress import progress
 from finetune.records import Answer
 from finetune.tasks import text_handout
@@ -67,8 +68,7 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answer
 def page(items: Sequence[Answer]) -> str:
     """Markdown: a heading for each prompt, and under it a row for each seed, the base's answer beside the tuned one."""
     parts = ["# Base against tuned\n"]
-    for prompt in dict.fromkeys(item.prompt for item in items):
-        rows = [item for item in items if item.prompt == prompt]
+    for prompt, rows in by_prompt(items).items():
         parts.append(f"\n## {_literal(' '.join(prompt.split()))}\n\n| seed | base | tuned |\n| --- | --- | --- |\n")
         parts += [f"| {item.seed} | {_literal(item.base)} | {_literal(item.tuned)} |\n" for item in rows]
     return "".join(parts)

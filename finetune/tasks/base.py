@@ -67,15 +67,3 @@ class Task(Protocol):
     def notes(self) -> dict[str, str]:
         """Texts to show beside the curves when training starts, by title."""
         ...
-
-    def state(self) -> dict[str, Tensor]:
-        """The adapter's weights only: fp32 copies on the CPU."""
-        ...
-
-    def live(self) -> dict[str, Tensor]:
-        """The same names, but the tensors in use themselves."""
-        ...
-
-    def load_state(self, weights: dict[str, Tensor], source: str) -> None:
-        """Put adapter weights back. Raises ModelError if they don't fit."""
-        ...

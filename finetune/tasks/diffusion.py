@@ -55,7 +55,7 @@ class DiffusionTask:
         ).to(device)
         if config.lora.start_from:
             folder = lora.peft_folder(Path(config.lora.start_from))
-            self.load_state(lora.read_peft_folder(folder), str(folder))
+            lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
         """The pictures of each step, each step's from as few buckets as possible."""
@@ -111,18 +111,6 @@ class DiffusionTask:
     def notes(self) -> dict[str, str]:
         """None: the pictures and captions are in the report."""
         return {}
-
-    def state(self) -> dict[str, Tensor]:
-        """The adapter under PEFT's names."""
-        return lora.state(self.model)
-
-    def live(self) -> dict[str, Tensor]:
-        """The adapter's tensors in use."""
-        return lora.live(self.model)
-
-    def load_state(self, weights: dict[str, Tensor], source: str) -> None:
-        """Put adapter weights back. Raises ModelError if they don't fit."""
-        lora.load_state(self.model, weights, source)
 
     def _painter(self) -> Painter:
         sample = self.config.sample

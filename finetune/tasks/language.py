@@ -54,7 +54,7 @@ class LanguageTask:
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
         if config.lora.start_from:
             folder = lora.peft_folder(Path(config.lora.start_from))
-            self.load_state(lora.read_peft_folder(folder), str(folder))
+            lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
         self.writer = Writer(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
@@ -117,18 +117,6 @@ class LanguageTask:
         """One real row with its trained tokens in ⟦ ⟧, so that a wrong mask is seen at once."""
         row = marked(self.chat.tokenizer, self.rows[int(self.training[0])])
         return {"trained tokens": "\n".join("    " + line for line in row.splitlines())}
-
-    def state(self) -> dict[str, Tensor]:
-        """The adapter under PEFT's names."""
-        return lora.state(self.model)
-
-    def live(self) -> dict[str, Tensor]:
-        """The adapter's tensors in use."""
-        return lora.live(self.model)
-
-    def load_state(self, weights: dict[str, Tensor], source: str) -> None:
-        """Put adapter weights back. Raises ModelError if they don't fit."""
-        lora.load_state(self.model, weights, source)
 
     def _answers(self, jobs: Sequence[tuple[str, int]]) -> list[str]:
         sample = self.config.sample

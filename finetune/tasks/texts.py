@@ -27,7 +27,7 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
 def complete(record: TextSet) -> bool:
     """Whether every byte of the rows is still there."""
     try:
-        rows.reopen(Path(record.rows))
+        rows.reopen(Path(record.rows), whole=True)
     except DataError:
         return False
     return True

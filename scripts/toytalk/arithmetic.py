@@ -4,15 +4,14 @@ import random
 from collections.abc import Callable
 
 from scripts.toytalk.conversation import Turn
-from scripts.toytalk.words import KINDS, NAMES, PLURALS, noun
+from scripts.toytalk.words import KINDS, NAMES, PLURALS, noun, weighted
 
 LARGEST = 99
 LARGEST_FACTOR = 10
 
 
 def ask_arithmetic(rng: random.Random) -> Turn:
-    asker = rng.choices(list(ASKERS), list(ASKERS.values()))[0]
-    return asker(rng)
+    return weighted(ASKERS, rng)(rng)
 
 
 def add(rng: random.Random) -> Turn:

@@ -5,15 +5,19 @@ from collections.abc import Callable
 
 from scripts.toytalk.conversation import Turn
 from scripts.toytalk.voice import neutral
-from scripts.toytalk.words import COLOURS, KINDS, OPPOSITES, joined, made_up_word
+from scripts.toytalk.words import COLOURS, KINDS, OPPOSITES, joined, made_up_word, weighted
 
 COUNTED_TO = 30
 MOST_COUNTED = 10
 
 
 def ask_instruction(rng: random.Random) -> Turn:
-    asker = rng.choices(list(ASKERS), list(ASKERS.values()))[0]
-    return asker(rng)
+    return weighted(ASKERS, rng)(rng)
+
+
+def in_order(question: str, skill: str, words: tuple[str, ...], keys: tuple[str, ...]) -> Turn:
+    """A turn whose answer is these words, one after the other."""
+    return Turn(question, ", ".join(words) + ".", skill, words, keys, ordered=True)
 
 
 def repeat(rng: random.Random) -> Turn:
@@ -22,7 +26,7 @@ def repeat(rng: random.Random) -> Turn:
     question = rng.choice([f"Repeat the word {word}", f"Say {word}", f"Please say {word}", f"Repeat after me: {word}"])
     question += ("", " twice", " three times")[times - 1] + "."
     words = (word,) * times
-    return Turn(question, ", ".join(words) + ".", "repeat", words, (f"repeat|{word}",), ordered=True)
+    return in_order(question, "repeat", words, (f"repeat|{word}",))
 
 
 def count_up(rng: random.Random) -> Turn:
@@ -33,7 +37,7 @@ def count_up(rng: random.Random) -> Turn:
     if first == 1:  # nine lists that have to be learnt
         question, keys = rng.choice([f"Count to {last}.", f"Can you count to {last}?", question]), ()
     words = tuple(str(number) for number in range(first, last + 1))
-    return Turn(question, ", ".join(words) + ".", "count_up", words, keys, ordered=True)
+    return in_order(question, "count_up", words, keys)
 
 
 def sort_numbers(rng: random.Random) -> Turn:
@@ -46,7 +50,7 @@ def sort_numbers(rng: random.Random) -> Turn:
         ]
     )
     words = tuple(str(number) for number in sorted(numbers))
-    return Turn(question, ", ".join(words) + ".", "sort_numbers", words, ("sort|" + "|".join(words),), ordered=True)
+    return in_order(question, "sort_numbers", words, ("sort|" + "|".join(words),))
 
 
 def sort_things(rng: random.Random) -> Turn:
@@ -58,7 +62,7 @@ def sort_things(rng: random.Random) -> Turn:
         ]
     )
     words = tuple(sorted(things))
-    return Turn(question, ", ".join(words) + ".", "sort_things", words, ("sort|" + "|".join(words),), ordered=True)
+    return in_order(question, "sort_things", words, ("sort|" + "|".join(words),))
 
 
 def backwards(rng: random.Random) -> Turn:
@@ -71,7 +75,7 @@ def backwards(rng: random.Random) -> Turn:
         ]
     )
     words = tuple(reversed(items))
-    return Turn(question, ", ".join(words) + ".", "backwards", words, ("backwards|" + "|".join(items),), ordered=True)
+    return in_order(question, "backwards", words, ("backwards|" + "|".join(items),))
 
 
 def pick(rng: random.Random) -> Turn:

@@ -18,6 +18,7 @@ from scripts.toytalk.words import (
     capitalised,
     joined,
     noun,
+    weighted,
 )
 
 
@@ -36,7 +37,7 @@ Asker = Callable[[TalkScene, Group | None, random.Random], Asked | None]
 def ask_about_scene(scene: TalkScene, topic: Group | None, rng: random.Random) -> Asked:
     """A question that fits the scene, in terms of `topic` ("it", "they") where there is one."""
     while True:
-        asker = rng.choices(list(ASKERS), list(ASKERS.values()))[0]
+        asker = weighted(ASKERS, rng)
         if asked := asker(scene, topic, rng):
             return asked
 

@@ -2,9 +2,11 @@
 
 import random
 import string
+from typing import TypeVar
 
 from scripts.toyworld.scene import COLOURS, KINDS, PLACES, SETTINGS, SIZES
 
+C = TypeVar("C")
 __all__ = ["COLOURS", "KINDS", "PLACES", "SETTINGS", "SIZES"]
 
 # fmt: off
@@ -54,6 +56,11 @@ OPPOSITES = (
     ("first", "last"),
     ("black", "white"),
 )
+
+
+def weighted(choices: dict[C, float], rng: random.Random) -> C:
+    """One of the choices, each as likely as its weight says."""
+    return rng.choices(list(choices), list(choices.values()))[0]
 
 
 def article(words: str) -> str:

@@ -14,6 +14,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune.config import Config, Dialect, Kept, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
+from finetune.models import lora
 from finetune.records import Dataset, load_receipt
 from finetune.stages import train as stage
 from finetune.stages.train import train
@@ -233,7 +234,7 @@ def test_a_run_can_continue_from_an_earlier_adapter(config: Config, make_dataset
     before = adapter(config.run_dir, 4)
     for folder in ("adapter", "adapter/peft"):
         config.lora.start_from = str(Path(config.run_dir) / folder)
-        assert same(before, DiffusionTask(config, dataset, torch.device("cpu")).state())
+        assert same(before, lora.state(DiffusionTask(config, dataset, torch.device("cpu")).model))
     config.lora.start_from = str(Path(config.run_dir) / "nothing")
     with pytest.raises(ModelError, match=r"nothing/adapter_model.safetensors does not exist"):
         DiffusionTask(config, dataset, torch.device("cpu"))

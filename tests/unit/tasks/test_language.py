@@ -10,7 +10,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.config import Config
 from finetune.errors import ConfigError, DataError, ModelError
-from finetune.models import language
+from finetune.models import language, lora
 from finetune.tasks import texts
 from finetune.tasks.language import LanguageTask
 
@@ -82,7 +82,7 @@ def test_previews_show_base_beside_tuned_and_the_base_stays(language_config: Con
     base, tuned = before.split("\n\n")
     assert base.removeprefix("**base**: ") == tuned.removeprefix("**tuned**: ")
     with torch.no_grad():
-        for name, weight in task.live().items():
+        for name, weight in lora.live(task.model).items():
             if "lora_B" in name:
                 weight.add_(0.5)
     after = task.sample(["How many cats?"], 0)[0]
@@ -139,7 +139,7 @@ def test_new_tokens_train_their_own_rows_alone(language_config: Config) -> None:
     file = Path(language_config.data.file)
     file.write_text(file.read_text().replace("matey", "matey<|ship|>"))
     task = build(language_config)
-    before = {name: weight.clone() for name, weight in task.live().items()}
+    before = {name: weight.clone() for name, weight in lora.live(task.model).items()}
     rows = [name for name in before if "trainable_tokens" in name]
     assert rows
     assert all(before[name].shape[0] == 1 for name in rows)

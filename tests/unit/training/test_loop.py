@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from finetune.errors import TrainingError
+from finetune.models import lora
 from finetune.tasks import registry
 from tests.unit.conftest import Setting
 from tests.unit.training.steps import run
@@ -19,9 +20,9 @@ def test_micro_batch_and_accumulation_do_not_change_the_adapter(setting: Setting
     effective = micro * accumulate
     config.optim.eps = 1e-3  # with 1e-8 Adam turns rounding of vanishing gradients into full steps
     config.trainer.micro_batch, config.trainer.accumulate = micro, accumulate
-    adapter = run(config, dataset)[0].state()
+    adapter = lora.state(run(config, dataset)[0].model)
     config.trainer.micro_batch, config.trainer.accumulate = 1, effective
-    one_by_one = run(config, dataset)[0].state()
+    one_by_one = lora.state(run(config, dataset)[0].model)
     for name, weight in adapter.items():
         assert torch.linalg.vector_norm(weight - one_by_one[name]) <= 1e-5 * torch.linalg.vector_norm(weight) + 1e-9
     assert any(weight.abs().max() > 1e-3 for name, weight in adapter.items() if "lora_B" in name)
@@ -42,8 +43,8 @@ def test_a_non_finite_step_is_refused_and_named(setting: Setting) -> None:
     task, steps = run(config, dataset, poison=0, steps=1)
     assert steps[0].refused is not None
     assert re.search(r"in fp32 on (\d+\.png at timestep|conversations) \d+", steps[0].refused)
-    fresh = registry.build_task(config, dataset, CPU).state()
-    assert all(torch.equal(weight, fresh[name]) for name, weight in task.state().items())
+    fresh = lora.state(registry.build_task(config, dataset, CPU).model)
+    assert all(torch.equal(weight, fresh[name]) for name, weight in lora.state(task.model).items())
     _, steps = run(config, dataset, poison=1)
     assert [step.refused is not None for step in steps] == [False, True, False, False]
 

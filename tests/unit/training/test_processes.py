@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from finetune.config import Config
+from finetune.models import lora
 from finetune.records import Dataset
 from finetune.training.loop import fit
 from tests.unit.training.steps import micro_batches, prepared
@@ -39,7 +40,7 @@ def train_rank(rank: int, processes: int, port: int, config: Config, dataset: Da
     )
     assert [step.units for step in steps] == [4, 4]
     if rank == 0:
-        torch.save({"loss": [step.loss for step in steps], "adapter": task.state()}, out)
+        torch.save({"loss": [step.loss for step in steps], "adapter": lora.state(task.model)}, out)
     if processes > 1:
         torch.distributed.destroy_process_group()
 
