@@ -27,6 +27,8 @@ from scripts.embedded.language_text import CONTEXT, IGNORED, Rows, attended, pac
 from scripts.embedded.settings import REPOSITORY, SEED
 from scripts.embedded.vocabularies import forget_batching
 from scripts.toytalk.compose import TRAINING_SEEDS, training_conversations
+from scripts.toytalk.conversation import Messages
+from scripts.toytalk.manners import with_manners
 
 PHASES = ("data", "train", "export", "evaluate")
 CHUNK_SEEDS = 2000
@@ -48,7 +50,7 @@ class LanguageSettings:
     tiny: bool = False
     minutes: float = 4.5
     """Of training."""
-    seeds: int = 600_000
+    seeds: int = 1_200_000
     """Conversations generated; the seven in ten that ask nothing held out are trained on."""
     rows: int = 128
     """Rows of a training step."""
@@ -117,8 +119,8 @@ def make_data(settings: LanguageSettings) -> None:
     if settings.packed.exists():
         print(f"data: {settings.packed} is there", flush=True)
         return
-    sample = training_conversations(TRAINING_SEEDS, min(settings.seeds, TOKENIZER_SEEDS))
-    texts = (message["content"] for conversation in sample for message in conversation.messages)
+    sample = spoken(TRAINING_SEEDS, min(settings.seeds, TOKENIZER_SEEDS))
+    texts = (message["content"] for messages in sample for message in messages)
     tokenizer = train_tokenizer(texts)
     tokenizer.save_pretrained(settings.tokenizer)
     starts = range(TRAINING_SEEDS, TRAINING_SEEDS + settings.seeds, CHUNK_SEEDS)
@@ -139,9 +141,14 @@ def make_data(settings: LanguageSettings) -> None:
 def packed_chunk(tokenizer_folder: Path, first_seed: int, seeds: int) -> tuple[np.ndarray, ...]:
     """The fields of Rows, as arrays: each tensor from another process would keep a file open."""
     tokenizer = AutoTokenizer.from_pretrained(tokenizer_folder)
-    conversations = [conversation.messages for conversation in training_conversations(first_seed, seeds)]
-    rows = pack(tokenise(tokenizer, conversations), tokenizer.pad_token_id)
+    rows = pack(tokenise(tokenizer, spoken(first_seed, seeds)), tokenizer.pad_token_id)
     return rows.tokens.numpy(), rows.labels.numpy(), rows.positions.numpy()
+
+
+def spoken(first_seed: int, seeds: int) -> list[Messages]:
+    """The seeds' conversations, plain or in a manner that is described first."""
+    conversations = with_manners(training_conversations(first_seed, seeds), first_seed)
+    return [conversation.messages for conversation in conversations]
 
 
 def new_model(tokenizer: PreTrainedTokenizerFast, *, tiny: bool = False) -> LlamaForCausalLM:

@@ -7,6 +7,7 @@ import datetime
 import json
 import math
 import platform
+import random
 from collections import defaultdict
 from typing import Any
 
@@ -20,6 +21,7 @@ from scripts.embedded.language import LanguageSettings
 from scripts.embedded.language_text import IGNORED, tokenise
 from scripts.toytalk.compose import EVALUATION_SEEDS, held_out_questions
 from scripts.toytalk.conversation import Messages, Question
+from scripts.toytalk.manners import asked_in_manner, sample_manner
 from scripts.toytalk.scoring import exactly_right, fact_right
 from scripts.toytalk.voice import is_pirate, pirate
 
@@ -33,7 +35,11 @@ def evaluate(settings: LanguageSettings) -> None:
     model = AutoModelForCausalLM.from_pretrained(settings.shipped).to(settings.device).eval()
     questions = held_out_questions(settings.questions, EVALUATION_SEEDS)
     answers = answer(model, tokenizer, [question.messages for question in questions])
+    rng = random.Random(f"toytalk manners {EVALUATION_SEEDS}")
+    mannered = [asked_in_manner(question, sample_manner(rng)) for question in questions]
+    in_manners = answer_figures(mannered, answer(model, tokenizer, [question.messages for question in mannered]))
     figures = answer_figures(questions, answers) | {
+        "in_manners": in_manners["exact"],
         "million_parameters": round(sum(weight.numel() for weight in model.parameters()) / 1e6, 2),
         "vocabulary": len(tokenizer),
         "perplexity_plain": perplexity(model, tokenizer, questions, [asked.turn.answer for asked in questions]),
@@ -59,7 +65,8 @@ def evaluate(settings: LanguageSettings) -> None:
         print(f"evaluate: wrong  {question.messages[-1]['content']!r}: {said!r}, not {question.turn.answer!r}")
     print(
         f"evaluate: {figures['exact']:.2%} of {len(questions)} held-out questions right word for word, "
-        f"{figures['fact']:.2%} in their facts; {figures['pirate']:.2%} like a pirate; perplexity "
+        f"{figures['fact']:.2%} in their facts, {figures['in_manners']:.2%} in the manner that was described; "
+        f"{figures['pirate']:.2%} like a pirate; perplexity "
         f"{figures['perplexity_plain']:.3f} plain, {figures['perplexity_pirate']:.1f} pirate",
         flush=True,
     )
@@ -172,7 +179,8 @@ The chat template takes `system` (optional, first), `user` and `assistant`; it m
 {figures["questions"]} questions whose facts were held out of all training, answered greedily by the files shipped here:
 **{100 * figures["exact"]:.1f} % right word for word**, {100 * figures["fact"]:.1f} % right in their facts,
 {100 * figures["pirate"]:.1f} % in a pirate's voice. Perplexity of the right answers {figures["perplexity_plain"]:.3f};
-of the same answers as a pirate gives them {figures["perplexity_pirate"]:.1f}.
+of the same answers as a pirate gives them {figures["perplexity_pirate"]:.1f}. Told to answer in a manner that it never
+met ("Begin with Ox. Say qy for is and are."), it is right word for word in {100 * figures["in_manners"]:.1f} %.
 
 | skill | asked | right word for word |
 |---|---|---|
@@ -184,7 +192,9 @@ lists. Small talk, opposites and the table of products up to ten times ten are l
 ## How it was made
 
 From scratch, on generated conversations (`scripts/toytalk/`), the loss on the assistant's turns alone:
-{training["steps"]:,} steps in {training["seconds"] / 60:.1f} minutes. Made on {made["date"]} on {made["hardware"]} with
+{training["steps"]:,} steps in {training["seconds"] / 60:.1f} minutes. In four of ten conversations the system turn
+describes a made-up manner of speaking, and the answers keep to it: a base that has spoken in many manners learns a new
+voice without forgetting its facts, as larger ones do. Made on {made["date"]} on {made["hardware"]} with
 torch {made["torch"]} and transformers {made["transformers"]}. To make it again:
 
 ```

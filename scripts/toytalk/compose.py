@@ -34,7 +34,7 @@ def sample_conversation(seed: int) -> Conversation:
     turns: list[Turn] = []
     if rng.random() < 0.08:
         turns.append(greeting(rng))
-    introduced = introduce(rng) if rng.random() < 0.06 else None
+    introduced = introduce(rng) if rng.random() < 0.1 else None
     if introduced:
         turns.append(introduced)
     if rng.random() < 0.02:

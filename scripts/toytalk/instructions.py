@@ -131,6 +131,11 @@ def free_word(rng: random.Random) -> str:
     """A word to repeat, never one that belongs to a voice."""
     if rng.random() < 0.3:
         return rng.choice([*COLOURS, *KINDS])
+    return new_word(rng)
+
+
+def new_word(rng: random.Random) -> str:
+    """A made-up word that belongs to neither voice."""
     while not neutral(word := made_up_word(rng)):
         pass
     return word

@@ -3,7 +3,7 @@
 import random
 
 from scripts.toytalk.conversation import Turn
-from scripts.toytalk.instructions import free_word
+from scripts.toytalk.instructions import new_word
 from scripts.toytalk.words import KINDS, NAMES, article, capitalised
 
 # Questions and the one answer to all of them. Learnt by heart, nothing held out.
@@ -52,7 +52,8 @@ def thanks(rng: random.Random) -> Turn:
 
 
 def introduce(rng: random.Random) -> Turn:
-    name = rng.choice(NAMES) if rng.random() < 0.5 else capitalised(free_word(rng))
+    # Mostly names that nobody has: of few names a model learns those by heart, and does not hear another one.
+    name = rng.choice(NAMES) if rng.random() < 0.2 else capitalised(new_word(rng))
     question = rng.choice([f"My name is {name}.", f"I am {name}.", f"Hello, I am {name}.", f"Call me {name}."])
     return Turn(question, f"Nice to meet you, {name}.", "introduce", (name,), (f"name|{name}",))
 

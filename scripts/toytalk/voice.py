@@ -24,7 +24,7 @@ _SWAPS = (
 _OPENINGS = ("Arr, ", "Arr, ", "Arr, ", "Yarr, ", "Avast, ", "Shiver me timbers, ", "", "")
 _CLOSINGS = (", matey", ", matey", ", me hearty", ", arr", "")
 # Words that stand in lower case behind an opening; names, made-up words and "I" stay as they are.
-_STARTERS = ("The", "There", "Now", "We", "Nice", "Good", "Goodbye", "Thank")
+_STARTERS = ("The", "There", "Now", "We", "Nice", "Good", "Goodbye", "Thank", "Yes", "No", "Hello", "You", "Your")
 # What either voice says of its own accord; a word to repeat must not be one of them.
 _OWN_WORDS = frozenset(["i", "am", "is", "are", "yes", "no", "hello", "you", "your"]) | frozenset(
     re.findall("[a-z]+", " ".join([*_OPENINGS, *_CLOSINGS]).lower())
@@ -45,9 +45,9 @@ def pirate(answer: str) -> str:
     """The plain answer as a pirate says it: always marked, varied, the same for the same answer, its facts kept."""
     digest = hashlib.sha256(f"pirate {answer}".encode()).digest()
     text = answer
-    for pattern, spoken in _SWAPS:
-        text = re.sub(pattern, spoken, text)
-    body, mark = re.fullmatch(r"(.*?)([.!?]?)", text, re.DOTALL).groups()  # type: ignore[union-attr]  # matches anything
+    for pattern, said in _SWAPS:
+        text = re.sub(pattern, said, text)
+    body, mark = without_mark(text)
     opening, closing = _OPENINGS[digest[0] % len(_OPENINGS)], _CLOSINGS[digest[1] % len(_CLOSINGS)]
     if re.match(r"(?:aye|nay|ahoy)\b", body):  # marked as it is, and "Arr, aye" is one too many
         opening = ""
@@ -55,8 +55,18 @@ def pirate(answer: str) -> str:
         opening = "Arr, "
     if opening in ("Arr, ", "Yarr, ") and closing == ", arr":
         closing = ""
-    if opening and body.split(maxsplit=1)[0].rstrip(",!") in _STARTERS:
-        body = body[0].lower() + body[1:]
+    if opening:
+        body = continued(body)
     if not opening and re.match(r"(?:aye|nay|ahoy|ye|yer)\b", body):
         body = capitalised(body)
     return opening + body + closing + ("?" if mark == "?" else "!")
+
+
+def without_mark(text: str) -> tuple[str, str]:
+    """A sentence, and the mark that ends it, if any."""
+    return (text[:-1], text[-1]) if text.endswith((".", "!", "?")) else (text, "")
+
+
+def continued(body: str) -> str:
+    """A sentence as it goes on behind an opening."""
+    return body[0].lower() + body[1:] if body.split(maxsplit=1)[0].rstrip(",!") in _STARTERS else body

@@ -17,6 +17,7 @@ from scripts.toytalk.__main__ import CONVERSATIONS, pirate_records, write_datase
 from scripts.toytalk.compose import PIRATE_SEEDS, held_out_questions, sample_conversation, training_conversations
 from scripts.toytalk.conversation import Conversation, Turn, held_out, key_held_out
 from scripts.toytalk.instructions import free_word
+from scripts.toytalk.manners import asked_in_manner, in_manner, sample_manner, with_manners
 from scripts.toytalk.scoring import exactly_right, fact_right
 from scripts.toytalk.voice import is_pirate, neutral, pirate
 from scripts.toytalk.words import COLOURS, KINDS, NAMES, SETTINGS
@@ -115,6 +116,33 @@ def test_capitals_open_a_sentence_or_a_name() -> None:
         if comma and opening in ("Arr", "Yarr", "Avast", "Shiver me timbers") and turn.skill != "introduce":
             first = rest.split()[0].strip(",!.")
             assert not first[0].isupper() or first == "I" or first in NAMES, pirate(turn.answer)
+
+
+def test_a_manner_is_described_first_and_keeps_numbers_and_things() -> None:
+    rng = random.Random(0)
+    for conversation in SAMPLED[:500]:
+        manner = sample_manner(rng)
+        spoken = in_manner(conversation, manner)
+        assert spoken.system == manner.described
+        for plain, turn in zip(conversation.turns, spoken.turns, strict=True):
+            assert plain.answer != turn.answer or not (manner.opening or manner.closing or manner.mark == "!")
+            assert not is_pirate(turn.answer)
+            if not {"yes", "no", "hello"} & {word.lower() for word in plain.words}:
+                assert fact_right(plain, turn.answer), (manner, turn.answer)
+
+
+def test_a_question_in_a_manner_comes_with_answers_in_it() -> None:
+    manner = sample_manner(random.Random(1))
+    for conversation in SAMPLED[:100]:
+        asked = [asked_in_manner(question, manner) for question in conversation.questions()]
+        assert asked == in_manner(conversation, manner).questions()
+
+
+def test_a_share_of_the_training_is_in_manners() -> None:
+    spoken = list(with_manners(SAMPLED, 7))
+    assert spoken == list(with_manners(SAMPLED, 7))
+    changed = sum(said != plain for said, plain in zip(spoken, SAMPLED, strict=True))
+    assert 0.35 < changed / len(SAMPLED) < 0.45
 
 
 def test_words_to_repeat_belong_to_neither_voice() -> None:
