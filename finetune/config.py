@@ -59,6 +59,15 @@ class Dialect(Enum):
     gguf = "gguf"
 
 
+class Family(Enum):
+    """Architectures of picture models: Stable Diffusion 1 and 2, XL, 3 and 3.5, FLUX.1."""
+
+    sd = "sd"
+    sdxl = "sdxl"
+    sd3 = "sd3"
+    flux = "flux"
+
+
 class Quantize(Enum):
     """How the frozen base is stored: as it computes, in 8-bit integers (arXiv 2208.07339), or in 4-bit NormalFloat with
     double quantisation (arXiv 2305.14314)."""
@@ -113,6 +122,8 @@ class ModelConfig:
     """What is tuned; the key of `tasks.registry`."""
     base: str = "embedded:diffusion"
     """`embedded:NAME` (comes with the package), a local folder, or a hub id."""
+    family: Family = field(default=Family.sd, metadata=PICTURES)
+    """Architecture of a picture model; its module is `finetune.models.families`."""
     lora_targets: dict[str, list[str]] = field(default_factory=dict)
     """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
     resolution: int = field(default=128, metadata=PICTURES)

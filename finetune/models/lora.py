@@ -19,6 +19,7 @@ from finetune.config import LoraInit
 from finetune.errors import ConfigError, ModelError
 
 ADAPTER = "default"  # PEFT's own default name
+KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 SVD_ITERATIONS = 16  # 99 % of the best part of a matrix without any structure, in a fifteenth of a full SVD's time
 WRONG_SHARE = 0.5  # nf4 loses about a tenth of a weight matrix's norm; a larger difference is another matrix
 
@@ -202,35 +203,42 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def save_diffusers(
-    model: nn.Module, folder: Path, weights: Mapping[str, Tensor], name: str = "pytorch_lora_weights.safetensors"
-) -> Path:
-    """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
-    from diffusers import StableDiffusionPipeline
+def save_kohya(file: Path, weights: Mapping[str, Tensor], part: str, alpha: float, metadata: Mapping[str, str]) -> Path:
+    """Write one safetensors file with kohya-style keys, as other programs read it.
 
-    folder.mkdir(parents=True, exist_ok=True)
-    StableDiffusionPipeline.save_lora_weights(
-        folder,
-        # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
-        unet_lora_layers=dict(weights),
-        weight_name=name,
-        unet_lora_adapter_metadata=model.peft_config[ADAPTER].to_dict(),  # type: ignore[index,union-attr]
-    )
-    return folder / name
-
-
-def save_kohya(file: Path, weights: Mapping[str, Tensor], alpha: float, metadata: Mapping[str, str]) -> Path:
-    """Write one safetensors file with kohya-style keys, as other programs read it."""
-    from diffusers.utils import convert_state_dict_to_kohya
+    part: unet or transformer. Keys are `lora_PART_` and the layer's name with underscores.
+    """
     from safetensors.torch import save_file
 
     file.parent.mkdir(parents=True, exist_ok=True)
-    named = convert_state_dict_to_kohya({f"unet.{name}": weight for name, weight in weights.items()})
-    for name in named:
-        if name.endswith(".alpha"):  # the converter writes the rank here, whatever alpha was
-            named[name] = torch.tensor(float(alpha))
-    save_file({name: weight.contiguous() for name, weight in named.items()}, file, metadata=dict(metadata))
+    named = {}
+    for name, weight in weights.items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
+        key = f"lora_{part}_{layer.replace('.', '_')}"
+        named[f"{key}.{KOHYA_FACTORS[factor]}.weight"] = weight.contiguous()
+        named[f"{key}.alpha"] = torch.tensor(float(alpha))
+    save_file(named, file, metadata=dict(metadata))
     return file
+
+
+def from_kohya(model: nn.Module, weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor] | None:
+    """A kohya-style file under PEFT's names, alpha / r within B; None if it has other keys than layers of `model`."""
+    layers = {f"lora_{part}_{name.replace('.', '_')}": name for name, _ in model.named_modules()}
+    found = {}
+    for key, weight in weights.items():
+        layer, _, factor = key.removesuffix(".weight").rpartition(".")
+        if layer not in layers or factor not in (*KOHYA_FACTORS.values(), "alpha"):
+            return None
+        if factor == "lora_up":
+            weight = weight * (weights[f"{layer}.alpha"] / weight.shape[1])
+        if factor != "alpha":
+            found[f"{layers[layer]}.{'lora_A' if factor == 'lora_down' else 'lora_B'}.weight"] = weight
+    return found
+
+
+def is_kohya(weights: Mapping[str, Tensor]) -> bool:
+    """Whether a file has kohya-style keys."""
+    return any(name.endswith(".lora_down.weight") for name in weights)
 
 
 def _token_rows(model: Any, rows: Sequence[int], targets: Sequence[str]) -> dict[str, list[int]]:

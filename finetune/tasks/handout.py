@@ -7,20 +7,23 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.config import Config, Dialect
+from finetune.config import Config, Dialect, ModelConfig
 from finetune.errors import ExportError
-from finetune.models import adapters, lora
+from finetune.models import lora
 from finetune.models.device import pick_device
-from finetune.models.diffusion import load_unet
+from finetune.models.diffusion import load_adapter, load_backbone, save_adapter
+from finetune.models.families import family
 from finetune.progress import say
 from finetune.records import Run, hash_of
 
-USAGE = """from diffusers import StableDiffusionPipeline
+USAGE = """from diffusers import DiffusionPipeline
 
-pipeline = StableDiffusionPipeline.from_pretrained("{base}")
+pipeline = DiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
 """
+EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 PROBE_SEED = 20240131  # any fixed number: the inputs of the comparison
+PROBE_SIDE = 16  # latent pixels
 
 
 def write(
@@ -28,7 +31,7 @@ def write(
 ) -> tuple[dict[str, str], dict[str, float]]:
     """Write the adapter into `folder` in each of `export.dialects`, and its average, if there is one, in diffusers'.
 
-    Returns the files by dialect (relative to `folder`) and, by dialect, ‖loaded − trained‖ / ‖trained‖ of the UNet's
+    Returns the files by dialect (relative to `folder`) and, by dialect, ‖loaded − trained‖ / ‖trained‖ of the
     output in fp32 on fixed inputs. Raises ExportError if one is over `export.tolerance`.
     """
     device = pick_device(config.hardware.device)
@@ -39,18 +42,19 @@ def write(
             lora.save_peft(trained, folder / "peft", weights, config.model.base)
             files["peft"] = "peft"
         elif dialect is Dialect.diffusers:
-            files["diffusers"] = lora.save_diffusers(trained, folder, weights).name
+            files["diffusers"] = save_adapter(config.model, trained, folder, weights).name
         else:
             file = folder / f"{config.name}.safetensors"
-            files["kohya"] = lora.save_kohya(file, weights, config.lora.alpha, _metadata(config, run)).name
-    probe = _probe(trained, device)
+            part = family(config.model.family).BACKBONE
+            files["kohya"] = lora.save_kohya(file, weights, part, config.lora.alpha, _metadata(config, run)).name
+    probe = _probe(config.model, device)
     reference = probe(trained)
-    effect = _relative(probe(load_unet(config.model.base, torch.float32).to(device)), reference)
+    effect = _relative(probe(load_backbone(config.model, torch.float32).to(device)), reference)
     if effect <= config.export.tolerance:
         say(f"export: the adapter changes the output by only {effect:.1e}; was it trained long enough?")
     differences = {}
     for dialect_name, file_name in files.items():
-        loaded = load(load_unet(config.model.base, torch.float32), folder / file_name).to(device)
+        loaded = load_adapter(config.model, load_backbone(config.model, torch.float32), folder / file_name).to(device)
         differences[dialect_name] = _relative(probe(loaded), reference)
         if not differences[dialect_name] <= config.export.tolerance:  # NaN fails too
             raise ExportError(
@@ -59,37 +63,14 @@ def write(
                 "(export.tolerance)"
             )
     if averaged is not None:
-        files["ema"] = lora.save_diffusers(trained, folder, averaged, "pytorch_lora_weights_ema.safetensors").name
+        files["ema"] = save_adapter(config.model, trained, folder, averaged, EMA_FILE).name
     return files, differences
-
-
-def load(unet: nn.Module, path: Path) -> nn.Module:
-    """The UNet with an adapter in any dialect: a PEFT folder, or a diffusers or kohya-style safetensors file.
-
-    Raises ModelError if the adapter is missing, damaged, or made for another base.
-    """
-    from diffusers import StableDiffusionPipeline
-
-    adapters.require(path)
-    if path.is_dir():
-        return adapters.attach(unet, path).get_base_model()  # type: ignore[no-any-return]
-    weights = lora.read_weights(path)  # names a damaged file better than the libraries do
-    with adapters.fitting(path):
-        state, alphas, metadata = StableDiffusionPipeline.lora_state_dict(
-            dict(weights) if _is_kohya(weights) else str(path), return_lora_metadata=True, unet_config=None
-        )
-        StableDiffusionPipeline.load_lora_into_unet(state, alphas, unet, metadata=metadata)
-    return unet.eval()
-
-
-def _is_kohya(weights: dict[str, Tensor]) -> bool:
-    return any(name.endswith(".lora_down.weight") for name in weights)
 
 
 def _with_adapter(config: Config, weights: dict[str, Tensor]) -> nn.Module:
     """The trained module in fp32, rebuilt from the base and the checkpoint's weights."""
     model = lora.inject(
-        load_unet(config.model.base, torch.float32),
+        load_backbone(config.model, torch.float32),
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
@@ -100,19 +81,20 @@ def _with_adapter(config: Config, weights: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-def _probe(unet: Any, device: torch.device) -> Callable[[nn.Module], Tensor]:
-    """A function that gives any UNet of this shape the same fixed inputs: two noise levels, random text embeddings."""
-    random = torch.Generator().manual_seed(PROBE_SEED)
-    side = unet.config.sample_size
-    side = side if isinstance(side, int) else side[0]
-    latents_BChw = torch.randn((2, unet.config.in_channels, side, side), generator=random).to(device)
-    text_BLD = torch.randn((2, 77, unet.config.cross_attention_dim), generator=random).to(device)
-    timesteps_B = torch.tensor([100, 800], device=device)
+def _probe(wanted: ModelConfig, device: torch.device) -> Callable[[nn.Module], Tensor]:
+    """A function that gives any backbone of this base the same random latents and texts, at two noise levels."""
+    kind = family(wanted.family)
 
     @torch.no_grad()
-    def run(model: nn.Module) -> Tensor:
-        output: Tensor = model(latents_BChw, timesteps_B, encoder_hidden_states=text_BLD, return_dict=False)[0]
-        return output
+    def run(model: Any) -> Tensor:
+        random = torch.Generator().manual_seed(PROBE_SEED)
+        shape = (2, kind.latent_channels(model.config), PROBE_SIDE, PROBE_SIDE)
+        latents_BChw = torch.randn(shape, generator=random)
+        text = {
+            name: torch.randn((2, *shape), generator=random).to(device)
+            for name, shape in sorted(kind.text_shapes(model.config).items())
+        }
+        return kind.predict(model, latents_BChw.to(device), torch.tensor([100, 800], device=device), text)
 
     return run
 

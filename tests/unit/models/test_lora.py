@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from finetune.config import LoraInit, ModelConfig, OptimConfig, Quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.models import lora
-from finetune.models.diffusion import load_unet
+from finetune.models.diffusion import load_backbone
 from finetune.models.language import load_model
 from finetune.training.optim import build_optimizer
 
@@ -23,7 +23,7 @@ ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 
 @pytest.fixture
 def unet(tiny_base: Path) -> torch.nn.Module:
-    return load_unet(str(tiny_base), torch.float32)
+    return load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)
 
 
 def output(unet: torch.nn.Module) -> torch.Tensor:
@@ -40,7 +40,7 @@ def test_a_new_adapter_changes_nothing(unet: torch.nn.Module) -> None:
 
 
 def test_only_the_adapter_trains_in_fp32_under_pefts_names(tiny_base: Path) -> None:
-    unet = load_unet(str(tiny_base), torch.bfloat16)
+    unet = load_backbone(ModelConfig(base=str(tiny_base)), torch.bfloat16)
     lora.inject(unet, rank=4, alpha=8, dropout=0.0, targets=ATTENTION, seed=0)
     assert {parameter.dtype for parameter in lora.adapter_parameters(unet)} == {torch.float32}
     trainable, total = lora.counts(unet)
@@ -55,7 +55,7 @@ def test_the_same_seed_gives_the_same_start_and_leaves_the_global_stream_alone(t
     expected = torch.rand(3)
     for seed in (0, 0, 1):
         torch.manual_seed(7)
-        unet = load_unet(str(tiny_base), torch.float32)
+        unet = load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)
         torch.manual_seed(7)
         lora.inject(unet, rank=4, alpha=8, dropout=0.0, targets=ATTENTION, seed=seed)
         assert torch.equal(torch.rand(3), expected)

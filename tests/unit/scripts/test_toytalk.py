@@ -125,7 +125,8 @@ def test_a_manner_is_described_first_and_keeps_numbers_and_things() -> None:
         spoken = in_manner(conversation, manner)
         assert spoken.system == manner.described
         for plain, turn in zip(conversation.turns, spoken.turns, strict=True):
-            assert turn.answer.startswith(manner.opening) and manner.closing in turn.answer
+            assert turn.answer.startswith(manner.opening)
+            assert manner.closing in turn.answer
             assert not is_pirate(turn.answer)
             if not {"yes", "no", "hello"} & {word.lower() for word in plain.words}:
                 assert fact_right(plain, turn.answer), (manner, turn.answer)

@@ -6,8 +6,9 @@ import pytest
 import torch
 
 from finetune.config import Config
+from finetune.models.objectives import Denoising, min_snr_weights, snr
 from finetune.records import Dataset
-from finetune.tasks.diffusion import DiffusionTask, min_snr_weights, snr, visit_seed
+from finetune.tasks.diffusion import DiffusionTask, visit_seed
 from tests.tiny_models import save_diffusion
 
 CPU = torch.device("cpu")
@@ -68,7 +69,8 @@ def test_a_perfect_prediction_has_no_loss(
     task = DiffusionTask(config, dataset, CPU)
     batch = task.collate([(next(dataset.examples()), 0)])
     clean, noise, timesteps = (batch.tensors[name] for name in ("clean", "noise", "timesteps"))
-    alpha = task.scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+    assert isinstance(task.objective, Denoising)
+    alpha = task.objective.scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
     truth = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[prediction]
     task.model = lambda *_, **__: (truth,)  # type: ignore[assignment]
@@ -84,10 +86,10 @@ def test_caption_dropout_noise_offset_and_min_snr_are_used(
     example = next(dataset.examples())
     config.loss.caption_dropout = 0.999999
     dropped = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
-    assert not dropped.tensors["text"].any()
+    assert not dropped.tensors["text.embedding"].any()
     config.loss.caption_dropout = 0.0
     plain = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
-    assert plain.tensors["text"].any()
+    assert plain.tensors["text.embedding"].any()
     config.loss.noise_offset = 0.5
     shifted = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
     difference = shifted.tensors["noise"] - plain.tensors["noise"]
