@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import lora
+from finetune.models import checkpointing, lora
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_backbone, load_scheduler
 from finetune.models.families import family
@@ -46,8 +46,7 @@ class DiffusionTask:
         self.objective = self.family.objective(load_scheduler(config.model))
         self.painter = self._painter()
         backbone: Any = load_backbone(config.model, self.dtype)
-        if config.trainer.checkpointing:
-            backbone.enable_gradient_checkpointing()
+        checkpointing.recompute(backbone, config.trainer.checkpointing)
         self.model: nn.Module = lora.inject(
             backbone,
             rank=config.lora.rank,
