@@ -7,10 +7,10 @@ of them is called.
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from finetune.api import caption, dataset, export, load, report, sample, train
+    from finetune.api import caption, dataset, export, load, plan, report, sample, train
     from finetune.config import Config
 
-__all__ = ["Config", "caption", "dataset", "export", "load", "report", "sample", "train"]
+__all__ = ["Config", "caption", "dataset", "export", "load", "plan", "report", "sample", "train"]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,6 +11,7 @@ from finetune import rundir
 from finetune.checks import check
 from finetune.config import Config
 from finetune.errors import ConfigError, RunError
+from finetune.plans import Plan
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet, load_record
 
 
@@ -37,6 +38,14 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
         adapter = export.export(config, run)
         samples = sample.sample(config, adapter)
         return Result(captions, data, run, adapter, samples, report.report(config))
+
+
+def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
+    """Whether the run fits `hardware`, and how it is fastest; nothing is written and no card is needed."""
+    config = _config(recipe, overrides)
+    from finetune.stages.plan import plan
+
+    return plan(config)
 
 
 def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:

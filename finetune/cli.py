@@ -16,11 +16,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import recipes
-from finetune.errors import ConfigError, FinetuneError, Interrupted
+from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
+from finetune.plans import Plan
 from finetune.progress import say
 
 COMMANDS = {
     "train": "the whole line: caption, dataset, training, export, samples, report",
+    "plan": "say whether the run fits the card, and the fastest settings that do",
     "caption": "write a caption for every picture that has none",
     "dataset": "read and encode pictures or conversations",
     "export": "write the trained adapter in every file format, checked",
@@ -179,6 +181,8 @@ def _run_job(command: str, tree: Any, sweep: bool) -> None:
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
     summary.show(config, record, list(HydraConfig.get().overrides.task))
+    if isinstance(record, Plan) and not record.fits:
+        raise OutOfMemory("\n".join(record.problems))
 
 
 def _complain(error: Exception, debug: bool) -> int:

@@ -290,6 +290,16 @@ class HardwareConfig:
     """auto, cpu or cuda."""
     vram_gib: float = 0.0
     """Memory of the card that may be used, GiB; 0 is all of it."""
+    card: str = ""
+    """The card as its driver calls it: `plan` then needs none; empty reads the machine."""
+    bf16: bool = True
+    """Whether the card computes in bf16."""
+    tflops: float = 0.0
+    """Peak of dense products in 16 bit with fp32 sums, TFLOP/s."""
+    fp32_tflops: float = 0.0
+    """Peak in fp32, TFLOP/s."""
+    gb_per_s: float = 0.0
+    """Peak of the card's memory, GB/s."""
 
 
 @dataclass

@@ -7,10 +7,11 @@ record is shown, so nothing here raises for a missing file.
 from html import escape
 from pathlib import Path
 
-from finetune.pages import curves
+from finetune.pages import curves, plans
 from finetune.pages.pictures import picture_html
 from finetune.pages.tables import adapter_rows, plural, run_rows, table_html
 from finetune.pages.texts import SPACED, answers_table, by_prompt, marked_html, text_set_rows
+from finetune.plans import Plan
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Run, Samples, TextSet
 
 MOST_ROWS = 60  # captions shown; the rest is counted
@@ -77,6 +78,20 @@ def answers_html(answers: Answers) -> str:
         for prompt, items in by_prompt(answers.items[:MOST_ROWS]).items()
     ]
     return "".join(parts) + _more(len(answers.items), Path(answers.page).name)
+
+
+def plan_html(plan: Plan) -> str:
+    """Settings, memory and phases beside the card's budget."""
+    settings = [[escape(name), *map(escape, row)] for name, row in plans.choices(plan)]
+    parts = [
+        table_html(("plan", ""), [[escape(name), escape(value)] for name, value in plans.facts(plan)]),
+        table_html(("", *plans.settings_head(plan.unit)), settings),
+        table_html(("a training step", "GiB"), [list(row) for row in plans.memory(plan)]),
+        table_html(("phase", "GiB", ""), [list(row) for row in plans.phases(plan)]),
+        *(f"<p><b>{escape(problem)}</b></p>" for problem in plan.problems),
+        "<p>" + "<br>".join(map(escape, plan.notes)) + "</p>",
+    ]
+    return "".join(parts)
 
 
 def _more(count: int, where: str) -> str:

@@ -9,17 +9,23 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
+from finetune.pages import plans
+from finetune.plans import Plan
 from finetune.recipes import shown
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet, load_receipt
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
 NOT_REPEATED = ("run_dir=", "sample.prompts=", "trainer.restart=")  # the next command gives its own, or none
+PLANNED = ("trainer.micro_batch", "trainer.accumulate", "trainer.checkpointing", "model.offload")  # a plan's to say
+NUMBERS = ("GiB", "s/step", "images/s", "tokens/s")
 WIDTH = 80  # columns; a narrower terminal gets its own width
 
 
 def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
     """Print what a command left. overrides: the settings it was given, which the next commands repeat."""
-    if isinstance(record, Result):
+    if isinstance(record, Plan):
+        _plan(record, overrides)
+    elif isinstance(record, Result):
         _table(config, record)
         print("next")
         for line in _next(config, record, overrides):
@@ -79,6 +85,33 @@ def _table(config: Config, result: Result) -> None:
     console.print(table)
 
 
+def _plan(plan: Plan, overrides: Sequence[str]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    console = Console(width=min(WIDTH, Console().width), highlight=False)
+
+    def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+        table = Table(title=title, title_justify="left", show_header=any(head), box=None, pad_edge=False)
+        for name in head:
+            table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
+        for row in rows:
+            table.add_row(*row)
+        console.print(table)
+
+    show(f"finetune plan conf={plan.name}", ("", ""), plans.facts(plan))
+    head, rows = plans.settings_head(plan.unit), plans.choices(plan)
+    show("\nsettings of the same effective batch", ("", *head), [(name, *row) for name, row in rows])
+    show("\na training step", ("", "GiB"), plans.memory(plan))
+    show("\nphases, each at its worst moment", ("", "GiB", ""), plans.phases(plan))
+    for note in plan.notes:
+        console.print(f"· {note}", style="dim")
+    if plan.fits and plan.chosen:
+        words = [word for word in overrides if word.partition("=")[0] not in PLANNED]
+        settings = " ".join(map(shlex.quote, words or [f"conf={plan.name}"]))
+        print(f"next\n  {_program()} train {settings} {' '.join(plan.chosen.overrides)}")
+
+
 def _seconds(run_dir: Path) -> tuple[str, str]:
     """Stages above the seconds each took when it last ran: a fresh stage shows its earlier figure."""
     receipts = {stage: load_receipt(run_dir, stage) for stage in STAGES}
@@ -96,10 +129,8 @@ def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
 
 def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]:
     """Command lines to type next, for the way this program was started."""
-    module = Path(sys.argv[0]).name in ("__main__.py", "-m")
-    python = Path(sys.executable)
-    program = f"{_typed(python)} -m finetune" if module else _typed(python.with_name("finetune"))
-    board = _typed(python.with_name("tensorboard"))
+    program = _program()
+    board = _typed(Path(sys.executable).with_name("tensorboard"))
     wish = "What colour is the sea?" if isinstance(result.samples, Answers) else "a big green fish in space"
     prompt = f"{wish}, {result.adapter.trigger}".removesuffix(", ")
     run_dir = shown(Path(config.run_dir))
@@ -113,6 +144,13 @@ def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]
         f"{board} --logdir {shlex.quote(f'{run_dir}/tensorboard')}",
         f"{program} sample {settings} {wanted}",
     ]
+
+
+def _program() -> str:
+    """How this program was started."""
+    python = Path(sys.executable)
+    module = Path(sys.argv[0]).name in ("__main__.py", "-m")
+    return f"{_typed(python)} -m finetune" if module else _typed(python.with_name("finetune"))
 
 
 def _typed(program: Path) -> str:

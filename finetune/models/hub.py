@@ -48,6 +48,12 @@ def resolve(reference: str) -> Path | str:
     return reference
 
 
+def local(reference: str) -> Path | None:
+    """The folder of a base that is on this machine, downloaded ones included; None if it isn't. Raises ModelError."""
+    source = resolve(reference)
+    return source if isinstance(source, Path) else _snapshot(source)
+
+
 def load(loader: Any, reference: str, **options: Any) -> Any:
     """`loader.from_pretrained` on whatever `reference` means, with everything that can go wrong said in one line.
 

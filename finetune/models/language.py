@@ -16,18 +16,16 @@ from torch import Tensor, nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.errors import ConfigError, ModelError
-from finetune.models import hub
+from finetune.models import hub, varlen
 from finetune.models.linear_loss import Head, logits
 from finetune.progress import say
 
-VARLEN = "finetune_varlen"  # name of `_varlen_attention` in transformers' table of attention functions
-HALF = (torch.float16, torch.bfloat16)
 WEIGHTS_SHARE = 0.6  # of the card for weights where layers are offloaded; the rest is for activations and adapters
 # Where models that also read pictures keep the language model, in releases before and since transformers 5.
 TEXT_PARTS = {r"^language_model\.model\.": "model.", r"^language_model\.lm_head\.": "lm_head.",
               r"^model\.language_model\.": "model."}  # fmt: skip
-# Relative difference of logits: rounding gives 1e-6 in fp32 and about 0.01 in 16 bit, a row that sees another 0.2 to 1.
-FP32_NOISE, HALF_NOISE = 1e-3, 0.05
+# Relative difference of logits: rounding gives 1e-6 in fp32, a row that sees another 0.2 to 1.
+FP32_NOISE, HALF_NOISE = 1e-3, varlen.NOISE
 
 
 def load_tokenizer(base: str, added: Sequence[str] = ()) -> Any:
@@ -59,7 +57,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
     that is none, that can't be stored so, or whose hidden states or output layer are used in a way that isn't known
     here.
     """
-    loader, config, options = _architecture(model)
+    loader, config, options = architecture(model)
     streamed = model.offload and device.type == "cuda"
     if model.offload and not streamed:
         say("model.offload=true changes nothing without a CUDA card: every layer is in main memory anyway")
@@ -81,9 +79,9 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
             layer.support_avx512bf16_for_cpu = False
     if streamed:
         _spread(loaded, device, vram_gib)
-    if device.type == "cuda" and dtype in HALF and _varlen_fits(loaded):
-        if _varlen_works(loaded, dtype, device):
-            _use_varlen(loaded)
+    if device.type == "cuda" and varlen.fits(loaded, dtype):
+        if varlen.works(loaded, dtype, device):
+            varlen.use(loaded)
         else:
             say("torch's attention for packed rows doesn't work on this card; masks do, slower and with more memory")
     _prove(loaded, model.base, device)
@@ -98,24 +96,25 @@ def hidden(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, segments_BL: 
     wait. None: a pack is one segment, whatever its positions. Raises ValueError where positions and segments disagree.
     """
     causal: Any = model
-    backbone: Any = causal.get_decoder()
-    seen: dict[str, Any]
     if segments_BL is None:
-        seen = {"attention_mask": torch.ones_like(ids_BL)}
-    elif backbone.config._attn_implementation == VARLEN:
-        borders = _borders(segments_BL).to(ids_BL.device, non_blocking=True)
-        # An empty mask: transformers builds none of its own, and attention that knows no borders fails on it.
-        seen = {"attention_mask": ids_BL.new_zeros((1, 1, 0, 0), dtype=torch.bool)}
-        seen |= {"cu_seq_lens_q": borders, "cu_seq_lens_k": borders}
-        seen |= dict.fromkeys(("max_length_q", "max_length_k"), ids_BL.shape[1])
+        seen: dict[str, Any] = {"attention_mask": torch.ones_like(ids_BL)}
+    elif varlen.used(causal):
+        seen = varlen.seen(ids_BL, varlen.borders(segments_BL).to(ids_BL.device, non_blocking=True))
     else:
         # transformers reads the segments off the positions and builds every layer's mask, windows included.
         segments_BL = segments_BL.to(positions_BL.device)
         if not torch.equal(positions_BL.diff(dim=1) != 1, segments_BL.diff(dim=1) != 0):
             raise ValueError("positions must count up within each segment and start anew in the next")
         seen = {"attention_mask": None}
-    states: Tensor = backbone(input_ids=ids_BL, position_ids=positions_BL, use_cache=False, **seen).last_hidden_state
-    return states
+    return states(model, ids_BL, positions_BL, seen)
+
+
+def states(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, seen: dict[str, Any]) -> Tensor:
+    """`hidden` with the arguments that say what each slot sees."""
+    causal: Any = model
+    backbone: Any = causal.get_decoder()
+    found: Tensor = backbone(input_ids=ids_BL, position_ids=positions_BL, use_cache=False, **seen).last_hidden_state
+    return found
 
 
 def head(model: nn.Module) -> Head:
@@ -132,14 +131,14 @@ def head(model: nn.Module) -> Head:
     )
 
 
-def _architecture(model: ModelConfig) -> tuple[Any, Any, dict[str, Any]]:
-    """The causal language model's class, its configuration, and further options for loading it."""
+def architecture(model: ModelConfig, folder: Path | None = None) -> tuple[Any, Any, dict[str, Any]]:
+    """The causal language model's class, its configuration (of `folder`, if given), and options for loading it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
 
     source = hub.resolve(model.base)
     if isinstance(source, Path) and (source / "model_index.json").is_file():
         raise _no_language_model(model.base, "diffusion")
-    whole = hub.load(AutoConfig, model.base)
+    whole = hub.load(AutoConfig, str(folder) if folder else model.base)
     text = whole.get_text_config()
     config = text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else whole
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
@@ -277,103 +276,6 @@ def _copied(parameter: Any, device: torch.device) -> Any:
 
 def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
-
-
-def _varlen_fits(model: Any) -> bool:
-    """Whether attention for rows of many lengths is all that this model's attention does."""
-    config = model.config
-    return bool(
-        model._supports_flash_attn
-        and config._attn_implementation == "sdpa"
-        and not getattr(config, "attention_dropout", 0)
-        and set(getattr(config, "layer_types", None) or ()) <= {"full_attention", "sliding_attention"}
-    )
-
-
-@torch.enable_grad()
-def _varlen_works(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's kernel gives what plain attention gives, gradients too, for heads of this size on this card."""
-    config = model.config
-    channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    segments_L = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1], device=device)
-    behind_LL = torch.arange(8, device=device)[:, None] - torch.arange(8, device=device)
-    random = torch.randn((4, 1, 2, 8, channels), generator=torch.Generator().manual_seed(0)).to(device, dtype)
-    query, key, value = (states.requires_grad_() for states in random[:3])
-    try:
-        for window in (None, 3):
-            seen_LL = (segments_L[:, None] == segments_L) & (behind_LL >= 0) & (behind_LL < (window or 8))
-            plain = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen_LL)
-            packed_BLHE, _ = _varlen_attention(
-                nn.Module(), query, key, value, None, scaling=channels**-0.5, sliding_window=window,
-                cu_seq_lens_q=_borders(segments_L[None]), max_length_q=8,
-            )  # fmt: skip
-            found, expected = (
-                torch.cat([output, *torch.autograd.grad(output, (query, key, value), random[3])])
-                for output in (packed_BLHE.transpose(1, 2), plain)
-            )
-            if not (found - expected).norm() <= HALF_NOISE * expected.norm():
-                return False
-    except RuntimeError:  # no kernel for this card or size of heads
-        return False
-    return True
-
-
-def _use_varlen(model: Any) -> None:
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(VARLEN, _varlen_attention)
-    AttentionMaskInterface.register(VARLEN, sdpa_mask)  # for every call without borders, as in writing
-    model.set_attn_implementation(VARLEN)
-
-
-def _borders(segments_BL: Tensor) -> Tensor:
-    """Where segments begin in the packs laid end to end, and the last one ends: (G+1,) int32."""
-    starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
-    starts_BL[:, 1:] = segments_BL.diff(dim=1) != 0
-    starts = starts_BL.flatten().nonzero().flatten()
-    return torch.cat([starts, starts.new_tensor([segments_BL.numel()])]).int()
-
-
-def _varlen_attention(
-    module: nn.Module,
-    query_BHLE: Tensor,
-    key_BKLE: Tensor,
-    value_BKLE: Tensor,
-    attention_mask: Tensor | None,
-    *,
-    scaling: float | None = None,
-    sliding_window: int | None = None,
-    cu_seq_lens_q: Tensor | None = None,
-    max_length_q: int = 0,
-    **others: Any,
-) -> tuple[Tensor, None]:
-    """Attention within segments (B, L, H, E) where `hidden` gives their borders; anywhere else transformers' own."""
-    from torch.nn.attention import varlen
-    from transformers.integrations.sdpa_attention import sdpa_attention_forward
-
-    if cu_seq_lens_q is None:
-        found: tuple[Tensor, None] = sdpa_attention_forward(
-            module, query_BHLE, key_BKLE, value_BKLE, attention_mask, scaling=scaling, **others
-        )
-        return found
-    groups = query_BHLE.shape[1] // key_BKLE.shape[1]  # torch shares keys between heads from 2.12 on only
-    query_NHE, key_NHE, value_NHE = (
-        states.to(value_BKLE.dtype).transpose(1, 2).flatten(0, 1).repeat_interleave(times, dim=1)
-        for states, times in ((query_BHLE, 1), (key_BKLE, groups), (value_BKLE, groups))
-    )
-    output_NHE: Any = varlen.varlen_attn(
-        query_NHE,
-        key_NHE,
-        value_NHE,
-        cu_seq_lens_q,
-        cu_seq_lens_q,
-        max_length_q,
-        max_length_q,
-        scale=scaling,
-        window_size=(-1 if sliding_window is None else sliding_window - 1, 0),
-    )
-    return output_NHE.unflatten(0, (query_BHLE.shape[0], -1)), None
 
 
 def _prove(model: Any, base: str, device: torch.device) -> None:

@@ -4,7 +4,7 @@ B images, C latent channels, h×w latent pixels, L text tokens, D text width.
 """
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,8 @@ from finetune.models import checkpointing, lora
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_backbone, load_scheduler
 from finetune.models.families import family
+from finetune.models.families.base import Family
+from finetune.models.objectives import Objective
 from finetune.records import Dataset, Example
 from finetune.tasks.base import Batch, Visit
 
@@ -76,8 +78,8 @@ class DiffusionTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over images of the weighted mean squared error."""
-        weights_B = self.objective.weights(batch.tensors["timesteps"], self.config.loss.min_snr_gamma)
-        return (self._errors(batch) * weights_B).sum()
+        predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors)
+        return weighted(self.objective, predicted_BChw, batch.tensors, self.config.loss.min_snr_gamma)
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
@@ -139,14 +141,27 @@ class DiffusionTask:
 
     def _errors(self, batch: Batch) -> Tensor:
         """Mean squared error of each image's prediction, (B,) fp32."""
-        clean_BChw, noise_BChw = batch.tensors["clean"], batch.tensors["noise"]
-        timesteps_B = batch.tensors["timesteps"]
-        noisy_BChw = self.objective.noisy(clean_BChw, noise_BChw, timesteps_B)
-        text = {name.removeprefix(TEXT): value for name, value in batch.tensors.items() if name.startswith(TEXT)}
-        predicted_BChw = self.family.predict(self.model, noisy_BChw, timesteps_B, text)
-        target_BChw = self.objective.target(clean_BChw, noise_BChw, timesteps_B)
-        errors_B: Tensor = (predicted_BChw.float() - target_BChw.float()).square().mean(dim=(1, 2, 3))
-        return errors_B
+        predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors)
+        return errors(self.objective, predicted_BChw, batch.tensors)
+
+
+def predict(kind: Family, objective: Objective, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
+    """What the model makes of a batch's noisy latents, (B, C, h, w)."""
+    noisy_BChw = objective.noisy(tensors["clean"], tensors["noise"], tensors["timesteps"])
+    text = {name.removeprefix(TEXT): value for name, value in tensors.items() if name.startswith(TEXT)}
+    return kind.predict(model, noisy_BChw, tensors["timesteps"], text)
+
+
+def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Mean squared error of each image's prediction, (B,) fp32."""
+    target_BChw = objective.target(tensors["clean"], tensors["noise"], tensors["timesteps"])
+    errors_B: Tensor = (predicted_BChw.float() - target_BChw.float()).square().mean(dim=(1, 2, 3))
+    return errors_B
+
+
+def weighted(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor], gamma: float) -> Tensor:
+    """The loss: the sum of all images' errors, each with its weight."""
+    return (errors(objective, predicted_BChw, tensors) * objective.weights(tensors["timesteps"], gamma)).sum()
 
 
 def visit_seed(seed: int, key: str, visit: int) -> int:

@@ -47,7 +47,7 @@ class LanguageTask:
         self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
         self.size = len(self.training)
         model: Any = language.load_model(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
-        _check_length(config, model)
+        check_length(config, model)
         # Offloaded weights are copied in for each use: without recomputing, a step would keep all copies.
         checkpointing.recompute(model, 1 if config.model.offload else config.trainer.checkpointing)
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
@@ -184,7 +184,7 @@ def inject(config: Config, model: nn.Module, tokenizer: Any) -> nn.Module:
     )
 
 
-def _check_length(config: Config, model: Any) -> None:
+def check_length(config: Config, model: Any) -> None:
     most = getattr(model.config, "max_position_embeddings", None)
     if most is not None and config.data.length > most:
         raise ConfigError(

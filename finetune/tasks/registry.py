@@ -9,13 +9,15 @@ from finetune.errors import ConfigError
 from finetune.records import Answer, Answers, CaptionSet, Dataset, Run, Sample, Samples, TextSet
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
     import torch
-    from torch import Tensor
+    from torch import Tensor, nn
 
     from finetune.config import Config
     from finetune.tasks.base import Task
+    from finetune.training.tracer import Trace, Tracer
 
 
 class Data(Protocol):
@@ -58,6 +60,44 @@ class Show(Protocol):
         ...
 
 
+class Sketch(Protocol):
+    """A kind's model without weights, its tensors fakes of `tracer`: what the memory plan traces."""
+
+    unit: str
+    """What throughput counts: images or tokens."""
+    units: int
+    """Of them in one example."""
+    model: nn.Module
+    """With adapters injected."""
+    tracer: Tracer
+    notes: list[str]
+    """What the traces assume or leave out, a line each."""
+
+    def recompute(self, every: int) -> None:
+        """As `trainer.checkpointing`, for every step from now on."""
+        ...
+
+    def inputs(self, micro_batch: int) -> Any:
+        """One micro-batch at its largest."""
+        ...
+
+    def forward(self, inputs: Any) -> Any:
+        """The task's own way from inputs to what the loss takes."""
+        ...
+
+    def loss(self, output: Any, inputs: Any) -> Tensor:
+        """The task's own loss: the sum over items."""
+        ...
+
+    def offloaded(self) -> dict[str, float]:
+        """What `model.offload` changes on the card, bytes by name."""
+        ...
+
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+        """The worst moment of every phase but training, by name."""
+        ...
+
+
 @dataclass(frozen=True)
 class Kind:
     """One kind of model. captioned: its examples are pictures that may need captions first."""
@@ -94,3 +134,17 @@ def build_task(config: Config, dataset: Any, device: torch.device) -> Task:
 
     text_handout.refuse(config)  # now, and not when the training is over
     return LanguageTask(config, dataset, device)
+
+
+def sketch(config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> Sketch:
+    """The model without weights. dtype: of the arithmetic; cuda: compute as a card does; room: bytes for the process.
+
+    Raises ModelError for a base whose configuration isn't on this machine, ConfigError for what it can't do.
+    """
+    if config.model.kind == "diffusion":
+        from finetune.tasks.picture_sketch import PictureSketch
+
+        return PictureSketch(config, dtype, cuda=cuda, room=room)
+    from finetune.tasks.language_sketch import LanguageSketch
+
+    return LanguageSketch(config, dtype, cuda=cuda, room=room)

@@ -19,6 +19,7 @@ from finetune.data.chat import Encoded
 from finetune.data.packing import build
 from finetune.errors import ConfigError, ModelError
 from finetune.models import language, lora
+from finetune.models import varlen as own_varlen
 from finetune.models.linear_loss import logits, summed_cross_entropy
 from tests.tiny_language_models import CHATS, save_language
 from tests.tiny_models import save_captioner
@@ -364,7 +365,7 @@ def test_borders_isolate_rows_as_masks_do(base: Base, architecture: str, monkeyp
     masked = adapted(load(base(architecture)), targets)
     model = adapted(load(base(architecture)), targets)
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
-    language._use_varlen(model)
+    own_varlen.use(model)
     found, expected = (language.hidden(each, *packs()) for each in (model, masked))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     expected_gradients = gradients(masked)
@@ -378,7 +379,7 @@ def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkey
 
     def works(kernel: Callable[..., Tensor]) -> bool:
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
-        return language._varlen_works(model, torch.bfloat16, CPU)
+        return own_varlen.works(model, torch.bfloat16, CPU)
 
     def missing(*_: object, **__: object) -> Tensor:
         raise NotImplementedError("no kernel for this card")
@@ -389,12 +390,13 @@ def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkey
     whole = torch.tensor([0, 8], dtype=torch.int32)
     assert not works(lambda q, k, v, _, __, *rest, **others: reference_varlen(q, k, v, whole, whole, *rest, **others))
     assert not works(lambda q, *rest, **others: reference_varlen(q.detach(), *rest, **others) + 0 * q)
-    assert [language._varlen_fits(load(base(name))) for name in ("llama", "gemma3", "gemma2")] == [True, True, False]
+    fitting = {name: own_varlen.fits(load(base(name)), torch.bfloat16) for name in ("llama", "gemma3", "gemma2")}
+    assert fitting == {"llama": True, "gemma3": True, "gemma2": False}
 
 
 def test_without_borders_the_same_model_still_writes(base: Base) -> None:
     model, plain = load(base("gemma3")), load(base("gemma3"))
-    language._use_varlen(model)
+    own_varlen.use(model)
     written = [each.generate(packs()[0], max_new_tokens=8, do_sample=False, pad_token_id=3) for each in (model, plain)]
     assert torch.equal(*written)
     ids_BL, positions_BL, _ = packs()
@@ -405,7 +407,7 @@ def test_without_borders_the_same_model_still_writes(base: Base) -> None:
 
 def test_attention_that_knows_no_borders_fails_instead_of_mixing_rows(base: Base) -> None:
     model = load(base())
-    language._use_varlen(model)
+    own_varlen.use(model)
     for layer in model.model.layers:  # as if the architecture did not hand them on
         attention = layer.self_attn.forward
         layer.self_attn.forward = lambda *_, attention=attention, cu_seq_lens_q, **rest: attention(**rest)
@@ -415,8 +417,8 @@ def test_attention_that_knows_no_borders_fails_instead_of_mixing_rows(base: Base
 
 def test_borders_are_those_of_all_packs_end_to_end() -> None:
     segments_BL = packs(length=18)[2]
-    assert language._borders(segments_BL).tolist() == [0, 9, 10, 16, 18, 21, 33, 36]
-    assert language._borders(torch.zeros(2, 3)).tolist() == [0, 3, 6]
+    assert own_varlen.borders(segments_BL).tolist() == [0, 9, 10, 16, 18, 21, 33, 36]
+    assert own_varlen.borders(torch.zeros(2, 3)).tolist() == [0, 3, 6]
 
 
 # What is refused
@@ -480,13 +482,13 @@ def test_a_model_whose_packs_or_logits_work_in_an_unknown_way_is_refused(
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("dtype", language.HALF)
+@pytest.mark.parametrize("dtype", own_varlen.HALF)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral_sliding", "gemma3", "phi3", "glm4"])
 def test_torchs_kernel_isolates_rows_as_masks_do(base: Base, architecture: str, dtype: torch.dtype) -> None:
     card = torch.device("cuda")
     targets = TARGETS.get(architecture, ["q_proj", "down_proj"])
     model = adapted(load(base(architecture), dtype, card), targets)
-    assert model.config._attn_implementation == language.VARLEN
+    assert own_varlen.used(model)
     masked = adapted(load(base(architecture), dtype, card), targets)
     masked.set_attn_implementation("sdpa")
     exact = adapted(load(base(architecture), torch.float32, card), targets)

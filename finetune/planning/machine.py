@@ -1,0 +1,145 @@
+"""The machine that a plan is made for: the facts of a preset, or what is found here."""
+
+import os
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import yaml
+
+from finetune import recipes
+from finetune.config import Device, HardwareConfig, Precision
+from finetune.errors import ConfigError
+from finetune.models.device import pick_device
+
+GIB = 2.0**30
+CUDA_CONTEXT_GIB = 0.5
+"""Memory of a process on the card outside torch's allocator: 0.4 to 0.6 GiB with CUDA 12 and 13's libraries loaded."""
+PYTHON_GIB = 0.6  # of a process with torch, diffusers or transformers imported, before any tensor; measured on Linux
+TRIAL_SIDE = 768  # of the matrices whose product measures a CPU, numbers
+UNKNOWN_TFLOPS, UNKNOWN_GB_PER_S = 100.0, 1000.0  # of a card that no preset knows: seconds then only compare
+
+
+@dataclass(frozen=True)
+class Machine:
+    """vram_gib: what a process may take, of the card or of main memory. context_gib: of it outside all tensors.
+
+    tflops: dense products in 16 bit and in fp32, peak on a card, measured on a CPU. known: whether speeds are facts.
+    """
+
+    name: str
+    cuda: bool
+    vram_gib: float
+    context_gib: float
+    bf16: bool
+    tflops: float
+    fp32_tflops: float
+    gb_per_s: float
+    known: bool
+    words: str = ""
+
+    def precision(self, wanted: Precision) -> Precision:
+        """`auto` resolved. Raises ConfigError for arithmetic that the machine doesn't have."""
+        if wanted is Precision.auto:
+            return (Precision.bf16 if self.bf16 else Precision.fp16) if self.cuda else Precision.fp32
+        if wanted is Precision.fp16 and not self.cuda:
+            raise ConfigError("trainer.precision=fp16 needs a CUDA card; on a CPU try trainer.precision=fp32")
+        return wanted
+
+
+def read(hardware: HardwareConfig) -> Machine:
+    """The machine of a configuration: a preset with a card's name needs no card; anything else is read here.
+
+    Raises ConfigError if CUDA is asked for without a card's name and there is none.
+    """
+    if hardware.card:
+        return _preset(hardware)
+    device = pick_device(hardware.device)
+    return _card(hardware) if device.type == "cuda" else _cpu(hardware)
+
+
+def _preset(hardware: HardwareConfig) -> Machine:
+    return Machine(
+        hardware.card,
+        hardware.device is not Device.cpu,
+        hardware.vram_gib,
+        CUDA_CONTEXT_GIB,
+        hardware.bf16,
+        hardware.tflops,
+        hardware.fp32_tflops,
+        hardware.gb_per_s,
+        known=True,
+    )
+
+
+def _card(hardware: HardwareConfig) -> Machine:
+    """The card of this machine: its free memory now, and the speeds of the preset that bears its name."""
+    import torch
+
+    name = torch.cuda.get_device_name()
+    free, total = (size / GIB for size in torch.cuda.mem_get_info())
+    free = min(total, free + CUDA_CONTEXT_GIB)  # asking has made this process's context
+    facts = _facts(name)
+    return Machine(
+        name,
+        True,
+        min(hardware.vram_gib or free, free),
+        CUDA_CONTEXT_GIB,
+        torch.cuda.is_bf16_supported(including_emulation=False),
+        facts.get("tflops", UNKNOWN_TFLOPS),
+        facts.get("fp32_tflops", UNKNOWN_TFLOPS / 2),
+        facts.get("gb_per_s", UNKNOWN_GB_PER_S),
+        known=bool(facts),
+        words=f"{free:.1f} of {total:.1f} GiB free now",
+    )
+
+
+def _cpu(hardware: HardwareConfig) -> Machine:
+    """This machine's processor: main memory that is free now, and its speed in a trial of a few milliseconds."""
+    import psutil
+
+    free = psutil.virtual_memory().available / GIB
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    tflops, gb_per_s = _trial()
+    return Machine(
+        "CPU",
+        False,
+        min(hardware.vram_gib or free, free),
+        PYTHON_GIB,
+        True,
+        tflops,
+        tflops,
+        gb_per_s,
+        known=True,
+        words=f"{cores} cores, {free:.1f} GiB of memory free now",
+    )
+
+
+def _facts(name: str) -> dict[str, Any]:
+    """The preset of a card, by the name that its driver gives."""
+    for path in recipes.preset_files()["hardware"].values():
+        preset = yaml.safe_load(path.read_text(encoding="utf-8"))
+        if preset.get("card") == name:
+            return dict(preset)
+    return {}
+
+
+def _trial() -> tuple[float, float]:
+    """TFLOP/s of a product in fp32, and GB/s of a copy, both as they come out here and now."""
+    import torch
+
+    matrix = torch.ones(TRIAL_SIDE, TRIAL_SIDE)
+    product = _best(lambda: matrix @ matrix)
+    large, other = torch.ones(8 << 20), torch.ones(8 << 20)
+    copy = _best(lambda: other.copy_(large))
+    return 2 * TRIAL_SIDE**3 / product / 1e12, 2 * large.nbytes / copy / 1e9
+
+
+def _best(work: Any) -> float:
+    """Seconds of the fastest of three runs."""
+    seconds = []
+    for _ in range(3):
+        began = time.perf_counter()
+        work()
+        seconds.append(time.perf_counter() - began)
+    return min(seconds)

@@ -1,0 +1,69 @@
+"""What `finetune plan` hands back: which settings a card takes, which are fastest, and where the memory goes."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train the same thing. seconds: of one optimiser step, an estimate; parts: GiB at the worst moment.
+
+    checkpointing: 0 none, 1 every block, n every n-th. units: images, or slots of a row, in one optimiser step.
+    """
+
+    micro_batch: int
+    accumulate: int
+    checkpointing: int
+    offload: bool
+    seconds: float
+    units: int
+    parts: dict[str, float]
+
+    @property
+    def gib(self) -> float:
+        """All that the process takes in a training step."""
+        return sum(self.parts.values())
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What to type to train like this."""
+        words = {
+            "trainer.micro_batch": self.micro_batch,
+            "trainer.accumulate": self.accumulate,
+            "trainer.checkpointing": self.checkpointing,
+        }
+        typed = [f"{key}={value}" for key, value in words.items()]
+        return (*typed, "model.offload=true") if self.offload else tuple(typed)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether a run fits, said before anything starts.
+
+    chosen: the fastest setting that fits, None if none does. asked: the recipe's own. others: the next best that fit,
+    fastest first. phases: GiB of each phase at its worst moment, "training" among them, for `chosen` (or the most
+    frugal setting). problems: what doesn't fit, a line each that ends in what would. notes: what the figures rest on.
+    """
+
+    name: str
+    base: str
+    card: str
+    budget_gib: float
+    precision: str
+    quantize: str
+    unit: str
+    chosen: Setting | None
+    asked: Setting
+    others: tuple[Setting, ...]
+    phases: dict[str, float]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits."""
+        return not self.problems
+
+    def _repr_html_(self) -> str:
+        from finetune.display import plan_html
+
+        return plan_html(self)

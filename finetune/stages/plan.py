@@ -1,0 +1,83 @@
+"""Say before anything starts whether a run fits the card, and how it is fastest."""
+
+from dataclasses import replace
+
+from finetune.config import Config, Quantize
+from finetune.planning import speed
+from finetune.planning.ladder import Ladder, quickest, thriftier
+from finetune.planning.machine import Machine, read
+from finetune.plans import Plan, Setting
+
+OTHERS = 3  # alternatives shown
+# What makes a phase smaller, or where else it can run.
+REMEDIES = {
+    "captioning": "caption.batch=1, or: finetune caption conf={name} hardware=cpu",
+    "encoding texts": "finetune dataset conf={name} hardware=cpu",
+    "encoding pictures": "finetune dataset conf={name} hardware=cpu",
+    "validation": "trainer.validate_every=0",
+    "sampling": "sample.previews=1 'sample.seeds=[0]'",
+    "export": "finetune export conf={name} hardware=cpu, after the training",
+}
+
+
+def plan(config: Config) -> Plan:
+    """The fastest setting that fits `hardware`, what it takes, and what else there is.
+
+    Nothing is written and nothing is loaded but configurations. Raises ModelError for a base whose configuration isn't
+    on this machine, ConfigError for what base or machine can't do.
+    """
+    machine = read(config.hardware)
+    ladder = Ladder(config, machine)
+    tried = ladder.level(0)
+    if not all(setting.gib <= machine.vram_gib for setting in tried):
+        tried += ladder.level(1)
+        best = quickest(tried, machine.vram_gib)
+        if best is not None and best.checkpointing:
+            tried += ladder.level(2)
+    chosen = quickest(tried, machine.vram_gib)
+    if chosen is None and (streamed := _offloaded(config, machine)):
+        ladder = streamed
+        tried = ladder.level(1)
+        chosen = quickest(tried, machine.vram_gib)
+    best = chosen or min(tried, key=lambda setting: setting.gib)
+    asked = config.trainer
+    phases = {"training": best.gib} | dict(ladder.phases(best.micro_batch))
+    over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
+    return Plan(
+        name=config.name,
+        base=config.model.base,
+        card=", ".join(filter(None, [machine.name, machine.words])),
+        budget_gib=machine.vram_gib,
+        precision=ladder.precision.name,
+        quantize=config.model.quantize.name,
+        unit=ladder.sketch.unit,
+        chosen=chosen,
+        asked=ladder.setting(asked.micro_batch, asked.checkpointing),
+        others=_others(tried, chosen, machine.vram_gib),
+        phases=phases,
+        problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),
+        notes=(speed.explained(machine, ladder.precision), *ladder.sketch.notes),
+    )
+
+
+def _offloaded(config: Config, machine: Machine) -> Ladder | None:
+    """The same with layers in main memory, where that can be had."""
+    model = config.model
+    if model.kind == "diffusion" or not machine.cuda or model.offload or model.quantize is Quantize.int8:
+        return None
+    return Ladder(replace(config, model=replace(model, offload=True)), machine)
+
+
+def _others(tried: list[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:
+    fitting = [setting for setting in tried if setting.gib <= budget_gib and setting is not chosen]
+    return tuple(sorted(fitting, key=lambda setting: (setting.seconds, setting.gib))[:OTHERS])
+
+
+def _problem(config: Config, machine: Machine, phase: str, gib: float) -> str:
+    line = f"{phase} needs {gib:.1f} GiB at least, and {machine.name} has {machine.vram_gib:.1f}"
+    if phase != "training":
+        return f"{line}; try {REMEDIES[phase].format(name=config.name)}"
+    for words, changed in thriftier(config):
+        if Ladder(changed, machine).setting(1, 1).gib <= machine.vram_gib:
+            return f"{line}; {words} would fit"
+    return f"{line}, and nothing that this program can change makes it fit; try a smaller base model"

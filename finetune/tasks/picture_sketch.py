@@ -1,0 +1,193 @@
+"""A picture model without weights, for the memory plan: what a step and every other phase would hold on the card.
+
+B images, C latent channels, h×w latent pixels, H×W pixels, T tokens of a caption, D text width.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.config import Config
+from finetune.data import buckets
+from finetune.models import blank, checkpointing, lora
+from finetune.models.families import family
+from finetune.models.families.base import kl_pixels
+from finetune.tasks import diffusion, handout, pictures
+from finetune.training.tracer import Trace, Tracer, optimizer_bytes
+
+PAINTED_AT_ONCE = 8  # of `Painter.draw`
+CLIP_TOKENS = 77
+
+
+class PictureSketch:
+    """Traces what `DiffusionTask` and the stages around it run."""
+
+    unit = "images"
+
+    def __init__(self, config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> None:
+        """dtype: of the arithmetic. room: bytes that the process may have; nothing here depends on it."""
+        self.config = config
+        self.tracer = Tracer(dtype, like_cuda=cuda)
+        self.plain = Tracer(torch.float32, like_cuda=cuda)
+        self.family = family(config.model.family)
+        self.objective = blank.objective(config.model)
+        self.width, self.height = _largest_bucket(config)
+        self.vae = self.tracer.blank(blank.autoencoder(config.model))
+        self.latents = self._latents(self.width, self.height)
+        self.model = self.tracer.blank(self._adapted(dtype)).train()
+        self.notes = [f"pictures of {self.width}×{self.height}, the largest of this recipe's shapes"]
+        self.units = 1
+
+    def recompute(self, every: int) -> None:
+        """As `trainer.checkpointing`."""
+        checkpointing.recompute(self.model, every)
+
+    def inputs(self, micro_batch: int) -> dict[str, Tensor]:
+        """The tensors of a batch as `DiffusionTask.collate` makes them."""
+        latents = (micro_batch, *self.latents)
+        batch = {"clean": torch.empty(latents), "noise": torch.empty(latents)}
+        batch |= {diffusion.TEXT + name: values for name, values in self._texts(micro_batch).items()}
+        return batch | {"timesteps": torch.zeros(micro_batch, dtype=torch.long)}
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """The prediction."""
+        return diffusion.predict(self.family, self.objective, self.model, batch)
+
+    def loss(self, predicted_BChw: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The sum over images."""
+        return diffusion.weighted(self.objective, predicted_BChw, batch, self.config.loss.min_snr_gamma)
+
+    def offloaded(self) -> dict[str, float]:
+        """Nothing of a picture model waits in main memory."""
+        return {}
+
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+        """Every phase but training, by name."""
+        states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
+        yield "captioning", self._captioning()
+        yield "encoding texts", self._encoding_texts()
+        yield "encoding pictures", self._encoding_pictures()
+        if self.config.trainer.validate_every:
+            yield "validation", self._validation(micro_batch, states)
+        if self.config.sample.prompts:
+            yield "sampling", self._sampling(states)
+        yield "export", self._export()
+
+    def _captioning(self) -> Trace:
+        settings = self.config.caption
+        tracer = Tracer(self.tracer.dtype, like_cuda=self.tracer.like_cuda)
+        model: Any = tracer.blank(blank.captioner(settings.model, tracer.dtype))
+        side, text = model.config.vision_config.image_size, model.config.text_config
+        beams = settings.batch * settings.num_beams
+
+        def work() -> None:
+            pixels_B3HW = torch.empty(settings.batch, 3, side, side, dtype=tracer.dtype)
+            seen = model.vision_model(pixel_values=pixels_B3HW).last_hidden_state
+            seen = seen.repeat_interleave(settings.num_beams, dim=0)
+            layers = text.num_hidden_layers * 2  # keys and values of every token written, and of the picture
+            _cache = [
+                torch.empty(beams, settings.max_new_tokens + seen.shape[1], text.hidden_size, dtype=tracer.dtype)
+                for _ in range(layers)
+            ]
+            ids_B1 = torch.zeros(beams, 1, dtype=torch.long)
+            mask_BL = torch.ones(seen.shape[:2], dtype=torch.long)
+            model.text_decoder(input_ids=ids_B1, encoder_hidden_states=seen, encoder_attention_mask=mask_BL)
+
+        return tracer.run(model, work)
+
+    def _encoding_texts(self) -> Trace:
+        tracer = Tracer(torch.float32, like_cuda=self.tracer.like_cuda)
+        encoders = tracer.blank(blank.text_encoders(self.config.model))
+        shapes = self.family.text_shapes(_config(self.model))
+        longest = max(shape[0] for shape in shapes.values() if len(shape) == 2)
+
+        def work() -> None:
+            for encoder in encoders.children():
+                tokens = CLIP_TOKENS if type(encoder).__name__.startswith("CLIP") else longest
+                encoder(torch.zeros(pictures.TEXT_BATCH, tokens, dtype=torch.long), output_hidden_states=True)
+
+        return tracer.run(encoders, work)
+
+    def _encoding_pictures(self) -> Trace:
+        count = max(1, pictures.PIXELS_AT_ONCE // (self.width * self.height))
+        return self.tracer.run(
+            self.vae, lambda: self.family.moments(self.vae, torch.empty(count, 3, self.height, self.width))
+        )
+
+    def _validation(self, micro_batch: int, states: dict[str, float]) -> Trace:
+        def work() -> None:
+            with self.tracer.autocast():
+                batch = self.inputs(micro_batch)
+                diffusion.errors(self.objective, self.forward(batch), batch)
+
+        return self._evaluated(self.model, work, states)
+
+    def _sampling(self, states: dict[str, float]) -> Trace:
+        """Previews in training: the optimiser is there too."""
+        sample, side = self.config.sample, self.config.model.resolution
+        previews = min(sample.previews, len(sample.prompts))
+        count = min(PAINTED_AT_ONCE, max(previews, len(sample.seeds)))
+        latents = self._latents(side, side)
+
+        def work() -> None:
+            with self.tracer.autocast():
+                text = self._texts(1)
+                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.call(text, text, 1.0)
+                rows = count * (2 if guided else 1)
+                timesteps_B = torch.zeros(rows, dtype=torch.long)
+                self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
+            if self.family.VAE_CLASS == "AutoencoderKL":
+                kl_pixels(self.vae, torch.empty(count, *latents))
+
+        self.notes.append(f"sampling draws {count} pictures at once")
+        if self.family.VAE_CLASS != "AutoencoderKL":
+            self.notes.append(f"sampling: decoding with {self.family.VAE_CLASS} isn't traced")
+        return self._evaluated(nn.ModuleList([self.model, self.vae]), work, states)
+
+    def _export(self) -> Trace:
+        """The trained model and one that was loaded back, both in fp32."""
+        model = self.plain.blank(self._adapted(torch.float32)).eval()
+        second = sum(parameter.nbytes for parameter in model.parameters())
+        latents = (2, self.latents[0], handout.PROBE_SIDE, handout.PROBE_SIDE)
+
+        def work() -> None:
+            self.family.predict(model, torch.empty(latents), torch.zeros(2, dtype=torch.long), self._texts(2))
+
+        return self.plain.run(model, work, held={"weights": second})
+
+    def _evaluated(self, model: nn.Module, work: Any, held: dict[str, float]) -> Trace:
+        self.model.eval()
+        try:
+            return self.tracer.run(model, work, held=held)
+        finally:
+            self.model.train()
+
+    def _adapted(self, dtype: torch.dtype) -> nn.Module:
+        config = self.config
+        return lora.inject(
+            blank.backbone(config.model, dtype),
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.model.lora_targets[config.lora.targets],
+            seed=config.seed,
+        )
+
+    def _latents(self, width: int, height: int) -> tuple[int, ...]:
+        return tuple(self.tracer.shape(lambda: self.family.moments(self.vae, torch.empty(1, 3, height, width))[0])[1:])
+
+    def _texts(self, count: int) -> dict[str, Tensor]:
+        shapes = self.family.text_shapes(_config(self.model))
+        return {name: torch.empty(count, *shape) for name, shape in shapes.items()}
+
+
+def _config(model: Any) -> Any:
+    return model.config
+
+
+def _largest_bucket(config: Config) -> buckets.Bucket:
+    model = config.model
+    shapes = buckets.make(model.resolution, step=model.bucket_step, max_aspect=config.data.max_aspect)
+    return max(shapes, key=lambda bucket: bucket[0] * bucket[1])
