@@ -72,6 +72,11 @@ class Ladder:
             parts=parts(trace, self.machine),
         )
 
+    def least_gib(self) -> float:
+        """What the most frugal setting takes, from one trace."""
+        self.sketch.recompute(1)
+        return sum(parts(self._step(1), self.machine).values())
+
     def phases(self, micro_batch: int) -> Iterator[tuple[str, float]]:
         """GiB of every other phase at its worst moment, by name."""
         for name, trace in self.sketch.phases(micro_batch):

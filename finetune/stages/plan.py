@@ -78,6 +78,6 @@ def _problem(config: Config, machine: Machine, phase: str, gib: float) -> str:
     if phase != "training":
         return f"{line}; try {REMEDIES[phase].format(name=config.name)}"
     for words, changed in thriftier(config):
-        if Ladder(changed, machine).setting(1, 1).gib <= machine.vram_gib:
+        if Ladder(changed, machine).least_gib() <= machine.vram_gib:
             return f"{line}; {words} would fit"
     return f"{line}, and nothing that this program can change makes it fit; try a smaller base model"

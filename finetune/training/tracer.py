@@ -28,9 +28,7 @@ CPU = torch.device("cpu")
 T = TypeVar("T")
 U = TypeVar("U")
 ROUND_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
-ADAM_STATES = {Optimizer.adamw: 8.0, Optimizer.adamw8bit: 2 * (1 + 4 / 256)}
-"""Bytes of Adam's two states for each trained number; in 8 bit with one fp32 scale for 256 (bitsandbytes)."""
-SMALL_8BIT = 4096  # numbers in a tensor under which bitsandbytes keeps 32-bit states
+SMALL_8BIT, BLOCK_8BIT = 4096, 256  # numbers: tensors under the first keep 32-bit states; the second share a scale
 # CUDA autocast runs these in fp32 and the CPU's doesn't (torch, "Autocast Op Reference").
 FP32_ON_CUDA = ("group_norm", "layer_norm", "rms_norm", "softmax")
 
@@ -121,8 +119,8 @@ class Tracer:
                 meter.in_loss = True
                 total = loss(output, batch)
                 meter.in_loss = False
+            del batch, output  # the loop holds neither
             torch.autograd.backward(total)
-            del batch, output, total
         for parameter in trained:
             parameter.grad = None
         return meter.trace()
@@ -189,12 +187,16 @@ def stretched(one: Trace, two: Trace, micro_batches: tuple[int, int], wanted: in
 
 
 def optimizer_bytes(parameters: Iterable[Tensor], name: Optimizer) -> float:
-    """Memory of the optimiser's states."""
-    small = ADAM_STATES[Optimizer.adamw]
-    return sum(
-        parameter.numel() * (ADAM_STATES[name] if parameter.numel() >= SMALL_8BIT else small)
-        for parameter in parameters
-    )
+    """Memory of Adam's two states: fp32, or a byte a number and fp32 scales (bitsandbytes)."""
+    total = 0
+    for size in (parameter.numel() for parameter in parameters):
+        thrifty = name is Optimizer.adamw8bit and size >= SMALL_8BIT
+        total += 2 * (_rounded(size) + _rounded(4 * -(-size // BLOCK_8BIT)) if thrifty else _rounded(4 * size))
+    return float(total)
+
+
+def _rounded(size: int) -> int:
+    return -(-size // ROUND_BYTES) * ROUND_BYTES
 
 
 def _fake(tensor: Tensor) -> Tensor:
@@ -301,7 +303,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self.sizes:
             return False
-        size = -(-storage.nbytes() // ROUND_BYTES) * ROUND_BYTES
+        size = _rounded(storage.nbytes())
         self.sizes[key] = size, self.in_loss
         self.live += size
         self.loss_live += size * self.in_loss

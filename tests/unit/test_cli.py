@@ -4,6 +4,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ import yaml
 
 from finetune import api, cli, errors, recipes, summary
 from finetune.config import Config
+from finetune.plans import Plan, Setting
 from finetune.records import (
     Adapter,
     Caption,
@@ -421,3 +423,42 @@ def test_misspelt_keys_wrong_types_and_wrong_values_are_named_at_once(finetune_c
         "seed must be in 0 … 2^63-1",
         "lora.dropout must be in 0 … 1 (1 excluded)",
     ]
+
+
+# -- plan ----------------------------------------------------------------------------------------------------------
+
+
+def planned(**changes: Any) -> Plan:
+    fast = Setting(2, 4, 0, False, 0.25, 8, {"weights": 5.0, "activations": 10.0, "CUDA context": 0.5})
+    own = Setting(8, 1, 0, False, 0.5, 8, {"weights": 5.0, "activations": 40.0})
+    phases = {"training": fast.gib, "encoding pictures": 3.0, "export": 7.25}
+    found = Plan("smoke", "a/base", "a card", 23.5, "bf16", "none", "images", fast, own, (), phases, (), ("x" * 150,))
+    return replace(found, **changes)
+
+
+def test_plan_prints_a_table_of_80_columns_and_what_to_type(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    monkeypatch.setattr(api, "plan", lambda config: planned())
+    answer = finetune_cli("plan", "conf=smoke", "data.folder=pictures", "trainer.micro_batch=8", "trainer.accumulate=1")
+    assert answer.code == 0, answer.err
+    for word in ("weights", "CUDA context", "phases", "export", "fastest", "recipe's, too large", "32.0", "15.50"):
+        assert word in answer.out
+    table, command = answer.out.split("next\n")
+    assert max(map(len, table.splitlines())) <= 80
+    assert command.strip().endswith(
+        "train conf=smoke data.folder=pictures trainer.micro_batch=2 trainer.accumulate=4 trainer.checkpointing=0"
+    )
+    assert not (workdir / "outputs").exists()
+
+
+def test_plan_says_in_one_line_and_an_exit_code_that_nothing_fits(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    problem = "training needs 30.0 GiB at least, and a card has 23.5; model.resolution=512 would fit"
+    monkeypatch.setattr(api, "plan", lambda config: planned(chosen=None, problems=(problem,)))
+    answer = finetune_cli("plan", "conf=smoke")
+    assert answer.code == errors.OutOfMemory.exit_code == 5
+    assert answer.err == f"error: {problem}\n"
+    assert "next\n" not in answer.out

@@ -1,0 +1,163 @@
+"""The ladder: one effective batch in many ways, figures that follow from traces, and points measured on a card."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+
+from finetune.config import Config, Device, Family, Precision, Quantize
+from finetune.models import checkpointing
+from finetune.planning import speed
+from finetune.planning.ladder import Ladder, parts, quickest, thriftier
+from finetune.planning.machine import GIB, Machine
+from finetune.plans import Setting
+from finetune.tasks import registry
+from finetune.training.tracer import stretched
+
+CARD = Machine("a card", True, 24.0, 0.5, True, 165.2, 82.6, 1008, known=True)
+XL = "stabilityai/stable-diffusion-xl-base-1.0"
+ATTENTION = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}
+
+
+def on_a_card(config: Config, effective: int = 8) -> Config:
+    config.hardware.device, config.trainer.precision = Device.cuda, Precision.auto
+    config.trainer.micro_batch, config.trainer.accumulate = effective, 1
+    return config
+
+
+@pytest.fixture(params=["diffusion", "language"])
+def ladder(request: pytest.FixtureRequest) -> Ladder:
+    name = "config" if request.param == "diffusion" else "language_config"
+    return Ladder(on_a_card(request.getfixturevalue(name)), CARD)
+
+
+def test_rungs_keep_the_effective_batch_and_go_from_fast_to_frugal(ladder: Ladder) -> None:
+    rungs = ladder.rungs()
+    assert {rung.micro_batch * rung.accumulate for rung in rungs} == {8}
+    assert [rung.seconds for rung in rungs] == sorted(rung.seconds for rung in rungs)
+    memory = [rung.gib for rung in rungs]
+    assert memory == sorted(memory, reverse=True)
+    assert len(rungs) > 2
+    everything = [setting for level in (0, 1, 2) for setting in ladder.level(level)]
+    assert min(setting.gib for setting in everything) == memory[-1]
+    assert min(setting.seconds for setting in everything) == rungs[0].seconds
+    for budget in (*memory, memory[-1] - 1e-9):
+        best, front = quickest(everything, budget), quickest(rungs, budget)
+        assert (best and best.seconds) == (front and front.seconds)
+        assert best is None or best.gib <= budget
+
+
+def test_recomputing_saves_memory_and_costs_time(ladder: Ladder) -> None:
+    none, every_second, every = (ladder.setting(4, level) for level in (0, 2, 1))
+    assert none.gib > every_second.gib > every.gib
+    assert none.seconds < every_second.seconds < every.seconds
+
+
+def test_drawing_on_agrees_with_tracing(ladder: Ladder) -> None:
+    sketch = ladder.sketch
+
+    def trace(micro_batch: int) -> float:
+        found = sketch.tracer.step(
+            sketch.model, lambda: sketch.inputs(micro_batch), sketch.forward, sketch.loss, held=ladder.held
+        )
+        return found.peak.live
+
+    checkpointing.recompute(sketch.model, 0)
+    for micro_batch in (1, 2, 8):
+        drawn = stretched(*ladder.traces.setdefault(0, (ladder._step(2), ladder._step(3))), (2, 3), micro_batch)
+        assert drawn.peak.live == pytest.approx(trace(micro_batch), rel=0.02)
+
+
+def test_the_parts_are_the_whole(ladder: Ladder) -> None:
+    trace = ladder._step(2)
+    found = parts(trace, CARD)
+    assert {"weights", "adapters", "gradients", "optimiser", "activations", "CUDA context"} <= found.keys()
+    assert found["optimiser"] == pytest.approx(2 * found["adapters"], rel=1e-6)  # two states in fp32
+    resting = sum(found.values()) - found["CUDA context"] - found["allocator slack"]
+    assert resting * GIB == pytest.approx(trace.peak.live)
+
+
+def test_an_average_and_a_thrifty_optimiser_are_counted(config: Config) -> None:
+    plain = Ladder(on_a_card(config), CARD).held
+    config.trainer.ema_decay = 0.99
+    averaged = Ladder(config, CARD).held
+    assert averaged.keys() - plain.keys() == {"averaged adapter"}
+    assert averaged["averaged adapter"] == pytest.approx(plain["optimiser"] / 2)
+
+
+def test_a_step_of_one_example(config: Config) -> None:
+    assert [setting.micro_batch for setting in Ladder(on_a_card(config, 1), CARD).level(0)] == [1]
+
+
+def test_offloaded_weights_leave_the_card_and_take_time(language_config: Config) -> None:
+    small = replace(CARD, vram_gib=0.5001)
+    kept = Ladder(on_a_card(language_config), small).setting(1, 1)
+    language_config.model.offload = True
+    away = Ladder(language_config, small).setting(1, 1)
+    assert away.gib < kept.gib
+    assert away.seconds > kept.seconds
+    assert "model.offload=true" in away.overrides
+
+
+def test_seconds_follow_the_card() -> None:
+    config = Config()
+    config.model.lora_targets, config.trainer.micro_batch, config.trainer.accumulate = ATTENTION, 4, 1
+    config.hardware.device = Device.cuda
+    ladder = Ladder(config, CARD)
+    trace = ladder._step(4)
+    slow = replace(CARD, tflops=CARD.tflops / 4, gb_per_s=CARD.gb_per_s / 400)
+    assert speed.seconds(trace, CARD, Precision.bf16) == pytest.approx(speed.LAUNCH_S * trace.launches)
+    assert speed.seconds(trace, slow, Precision.bf16) > speed.seconds(trace, CARD, Precision.bf16)
+    assert "TFLOP/s" in speed.explained(CARD, Precision.bf16)
+    assert "assumed" in speed.explained(replace(CARD, known=False), Precision.bf16)
+
+
+def test_what_would_fit_changes_one_thing_after_another(config: Config, language_config: Config) -> None:
+    config.model.resolution = 512
+    assert [words for words, _ in thriftier(config)] == [f"model.resolution={side}" for side in (384, 256, 128)]
+    language_config.data.length = 2048
+    words = [words for words, _ in thriftier(language_config)]
+    assert words[:3] == ["model.quantize=int8", "model.quantize=nf4", "model.quantize=nf4 data.length=1024"]
+    language_config.model.quantize = Quantize.nf4
+    assert next(words for words, _ in thriftier(language_config)) == "data.length=1024"
+
+
+def measured(base: str, family: Family, side: int) -> Config:
+    """As on the H200: square pictures, rank-16 adapters on attention without dropout, bf16."""
+    config = Config()
+    config.model.base, config.model.family, config.model.resolution = base, family, side
+    config.model.bucket_step, config.model.lora_targets, config.data.max_aspect = 64, ATTENTION, 1.0
+    config.lora.rank, config.lora.dropout, config.trainer.micro_batch = 16, 0.0, 16
+    config.hardware.device = Device.cuda
+    return config
+
+
+@pytest.mark.parametrize(("micro_batch", "gib"), [(4, 6.09), (16, 19.12)])
+def test_stable_diffusion_as_measured(micro_batch: int, gib: float) -> None:
+    config = measured("stable-diffusion-v1-5/stable-diffusion-v1-5", Family.sd, 512)
+    assert Ladder(config, CARD)._step(micro_batch).peak.live / GIB == pytest.approx(gib, rel=0.12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("micro_batch", "gib"), [(1, 12.83), (2, 20.13)])
+def test_stable_diffusion_xl_as_measured(micro_batch: int, gib: float) -> None:
+    assert Ladder(measured(XL, Family.sdxl, 1024), CARD)._step(micro_batch).peak.live / GIB == pytest.approx(
+        gib, rel=0.12
+    )
+
+
+@pytest.mark.parametrize("quantize", list(Quantize), ids=lambda how: how.name)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bf16", "fp32"])
+def test_every_storage_is_traced(language_config: Config, quantize: Quantize, dtype: torch.dtype) -> None:
+    language_config.model.quantize = quantize
+    sketch = registry.sketch(language_config, dtype, cuda=True, room=GIB)
+    trace = sketch.tracer.step(sketch.model, lambda: sketch.inputs(2), sketch.forward, sketch.loss)
+    assert trace.peak.live > sum(trace.held.values())
+    names = {kernel.name for kernel in trace.kernels}
+    assert ("torch_attn._varlen_attn.default" in names) is (dtype is torch.bfloat16)  # masks in fp32
+
+
+def test_settings_say_what_to_type() -> None:
+    setting = Setting(4, 2, 1, False, 1.0, 8, {"weights": 1.0, "activations": 2.0})
+    assert setting.gib == 3.0
+    assert setting.overrides == ("trainer.micro_batch=4", "trainer.accumulate=2", "trainer.checkpointing=1")

@@ -1,0 +1,68 @@
+"""The machine of a plan: presets, cards by name, and this very machine."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+
+from finetune import recipes
+from finetune.config import Device, HardwareConfig, Precision
+from finetune.errors import ConfigError
+from finetune.planning import machine
+
+CARDS = ["a100_80gb", "a6000", "h100", "l40s", "rtx3060_12gb", "rtx3090", "rtx4080", "rtx4090", "rtx5090"]
+
+
+def test_every_card_has_a_preset_with_its_facts() -> None:
+    presets = recipes.preset_files()["hardware"]
+    assert sorted(presets) == sorted([*CARDS, "auto", "cpu"])
+    for name in CARDS:
+        facts = yaml.safe_load(presets[name].read_text())
+        assert facts["device"] == "cuda"
+        assert 10 < facts["vram_gib"] < 81
+        assert 20 < facts["tflops"] < 1000
+        assert facts["fp32_tflops"] < 0.51 * facts["tflops"]
+        assert 300 < facts["gb_per_s"] < 4000
+        assert recipes.title(presets[name]).endswith("GB.")
+
+
+def test_a_preset_needs_no_card() -> None:
+    found = machine.read(HardwareConfig(Device.cuda, 23.5, "NVIDIA GeForce RTX 4090", True, 165.2, 82.6, 1008))
+    assert (found.cuda, found.vram_gib, found.tflops) == (True, 23.5, 165.2)
+    assert found.precision(Precision.auto) is Precision.bf16
+    older = machine.read(HardwareConfig(Device.cuda, 11.0, "an older card", False, 50.0, 10.0, 300))
+    assert older.precision(Precision.auto) is Precision.fp16
+
+
+def test_this_machine_is_read() -> None:
+    found = machine.read(HardwareConfig(Device.cpu))
+    assert not found.cuda
+    assert found.vram_gib > 0.5
+    assert found.tflops > 0 < found.gb_per_s
+    assert "cores" in found.words
+    assert found.precision(Precision.auto) is Precision.fp32
+    assert machine.read(HardwareConfig(Device.cpu, vram_gib=0.25)).vram_gib == 0.25
+
+
+def test_half_precision_needs_a_card() -> None:
+    with pytest.raises(ConfigError, match=r"fp16 needs a CUDA card; .* try trainer.precision=fp32"):
+        machine.read(HardwareConfig(Device.cpu)).precision(Precision.fp16)
+
+
+@pytest.mark.parametrize(("name", "tflops"), [("NVIDIA GeForce RTX 4090", 165.2), ("a card of tomorrow", 100.0)])
+def test_a_card_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, tflops: float) -> None:
+    card = SimpleNamespace(
+        is_available=lambda: True,
+        current_device=lambda: 0,
+        get_device_name=lambda: name,
+        mem_get_info=lambda: (20 * 2**30, 24 * 2**30),
+        is_bf16_supported=lambda including_emulation: True,
+    )
+    monkeypatch.setattr(torch, "cuda", card)
+    monkeypatch.setattr(machine, "pick_device", lambda wanted: torch.device("cuda", 0))
+    found = machine.read(HardwareConfig())
+    assert (found.name, found.tflops, found.known) == (name, tflops, tflops != 100.0)
+    assert found.vram_gib == 20.5
+    assert found.words == "20.5 of 24.0 GiB free now"
+    assert machine.read(HardwareConfig(vram_gib=8.0)).vram_gib == 8.0

@@ -1,0 +1,226 @@
+"""The plan: the fastest setting that fits, never over the budget, and one line about what would fit where none does."""
+
+import json
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from omegaconf import OmegaConf
+
+import finetune
+from finetune import recipes
+from finetune.config import Config, Device, ModelConfig, Precision, Quantize
+from finetune.errors import ConfigError, ModelError
+from finetune.models import blank, hub
+from finetune.plans import Plan
+from finetune.stages import plan as stage
+from finetune.stages.plan import plan
+
+
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(source: str) -> str:
+        raise AssertionError(f"the hub was asked for {source}")
+
+    monkeypatch.setattr(hub, "_ask_hub", refuse)
+
+
+def on_a_card(config: Config, gib: float = 24.0, effective: int = 4) -> Config:
+    config.hardware.device, config.hardware.card, config.hardware.vram_gib = Device.cuda, "a card", gib
+    config.hardware.tflops, config.hardware.fp32_tflops, config.hardware.gb_per_s = 100.0, 50.0, 1000.0
+    config.trainer.precision, config.trainer.micro_batch, config.trainer.accumulate = Precision.auto, effective, 1
+    config.sample.prompts = ["a red robot"]
+    config.caption.model = "embedded:captioner"
+    return config
+
+
+@pytest.fixture
+def training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No other phase is traced: what is asked here is asked of training."""
+    monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter(()))
+
+
+@pytest.fixture(params=["diffusion", "language"])
+def roomy(request: pytest.FixtureRequest) -> Config:
+    return on_a_card(request.getfixturevalue("config" if request.param == "diffusion" else "language_config"))
+
+
+def consistent(found: Plan) -> None:
+    assert found.chosen is not None
+    assert found.phases["training"] == found.chosen.gib
+    settings = [found.chosen, *found.others, found.asked]
+    assert {setting.micro_batch * setting.accumulate for setting in settings} == {4}
+    assert all(setting.gib <= found.budget_gib for setting in (found.chosen, *found.others))
+    fitting = [setting for setting in settings if setting.gib <= found.budget_gib]
+    assert found.chosen.seconds == min(setting.seconds for setting in fitting)
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_the_fastest_that_fits_whatever_the_budget(roomy: Config, tmp_path: Path) -> None:
+    before = sorted(tmp_path.rglob("*"))
+    found = plan(roomy)
+    consistent(found)
+    assert found.fits
+    assert found.chosen is not None
+    largest = found.chosen.gib
+    roomy.hardware.vram_gib = largest - 1e-4
+    tighter = plan(roomy)
+    assert tighter.chosen is not None
+    consistent(tighter)
+    assert tighter.chosen.gib < largest
+    assert tighter.chosen.seconds >= found.chosen.seconds
+    assert sorted(tmp_path.rglob("*")) == before  # nothing is written
+
+
+def test_phases_are_those_of_the_run(roomy: Config) -> None:
+    pictures = {"captioning", "encoding texts", "encoding pictures"} if roomy.model.kind == "diffusion" else set()
+    assert plan(roomy).phases.keys() == {"training", "validation", "sampling", "export"} | pictures
+    roomy.trainer.validate_every, roomy.sample.prompts = 0, []
+    assert plan(roomy).phases.keys() == {"training", "export"} | pictures
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_recomputing_and_offloading_come_before_giving_up(
+    language_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = plan(on_a_card(language_config))
+    levels = [setting.checkpointing for setting in (found.chosen, *found.others) if setting]
+    assert set(levels) == {0}
+    frugal = stage.Ladder(language_config, stage.read(language_config.hardware)).setting(1, 1)
+    monkeypatch.setattr("finetune.planning.ladder.WORKSPACES_GIB", 0.0)
+    language_config.hardware.vram_gib = frugal.gib - 0.1  # what is left is the workspaces' room
+    found = plan(language_config)
+    assert found.chosen is not None
+    assert found.chosen.checkpointing == 1 or found.chosen.offload
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_one_line_where_nothing_fits(roomy: Config) -> None:
+    roomy.hardware.vram_gib = 0.55
+    found = plan(roomy)
+    assert not found.fits
+    assert found.chosen is None
+    assert any(line.startswith("training needs 0.") and "a card has 0.6" in line for line in found.problems)
+    assert found.phases["training"] > found.budget_gib
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    class Roomy(stage.Ladder):
+        def setting(self, micro_batch: int, checkpointing: int) -> Any:
+            found = super().setting(micro_batch, checkpointing)
+            return replace(found, parts=found.parts | {"weights": 100.0})
+
+        def least_gib(self) -> float:
+            return super().least_gib() if self.config.model.quantize is Quantize.nf4 else 100.0
+
+    monkeypatch.setattr(stage, "Ladder", Roomy)
+    found = plan(on_a_card(language_config))
+    assert found.chosen is None
+    assert found.problems[0].endswith("; model.quantize=nf4 would fit")
+
+
+@pytest.mark.parametrize(
+    ("phase", "advice"),
+    [
+        ("captioning", "caption.batch=1"),
+        ("encoding texts", "finetune dataset conf=tiny hardware=cpu"),
+        ("encoding pictures", "finetune dataset conf=tiny hardware=cpu"),
+        ("validation", "trainer.validate_every=0"),
+        ("sampling", "sample.previews=1"),
+        ("export", "finetune export conf=tiny hardware=cpu"),
+    ],
+)
+def test_a_phase_that_does_not_fit_says_what_to_do(
+    config: Config, phase: str, advice: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter([(phase, 30.0)]))
+    found = plan(on_a_card(config))
+    assert found.chosen is not None
+    assert not found.fits
+    (line,) = found.problems
+    assert line.startswith(f"{phase} needs 30.0 GiB at least, and a card has 24.0; try ")
+    assert advice in line
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_what_cannot_be_traced_is_said(language_config: Config) -> None:
+    from finetune.config import LoraInit
+
+    language_config.lora.init, language_config.lora.dora = LoraInit.pissa, True
+    language_config.model.quantize = Quantize.nf4
+    notes = "\n".join(plan(on_a_card(language_config)).notes)
+    assert "lora.init=pissa isn't traced" in notes
+    assert "lora.dora on a quantised base isn't traced" in notes
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_new_tokens_are_counted(language_config: Config) -> None:
+    language_config.model.added_tokens = ["<|note|>"]
+    found = plan(on_a_card(language_config))
+    assert found.fits
+
+
+def test_rows_longer_than_the_base_reads_are_refused(language_config: Config) -> None:
+    language_config.data.length = 1000
+    with pytest.raises(ConfigError, match=r"data.length=1000 is more than .* try data.length=256"):
+        plan(on_a_card(language_config))
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_on_a_cpu(roomy: Config) -> None:
+    roomy.hardware.device, roomy.hardware.card = Device.cpu, ""
+    found = plan(roomy)
+    assert found.precision == "fp32"
+    assert found.chosen is not None
+    assert "CUDA context" not in found.chosen.parts
+    assert "measured now" in found.notes[0]
+
+
+def preset(name: str) -> ModelConfig:
+    read = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(recipes.preset_files()["model"][name]))
+    found = OmegaConf.to_object(read)
+    assert isinstance(found, ModelConfig)
+    return found
+
+
+@pytest.mark.parametrize("name", recipes.preset_files()["model"])
+def test_every_preset_plans_without_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Language models with two of their layers: all are alike. Phases of pictures: of the embedded model alone."""
+    config = on_a_card(Config(name=name, model=preset(name)), effective=2)
+    config.lora.targets = "attention"
+    config.data.folder = config.data.file = "somewhere"
+    if config.model.kind == "diffusion" and name != "embedded":
+        monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter(()))
+    if config.model.kind == "language":
+        shutil.copytree(
+            blank.folder(config.model.base), tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors")
+        )
+        file = tmp_path / name / "config.json"
+        settings = json.loads(file.read_text())
+        settings.get("text_config", settings)["num_hidden_layers"] = 2
+        settings.pop("layer_types", None)
+        file.write_text(json.dumps(settings))
+        config.model.base = str(tmp_path / name)
+        config.data.length = 256
+    found = plan(config)
+    assert found.fits, found.problems
+    assert found.chosen is not None
+    assert found.chosen.micro_batch * found.chosen.accumulate == 2
+
+
+def test_a_base_without_configuration_is_named(config: Config) -> None:
+    config.model.base = "somebody/something"
+    with pytest.raises(ModelError, match="hf download somebody/something"):
+        plan(on_a_card(config))
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_from_python_with_a_table(config: Config) -> None:
+    found = finetune.plan(on_a_card(config))
+    shown = found._repr_html_()
+    assert all(word in shown for word in ("CUDA context", "training", "fastest", "a card"))
+    hopeless = replace(found, chosen=None, problems=("training needs <all>",))
+    assert "training needs &lt;all&gt;" in hopeless._repr_html_()
