@@ -37,6 +37,8 @@ class LanguageSketch:
         if self.packed:
             varlen.use(self.model)
         self.notes.append(f"attention: {'torch varlen_attn (flash)' if self.packed else 'sdpa with a mask'}")
+        if config.model.quantize is not Quantize.none:
+            self.notes.append("quantised layers are stood in for: stored bytes, and a copy of the weights a product")
         self.units = config.data.length
 
     def recompute(self, every: int) -> None:
