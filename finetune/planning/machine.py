@@ -59,6 +59,11 @@ def read(hardware: HardwareConfig) -> Machine:
 
 
 def _preset(hardware: HardwareConfig) -> Machine:
+    for key in ("vram_gib", "tflops", "fp32_tflops", "gb_per_s"):
+        if getattr(hardware, key) <= 0:
+            raise ConfigError(
+                f"hardware.{key} must be above 0 where hardware.card is set; try a preset such as hardware=rtx4090"
+            )
     return Machine(
         hardware.card,
         hardware.device is not Device.cpu,

@@ -35,6 +35,11 @@ def test_a_preset_needs_no_card() -> None:
     assert older.precision(Precision.auto) is Precision.fp16
 
 
+def test_a_card_without_its_facts_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"hardware.gb_per_s must be above 0 .* such as hardware=rtx4090"):
+        machine.read(HardwareConfig(Device.cuda, 23.5, "a card", True, 165.2, 82.6))
+
+
 def test_this_machine_is_read() -> None:
     found = machine.read(HardwareConfig(Device.cpu))
     assert not found.cuda
