@@ -34,7 +34,7 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per text what the backbone reads, on the CPU; longer texts are cut to what the encoders read."""
-        with _hushed():  # diffusers warns of each text that is cut; so do we, once and by file
+        with _hushed():  # the libraries warn of each text that is cut; so do we, once and by file
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
@@ -245,11 +245,15 @@ def _class(name: str) -> Any:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    from diffusers.utils import logging as library
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
 
-    before = library.get_verbosity()
-    library.set_verbosity_error()
+    logs = (diffusers_log, transformers_log)
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
     try:
         yield
     finally:
-        library.set_verbosity(before)
+        for log, level in zip(logs, before, strict=True):
+            log.set_verbosity(level)
