@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune.errors import ModelError
-from finetune.models import lora
+from finetune.models import lora_files
 
 ANOTHER = "was it trained on another?"
 
@@ -24,10 +24,13 @@ def attach(model: nn.Module, folder: Path) -> Any:
 
     require(folder)
     require(folder / "adapter_config.json")  # PEFT would look for the folder on the hub
-    stored = lora.read_weights(folder / "adapter_model.safetensors")  # names a damaged file better than PEFT does
+    stored = lora_files.read_peft_folder(folder)  # names a damaged file better than PEFT does
     with fitting(folder):
-        attached = PeftModel.from_pretrained(model, str(folder)).eval()
-    own = get_peft_model_state_dict(attached, save_embedding_layers=False)
+        attached = PeftModel.from_pretrained(model, str(folder), key_mapping=lora_files.WITHIN).eval()
+    own = {
+        name.removeprefix("base_model.model."): weight
+        for name, weight in get_peft_model_state_dict(attached, save_embedding_layers=False).items()
+    }
     if odd := sorted(own.keys() ^ stored.keys()):  # PEFT leaves out what has no place, and says nothing
         raise ModelError(f"{folder} does not fit this base ({len(odd)} tensors differ, first {odd[0]}); {ANOTHER}")
     # PEFT puts an adapter where its layer's weights are, and those of offloaded layers wait in main memory.

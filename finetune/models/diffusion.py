@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finetune.config import ModelConfig
 from finetune.errors import ModelError
-from finetune.models import adapters, hub, lora
+from finetune.models import adapters, hub, lora, lora_files
 from finetune.models.families import family
 from finetune.models.families.base import Family, Text
 
@@ -154,14 +154,14 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
     if path.is_dir():
         return adapters.attach(backbone, path).get_base_model()  # type: ignore[no-any-return]
     kind = family(model.family)
-    weights = lora.read_weights(path)  # names a damaged file better than the libraries do
+    weights = lora_files.read_weights(path)  # names a damaged file better than the libraries do
     with adapters.fitting(path):
-        if lora.is_kohya(weights) and (own := lora.from_kohya(backbone, weights, kind.BACKBONE)):
+        if lora_files.is_kohya(weights) and (own := lora_files.from_kohya(backbone, weights, kind.BACKBONE)):
             backbone.load_lora_adapter(own, prefix=None)
         else:
             shape = {"unet_config": backbone.config} if kind.BACKBONE == "unet" else {}
             state, *alphas, metadata = _class(kind.PIPELINE).lora_state_dict(
-                dict(weights) if lora.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
+                dict(weights) if lora_files.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
             )
             backbone.load_lora_adapter(
                 state, prefix=kind.BACKBONE, network_alphas=alphas[0] if alphas else None, metadata=metadata

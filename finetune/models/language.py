@@ -18,6 +18,7 @@ from finetune.config import ModelConfig, Quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.models import hub
 from finetune.models.linear_loss import Head, logits
+from finetune.models.lora_files import PART_OF
 from finetune.progress import say
 
 VARLEN = "finetune_varlen"  # name of `_varlen_attention` in transformers' table of attention functions
@@ -71,6 +72,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
         )
     if "key_mapping" in options:
         loaded._weight_conversions = None  # else `save_pretrained` would write the names of the whole model
+        setattr(loaded, PART_OF, "model.language_model.")
     if model.added_tokens:
         _add_rows(loaded, model)
     loaded.requires_grad_(False).eval()

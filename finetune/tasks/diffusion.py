@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import lora
+from finetune.models import lora, lora_files
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_backbone, load_scheduler
 from finetune.models.families import family
@@ -57,8 +57,8 @@ class DiffusionTask:
             seed=config.seed,
         ).to(device)
         if config.lora.start_from:
-            folder = lora.peft_folder(Path(config.lora.start_from))
-            lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
+            folder = lora_files.peft_folder(Path(config.lora.start_from))
+            lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
         """The pictures of each step, each step's from as few buckets as possible."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.config import Config, Dialect, ModelConfig
 from finetune.errors import ExportError
-from finetune.models import lora
+from finetune.models import lora, lora_files
 from finetune.models.device import pick_device
 from finetune.models.diffusion import load_adapter, load_backbone, save_adapter
 from finetune.models.families import family
@@ -39,14 +39,14 @@ def write(
     files: dict[str, str] = {}
     for dialect in config.export.dialects:
         if dialect is Dialect.peft:
-            lora.save_peft(trained, folder / "peft", weights, config.model.base)
+            lora_files.save_peft(trained, folder / "peft", weights, config.model.base)
             files["peft"] = "peft"
         elif dialect is Dialect.diffusers:
             files["diffusers"] = save_adapter(config.model, trained, folder, weights).name
         else:
             file = folder / f"{config.name}.safetensors"
             part = family(config.model.family).BACKBONE
-            files["kohya"] = lora.save_kohya(file, weights, part, config.lora.alpha, _metadata(config, run)).name
+            files["kohya"] = lora_files.save_kohya(file, weights, part, config.lora.alpha, _metadata(config, run)).name
     probe = _probe(config.model, device)
     reference = probe(trained)
     effect = _relative(probe(load_backbone(config.model, torch.float32).to(device)), reference)
