@@ -20,13 +20,15 @@ def attach(model: nn.Module, folder: Path) -> Any:
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     require(folder)
     require(folder / "adapter_config.json")  # PEFT would look for the folder on the hub
     stored = lora_files.read_peft_folder(folder)  # names a damaged file better than PEFT does
     with fitting(folder):
-        attached = PeftModel.from_pretrained(model, str(folder), key_mapping=lora_files.WITHIN).eval()
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        config.exclude_modules = None  # parts of a larger model, which this one was taken out of
+        attached = PeftModel.from_pretrained(model, str(folder), config=config, key_mapping=lora_files.WITHIN).eval()
     own = {
         name.removeprefix("base_model.model."): weight
         for name, weight in get_peft_model_state_dict(attached, save_embedding_layers=False).items()
