@@ -144,6 +144,7 @@ class LanguageTask:
             names=names,
             units=sum(pack.real for pack in built),
             slots=tensors["ids"].numel(),
+            shaping=frozenset({"segments"}),
         )
 
     def _measured(self, batch: Batch) -> float:
