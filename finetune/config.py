@@ -130,7 +130,7 @@ class ModelConfig:
     """Side of the square whose area every bucket keeps, pixels."""
     bucket_step: int = field(default=16, metadata=PICTURES)
     """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
-    quantize: Quantize = field(default=Quantize.none, metadata=LANGUAGE)
+    quantize: Quantize = Quantize.none
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
     offload: bool = field(default=False, metadata=LANGUAGE)
     """Keep layers that don't fit `hardware.vram_gib` in main memory: slow, but it runs."""

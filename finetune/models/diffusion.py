@@ -13,12 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finetune.config import ModelConfig
+from finetune.config import ModelConfig, Quantize
 from finetune.errors import ModelError
-from finetune.models import adapters, hub, lora, lora_files
+from finetune.models import adapters, hub, lora, lora_files, quantize
 from finetune.models.families import family
 from finetune.models.families.base import Family, Text
 
+CPU = torch.device("cpu")
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
@@ -97,11 +98,28 @@ def load_vae_model(model: ModelConfig) -> nn.Module:
     return vae.eval().requires_grad_(False)
 
 
-def load_backbone(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The base's frozen UNet or transformer on the CPU."""
+def load_backbone(model: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
+    """The base's frozen UNet or transformer, stored as `model.quantize` says.
+
+    dtype: of weights that aren't quantised, and of the arithmetic of those that are. Raises ModelError, also for a
+    quantised one on another device than a CUDA card.
+    """
     kind = family(model.family)
-    backbone: nn.Module = hub.load(_class(kind.BACKBONE_CLASS), model.base, subfolder=kind.BACKBONE, torch_dtype=dtype)
-    return backbone.requires_grad_(False)
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if model.quantize is not Quantize.none:
+        from diffusers import BitsAndBytesConfig
+
+        if device.type != "cuda":  # diffusers quantises on cards alone
+            raise ModelError(
+                f"model.quantize={model.quantize.name} of a picture model needs a CUDA card; try model.quantize=none"
+            )
+        quantize.prove(model, dtype, device)
+        settings = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
+        options |= {"quantization_config": settings, "device_map": {"": device}}
+    loader = _class(kind.BACKBONE_CLASS)
+    backbone: nn.Module = hub.load(loader, model.base, subfolder=kind.BACKBONE, **options)
+    backbone.requires_grad_(False)
+    return backbone if model.quantize is not Quantize.none else backbone.to(device)
 
 
 def load_scheduler(model: ModelConfig) -> Any:

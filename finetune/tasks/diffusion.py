@@ -45,7 +45,7 @@ class DiffusionTask:
         self.family = family(config.model.family)
         self.objective = self.family.objective(load_scheduler(config.model))
         self.painter = self._painter()
-        backbone: Any = load_backbone(config.model, self.dtype)
+        backbone: Any = load_backbone(config.model, self.dtype, device)
         if config.trainer.checkpointing:
             backbone.enable_gradient_checkpointing()
         self.model: nn.Module = lora.inject(
@@ -55,7 +55,7 @@ class DiffusionTask:
             dropout=config.lora.dropout,
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
-        ).to(device)
+        )
         if config.lora.start_from:
             folder = lora_files.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
