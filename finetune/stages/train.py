@@ -68,7 +68,6 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
             record = run.finish(input_hash)
         finally:
             run.tracker.close()
-            accelerator.free_memory()  # its lists would keep the model on the card for the next stages
     figures: dict[str, float | int | str | None] = {
         "steps": record.steps,
         f"{record.unit}_per_s": record.items_per_s,
