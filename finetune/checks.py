@@ -47,6 +47,7 @@ def check(config: Config) -> list[str]:
         ("trainer.keep", 1, trainer.keep, "2"),
         ("trainer.log_every", 1, trainer.log_every, "10"),
         ("trainer.validate_every", 0, trainer.validate_every, "100"),
+        ("trainer.checkpointing", 0, trainer.checkpointing, "1"),
         ("trainer.clip_norm", 0, trainer.clip_norm, "1.0"),
         ("optim.warmup_steps", 0, optim.warmup_steps, "100"),
         ("optim.weight_decay", 0, optim.weight_decay, "0.01"),

@@ -251,8 +251,8 @@ class TrainerConfig:
     """Steps between validation losses; 0 turns them off."""
     ema_decay: float = 0.0
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    checkpointing: int = 0
+    """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
     patience: int = 0
     """Validations in a row without a better loss after which training stops early; 0 never stops."""
     restart: bool = False

@@ -132,8 +132,8 @@ def _smaller(config: Config) -> str:
         micro_batch = trainer.micro_batch // 2
         accumulate = -(-trainer.micro_batch * trainer.accumulate // micro_batch)
         return f"try trainer.micro_batch={micro_batch} trainer.accumulate={accumulate}"
-    if not trainer.checkpointing:
-        return "try trainer.checkpointing=true"
+    if trainer.checkpointing != 1:
+        return "try trainer.checkpointing=1"
     if "resolution" in as_dict(config)["model"]:
         side = max(config.model.bucket_step, config.model.resolution // 2)
         return f"try a smaller picture: model.resolution={side}"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import lora
+from finetune.models import checkpointing, lora
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_scheduler, load_unet
 from finetune.records import Dataset, Example
@@ -43,8 +43,7 @@ class DiffusionTask:
         self.scheduler = load_scheduler(config.model.base)
         self.painter = self._painter()
         unet: Any = load_unet(config.model.base, self.dtype)
-        if config.trainer.checkpointing:
-            unet.enable_gradient_checkpointing()
+        checkpointing.recompute(unet, config.trainer.checkpointing)
         self.model: nn.Module = lora.inject(
             unet,
             rank=config.lora.rank,

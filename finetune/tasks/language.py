@@ -17,7 +17,7 @@ from finetune.config import Config
 from finetune.data import packing, rows
 from finetune.data.chat import marked
 from finetune.errors import ConfigError, ModelError
-from finetune.models import language, lora
+from finetune.models import checkpointing, language, lora
 from finetune.models.device import pick_dtype
 from finetune.models.linear_loss import summed_cross_entropy
 from finetune.models.writer import Writer
@@ -49,8 +49,7 @@ class LanguageTask:
         model: Any = language.load_model(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
         _check_length(config, model)
         # Offloaded weights are copied in for each use: without recomputing, a step would keep all copies.
-        if config.trainer.checkpointing or config.model.offload:
-            model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        checkpointing.recompute(model, 1 if config.model.offload else config.trainer.checkpointing)
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
         if config.lora.start_from:
             folder = lora.peft_folder(Path(config.lora.start_from))

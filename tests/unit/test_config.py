@@ -43,6 +43,7 @@ BAD = [
     ("optim.betas", [0.9], "optim.betas must be two numbers"),
     ("trainer.steps", 0, "trainer.steps must be at least 1"),
     ("trainer.micro_batch", 0, "trainer.micro_batch must be at least 1"),
+    ("trainer.checkpointing", -1, "trainer.checkpointing must be at least 0, got -1; try trainer.checkpointing=1"),
     ("data.validation_share", -0.1, "data.validation_share must be in 0 … 1"),
     ("loss.caption_dropout", 2.0, "loss.caption_dropout must be in 0 … 1"),
     ("sample.seeds", [], "sample.seeds must name at least one seed"),
