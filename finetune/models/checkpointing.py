@@ -20,17 +20,23 @@ def recompute(model: nn.Module, every: int) -> None:
     Blocks count in the order in which a forward pass meets them. Gradients stay as they are, bit for bit: the random
     numbers of dropout are drawn again. Raises ModelError for a model without such blocks.
     """
-    guards: list[Any] = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
-    if not guards:
-        if every:
-            raise ModelError(
-                f"{type(model).__name__} has no blocks that can be recomputed; try trainer.checkpointing=0"
-            )
-        return
+    guards = _guards(model)
+    if every and not guards:
+        raise ModelError(f"{type(model).__name__} has no blocks that can be recomputed; try trainer.checkpointing=0")
     chosen = _Every(every)
     for module in guards:
         module.gradient_checkpointing = every > 0
         module._gradient_checkpointing_func = chosen
+
+
+def possible(model: nn.Module) -> bool:
+    """Whether the model has blocks that can be recomputed."""
+    return bool(_guards(model))
+
+
+def _guards(model: nn.Module) -> list[Any]:
+    """The modules whose flag decides whether blocks are recomputed."""
+    return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
 
 class _Every:

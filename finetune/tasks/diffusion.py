@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import checkpointing, lora
+from finetune.models import checkpointing, lora, relief
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_scheduler, load_unet
 from finetune.records import Dataset, Example
@@ -52,6 +52,7 @@ class DiffusionTask:
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
         ).to(device)
+        self.measures = relief.measures(self.model, recomputed=config.trainer.checkpointing)
         if config.lora.start_from:
             folder = lora.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
@@ -106,6 +107,10 @@ class DiffusionTask:
         return self.painter.draw(
             self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
         )
+
+    def relieve(self) -> str | None:
+        """Recompute every block."""
+        return next(self.measures, None)
 
     def notes(self) -> dict[str, str]:
         """None: the pictures and captions are in the report."""

@@ -17,7 +17,7 @@ from finetune.config import Config
 from finetune.data import packing, rows
 from finetune.data.chat import marked
 from finetune.errors import ConfigError, ModelError
-from finetune.models import checkpointing, language, lora
+from finetune.models import checkpointing, language, lora, relief
 from finetune.models.device import pick_dtype
 from finetune.models.linear_loss import summed_cross_entropy
 from finetune.models.writer import Writer
@@ -51,6 +51,7 @@ class LanguageTask:
         # Offloaded weights are copied in for each use: without recomputing, a step would keep all copies.
         checkpointing.recompute(model, 1 if config.model.offload else config.trainer.checkpointing)
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
+        self.measures = relief.measures(self.model, recomputed=config.trainer.checkpointing)
         if config.lora.start_from:
             folder = lora.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
@@ -111,6 +112,10 @@ class LanguageTask:
             f"**base**: {self.base_answers[job]}\n\n**tuned**: {tuned}"
             for job, tuned in zip(jobs, self._answers(jobs), strict=True)
         ]
+
+    def relieve(self) -> str | None:
+        """Recompute every block."""
+        return next(self.measures, None)
 
     def notes(self) -> dict[str, str]:
         """One real row with its trained tokens in ⟦ ⟧, so that a wrong mask is seen at once."""
