@@ -121,8 +121,8 @@ class ModelConfig:
     """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
     quantize: Quantize = field(default=Quantize.none, metadata=LANGUAGE)
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
-    offload: bool = field(default=False, metadata=LANGUAGE)
-    """Keep layers that don't fit `hardware.vram_gib` in main memory: slow, but it runs."""
+    offload: bool = False
+    """Keep frozen blocks that don't fit `hardware.vram_gib` in main memory: slower, but it runs."""
     added_tokens: list[str] = field(default_factory=list, metadata=LANGUAGE)
     """New control tokens; only their own rows of the embedding are trained."""
 

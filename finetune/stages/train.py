@@ -32,6 +32,7 @@ from finetune.training.tracking import Tracker
 
 T = TypeVar("T")
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
+OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 RUN_OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", METRICS, "report.html", "config.yaml")
 
 
@@ -335,7 +336,7 @@ def _asked(config: Config) -> dict[str, Any]:
 
 def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
     """What decides the result, flat; a run may only be continued with the same. Steps may be raised, micro-batch and
-    accumulation exchanged."""
+    accumulation exchanged, and weights kept elsewhere."""
     settings = as_dict(config)
     trainer = settings["trainer"]
     kept: dict[str, Any] = {
@@ -345,7 +346,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * int(os.environ.get("WORLD_SIZE", "1")),
         dataset.content_name: dataset.content,
     }
-    return _flat(kept)
+    return {key: value for key, value in _flat(kept).items() if key != OFFLOAD}
 
 
 def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Checkpoint | None:
@@ -357,7 +358,7 @@ def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Ch
     before = newest.state.identity
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
-        for key in sorted(before.keys() | identity.keys())
+        for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
         if before.get(key) != identity.get(key)
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start anew"

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import checkpointing, lora, relief
+from finetune.models import checkpointing, lora, offload, relief
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_scheduler, load_unet
 from finetune.records import Dataset, Example
@@ -43,7 +43,6 @@ class DiffusionTask:
         self.scheduler = load_scheduler(config.model.base)
         self.painter = self._painter()
         unet: Any = load_unet(config.model.base, self.dtype)
-        checkpointing.recompute(unet, config.trainer.checkpointing)
         self.model: nn.Module = lora.inject(
             unet,
             rank=config.lora.rank,
@@ -51,8 +50,13 @@ class DiffusionTask:
             dropout=config.lora.dropout,
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
-        ).to(device)
-        self.measures = relief.measures(self.model, recomputed=config.trainer.checkpointing)
+        )
+        if offload.wanted(config.model, device):
+            offload.spread(self.model, device, config.hardware.vram_gib)
+        else:
+            self.model.to(device)
+        checkpointing.recompute(self.model, config.trainer.checkpointing)
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
         if config.lora.start_from:
             folder = lora.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
@@ -109,7 +113,7 @@ class DiffusionTask:
         )
 
     def relieve(self) -> str | None:
-        """Recompute every block."""
+        """Recompute every block, then keep all of them in main memory."""
         return next(self.measures, None)
 
     def notes(self) -> dict[str, str]:

@@ -48,10 +48,9 @@ class LanguageTask:
         self.size = len(self.training)
         model: Any = language.load_model(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
         _check_length(config, model)
-        # Offloaded weights are copied in for each use: without recomputing, a step would keep all copies.
-        checkpointing.recompute(model, 1 if config.model.offload else config.trainer.checkpointing)
+        checkpointing.recompute(model, config.trainer.checkpointing)
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
-        self.measures = relief.measures(self.model, recomputed=config.trainer.checkpointing)
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
         if config.lora.start_from:
             folder = lora.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
@@ -114,7 +113,7 @@ class LanguageTask:
         ]
 
     def relieve(self) -> str | None:
-        """Recompute every block."""
+        """Recompute every block, then keep all of them in main memory."""
         return next(self.measures, None)
 
     def notes(self) -> dict[str, str]:

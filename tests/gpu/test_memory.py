@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from finetune.config import Config, Device, Precision
-from finetune.records import Dataset
+from finetune.models import offload
+from finetune.records import Dataset, Run
 from finetune.stages.train import train
 from finetune.training import checkpoint
+from tests.unit.conftest import Setting
+from tests.unit.training.test_memory import Card
 
 pytestmark = pytest.mark.gpu
 
@@ -49,3 +52,51 @@ def test_a_card_that_is_squeezed_trains_the_same_adapter(
     assert (squeezed.steps, squeezed.items) == (roomy.steps, roomy.items) == (2, 512)
     one, other = (checkpoint.load(Path(run.checkpoint)).adapter for run in (roomy, squeezed))
     assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5) for name in one)
+
+
+def alike(one: Run, other: Run) -> bool:
+    """Whether two runs trained the same adapter but for rounding."""
+    first, second = (checkpoint.load(Path(run.checkpoint)).adapter for run in (one, other))
+    return all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in first)
+
+
+@pytest.fixture
+def on_card(setting: Setting) -> Setting:
+    """A run of each kind on the card."""
+    config = setting.config
+    config.hardware.device, config.trainer.precision, config.optim.eps = Device.cuda, Precision.fp32, 1e-3
+    return setting
+
+
+def test_blocks_in_main_memory_train_draw_and_resume_as_on_the_card(
+    on_card: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, dataset = on_card.config, on_card.dataset
+    config.run_dir = str(tmp_path / "resident")
+    resident = train(config, dataset)
+    monkeypatch.setattr(offload, "WEIGHTS_SHARE", 0.0)
+    config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
+    config.optim.schedule = type(config.optim.schedule).constant
+    train(config, dataset)
+    config.trainer.steps = 4
+    away = train(config, dataset)
+    config.run_dir, config.model.offload = str(tmp_path / "constant"), False
+    assert "stay in main memory" in capfd.readouterr().err
+    assert alike(away, train(config, dataset))
+    assert resident.steps == away.steps == 4
+
+
+def test_the_last_rung_keeps_blocks_in_main_memory(
+    on_card: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, dataset = on_card.config, on_card.dataset
+    config.run_dir = str(tmp_path / "roomy")
+    roomy = train(config, dataset)
+    away: list[bool] = []
+    stream = offload.stream
+    monkeypatch.setattr(offload, "stream", lambda *arguments: (stream(*arguments), away.append(True)))
+    Card(lambda *_: bool(away), "backward").install(monkeypatch)
+    config.run_dir = str(tmp_path / "full")
+    full = train(config, dataset)
+    assert full.eased == "micro-batch 1 instead of 2, trainer.checkpointing=1, model.offload=true"
+    assert alike(full, roomy)
