@@ -27,6 +27,7 @@ class Optimizer(Enum):
 
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    paged_adamw8bit = "paged_adamw8bit"
 
 
 class Schedule(Enum):
@@ -208,7 +209,8 @@ class OptimConfig:
     """Optimiser and learning rate."""
 
     name: Optimizer = Optimizer.adamw
-    """adamw (fused where torch has it) or adamw8bit (bitsandbytes; states in 8 bit)."""
+    """adamw (fused where torch has it), adamw8bit (bitsandbytes; states in 8 bit) or paged_adamw8bit (in 8 bit, and in
+    main memory where the card is full)."""
     lr: float = 1e-4
     """Peak learning rate."""
     lora_plus: float = 1.0
@@ -253,6 +255,8 @@ class TrainerConfig:
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
     checkpointing: int = 0
     """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
+    offload_activations: bool = False
+    """Keep what backward needs in main memory: with checkpointing the inputs of blocks, without it all. Slower."""
     patience: int = 0
     """Validations in a row without a better loss after which training stops early; 0 never stops."""
     restart: bool = False

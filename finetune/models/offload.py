@@ -55,7 +55,10 @@ def spread(model: nn.Module, device: torch.device, vram_gib: float) -> None:
 def stream(model: Any, away: Sequence[nn.Module], device: torch.device) -> None:
     """Keep the frozen weights of the blocks `away` in main memory, and all else of the model on `device`."""
     whole = _bytes(model)
-    ring = Ring([_Block(block, pin=device.type == "cuda") for block in away], device)
+    blocks = [_Block(block) for block in away]
+    for block, memory in zip(blocks, _memory([block.size for block in blocks], device.type == "cuda"), strict=True):
+        block.rest_in(memory)
+    ring = Ring(blocks, device)
     resting = {id(parameter) for block in ring.blocks for _, _, parameter in block.places}
     for module in model.modules():  # adapters are modules of their own
         if not any(id(parameter) in resting for parameter in module.parameters(recurse=False)):
@@ -89,12 +92,14 @@ def find(model: nn.Module) -> list[nn.Module]:
 
 
 class _Block:
-    """A block's frozen weights: one flat tensor in main memory, of which its parameters are views.
+    """A block's frozen weights: `resting`, one flat tensor of `size` bytes, of which its parameters are views.
 
     places: the modules with the names of their parameters, and those parameters.
     """
 
-    def __init__(self, module: nn.Module, *, pin: bool) -> None:
+    resting: Tensor
+
+    def __init__(self, module: nn.Module) -> None:
         self.module = module
         self.places = [
             (part, name, parameter)
@@ -102,13 +107,16 @@ class _Block:
             for name, parameter in part.named_parameters(recurse=False)
             if not parameter.requires_grad
         ]
-        tensors = [tensor for _, _, parameter in self.places for tensor in _tensors(parameter)]
-        self.offsets, size = [], 0
-        for tensor in tensors:
-            self.offsets.append(size)
-            size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
-        self.resting = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        views = self._views(self.resting, tensors)
+        self.offsets, self.size = [], 0
+        for tensor in self._now():
+            self.offsets.append(self.size)
+            self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
+
+    def rest_in(self, memory: Tensor) -> None:
+        """Copy the weights to main memory, which is their place from now on."""
+        self.resting = memory
+        tensors = self._now()
+        views = self._views(memory, tensors)
         for view, tensor in zip(views, tensors, strict=True):
             view.copy_(tensor)
         remaining = iter(views)
@@ -117,8 +125,7 @@ class _Block:
 
     def resident(self, buffer: Tensor) -> list[nn.Parameter]:
         """The parameters as they are when the block lies in `buffer`: views of it, for good."""
-        tensors = [tensor for _, _, parameter in self.places for tensor in _tensors(parameter)]
-        views = iter(self._views(buffer, tensors))
+        views = iter(self._views(buffer, self._now()))
         made = []
         for _, _, parameter in self.places:
             twin = copy.copy(parameter)  # of 4 bits: with a state of its own
@@ -131,6 +138,9 @@ class _Block:
             _set_tensors(twin, views)
             made.append(twin)
         return made
+
+    def _now(self) -> list[Tensor]:
+        return [tensor for _, _, parameter in self.places for tensor in _tensors(parameter)]
 
     def _views(self, flat: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
         return [
@@ -222,6 +232,17 @@ class Ring:
         with torch.cuda.stream(self.stream):
             target.copy_(block.resting, non_blocking=True)
             slot.ready.record(self.stream)
+
+
+def _memory(sizes: Sequence[int], pin: bool) -> Iterator[Tensor]:
+    """Main memory of so many bytes each. Pinned memory comes in powers of two, so blocks share pieces of such sizes."""
+    left, piece = sum(sizes), torch.empty(0, dtype=torch.uint8)
+    for size in sizes:
+        if size > piece.numel():
+            below_left, above_size = 1 << (left.bit_length() - 1), 1 << (size - 1).bit_length()
+            piece = torch.empty(max(below_left, above_size), dtype=torch.uint8, pin_memory=pin)
+        yield piece[:size]
+        piece, left = piece[size:], left - size
 
 
 def _wrap(block: _Block, ring: Ring) -> None:

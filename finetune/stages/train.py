@@ -25,8 +25,8 @@ from finetune.training.accelerator import build_accelerator
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
 from finetune.training.loop import Step, fit
-from finetune.training.memory import Ladder, within_memory
-from finetune.training.optim import build_optimizer, learning_rate
+from finetune.training.memory import Ladder, saving, within_memory
+from finetune.training.optim import build_optimizer, learning_rate, load_state
 from finetune.training.signals import catch_stop
 from finetune.training.tracking import Tracker
 
@@ -111,7 +111,7 @@ class _Session:
         else:
             self.state = self.resumed.state
             lora.load_state(self.task.model, self.resumed.adapter, str(self.resumed.folder))
-            optimizer.load_state_dict(self.resumed.optimizer)
+            load_state(optimizer, self.resumed.optimizer)
             if self.state.asked == _asked(config):  # else the person has thought about memory again
                 self.ladder.restore(self.state.micro_batch, self.state.measures)
             if self.resumed.ema is not None:
@@ -149,6 +149,7 @@ class _Session:
                 start=self.state.step,
                 clip_norm=trainer.clip_norm,
                 max_bad_steps=trainer.max_bad_steps,
+                saving=saving(self.task.model, self.accelerator.device, trainer.offload_activations),
             ):
                 yield step
                 bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
@@ -185,13 +186,13 @@ class _Session:
             if self.ema:
                 self.ema.update(lora.live(self.task.model))
         self._log(step)
-        saving = step.number == trainer.steps or step.number % trainer.save_every == 0
-        if trainer.validate_every and (saving or step.number % trainer.validate_every == 0):
-            self._validate(may_be_best=saving)
+        due = step.number == trainer.steps or step.number % trainer.save_every == 0
+        if trainer.validate_every and (due or step.number % trainer.validate_every == 0):
+            self._validate(may_be_best=due)
         last = step.number == trainer.steps or self.exhausted()
         if last or (self.config.sample.every and step.number % self.config.sample.every == 0):
             self._preview()
-        if saving:
+        if due:
             self.save()
 
     def save(self) -> Path:

@@ -6,7 +6,7 @@ It knows no model and no data set. Whoever iterates decides when to log, validat
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,12 +49,14 @@ def fit(
     start: int,
     clip_norm: float,
     max_bad_steps: int,
+    saving: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Step]:
     """Train on the visits of each step, in micro-batches, from step `start` on, until `steps` ends.
 
     steps: per optimiser step this process's visits. optimizer: prepared by `accelerator`. rate: learning rate of a step
     counted from 0. ladder: the size of micro-batches; where memory runs out in a step, that step is taken again from
-    its beginning one rung further down. clip_norm: largest gradient norm, 0 for none.
+    its beginning one rung further down. clip_norm: largest gradient norm, 0 for none. saving: what a loss is computed
+    in, which decides where autograd keeps what backward needs.
     Raises TrainingError after `max_bad_steps` refused steps in a row, OutOfMemory at the foot of the ladder.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -66,7 +68,7 @@ def fit(
             group["lr"] = rate(number) * group.get("lr_scale", 1.0)
         eased: list[str] = []
         parts = task.split(visits, ladder.micro_batch)
-        while (attempt := _attempt(task, parts, optimizer, accelerator, seed=seed, step=number)) is None:
+        while (attempt := _attempt(task, parts, optimizer, accelerator, saving, seed=seed, step=number)) is None:
             eased.append(ladder.descend(max(map(len, parts))))
             parts = task.split(visits, ladder.micro_batch)
         loss, units, slots, names = attempt
@@ -91,6 +93,7 @@ def _attempt(
     parts: Sequence[Sequence[Visit]],
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
+    saving: Callable[[], AbstractContextManager[None]],
     *,
     seed: int,
     step: int,
@@ -103,7 +106,7 @@ def _attempt(
     def backward() -> tuple[float, int, int, list[str]]:
         micro_batches = [task.collate(part) for part in parts]
         names = [name for batch in micro_batches for name in batch.names]
-        return *_backward(task, micro_batches, accelerator, seed=seed, step=step), names
+        return *_backward(task, micro_batches, accelerator, saving, seed=seed, step=step), names
 
     if accelerator.num_processes > 1:  # the other processes wait inside a reduction: none can start anew alone
         return backward()
@@ -111,7 +114,13 @@ def _attempt(
 
 
 def _backward(
-    task: Task, micro_batches: Sequence[Batch], accelerator: Accelerator, *, seed: int, step: int
+    task: Task,
+    micro_batches: Sequence[Batch],
+    accelerator: Accelerator,
+    saving: Callable[[], AbstractContextManager[None]],
+    *,
+    seed: int,
+    step: int,
 ) -> tuple[float, int, int]:
     """Gradients of the mean loss over all items of the step; returns that mean, and its units and slots."""
     processes, device = accelerator.num_processes, accelerator.device
@@ -124,7 +133,7 @@ def _backward(
         torch.manual_seed(_mix(seed, step, index, accelerator.process_index))
         last = index == len(micro_batches) - 1
         with nullcontext() if last or processes == 1 else accelerator.no_sync(task.model):
-            with accelerator.autocast():
+            with accelerator.autocast(), saving():
                 loss = task.loss(batch.to(device))
             # Gradients are averaged over processes; times `processes` makes that the sum, divided once by all items.
             accelerator.backward(loss * (processes / items))

@@ -6,11 +6,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config import Config, Device, Precision
+from finetune.config import Config, Device, OptimConfig, Optimizer, Precision
 from finetune.models import offload
 from finetune.records import Dataset, Run
 from finetune.stages.train import train
 from finetune.training import checkpoint
+from finetune.training.optim import build_optimizer, load_state
 from tests.unit.conftest import Setting
 from tests.unit.training.test_memory import Card
 
@@ -100,3 +101,41 @@ def test_the_last_rung_keeps_blocks_in_main_memory(
     full = train(config, dataset)
     assert full.eased == "micro-batch 1 instead of 2, trainer.checkpointing=1, model.offload=true"
     assert alike(full, roomy)
+
+
+def test_activations_in_main_memory_train_the_same_with_less_on_the_card(
+    crowded: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    dataset, peaks, runs = make_dataset(), [], []
+    for away in (False, False, True):  # the first one takes the libraries' own memory
+        crowded.run_dir, crowded.trainer.offload_activations = str(tmp_path / str(len(runs))), away
+        torch.cuda.reset_peak_memory_stats()
+        runs.append(train(crowded, dataset))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert alike(runs[1], runs[2])
+    assert peaks[2] < 0.7 * peaks[1]
+
+
+def test_paged_states_are_paged_again_after_a_checkpoint(tmp_path: Path) -> None:
+    def built() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 2**18, device="cuda"))
+        return parameter, build_optimizer([parameter], OptimConfig(name=Optimizer.paged_adamw8bit, lr=1e-2))
+
+    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, number: int) -> None:
+        parameter.grad = torch.randn(2**18, generator=torch.Generator().manual_seed(number)).to("cuda")
+        optimizer.step()
+
+    parameter, optimizer = built()
+    for number in range(3):
+        step(parameter, optimizer, number)
+    assert optimizer.state[parameter]["state1"].is_paged
+    torch.cuda.synchronize()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again, restored = built()
+    again.data.copy_(parameter.data)
+    load_state(restored, torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=True))
+    assert restored.state[again]["state1"].is_paged
+    for number in (3, 4):
+        step(parameter, optimizer, number)
+        step(again, restored, number)
+    assert torch.equal(parameter, again)

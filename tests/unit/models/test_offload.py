@@ -3,6 +3,7 @@
 On the CPU the part of the card is played by copies; what a stream would do later happens at once.
 """
 
+import itertools
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,15 @@ def test_as_many_blocks_stay_as_fit_evenly_spread(
     assert Accelerator(cpu=True).verify_device_map(model)  # it won't move the model to the card as a whole
     with torch.no_grad():
         assert torch.equal(output(model), expected)
+
+
+def test_main_memory_comes_in_few_pieces_of_powers_of_two() -> None:
+    views = list(offload._memory([680] * 35, pin=False))
+    assert [view.numel() for view in views] == [680] * 35
+    pieces = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in views}
+    assert sorted(pieces.values()) == [1024, 1024, 2048, 4096, 16384]
+    starts = sorted(view.data_ptr() for view in views)
+    assert all(after - before >= 680 for before, after in itertools.pairwise(starts))
 
 
 def test_what_fits_stays(monkeypatch: pytest.MonkeyPatch) -> None:
