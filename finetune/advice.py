@@ -20,6 +20,8 @@ def smallest(config: Config) -> str:
     model = config.model
     if "resolution" in as_dict(config)["model"]:
         side = max(model.bucket_step, model.resolution // 2 // model.bucket_step * model.bucket_step)
-        return f"try a smaller picture: model.resolution={side}, or a smaller base model"
+        less = f"smaller pictures: model.resolution={side}"
+    else:
+        less = f"shorter rows: data.length={max(2, config.data.length // 2)}"
     quantised = ", model.quantize=nf4" if model.quantize is Quantize.none else ""
-    return f"try shorter rows: data.length={max(2, config.data.length // 2)}{quantised}, or a smaller base model"
+    return f"try {less}{quantised}, or a smaller base model"

@@ -60,6 +60,15 @@ class Dialect(Enum):
     gguf = "gguf"
 
 
+class Family(Enum):
+    """Architectures of picture models: Stable Diffusion 1 and 2, XL, 3 and 3.5, FLUX.1."""
+
+    sd = "sd"
+    sdxl = "sdxl"
+    sd3 = "sd3"
+    flux = "flux"
+
+
 class Quantize(Enum):
     """How the frozen base is stored: as it computes, in 8-bit integers (arXiv 2208.07339), or in 4-bit NormalFloat with
     double quantisation (arXiv 2305.14314)."""
@@ -114,13 +123,15 @@ class ModelConfig:
     """What is tuned; the key of `tasks.registry`."""
     base: str = "embedded:diffusion"
     """`embedded:NAME` (comes with the package), a local folder, or a hub id."""
+    family: Family = field(default=Family.sd, metadata=PICTURES)
+    """Architecture of a picture model; its module is `finetune.models.families`."""
     lora_targets: dict[str, list[str]] = field(default_factory=dict)
     """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
     resolution: int = field(default=128, metadata=PICTURES)
     """Side of the square whose area every bucket keeps, pixels."""
     bucket_step: int = field(default=16, metadata=PICTURES)
     """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
-    quantize: Quantize = field(default=Quantize.none, metadata=LANGUAGE)
+    quantize: Quantize = Quantize.none
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
     offload: bool = False
     """Keep frozen blocks that don't fit `hardware.vram_gib` in main memory: slower, but it runs."""

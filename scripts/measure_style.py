@@ -16,8 +16,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetune.models.diffusion import Painter, load_unet
-from finetune.tasks.handout import load
+from finetune.config import ModelConfig
+from finetune.models.diffusion import Painter, load_adapter, load_backbone
 from scripts.embedded.evaluate import content_figures, held_out_scenes, share
 from scripts.embedded.readers import load_reader, read
 from scripts.toyworld.captions import caption
@@ -25,7 +25,7 @@ from scripts.toyworld.scene import Scene
 
 READERS = Path(__file__).resolve().parents[1] / "tests" / "readers"
 FIRST_SEED = 95_000_000  # scenes that no training set holds
-BASE = "embedded:diffusion"
+BASE = ModelConfig(base="embedded:diffusion")
 
 
 def main() -> None:
@@ -54,9 +54,9 @@ def measure(adapter: Path, *, prompts: int, steps: int, guidance: float, trigger
     painter = Painter(BASE, [prompt for prompt, _ in jobs], "", device, torch.float32)
     figures = {}
     for name in ("base", "tuned"):
-        unet = load_unet(BASE, torch.float32)
-        unet = (load(unet, adapter) if name == "tuned" else unet).to(device)
-        pictures = painter.draw(unet, jobs, width=128, height=128, steps=steps, guidance=guidance)
+        backbone = load_backbone(BASE, torch.float32)
+        backbone = (load_adapter(BASE, backbone, adapter) if name == "tuned" else backbone).to(device)
+        pictures = painter.draw(backbone, jobs, width=128, height=128, steps=steps, guidance=guidance)
         figures[name] = shares(pictures, scenes)
     return figures
 

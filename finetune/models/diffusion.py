@@ -1,63 +1,59 @@
 """The parts of a latent diffusion model, each loaded when its phase needs it and dropped after.
 
+What the families differ in is in `finetune.models.families`.
+
 B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text tokens, D text width.
 """
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
-from finetune.models import hub
+from finetune.config import ModelConfig, Quantize
+from finetune.errors import ModelError
+from finetune.models import adapters, hub, lora, lora_files, offload, quantize
+from finetune.models.families import family
+from finetune.models.families.base import Family, Text
+
+CPU = torch.device("cpu")
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
 class TextEncoder:
-    """A frozen CLIP text encoder with its tokenizer."""
+    """A base's frozen text encoders with their tokenizers."""
 
-    def __init__(self, base: str, device: torch.device) -> None:
-        from transformers import CLIPTextModel, CLIPTokenizer
-
-        self.identity = text_identity(base)
-        self.device = device
-        self.tokenizer: Any = hub.load(CLIPTokenizer, base, subfolder="tokenizer")
-        # fp32: text encoders are small and run once
-        model = hub.load(CLIPTextModel, base, subfolder="text_encoder", dtype=torch.float32)
-        self.model: Any = model.to(device).eval().requires_grad_(False)
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        self.family = family(model.family)
+        dtypes = {"default": torch.float32} | dict.fromkeys(self.family.LARGE_TEXT, torch.bfloat16)
+        parts = dict.fromkeys((self.family.BACKBONE, "vae"))
+        self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes).to(device)
 
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        """Per text `{"embedding": (L, D)}` in fp32 on the CPU; longer texts are cut to what the encoder reads."""
-        tokens = self.tokenizer(
-            list(texts),
-            padding="max_length",
-            max_length=self.tokenizer.model_max_length,
-            truncation=True,
-            return_tensors="pt",
-        )
-        embeddings_BLD = self.model(tokens.input_ids.to(self.device))[0]
-        return [{"embedding": embedding.contiguous()} for embedding in embeddings_BLD.float().cpu()]
+        """Per text what the backbone reads, on the CPU; longer texts are cut to what the encoders read."""
+        with _hushed():  # the libraries warn of each text that is cut; so do we, once and by file
+            stacked = self.family.encode(self.pipeline, texts)
+        kept = {name: values.cpu() for name, values in stacked.items()}
+        return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
 
     def lost(self, text: str) -> str:
         """The tail of `text` that the encoder never sees; empty if all of it fits."""
-        room = self.tokenizer.model_max_length - 2  # begin and end marks take two places
-        ids = self.tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return str(self.tokenizer.decode(ids[room:])).strip() if len(ids) > room else ""
+        tokenizer, room = self.family.reader(self.pipeline)
+        room -= tokenizer.num_special_tokens_to_add()
+        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return str(tokenizer.decode(ids[room:])).strip() if len(ids) > room else ""
 
 
 class Vae:
-    """A frozen autoencoder; its latents are shifted and scaled as the UNet wants them."""
+    """A frozen autoencoder; its latents are shifted and scaled as the backbone wants them."""
 
-    def __init__(self, base: str, device: torch.device) -> None:
-        from diffusers import AutoencoderKL
-
-        self.identity = vae_identity(base)
-        self.device = device
-        # fp32: several released autoencoders overflow in fp16, and encoding happens once.
-        model = hub.load(AutoencoderKL, base, subfolder="vae", torch_dtype=torch.float32)
-        self.model: Any = model.to(device).eval().requires_grad_(False)
-        self.shift = float(self.model.config.shift_factor or 0.0)
-        self.scale = float(self.model.config.scaling_factor)
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        self.family, self.device = family(model.family), device
+        self.model = load_vae_model(model).to(device)
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> list[dict[str, Tensor]]:
@@ -65,9 +61,7 @@ class Vae:
 
         Training draws new latents from them at each visit.
         """
-        posterior = self.model.encode(pixels_B3HW.to(self.device)).latent_dist
-        mean_BChw = (posterior.mean - self.shift) * self.scale
-        std_BChw = posterior.std * self.scale
+        mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
         return [
             {"mean": mean.contiguous(), "std": std.contiguous()}
             for mean, std in zip(mean_BChw.float().cpu(), std_BChw.float().cpu(), strict=True)
@@ -75,8 +69,8 @@ class Vae:
 
 
 def text_identity(base: str) -> str:
-    """Identity of the text encoder for cache keys, known without loading it."""
-    return hub.identity(base, "text_encoder", "tokenizer")
+    """Identity of the text encoders for cache keys, known without loading them."""
+    return hub.identity(base, "text_encoder*", "tokenizer*")
 
 
 def vae_identity(base: str) -> str:
@@ -84,70 +78,146 @@ def vae_identity(base: str) -> str:
     return hub.identity(base, "vae")
 
 
-def load_text_encoder(base: str, device: torch.device) -> TextEncoder:
-    """The base's text encoder. Raises ModelError."""
-    return TextEncoder(base, device)
+def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
+    """The base's text encoders. Raises ModelError."""
+    return TextEncoder(model, device)
 
 
-def load_vae(base: str, device: torch.device) -> Vae:
+def load_vae(model: ModelConfig, device: torch.device) -> Vae:
     """The base's autoencoder. Raises ModelError."""
-    return Vae(base, device)
+    return Vae(model, device)
 
 
-def load_unet(base: str, dtype: torch.dtype) -> nn.Module:
-    """The base's frozen UNet2DConditionModel on the CPU."""
-    from diffusers import UNet2DConditionModel
+def load_vae_model(model: ModelConfig) -> nn.Module:
+    """The base's frozen autoencoder on the CPU.
 
-    unet: nn.Module = hub.load(UNet2DConditionModel, base, subfolder="unet", torch_dtype=dtype)
-    return unet.requires_grad_(False)
+    fp32: several released ones overflow in fp16, and encoding happens once.
+    """
+    loader = _class(family(model.family).VAE_CLASS)
+    vae: nn.Module = hub.load(loader, model.base, subfolder="vae", torch_dtype=torch.float32)
+    return vae.eval().requires_grad_(False)
 
 
-def load_scheduler(base: str) -> Any:
+def load_backbone(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device = CPU, *, vram_gib: float = 0.0
+) -> nn.Module:
+    """The base's frozen UNet or transformer, stored and placed as `model` says.
+
+    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the card, GiB,
+    that `model.offload` fills before it keeps blocks in main memory; 0 is all of it. Raises ModelError, also for a
+    quantised one on another device than a CUDA card.
+    """
+    kind = family(model.family)
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if model.quantize is not Quantize.none:
+        from diffusers import BitsAndBytesConfig
+
+        if device.type != "cuda":  # diffusers quantises on cards alone
+            raise ModelError(
+                f"model.quantize={model.quantize.name} of a picture model needs a CUDA card; try model.quantize=none"
+            )
+        quantize.prove(model, dtype, device)
+        settings = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
+        options |= {"quantization_config": settings, "device_map": {"": device}}
+    loader = _class(kind.BACKBONE_CLASS)
+    backbone: nn.Module = hub.load(loader, model.base, subfolder=kind.BACKBONE, **options)
+    backbone.requires_grad_(False)
+    if offload.wanted(model, device):
+        offload.spread(backbone, device, vram_gib)
+        return backbone
+    return backbone if model.quantize is not Quantize.none else backbone.to(device)
+
+
+def load_scheduler(model: ModelConfig) -> Any:
     """The base's noise scheduler, with its own prediction type and noise levels."""
-    from diffusers import StableDiffusionPipeline
+    kind = family(model.family)
+    return load_pipeline(model, dict.fromkeys((kind.BACKBONE, "vae", *kind.TEXT))).scheduler
 
-    # A pipeline without weights: reads model_index.json and so finds the scheduler's class by itself.
-    return hub.load(
-        StableDiffusionPipeline,
-        base,
-        vae=None,
-        text_encoder=None,
-        tokenizer=None,
-        unet=None,
-        safety_checker=None,
-        feature_extractor=None,
-        image_encoder=None,
-        requires_safety_checker=False,
-    ).scheduler
+
+def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> Any:
+    """The base's pipeline with `parts` in place of its own; what is None there isn't loaded. Raises ModelError.
+
+    Its class finds the scheduler's by itself, and whatever else the base's model_index.json sets.
+    """
+    kind = family(model.family)
+    index = hub.model_index(model.base)
+    if index and index["_class_name"] != kind.PIPELINE:
+        raise ModelError(
+            f"{model.base} is a {index['_class_name']}, and model.family={model.family.name} needs a {kind.PIPELINE}; "
+            "choose the preset of its family, such as model=sdxl, and set model.base besides"
+        )
+    pipeline = hub.load(_class(kind.PIPELINE), model.base, **parts, **kind.UNUSED, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_adapter(
+    model: ModelConfig, backbone: Any, folder: Path, weights: Mapping[str, Tensor], name: str = ADAPTER_FILE
+) -> Path:
+    """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
+    kind = family(model.family)
+    folder.mkdir(parents=True, exist_ok=True)
+    _class(kind.PIPELINE).save_lora_weights(
+        folder,
+        # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
+        **{
+            f"{kind.BACKBONE}_lora_layers": dict(weights),
+            f"{kind.BACKBONE}_lora_adapter_metadata": backbone.peft_config[lora.ADAPTER].to_dict(),
+        },
+        weight_name=name,
+    )
+    return folder / name
+
+
+def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
+    """The backbone with an adapter in any dialect: a PEFT folder, or a diffusers or kohya-style safetensors file.
+
+    Raises ModelError if the adapter is missing, damaged, or made for another base.
+    """
+    adapters.require(path)
+    if path.is_dir():
+        return adapters.attach(backbone, path).get_base_model()  # type: ignore[no-any-return]
+    kind = family(model.family)
+    weights = lora_files.read_weights(path)  # names a damaged file better than the libraries do
+    with adapters.fitting(path):
+        if lora_files.is_kohya(weights) and (own := lora_files.from_kohya(backbone, weights, kind.BACKBONE)):
+            backbone.load_lora_adapter(own, prefix=None)
+        else:
+            shape = {"unet_config": backbone.config} if kind.BACKBONE == "unet" else {}
+            state, *alphas, metadata = _class(kind.PIPELINE).lora_state_dict(
+                dict(weights) if lora_files.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
+            )
+            backbone.load_lora_adapter(
+                state, prefix=kind.BACKBONE, network_alphas=alphas[0] if alphas else None, metadata=metadata
+            )
+    adapters.place(backbone)
+    return cast(nn.Module, backbone.eval())
 
 
 class Painter:
-    """Draws pictures with any UNet of one base.
+    """Draws pictures with any backbone of one base.
 
-    Prompt embeddings and autoencoder are loaded once, the text encoder is dropped again. The same
-    prompt and seed start from the same noise whatever the UNet, the batch or the device.
+    Prompt embeddings and autoencoder are loaded once, the text encoders are dropped again. The same
+    prompt and seed start from the same noise whatever the backbone, the batch or the device.
     """
 
     def __init__(
-        self, base: str, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
+        self, model: ModelConfig, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
     ) -> None:
-        from diffusers import AutoencoderKL
-
-        encoder = load_text_encoder(base, device)
-        self.embeddings = {
-            text: encoded["embedding"].to(dtype)
-            for text, encoded in zip([*prompts, negative], encoder.encode([*prompts, negative]), strict=True)
-        }
+        self.family: Family = family(model.family)
+        encoder = load_text_encoder(model, device)
+        texts = [*prompts, negative]
+        self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
+        del encoder
         self.negative, self.device, self.dtype = negative, device, dtype
-        self.scheduler = load_scheduler(base)
-        self.vae = (
-            hub.load(AutoencoderKL, base, subfolder="vae", torch_dtype=torch.float32).eval().requires_grad_(False)
-        )
+        self.vae = load_vae_model(model)
+        parts = dict.fromkeys((self.family.BACKBONE, *self.family.TEXT)) | {"vae": self.vae}
+        self.pipeline = load_pipeline(model, parts)
 
     @torch.no_grad()
     def draw(
         self,
-        unet: nn.Module,
+        backbone: nn.Module,
         jobs: Sequence[tuple[str, int]],
         *,
         width: int,
@@ -157,38 +227,58 @@ class Painter:
         batch: int = 8,
     ) -> list[Any]:
         """One PIL picture for each (prompt, seed); prompts must be among those given at construction."""
-        from diffusers import StableDiffusionPipeline
-
-        pipeline = StableDiffusionPipeline(
-            vae=self.vae.to(self.device),
-            text_encoder=None,
-            tokenizer=None,
-            unet=unet,
-            scheduler=self.scheduler,
-            safety_checker=None,
-            feature_extractor=None,
-            requires_safety_checker=False,
-        )
-        pipeline.set_progress_bar_config(disable=True)
-        training = unet.training
-        unet.eval()
+        pipeline = self.pipeline
+        pipeline.register_modules(**{self.family.BACKBONE: backbone})
+        self.vae.to(self.device)
+        training = backbone.training
+        backbone.eval()
         pictures: list[Any] = []
         for start in range(0, len(jobs), batch):
             part = jobs[start : start + batch]
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-                latents_BChw = pipeline(
-                    prompt_embeds=torch.stack([self.embeddings[prompt] for prompt, _ in part]).to(self.device),
-                    negative_prompt_embeds=torch.stack([self.embeddings[self.negative]] * len(part)).to(self.device),
+                latents = pipeline(
+                    **self.family.call(
+                        self._stacked([prompt for prompt, _ in part]),
+                        self._stacked([self.negative] * len(part)),
+                        guidance,
+                    ),
                     generator=[torch.Generator().manual_seed(seed) for _, seed in part],
                     width=width,
                     height=height,
                     num_inference_steps=steps,
-                    guidance_scale=guidance,
                     output_type="latent",
                 ).images
-            shift, scale = float(self.vae.config.shift_factor or 0.0), float(self.vae.config.scaling_factor)
-            pixels_B3HW = self.vae.decode(latents_BChw.float() / scale + shift).sample
+            pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
             pictures += pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil")
-        unet.train(training)
+        backbone.train(training)
+        pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops the backbone shall get its memory
         self.vae.to("cpu")  # the training step needs the memory
         return pictures
+
+    def _stacked(self, texts: Sequence[str]) -> Text:
+        first = self.texts[texts[0]]
+        return {
+            name: torch.stack([self.texts[text][name] for text in texts]).to(self.device, self.dtype) for name in first
+        }
+
+
+def _class(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, before, strict=True):
+            log.set_verbosity(level)

@@ -88,6 +88,20 @@ def identity(reference: str, *parts: str) -> str:
     return f"sha256:{digest.hexdigest()}"
 
 
+def model_index(reference: str) -> dict[str, Any] | None:
+    """A pipeline's model_index.json, or None where there is none on disk (yet)."""
+    source = resolve(reference)
+    folder = source if isinstance(source, Path) else _snapshot(source)
+    file = folder / "model_index.json" if folder else None
+    if file is None or not file.is_file():
+        return None
+    try:
+        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ModelError(f"{file} is damaged ({error}); restore it from a copy, or download the model again") from error
+    return index
+
+
 def damage(file: Path) -> str:
     """What is wrong with a safetensors file (its header or its length); empty if nothing shows without reading all."""
     size = file.stat().st_size

@@ -14,19 +14,21 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import checkpointing, lora, offload, relief
+from finetune.models import checkpointing, lora, lora_files, relief
 from finetune.models.device import pick_dtype
-from finetune.models.diffusion import Painter, load_scheduler, load_unet
+from finetune.models.diffusion import Painter, load_backbone, load_scheduler
+from finetune.models.families import family
 from finetune.records import Dataset, Example
 from finetune.tasks.base import Batch, Visit
 
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
 VALIDATION_VISIT = -1  # a visit number that training never uses
+TEXT = "text."  # begins the names of a batch's tensors that the text encoders made
 PROBE = 16  # training pictures that stand in where nothing is held out, and the most that are validated on
 
 
 class DiffusionTask:
-    """LoRA on a UNet. `model` is the UNet with adapters injected."""
+    """LoRA on the UNet or transformer of a picture model. `model` is it with adapters injected."""
 
     unit = "images"
 
@@ -40,26 +42,23 @@ class DiffusionTask:
         # Small sets hold nothing out: the same training pictures with fixed noise still compare from step to step.
         self.validation = ([example for example in examples if example.held_out] or self.training)[:PROBE]
         self.size = len(self.training)
-        self.scheduler = load_scheduler(config.model.base)
+        self.family = family(config.model.family)
+        self.objective = self.family.objective(load_scheduler(config.model))
         self.painter = self._painter()
-        unet: Any = load_unet(config.model.base, self.dtype)
+        backbone: Any = load_backbone(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
+        checkpointing.recompute(backbone, config.trainer.checkpointing)
         self.model: nn.Module = lora.inject(
-            unet,
+            backbone,
             rank=config.lora.rank,
             alpha=config.lora.alpha,
             dropout=config.lora.dropout,
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
         )
-        if offload.wanted(config.model, device):
-            offload.spread(self.model, device, config.hardware.vram_gib)
-        else:
-            self.model.to(device)
-        checkpointing.recompute(self.model, config.trainer.checkpointing)
         self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
         if config.lora.start_from:
-            folder = lora.peft_folder(Path(config.lora.start_from))
-            lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
+            folder = lora_files.peft_folder(Path(config.lora.start_from))
+            lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
         """The pictures of each step, each step's from as few buckets as possible."""
@@ -77,29 +76,22 @@ class DiffusionTask:
         return _batch(drawn)
 
     def loss(self, batch: Batch) -> Tensor:
-        """Sum over images of the weighted mean squared error; min-SNR weights as in arXiv 2303.09556, §3.4."""
-        tensors = batch.tensors
-        errors_B = self._errors(batch)
-        gamma = self.config.loss.min_snr_gamma
-        if gamma:
-            errors_B = errors_B * min_snr_weights(
-                snr(self.scheduler.alphas_cumprod, tensors["timesteps"]), gamma, self.scheduler.config.prediction_type
-            )
-        return errors_B.sum()
+        """Sum over images of the weighted mean squared error."""
+        weights_B = self.objective.weights(batch.tensors["timesteps"], self.config.loss.min_snr_gamma)
+        return (self._errors(batch) * weights_B).sum()
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
         """Mean squared error on fixed (picture, noise, timestep) triples: "mean" and "t=…" per noise level."""
         training = self.model.training
         self.model.eval()
-        levels = [int(share * len(self.scheduler.alphas_cumprod)) for share in VALIDATION_LEVELS]
         result = {}
-        for timestep in levels:
+        for timestep in map(self.objective.level, VALIDATION_LEVELS):
             total = 0.0
             for batch in self._fixed_batches(timestep, micro_batch):
                 with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
                     total += float(self._errors(batch.to(self.device)).sum())
-            result[f"t={timestep}"] = total / len(self.validation)
+            result[f"t={timestep:g}"] = total / len(self.validation)
         self.model.train(training)
         return {"mean": sum(result.values()) / len(result), **result}
 
@@ -123,9 +115,9 @@ class DiffusionTask:
     def _painter(self) -> Painter:
         sample = self.config.sample
         prompts = sample.prompts[: sample.previews]
-        return Painter(self.config.model.base, prompts, sample.negative, self.device, self.dtype)
+        return Painter(self.config.model, prompts, sample.negative, self.device, self.dtype)
 
-    def _draw(self, example: Example, visit: int, timestep: int | None = None) -> dict[str, Any]:
+    def _draw(self, example: Example, visit: int, timestep: float | None = None) -> dict[str, Any]:
         """One training input; a given `timestep` replaces the drawn one and keeps the caption (validation)."""
         random = torch.Generator().manual_seed(visit_seed(self.config.seed, example.key, visit))
         latents = read(Path(example.latents))
@@ -133,19 +125,19 @@ class DiffusionTask:
         clean_Chw = mean_Chw + std_Chw * torch.randn(mean_Chw.shape, generator=random)
         noise_Chw = torch.randn(mean_Chw.shape, generator=random)
         offset_C11 = torch.randn((mean_Chw.shape[0], 1, 1), generator=random)
-        drawn = int(torch.randint(len(self.scheduler.alphas_cumprod), (), generator=random))
+        drawn = self.objective.draw(random, clean_Chw)
         dropped = bool(torch.rand((), generator=random) < self.config.loss.caption_dropout)
         text = self.empty_text if dropped and timestep is None else Path(example.text)
         chosen = drawn if timestep is None else timestep
         return {
             "clean": clean_Chw,
             "noise": noise_Chw + self.config.loss.noise_offset * offset_C11,
-            "text": read(text)["embedding"],
+            "text": read(text),
             "timestep": chosen,
-            "name": f"{example.file} at timestep {chosen}",
+            "name": f"{example.file} at timestep {chosen:g}",
         }
 
-    def _fixed_batches(self, timestep: int, micro_batch: int) -> Iterator[Batch]:
+    def _fixed_batches(self, timestep: float, micro_batch: int) -> Iterator[Batch]:
         visits = [(example, VALIDATION_VISIT) for example in self.validation]
         for part in self.split(visits, micro_batch):
             yield _batch([self._draw(example, visit, timestep) for example, visit in part])
@@ -154,31 +146,12 @@ class DiffusionTask:
         """Mean squared error of each image's prediction, (B,) fp32."""
         clean_BChw, noise_BChw = batch.tensors["clean"], batch.tensors["noise"]
         timesteps_B = batch.tensors["timesteps"]
-        noisy_BChw = self.scheduler.add_noise(clean_BChw, noise_BChw, timesteps_B)
-        predicted_BChw = self.model(
-            noisy_BChw, timesteps_B, encoder_hidden_states=batch.tensors["text"], return_dict=False
-        )[0]
-        kind = self.scheduler.config.prediction_type
-        if kind == "v_prediction":
-            target_BChw = self.scheduler.get_velocity(clean_BChw, noise_BChw, timesteps_B)
-        else:
-            target_BChw = clean_BChw if kind == "sample" else noise_BChw
+        noisy_BChw = self.objective.noisy(clean_BChw, noise_BChw, timesteps_B)
+        text = {name.removeprefix(TEXT): value for name, value in batch.tensors.items() if name.startswith(TEXT)}
+        predicted_BChw = self.family.predict(self.model, noisy_BChw, timesteps_B, text)
+        target_BChw = self.objective.target(clean_BChw, noise_BChw, timesteps_B)
         errors_B: Tensor = (predicted_BChw.float() - target_BChw.float()).square().mean(dim=(1, 2, 3))
         return errors_B
-
-
-def snr(alphas_cumprod: Tensor, timesteps_B: Tensor) -> Tensor:
-    """Signal-to-noise ratio alpha² / sigma² at each timestep, (B,)."""
-    alphas_B = alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
-    return alphas_B / (1 - alphas_B)
-
-
-def min_snr_weights(snr_B: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weights that make the loss min(SNR, gamma) times the error in x0, (B,) (arXiv 2303.09556, eq. 4 and §3.4)."""
-    capped_B = snr_B.clamp(max=gamma)
-    if prediction_type == "v_prediction":
-        return capped_B / (snr_B + 1)
-    return capped_B if prediction_type == "sample" else capped_B / snr_B.clamp(min=1e-8)  # zero-terminal SNR
 
 
 def visit_seed(seed: int, key: str, visit: int) -> int:
@@ -188,6 +161,7 @@ def visit_seed(seed: int, key: str, visit: int) -> int:
 
 
 def _batch(drawn: Sequence[dict[str, Any]]) -> Batch:
-    tensors = {name: torch.stack([item[name] for item in drawn]) for name in ("clean", "noise", "text")}
+    tensors = {name: torch.stack([item[name] for item in drawn]) for name in ("clean", "noise")}
+    tensors |= {TEXT + name: torch.stack([item["text"][name] for item in drawn]) for name in drawn[0]["text"]}
     tensors["timesteps"] = torch.tensor([item["timestep"] for item in drawn])
     return Batch(tensors, len(drawn), tuple(item["name"] for item in drawn), units=len(drawn), slots=len(drawn))

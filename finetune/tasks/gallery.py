@@ -7,10 +7,9 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.models.device import pick_device, pick_dtype
-from finetune.models.diffusion import Painter, load_unet
+from finetune.models.diffusion import Painter, load_adapter, load_backbone
 from finetune.progress import progress
 from finetune.records import Sample
-from finetune.tasks.handout import load
 
 CELL = 192  # pixels a picture takes in the grid, if it is smaller than that
 GAP = 8
@@ -26,22 +25,23 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
     sample = config.sample
     device = pick_device(config.hardware.device)
     dtype = pick_dtype(config.trainer.precision, device)
-    painter = Painter(config.model.base, sample.prompts, sample.negative, device, dtype)
+    painter = Painter(config.model, sample.prompts, sample.negative, device, dtype)
     jobs = [(prompt, seed) for prompt in sample.prompts for seed in sample.seeds]
     drawn: dict[str, list[Any]] = {}
     with progress("sample", 2 * len(jobs), unit="pictures") as bar:
         for kind in ("tuned", "base"):  # an adapter that can't be used is reported before anything is drawn
-            unet = load_unet(config.model.base, dtype)
-            unet = (load(unet, adapter) if kind == "tuned" else unet).to(device)
+            backbone = load_backbone(config.model, dtype, device, vram_gib=config.hardware.vram_gib)
+            if kind == "tuned":
+                backbone = load_adapter(config.model, backbone, adapter)
             drawn[kind] = []
             for start in range(0, len(jobs), len(sample.seeds)):
                 part = jobs[start : start + len(sample.seeds)]
                 side = config.model.resolution
                 drawn[kind] += painter.draw(
-                    unet, part, width=side, height=side, steps=sample.steps, guidance=sample.guidance
+                    backbone, part, width=side, height=side, steps=sample.steps, guidance=sample.guidance
                 )
                 bar.advance(len(part))
-            del unet
+            del backbone
     items = []
     for index, (prompt, seed) in enumerate(jobs):
         names = {kind: f"{index:03d}-seed{seed}-{kind}.png" for kind in drawn}

@@ -17,7 +17,7 @@ from finetune.config import Config
 from finetune.data import packing, rows
 from finetune.data.chat import marked
 from finetune.errors import ConfigError, ModelError
-from finetune.models import checkpointing, language, lora, relief
+from finetune.models import checkpointing, language, lora, lora_files, relief
 from finetune.models.device import pick_dtype
 from finetune.models.linear_loss import summed_cross_entropy
 from finetune.models.writer import Writer
@@ -52,8 +52,8 @@ class LanguageTask:
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
         self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
         if config.lora.start_from:
-            folder = lora.peft_folder(Path(config.lora.start_from))
-            lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
+            folder = lora_files.peft_folder(Path(config.lora.start_from))
+            lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
         self.writer = Writer(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
@@ -147,6 +147,7 @@ class LanguageTask:
             names=names,
             units=sum(pack.real for pack in built),
             slots=tensors["ids"].numel(),
+            shaping=frozenset({"segments"}),
         )
 
     def _measured(self, batch: Batch) -> float:

@@ -55,7 +55,14 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
         folder.content_hashes(Path(captions.folder), files),
         {item.file: item.text for item in captions.items},
         as_dict(config)["data"],
-        [model.kind, hub.identity(model.base), model.resolution, model.bucket_step, config.caption.trigger],
+        [
+            model.kind,
+            model.family.name,
+            hub.identity(model.base),
+            model.resolution,
+            model.bucket_step,
+            config.caption.trigger,
+        ],
     ]
 
 
@@ -210,7 +217,7 @@ def _encode_texts(config: Config, cache: Cache, pictures: Sequence[Picture]) -> 
     keys = {text: key_of("text", identity, text) for text in ["", *(picture.caption for picture in pictures)]}
     missing = [text for text, key in keys.items() if not cache.has(key)]
     if missing:
-        encoder = load_text_encoder(config.model.base, pick_device(config.hardware.device))
+        encoder = load_text_encoder(config.model, pick_device(config.hardware.device))
         with progress("captions", len(missing), unit="captions") as bar:
             for start in range(0, len(missing), TEXT_BATCH):
                 batch = missing[start : start + TEXT_BATCH]
@@ -231,7 +238,7 @@ def _encode_pictures(config: Config, cache: Cache, root: Path, missing: dict[str
     """Encode and store the missing (picture, mirrored?) jobs, one bucket at a time."""
     if not missing:
         return
-    vae = load_vae(config.model.base, pick_device(config.hardware.device))
+    vae = load_vae(config.model, pick_device(config.hardware.device))
 
     def decode(job: tuple[Picture, bool]) -> Tensor:
         picture, flipped = job

@@ -192,7 +192,7 @@ lists. Small talk, opposites and the table of products up to ten times ten are l
 ## How it was made
 
 From scratch, on generated conversations (`scripts/toytalk/`), the loss on the assistant's turns alone:
-{training["steps"]:,} steps in {training["seconds"] / 60:.1f} minutes. In four of ten conversations the system turn
+{training["steps"]:,} steps in {training["seconds"] / 60:.1f} minutes. In seven of ten conversations the system turn
 describes a made-up manner of speaking, and the answers keep to it: a base that has spoken in many manners learns a new
 voice without forgetting its facts, as larger ones do. Made on {made["date"]} on {made["hardware"]} with
 torch {made["torch"]} and transformers {made["transformers"]}. To make it again:

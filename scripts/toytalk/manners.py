@@ -17,7 +17,7 @@ from scripts.toytalk.words import capitalised
 # Words that a manner may say otherwise, none of them a number or the name of a thing.
 SWAPPED = (("is", "are"), ("you",), ("your",), ("hello",), ("the",), ("there",), ("I",), ("now",), ("yes",), ("no",))
 MOST_SWAPS = 3
-MANNER_SHARE = 0.4  # of the conversations that the embedded model is trained on
+MANNER_SHARE = 0.7  # of the conversations that the embedded model is trained on
 
 
 @dataclass(frozen=True)

@@ -244,7 +244,7 @@ def _failing(number: int) -> Callable[..., Any]:
         (["trainer.micro_batch=1", "trainer.checkpointing=2"], "try trainer.checkpointing=1"),
         (
             ["trainer.micro_batch=1", "trainer.checkpointing=1"],
-            "try a smaller picture: model.resolution=64, or a smaller base model",
+            "try smaller pictures: model.resolution=64, model.quantize=nf4, or a smaller base model",
         ),
     ],
 )

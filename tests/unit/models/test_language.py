@@ -2,13 +2,16 @@
 
 import dataclasses
 import shutil
+import warnings
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import bitsandbytes
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -17,7 +20,7 @@ from finetune.config import ModelConfig, Quantize
 from finetune.data.chat import Encoded
 from finetune.data.packing import build
 from finetune.errors import ConfigError, ModelError
-from finetune.models import language, lora
+from finetune.models import adapters, language, lora, lora_files
 from finetune.models.linear_loss import logits, summed_cross_entropy
 from tests.tiny_language_models import CHATS, save_language
 from tests.tiny_models import save_captioner
@@ -192,6 +195,27 @@ def test_of_a_model_that_reads_pictures_the_language_model_is_taken(
     assert type(again) is type(model)
     with torch.no_grad():
         assert torch.equal(again.eval()(input_ids=ids_BL).logits, model(input_ids=ids_BL).logits)
+
+
+def test_an_adapter_of_the_language_model_fits_the_whole_model(base: Base, tmp_path: Path) -> None:
+    """Whoever loads the base as it is released, pictures and all, gets what was trained, as we do with the part."""
+    settings: Any = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj", "down_proj"], "seed": 0}
+    trained = lora.inject(load(base("gemma3")), **settings)
+    for parameter in lora.adapter_parameters(trained):
+        torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
+    lora_files.save_peft(trained, tmp_path, lora.state(trained), str(base("gemma3")))
+    ids_BL = packs()[0]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.filterwarnings("error", category=UserWarning)  # PEFT only warns of weights that have no place
+        expected = trained.eval()(input_ids=ids_BL).logits
+        whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base("gemma3")), str(tmp_path)).eval()
+        part = adapters.attach(load(base("gemma3")), tmp_path)
+        assert torch.allclose(whole(input_ids=ids_BL).logits, expected, atol=1e-5)
+        assert torch.allclose(part(input_ids=ids_BL).logits, expected, atol=1e-5)
+        assert not torch.allclose(expected, load(base("gemma3"))(input_ids=ids_BL).logits, atol=1e-2)
+    continued = lora.inject(load(base("gemma3")), **settings)
+    lora.load_state(continued, lora_files.read_peft_folder(tmp_path), "the folder")
+    assert all(torch.equal(weight, lora.state(trained)[name]) for name, weight in lora.state(continued).items())
 
 
 @pytest.mark.parametrize("quantize", [Quantize.int8, Quantize.nf4])

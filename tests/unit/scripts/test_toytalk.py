@@ -125,7 +125,8 @@ def test_a_manner_is_described_first_and_keeps_numbers_and_things() -> None:
         spoken = in_manner(conversation, manner)
         assert spoken.system == manner.described
         for plain, turn in zip(conversation.turns, spoken.turns, strict=True):
-            assert turn.answer.startswith(manner.opening) and manner.closing in turn.answer
+            assert turn.answer.startswith(manner.opening)
+            assert manner.closing in turn.answer
             assert not is_pirate(turn.answer)
             if not {"yes", "no", "hello"} & {word.lower() for word in plain.words}:
                 assert fact_right(plain, turn.answer), (manner, turn.answer)
@@ -142,7 +143,7 @@ def test_a_share_of_the_training_is_in_manners() -> None:
     spoken = list(with_manners(SAMPLED, 7))
     assert spoken == list(with_manners(SAMPLED, 7))
     changed = sum(said != plain for said, plain in zip(spoken, SAMPLED, strict=True))
-    assert 0.35 < changed / len(SAMPLED) < 0.45
+    assert 0.65 < changed / len(SAMPLED) < 0.75
 
 
 def test_words_to_repeat_belong_to_neither_voice() -> None:

@@ -84,7 +84,7 @@ def test_every_picture_with_its_own_caption_latents_and_bucket(config, base):
     found = list(record.examples())
     assert [example.file for example in found] == [f"{index}.png" for index in range(5)]
     assert (record.train, record.validation) == (5, 0)
-    encoder, vae = load_text_encoder(base, CPU), load_vae(base, CPU)
+    encoder, vae = load_text_encoder(config.model, CPU), load_vae(config.model, CPU)
     for example, size in zip(found, SIZES, strict=True):
         image, crop = images.fit(images.open_rgb(Path(config.data.folder) / example.file, 10**6), example.bucket)
         assert example.crop == crop
@@ -177,7 +177,7 @@ def test_flipping_adds_the_mirrored_picture(config, base):
     assert len({example.key for example in found}) == 10
     image, _ = images.fit(images.open_rgb(Path(config.data.folder) / "0.png", 10**6), found[0].bucket)
     mirrored = pictures.pixels(image).flip(-1)
-    expected = load_vae(base, CPU).encode(mirrored[None])[0]["mean"]
+    expected = load_vae(config.model, CPU).encode(mirrored[None])[0]["mean"]
     assert torch.allclose(read(Path(found[1].latents))["mean"], expected, atol=1e-5)
 
 

@@ -1,10 +1,13 @@
 """Training to the end, cut and continued, refused and set aside: the properties a user relies on."""
 
+import gc
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -59,6 +62,23 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     newest = checkpoint.load(checkpoint.at(run_dir / "checkpoints", 4))
     assert newest.averaged is not None
     assert not same(newest.averaged, newest.adapter)
+
+
+def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next stages need the memory: two models of 7 billion parameters don't fit a 24 GB card."""
+    models = []
+    build = stage.registry.build_task
+
+    def noting(*arguments: Any) -> Any:
+        task = build(*arguments)
+        models.append(weakref.ref(task.model))
+        return task
+
+    monkeypatch.setattr(stage.registry, "build_task", noting)
+    train(setting.config, setting.dataset)
+    gc.collect()
+    assert len(models) == 1
+    assert models[0]() is None
 
 
 def test_a_finished_run_is_fresh(

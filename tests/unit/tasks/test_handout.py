@@ -8,10 +8,10 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from finetune.config import Config
+from finetune.config import Config, ModelConfig
 from finetune.errors import ExportError, ModelError
-from finetune.models import lora
-from finetune.models.diffusion import load_unet
+from finetune.models import lora, lora_files
+from finetune.models.diffusion import load_adapter, load_backbone
 from finetune.records import Dataset, Run
 from finetune.stages.export import export
 from finetune.stages.train import train
@@ -56,7 +56,9 @@ def test_the_libraries_own_loaders_read_the_files(config: Config, run: Run, tiny
     latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 16)
     with torch.no_grad():
         outputs = [pipe.unet(latents, torch.tensor([5]), encoder_hidden_states=text).sample for pipe in pipelines]
-        base = load_unet(str(tiny_base), torch.float32)(latents, torch.tensor([5]), encoder_hidden_states=text).sample
+        base = load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)(
+            latents, torch.tensor([5]), encoder_hidden_states=text
+        ).sample
     assert torch.allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
     assert not torch.allclose(outputs[0], base, atol=1e-4)
 
@@ -66,8 +68,10 @@ def test_a_file_that_does_not_reproduce_the_module_fails_the_stage_and_leaves_th
 ) -> None:
     export(config, run)
     before = sorted(path.name for path in Path(config.run_dir, "adapter").iterdir())
-    write = lora.save_kohya
-    monkeypatch.setattr(lora, "save_kohya", lambda file, weights, alpha, metadata: write(file, weights, 4.0, metadata))
+    write = lora_files.save_kohya
+    monkeypatch.setattr(
+        lora_files, "save_kohya", lambda file, weights, part, alpha, metadata: write(file, weights, part, 4.0, metadata)
+    )
     config.name = "renamed"  # no longer fresh
     with pytest.raises(ExportError, match=r"kohya adapter .* does not reproduce the trained one.*export.tolerance"):
         export(config, run)
@@ -78,7 +82,7 @@ def test_an_untrained_adapter_is_reported(
     config: Config, run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
     unet = lora.inject(
-        load_unet(config.model.base, torch.float32),
+        load_backbone(config.model, torch.float32),
         rank=4,
         alpha=3.0,
         dropout=0.0,
@@ -92,14 +96,14 @@ def test_an_untrained_adapter_is_reported(
 def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
     config: Config, run: Run, tiny_base: Path, tmp_path: Path
 ) -> None:
-    unet = load_unet(str(tiny_base), torch.float32)
+    unet = load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)
     with pytest.raises(ModelError, match=r"no adapter at .*sample.adapter="):
-        handout.load(unet, tmp_path / "nowhere")
+        load_adapter(config.model, unet, tmp_path / "nowhere")
     adapter = export(config, run)
     peft = Path(adapter.folder) / "peft" / "adapter_model.safetensors"
     peft.write_bytes(peft.read_bytes()[:100])
     with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged"):
-        handout.load(unet, peft.parent)
+        load_adapter(config.model, unet, peft.parent)
     from diffusers import UNet2DConditionModel
 
     other = UNet2DConditionModel(
@@ -109,4 +113,4 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
     )  # fmt: skip
     for name in ("diffusers", "kohya"):
         with pytest.raises(ModelError, match=r"does not fit this base"):
-            handout.load(other, Path(adapter.folder) / adapter.files[name])
+            load_adapter(config.model, other, Path(adapter.folder) / adapter.files[name])

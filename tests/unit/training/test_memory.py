@@ -202,7 +202,7 @@ def test_at_the_foot_of_the_ladder_it_says_what_was_tried_and_what_may_fit(
     config, dataset = setting.config, setting.dataset
     Card(lambda examples, step, recomputed: step < 2).install(monkeypatch)
     advice = {
-        "diffusion": r"try a smaller picture: model\.resolution=16, or a smaller base model",
+        "diffusion": r"try smaller pictures: model\.resolution=16, model\.quantize=nf4, or a smaller base model",
         "language": r"try shorter rows: data\.length=96, model\.quantize=nf4, or a smaller base model",
     }[config.model.kind]
     words = r"^out of memory with micro-batch 1 instead of 4, trainer\.checkpointing=1; " + advice + "$"

@@ -1,0 +1,82 @@
+"""What sets one family of picture models apart from another; all else is `finetune.models.diffusion`.
+
+B images, C latent channels, h×w latent pixels, H×W pixels, L text tokens, D text width.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from finetune.models.objectives import Objective
+
+Text = dict[
+    str, Tensor
+]  # what the text encoders make of one caption, or stacked of many; the same shapes for every one
+
+
+class Family(Protocol):
+    """A module of `finetune.models.families`: one architecture of picture models."""
+
+    PIPELINE: str
+    """The class of diffusers whose folders, text encoding, sampling and LoRA files these models have."""
+    BACKBONE: str
+    """The part that is trained: unet or transformer."""
+    BACKBONE_CLASS: str
+    VAE_CLASS: str
+    TEXT: tuple[str, ...]
+    """The pipeline's parts that read captions."""
+    UNUSED: Mapping[str, Any]
+    """The pipeline's arguments that leave out what neither training nor sampling needs."""
+    LARGE_TEXT: tuple[str, ...]
+    """Text encoders of billions of parameters: loaded in bf16, as they are released; others in fp32."""
+
+    def encode(self, pipeline: Any, texts: Sequence[str]) -> Text:
+        """The captions as the backbone reads them, stacked; `pipeline` has the text encoders and no other weights."""
+        ...
+
+    def reader(self, pipeline: Any) -> tuple[Any, int]:
+        """The tokenizer that reads most of a caption, and how many of its tokens."""
+        ...
+
+    def text_shapes(self, config: Any) -> dict[str, tuple[int, ...]]:
+        """Shapes of one caption's `Text`, from the backbone's configuration."""
+        ...
+
+    def latent_channels(self, config: Any) -> int:
+        """C, from the backbone's configuration."""
+        ...
+
+    def objective(self, scheduler: Any) -> Objective:
+        """What the backbone learns to predict."""
+        ...
+
+    def predict(self, model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
+        """The backbone's prediction, (B, C, h, w)."""
+        ...
+
+    def moments(self, vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents as the backbone sees them, each (B, C, h, w)."""
+        ...
+
+    def pixels(self, vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
+        """What the pipeline left as latents, as pixels (B, 3, H, W) in -1 … 1. height, width: of the picture."""
+        ...
+
+    def call(self, text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
+        """The pipeline's arguments for stacked captions."""
+        ...
+
+
+def kl_moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
+    """`moments` of an AutoencoderKL: shifted and scaled as its configuration says."""
+    posterior = vae.encode(pixels_B3HW).latent_dist
+    shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
+    return (posterior.mean - shift) * scale, posterior.std * scale
+
+
+def kl_pixels(vae: Any, latents_BChw: Tensor) -> Tensor:
+    """`pixels` of an AutoencoderKL."""
+    shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
+    pixels: Tensor = vae.decode(latents_BChw / scale + shift).sample
+    return pixels

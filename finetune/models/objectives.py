@@ -1,0 +1,128 @@
+"""What a picture model learns to predict: the noise levels it is trained at, their inputs, targets and weights.
+
+B images, C latent channels, h×w latent pixels. Timesteps run from 0 (clean) to 1000 (noise) as released models count
+them: whole numbers of a table of noise levels, or any number in between for flow matching.
+"""
+
+import math
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+FLOW_STEPS = 1000.0  # the timestep of pure noise, as every released flow model counts
+IMAGE_PATCH = 2  # latent pixels on a side of what counts as one token where a schedule depends on the size
+
+
+class Objective(Protocol):
+    """One way to make training inputs and targets of clean latents and noise."""
+
+    def draw(self, random: torch.Generator, clean_Chw: Tensor) -> float:
+        """The timestep of one training input."""
+        ...
+
+    def level(self, share: float) -> float:
+        """The timestep at that share of the schedule, 0 … 1 (1 excluded)."""
+        ...
+
+    def noisy(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
+        """The model's inputs."""
+        ...
+
+    def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
+        """What the model should predict."""
+        ...
+
+    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
+        """Weights of the squared errors, (B,); `gamma` caps the signal-to-noise ratio where there is a choice."""
+        ...
+
+
+class Denoising:
+    """Noise, velocity or clean latents at the noise levels of a scheduler (arXiv 2006.11239, 2202.00512)."""
+
+    def __init__(self, scheduler: Any) -> None:
+        self.scheduler = scheduler
+        self.kind: str = scheduler.config.prediction_type
+        self.levels = len(scheduler.alphas_cumprod)
+
+    def draw(self, random: torch.Generator, clean_Chw: Tensor) -> int:
+        return int(torch.randint(self.levels, (), generator=random))
+
+    def level(self, share: float) -> int:
+        return int(share * self.levels)
+
+    def noisy(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
+        inputs: Tensor = self.scheduler.add_noise(clean_BChw, noise_BChw, timesteps_B)
+        return inputs
+
+    def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
+        if self.kind == "v_prediction":
+            velocity: Tensor = self.scheduler.get_velocity(clean_BChw, noise_BChw, timesteps_B)
+            return velocity
+        return clean_BChw if self.kind == "sample" else noise_BChw
+
+    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
+        """Min-SNR (arXiv 2303.09556, §3.4); 0 weights all alike."""
+        if not gamma:
+            return torch.ones_like(timesteps_B, dtype=torch.float32)
+        return min_snr_weights(snr(self.scheduler.alphas_cumprod, timesteps_B), gamma, self.kind)
+
+
+class Flow:
+    """The velocity from clean latents to noise on a straight line (rectified flow, arXiv 2209.03003, 2403.03206).
+
+    Timesteps are drawn logit-normally (arXiv 2403.03206, §3.1) and shifted as the base's scheduler shifts them, which
+    for some bases depends on the picture's size.
+    """
+
+    def __init__(self, scheduler: Any) -> None:
+        self.config = scheduler.config
+
+    def draw(self, random: torch.Generator, clean_Chw: Tensor) -> float:
+        drawn = float(torch.sigmoid(torch.randn((), generator=random, dtype=torch.float64)))
+        return FLOW_STEPS * shifted(drawn, self._shift(clean_Chw))
+
+    def level(self, share: float) -> float:
+        return FLOW_STEPS * share
+
+    def noisy(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
+        sigma_B111 = (timesteps_B / FLOW_STEPS).view(-1, *[1] * (clean_BChw.ndim - 1)).to(clean_BChw)
+        return (1 - sigma_B111) * clean_BChw + sigma_B111 * noise_BChw
+
+    def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
+        return noise_BChw - clean_BChw
+
+    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
+        """All alike: how often a level is drawn is its weight."""
+        return torch.ones_like(timesteps_B, dtype=torch.float32)
+
+    def _shift(self, clean_Chw: Tensor) -> float:
+        """s in σ → sσ / (1 + (s - 1)σ)."""
+        config = self.config
+        if not config.get("use_dynamic_shifting"):
+            return float(config.shift)
+        tokens = clean_Chw.shape[-2] * clean_Chw.shape[-1] / IMAGE_PATCH**2
+        low, high = config.base_image_seq_len, config.max_image_seq_len
+        slope = (config.max_shift - config.base_shift) / (high - low)
+        mu = config.base_shift + (tokens - low) * slope
+        return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def shifted(share: float, shift: float) -> float:
+    """A noise level 0 … 1 moved towards noise for `shift` > 1 (arXiv 2403.03206, eq. 23)."""
+    return shift * share / (1 + (shift - 1) * share)
+
+
+def snr(alphas_cumprod: Tensor, timesteps_B: Tensor) -> Tensor:
+    """Signal-to-noise ratio alpha² / sigma² at each timestep, (B,)."""
+    alphas_B = alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
+    return alphas_B / (1 - alphas_B)
+
+
+def min_snr_weights(snr_B: Tensor, gamma: float, prediction_type: str) -> Tensor:
+    """Weights that make the loss min(SNR, gamma) times the error in x0, (B,) (arXiv 2303.09556, eq. 4 and §3.4)."""
+    capped_B = snr_B.clamp(max=gamma)
+    if prediction_type == "v_prediction":
+        return capped_B / (snr_B + 1)
+    return capped_B if prediction_type == "sample" else capped_B / snr_B.clamp(min=1e-8)  # zero-terminal SNR

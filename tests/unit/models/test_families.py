@@ -1,0 +1,138 @@
+"""Every family reads texts, makes latents and calls its backbone as diffusers' own pipeline does."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.config import Family, ModelConfig
+from finetune.errors import ModelError
+from finetune.models import diffusion
+from finetune.models.diffusion import Painter, TextEncoder, Vae, load_backbone, load_scheduler
+from finetune.models.families import family, flux
+from tests.tiny_families import SAVERS, save_family
+
+CPU = torch.device("cpu")
+PROMPT = "a red robot"
+UNPACKED: dict[Family, Callable[[Tensor, int, int], Tensor]] = {Family.flux: flux.unpack}
+
+
+@pytest.fixture(scope="module", params=list(SAVERS), ids=lambda kind: kind.name)
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
+    return save_family(tmp_path_factory.mktemp("families") / request.param.name, request.param)
+
+
+def test_every_family_of_the_configuration_is_tested() -> None:
+    assert list(SAVERS) == list(Family)
+
+
+def test_texts_have_the_shapes_that_the_backbone_reads(model: ModelConfig) -> None:
+    encoder, backbone = TextEncoder(model, CPU), load_backbone(model, torch.float32)
+    short, long = encoder.encode([PROMPT, "very " * 600])
+    wanted = family(model.family).text_shapes(backbone.config)
+    assert {name: tuple(value.shape) for name, value in short.items()} == wanted
+    assert short.keys() == long.keys()
+    assert any(not torch.equal(short[name], long[name]) for name in short)
+    assert encoder.encode([PROMPT])[0].keys() == short.keys()
+    for name, value in encoder.encode([PROMPT])[0].items():
+        assert torch.allclose(value.float(), short[name].float(), atol=1e-5)
+
+
+def test_what_a_text_encoder_does_not_read_is_named(model: ModelConfig) -> None:
+    encoder = TextEncoder(model, CPU)
+    assert encoder.lost(PROMPT) == ""
+    text = "".join(chr(ord("a") + number % 26) for number in range(1500))
+    lost = "".join(encoder.lost(text).split())
+    assert text.endswith(lost)
+    assert 0 < len(lost) < len(text)
+
+
+def test_latents_come_back_as_pixels_of_the_same_size(model: ModelConfig) -> None:
+    kind, vae = family(model.family), Vae(model, CPU)
+    latents = vae.encode(torch.rand(1, 3, 64, 96) * 2 - 1)[0]
+    backbone = load_backbone(model, torch.float32)
+    assert latents["mean"].shape == latents["std"].shape
+    assert latents["mean"].shape[0] == kind.latent_channels(backbone.config)
+    assert float(latents["std"].min()) > 0
+
+
+def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same noisy latents, timestep and text, caught on the pipeline's way, give the same inputs and output."""
+    kind, backbone = family(model.family), load_backbone(model, torch.float32)
+    caught: list[tuple[dict[str, Any], Tensor]] = []
+
+    def catch(module: nn.Module, inputs: tuple[Any, ...], named: dict[str, Any], output: Any) -> None:
+        given = dict(zip(("sample", "timestep"), inputs, strict=False)) | named
+        caught.append((given, output[0]))
+
+    backbone.register_forward_hook(catch, with_kwargs=True)
+    painter = Painter(model, [PROMPT], "", CPU, torch.float32)
+    monkeypatch.setattr(kind, "pixels", lambda vae, latents, height, width: torch.zeros(1, 3, height, width))
+    painter.draw(backbone, [(PROMPT, 0)], width=96, height=64, steps=1, guidance=1.0)
+    (sampling, drawn), caught[:] = caught[0], []
+
+    entering = sampling.get("sample", sampling.get("hidden_states"))[:1]
+    unpack = UNPACKED.get(model.family, lambda latents, height, width: latents)
+    factor = 64 // Vae(model, CPU).encode(torch.zeros(1, 3, 64, 64))[0]["mean"].shape[-1]
+    noisy = unpack(entering, 64 // factor, 96 // factor)
+    text = {name: value[None].float() for name, value in TextEncoder(model, CPU).encode([PROMPT])[0].items()}
+    timestep = painter.pipeline.scheduler.timesteps[:1].float()
+    with torch.no_grad():
+        predicted = kind.predict(backbone, noisy, timestep, text)
+    training = tensors(caught[0][0])
+    for name, value in tensors(sampling).items():
+        if name != "guidance":
+            rows = value[: len(training[name])] if value.ndim else value.expand(1)
+            assert torch.allclose(training[name].float(), rows.float(), atol=1e-5), name
+    assert predicted.shape == noisy.shape
+    assert torch.allclose(unpack(drawn[:1], 64 // factor, 96 // factor), predicted, atol=1e-4)
+
+
+def tensors(arguments: dict[str, Any]) -> dict[str, Tensor]:
+    flat = arguments | (arguments.get("added_cond_kwargs") or {})
+    return {name: value for name, value in flat.items() if isinstance(value, Tensor)}
+
+
+def test_pictures_depend_on_prompt_seed_and_size_alone(model: ModelConfig) -> None:
+    backbone = load_backbone(model, torch.float32)
+    painter = Painter(model, [PROMPT, "a cat"], "", CPU, torch.float32)
+
+    def draw(*jobs: tuple[str, int]) -> Tensor:
+        drawn = painter.draw(backbone, jobs, width=96, height=64, steps=2, guidance=3.0)
+        assert all(picture.size == (96, 64) for picture in drawn)
+        return torch.stack([torch.from_numpy(np.array(picture, dtype=np.int16)) for picture in drawn])
+
+    first, second = draw((PROMPT, 0), (PROMPT, 1))
+    assert (first - second).abs().max() > 10
+    assert (draw((PROMPT, 1))[0] - second).abs().max() <= 1  # of 255: sums in another order round otherwise
+
+
+def test_the_objective_is_the_schedulers(model: ModelConfig) -> None:
+    objective = family(model.family).objective(load_scheduler(model))
+    clean, noise = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
+    last = torch.tensor([objective.level(0.999)] * 2)
+    assert torch.corrcoef(torch.stack([objective.noisy(clean, noise, last).flatten(), noise.flatten()]))[0, 1] > 0.99
+    assert objective.target(clean, noise, last).shape == clean.shape
+    assert objective.weights(last, 0.0).tolist() == [1.0, 1.0]
+
+
+def test_a_base_of_another_family_is_refused_and_named(model: ModelConfig) -> None:
+    other = Family.sdxl if model.family is not Family.sdxl else Family.sd
+    with pytest.raises(ModelError, match=rf"model.family={other.name} needs a .*Pipeline; choose the preset"):
+        load_scheduler(ModelConfig(base=model.base, family=other))
+
+
+def test_a_damaged_index_is_named(model: ModelConfig, tmp_path: Path) -> None:
+    (tmp_path / "model_index.json").write_text("{")
+    with pytest.raises(ModelError, match=r"model_index.json is damaged"):
+        load_scheduler(ModelConfig(base=str(tmp_path), family=model.family))
+
+
+def test_every_pipeline_is_one_of_diffusers() -> None:
+    for kind in map(family, Family):
+        for name in (kind.PIPELINE, kind.BACKBONE_CLASS, kind.VAE_CLASS):
+            assert diffusion._class(name).__name__ == name
