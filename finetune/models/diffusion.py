@@ -233,27 +233,29 @@ class Painter:
         training = backbone.training
         backbone.eval()
         pictures: list[Any] = []
-        for start in range(0, len(jobs), batch):
-            part = jobs[start : start + batch]
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-                latents = pipeline(
-                    **self.family.call(
-                        self._stacked([prompt for prompt, _ in part]),
-                        self._stacked([self.negative] * len(part)),
-                        guidance,
-                    ),
-                    generator=[torch.Generator().manual_seed(seed) for _, seed in part],
-                    width=width,
-                    height=height,
-                    num_inference_steps=steps,
-                    output_type="latent",
-                ).images
-            pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
-            pictures += pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil")
-        backbone.train(training)
-        pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops the backbone shall get its memory
-        self.vae.to("cpu")  # the training step needs the memory
-        return pictures
+        try:
+            for start in range(0, len(jobs), batch):
+                part = jobs[start : start + batch]
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+                    latents = pipeline(
+                        **self.family.call(
+                            self._stacked([prompt for prompt, _ in part]),
+                            self._stacked([self.negative] * len(part)),
+                            guidance,
+                        ),
+                        generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+                        width=width,
+                        height=height,
+                        num_inference_steps=steps,
+                        output_type="latent",
+                    ).images
+                pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
+                pictures += pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil")
+            return pictures
+        finally:  # also where memory ran out
+            backbone.train(training)
+            pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops it shall get its memory
+            self.vae.to("cpu")  # the training step needs the memory
 
     def _stacked(self, texts: Sequence[str]) -> Text:
         first = self.texts[texts[0]]
