@@ -27,6 +27,7 @@ class Optimizer(Enum):
 
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    paged_adamw8bit = "paged_adamw8bit"
 
 
 class Schedule(Enum):
@@ -132,8 +133,8 @@ class ModelConfig:
     """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
     quantize: Quantize = Quantize.none
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
-    offload: bool = field(default=False, metadata=LANGUAGE)
-    """Keep layers that don't fit `hardware.vram_gib` in main memory: slow, but it runs."""
+    offload: bool = False
+    """Keep frozen blocks that don't fit `hardware.vram_gib` in main memory: slower, but it runs."""
     added_tokens: list[str] = field(default_factory=list, metadata=LANGUAGE)
     """New control tokens; only their own rows of the embedding are trained."""
 
@@ -219,7 +220,8 @@ class OptimConfig:
     """Optimiser and learning rate."""
 
     name: Optimizer = Optimizer.adamw
-    """adamw (fused where torch has it) or adamw8bit (bitsandbytes; states in 8 bit)."""
+    """adamw (fused where torch has it), adamw8bit (bitsandbytes; states in 8 bit) or paged_adamw8bit (in 8 bit, and in
+    main memory where the card is full)."""
     lr: float = 1e-4
     """Peak learning rate."""
     lora_plus: float = 1.0
@@ -262,8 +264,10 @@ class TrainerConfig:
     """Steps between validation losses; 0 turns them off."""
     ema_decay: float = 0.0
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
-    checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, more time."""
+    checkpointing: int = 0
+    """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
+    offload_activations: bool = False
+    """Keep what backward needs in main memory: with checkpointing the inputs of blocks, without it all. Slower."""
     patience: int = 0
     """Validations in a row without a better loss after which training stops early; 0 never stops."""
     restart: bool = False

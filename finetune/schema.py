@@ -14,6 +14,8 @@ from typing import Any
 from finetune.config import Config
 
 MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
+# Keys whose type alone doesn't say what to type; in 0.1 checkpointing was true or false.
+MEANT = {"trainer.checkpointing": "0 (none), 1 (every block) or n (every n-th block)"}
 
 
 @cache
@@ -85,7 +87,8 @@ def value_problem(key: str, value: Any) -> str | None:
     if value == MISSING or (isinstance(value, str) and "${" in value) or _fits(hint, value):
         return None
     near = get_close_matches(str(value), [m.name for m in hint], n=1) if _is_enum(hint) else []
-    return f"{key} must be {_described(hint)}, got {value!r}" + (f"; did you mean {near[0]}?" if near else "")
+    wanted = MEANT.get(key) or _described(hint)
+    return f"{key} must be {wanted}, got {value!r}" + (f"; did you mean {near[0]}?" if near else "")
 
 
 def tree_problems(tree: Mapping[Any, Any], prefix: str = "") -> list[str]:

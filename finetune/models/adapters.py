@@ -35,12 +35,16 @@ def attach(model: nn.Module, folder: Path) -> Any:
     }
     if odd := sorted(own.keys() ^ stored.keys()):  # PEFT leaves out what has no place, and says nothing
         raise ModelError(f"{folder} does not fit this base ({len(odd)} tensors differ, first {odd[0]}); {ANOTHER}")
-    # PEFT puts an adapter where its layer's weights are, and those of offloaded layers wait in main memory.
+    place(attached)
+    return attached
+
+
+def place(model: nn.Module) -> None:
+    """Move adapters to the card, if there is any: PEFT puts one where its layer's weights are, be it main memory."""
     device = next((weight.device for weight in model.parameters() if weight.device.type != "cpu"), torch.device("cpu"))
-    for name, weight in attached.named_parameters():
+    for name, weight in model.named_parameters():
         if ".lora_" in name:
             weight.data = weight.data.to(device)
-    return attached
 
 
 def require(path: Path) -> None:

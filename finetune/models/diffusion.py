@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.errors import ModelError
-from finetune.models import adapters, hub, lora, lora_files, quantize
+from finetune.models import adapters, hub, lora, lora_files, offload, quantize
 from finetune.models.families import family
 from finetune.models.families.base import Family, Text
 
@@ -98,10 +98,13 @@ def load_vae_model(model: ModelConfig) -> nn.Module:
     return vae.eval().requires_grad_(False)
 
 
-def load_backbone(model: ModelConfig, dtype: torch.dtype, device: torch.device = CPU) -> nn.Module:
-    """The base's frozen UNet or transformer, stored as `model.quantize` says.
+def load_backbone(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device = CPU, *, vram_gib: float = 0.0
+) -> nn.Module:
+    """The base's frozen UNet or transformer, stored and placed as `model` says.
 
-    dtype: of weights that aren't quantised, and of the arithmetic of those that are. Raises ModelError, also for a
+    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the card, GiB,
+    that `model.offload` fills before it keeps blocks in main memory; 0 is all of it. Raises ModelError, also for a
     quantised one on another device than a CUDA card.
     """
     kind = family(model.family)
@@ -119,6 +122,9 @@ def load_backbone(model: ModelConfig, dtype: torch.dtype, device: torch.device =
     loader = _class(kind.BACKBONE_CLASS)
     backbone: nn.Module = hub.load(loader, model.base, subfolder=kind.BACKBONE, **options)
     backbone.requires_grad_(False)
+    if offload.wanted(model, device):
+        offload.spread(backbone, device, vram_gib)
+        return backbone
     return backbone if model.quantize is not Quantize.none else backbone.to(device)
 
 
@@ -184,6 +190,7 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
             backbone.load_lora_adapter(
                 state, prefix=kind.BACKBONE, network_alphas=alphas[0] if alphas else None, metadata=metadata
             )
+    adapters.place(backbone)
     return cast(nn.Module, backbone.eval())
 
 
@@ -226,27 +233,29 @@ class Painter:
         training = backbone.training
         backbone.eval()
         pictures: list[Any] = []
-        for start in range(0, len(jobs), batch):
-            part = jobs[start : start + batch]
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-                latents = pipeline(
-                    **self.family.call(
-                        self._stacked([prompt for prompt, _ in part]),
-                        self._stacked([self.negative] * len(part)),
-                        guidance,
-                    ),
-                    generator=[torch.Generator().manual_seed(seed) for _, seed in part],
-                    width=width,
-                    height=height,
-                    num_inference_steps=steps,
-                    output_type="latent",
-                ).images
-            pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
-            pictures += pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil")
-        backbone.train(training)
-        pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops the backbone shall get its memory
-        self.vae.to("cpu")  # the training step needs the memory
-        return pictures
+        try:
+            for start in range(0, len(jobs), batch):
+                part = jobs[start : start + batch]
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+                    latents = pipeline(
+                        **self.family.call(
+                            self._stacked([prompt for prompt, _ in part]),
+                            self._stacked([self.negative] * len(part)),
+                            guidance,
+                        ),
+                        generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+                        width=width,
+                        height=height,
+                        num_inference_steps=steps,
+                        output_type="latent",
+                    ).images
+                pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
+                pictures += pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil")
+            return pictures
+        finally:  # also where memory ran out
+            backbone.train(training)
+            pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops it shall get its memory
+            self.vae.to("cpu")  # the training step needs the memory
 
     def _stacked(self, texts: Sequence[str]) -> Text:
         first = self.texts[texts[0]]

@@ -4,7 +4,6 @@ B packs, L slots of a pack, D hidden channels, V vocabulary entries, H heads, K 
 a head, G segments of all packs, N tokens
 """
 
-import copy
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -15,14 +14,13 @@ from torch import Tensor, nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.errors import ConfigError, ModelError
-from finetune.models import hub, quantize
+from finetune.models import hub, offload, quantize
 from finetune.models.linear_loss import Head, logits
 from finetune.models.lora_files import PART_OF
 from finetune.progress import say
 
 VARLEN = "finetune_varlen"  # name of `_varlen_attention` in transformers' table of attention functions
 HALF = (torch.float16, torch.bfloat16)
-WEIGHTS_SHARE = 0.6  # of the card for weights where layers are offloaded; the rest is for activations and adapters
 # Where models that also read pictures keep the language model, in releases before and since transformers 5.
 TEXT_PARTS = {r"^language_model\.model\.": "model.", r"^language_model\.lm_head\.": "lm_head.",
               r"^model\.language_model\.": "model."}  # fmt: skip
@@ -55,15 +53,13 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
     """The base as a frozen causal language model in eval mode, stored and placed as `model` says.
 
     dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the card, GiB,
-    that `model.offload` fills before it keeps layers in main memory; 0 is all of it. Of a model that also reads
+    that `model.offload` fills before it keeps blocks in main memory; 0 is all of it. Of a model that also reads
     pictures, the language model alone. New control tokens begin at the mean of all others. Raises ModelError for a base
     that is none, that can't be stored so, or whose hidden states or output layer are used in a way that isn't known
     here.
     """
     loader, config, options = _architecture(model)
-    streamed = model.offload and device.type == "cuda"
-    if model.offload and not streamed:
-        say("model.offload=true changes nothing without a CUDA card: every layer is in main memory anyway")
+    streamed = offload.wanted(model, device)
     if model.quantize is not Quantize.none:
         from transformers import BitsAndBytesConfig
 
@@ -85,7 +81,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
             # whatever is trained afterwards would get no gradient through them.
             layer.support_avx512bf16_for_cpu = False
     if streamed:
-        _spread(loaded, device, vram_gib)
+        offload.spread(loaded, device, vram_gib)
     if device.type == "cuda" and dtype in HALF and _varlen_fits(loaded):
         if _varlen_works(loaded, dtype, device):
             _use_varlen(loaded)
@@ -197,62 +193,6 @@ def _add_rows(model: Any, wanted: ModelConfig) -> None:
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[new] = layer.weight[: new[0]].float().mean(0).to(layer.weight.dtype)
-
-
-def _spread(model: Any, device: torch.device, vram_gib: float) -> None:
-    """Move a model from main memory to the card, but for the linear layers of those blocks that don't fit."""
-    free = torch.cuda.mem_get_info(device)[0]
-    room = WEIGHTS_SHARE * min(vram_gib * 2**30 or free, free)
-    blocks = max((part for part in model.get_decoder().children() if isinstance(part, nn.ModuleList)), key=_bytes)
-    room -= _bytes(model) - _bytes(blocks)
-    away: set[nn.Module] = set()
-    for block in blocks:
-        room -= _bytes(block)
-        if room < 0:
-            away.update(layer for layer in block.modules() if isinstance(layer, nn.Linear))
-    for module in model.modules():
-        if module in away:
-            for parameter in module.parameters(recurse=False):
-                parameter.data = parameter.data.pin_memory()
-            _stream(module, device)
-        else:
-            module._apply(lambda tensor: tensor.to(device), recurse=False)
-    names = [name for name, module in model.named_modules() if module in away]
-    model.hf_device_map = {"": device} | dict.fromkeys(names, "cpu")  # tells Accelerate to leave it so
-    held = sum(map(_bytes, away)) / 2**30
-    say(f"model.offload: {held:.1f} of {_bytes(model) / 2**30:.1f} GiB of weights stay in main memory")
-
-
-def _stream(layer: nn.Module, device: torch.device) -> None:
-    """Have a frozen layer's weights on `device` while it computes, and in main memory else.
-
-    The copy is a tensor of its own, which backward keeps: without recomputing activations all copies of a step live at
-    once.
-    """
-    resting: list[dict[str, Any]] = []
-
-    def fetch(module: nn.Module, inputs: object) -> None:
-        resting.append(dict(module._parameters))
-        for name, parameter in module._parameters.items():
-            if parameter is not None:
-                module._parameters[name] = _copied(parameter, device)
-
-    def rest(module: nn.Module, inputs: object, output: object) -> None:
-        module._parameters.update(resting.pop())
-
-    layer.register_forward_pre_hook(fetch)
-    layer.register_forward_hook(rest, always_call=True)
-
-
-def _copied(parameter: Any, device: torch.device) -> Any:
-    if getattr(parameter, "quant_state", None) is not None:  # of 4 bits: `to` would move the original's scales along
-        parameter, state = copy.copy(parameter), copy.deepcopy(parameter.quant_state)
-        parameter.quant_state = state
-    return parameter.to(device, non_blocking=True)
-
-
-def _bytes(module: nn.Module) -> int:
-    return sum(parameter.nbytes for parameter in module.parameters())
 
 
 def _varlen_fits(model: Any) -> bool:

@@ -25,8 +25,6 @@ def settings(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
 def prove(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Send a gradient through one small layer of that kind. Raises ModelError where it doesn't work on the device."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 warns in every product of every step
-    if model.offload and model.quantize is Quantize.int8:
-        raise ModelError("model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the card once used")
     try:
         import bitsandbytes as bnb
 

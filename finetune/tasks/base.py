@@ -68,6 +68,10 @@ class Task(Protocol):
         """One preview for each prompt: a PIL picture, or a text."""
         ...
 
+    def relieve(self) -> str | None:
+        """Take the next measure that spends time for memory, and name it as a setting; None when none is left."""
+        ...
+
     def notes(self) -> dict[str, str]:
         """Texts to show beside the curves when training starts, by title."""
         ...

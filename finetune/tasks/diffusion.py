@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import lora, lora_files
+from finetune.models import checkpointing, lora, lora_files, relief
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_backbone, load_scheduler
 from finetune.models.families import family
@@ -45,9 +45,8 @@ class DiffusionTask:
         self.family = family(config.model.family)
         self.objective = self.family.objective(load_scheduler(config.model))
         self.painter = self._painter()
-        backbone: Any = load_backbone(config.model, self.dtype, device)
-        if config.trainer.checkpointing:
-            backbone.enable_gradient_checkpointing()
+        backbone: Any = load_backbone(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
+        checkpointing.recompute(backbone, config.trainer.checkpointing)
         self.model: nn.Module = lora.inject(
             backbone,
             rank=config.lora.rank,
@@ -56,6 +55,7 @@ class DiffusionTask:
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
         )
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
         if config.lora.start_from:
             folder = lora_files.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
@@ -103,6 +103,10 @@ class DiffusionTask:
         return self.painter.draw(
             self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
         )
+
+    def relieve(self) -> str | None:
+        """Recompute every block, then keep all of them in main memory."""
+        return next(self.measures, None)
 
     def notes(self) -> dict[str, str]:
         """None: the pictures and captions are in the report."""

@@ -30,7 +30,7 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
     drawn: dict[str, list[Any]] = {}
     with progress("sample", 2 * len(jobs), unit="pictures") as bar:
         for kind in ("tuned", "base"):  # an adapter that can't be used is reported before anything is drawn
-            backbone = load_backbone(config.model, dtype, device)
+            backbone = load_backbone(config.model, dtype, device, vram_gib=config.hardware.vram_gib)
             if kind == "tuned":
                 backbone = load_adapter(config.model, backbone, adapter)
             drawn[kind] = []

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.config import Config, Dialect, Quantize
 from finetune.errors import ExportError
-from finetune.models import lora, lora_files
+from finetune.models import lora, lora_files, offload
 from finetune.models.device import free, pick_device, pick_dtype, room
 from finetune.models.diffusion import load_adapter, load_backbone, save_adapter
 from finetune.models.families import family
@@ -75,10 +75,12 @@ def write(
 
 def _base(config: Config, device: torch.device) -> nn.Module:
     """The base to compare on: in fp32, or where that doesn't fit the card, as it was trained on."""
-    trained_in = pick_dtype(config.trainer.precision, device)
-    base = load_backbone(config.model, trained_in, device)
-    fits = 4 * sum(weight.numel() for weight in base.parameters()) < FP32_SHARE * room(device, config.hardware.vram_gib)
-    return base.float() if config.model.quantize is Quantize.none and fits else base
+    plain, vram_gib = config.model.quantize is Quantize.none, config.hardware.vram_gib
+    if plain and offload.wanted(config.model, device):  # what doesn't fit stays in main memory
+        return load_backbone(config.model, torch.float32, device, vram_gib=vram_gib)
+    base = load_backbone(config.model, pick_dtype(config.trainer.precision, device), device, vram_gib=vram_gib)
+    fits = 4 * sum(weight.numel() for weight in base.parameters()) < FP32_SHARE * room(device, vram_gib)
+    return base.float() if plain and fits else base
 
 
 def _with_adapter(config: Config, weights: dict[str, Tensor], device: torch.device) -> nn.Module:

@@ -136,6 +136,10 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
                 "data.flip must be true or false, got 3",
             ],
         ),
+        (
+            ["train", "conf=pixar_style", "trainer.checkpointing=true"],
+            ["trainer.checkpointing must be 0 (none), 1 (every block) or n (every n-th block), got True"],
+        ),
         (["train", "conf=pixar_style", "lora=r33"], ["no lora preset called 'r33'; did you mean r32?"]),
         (["train", "conf=pixar_style", "lora.rank=1,2"], ["lora.rank got several values (1,2)"]),
         (

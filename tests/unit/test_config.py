@@ -43,6 +43,7 @@ BAD = [
     ("optim.betas", [0.9], "optim.betas must be two numbers"),
     ("trainer.steps", 0, "trainer.steps must be at least 1"),
     ("trainer.micro_batch", 0, "trainer.micro_batch must be at least 1"),
+    ("trainer.checkpointing", -1, "trainer.checkpointing must be at least 0, got -1; try trainer.checkpointing=1"),
     ("data.validation_share", -0.1, "data.validation_share must be in 0 … 1"),
     ("loss.caption_dropout", 2.0, "loss.caption_dropout must be in 0 … 1"),
     ("sample.seeds", [], "sample.seeds must name at least one seed"),
@@ -55,6 +56,13 @@ def test_check_names_a_bad_value(key: str, value: object, said: str) -> None:
     config = load("pixar_style")
     _set(config, key, value)
     assert any(problem.startswith(said) for problem in check(config)), check(config)
+
+
+def test_int8_layers_do_not_go_to_main_memory() -> None:
+    config = load("pirate_chat", ["model.quantize=int8", "model.offload=true"])
+    assert check(config) == [
+        "model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the card once used"
+    ]
 
 
 def test_check_names_all_bad_values_at_once() -> None:

@@ -11,9 +11,9 @@ from torch import Tensor, nn
 
 from finetune.config import Family, ModelConfig
 from finetune.errors import ModelError
-from finetune.models import diffusion
+from finetune.models import checkpointing, diffusion, lora, offload
 from finetune.models.diffusion import Painter, TextEncoder, Vae, load_backbone, load_scheduler
-from finetune.models.families import family, flux
+from finetune.models.families import base, family, flux
 from tests.tiny_families import SAVERS, save_family
 
 CPU = torch.device("cpu")
@@ -58,6 +58,77 @@ def test_latents_come_back_as_pixels_of_the_same_size(model: ModelConfig) -> Non
     assert latents["mean"].shape == latents["std"].shape
     assert latents["mean"].shape[0] == kind.latent_channels(backbone.config)
     assert float(latents["std"].min()) > 0
+
+
+def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_tiles(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, vae = family(model.family), Vae(model, CPU)
+    seen: list[tuple[int, ...]] = []
+    for part in (vae.model.encoder, vae.model.decoder):
+        part.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    pixels_B3HW = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    whole = vae.encode(pixels_B3HW)
+    assert [shape[0] for shape in seen] == [3]
+    monkeypatch.setattr(base, "AT_ONCE", 2 * 64 * 96)
+    seen.clear()
+    alone = vae.encode(pixels_B3HW)
+    assert [shape[0] for shape in seen] == [1, 1, 1]
+    for one, other in zip(whole, alone, strict=True):
+        assert torch.allclose(one["mean"], other["mean"], rtol=1e-4, atol=1e-5)
+    monkeypatch.setattr(base, "UNTILED", 64 * 96 - 1)
+    seen.clear()
+    tiled = vae.encode(pixels_B3HW[:1])[0]["mean"]
+    assert tiled.shape == whole[0]["mean"].shape
+    assert len(seen) > 1
+    assert max(shape[2] * shape[3] for shape in seen) < 64 * 96
+    seen.clear()
+    latents = torch.randn(3, *tiled.shape, generator=torch.Generator().manual_seed(1))
+    decoded = base.kl_pixels(vae.model, latents)
+    assert decoded.shape == (3, 3, 64, 96)
+    assert max(shape[0] for shape in seen) == 1
+    assert max(shape[2] * shape[3] for shape in seen) < tiled.shape[1] * tiled.shape[2]
+    assert kind.moments(vae.model, pixels_B3HW[:1])[0].shape == (1, *tiled.shape)
+
+
+def test_the_autoencoder_leaves_the_device_where_memory_ran_out(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    kind, backbone = family(model.family), load_backbone(model, torch.float32).train()
+    painter = Painter(model, [PROMPT], "", CPU, torch.float32)
+
+    def fail(*_: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(kind, "pixels", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        painter.draw(backbone, [(PROMPT, 0)], width=96, height=64, steps=1, guidance=1.0)
+    assert getattr(painter.pipeline, kind.BACKBONE) is None
+    assert backbone.training
+
+
+def test_frozen_blocks_in_main_memory_and_recomputed_ones_give_the_same_gradients(model: ModelConfig) -> None:
+    kind, random = family(model.family), torch.Generator().manual_seed(0)
+    backbones = [load_backbone(model, torch.float32) for _ in range(3)]
+    for backbone in backbones:
+        lora.inject(backbone, rank=4, alpha=8, dropout=0.2, targets=["to_q", "to_v"], seed=0)
+        for weight in backbone.parameters():  # where it lies in a file, sums round otherwise
+            weight.data = weight.data.clone()
+    shape = (1, kind.latent_channels(backbones[0].config), 16, 16)
+    noisy_BChw = torch.randn(shape, generator=random)
+    shapes = sorted(kind.text_shapes(backbones[0].config).items())
+    text = {name: torch.randn((1, *size), generator=random) for name, size in shapes}
+    checkpointing.recompute(backbones[1], 2)
+    offload.stream(backbones[2], offload.find(backbones[2]), CPU)
+    found = []
+    for backbone in backbones:
+        torch.manual_seed(1)
+        kind.predict(backbone.train(), noisy_BChw, torch.tensor([500]), text).square().sum().backward()
+        found.append([weight.grad for weight in lora.adapter_parameters(backbone) if weight.grad is not None])
+    plain, recomputed, away = found
+    assert any(bool(gradient.any()) for gradient in plain)
+    assert all(torch.equal(one, other) for one, other in zip(plain, recomputed, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(plain, away, strict=True))
 
 
 def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,6 @@ import bitsandbytes
 import numpy as np
 import pytest
 import torch
-from accelerate import Accelerator
 from peft import PeftModel
 from torch import Tensor, nn
 from torch.nn.attention import varlen
@@ -311,55 +310,6 @@ def test_offload_without_a_card_is_said_to_change_nothing(base: Base, capfd: pyt
     )
 
 
-@pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4])
-@pytest.mark.parametrize("recomputed", [False, True])
-def test_streamed_layers_compute_the_same_and_rest_where_they_were(
-    base: Base, quantize: Quantize, recomputed: bool
-) -> None:
-    """The card's part of this is played by copies on the CPU."""
-    kept, streamed = (load(base(), quantize=quantize) for _ in range(2))
-    linear = [layer for layer in streamed.get_decoder().modules() if isinstance(layer, nn.Linear)]
-    resting = [layer.weight for layer in linear]
-    for layer in linear:
-        language._stream(layer, CPU)
-    targets = ["q_proj", "down_proj"]
-    adapted(kept, targets), adapted(streamed, targets)
-    if recomputed:
-        streamed.gradient_checkpointing_enable({"use_reentrant": False})
-    assert distance(gradients(streamed), gradients(kept)) < 1e-6
-    assert all(layer.weight is weight for layer, weight in zip(linear, resting, strict=True))
-    with pytest.raises(RuntimeError):
-        linear[0](torch.zeros(1, 5))
-    assert linear[0].weight is resting[0]
-
-
-@pytest.mark.parametrize("limit", ["hardware.vram_gib", "what is free"])
-def test_the_linear_layers_of_blocks_that_do_not_fit_stay(
-    base: Base, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], limit: str
-) -> None:
-    model, whole = load(base()), load(base())
-    capfd.readouterr()
-    blocks = model.model.layers
-    room = int((language._bytes(model) - language._bytes(blocks[1]) / 2) / language.WEIGHTS_SHARE)
-    free, vram_gib = (10**12, room / 2**30) if limit == "hardware.vram_gib" else (room, 0.0)
-    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
-    monkeypatch.setattr(torch.Tensor, "pin_memory", lambda tensor: tensor)
-    language._spread(model, CPU, vram_gib)
-    away = {name for name, place in model.hf_device_map.items() if place == "cpu"} - {""}
-    assert away == {name for name, layer in model.named_modules() if isinstance(layer, nn.Linear) and ".1." in name}
-    assert capfd.readouterr().err == "model.offload: 0.0 of 0.0 GiB of weights stay in main memory\n"
-    assert Accelerator(cpu=True).verify_device_map(model)  # it won't move the model to the card as a whole
-    with torch.no_grad():
-        assert torch.equal(model(input_ids=packs()[0]).logits, whole(input_ids=packs()[0]).logits)
-
-
-def test_a_copied_4bit_weight_leaves_the_scales_of_the_original(base: Base) -> None:
-    weight = load(base(), quantize=Quantize.nf4).model.layers[0].mlp.up_proj.weight
-    copied = language._copied(weight, torch.device("meta"))
-    assert copied.quant_state.absmax.device.type == copied.quant_state.state2.absmax.device.type == "meta"
-    assert weight.quant_state.absmax.device.type == weight.quant_state.state2.absmax.device.type == "cpu"
-
-
 # Attention for rows of many lengths
 
 
@@ -472,11 +422,6 @@ def test_storage_that_the_machine_can_not_compute_in_is_refused(base: Base, monk
         load(base(), quantize=Quantize.nf4)
 
 
-def test_int8_layers_do_not_go_to_main_memory(base: Base) -> None:
-    with pytest.raises(ModelError, match=r"model\.offload=true needs model\.quantize=nf4 or none"):
-        load(base(), quantize=Quantize.int8, offload=True)
-
-
 def test_a_quantised_release_with_a_picture_part_is_refused(base: Base, tmp_path: Path) -> None:
     folder = shutil.copytree(base("gemma3"), tmp_path / "quantised")
     config = (folder / "config.json").read_text()
@@ -526,18 +471,3 @@ def test_a_quantised_base_trains_on_a_card(base: Base, quantize: Quantize) -> No
     models = (load(base(), torch.bfloat16, device, quantize=quantize) for device in (torch.device("cuda"), CPU))
     card, cpu = (gradients(adapted(model, ["q_proj", "down_proj"])) for model in models)
     assert distance(card, cpu) < 0.1
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4])
-def test_layers_that_do_not_fit_stay_in_main_memory(base: Base, quantize: Quantize) -> None:
-    card = torch.device("cuda")
-    config = ModelConfig(kind="language", base=str(base()), quantize=quantize, offload=True)
-    model = language.load_model(config, torch.bfloat16, card, vram_gib=1e-6)
-    weights = [layer.weight for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
-    assert all(weight.device == CPU and weight.is_pinned() for weight in weights)
-    assert model.device.type == language.head(model).weight.device.type == "cuda"
-    whole = load(base(), torch.bfloat16, card, quantize=quantize)
-    targets = ["q_proj", "down_proj"]
-    adapted(model, targets).gradient_checkpointing_enable({"use_reentrant": False})
-    assert distance(gradients(model), gradients(adapted(whole, targets))) < 0.02

@@ -17,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune.config import Config, Dialect, Kept, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
-from finetune.models import lora
+from finetune.models import lora, offload
 from finetune.records import Dataset, load_receipt
 from finetune.stages import train as stage
 from finetune.stages.train import train
@@ -211,6 +211,26 @@ def test_micro_batch_and_accumulation_may_be_exchanged_on_resume(
     train(config, dataset)
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 6, 4, 1
     assert train(config, dataset).steps == 6
+
+
+def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Training, validation and previews; the card is played by the CPU."""
+    config, dataset = setting.config, setting.dataset
+    config.lora.dropout, config.optim.schedule = 0.2, Schedule.constant
+    config.run_dir = str(tmp_path / "resident")
+    resident = checkpoint.load(Path(train(config, dataset).checkpoint))
+    monkeypatch.setattr(offload, "wanted", lambda model, _: model.offload)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+    config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
+    capfd.readouterr()
+    train(config, dataset)
+    assert "GiB of weights stay in main memory" in capfd.readouterr().err
+    config.model.offload, config.trainer.steps = False, 4
+    legs = checkpoint.load(Path(train(config, dataset).checkpoint))
+    assert same(legs.adapter, resident.adapter)
+    assert legs.state.first_validation == resident.state.first_validation
 
 
 def test_a_damaged_checkpoint_is_named(config: Config, make_dataset: Callable[..., Dataset]) -> None:
