@@ -13,6 +13,7 @@ from finetune.models import lora, lora_files, offload
 from finetune.models.device import free, pick_device, pick_dtype, room
 from finetune.models.diffusion import load_adapter, load_backbone, save_adapter
 from finetune.models.families import family
+from finetune.models.families.base import MASK
 from finetune.progress import say
 from finetune.records import Run, hash_of
 
@@ -107,7 +108,7 @@ def _probe(config: Config, device: torch.device) -> Callable[[nn.Module], Tensor
         shape = (2, kind.latent_channels(model.config), PROBE_SIDE, PROBE_SIDE)
         latents_BChw = torch.randn(shape, generator=random)
         text = {
-            name: torch.randn((2, *shape), generator=random).to(device)
+            name: (torch.ones(2, *shape) if name == MASK else torch.randn((2, *shape), generator=random)).to(device)
             for name, shape in sorted(kind.text_shapes(model.config).items())
         }
         dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())

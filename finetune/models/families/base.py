@@ -6,7 +6,10 @@ B images, C latent channels, h×w latent pixels, H×W pixels, L text tokens, D t
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
 
 from finetune.models.objectives import Objective
 
@@ -16,6 +19,8 @@ AT_ONCE, UNTILED = 1024**2, 2 * 1024**2
 Text = dict[
     str, Tensor
 ]  # what the text encoders make of one caption, or stacked of many; the same shapes for every one
+MASK = "mask"  # in a `Text` whose captions differ in length: 1 for a caption's own tokens, 0 for what fills it up
+PLACEHOLDER = "\N{DOTTED CIRCLE}"  # any text that no chat template holds
 
 
 class Family(Protocol):
@@ -91,3 +96,28 @@ def kl_pixels(vae: Any, latents_BChw: Tensor) -> Tensor:
 def _divide(vae: Any, pictures: int, pixels: int) -> None:
     """Set how the autoencoder goes about so many pictures of so many pixels each."""
     vae.use_slicing, vae.use_tiling = pictures * pixels > AT_ONCE, pixels > UNTILED
+
+
+def padded(embedding_LD: Tensor, tokens: int) -> Text:
+    """One caption's embedding filled up with zeros to so many tokens, and its mask."""
+    missing = tokens - len(embedding_LD)
+    mask_L = functional.pad(torch.ones(len(embedding_LD)), (0, missing))
+    return {"embedding": functional.pad(embedding_LD, (0, 0, 0, missing)), MASK: mask_L}
+
+
+def stacked(captions: Sequence[Text]) -> Text:
+    return {name: torch.stack([caption[name] for caption in captions]) for name in captions[0]}
+
+
+def lengths(mask_BL: Tensor) -> list[int]:
+    """Tokens of each caption; all of them where a memory plan computes with shapes and knows no values."""
+    if isinstance(mask_BL, FakeTensor):
+        return [mask_BL.shape[1]] * len(mask_BL)
+    return (mask_BL > 0).sum(dim=1).tolist()
+
+
+def room_in_chat(tokenizer: Any, tokens: int, **template: Any) -> int:
+    """Tokens of a caption that are read of `tokens`: a chat template stands before it, and the end is cut first."""
+    turns = [{"role": "user", "content": PLACEHOLDER}]
+    written = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **template)
+    return tokens - len(tokenizer(written.partition(PLACEHOLDER)[0]).input_ids)
