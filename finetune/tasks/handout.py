@@ -21,6 +21,7 @@ USAGE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
+# ComfyUI and other programs take the kohya-style file: its strength (alpha) is in it.
 """
 EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 PROBE_SEED = 20240131  # any fixed number: the inputs of the comparison
@@ -46,8 +47,8 @@ def write(
         elif dialect is Dialect.diffusers:
             files["diffusers"] = save_adapter(config.model, trained, folder, weights).name
         else:
-            file, part = folder / f"{config.name}.safetensors", family(config.model.family).BACKBONE
-            files["kohya"] = lora_files.save_kohya(file, weights, part, config.lora.alpha, _metadata(config, run)).name
+            file, names = folder / f"{config.name}.safetensors", family(config.model.family).KOHYA
+            files["kohya"] = lora_files.save_kohya(file, weights, names, config.lora.alpha, _metadata(config, run)).name
     if averaged is not None:
         files["ema"] = save_adapter(config.model, trained, folder, averaged, EMA_FILE).name
     probe = _probe(config, device)

@@ -38,6 +38,8 @@ class Family(Protocol):
     """The pipeline's arguments that leave out what neither training nor sampling needs."""
     LARGE_TEXT: tuple[str, ...]
     """Text encoders of billions of parameters: loaded in bf16, as they are released; others in fp32."""
+    KOHYA: str
+    """What begins the names of layers in kohya-style files, so that other programs know them; see `save_kohya`."""
 
     def encode(self, pipeline: Any, texts: Sequence[str]) -> Text:
         """The captions as the backbone reads them, stacked; `pipeline` has the text encoders and no other weights."""

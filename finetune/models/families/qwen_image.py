@@ -15,6 +15,7 @@ BACKBONE, BACKBONE_CLASS, VAE_CLASS = "transformer", "QwenImageTransformer2DMode
 TEXT = ("text_encoder", "tokenizer")
 UNUSED: Mapping[str, Any] = {}
 LARGE_TEXT = ("text_encoder",)
+KOHYA = "lora_unet_"  # musubi-tuner's names, which diffusers and ComfyUI read too
 TEXT_TOKENS = 512  # of up to 1024; as many as the pipeline takes unless told otherwise
 
 

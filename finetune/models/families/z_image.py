@@ -26,6 +26,7 @@ BACKBONE, BACKBONE_CLASS, VAE_CLASS = "transformer", "ZImageTransformer2DModel",
 TEXT = ("text_encoder", "tokenizer")
 UNUSED: Mapping[str, Any] = {}
 LARGE_TEXT = ("text_encoder",)
+KOHYA = "diffusion_model."  # the one form that both diffusers and ComfyUI read together with alpha
 TEXT_TOKENS = 512
 
 moments = kl_moments
