@@ -10,6 +10,10 @@ from finetune.config import Family, ModelConfig
 from tests.tiny_models import save_diffusion, save_tokenizer
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+MORE = {  # names that in some blocks are a layer, and in others a list of layers or an activation
+    Family.flux2: ["to_qkv_mlp_proj", "to_out"],
+    Family.z_image: ["adaLN_modulation.0"],
+}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -34,9 +38,8 @@ def save_family(folder: Path, kind: Family) -> ModelConfig:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         SAVERS[kind](folder)
-    return ModelConfig(
-        base=str(folder), family=kind, resolution=64, bucket_step=32, lora_targets={"attention": ATTENTION}
-    )
+    targets = {"attention": [*ATTENTION, *MORE.get(kind, [])]}
+    return ModelConfig(base=str(folder), family=kind, resolution=64, bucket_step=32, lora_targets=targets)
 
 
 def _sdxl(folder: Path) -> None:

@@ -157,8 +157,9 @@ def save_adapter(
     """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
     kind = family(model.family)
     folder.mkdir(parents=True, exist_ok=True)
-    # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every picture.
-    settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0}
+    # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every picture. It goes by
+    # the names in the file, and warns of exclusions that exclude none of those.
+    settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
     _class(kind.PIPELINE).save_lora_weights(
         folder,
         # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
