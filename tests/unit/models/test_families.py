@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.config import Family, ModelConfig
 from finetune.errors import ModelError
@@ -191,6 +192,18 @@ def test_a_prediction_does_not_depend_on_who_else_is_in_the_batch(model: ModelCo
             assert torch.allclose(alone, together[[index]], atol=1e-5)
             other = kind.predict(backbone, noisy[[index]], timesteps[[index]], stacked([texts[1 - index]]))
             assert not torch.allclose(alone, other, atol=1e-4)  # the caption does make a difference
+
+
+def test_shapes_alone_are_enough_to_predict_for_a_memory_plan(model: ModelConfig) -> None:
+    kind = family(model.family)
+    real = load_backbone(model, torch.float32)
+    with FakeTensorMode():
+        backbone = type(real).from_config(dict(real.config))
+        noisy = torch.randn(2, kind.latent_channels(real.config), 8, 8)
+        text = {name: torch.randn(2, *shape) for name, shape in kind.text_shapes(real.config).items()}
+        predicted = kind.predict(backbone, noisy, torch.tensor([100.0, 700.0]), text)
+        predicted.sum().backward()
+    assert predicted.shape == noisy.shape
 
 
 def test_sixteen_bits_train_too(model: ModelConfig) -> None:
