@@ -80,7 +80,7 @@ class Family(Protocol):
 
 def kl_moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     """`moments` of an AutoencoderKL: shifted and scaled as its configuration says."""
-    _divide(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
+    divide(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
     posterior = vae.encode(pixels_B3HW).latent_dist
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
     return (posterior.mean - shift) * scale, posterior.std * scale
@@ -90,12 +90,12 @@ def kl_pixels(vae: Any, latents_BChw: Tensor) -> Tensor:
     """`pixels` of an AutoencoderKL."""
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)  # of the sides
-    _divide(vae, len(latents_BChw), latents_BChw[0, 0].numel() * factor**2)
+    divide(vae, len(latents_BChw), latents_BChw[0, 0].numel() * factor**2)
     pixels: Tensor = vae.decode(latents_BChw / scale + shift).sample
     return pixels
 
 
-def _divide(vae: Any, pictures: int, pixels: int) -> None:
+def divide(vae: Any, pictures: int, pixels: int) -> None:
     """Set how the autoencoder goes about so many pictures of so many pixels each."""
     vae.use_slicing, vae.use_tiling = pictures * pixels > AT_ONCE, pixels > UNTILED
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.models.families.base import Text, room_in_chat
+from finetune.models.families.base import Text, divide, room_in_chat
 from finetune.models.objectives import FLOW_STEPS, Flow, Objective
 
 PIPELINE = "Flux2KleinPipeline"
@@ -70,6 +70,7 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
 
 def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     """Patched as the pipeline does and normalised with the running statistics of the autoencoder's batch norm."""
+    divide(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
     posterior = vae.encode(pixels_B3HW).latent_dist
     mean_C11, variance_C11 = (values.view(-1, 1, 1) for values in (vae.bn.running_mean, vae.bn.running_var))
     spread_C11 = (variance_C11 + vae.config.batch_norm_eps).sqrt()
@@ -79,6 +80,7 @@ def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
 
 def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """The pipeline has undone patches and normalisation."""
+    divide(vae, len(latents), height * width)
     decoded: Tensor = vae.decode(latents).sample
     return decoded
 
