@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from finetune.config import Family, ModelConfig
-from tests.tiny_models import save_diffusion, save_tokenizer
+from tests.tiny_models import save_diffusion
+from tests.tiny_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 MORE = {  # names that in some blocks are a layer, and in others a list of layers or an activation
@@ -26,11 +27,6 @@ QWEN = {
     "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
     "bos_token_id": 0, "eos_token_id": 0,
 }  # fmt: skip
-CHAT = (  # as Qwen3 writes a question; an empty thought says that it shall not think
-    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
-    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
-    "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
-)
 
 
 def save_family(folder: Path, kind: Family) -> ModelConfig:
@@ -82,7 +78,7 @@ def _sd3(folder: Path) -> None:
     )
 
     tokenizer, _, projected = _clip(folder)
-    t5_tokenizer, t5 = _t5(32)
+    t5_reader, t5 = _t5(folder / "tokenizer_3", 32)
     StableDiffusion3Pipeline(
         vae=AutoencoderKL(
             latent_channels=16, scaling_factor=1.5305, shift_factor=0.0609, use_quant_conv=False,
@@ -93,7 +89,7 @@ def _sd3(folder: Path) -> None:
         text_encoder_3=t5,
         tokenizer=tokenizer,
         tokenizer_2=tokenizer,
-        tokenizer_3=t5_tokenizer,
+        tokenizer_3=t5_reader,
         transformer=SD3Transformer2DModel(
             sample_size=16,
             in_channels=16,
@@ -116,7 +112,7 @@ def _flux(folder: Path) -> None:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, FluxPipeline, FluxTransformer2DModel
 
     tokenizer, clip, _ = _clip(folder)
-    t5_tokenizer, t5 = _t5(32)
+    t5_reader, t5 = _t5(folder / "tokenizer_2", 32)
     FluxPipeline(
         vae=AutoencoderKL(
             latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
@@ -125,7 +121,7 @@ def _flux(folder: Path) -> None:
         text_encoder=clip(16),
         text_encoder_2=t5,
         tokenizer=tokenizer,
-        tokenizer_2=t5_tokenizer,
+        tokenizer_2=t5_reader,
         transformer=FluxTransformer2DModel(
             in_channels=64,
             num_layers=1,
@@ -150,7 +146,7 @@ def _flux2(folder: Path) -> None:
     )
     from transformers import Qwen3ForCausalLM
 
-    tokenizer, config = _qwen3(hidden_size=16, num_hidden_layers=28)  # the pipeline reads layers 9, 18 and 27
+    tokenizer, config = _qwen3(folder, hidden_size=16, num_hidden_layers=28)  # the pipeline reads layers 9, 18 and 27
     vae = AutoencoderKLFlux2(latent_channels=4, **VAE)
     vae.bn.running_mean.normal_()
     vae.bn.running_var.uniform_(0.5, 2)
@@ -177,7 +173,7 @@ def _z_image(folder: Path) -> None:
     from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
     from transformers import Qwen3Model
 
-    tokenizer, config = _qwen3(hidden_size=32, num_hidden_layers=2)
+    tokenizer, config = _qwen3(folder, hidden_size=32, num_hidden_layers=2)
     transformer = ZImageTransformer2DModel(
         in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
         axes_dims=[4, 6, 6], axes_lens=[1024, 32, 32],
@@ -205,7 +201,7 @@ def _qwen_image(folder: Path) -> None:
     )
     from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
 
-    tokenizer, config = _qwen3(hidden_size=32, num_hidden_layers=2)
+    tokenizer, config = _qwen3(folder, hidden_size=32, num_hidden_layers=2)
     sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", *QWEN)}
     rotary = {"rope_type": "default", "mrope_section": [4, 2, 2]}
     vision = {
@@ -234,24 +230,19 @@ def _qwen_image(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
-def _qwen3(**sizes: int) -> tuple[Any, Any]:
-    """A Qwen tokenizer of single bytes with a chat template, and the configuration of a text model of those sizes."""
-    from tokenizers import pre_tokenizers
-    from transformers import Qwen2Tokenizer, Qwen3Config
+def _qwen3(folder: Path, **sizes: int) -> tuple[Any, Any]:
+    """A Qwen tokenizer, and the configuration of a text model of those sizes."""
+    from transformers import Qwen3Config
 
-    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
-    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *marks]
-    tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
-    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:3]})
-    tokenizer.chat_template = CHAT
+    tokenizer = qwen_tokenizer(folder / "tokenizer")
     return tokenizer, Qwen3Config(vocab_size=len(tokenizer), head_dim=8, **QWEN, **sizes)
 
 
 def _clip(folder: Path) -> tuple[Any, Callable[[int], Any], Callable[[int], Any]]:
     """A CLIP tokenizer, and makers of text encoders of a width, without and with a projection."""
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
-    tokenizer = CLIPTokenizer.from_pretrained(save_tokenizer(folder / "tokenizer"))
+    tokenizer = clip_tokenizer(folder / "tokenizer")
 
     def config(width: int) -> Any:
         return CLIPTextConfig(
@@ -273,17 +264,11 @@ def _clip(folder: Path) -> tuple[Any, Callable[[int], Any], Callable[[int], Any]
     )
 
 
-def _t5(width: int) -> tuple[Any, Any]:
-    """A T5 tokenizer of single letters, and an encoder of that width."""
-    from tokenizers import Tokenizer, decoders, pre_tokenizers
-    from tokenizers.models import Unigram
-    from transformers import T5Config, T5EncoderModel, T5TokenizerFast
+def _t5(folder: Path, width: int) -> tuple[Any, Any]:
+    """A T5 tokenizer, and an encoder of that width."""
+    from transformers import T5Config, T5EncoderModel
 
-    letters = ["<pad>", "</s>", "<unk>", "▁", *(chr(code) for code in range(ord("!"), ord("~") + 1))]
-    learner = Tokenizer(Unigram([(letter, -1.0) for letter in letters], unk_id=2))
-    learner.pre_tokenizer = pre_tokenizers.Metaspace()
-    learner.decoder = decoders.Metaspace()
-    tokenizer = T5TokenizerFast(tokenizer_object=learner, extra_ids=0)
+    tokenizer = t5_tokenizer(folder)
     sizes = {"d_model": width, "d_kv": 8, "d_ff": 32, "num_layers": 1, "num_heads": 2}
     return tokenizer, T5EncoderModel(T5Config(vocab_size=len(tokenizer), **sizes))
 
