@@ -9,17 +9,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune.models.architectures import folder as architecture
+
 from tests.tiny_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
-LANGUAGE_TOKENIZER = Path(__file__).resolve().parents[2] / "finetune" / "embedded" / "language"
+PACKAGE = Path(__file__).resolve().parents[2] / "finetune"
+LANGUAGE_TOKENIZER = PACKAGE / "embedded" / "language"
 TEXT_LAYERS = {"Qwen3ForCausalLM": 28}  # FLUX.2 reads the states behind three layers, of which the last is the 27th
 MAX_SHARD = "4GB"
 
 
 def build(preset: str, base: Path, device: torch.device) -> int:
     """Save the base of `model=PRESET` into the folder `base`, in bf16; returns its parameters, text encoders aside."""
-    source = architecture(preset)
+    return save(PACKAGE / "models" / "architectures" / preset, base, device)
+
+
+def save(source: Path, base: Path, device: torch.device) -> int:
+    """The same for an architecture in the folder `source`."""
     before = torch.get_default_dtype()
     torch.set_default_dtype(torch.bfloat16)
     try:

@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 ARCHITECTURES = {
     "embedded_language": "llama",
     "llama2_7b": "llama2",
+    "llama2_13b": "llama2",
     "llama31_8b": "llama",
     "qwen3_4b": "qwen3",
     "qwen3_8b": "qwen3",
