@@ -61,12 +61,16 @@ class Dialect(Enum):
 
 
 class Family(Enum):
-    """Architectures of picture models: Stable Diffusion 1 and 2, XL, 3 and 3.5, FLUX.1."""
+    """Architectures of picture models: Stable Diffusion 1 and 2, XL, 3 and 3.5, FLUX.1, FLUX.2 klein, Z-Image,
+    Qwen-Image."""
 
     sd = "sd"
     sdxl = "sdxl"
     sd3 = "sd3"
     flux = "flux"
+    flux2 = "flux2"
+    z_image = "z_image"
+    qwen_image = "qwen_image"
 
 
 class Quantize(Enum):

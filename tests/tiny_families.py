@@ -10,6 +10,10 @@ from finetune.config import Family, ModelConfig
 from tests.tiny_models import save_diffusion, save_tokenizer
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+MORE = {  # names that in some blocks are a layer, and in others a list of layers or an activation
+    Family.flux2: ["to_qkv_mlp_proj", "to_out"],
+    Family.z_image: ["adaLN_modulation.0"],
+}
 VAE = {
     "down_block_types": ("DownEncoderBlock2D",) * 4,
     "up_block_types": ("UpDecoderBlock2D",) * 4,
@@ -18,6 +22,15 @@ VAE = {
     "norm_num_groups": 4,
     "sample_size": 32,
 }
+QWEN = {
+    "intermediate_size": 16, "num_attention_heads": 2, "num_key_value_heads": 1, "max_position_embeddings": 2048,
+    "bos_token_id": 0, "eos_token_id": 0,
+}  # fmt: skip
+CHAT = (  # as Qwen3 writes a question; an empty thought says that it shall not think
+    "{% for message in messages %}{{ '<|im_start|>' + message.role + '\n' + message.content + '<|im_end|>\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}"
+    "{% if enable_thinking is false %}{{ '<think>\n\n</think>\n\n' }}{% endif %}{% endif %}"
+)
 
 
 def save_family(folder: Path, kind: Family) -> ModelConfig:
@@ -25,9 +38,8 @@ def save_family(folder: Path, kind: Family) -> ModelConfig:
     with torch.random.fork_rng():
         torch.manual_seed(0)
         SAVERS[kind](folder)
-    return ModelConfig(
-        base=str(folder), family=kind, resolution=64, bucket_step=32, lora_targets={"attention": ATTENTION}
-    )
+    targets = {"attention": [*ATTENTION, *MORE.get(kind, [])]}
+    return ModelConfig(base=str(folder), family=kind, resolution=64, bucket_step=32, lora_targets=targets)
 
 
 def _sdxl(folder: Path) -> None:
@@ -129,6 +141,112 @@ def _flux(folder: Path) -> None:
     ).save_pretrained(folder)  # fmt: skip
 
 
+def _flux2(folder: Path) -> None:
+    from diffusers import (
+        AutoencoderKLFlux2,
+        FlowMatchEulerDiscreteScheduler,
+        Flux2KleinPipeline,
+        Flux2Transformer2DModel,
+    )
+    from transformers import Qwen3ForCausalLM
+
+    tokenizer, config = _qwen3(hidden_size=16, num_hidden_layers=28)  # the pipeline reads layers 9, 18 and 27
+    vae = AutoencoderKLFlux2(latent_channels=4, **VAE)
+    vae.bn.running_mean.normal_()
+    vae.bn.running_var.uniform_(0.5, 2)
+    Flux2KleinPipeline(
+        vae=vae,
+        text_encoder=Qwen3ForCausalLM(config),
+        tokenizer=tokenizer,
+        transformer=Flux2Transformer2DModel(
+            in_channels=16,
+            num_layers=1,
+            num_single_layers=1,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=3 * 16,
+            timestep_guidance_channels=16,
+            axes_dims_rope=(4, 4, 4, 4),
+            guidance_embeds=False,
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0, use_dynamic_shifting=True),
+    ).save_pretrained(folder)
+
+
+def _z_image(folder: Path) -> None:
+    from diffusers import AutoencoderKL, FlowMatchEulerDiscreteScheduler, ZImagePipeline, ZImageTransformer2DModel
+    from transformers import Qwen3Model
+
+    tokenizer, config = _qwen3(hidden_size=32, num_hidden_layers=2)
+    transformer = ZImageTransformer2DModel(
+        in_channels=16, dim=32, n_layers=2, n_refiner_layers=1, n_heads=2, n_kv_heads=2, cap_feat_dim=32,
+        axes_dims=[4, 6, 6], axes_lens=[1024, 32, 32],
+    )  # fmt: skip
+    for padding in (transformer.x_pad_token, transformer.cap_pad_token):
+        padding.data.normal_()
+    ZImagePipeline(
+        vae=AutoencoderKL(
+            latent_channels=16, scaling_factor=0.3611, shift_factor=0.1159, use_quant_conv=False,
+            use_post_quant_conv=False, **VAE,
+        ),
+        text_encoder=Qwen3Model(config),
+        tokenizer=tokenizer,
+        transformer=transformer,
+        scheduler=FlowMatchEulerDiscreteScheduler(shift=3.0),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def _qwen_image(folder: Path) -> None:
+    from diffusers import (
+        AutoencoderKLQwenImage,
+        FlowMatchEulerDiscreteScheduler,
+        QwenImagePipeline,
+        QwenImageTransformer2DModel,
+    )
+    from transformers import Qwen2_5_VLConfig, Qwen2_5_VLForConditionalGeneration
+
+    tokenizer, config = _qwen3(hidden_size=32, num_hidden_layers=2)
+    sizes = {name: getattr(config, name) for name in ("vocab_size", "hidden_size", "num_hidden_layers", *QWEN)}
+    rotary = {"rope_type": "default", "mrope_section": [4, 2, 2]}
+    vision = {
+        "depth": 1, "hidden_size": 16, "intermediate_size": 16, "num_heads": 2, "out_hidden_size": 32,
+        "fullatt_block_indexes": [0],
+    }  # fmt: skip
+    QwenImagePipeline(
+        vae=AutoencoderKLQwenImage(
+            base_dim=8, z_dim=4, dim_mult=[1, 1, 1, 1], num_res_blocks=1,
+            latents_mean=[-0.8, 0.1, 0.9, -0.2], latents_std=[2.8, 1.5, 2.3, 1.2],
+        ),
+        text_encoder=Qwen2_5_VLForConditionalGeneration(
+            Qwen2_5_VLConfig(text_config=sizes | {"rope_parameters": rotary}, vision_config=vision)
+        ),
+        tokenizer=tokenizer,
+        transformer=QwenImageTransformer2DModel(
+            in_channels=16,
+            out_channels=4,
+            num_layers=2,
+            attention_head_dim=16,
+            num_attention_heads=2,
+            joint_attention_dim=32,
+            axes_dims_rope=(4, 6, 6),
+        ),
+        scheduler=FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True, max_shift=0.9, shift_terminal=0.02),
+    ).save_pretrained(folder)  # fmt: skip
+
+
+def _qwen3(**sizes: int) -> tuple[Any, Any]:
+    """A Qwen tokenizer of single bytes with a chat template, and the configuration of a text model of those sizes."""
+    from tokenizers import pre_tokenizers
+    from transformers import Qwen2Tokenizer, Qwen3Config
+
+    marks = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<think>", "</think>"]
+    tokens = [*sorted(pre_tokenizers.ByteLevel.alphabet()), *marks]
+    tokenizer = Qwen2Tokenizer(vocab={token: index for index, token in enumerate(tokens)}, merges=[])
+    tokenizer.add_special_tokens({"additional_special_tokens": marks[1:3]})
+    tokenizer.chat_template = CHAT
+    return tokenizer, Qwen3Config(vocab_size=len(tokenizer), head_dim=8, **QWEN, **sizes)
+
+
 def _clip(folder: Path) -> tuple[Any, Callable[[int], Any], Callable[[int], Any]]:
     """A CLIP tokenizer, and makers of text encoders of a width, without and with a projection."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer
@@ -175,4 +293,7 @@ SAVERS: dict[Family, Callable[[Path], Any]] = {
     Family.sdxl: _sdxl,
     Family.sd3: _sd3,
     Family.flux: _flux,
+    Family.flux2: _flux2,
+    Family.z_image: _z_image,
+    Family.qwen_image: _qwen_image,
 }

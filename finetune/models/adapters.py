@@ -27,7 +27,8 @@ def attach(model: nn.Module, folder: Path) -> Any:
     stored = lora_files.read_peft_folder(folder)  # names a damaged file better than PEFT does
     with fitting(folder):
         config: Any = PeftConfig.from_pretrained(str(folder))
-        config.exclude_modules = None  # parts of a larger model, which this one was taken out of
+        if config.exclude_modules == lora_files.OTHER_PARTS:
+            config.exclude_modules = None  # parts of a larger model, which this one was taken out of
         attached = PeftModel.from_pretrained(model, str(folder), config=config, key_mapping=lora_files.WITHIN).eval()
     own = {
         name.removeprefix("base_model.model."): weight

@@ -157,12 +157,15 @@ def save_adapter(
     """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
     kind = family(model.family)
     folder.mkdir(parents=True, exist_ok=True)
+    # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every picture. It goes by
+    # the names in the file, and warns of exclusions that exclude none of those.
+    settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
     _class(kind.PIPELINE).save_lora_weights(
         folder,
         # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
         **{
             f"{kind.BACKBONE}_lora_layers": dict(weights),
-            f"{kind.BACKBONE}_lora_adapter_metadata": backbone.peft_config[lora.ADAPTER].to_dict(),
+            f"{kind.BACKBONE}_lora_adapter_metadata": settings,
         },
         weight_name=name,
     )
@@ -180,7 +183,7 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
     kind = family(model.family)
     weights = lora_files.read_weights(path)  # names a damaged file better than the libraries do
     with adapters.fitting(path):
-        if lora_files.is_kohya(weights) and (own := lora_files.from_kohya(backbone, weights, kind.BACKBONE)):
+        if lora_files.is_kohya(weights) and (own := lora_files.from_kohya(backbone, weights, kind.KOHYA)):
             backbone.load_lora_adapter(own, prefix=None)
         else:
             shape = {"unet_config": backbone.config} if kind.BACKBONE == "unet" else {}

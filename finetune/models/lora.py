@@ -49,6 +49,7 @@ def inject(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(targets),
+        exclude_modules=_containers(model, targets) or None,
         init_lora_weights=True,
         use_rslora=rslora,
         use_dora=dora,
@@ -152,6 +153,15 @@ def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
                 "set lora.rank to match"
             )
     set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
+
+
+def _containers(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """What a target's name fits and is no layer: a list of layers, or an activation, in blocks of another kind."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(f".{name}".endswith(f".{target}") for target in targets) and not list(module.parameters(recurse=False))
+    ]
 
 
 def _token_rows(model: Any, rows: Sequence[int], targets: Sequence[str]) -> dict[str, list[int]]:

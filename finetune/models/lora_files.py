@@ -81,10 +81,13 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 
-def save_kohya(file: Path, weights: Mapping[str, Tensor], part: str, alpha: float, metadata: Mapping[str, str]) -> Path:
+def save_kohya(
+    file: Path, weights: Mapping[str, Tensor], prefix: str, alpha: float, metadata: Mapping[str, str]
+) -> Path:
     """Write one safetensors file with kohya-style keys, as other programs read it.
 
-    part: unet or transformer. Keys are `lora_PART_` and the layer's name with underscores.
+    prefix: begins the name of each layer; after one that ends with a dot names keep their dots, else they get
+    underscores.
     """
     from safetensors.torch import save_file
 
@@ -92,16 +95,16 @@ def save_kohya(file: Path, weights: Mapping[str, Tensor], part: str, alpha: floa
     named = {}
     for name, weight in weights.items():
         layer, _, factor = name.removesuffix(".weight").rpartition(".")
-        key = f"lora_{part}_{layer.replace('.', '_')}"
+        key = _kohya_name(prefix, layer)
         named[f"{key}.{KOHYA_FACTORS[factor]}.weight"] = weight.contiguous()
         named[f"{key}.alpha"] = torch.tensor(float(alpha))
     save_file(named, file, metadata=dict(metadata))
     return file
 
 
-def from_kohya(model: nn.Module, weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor] | None:
+def from_kohya(model: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor] | None:
     """A kohya-style file under PEFT's names, alpha / r within B; None if it has other keys than layers of `model`."""
-    layers = {f"lora_{part}_{name.replace('.', '_')}": name for name, _ in model.named_modules()}
+    layers = {_kohya_name(prefix, name): name for name, _ in model.named_modules()}
     found = {}
     for key, weight in weights.items():
         layer, _, factor = key.removesuffix(".weight").rpartition(".")
@@ -117,6 +120,10 @@ def from_kohya(model: nn.Module, weights: Mapping[str, Tensor], part: str) -> di
 def is_kohya(weights: Mapping[str, Tensor]) -> bool:
     """Whether a file has kohya-style keys."""
     return any(name.endswith(".lora_down.weight") for name in weights)
+
+
+def _kohya_name(prefix: str, layer: str) -> str:
+    return prefix + (layer if prefix.endswith(".") else layer.replace(".", "_"))
 
 
 def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:

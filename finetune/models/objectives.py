@@ -76,8 +76,8 @@ class Flow:
     for some bases depends on the picture's size.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        self.config = scheduler.config
+    def __init__(self, scheduler: Any, patch: int = IMAGE_PATCH) -> None:
+        self.config, self.patch = scheduler.config, patch
 
     def draw(self, random: torch.Generator, clean_Chw: Tensor) -> float:
         drawn = float(torch.sigmoid(torch.randn((), generator=random, dtype=torch.float64)))
@@ -102,7 +102,7 @@ class Flow:
         config = self.config
         if not config.get("use_dynamic_shifting"):
             return float(config.shift)
-        tokens = clean_Chw.shape[-2] * clean_Chw.shape[-1] / IMAGE_PATCH**2
+        tokens = clean_Chw.shape[-2] * clean_Chw.shape[-1] / self.patch**2
         low, high = config.base_image_seq_len, config.max_image_seq_len
         slope = (config.max_shift - config.base_shift) / (high - low)
         mu = config.base_shift + (tokens - low) * slope

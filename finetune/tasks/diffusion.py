@@ -147,7 +147,12 @@ class DiffusionTask:
         clean_BChw, noise_BChw = batch.tensors["clean"], batch.tensors["noise"]
         timesteps_B = batch.tensors["timesteps"]
         noisy_BChw = self.objective.noisy(clean_BChw, noise_BChw, timesteps_B)
-        text = {name.removeprefix(TEXT): value for name, value in batch.tensors.items() if name.startswith(TEXT)}
+        # Large text encoders write bf16 whatever the backbone computes in.
+        text = {
+            name.removeprefix(TEXT): value.to(self.dtype)
+            for name, value in batch.tensors.items()
+            if name.startswith(TEXT)
+        }
         predicted_BChw = self.family.predict(self.model, noisy_BChw, timesteps_B, text)
         target_BChw = self.objective.target(clean_BChw, noise_BChw, timesteps_B)
         errors_B: Tensor = (predicted_BChw.float() - target_BChw.float()).square().mean(dim=(1, 2, 3))

@@ -13,6 +13,7 @@ from finetune.models import lora, lora_files, offload
 from finetune.models.device import free, pick_device, pick_dtype, room
 from finetune.models.diffusion import load_adapter, load_backbone, save_adapter
 from finetune.models.families import family
+from finetune.models.families.base import MASK
 from finetune.progress import say
 from finetune.records import Run, hash_of
 
@@ -20,6 +21,7 @@ USAGE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
+# ComfyUI and other programs take the kohya-style file: its strength (alpha) is in it.
 """
 EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 PROBE_SEED = 20240131  # any fixed number: the inputs of the comparison
@@ -45,8 +47,8 @@ def write(
         elif dialect is Dialect.diffusers:
             files["diffusers"] = save_adapter(config.model, trained, folder, weights).name
         else:
-            file, part = folder / f"{config.name}.safetensors", family(config.model.family).BACKBONE
-            files["kohya"] = lora_files.save_kohya(file, weights, part, config.lora.alpha, _metadata(config, run)).name
+            file, names = folder / f"{config.name}.safetensors", family(config.model.family).KOHYA
+            files["kohya"] = lora_files.save_kohya(file, weights, names, config.lora.alpha, _metadata(config, run)).name
     if averaged is not None:
         files["ema"] = save_adapter(config.model, trained, folder, averaged, EMA_FILE).name
     probe = _probe(config, device)
@@ -107,7 +109,7 @@ def _probe(config: Config, device: torch.device) -> Callable[[nn.Module], Tensor
         shape = (2, kind.latent_channels(model.config), PROBE_SIDE, PROBE_SIDE)
         latents_BChw = torch.randn(shape, generator=random)
         text = {
-            name: torch.randn((2, *shape), generator=random).to(device)
+            name: (torch.ones(2, *shape) if name == MASK else torch.randn((2, *shape), generator=random)).to(device)
             for name, shape in sorted(kind.text_shapes(model.config).items())
         }
         dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
