@@ -7,7 +7,7 @@ every block is recomputed in backward. Adapters and all that is not in a block s
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import wraps
 from typing import Any
@@ -254,16 +254,20 @@ def _wrap(block: _Block, ring: Ring) -> None:
     module: Any = block.module
     forward: Callable[..., Any] = module.forward
 
-    def held(*args: Any, **kwargs: Any) -> Any:
-        with ring.holding(block):
-            return forward(*args, **kwargs)
+    def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        return nullcontext(), ring.recomputing()
 
     @wraps(forward)
     def streamed(*args: Any, **kwargs: Any) -> Any:
+        def held(*inputs: Any) -> Any:
+            with ring.holding(block):
+                return forward(*inputs[: len(args)], **dict(zip(kwargs, inputs[len(args) :], strict=True)))
+
+        inputs = (*args, *kwargs.values())
         if not torch.is_grad_enabled():
-            return held(*args, **kwargs)
-        contexts = lambda: (nullcontext(), ring.recomputing())  # noqa: E731
-        return checkpoint(held, *args, use_reentrant=False, context_fn=contexts, **kwargs)
+            return held(*inputs)
+        # Without names: by its unnamed inputs alone torch knows on which card dropout must draw the same again.
+        return checkpoint(held, *inputs, use_reentrant=False, context_fn=contexts)
 
     module.forward = streamed
     setattr(module, checkpointing.BY_ITSELF, True)

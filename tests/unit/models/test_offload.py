@@ -31,8 +31,12 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def rings(model: nn.Module) -> offload.Ring:
     """The ring of an offloaded model."""
     block = next(module for module in model.modules() if getattr(module, checkpointing.BY_ITSELF, False))
-    cells = {cell.cell_contents for cell in block.forward.__closure__ if isinstance(cell.cell_contents, offload.Ring)}
-    return cells.pop()
+    return next(cell for cell in closed_over(block.forward) if isinstance(cell, offload.Ring))
+
+
+def closed_over(function: Any) -> list[Any]:
+    """What a function sees of those around it."""
+    return [cell.cell_contents for cell in function.__closure__]
 
 
 def watched(ring: offload.Ring, monkeypatch: pytest.MonkeyPatch) -> list[int]:
