@@ -9,8 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from finetune.models.architectures import folder as architecture
 from tests.tiny_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
+
+from finetune.models.architectures import folder as architecture
 
 LANGUAGE_TOKENIZER = Path(__file__).resolve().parents[2] / "finetune" / "embedded" / "language"
 TEXT_LAYERS = {"Qwen3ForCausalLM": 28}  # FLUX.2 reads the states behind three layers, of which the last is the 27th
