@@ -1,10 +1,17 @@
 """Inputs, targets and weights are those of the papers and of the libraries' own schedulers."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import (
+    DDIMScheduler,
+    DDPMScheduler,
+    EulerDiscreteScheduler,
+    FlowMatchEulerDiscreteScheduler,
+    PNDMScheduler,
+)
 
 from finetune.models.objectives import FLOW_STEPS, Denoising, Flow, min_snr_weights, shifted, snr
 
@@ -39,6 +46,19 @@ def test_one_step_of_the_sampler_with_the_target_gives_the_clean_latents(kind: s
     noisy, target = objective.noisy(CLEAN, NOISE, timesteps), objective.target(CLEAN, NOISE, timesteps)
     scheduler.set_timesteps(2)
     assert torch.allclose(scheduler.step(target, 500, noisy).pred_original_sample, CLEAN, atol=1e-4)
+
+
+@pytest.mark.parametrize("schedule", [DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler], ids=lambda s: s.__name__)
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
+def test_inputs_and_targets_are_the_same_whatever_scheduler_samples(schedule: Any, kind: str) -> None:
+    """Euler's adds noise without taking any of the picture away, and scales the sum only when it samples."""
+    settings: Any = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
+    reference = DDPMScheduler(**settings, prediction_type=kind)
+    objective = Denoising(schedule(**settings, prediction_type=kind))
+    timesteps = torch.tensor([3, 900])
+    assert torch.allclose(objective.noisy(CLEAN, NOISE, timesteps), reference.add_noise(CLEAN, NOISE, timesteps))
+    expected = NOISE if kind == "epsilon" else reference.get_velocity(CLEAN, NOISE, timesteps)
+    assert torch.allclose(objective.target(CLEAN, NOISE, timesteps), expected)
 
 
 def test_a_flow_sampler_with_the_target_as_prediction_walks_from_noise_to_clean_latents() -> None:

@@ -50,7 +50,7 @@ def test_a_perfect_prediction_has_no_loss(
     batch = task.collate([(next(dataset.examples()), 0)])
     clean, noise, timesteps = (batch.tensors[name] for name in ("clean", "noise", "timesteps"))
     assert isinstance(task.objective, Denoising)
-    alpha = task.objective.scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+    alpha = task.objective.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
     truth = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[prediction]
     task.model = lambda *_, **__: (truth,)  # type: ignore[assignment]
