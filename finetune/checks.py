@@ -105,5 +105,7 @@ def check(config: Config) -> list[str]:
         problems.append(f"lora.targets={lora.targets} is not a preset of this model; it offers: {offered}")
     if lora.init is LoraInit.loftq and config.model.quantize is not Quantize.nf4:
         problems.append("lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4")
+    if config.model.offload and config.model.quantize is Quantize.int8:
+        problems.append("model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the card once used")
     require(bool(sample.seeds), "sample.seeds", "must name at least one seed", sample.seeds, "[0,1]")
     return problems

@@ -27,6 +27,7 @@ class Optimizer(Enum):
 
     adamw = "adamw"
     adamw8bit = "adamw8bit"
+    paged_adamw8bit = "paged_adamw8bit"
 
 
 class Schedule(Enum):
@@ -60,12 +61,16 @@ class Dialect(Enum):
 
 
 class Family(Enum):
-    """Architectures of picture models: Stable Diffusion 1 and 2, XL, 3 and 3.5, FLUX.1."""
+    """Architectures of picture models: Stable Diffusion 1 and 2, XL, 3 and 3.5, FLUX.1, FLUX.2 klein, Z-Image,
+    Qwen-Image."""
 
     sd = "sd"
     sdxl = "sdxl"
     sd3 = "sd3"
     flux = "flux"
+    flux2 = "flux2"
+    z_image = "z_image"
+    qwen_image = "qwen_image"
 
 
 class Quantize(Enum):
@@ -130,10 +135,10 @@ class ModelConfig:
     """Side of the square whose area every bucket keeps, pixels."""
     bucket_step: int = field(default=16, metadata=PICTURES)
     """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
-    quantize: Quantize = field(default=Quantize.none, metadata=LANGUAGE)
+    quantize: Quantize = Quantize.none
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
-    offload: bool = field(default=False, metadata=LANGUAGE)
-    """Keep layers that don't fit `hardware.vram_gib` in main memory: slow, but it runs."""
+    offload: bool = False
+    """Keep frozen blocks that don't fit `hardware.vram_gib` in main memory: slower, but it runs."""
     added_tokens: list[str] = field(default_factory=list, metadata=LANGUAGE)
     """New control tokens; only their own rows of the embedding are trained."""
 
@@ -219,7 +224,8 @@ class OptimConfig:
     """Optimiser and learning rate."""
 
     name: Optimizer = Optimizer.adamw
-    """adamw (fused where torch has it) or adamw8bit (bitsandbytes; states in 8 bit)."""
+    """adamw (fused where torch has it), adamw8bit (bitsandbytes; states in 8 bit) or paged_adamw8bit (in 8 bit, and in
+    main memory where the card is full)."""
     lr: float = 1e-4
     """Peak learning rate."""
     lora_plus: float = 1.0
@@ -264,6 +270,8 @@ class TrainerConfig:
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
     checkpointing: int = 0
     """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
+    offload_activations: bool = False
+    """Keep what backward needs in main memory: with checkpointing the inputs of blocks, without it all. Slower."""
     patience: int = 0
     """Validations in a row without a better loss after which training stops early; 0 never stops."""
     restart: bool = False

@@ -13,6 +13,16 @@
 A message says what, where, what is allowed and what to type.
 """
 
+import sys
+
+# What errors of other classes say: torch's allocator on a CPU, CUDA outside torch's allocator, CUDA's libraries.
+NO_MEMORY = (
+    "DefaultCPUAllocator: can't allocate memory",
+    "CUDA error: out of memory",
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+)
+
 
 class FinetuneError(Exception):
     """Base of every error that a person can act on; the CLI prints it as one line."""
@@ -71,3 +81,11 @@ class Interrupted(FinetuneError):
     def __init__(self, message: str, signal_number: int) -> None:
         super().__init__(message)
         self.exit_code = 128 + signal_number
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether a card or the host ran out: in torch's allocator, in CUDA's libraries, in torch's on a CPU, in Python."""
+    torch = sys.modules.get("torch")  # whoever ran out of torch's memory has imported it
+    if torch is not None and isinstance(error, torch.OutOfMemoryError):
+        return True
+    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)

@@ -140,6 +140,7 @@ class Run:
     """A finished training run. Seconds count training steps only; losses are means per picture or trained token.
 
     checkpoint: the last one's folder. unit, items: what was trained on, "images" or "tokens", and how many.
+    micro_batch: examples in one forward pass at the end. eased: what gave way because memory ran out, empty if nothing.
     """
 
     folder: str
@@ -158,6 +159,8 @@ class Run:
     peak_gib: float
     skipped_steps: int
     training_hash: str
+    micro_batch: int = 0
+    eased: str = ""
 
     @property
     def items_per_s(self) -> float:

@@ -3,14 +3,14 @@
 import errno
 import json
 import os
-import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
 
+from finetune.advice import smaller
 from finetune.config import Config, as_dict
-from finetune.errors import FinetuneError, OutOfMemory, RunError
+from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
 from finetune.records import receipt_path, write_atomically
 
 CONFIG = "config.yaml"
@@ -105,8 +105,8 @@ def _explained(config: Config) -> Iterator[None]:
     except Exception as error:
         if _is_disk_full(error):
             raise RunError(_full(Path(config.run_dir))) from error
-        if _is_out_of_memory(error):
-            raise OutOfMemory(f"out of memory; {_smaller(config)}") from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"out of memory; {smaller(config)}") from error
         raise
 
 
@@ -115,26 +115,3 @@ def _is_disk_full(error: BaseException) -> bool:
     if isinstance(error, OSError):
         return error.errno in DISK_FULL
     return any(f"(os error {number})" in str(error) for number in DISK_FULL)
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    """CUDA raises torch.OutOfMemoryError, the CPU allocator a RuntimeError, Python a MemoryError."""
-    torch = sys.modules.get("torch")  # whoever ran out of torch's memory has imported it
-    if torch is not None and isinstance(error, torch.OutOfMemoryError):
-        return True
-    return isinstance(error, MemoryError) or "DefaultCPUAllocator: can't allocate memory" in str(error)
-
-
-def _smaller(config: Config) -> str:
-    """Settings that need less memory and train the same: the effective batch stays."""
-    trainer = config.trainer
-    if trainer.micro_batch > 1:
-        micro_batch = trainer.micro_batch // 2
-        accumulate = -(-trainer.micro_batch * trainer.accumulate // micro_batch)
-        return f"try trainer.micro_batch={micro_batch} trainer.accumulate={accumulate}"
-    if trainer.checkpointing != 1:
-        return "try trainer.checkpointing=1"
-    if "resolution" in as_dict(config)["model"]:
-        side = max(config.model.bucket_step, config.model.resolution // 2)
-        return f"try a smaller picture: model.resolution={side}"
-    return f"try shorter rows: data.length={max(2, config.data.length // 2)}"

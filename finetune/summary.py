@@ -69,6 +69,9 @@ def _table(config: Config, result: Result) -> None:
     table.add_row(
         "speed", f"{run.items_per_s:,.1f} {run.unit}/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB"
     )
+    table.add_row("micro-batch", str(run.micro_batch))
+    if run.eased:
+        table.add_row("memory", f"ran out; went on with {run.eased}")
     table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}")
     if run.first_validation is not None and run.best_validation is not None:
         at = f" at step {run.best_step}" if run.best_step is not None else ""

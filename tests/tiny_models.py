@@ -1,32 +1,18 @@
 """Tiny random models of the real classes, built in code and saved in the ordinary layout: under a second, offline."""
 
-import json
 from pathlib import Path
 
 import torch
 
-
-def save_tokenizer(folder: Path) -> Path:
-    """A CLIP tokenizer that knows single bytes and a few words."""
-    from transformers import CLIPTokenizer
-
-    letters = [chr(code) for code in range(ord("!"), ord("~") + 1)]
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), "<|startoftext|>", "<|endoftext|>"]
-    folder.mkdir(parents=True, exist_ok=True)
-    (folder / "vocab.json").write_text(json.dumps({token: index for index, token in enumerate(vocabulary)}))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    tokenizer = CLIPTokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"), model_max_length=77)
-    tokenizer.save_pretrained(folder)
-    return folder
+from tests.tiny_tokenizers import clip_tokenizer
 
 
 def save_diffusion(folder: Path, *, prediction_type: str = "epsilon", seed: int = 0) -> Path:
     """A StableDiffusionPipeline of about 100,000 parameters: 32x32 pixels, 8x8 latents of 4 channels."""
     from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    save_tokenizer(folder / "tokenizer")
-    tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
+    tokenizer = clip_tokenizer(folder / "tokenizer")
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         unet = UNet2DConditionModel(

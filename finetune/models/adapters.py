@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from finetune.errors import ModelError
-from finetune.models import lora
+from finetune.models import lora_files
 
 ANOTHER = "was it trained on another?"
 
@@ -20,22 +20,32 @@ def attach(model: nn.Module, folder: Path) -> Any:
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
-    from peft import PeftModel, get_peft_model_state_dict
+    from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     require(folder)
     require(folder / "adapter_config.json")  # PEFT would look for the folder on the hub
-    stored = lora.read_weights(folder / "adapter_model.safetensors")  # names a damaged file better than PEFT does
+    stored = lora_files.read_peft_folder(folder)  # names a damaged file better than PEFT does
     with fitting(folder):
-        attached = PeftModel.from_pretrained(model, str(folder)).eval()
-    own = get_peft_model_state_dict(attached, save_embedding_layers=False)
+        config: Any = PeftConfig.from_pretrained(str(folder))
+        if config.exclude_modules == lora_files.OTHER_PARTS:
+            config.exclude_modules = None  # parts of a larger model, which this one was taken out of
+        attached = PeftModel.from_pretrained(model, str(folder), config=config, key_mapping=lora_files.WITHIN).eval()
+    own = {
+        name.removeprefix("base_model.model."): weight
+        for name, weight in get_peft_model_state_dict(attached, save_embedding_layers=False).items()
+    }
     if odd := sorted(own.keys() ^ stored.keys()):  # PEFT leaves out what has no place, and says nothing
         raise ModelError(f"{folder} does not fit this base ({len(odd)} tensors differ, first {odd[0]}); {ANOTHER}")
-    # PEFT puts an adapter where its layer's weights are, and those of offloaded layers wait in main memory.
+    place(attached)
+    return attached
+
+
+def place(model: nn.Module) -> None:
+    """Move adapters to the card, if there is any: PEFT puts one where its layer's weights are, be it main memory."""
     device = next((weight.device for weight in model.parameters() if weight.device.type != "cpu"), torch.device("cpu"))
-    for name, weight in attached.named_parameters():
+    for name, weight in model.named_parameters():
         if ".lora_" in name:
             weight.data = weight.data.to(device)
-    return attached
 
 
 def require(path: Path) -> None:

@@ -99,7 +99,7 @@ def captioner(reference: str, dtype: torch.dtype) -> nn.Module:
     return _on_meta(lambda: BlipForConditionalGeneration(config), dtype).eval()
 
 
-def quantised(model: nn.Module, how: Quantize, head: nn.Module) -> nn.Module:
+def quantised(model: nn.Module, how: Quantize, head: nn.Module | None = None) -> nn.Module:
     """The model with its frozen linear layers, `head` excepted, stored as bitsandbytes stores them; adapters stay.
 
     Layers compute as bitsandbytes' do, as far as memory goes: each product makes a copy of its weights in the dtype of

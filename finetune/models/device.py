@@ -54,6 +54,16 @@ def limit_memory(device: torch.device, vram_gib: float) -> None:
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram_gib * 2**30 / total), device)
 
 
+def room(device: torch.device, vram_gib: float) -> float:
+    """Bytes that a process may take in all: of the card (`vram_gib` GiB of it, 0 is all), or of main memory."""
+    if device.type != "cuda":
+        import psutil
+
+        return float(psutil.virtual_memory().total)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(vram_gib * 2**30, total) if vram_gib else total
+
+
 def peak_gib(device: torch.device) -> float:
     """Most memory that was in use so far, GiB: the allocator's on a card, the process's resident set on a CPU."""
     if device.type == "cuda":

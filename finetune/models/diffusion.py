@@ -13,12 +13,13 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finetune.config import ModelConfig
+from finetune.config import ModelConfig, Quantize
 from finetune.errors import ModelError
-from finetune.models import adapters, hub, lora
+from finetune.models import adapters, hub, lora, lora_files, offload, quantize
 from finetune.models.families import family
 from finetune.models.families.base import Family, Text
 
+CPU = torch.device("cpu")
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
@@ -34,7 +35,7 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per text what the backbone reads, on the CPU; longer texts are cut to what the encoders read."""
-        with _hushed():  # diffusers warns of each text that is cut; so do we, once and by file
+        with _hushed():  # the libraries warn of each text that is cut; so do we, once and by file
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
@@ -97,11 +98,34 @@ def load_vae_model(model: ModelConfig) -> nn.Module:
     return vae.eval().requires_grad_(False)
 
 
-def load_backbone(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """The base's frozen UNet or transformer on the CPU."""
+def load_backbone(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device = CPU, *, vram_gib: float = 0.0
+) -> nn.Module:
+    """The base's frozen UNet or transformer, stored and placed as `model` says.
+
+    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the card, GiB,
+    that `model.offload` fills before it keeps blocks in main memory; 0 is all of it. Raises ModelError, also for a
+    quantised one on another device than a CUDA card.
+    """
     kind = family(model.family)
-    backbone: nn.Module = hub.load(_class(kind.BACKBONE_CLASS), model.base, subfolder=kind.BACKBONE, torch_dtype=dtype)
-    return backbone.requires_grad_(False)
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if model.quantize is not Quantize.none:
+        from diffusers import BitsAndBytesConfig
+
+        if device.type != "cuda":  # diffusers quantises on cards alone
+            raise ModelError(
+                f"model.quantize={model.quantize.name} of a picture model needs a CUDA card; try model.quantize=none"
+            )
+        quantize.prove(model, dtype, device)
+        settings = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
+        options |= {"quantization_config": settings, "device_map": {"": device}}
+    loader = _class(kind.BACKBONE_CLASS)
+    backbone: nn.Module = hub.load(loader, model.base, subfolder=kind.BACKBONE, **options)
+    backbone.requires_grad_(False)
+    if offload.wanted(model, device):
+        offload.spread(backbone, device, vram_gib)
+        return backbone
+    return backbone if model.quantize is not Quantize.none else backbone.to(device)
 
 
 def load_scheduler(model: ModelConfig) -> Any:
@@ -133,12 +157,15 @@ def save_adapter(
     """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
     kind = family(model.family)
     folder.mkdir(parents=True, exist_ok=True)
+    # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every picture. It goes by
+    # the names in the file, and warns of exclusions that exclude none of those.
+    settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
     _class(kind.PIPELINE).save_lora_weights(
         folder,
         # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
         **{
             f"{kind.BACKBONE}_lora_layers": dict(weights),
-            f"{kind.BACKBONE}_lora_adapter_metadata": backbone.peft_config[lora.ADAPTER].to_dict(),
+            f"{kind.BACKBONE}_lora_adapter_metadata": settings,
         },
         weight_name=name,
     )
@@ -154,18 +181,19 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
     if path.is_dir():
         return adapters.attach(backbone, path).get_base_model()  # type: ignore[no-any-return]
     kind = family(model.family)
-    weights = lora.read_weights(path)  # names a damaged file better than the libraries do
+    weights = lora_files.read_weights(path)  # names a damaged file better than the libraries do
     with adapters.fitting(path):
-        if lora.is_kohya(weights) and (own := lora.from_kohya(backbone, weights, kind.BACKBONE)):
+        if lora_files.is_kohya(weights) and (own := lora_files.from_kohya(backbone, weights, kind.KOHYA)):
             backbone.load_lora_adapter(own, prefix=None)
         else:
             shape = {"unet_config": backbone.config} if kind.BACKBONE == "unet" else {}
             state, *alphas, metadata = _class(kind.PIPELINE).lora_state_dict(
-                dict(weights) if lora.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
+                dict(weights) if lora_files.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
             )
             backbone.load_lora_adapter(
                 state, prefix=kind.BACKBONE, network_alphas=alphas[0] if alphas else None, metadata=metadata
             )
+    adapters.place(backbone)
     return cast(nn.Module, backbone.eval())
 
 
@@ -208,27 +236,29 @@ class Painter:
         training = backbone.training
         backbone.eval()
         pictures: list[Any] = []
-        for start in range(0, len(jobs), batch):
-            part = jobs[start : start + batch]
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-                latents = pipeline(
-                    **self.family.call(
-                        self._stacked([prompt for prompt, _ in part]),
-                        self._stacked([self.negative] * len(part)),
-                        guidance,
-                    ),
-                    generator=[torch.Generator().manual_seed(seed) for _, seed in part],
-                    width=width,
-                    height=height,
-                    num_inference_steps=steps,
-                    output_type="latent",
-                ).images
-            pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
-            pictures += pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil")
-        backbone.train(training)
-        pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops the backbone shall get its memory
-        self.vae.to("cpu")  # the training step needs the memory
-        return pictures
+        try:
+            for start in range(0, len(jobs), batch):
+                part = jobs[start : start + batch]
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+                    latents = pipeline(
+                        **self.family.call(
+                            self._stacked([prompt for prompt, _ in part]),
+                            self._stacked([self.negative] * len(part)),
+                            guidance,
+                        ),
+                        generator=[torch.Generator().manual_seed(seed) for _, seed in part],
+                        width=width,
+                        height=height,
+                        num_inference_steps=steps,
+                        output_type="latent",
+                    ).images
+                pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
+                pictures += pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil")
+            return pictures
+        finally:  # also where memory ran out
+            backbone.train(training)
+            pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops it shall get its memory
+            self.vae.to("cpu")  # the training step needs the memory
 
     def _stacked(self, texts: Sequence[str]) -> Text:
         first = self.texts[texts[0]]
@@ -245,11 +275,15 @@ def _class(name: str) -> Any:
 
 @contextmanager
 def _hushed() -> Iterator[None]:
-    from diffusers.utils import logging as library
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
 
-    before = library.get_verbosity()
-    library.set_verbosity_error()
+    logs = (diffusers_log, transformers_log)
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
     try:
         yield
     finally:
-        library.set_verbosity(before)
+        for log, level in zip(logs, before, strict=True):
+            log.set_verbosity(level)

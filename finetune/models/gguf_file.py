@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from finetune.errors import ConfigError
-from finetune.models import lora
+from finetune.models import lora_files
 
 # transformers' model_type -> (llama.cpp's architecture, whether query and key rows are reordered). From llama.cpp's
 # own converters (conversion/llama.py, qwen.py, gemma.py, phi.py, granite.py, olmo.py, smollm.py).
@@ -132,7 +132,7 @@ def _pairs(adapter: Path) -> Iterator[Pair]:
     settings = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
     rank = settings["r"]
     scaling = settings["lora_alpha"] / (rank**0.5 if settings["use_rslora"] else rank)
-    weights = {name: weight.float() for name, weight in lora.read_peft_folder(adapter).items()}
+    weights = {name: weight.float() for name, weight in lora_files.read_peft_folder(adapter).items()}
     layers = sorted({name.removesuffix(".lora_A.weight").removesuffix(".lora_B.weight") for name in weights})
     for name in layers:
         if f"{name}.lora_A.weight" not in weights:

@@ -1,9 +1,8 @@
-"""LoRA on a module through PEFT: inject, read, write, and every file format an adapter is handed out in.
+"""LoRA on a module through PEFT: inject, switch off, take the state out and put it back.
 
 r rank, O and I output and input features of an adapted layer.
 """
 
-import copy
 import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -19,7 +18,6 @@ from finetune.config import LoraInit
 from finetune.errors import ConfigError, ModelError
 
 ADAPTER = "default"  # PEFT's own default name
-KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 SVD_ITERATIONS = 16  # 99 % of the best part of a matrix without any structure, in a fifteenth of a full SVD's time
 WRONG_SHARE = 0.5  # nf4 loses about a tenth of a weight matrix's norm; a larger difference is another matrix
 
@@ -51,6 +49,7 @@ def inject(
         lora_alpha=alpha,
         lora_dropout=dropout,
         target_modules=list(targets),
+        exclude_modules=_containers(model, targets) or None,
         init_lora_weights=True,
         use_rslora=rslora,
         use_dora=dora,
@@ -132,7 +131,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     What is trained, and PiSSA's start (`…lora_A.initial`): no other machine, precision or number of threads would find
     quite the same one.
     """
-    everything = live(model) | _starts(model)
+    everything = live(model) | starts(model)
     return {name: weight.float().cpu().clone().contiguous() for name, weight in sorted(everything.items())}
 
 
@@ -156,89 +155,13 @@ def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
 
 
-def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises ModelError for a missing or damaged one."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file
-
-    try:
-        return load_file(path)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged ({error}); export it again or restore it from a copy") from error
-
-
-def peft_folder(path: Path) -> Path:
-    """The PEFT folder in a run's `adapter/` folder; any other path as it is."""
-    return path / "peft" if (path / "peft" / "adapter_config.json").exists() else path
-
-
-def read_peft_folder(folder: Path) -> dict[str, Tensor]:
-    """An exported PEFT adapter's weights under the names that `load_state` takes."""
-    weights = read_weights(folder / "adapter_model.safetensors")
-    return {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
-
-
-def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], base: str) -> None:
-    """Write a PEFT folder that `PeftModel.from_pretrained` reads into the untouched base.
-
-    weights: as from `state`, or an average of what is trained. PiSSA becomes an ordinary adapter of twice the rank.
-    LoftQ's base is the one quantised to nf4. Tokens beyond the base's vocabulary need `resize_token_embeddings` before
-    it is read.
-    """
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
-    config: Any = copy.copy(model.peft_config[ADAPTER])  # type: ignore[index]
-    config.base_model_name_or_path = base
-    config.inference_mode = True
-    starts = {name: start.float().cpu() for name, start in _starts(model).items()}
-    plain = _plain(starts | dict(weights))
-    if starts:
-        config.r *= 2
-        config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the scale stays
-    config.save_pretrained(folder)
-    named = {f"base_model.model.{name}": weight for name, weight in plain.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-
-
-def save_kohya(file: Path, weights: Mapping[str, Tensor], part: str, alpha: float, metadata: Mapping[str, str]) -> Path:
-    """Write one safetensors file with kohya-style keys, as other programs read it.
-
-    part: unet or transformer. Keys are `lora_PART_` and the layer's name with underscores.
-    """
-    from safetensors.torch import save_file
-
-    file.parent.mkdir(parents=True, exist_ok=True)
-    named = {}
-    for name, weight in weights.items():
-        layer, _, factor = name.removesuffix(".weight").rpartition(".")
-        key = f"lora_{part}_{layer.replace('.', '_')}"
-        named[f"{key}.{KOHYA_FACTORS[factor]}.weight"] = weight.contiguous()
-        named[f"{key}.alpha"] = torch.tensor(float(alpha))
-    save_file(named, file, metadata=dict(metadata))
-    return file
-
-
-def from_kohya(model: nn.Module, weights: Mapping[str, Tensor], part: str) -> dict[str, Tensor] | None:
-    """A kohya-style file under PEFT's names, alpha / r within B; None if it has other keys than layers of `model`."""
-    layers = {f"lora_{part}_{name.replace('.', '_')}": name for name, _ in model.named_modules()}
-    found = {}
-    for key, weight in weights.items():
-        layer, _, factor = key.removesuffix(".weight").rpartition(".")
-        if layer not in layers or factor not in (*KOHYA_FACTORS.values(), "alpha"):
-            return None
-        if factor == "lora_up":
-            weight = weight * (weights[f"{layer}.alpha"] / weight.shape[1])
-        if factor != "alpha":
-            found[f"{layers[layer]}.{'lora_A' if factor == 'lora_down' else 'lora_B'}.weight"] = weight
-    return found
-
-
-def is_kohya(weights: Mapping[str, Tensor]) -> bool:
-    """Whether a file has kohya-style keys."""
-    return any(name.endswith(".lora_down.weight") for name in weights)
+def _containers(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """What a target's name fits and is no layer: a list of layers, or an activation, in blocks of another kind."""
+    return [
+        name
+        for name, module in model.named_modules()
+        if any(f".{name}".endswith(f".{target}") for target in targets) and not list(module.parameters(recurse=False))
+    ]
 
 
 def _token_rows(model: Any, rows: Sequence[int], targets: Sequence[str]) -> dict[str, list[int]]:
@@ -390,15 +313,6 @@ def _peft_name(name: str) -> str:
     return short.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as PEFT writes it
 
 
-def _starts(model: nn.Module) -> dict[str, Tensor]:
+def starts(model: nn.Module) -> dict[str, Tensor]:
     """What PiSSA takes off again, under names as PEFT would give them; nothing in any other adapter."""
     return {_peft_name(name): start for name, start in model.named_buffers() if name.endswith(f".{ADAPTER}.initial")}
-
-
-def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PiSSA's weights without its starts, as an ordinary adapter of twice the rank."""
-    plain = {name: weight for name, weight in weights.items() if not name.endswith(".initial")}
-    for name in weights.keys() - plain.keys():
-        factor = name.removesuffix("initial") + "weight"
-        plain[factor] = torch.cat([weights[factor], weights[name]], 0 if ".lora_A." in name else 1)
-    return plain

@@ -39,12 +39,16 @@ class Objective(Protocol):
 
 
 class Denoising:
-    """Noise, velocity or clean latents at the noise levels of a scheduler (arXiv 2006.11239, 2202.00512)."""
+    """Noise, velocity or clean latents at the noise levels of a scheduler (arXiv 2006.11239, 2202.00512).
+
+    Inputs keep their variance, as backbones see them in sampling too; schedulers such as Euler's count otherwise, and
+    scale what they hand to the backbone.
+    """
 
     def __init__(self, scheduler: Any) -> None:
-        self.scheduler = scheduler
         self.kind: str = scheduler.config.prediction_type
-        self.levels = len(scheduler.alphas_cumprod)
+        self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
+        self.levels = len(self.alphas_cumprod)
 
     def draw(self, random: torch.Generator, clean_Chw: Tensor) -> int:
         return int(torch.randint(self.levels, (), generator=random))
@@ -53,20 +57,25 @@ class Denoising:
         return int(share * self.levels)
 
     def noisy(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
-        inputs: Tensor = self.scheduler.add_noise(clean_BChw, noise_BChw, timesteps_B)
-        return inputs
+        alpha_B111, sigma_B111 = self._shares(timesteps_B, clean_BChw)
+        return alpha_B111 * clean_BChw + sigma_B111 * noise_BChw
 
     def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
         if self.kind == "v_prediction":
-            velocity: Tensor = self.scheduler.get_velocity(clean_BChw, noise_BChw, timesteps_B)
-            return velocity
+            alpha_B111, sigma_B111 = self._shares(timesteps_B, clean_BChw)
+            return alpha_B111 * noise_BChw - sigma_B111 * clean_BChw
         return clean_BChw if self.kind == "sample" else noise_BChw
 
     def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
         """Min-SNR (arXiv 2303.09556, §3.4); 0 weights all alike."""
         if not gamma:
             return torch.ones_like(timesteps_B, dtype=torch.float32)
-        return min_snr_weights(snr(self.scheduler.alphas_cumprod, timesteps_B), gamma, self.kind)
+        return min_snr_weights(snr(self.alphas_cumprod, timesteps_B), gamma, self.kind)
+
+    def _shares(self, timesteps_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
+        """How much of the clean latents and of the noise is in an input, (B, 1, 1, 1) each."""
+        kept_B = self.alphas_cumprod.to(like)[timesteps_B].view(-1, *[1] * (like.ndim - 1))
+        return kept_B**0.5, (1 - kept_B) ** 0.5
 
 
 class Flow:
@@ -76,8 +85,8 @@ class Flow:
     for some bases depends on the picture's size.
     """
 
-    def __init__(self, scheduler: Any) -> None:
-        self.config = scheduler.config
+    def __init__(self, scheduler: Any, patch: int = IMAGE_PATCH) -> None:
+        self.config, self.patch = scheduler.config, patch
 
     def draw(self, random: torch.Generator, clean_Chw: Tensor) -> float:
         drawn = float(torch.sigmoid(torch.randn((), generator=random, dtype=torch.float64)))
@@ -102,7 +111,7 @@ class Flow:
         config = self.config
         if not config.get("use_dynamic_shifting"):
             return float(config.shift)
-        tokens = clean_Chw.shape[-2] * clean_Chw.shape[-1] / IMAGE_PATCH**2
+        tokens = clean_Chw.shape[-2] * clean_Chw.shape[-1] / self.patch**2
         low, high = config.base_image_seq_len, config.max_image_seq_len
         slope = (config.max_shift - config.base_shift) / (high - low)
         mu = config.base_shift + (tokens - low) * slope

@@ -43,14 +43,18 @@ def line_chart(
     y_label: str,
     x_label: str = "step",
     zero: bool = False,
+    log: bool = False,
     mark: Mark | None = None,
 ) -> str:
-    """An SVG of the lines that have points; empty if none has. zero: the vertical axis starts at 0."""
+    """An SVG of the lines that have points; empty if none has.
+
+    zero: the vertical axis starts at 0. log: it is logarithmic; all values are above 0.
+    """
     lines = [Line(line.label, _thinned(line.points), line.tone, line.faint) for line in lines if line.points]
     if not lines:
         return ""
     legend = _legend([line for line in lines if line.label]) if len(lines) > 1 else []
-    frame = _Frame.around(lines, zero=zero, legend_rows=len(legend))
+    frame = _Frame.around(lines, zero=zero, log=log, legend_rows=len(legend))
     body = [
         f'<text x="0" y="14" font-size="14" font-weight="600" fill="currentColor">{escape(title)}</text>',
         *[item for row in legend for item in row],
@@ -73,9 +77,10 @@ class _Frame:
     y_ticks: list[float]
     x_range: tuple[float, float]
     top: float
+    log: bool
 
     @staticmethod
-    def around(lines: Sequence[Line], *, zero: bool, legend_rows: int) -> "_Frame":
+    def around(lines: Sequence[Line], *, zero: bool, log: bool, legend_rows: int) -> "_Frame":
         steps = [x for line in lines for x, _ in line.points]
         values = [y for line in lines for y in _extent(line)]
         low, high = (0.0 if zero else min(values)), max(values)
@@ -84,7 +89,8 @@ class _Frame:
         first, last = min(steps), max(steps)
         x_ticks = [tick for tick in _ticks(first, last, whole=True) if first <= tick <= last]
         top = TITLE_LINE + legend_rows * LEGEND_LINE + 10
-        return _Frame(x_ticks, _ticks(low, high), (first, last if last > first else first + 1), top)
+        y_ticks = _powers(low, high) if log else _ticks(low, high)
+        return _Frame(x_ticks, y_ticks, (first, last if last > first else first + 1), top, log)
 
     def x(self, value: float) -> float:
         first, last = self.x_range
@@ -92,6 +98,8 @@ class _Frame:
 
     def y(self, value: float) -> float:
         low, high = self.y_ticks[0], self.y_ticks[-1]
+        if self.log:
+            low, high, value = math.log(low), math.log(high), math.log(value)
         share = min(1.0, max(0.0, (value - low) / (high - low)))
         return HEIGHT - BOTTOM - share * (HEIGHT - BOTTOM - self.top)
 
@@ -210,10 +218,16 @@ def _ticks(low: float, high: float, *, whole: bool = False) -> list[float]:
     return [index * step for index in range(first, last + 1)]
 
 
+def _powers(low: float, high: float) -> list[float]:
+    """Powers of ten around low … high."""
+    first, last = math.floor(math.log10(low)), math.ceil(math.log10(high))
+    return [10.0**power for power in range(first, max(last, first + 1) + 1)]
+
+
 def _tick_texts(ticks: Sequence[float]) -> list[str]:
     largest = max(abs(tick) for tick in ticks)
     step = abs(ticks[1] - ticks[0]) if len(ticks) > 1 else 1.0
-    if 0 < largest < 0.01:
+    if 0 < largest < 0.01 or largest >= 1e5:  # more digits would run into the axis' name
         return [_scientific(tick) for tick in ticks]
     decimals = max(0, -math.floor(math.log10(step) + 1e-9))
     return [f"{tick:,.{decimals}f}".replace("-", "−") for tick in ticks]

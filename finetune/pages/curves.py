@@ -57,7 +57,8 @@ def validation(curves: Curves, best_step: int | None) -> str:
 def perplexity(curves: Curves, best_step: int | None) -> str:
     """Perplexity of the held-out conversations, with that of the best checkpoint."""
     points = curves.get(PERPLEXITY, [])
-    return line_chart("Perplexity", [Line("", points, tone=2)], y_label="perplexity", mark=_best(points, best_step))
+    mark = _best(points, best_step)  # a base that never heard the voice begins thousands of times higher
+    return line_chart("Perplexity", [Line("", points, tone=2)], y_label="perplexity", log=True, mark=mark)
 
 
 def validation_by_level(curves: Curves) -> str:

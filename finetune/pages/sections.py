@@ -131,6 +131,8 @@ def _verdict(found: Found, run: Run | None) -> str:
         f"Training took {duration(run.seconds)} at {rate(run.items_per_s)} {run.unit} a second, "
         f"with at most {run.peak_gib:.2f} GiB of memory."
     )
+    if run.eased:
+        sentences.append(f"Memory ran out; the same steps went on with {run.eased}.")
     if run.skipped_steps:
         sentences.append(f"{plural(run.skipped_steps, 'step')} had a loss or gradient that was not finite: refused.")
     return " ".join(sentences)

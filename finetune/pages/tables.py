@@ -34,8 +34,11 @@ def run_rows(run: Run) -> list[list[str]]:
         ["training time", duration(run.seconds)],
         ["speed", f"{rate(run.items_per_s)} {run.unit}/s"],
         ["peak memory", f"{run.peak_gib:.2f} GiB"],
+        ["micro-batch", str(run.micro_batch)],
         ["trained parameters", f"{run.trainable:,} of {run.total:,} ({share:.2%})"],
     ]
+    if run.eased:
+        rows.append(["memory ran out; went on with", run.eased])
     if run.skipped_steps:
         rows.append(["refused steps", f"{run.skipped_steps:,} (loss or gradient not finite)"])
     return rows

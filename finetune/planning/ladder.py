@@ -121,17 +121,16 @@ def quickest(settings: Sequence[Setting], budget_gib: float) -> Setting | None:
 
 def thriftier(config: Config) -> Iterator[tuple[str, Config]]:
     """What changes the result and takes less memory, mildest first: what to type, and the configuration."""
-    model, data = config.model, config.data
-    if config.model.kind == "diffusion":
-        for share in (0.75, 0.5, 0.25):
-            side = int(model.resolution * share) // model.bucket_step * model.bucket_step
-            if side >= model.bucket_step:
-                yield f"model.resolution={side}", replace(config, model=replace(model, resolution=side))
-        return
+    model, data, words = config.model, config.data, ""
     if model.quantize is Quantize.none:
         for how in (Quantize.int8, Quantize.nf4):
             yield f"model.quantize={how.name}", replace(config, model=replace(model, quantize=how, offload=False))
-        model = replace(model, quantize=Quantize.nf4, offload=False)
+        model, words = replace(model, quantize=Quantize.nf4, offload=False), "model.quantize=nf4 "
+    if model.kind == "diffusion":
+        for share in (0.75, 0.5, 0.25):
+            side = int(model.resolution * share) // model.bucket_step * model.bucket_step
+            if side >= model.bucket_step:
+                yield f"{words}model.resolution={side}", replace(config, model=replace(model, resolution=side))
+        return
     for length in (data.length // 2, data.length // 4, data.length // 8):
-        words = "model.quantize=nf4 " if config.model.quantize is Quantize.none else ""
         yield f"{words}data.length={length}", replace(config, model=model, data=replace(data, length=length))

@@ -4,6 +4,7 @@ import time
 from pathlib import Path
 
 from finetune.config import Config, Kept, as_dict
+from finetune.models.device import free
 from finetune.pages.tables import difference
 from finetune.progress import say
 from finetune.records import Adapter, Run, hash_of, load_record, replace_folder, save_receipt
@@ -22,6 +23,7 @@ def export(config: Config, run: Run) -> Adapter:
         say("export: fresh")
         return record
     start = time.monotonic()
+    free()  # what the stage before left on the card
     trained = checkpoint.load(_chosen(config, run))
     with replace_folder(folder) as temporary:
         handout = registry.kind(config).handout

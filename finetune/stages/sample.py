@@ -6,7 +6,8 @@ from pathlib import Path
 
 from finetune.config import Config, as_dict
 from finetune.errors import ConfigError, ModelError
-from finetune.models import lora
+from finetune.models import lora_files
+from finetune.models.device import free
 from finetune.progress import say
 from finetune.records import Adapter, Answers, Samples, hash_of, load_record, replace_folder, save_receipt
 from finetune.tasks import registry
@@ -30,6 +31,7 @@ def sample(config: Config, adapter: Adapter | None) -> Samples | Answers:
         say("sample: fresh")
         return record
     start = time.monotonic()
+    free()  # what the stage before left on the card
     with replace_folder(folder) as temporary:
         page, items = kind.show.draw(config, path, temporary)
     record = kind.samples(str(folder), str(folder / page), items)  # type: ignore[arg-type]
@@ -47,7 +49,7 @@ def sample(config: Config, adapter: Adapter | None) -> Samples | Answers:
 
 def _path(config: Config, adapter: Adapter | None) -> Path:
     if config.sample.adapter:
-        return lora.peft_folder(Path(config.sample.adapter))
+        return lora_files.peft_folder(Path(config.sample.adapter))
     if adapter is None:
         raise ModelError(
             f"{config.run_dir} has no adapter; type: finetune train conf={config.name}, or set sample.adapter=…"

@@ -3,31 +3,36 @@
 import itertools
 import os
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
+from finetune.advice import smallest
 from finetune.config import Config, as_dict
-from finetune.errors import Interrupted, RunError
+from finetune.errors import Interrupted, OutOfMemory, RunError
 from finetune.models import lora
 from finetune.models.device import limit_memory, peak_gib, pick_device, pick_precision
 from finetune.progress import progress, say
 from finetune.records import METRICS, Dataset, Run, TextSet, hash_of, load_record, receipt_path, save_receipt
 from finetune.tasks import registry
-from finetune.tasks.base import Batch, Task
+from finetune.tasks.base import Task, Visit
 from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
 from finetune.training.loop import Step, fit
-from finetune.training.optim import build_optimizer, learning_rate
+from finetune.training.memory import Ladder, saving, within_memory
+from finetune.training.optim import build_optimizer, learning_rate, load_state
 from finetune.training.signals import catch_stop
 from finetune.training.tracking import Tracker
 
+T = TypeVar("T")
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
+OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 RUN_OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", METRICS, "report.html", "config.yaml")
 
 
@@ -71,6 +76,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     figures: dict[str, float | int | str | None] = {
         "steps": record.steps,
         f"{record.unit}_per_s": record.items_per_s,
+        "micro_batch": record.micro_batch,
+        "eased": record.eased,
         "peak_gib": record.peak_gib,
         "first_loss": record.first_loss,
         "last_loss": record.last_loss,
@@ -98,12 +105,15 @@ class _Session:
         self.folder = self.run_dir / "checkpoints"
         optimizer = build_optimizer(lora.parameter_groups(self.task.model, config.optim.lora_plus), config.optim)
         self.ema: Ema | None = None
+        self.ladder = Ladder(config.trainer.micro_batch, self.task.relieve, smallest(config))
         if self.resumed is None:
             self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, 0, None)
         else:
             self.state = self.resumed.state
             lora.load_state(self.task.model, self.resumed.adapter, str(self.resumed.folder))
-            optimizer.load_state_dict(self.resumed.optimizer)
+            load_state(optimizer, self.resumed.optimizer)
+            if self.state.asked == _asked(config):  # else the person has thought about memory again
+                self.ladder.restore(self.state.micro_batch, self.state.measures)
             if self.resumed.ema is not None:
                 self.ema = Ema.restore(config.trainer.ema_decay, self.resumed.ema, self.accelerator.device)
             say(f"train: going on from step {self.state.step}")
@@ -130,14 +140,16 @@ class _Session:
         with progress("train", trainer.steps, unit="steps", done=self.state.step) as bar:
             for step in fit(
                 self.task,
-                self._batches(),
+                self._visits(),
                 self.optimizer,
                 lambda number: learning_rate(config.optim, number, trainer.steps),
                 self.accelerator,
+                ladder=self.ladder,
                 seed=config.seed,
                 start=self.state.step,
                 clip_norm=trainer.clip_norm,
                 max_bad_steps=trainer.max_bad_steps,
+                saving=saving(self.task.model, self.accelerator.device, trainer.offload_activations),
             ):
                 yield step
                 bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
@@ -153,6 +165,10 @@ class _Session:
     def note(self, step: Step) -> None:
         """Take one step into the state and do what is due after it."""
         trainer, state = self.config.trainer, self.state
+        if step.eased:
+            effective = trainer.micro_batch * trainer.accumulate * self.accelerator.num_processes
+            tried = ", then ".join(step.eased)
+            say(f"step {step.number}: memory ran out; going on with {tried}; effective batch still {effective}")
         if step.refused:
             say(f"step {step.number} refused: {step.refused}")
             self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
@@ -170,19 +186,26 @@ class _Session:
             if self.ema:
                 self.ema.update(lora.live(self.task.model))
         self._log(step)
-        saving = step.number == trainer.steps or step.number % trainer.save_every == 0
-        if trainer.validate_every and (saving or step.number % trainer.validate_every == 0):
-            self._validate(may_be_best=saving)
+        due = step.number == trainer.steps or step.number % trainer.save_every == 0
+        if trainer.validate_every and (due or step.number % trainer.validate_every == 0):
+            self._validate(may_be_best=due)
         last = step.number == trainer.steps or self.exhausted()
         if last or (self.config.sample.every and step.number % self.config.sample.every == 0):
             self._preview()
-        if saving:
+        if due:
             self.save()
 
     def save(self) -> Path:
         """Write a checkpoint of this very step and delete those no longer kept."""
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        self.state = replace(self.state, scaler=scaler)
+        ladder = self.ladder
+        self.state = replace(
+            self.state,
+            scaler=scaler,
+            asked=_asked(self.config),
+            micro_batch=ladder.micro_batch,
+            measures=len(ladder.measures),
+        )
         path = checkpoint.at(self.folder, self.state.step)
         if self.accelerator.is_main_process:
             checkpoint.save(
@@ -216,6 +239,8 @@ class _Session:
             peak_gib=peak_gib(self.accelerator.device),
             skipped_steps=state.skipped_steps,
             training_hash=training_hash,
+            micro_batch=self.ladder.micro_batch,
+            eased=self.ladder.summary,
         )
         figures = {
             "final/loss": run.last_loss,
@@ -227,14 +252,13 @@ class _Session:
         self.tracker.hparams(self.identity, figures)
         return run
 
-    def _batches(self) -> Iterator[Sequence[Batch]]:
-        """This process's micro-batches of every remaining step."""
+    def _visits(self) -> Iterator[Sequence[Visit]]:
+        """This process's visits of every remaining step."""
         trainer, accelerator = self.config.trainer, self.accelerator
         effective = trainer.micro_batch * trainer.accumulate * accelerator.num_processes
         chunks = self.task.steps(effective=effective, start=self.state.step)
         for chunk in itertools.islice(chunks, trainer.steps - self.state.step):
-            mine = chunk[accelerator.process_index :: accelerator.num_processes]
-            yield [self.task.collate(visits) for visits in self.task.split(mine, trainer.micro_batch)]
+            yield chunk[accelerator.process_index :: accelerator.num_processes]
 
     def _log(self, step: Step) -> None:
         values = {
@@ -258,7 +282,9 @@ class _Session:
     def _validate(self, *, may_be_best: bool = False) -> None:
         if not self.config.trainer.validate_every:
             return
-        losses = self.task.validate(self.config.trainer.micro_batch)
+        losses = self._fitting("validation", self.task.validate, self.ladder.micro_batch)
+        if losses is None:
+            raise OutOfMemory(f"out of memory in validation, one example at a time; {smallest(self.config)}")
         self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
         state, mean = self.state, losses["mean"]
         if state.first_validation is None:
@@ -273,12 +299,28 @@ class _Session:
         prompts = sample.prompts[: sample.previews]
         if not prompts or not self.accelerator.is_main_process:
             return
-        previews = self.task.sample(prompts, sample.seeds[0])
+
+        def draw(size: int) -> list[Any]:
+            parts = (prompts[first : first + size] for first in range(0, len(prompts), size))
+            return [preview for part in parts for preview in self.task.sample(part, sample.seeds[0])]
+
+        previews = self._fitting("previews", draw, len(prompts))
+        if previews is None:
+            say(f"step {self.state.step}: memory ran out even for a single preview; training goes on without")
+            return
         named = {
             f"samples/{index}: {prompt}": preview
             for index, (prompt, preview) in enumerate(zip(prompts, previews, strict=True))
         }
         self.tracker.previews(self.state.step, named)
+
+    def _fitting(self, title: str, work: Callable[[int], T], size: int) -> T | None:
+        """`work` on that many at once, or on as few as memory has room for; None if not even for one."""
+        back = partial(self.task.model.train, self.task.model.training)
+        while (done := within_memory(partial(work, size), drop=back)) is None and size > 1:
+            size //= 2
+            say(f"step {self.state.step}: memory ran out; {title} by {size} at a time")
+        return done
 
     def _texts(self) -> None:
         lines = "\n".join(f"    {key}: {value}" for key, value in _flat(as_dict(self.config)).items())
@@ -287,9 +329,15 @@ class _Session:
             self.tracker.text(title, text)
 
 
+def _asked(config: Config) -> dict[str, Any]:
+    """The settings that decide how much memory training takes."""
+    trainer, model = config.trainer, config.model
+    return {"micro_batch": trainer.micro_batch, "checkpointing": trainer.checkpointing, "offload": model.offload}
+
+
 def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
     """What decides the result, flat; a run may only be continued with the same. Steps may be raised, micro-batch and
-    accumulation exchanged."""
+    accumulation exchanged, and weights kept elsewhere."""
     settings = as_dict(config)
     trainer = settings["trainer"]
     kept: dict[str, Any] = {
@@ -299,7 +347,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * int(os.environ.get("WORLD_SIZE", "1")),
         dataset.content_name: dataset.content,
     }
-    return _flat(kept)
+    return {key: value for key, value in _flat(kept).items() if key != OFFLOAD}
 
 
 def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Checkpoint | None:
@@ -311,7 +359,7 @@ def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Ch
     before = newest.state.identity
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
-        for key in sorted(before.keys() | identity.keys())
+        for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
         if before.get(key) != identity.get(key)
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start anew"

@@ -1,7 +1,7 @@
 """The seam between the one loop and the kinds of model: a task turns examples into a loss."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 import torch
@@ -16,7 +16,7 @@ class Batch:
 
     items: how many things the loss sums over (pictures or trained tokens); names: one description per example, for
     messages ("003.jpg at timestep 871"). units: what throughput counts (pictures, or tokens that are not padding);
-    slots: the same with padding.
+    slots: the same with padding. shaping: names of tensors that stay on the CPU, where reading them makes no card wait.
     """
 
     tensors: dict[str, Tensor]
@@ -24,11 +24,15 @@ class Batch:
     names: tuple[str, ...]
     units: int
     slots: int
+    shaping: frozenset[str] = frozenset()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
-        moved = {key: value.to(device, non_blocking=True) for key, value in self.tensors.items()}
-        return Batch(moved, self.items, self.names, self.units, self.slots)
+        moved = {
+            key: value if key in self.shaping else value.to(device, non_blocking=True)
+            for key, value in self.tensors.items()
+        }
+        return replace(self, tensors=moved)
 
 
 class Task(Protocol):
@@ -62,6 +66,10 @@ class Task(Protocol):
 
     def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
         """One preview for each prompt: a PIL picture, or a text."""
+        ...
+
+    def relieve(self) -> str | None:
+        """Take the next measure that spends time for memory, and name it as a setting; None when none is left."""
         ...
 
     def notes(self) -> dict[str, str]:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import checkpointing, lora
+from finetune.models import checkpointing, lora, lora_files, relief
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_backbone, load_scheduler
 from finetune.models.families import family
@@ -47,7 +47,7 @@ class DiffusionTask:
         self.family = family(config.model.family)
         self.objective = self.family.objective(load_scheduler(config.model))
         self.painter = self._painter()
-        backbone: Any = load_backbone(config.model, self.dtype)
+        backbone: Any = load_backbone(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
         checkpointing.recompute(backbone, config.trainer.checkpointing)
         self.model: nn.Module = lora.inject(
             backbone,
@@ -56,10 +56,11 @@ class DiffusionTask:
             dropout=config.lora.dropout,
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
-        ).to(device)
+        )
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
         if config.lora.start_from:
-            folder = lora.peft_folder(Path(config.lora.start_from))
-            lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
+            folder = lora_files.peft_folder(Path(config.lora.start_from))
+            lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
         """The pictures of each step, each step's from as few buckets as possible."""
@@ -78,7 +79,7 @@ class DiffusionTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over images of the weighted mean squared error."""
-        predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors)
+        predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
         return weighted(self.objective, predicted_BChw, batch.tensors, self.config.loss.min_snr_gamma)
 
     @torch.no_grad()
@@ -104,6 +105,10 @@ class DiffusionTask:
         return self.painter.draw(
             self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
         )
+
+    def relieve(self) -> str | None:
+        """Recompute every block, then keep all of them in main memory."""
+        return next(self.measures, None)
 
     def notes(self) -> dict[str, str]:
         """None: the pictures and captions are in the report."""
@@ -141,14 +146,18 @@ class DiffusionTask:
 
     def _errors(self, batch: Batch) -> Tensor:
         """Mean squared error of each image's prediction, (B,) fp32."""
-        predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors)
+        predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
         return errors(self.objective, predicted_BChw, batch.tensors)
 
 
-def predict(kind: Family, objective: Objective, model: nn.Module, tensors: Mapping[str, Tensor]) -> Tensor:
-    """What the model makes of a batch's noisy latents, (B, C, h, w)."""
+def predict(
+    kind: Family, objective: Objective, model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """What the model makes of a batch's noisy latents, (B, C, h, w). dtype: of its arithmetic."""
     noisy_BChw = objective.noisy(tensors["clean"], tensors["noise"], tensors["timesteps"])
-    text = {name.removeprefix(TEXT): value for name, value in tensors.items() if name.startswith(TEXT)}
+    text = {  # large text encoders write bf16 whatever the backbone computes in
+        name.removeprefix(TEXT): value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
+    }
     return kind.predict(model, noisy_BChw, tensors["timesteps"], text)
 
 

@@ -30,8 +30,9 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
     drawn: dict[str, list[Any]] = {}
     with progress("sample", 2 * len(jobs), unit="pictures") as bar:
         for kind in ("tuned", "base"):  # an adapter that can't be used is reported before anything is drawn
-            backbone = load_backbone(config.model, dtype)
-            backbone = (load_adapter(config.model, backbone, adapter) if kind == "tuned" else backbone).to(device)
+            backbone = load_backbone(config.model, dtype, device, vram_gib=config.hardware.vram_gib)
+            if kind == "tuned":
+                backbone = load_adapter(config.model, backbone, adapter)
             drawn[kind] = []
             for start in range(0, len(jobs), len(sample.seeds)):
                 part = jobs[start : start + len(sample.seeds)]

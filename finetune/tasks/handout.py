@@ -7,12 +7,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.config import Config, Dialect, ModelConfig
+from finetune.config import Config, Dialect, Quantize
 from finetune.errors import ExportError
-from finetune.models import lora
-from finetune.models.device import pick_device
+from finetune.models import lora, lora_files, offload
+from finetune.models.device import free, pick_device, pick_dtype, room
 from finetune.models.diffusion import load_adapter, load_backbone, save_adapter
 from finetune.models.families import family
+from finetune.models.families.base import MASK
 from finetune.progress import say
 from finetune.records import Run, hash_of
 
@@ -20,10 +21,12 @@ USAGE = """from diffusers import DiffusionPipeline
 
 pipeline = DiffusionPipeline.from_pretrained("{base}")
 pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
+# ComfyUI and other programs take the kohya-style file: its strength (alpha) is in it.
 """
 EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 PROBE_SEED = 20240131  # any fixed number: the inputs of the comparison
 PROBE_SIDE = 16  # latent pixels
+FP32_SHARE = 0.8  # of the memory for weights in fp32; the rest is for what they compute
 
 
 def write(
@@ -35,43 +38,57 @@ def write(
     output in fp32 on fixed inputs. Raises ExportError if one is over `export.tolerance`.
     """
     device = pick_device(config.hardware.device)
-    trained = _with_adapter(config, weights).to(device)
+    trained = _with_adapter(config, weights, device)
     files: dict[str, str] = {}
     for dialect in config.export.dialects:
         if dialect is Dialect.peft:
-            lora.save_peft(trained, folder / "peft", weights, config.model.base)
+            lora_files.save_peft(trained, folder / "peft", weights, config.model.base)
             files["peft"] = "peft"
         elif dialect is Dialect.diffusers:
             files["diffusers"] = save_adapter(config.model, trained, folder, weights).name
         else:
-            file = folder / f"{config.name}.safetensors"
-            part = family(config.model.family).BACKBONE
-            files["kohya"] = lora.save_kohya(file, weights, part, config.lora.alpha, _metadata(config, run)).name
-    probe = _probe(config.model, device)
+            file, names = folder / f"{config.name}.safetensors", family(config.model.family).KOHYA
+            files["kohya"] = lora_files.save_kohya(file, weights, names, config.lora.alpha, _metadata(config, run)).name
+    if averaged is not None:
+        files["ema"] = save_adapter(config.model, trained, folder, averaged, EMA_FILE).name
+    probe = _probe(config, device)
     reference = probe(trained)
-    effect = _relative(probe(load_backbone(config.model, torch.float32).to(device)), reference)
+    del trained  # two of them don't fit every card
+    free()
+    effect = _relative(probe(_base(config, device)), reference)
     if effect <= config.export.tolerance:
         say(f"export: the adapter changes the output by only {effect:.1e}; was it trained long enough?")
     differences = {}
     for dialect_name, file_name in files.items():
-        loaded = load_adapter(config.model, load_backbone(config.model, torch.float32), folder / file_name).to(device)
+        if dialect_name == "ema":
+            continue
+        free()
+        loaded = load_adapter(config.model, _base(config, device), folder / file_name)
         differences[dialect_name] = _relative(probe(loaded), reference)
-        del loaded  # before the next one comes: two models in fp32 fill a card
+        del loaded
         if not differences[dialect_name] <= config.export.tolerance:  # NaN fails too
             raise ExportError(
                 f"the {dialect_name} adapter {folder / file_name} does not reproduce the trained one: "
                 f"relative difference {differences[dialect_name]:.1e}, allowed {config.export.tolerance:.1e} "
                 "(export.tolerance)"
             )
-    if averaged is not None:
-        files["ema"] = save_adapter(config.model, trained, folder, averaged, EMA_FILE).name
     return files, differences
 
 
-def _with_adapter(config: Config, weights: dict[str, Tensor]) -> nn.Module:
-    """The trained module in fp32, rebuilt from the base and the checkpoint's weights."""
+def _base(config: Config, device: torch.device) -> nn.Module:
+    """The base to compare on: in fp32, or where that doesn't fit the card, as it was trained on."""
+    plain, vram_gib = config.model.quantize is Quantize.none, config.hardware.vram_gib
+    if plain and offload.wanted(config.model, device):  # what doesn't fit stays in main memory
+        return load_backbone(config.model, torch.float32, device, vram_gib=vram_gib)
+    base = load_backbone(config.model, pick_dtype(config.trainer.precision, device), device, vram_gib=vram_gib)
+    fits = 4 * sum(weight.numel() for weight in base.parameters()) < FP32_SHARE * room(device, vram_gib)
+    return base.float() if plain and fits else base
+
+
+def _with_adapter(config: Config, weights: dict[str, Tensor], device: torch.device) -> nn.Module:
+    """The trained module, rebuilt from the base and the checkpoint's weights."""
     model = lora.inject(
-        load_backbone(config.model, torch.float32),
+        _base(config, device),
         rank=config.lora.rank,
         alpha=config.lora.alpha,
         dropout=config.lora.dropout,
@@ -82,9 +99,9 @@ def _with_adapter(config: Config, weights: dict[str, Tensor]) -> nn.Module:
     return model.eval()
 
 
-def _probe(wanted: ModelConfig, device: torch.device) -> Callable[[nn.Module], Tensor]:
+def _probe(config: Config, device: torch.device) -> Callable[[nn.Module], Tensor]:
     """A function that gives any backbone of this base the same random latents and texts, at two noise levels."""
-    kind = family(wanted.family)
+    kind = family(config.model.family)
 
     @torch.no_grad()
     def run(model: Any) -> Tensor:
@@ -92,10 +109,13 @@ def _probe(wanted: ModelConfig, device: torch.device) -> Callable[[nn.Module], T
         shape = (2, kind.latent_channels(model.config), PROBE_SIDE, PROBE_SIDE)
         latents_BChw = torch.randn(shape, generator=random)
         text = {
-            name: torch.randn((2, *shape), generator=random).to(device)
+            name: (torch.ones(2, *shape) if name == MASK else torch.randn((2, *shape), generator=random)).to(device)
             for name, shape in sorted(kind.text_shapes(model.config).items())
         }
-        return kind.predict(model, latents_BChw.to(device), torch.tensor([100, 800], device=device), text)
+        dtype = next(weight.dtype for weight in model.parameters() if weight.is_floating_point())
+        with torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32):
+            predicted = kind.predict(model, latents_BChw.to(device), torch.tensor([100, 800], device=device), text)
+        return predicted.float()
 
     return run
 

@@ -17,7 +17,7 @@ from finetune.config import Config
 from finetune.data import packing, rows
 from finetune.data.chat import marked
 from finetune.errors import ConfigError, ModelError
-from finetune.models import checkpointing, language, lora
+from finetune.models import checkpointing, language, lora, lora_files, relief
 from finetune.models.device import pick_dtype
 from finetune.models.linear_loss import summed_cross_entropy
 from finetune.models.writer import Writer
@@ -48,12 +48,12 @@ class LanguageTask:
         self.size = len(self.training)
         model: Any = language.load_model(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
         check_length(config, model)
-        # Offloaded weights are copied in for each use: without recomputing, a step would keep all copies.
-        checkpointing.recompute(model, 1 if config.model.offload else config.trainer.checkpointing)
+        checkpointing.recompute(model, config.trainer.checkpointing)
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
         if config.lora.start_from:
-            folder = lora.peft_folder(Path(config.lora.start_from))
-            lora.load_state(self.model, lora.read_peft_folder(folder), str(folder))
+            folder = lora_files.peft_folder(Path(config.lora.start_from))
+            lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
         self.writer = Writer(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
@@ -112,6 +112,10 @@ class LanguageTask:
             for job, tuned in zip(jobs, self._answers(jobs), strict=True)
         ]
 
+    def relieve(self) -> str | None:
+        """Recompute every block, then keep all of them in main memory."""
+        return next(self.measures, None)
+
     def notes(self) -> dict[str, str]:
         """One real row with its trained tokens in ⟦ ⟧, so that a wrong mask is seen at once."""
         row = marked(self.chat.tokenizer, self.rows[int(self.training[0])])
@@ -143,6 +147,7 @@ class LanguageTask:
             names=names,
             units=sum(pack.real for pack in built),
             slots=tensors["ids"].numel(),
+            shaping=frozenset({"segments"}),
         )
 
     def _measured(self, batch: Batch) -> float:

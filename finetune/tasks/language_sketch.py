@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import Config, LoraInit, Quantize
-from finetune.models import blank, checkpointing, language, likeness, lora, varlen
+from finetune.models import blank, checkpointing, language, likeness, lora, offload, varlen
 from finetune.models.linear_loss import logits, summed_cross_entropy
 from finetune.tasks.answers import AT_ONCE
 from finetune.tasks.language import check_length, inject
@@ -68,14 +68,11 @@ class LanguageSketch:
         return summed_cross_entropy(hidden_ND, language.head(self.model), targets_N)
 
     def offloaded(self) -> dict[str, float]:
-        """What `model.offload` takes from the weights on the card, and the copies of one block that come for it."""
+        """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
         if not self.config.model.offload or not self.cuda:
             return {}
-        decoder: Any = self.model
-        layers = max((part for part in decoder.get_decoder().children() if isinstance(part, nn.ModuleList)), key=_bytes)
-        over = _bytes(self.model) - language.WEIGHTS_SHARE * self.room
-        away = max(0.0, min(over, _bytes(layers)))
-        return {"weights": -away, "copies of a block": _bytes(layers[0]) if away else 0.0}
+        away, ring = offload.resting(self.model, self.room)
+        return {"weights": -float(sum(map(offload.frozen_bytes, away))), "ring of blocks": float(ring)}
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
         """Every phase but training, by name."""
@@ -119,7 +116,7 @@ class LanguageSketch:
         """Comparing two models in fp32: one of them on the card, and both heads."""
         tracer = Tracer(torch.float32, like_cuda=self.cuda)
         model: Any = tracer.blank(self._adapted(torch.float32)).eval()
-        over = _bytes(model) - language.WEIGHTS_SHARE * self.room
+        over = _bytes(model) - offload.WEIGHTS_SHARE * self.room
         # As `text_handout` does: what isn't quantised is offloaded.
         streamed = self.cuda and self.config.model.quantize is Quantize.none and not self.config.lora.dora
         away = max(0.0, over) if streamed else 0.0

@@ -9,9 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.config import Config
+from finetune.config import Config, Quantize
 from finetune.data import buckets
-from finetune.models import blank, checkpointing, lora
+from finetune.models import blank, checkpointing, lora, offload
 from finetune.models.families import family
 from finetune.models.families.base import kl_pixels
 from finetune.tasks import diffusion, handout, pictures
@@ -27,10 +27,9 @@ class PictureSketch:
     unit = "images"
 
     def __init__(self, config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> None:
-        """dtype: of the arithmetic. room: bytes that the process may have; nothing here depends on it."""
-        self.config = config
+        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share."""
+        self.config, self.cuda, self.room = config, cuda, room
         self.tracer = Tracer(dtype, like_cuda=cuda)
-        self.plain = Tracer(torch.float32, like_cuda=cuda)
         self.family = family(config.model.family)
         self.objective = blank.objective(config.model)
         self.width, self.height = _largest_bucket(config)
@@ -41,8 +40,8 @@ class PictureSketch:
         self.units = 1
 
     def recompute(self, every: int) -> None:
-        """As `trainer.checkpointing`."""
-        checkpointing.recompute(self.model, every)
+        """As `trainer.checkpointing`; offloading recomputes all."""
+        checkpointing.recompute(self.model, 1 if self.config.model.offload else every)
 
     def inputs(self, micro_batch: int) -> dict[str, Tensor]:
         """The tensors of a batch as `DiffusionTask.collate` makes them."""
@@ -53,15 +52,18 @@ class PictureSketch:
 
     def forward(self, batch: dict[str, Tensor]) -> Tensor:
         """The prediction."""
-        return diffusion.predict(self.family, self.objective, self.model, batch)
+        return diffusion.predict(self.family, self.objective, self.model, batch, self.tracer.dtype)
 
     def loss(self, predicted_BChw: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The sum over images."""
         return diffusion.weighted(self.objective, predicted_BChw, batch, self.config.loss.min_snr_gamma)
 
     def offloaded(self) -> dict[str, float]:
-        """Nothing of a picture model waits in main memory."""
-        return {}
+        """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
+        if not self.config.model.offload or not self.cuda:
+            return {}
+        away, ring = offload.resting(self.model, self.room)
+        return {"weights": -float(sum(map(offload.frozen_bytes, away))), "ring of blocks": float(ring)}
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
         """Every phase but training, by name."""
@@ -105,8 +107,10 @@ class PictureSketch:
 
         def work() -> None:
             for encoder in encoders.children():
-                tokens = CLIP_TOKENS if type(encoder).__name__.startswith("CLIP") else longest
-                encoder(torch.zeros(pictures.TEXT_BATCH, tokens, dtype=torch.long), output_hidden_states=True)
+                name = type(encoder).__name__
+                tokens = CLIP_TOKENS if name.startswith("CLIP") else longest
+                rows = pictures.TEXT_BATCH if name.startswith(("CLIP", "T5")) else 1  # as the families encode
+                encoder(input_ids=torch.zeros(rows, tokens, dtype=torch.long), output_hidden_states=True)
 
         return tracer.run(encoders, work)
 
@@ -134,7 +138,9 @@ class PictureSketch:
         def work() -> None:
             with self.tracer.autocast():
                 text = self._texts(1)
-                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.call(text, text, 1.0)
+                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.call(
+                    text, text, sample.guidance
+                )
                 rows = count * (2 if guided else 1)
                 timesteps_B = torch.zeros(rows, dtype=torch.long)
                 self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
@@ -147,15 +153,19 @@ class PictureSketch:
         return self._evaluated(nn.ModuleList([self.model, self.vae]), work, states)
 
     def _export(self) -> Trace:
-        """The trained model and one that was loaded back, both in fp32."""
-        model = self.plain.blank(self._adapted(torch.float32)).eval()
-        second = sum(parameter.nbytes for parameter in model.parameters())
+        """One model at a time: in fp32 where that fits, else as it was trained."""
+        plain = self.config.model.quantize is Quantize.none
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        dtype = torch.float32 if plain and 4 * count < handout.FP32_SHARE * self.room else self.tracer.dtype
+        tracer = Tracer(dtype, like_cuda=self.cuda)
+        model = tracer.blank(self._adapted(dtype)).eval()
         latents = (2, self.latents[0], handout.PROBE_SIDE, handout.PROBE_SIDE)
 
         def work() -> None:
-            self.family.predict(model, torch.empty(latents), torch.zeros(2, dtype=torch.long), self._texts(2))
+            with tracer.autocast():
+                self.family.predict(model, torch.empty(latents), torch.zeros(2, dtype=torch.long), self._texts(2))
 
-        return self.plain.run(model, work, held={"weights": second})
+        return tracer.run(model, work)
 
     def _evaluated(self, model: nn.Module, work: Any, held: dict[str, float]) -> Trace:
         self.model.eval()
@@ -166,7 +176,7 @@ class PictureSketch:
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
         config = self.config
-        return lora.inject(
+        adapted = lora.inject(
             blank.backbone(config.model, dtype),
             rank=config.lora.rank,
             alpha=config.lora.alpha,
@@ -174,6 +184,7 @@ class PictureSketch:
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
         )
+        return adapted if config.model.quantize is Quantize.none else blank.quantised(adapted, config.model.quantize)
 
     def _latents(self, width: int, height: int) -> tuple[int, ...]:
         return tuple(self.tracer.shape(lambda: self.family.moments(self.vae, torch.empty(1, 3, height, width))[0])[1:])

@@ -20,7 +20,7 @@ from finetune.config import Config, Dialect, Quantize
 from finetune.data.chat import Chat
 from finetune.data.rows import reopen
 from finetune.errors import DataError, ExportError
-from finetune.models import adapters, gguf_file, hub, lora
+from finetune.models import adapters, gguf_file, hub, lora, lora_files
 from finetune.models.device import free, pick_device
 from finetune.models.language import load_model
 from finetune.models.likeness import Likeness, compare, look
@@ -109,7 +109,7 @@ def load(model: nn.Module, path: Path) -> nn.Module:
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
-    return adapters.attach(model, lora.peft_folder(path)).get_base_model()  # type: ignore[no-any-return]
+    return adapters.attach(model, lora_files.peft_folder(path)).get_base_model()  # type: ignore[no-any-return]
 
 
 def _rows(config: Config, chat: Chat) -> tuple[list[list[int]], str]:
@@ -147,7 +147,7 @@ def _fp32(config: Config, device: torch.device, **changes: Any) -> nn.Module:
 
 def _save_peft(config: Config, model: nn.Module, folder: Path, weights: dict[str, Tensor], chat: Chat) -> None:
     """A PEFT folder with the hash of the chat template, so that a server can refuse another one."""
-    lora.save_peft(model, folder, weights, config.model.base)
+    lora_files.save_peft(model, folder, weights, config.model.base)
     template = {"sha256": hashlib.sha256(chat.template.text.encode()).hexdigest(), "base": config.model.base}
     write_atomically(folder / "chat_template.json", json.dumps(template, indent=2) + "\n")
     if config.model.added_tokens:

@@ -10,7 +10,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +32,8 @@ class TrainState:
 
     identity: what the run was trained with, flat key -> value; a resumed run must agree.
     units: images or tokens trained on. waited: saved steps in a row whose validation loss was no better than the best.
-    scaler: the fp16 loss scaler's.
+    scaler: the fp16 loss scaler's. asked: the settings of memory that the run was given; micro_batch, measures: how far
+    it had to go below them when memory ran out, in examples and in measures of the task.
     """
 
     step: int
@@ -47,6 +48,9 @@ class TrainState:
     waited: int
     skipped_steps: int
     scaler: dict[str, Any] | None
+    asked: dict[str, Any] = field(default_factory=dict)
+    micro_batch: int = 0
+    measures: int = 0
 
 
 @dataclass(frozen=True)

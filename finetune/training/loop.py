@@ -6,14 +6,15 @@ It knows no model and no data set. Whoever iterates decides when to log, validat
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
 
 from finetune.errors import TrainingError
-from finetune.tasks.base import Batch, Task
+from finetune.tasks.base import Batch, Task, Visit
+from finetune.training.memory import Ladder, within_memory
 
 
 @dataclass(frozen=True)
@@ -22,6 +23,7 @@ class Step:
 
     units, slots: as in `Batch`, of all micro-batches and processes.
     `refused` says why the weights were left alone (a non-finite loss or gradient), None for a step that was taken.
+    eased: what gave way before the step fitted into memory.
     """
 
     number: int
@@ -32,42 +34,53 @@ class Step:
     slots: int
     seconds: float
     refused: str | None = None
+    eased: tuple[str, ...] = ()
 
 
 def fit(
     task: Task,
-    steps: Iterator[Sequence[Batch]],
+    steps: Iterator[Sequence[Visit]],
     optimizer: torch.optim.Optimizer,
     rate: Callable[[int], float],
     accelerator: Accelerator,
     *,
+    ladder: Ladder,
     seed: int,
     start: int,
     clip_norm: float,
     max_bad_steps: int,
+    saving: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Step]:
-    """Train on the micro-batches of each step, from step `start` on, until `steps` ends.
+    """Train on the visits of each step, in micro-batches, from step `start` on, until `steps` ends.
 
-    steps: per optimiser step this process's micro-batches. optimizer: prepared by `accelerator`. rate: learning rate of
-    a step counted from 0. clip_norm: largest gradient norm, 0 for none.
-    Raises TrainingError after `max_bad_steps` refused steps in a row.
+    steps: per optimiser step this process's visits. optimizer: prepared by `accelerator`. rate: learning rate of a step
+    counted from 0. ladder: the size of micro-batches; where memory runs out in a step, that step is taken again from
+    its beginning one rung further down. clip_norm: largest gradient norm, 0 for none. saving: what a loss is computed
+    in, which decides where autograd keeps what backward needs.
+    Raises TrainingError after `max_bad_steps` refused steps in a row, OutOfMemory at the foot of the ladder.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     task.model.train()
     bad = 0
-    for number, micro_batches in enumerate(steps, start):
+    for number, visits in enumerate(steps, start):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = rate(number) * group.get("lr_scale", 1.0)
-        loss, units, slots = _backward(task, micro_batches, accelerator, seed=seed, step=number)
+        eased: list[str] = []
+        parts = task.split(visits, ladder.micro_batch)
+        while (attempt := _attempt(task, parts, optimizer, accelerator, saving, seed=seed, step=number)) is None:
+            eased.append(ladder.descend(max(map(len, parts))))
+            parts = task.split(visits, ladder.micro_batch)
+        loss, units, slots, names = attempt
         norm = float(_gradient_norm(parameters, accelerator, clip_norm))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        refused = None if finite else _why(loss, norm, micro_batches, accelerator)
+        refused = None if finite else _why(loss, norm, names, accelerator)
         bad = 0 if finite else bad + 1
-        yield Step(number + 1, loss, norm, rate(number), units, slots, time.perf_counter() - began, refused)
+        seconds = time.perf_counter() - began
+        yield Step(number + 1, loss, norm, rate(number), units, slots, seconds, refused, tuple(eased))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
             raise TrainingError(
                 f"{bad} steps in a row were not finite, the last one: {refused}; "
@@ -75,8 +88,39 @@ def fit(
             )
 
 
+def _attempt(
+    task: Task,
+    parts: Sequence[Sequence[Visit]],
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    saving: Callable[[], AbstractContextManager[None]],
+    *,
+    seed: int,
+    step: int,
+) -> tuple[float, int, int, list[str]] | None:
+    """Gradients of one step in those micro-batches: mean loss, units, slots and names; None where memory ran out.
+
+    A failed attempt leaves no gradients, and its successor draws from streams of its own, as if it were the first.
+    """
+
+    def backward() -> tuple[float, int, int, list[str]]:
+        micro_batches = [task.collate(part) for part in parts]
+        names = [name for batch in micro_batches for name in batch.names]
+        return *_backward(task, micro_batches, accelerator, saving, seed=seed, step=step), names
+
+    if accelerator.num_processes > 1:  # the other processes wait inside a reduction: none can start anew alone
+        return backward()
+    return within_memory(backward, drop=lambda: optimizer.zero_grad(set_to_none=True))
+
+
 def _backward(
-    task: Task, micro_batches: Sequence[Batch], accelerator: Accelerator, *, seed: int, step: int
+    task: Task,
+    micro_batches: Sequence[Batch],
+    accelerator: Accelerator,
+    saving: Callable[[], AbstractContextManager[None]],
+    *,
+    seed: int,
+    step: int,
 ) -> tuple[float, int, int]:
     """Gradients of the mean loss over all items of the step; returns that mean, and its units and slots."""
     processes, device = accelerator.num_processes, accelerator.device
@@ -89,7 +133,7 @@ def _backward(
         torch.manual_seed(_mix(seed, step, index, accelerator.process_index))
         last = index == len(micro_batches) - 1
         with nullcontext() if last or processes == 1 else accelerator.no_sync(task.model):
-            with accelerator.autocast():
+            with accelerator.autocast(), saving():
                 loss = task.loss(batch.to(device))
             # Gradients are averaged over processes; times `processes` makes that the sum, divided once by all items.
             accelerator.backward(loss * (processes / items))
@@ -107,9 +151,8 @@ def _scaler_still_searching(accelerator: Accelerator) -> bool:
     return accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
 
 
-def _why(loss: float, norm: float, micro_batches: Sequence[Batch], accelerator: Accelerator) -> str:
-    names = "; ".join(name for batch in micro_batches for name in batch.names)
-    return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {names}"
+def _why(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:
+    return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {'; '.join(names)}"
 
 
 def _arithmetic(accelerator: Accelerator) -> str:

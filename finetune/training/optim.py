@@ -26,14 +26,29 @@ def build_optimizer(
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
     }
-    if optim.name is Optimizer.adamw8bit:
+    if optim.name is not Optimizer.adamw:
         if first.device.type != "cuda":
-            raise ConfigError("optim.name=adamw8bit needs a CUDA card; on a CPU try optim=adamw")
+            raise ConfigError(f"optim.name={optim.name.name} needs a CUDA card; on a CPU try optim=adamw")
         import bitsandbytes
 
-        optimizer: torch.optim.Optimizer = bitsandbytes.optim.AdamW8bit(trained, **settings)
+        paged = optim.name is Optimizer.paged_adamw8bit
+        kind: Any = bitsandbytes.optim.PagedAdamW8bit if paged else bitsandbytes.optim.AdamW8bit
+        optimizer: torch.optim.Optimizer = kind(trained, **settings)
         return optimizer
     return torch.optim.AdamW(trained, fused=first.device.type in ("cuda", "cpu"), **settings)
+
+
+def load_state(optimizer: Any, state: dict[str, Any]) -> None:
+    """Put a checkpoint's state into an optimiser; that of a paged one into paged memory, as bitsandbytes doesn't."""
+    optimizer.load_state_dict(state)
+    if not getattr(optimizer, "is_paged", False):
+        return
+    for parameter, values in optimizer.state.items():
+        for name in ("state1", "state2"):
+            if name in values:
+                buffer = optimizer.get_state_buffer(parameter, dtype=values[name].dtype)
+                buffer.copy_(values[name])
+                values[name] = buffer
 
 
 def learning_rate(optim: OptimConfig, step: int, steps: int) -> float:

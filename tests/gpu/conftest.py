@@ -1,5 +1,5 @@
 """The fixtures of the unit tests, for the card."""
 
-from tests.unit.conftest import config, make_dataset, tiny_base
+from tests.unit.conftest import config, language_config, make_dataset, setting, tiny_base, tiny_language
 
-__all__ = ["config", "make_dataset", "tiny_base"]
+__all__ = ["config", "language_config", "make_dataset", "setting", "tiny_base", "tiny_language"]

@@ -17,7 +17,7 @@ from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.loop import fit
 from finetune.training.tracking import Tracker
-from tests.unit.training.steps import prepared
+from tests.unit.training.steps import ladder, prepared
 
 pytestmark = pytest.mark.gpu
 
@@ -90,21 +90,24 @@ def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dat
     before = lora.state(task.model)
     examples = list(dataset.examples())
 
-    def batches():
-        for number in range(3):
-            batch = task.collate([(examples[0], number)])
-            if number == 0:
-                batch.tensors["clean"].fill_(float("inf"))
-            yield [batch]
+    collate = task.collate
 
+    def overflowing(visits):
+        batch = collate(visits)
+        if visits[0][1] == 0:
+            batch.tensors["clean"].fill_(float("inf"))
+        return batch
+
+    task.collate = overflowing
     scale = accelerator.scaler.get_scale()
     steps = []
     for step in fit(
         task,
-        batches(),
+        iter([[(examples[0], number)] for number in range(3)]),
         optimizer,
         lambda _: 1e-2,
         accelerator,
+        ladder=ladder(task, on_card),
         seed=0,
         start=0,
         clip_norm=1.0,

@@ -242,7 +242,10 @@ def _failing(number: int) -> Callable[..., Any]:
         (["trainer.micro_batch=6", "trainer.accumulate=2"], "try trainer.micro_batch=3 trainer.accumulate=4"),
         (["trainer.micro_batch=1"], "try trainer.checkpointing=1"),
         (["trainer.micro_batch=1", "trainer.checkpointing=2"], "try trainer.checkpointing=1"),
-        (["trainer.micro_batch=1", "trainer.checkpointing=1"], "try a smaller picture: model.resolution=64"),
+        (
+            ["trainer.micro_batch=1", "trainer.checkpointing=1"],
+            "try smaller pictures: model.resolution=64, model.quantize=nf4, or a smaller base model",
+        ),
     ],
 )
 @pytest.mark.parametrize(

@@ -58,6 +58,13 @@ def test_check_names_a_bad_value(key: str, value: object, said: str) -> None:
     assert any(problem.startswith(said) for problem in check(config)), check(config)
 
 
+def test_int8_layers_do_not_go_to_main_memory() -> None:
+    config = load("pirate_chat", ["model.quantize=int8", "model.offload=true"])
+    assert check(config) == [
+        "model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the card once used"
+    ]
+
+
 def test_check_names_all_bad_values_at_once() -> None:
     config = load("pixar_style")
     for key, value, _ in BAD:

@@ -6,13 +6,21 @@ B images, C latent channels, h×w latent pixels, H×W pixels, L text tokens, D t
 from collections.abc import Mapping, Sequence
 from typing import Any, Protocol
 
+import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.nn import functional
 
 from finetune.models.objectives import Objective
 
+# Most pixels that an autoencoder takes at once: of several pictures, which then come one by one; of one picture, which
+# then comes in overlapping tiles. Tiles are normalised each by itself and blended, so smaller pictures are left whole.
+AT_ONCE, UNTILED = 1024**2, 2 * 1024**2
 Text = dict[
     str, Tensor
 ]  # what the text encoders make of one caption, or stacked of many; the same shapes for every one
+MASK = "mask"  # in a `Text` whose captions differ in length: 1 for a caption's own tokens, 0 for what fills it up
+PLACEHOLDER = "\N{DOTTED CIRCLE}"  # any text that no chat template holds
 
 
 class Family(Protocol):
@@ -30,6 +38,8 @@ class Family(Protocol):
     """The pipeline's arguments that leave out what neither training nor sampling needs."""
     LARGE_TEXT: tuple[str, ...]
     """Text encoders of billions of parameters: loaded in bf16, as they are released; others in fp32."""
+    KOHYA: str
+    """What begins the names of layers in kohya-style files, so that other programs know them; see `save_kohya`."""
 
     def encode(self, pipeline: Any, texts: Sequence[str]) -> Text:
         """The captions as the backbone reads them, stacked; `pipeline` has the text encoders and no other weights."""
@@ -70,6 +80,7 @@ class Family(Protocol):
 
 def kl_moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     """`moments` of an AutoencoderKL: shifted and scaled as its configuration says."""
+    divide(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
     posterior = vae.encode(pixels_B3HW).latent_dist
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
     return (posterior.mean - shift) * scale, posterior.std * scale
@@ -78,5 +89,37 @@ def kl_moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
 def kl_pixels(vae: Any, latents_BChw: Tensor) -> Tensor:
     """`pixels` of an AutoencoderKL."""
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
+    factor = 2 ** (len(vae.config.block_out_channels) - 1)  # of the sides
+    divide(vae, len(latents_BChw), latents_BChw[0, 0].numel() * factor**2)
     pixels: Tensor = vae.decode(latents_BChw / scale + shift).sample
     return pixels
+
+
+def divide(vae: Any, pictures: int, pixels: int) -> None:
+    """Set how the autoencoder goes about so many pictures of so many pixels each."""
+    vae.use_slicing, vae.use_tiling = pictures * pixels > AT_ONCE, pixels > UNTILED
+
+
+def padded(embedding_LD: Tensor, tokens: int) -> Text:
+    """One caption's embedding filled up with zeros to so many tokens, and its mask."""
+    missing = tokens - len(embedding_LD)
+    mask_L = functional.pad(torch.ones(len(embedding_LD)), (0, missing))
+    return {"embedding": functional.pad(embedding_LD, (0, 0, 0, missing)), MASK: mask_L}
+
+
+def stacked(captions: Sequence[Text]) -> Text:
+    return {name: torch.stack([caption[name] for caption in captions]) for name in captions[0]}
+
+
+def lengths(mask_BL: Tensor) -> list[int]:
+    """Tokens of each caption; all of them where a memory plan computes with shapes and knows no values."""
+    if isinstance(mask_BL, FakeTensor):
+        return [mask_BL.shape[1]] * len(mask_BL)
+    return (mask_BL > 0).sum(dim=1).tolist()
+
+
+def room_in_chat(tokenizer: Any, tokens: int, **template: Any) -> int:
+    """Tokens of a caption that are read of `tokens`: a chat template stands before it, and the end is cut first."""
+    turns = [{"role": "user", "content": PLACEHOLDER}]
+    written = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True, **template)
+    return tokens - len(tokenizer(written.partition(PLACEHOLDER)[0]).input_ids)

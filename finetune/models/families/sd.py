@@ -13,6 +13,7 @@ BACKBONE, BACKBONE_CLASS, VAE_CLASS = "unet", "UNet2DConditionModel", "Autoencod
 TEXT = ("text_encoder", "tokenizer")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
 LARGE_TEXT: tuple[str, ...] = ()
+KOHYA = "lora_unet_"  # sd-scripts' names, which diffusers and ComfyUI read too
 TEXT_TOKENS = 77  # what CLIP reads
 
 moments = kl_moments

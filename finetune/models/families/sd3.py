@@ -13,6 +13,7 @@ BACKBONE, BACKBONE_CLASS, VAE_CLASS = "transformer", "SD3Transformer2DModel", "A
 TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_encoder_3", "tokenizer_3")
 UNUSED = {"feature_extractor": None, "image_encoder": None}
 LARGE_TEXT = ("text_encoder_3",)
+KOHYA = "lora_transformer_"  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
 moments = kl_moments

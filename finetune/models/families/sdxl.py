@@ -14,6 +14,7 @@ BACKBONE, BACKBONE_CLASS, VAE_CLASS = "unet", "UNet2DConditionModel", "Autoencod
 TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 UNUSED = {"feature_extractor": None, "image_encoder": None}
 LARGE_TEXT: tuple[str, ...] = ()
+KOHYA = "lora_unet_"  # sd-scripts' names, which diffusers and ComfyUI read too
 TEXT_TOKENS = 77  # what CLIP reads
 SIZES = 6  # numbers that tell the UNet of size and crop
 VAE_FACTOR = 8

@@ -15,7 +15,7 @@ from transformers import AutoConfig
 
 from finetune.config import ModelConfig
 from finetune.errors import ConfigError
-from finetune.models import gguf_file, lora
+from finetune.models import gguf_file, lora, lora_files
 from finetune.models.language import load_model
 from tests.tiny_language_models import save_language
 
@@ -38,7 +38,7 @@ def save(folder: Path, architecture: str, **options: Any) -> tuple[Path, Any]:
     random = torch.Generator().manual_seed(1)
     for weight in lora.live(model).values():
         weight += 0.1 * torch.randn(weight.shape, generator=random)
-    lora.save_peft(model, folder / "peft", lora.state(model), str(base))
+    lora_files.save_peft(model, folder / "peft", lora.state(model), str(base))
     return folder / "peft", AutoConfig.from_pretrained(base).get_text_config()
 
 
@@ -78,7 +78,7 @@ def test_every_update_in_the_file_is_that_of_the_adapter(
     gguf_file.write(file, adapter, base, "tiny")
     assert gguf.GGUFReader(file).fields["general.architecture"].contents() == name
     found = updates_in_llama_cpp(file)
-    weights = lora.read_peft_folder(adapter)
+    weights = lora_files.read_peft_folder(adapter)
     layers = {weight.removesuffix(".lora_A.weight") for weight in weights if weight.endswith(".lora_A.weight")}
     assert len(found) == len(layers)
     for layer in layers:

@@ -18,6 +18,7 @@ torch.set_num_threads(1)
 ARCHITECTURES = {
     "embedded_language": "llama",
     "llama2_7b": "llama2",
+    "llama2_13b": "llama2",
     "llama31_8b": "llama",
     "qwen3_4b": "qwen3",
     "qwen3_8b": "qwen3",
@@ -56,7 +57,7 @@ def test_a_preset_names_a_base_that_needs_no_more_words(name: str) -> None:
     found = preset(name)
     assert found.base == "embedded:language" or found.base.count("/") == 1
     assert recipes.title(recipes.preset_files()["model"][name]).endswith(".")
-    large = any(size in name for size in ("7b", "8b", "9b"))
+    large = any(size in name for size in ("7b", "8b", "9b", "13b"))
     assert found.quantize is (Quantize.nf4 if large else Quantize.none)
 
 

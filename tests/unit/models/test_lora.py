@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config import LoraInit, ModelConfig, OptimConfig, Quantize
 from finetune.errors import ConfigError, ModelError
-from finetune.models import lora
+from finetune.models import lora, lora_files
 from finetune.models.diffusion import load_backbone
 from finetune.models.language import load_model
 from finetune.training.optim import build_optimizer
@@ -83,11 +83,11 @@ def test_weights_of_another_rank_or_other_layers_are_refused(unet: torch.nn.Modu
 
 def test_a_missing_and_a_damaged_file_are_named(tmp_path: Path) -> None:
     with pytest.raises(ModelError, match=r"gone.safetensors does not exist"):
-        lora.read_weights(tmp_path / "gone.safetensors")
+        lora_files.read_weights(tmp_path / "gone.safetensors")
     bad = tmp_path / "bad.safetensors"
     bad.write_bytes(b"\xff" * 64)
     with pytest.raises(ModelError, match=r"bad.safetensors is damaged"):
-        lora.read_weights(bad)
+        lora_files.read_weights(bad)
 
 
 # Adapters of language models: every start and variant.
@@ -201,7 +201,7 @@ def test_a_peft_folder_makes_the_trained_module_of_the_untouched_base(
     train(trained, optimizer_of(trained))
     average = {name: weight.clone() for name, weight in lora.live(trained).items()}
     for number, weights in enumerate((lora.state(trained), average)):
-        lora.save_peft(trained, tmp_path / str(number), weights, "somewhere/base")
+        lora_files.save_peft(trained, tmp_path / str(number), weights, "somewhere/base")
         loaded = PeftModel.from_pretrained(load(kind), str(tmp_path / str(number))).eval()
         assert difference(logits(loaded), logits(trained)) < 1e-5
     assert difference(logits(loaded), logits(load(kind))) > 0.01
@@ -358,8 +358,8 @@ def test_magnitudes_start_as_those_of_the_weights_in_fp32(
 
 def test_weights_of_another_kind_of_adapter_are_refused(load: Callable[[str], Any], tmp_path: Path) -> None:
     dora = lora.inject(load("fp32"), **SETTINGS, dora=True)
-    lora.save_peft(dora, tmp_path, lora.state(dora), "")
-    weights = lora.read_peft_folder(tmp_path)
+    lora_files.save_peft(dora, tmp_path, lora.state(dora), "")
+    weights = lora_files.read_peft_folder(tmp_path)
     lora.load_state(dora, weights, "the folder")
     with pytest.raises(ModelError, match=r"lora_magnitude_vector; was lora.targets, lora.init, lora.dora or"):
         lora.load_state(lora.inject(load("fp32"), **SETTINGS), weights, "the folder")

@@ -11,7 +11,7 @@ from transformers import AutoModelForCausalLM
 
 from finetune.config import LoraInit, ModelConfig, Quantize
 from finetune.errors import ExportError
-from finetune.models import lora
+from finetune.models import lora, lora_files
 from finetune.models.adapters import attach
 from finetune.models.language import load_model, load_tokenizer
 from finetune.models.merge import merge
@@ -36,7 +36,7 @@ def save_adapter(folder: Path, base: Any, size: float = 0.05, **options: Any) ->
     random = torch.Generator().manual_seed(1)
     for weight in lora.live(model).values():
         weight += size * torch.randn(weight.shape, generator=random)
-    lora.save_peft(model, folder, lora.state(model), base.name_or_path)
+    lora_files.save_peft(model, folder, lora.state(model), base.name_or_path)
     return folder
 
 

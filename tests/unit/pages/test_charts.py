@@ -72,3 +72,12 @@ def test_ticks_are_round_and_enclose_the_values() -> None:
     assert _ticks(1, 150, whole=True) == [0, 50, 100, 150]
     assert _tick_texts([0.0, 2e-4, 4e-4]) == ["0", "2e−4", "4e−4"]
     assert _tick_texts([-10.0, 0.0]) == ["−10", "0"]
+
+
+def test_a_logarithmic_axis_spaces_equal_ratios_equally_and_has_room_for_its_labels() -> None:
+    svg = line_chart("P", [Line("p", [(0, 20000.0), (1, 200.0), (2, 2.0)])], y_label="perplexity", log=True)
+    first, second, third = (y for _, y in curve(svg))
+    assert second - first == pytest.approx(third - second, abs=0.11)
+    ticks = [text.text for text in Xml.fromstring(svg).iter("text") if text.get("text-anchor") == "end"]
+    assert ticks == ["1e0", "1e1", "1e2", "1e3", "1e4", "1e5"]
+    assert curve(line_chart("P", [Line("p", [(0, 5.0), (1, 5.0)])], y_label="p", log=True))

@@ -1,10 +1,13 @@
 """Training to the end, cut and continued, refused and set aside: the properties a user relies on."""
 
+import gc
 import json
 import os
 import signal
+import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune.config import Config, Dialect, Kept, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
-from finetune.models import lora
+from finetune.models import lora, offload
 from finetune.records import Dataset, load_receipt
 from finetune.stages import train as stage
 from finetune.stages.train import train
@@ -59,6 +62,23 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     newest = checkpoint.load(checkpoint.at(run_dir / "checkpoints", 4))
     assert newest.averaged is not None
     assert not same(newest.averaged, newest.adapter)
+
+
+def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The next stages need the memory: two models of 7 billion parameters don't fit a 24 GB card."""
+    models = []
+    build = stage.registry.build_task
+
+    def noting(*arguments: Any) -> Any:
+        task = build(*arguments)
+        models.append(weakref.ref(task.model))
+        return task
+
+    monkeypatch.setattr(stage.registry, "build_task", noting)
+    train(setting.config, setting.dataset)
+    gc.collect()
+    assert len(models) == 1
+    assert models[0]() is None
 
 
 def test_a_finished_run_is_fresh(
@@ -191,6 +211,26 @@ def test_micro_batch_and_accumulation_may_be_exchanged_on_resume(
     train(config, dataset)
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 6, 4, 1
     assert train(config, dataset).steps == 6
+
+
+def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Training, validation and previews; the card is played by the CPU."""
+    config, dataset = setting.config, setting.dataset
+    config.lora.dropout, config.optim.schedule = 0.2, Schedule.constant
+    config.run_dir = str(tmp_path / "resident")
+    resident = checkpoint.load(Path(train(config, dataset).checkpoint))
+    monkeypatch.setattr(offload, "wanted", lambda model, _: model.offload)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
+    config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
+    capfd.readouterr()
+    train(config, dataset)
+    assert "GiB of weights stay in main memory" in capfd.readouterr().err
+    config.model.offload, config.trainer.steps = False, 4
+    legs = checkpoint.load(Path(train(config, dataset).checkpoint))
+    assert same(legs.adapter, resident.adapter)
+    assert legs.state.first_validation == resident.state.first_validation
 
 
 def test_a_damaged_checkpoint_is_named(config: Config, make_dataset: Callable[..., Dataset]) -> None:

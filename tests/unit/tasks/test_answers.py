@@ -10,7 +10,7 @@ from markdown_it import MarkdownIt
 
 from finetune.config import Config
 from finetune.errors import ModelError
-from finetune.models import language, lora
+from finetune.models import language, lora, lora_files
 from finetune.models.writer import Writer
 from finetune.records import Answer
 from finetune.tasks import answers
@@ -28,7 +28,7 @@ def adapter(language_config: Config, tmp_path: Path) -> Path:
     model = inject(language_config, base, chat_of(language_config).tokenizer)
     random = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(value.shape, generator=random) for name, value in lora.state(model).items()}
-    lora.save_peft(model, tmp_path / "peft", weights, language_config.model.base)
+    lora_files.save_peft(model, tmp_path / "peft", weights, language_config.model.base)
     return tmp_path / "peft"
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from finetune.config import Config
-from finetune.models.objectives import Denoising, min_snr_weights, snr
+from finetune.models.objectives import Denoising
 from finetune.records import Dataset
 from finetune.tasks.diffusion import DiffusionTask, visit_seed
 from tests.tiny_models import save_diffusion
@@ -39,26 +39,6 @@ def test_validation_repeats_exactly_and_names_noise_levels(
     assert first["mean"] == pytest.approx(sum(list(first.values())[1:]) / 5)
 
 
-@pytest.mark.parametrize(("gamma", "ratio"), [(5.0, 0.5), (5.0, 20.0), (1.0, 3.0)])
-def test_min_snr_weights_equal_the_clipped_error_in_x0(gamma: float, ratio: float) -> None:
-    """For the same prediction, weight x error must be min(SNR, gamma) x error in x0, whatever is predicted."""
-    value = torch.tensor([ratio], dtype=torch.float64)
-    alpha, sigma = (value / (1 + value)).sqrt(), (1 / (1 + value)).sqrt()
-    wrong = torch.tensor([0.37], dtype=torch.float64)  # the error in x0
-    error_in_noise = alpha / sigma * wrong
-    error_in_velocity = wrong / sigma  # v = alpha·noise - sigma·x0, with the noise implied by x0
-    expected = min(ratio, gamma) * wrong**2
-    assert min_snr_weights(value, gamma, "sample") * wrong**2 == pytest.approx(expected)
-    assert min_snr_weights(value, gamma, "epsilon") * error_in_noise**2 == pytest.approx(expected)
-    assert min_snr_weights(value, gamma, "v_prediction") * error_in_velocity**2 == pytest.approx(expected)
-
-
-def test_a_zero_terminal_snr_stays_finite() -> None:
-    ratio = snr(torch.tensor([0.99, 0.0]), torch.tensor([0, 1]))
-    for kind in ("epsilon", "v_prediction", "sample"):
-        assert torch.isfinite(min_snr_weights(ratio, 5.0, kind)).all()
-
-
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
 def test_a_perfect_prediction_has_no_loss(
     config: Config, make_dataset: Callable[..., Dataset], tmp_path_factory: pytest.TempPathFactory, prediction: str
@@ -70,7 +50,7 @@ def test_a_perfect_prediction_has_no_loss(
     batch = task.collate([(next(dataset.examples()), 0)])
     clean, noise, timesteps = (batch.tensors[name] for name in ("clean", "noise", "timesteps"))
     assert isinstance(task.objective, Denoising)
-    alpha = task.objective.scheduler.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+    alpha = task.objective.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
     sigma = (1 - alpha**2).sqrt()
     truth = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[prediction]
     task.model = lambda *_, **__: (truth,)  # type: ignore[assignment]

@@ -10,7 +10,7 @@ from safetensors import safe_open
 
 from finetune.config import Config, ModelConfig
 from finetune.errors import ExportError, ModelError
-from finetune.models import lora
+from finetune.models import lora, lora_files
 from finetune.models.diffusion import load_adapter, load_backbone
 from finetune.records import Dataset, Run
 from finetune.stages.export import export
@@ -68,9 +68,9 @@ def test_a_file_that_does_not_reproduce_the_module_fails_the_stage_and_leaves_th
 ) -> None:
     export(config, run)
     before = sorted(path.name for path in Path(config.run_dir, "adapter").iterdir())
-    write = lora.save_kohya
+    write = lora_files.save_kohya
     monkeypatch.setattr(
-        lora, "save_kohya", lambda file, weights, part, alpha, metadata: write(file, weights, part, 4.0, metadata)
+        lora_files, "save_kohya", lambda file, weights, part, alpha, metadata: write(file, weights, part, 4.0, metadata)
     )
     config.name = "renamed"  # no longer fresh
     with pytest.raises(ExportError, match=r"kohya adapter .* does not reproduce the trained one.*export.tolerance"):

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config import Config, Device, Dialect, Quantize
 from finetune.data.rows import reopen
 from finetune.errors import ConfigError, ExportError, ModelError
-from finetune.models import adapters, lora
+from finetune.models import adapters, lora, lora_files
 from finetune.models.device import pick_device
 from finetune.models.language import load_model
 from finetune.records import Run, save_receipt
@@ -183,12 +183,12 @@ def test_a_merged_model_that_does_not_reproduce_the_trained_one_fails(language_c
 def test_an_adapter_that_does_not_reproduce_the_model_fails(
     language_config: Config, write: Write, monkeypatch: pytest.MonkeyPatch, factor: float
 ) -> None:
-    save = lora.save_peft
+    save = lora_files.save_peft
 
     def wrong(model: Any, target: Path, weights: dict[str, Tensor], base: str) -> None:
         save(model, target, {name: weight * factor for name, weight in weights.items()}, base)
 
-    monkeypatch.setattr(lora, "save_peft", wrong)
+    monkeypatch.setattr(lora_files, "save_peft", wrong)
     with pytest.raises(ExportError, match=r"peft does not reproduce .*relative difference .*\(export.tolerance\)"):
         write()
 

@@ -1,7 +1,7 @@
 """A task with all that a few steps of the loop need, as the train stage puts it together."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import islice
 from typing import Any
 
@@ -11,9 +11,10 @@ from finetune.config import Config
 from finetune.models import lora
 from finetune.models.device import pick_device
 from finetune.tasks import registry
-from finetune.tasks.base import Batch, Task
+from finetune.tasks.base import Task, Visit
 from finetune.training.accelerator import build_accelerator
 from finetune.training.loop import Step, fit
+from finetune.training.memory import Ladder
 from finetune.training.optim import build_optimizer, learning_rate
 
 
@@ -27,11 +28,16 @@ def prepared(config: Config, dataset: Any) -> tuple[Task, Any, torch.optim.Optim
     return task, accelerator, optimizer
 
 
-def micro_batches(task: Task, config: Config, steps: int, rank: int = 0, processes: int = 1) -> Iterator[list[Batch]]:
+def visits(task: Task, config: Config, steps: int, rank: int = 0, processes: int = 1) -> Iterator[Sequence[Visit]]:
     """What `rank` of so many processes trains on in each step."""
     effective = config.trainer.micro_batch * config.trainer.accumulate * processes
     for chunk in islice(task.steps(effective=effective, start=0), steps):
-        yield [task.collate(part) for part in task.split(chunk[rank::processes], config.trainer.micro_batch)]
+        yield chunk[rank::processes]
+
+
+def ladder(task: Task, config: Config) -> Ladder:
+    """From the configuration's micro-batch down."""
+    return Ladder(config.trainer.micro_batch, task.relieve, "try a larger card")
 
 
 def run(config: Config, dataset: Any, *, poison: int | None = None, steps: int = 4) -> tuple[Task, list[Step]]:
@@ -39,20 +45,21 @@ def run(config: Config, dataset: Any, *, poison: int | None = None, steps: int =
     task, accelerator, optimizer = prepared(config, dataset)
     factor, loss_of = 1.0, task.loss
 
-    def batches() -> Iterator[list[Batch]]:
+    def poisoned() -> Iterator[Sequence[Visit]]:
         nonlocal factor
-        for number, micro in enumerate(micro_batches(task, config, steps)):
+        for number, mine in enumerate(visits(task, config, steps)):
             factor = math.nan if number == poison else 1.0
-            yield micro
+            yield mine
 
     task.loss = lambda batch: factor * loss_of(batch)  # type: ignore[method-assign]
     trainer = config.trainer
     taken = fit(
         task,
-        batches(),
+        poisoned(),
         optimizer,
         lambda number: learning_rate(config.optim, number, steps),
         accelerator,
+        ladder=ladder(task, config),
         seed=config.seed,
         start=0,
         clip_norm=trainer.clip_norm,

@@ -1,7 +1,10 @@
 """Schedules, optimisers, averages and checkpoints on disk."""
 
+import warnings
 from pathlib import Path
+from typing import Any
 
+import bitsandbytes
 import pytest
 import torch
 
@@ -10,7 +13,7 @@ from finetune.errors import ConfigError, RunError
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
-from finetune.training.optim import build_optimizer, learning_rate
+from finetune.training.optim import build_optimizer, learning_rate, load_state
 
 STATE = TrainState(7, {"lora.rank": 4}, 28, 1.5, 0.4, 0.2, None, None, None, 0, 0, None)
 
@@ -32,8 +35,42 @@ def test_adamw_takes_its_settings_and_8bit_asks_for_a_card() -> None:
     optimizer = build_optimizer([parameter], OptimConfig(lr=0.3, weight_decay=0.2, betas=[0.5, 0.6], eps=1e-3))
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.3, 0.2, (0.5, 0.6), 1e-3)
-    with pytest.raises(ConfigError, match=r"adamw8bit needs a CUDA card; on a CPU try optim=adamw"):
-        build_optimizer([parameter], OptimConfig(name=Optimizer.adamw8bit))
+    for name in (Optimizer.adamw8bit, Optimizer.paged_adamw8bit):
+        with pytest.raises(ConfigError, match=rf"optim.name={name.name} needs a CUDA card; on a CPU try optim=adamw"):
+            build_optimizer([parameter], OptimConfig(name=name))
+
+
+def test_8bit_states_continue_bit_for_bit_from_a_checkpoint(tmp_path: Path) -> None:
+    """As bitsandbytes computes on the CPU, where paged memory is ordinary memory."""
+
+    def built() -> tuple[torch.nn.Parameter, Any]:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 8192))
+        return parameter, bitsandbytes.optim.PagedAdamW8bit([parameter], lr=1e-2)
+
+    def step(parameter: torch.nn.Parameter, optimizer: Any, number: int) -> None:
+        parameter.grad = torch.randn(8192, generator=torch.Generator().manual_seed(number))
+        optimizer.step()
+
+    parameter, optimizer = built()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the CPU
+        for number in range(3):
+            step(parameter, optimizer, number)
+        values = optimizer.state[parameter]
+        assert values["state1"].dtype == torch.uint8
+        values["state1"].is_paged, values["state1"].page_deviceid = True, 0  # as on a card
+        folder = checkpoint.save(tmp_path, STATE, {"a": parameter.detach()}, optimizer.state_dict(), None)
+        back = checkpoint.load(folder)
+        again, restored = built()
+        again.data.copy_(back.adapter["a"])
+        load_state(restored, back.optimizer)
+        del values["state1"].is_paged, values["state1"].page_deviceid
+        for number in (3, 4):
+            step(parameter, optimizer, number)
+            step(again, restored, number)
+    assert torch.equal(parameter, again)
+    for name in ("state1", "state2", "absmax1", "absmax2"):
+        assert torch.equal(optimizer.state[parameter][name], restored.state[again][name])
 
 
 def test_groups_keep_their_scale_through_a_checkpoint_and_a_single_one_is_a_list_of_parameters() -> None:

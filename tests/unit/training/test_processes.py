@@ -12,7 +12,7 @@ from finetune.config import Config
 from finetune.models import lora
 from finetune.records import Dataset
 from finetune.training.loop import fit
-from tests.unit.training.steps import micro_batches, prepared
+from tests.unit.training.steps import ladder, prepared, visits
 
 
 def train_rank(rank: int, processes: int, port: int, config: Config, dataset: Dataset, out: str) -> None:
@@ -24,14 +24,14 @@ def train_rank(rank: int, processes: int, port: int, config: Config, dataset: Da
     config.trainer.accumulate = 4 // processes
     task, accelerator, optimizer = prepared(config, dataset)
     assert accelerator.num_processes == processes
-    batches = list(micro_batches(task, config, 2, rank, processes))
     steps = list(
         fit(
             task,
-            iter(batches),
+            visits(task, config, 2, rank, processes),
             optimizer,
             lambda _: 1e-2,
             accelerator,
+            ladder=ladder(task, config),
             seed=0,
             start=0,
             clip_norm=1.0,

@@ -1,0 +1,106 @@
+"""What happens when memory runs out: the same work once more, in smaller portions."""
+
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from accelerate.utils.memory import clear_device_cache
+from torch import Tensor, nn
+
+from finetune.errors import OutOfMemory, is_out_of_memory
+from finetune.progress import say
+
+T = TypeVar("T")
+WORTH_BYTES = 2**16  # smaller tensors save too little for a copy
+
+
+def within_memory(attempt: Callable[[], T], drop: Callable[[], Any] = lambda: None) -> T | None:
+    """What `attempt` returns, or None where memory ran out; then `drop` is called and all that is free given back.
+
+    The exception is gone by the time of `drop`: its traceback holds the tensors of every frame it passed.
+    """
+    try:
+        return attempt()
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+    drop()
+    clear_device_cache(garbage_collection=True)
+    return None
+
+
+def saving(model: nn.Module, device: torch.device, away: bool) -> Callable[[], AbstractContextManager[None]]:
+    """What to compute a loss in: `activations_away` if that is asked for and there is a card that it could relieve."""
+    if away and device.type != "cuda":
+        say("trainer.offload_activations=true changes nothing without a CUDA card: all is in main memory anyway")
+    return partial(activations_away, model) if away and device.type == "cuda" else nullcontext
+
+
+def activations_away(model: nn.Module) -> AbstractContextManager[None]:
+    """Inside, what autograd saves for backward goes to main memory until then; the model's own weights stay.
+
+    Of a checkpointed block that is its inputs. The copies keep the order of the device's work, so none of them waits.
+    """
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+
+    def pack(tensor: Tensor) -> Callable[[], Tensor]:
+        if tensor.nbytes < WORTH_BYTES or tensor.untyped_storage().data_ptr() in own:
+            return lambda: tensor
+        card = tensor.device.type == "cuda"
+        away = torch.empty_like(tensor, device="cpu", pin_memory=card).copy_(tensor, non_blocking=card)
+        return partial(_back, away, tensor.device, tensor.stride())
+
+    hooks: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(pack, lambda back: back())
+    return hooks
+
+
+def _back(away: Tensor, device: torch.device, stride: tuple[int, ...]) -> Tensor:
+    """A tensor on its device again, laid out as it was: sums over another layout round otherwise."""
+    tensor = away.to(device, non_blocking=True)
+    if tensor.stride() == stride or 0 in stride:
+        return tensor
+    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=device).copy_(tensor)
+
+
+class Ladder:
+    """What gives way when memory runs out in a step: the micro-batch by halves, and below 1 what the task offers.
+
+    micro_batch: the most examples of one forward pass, now. measures: the task's that were taken, as settings.
+    """
+
+    def __init__(self, micro_batch: int, relieve: Callable[[], str | None], advice: str) -> None:
+        """micro_batch: what was asked for. relieve: as in `Task`. advice: what to type when nothing is left."""
+        self.asked = self.micro_batch = micro_batch
+        self.measures: list[str] = []
+        self.relieve, self.advice = relieve, advice
+
+    def restore(self, micro_batch: int, measures: int) -> None:
+        """Go down to where an earlier part of the run stood: that micro-batch, and so many measures."""
+        self.micro_batch = micro_batch
+        for _ in range(measures):
+            self._measure()
+
+    def descend(self, largest: int) -> str:
+        """Take the next rung and say which. largest: most examples that a forward pass of the failed step had.
+
+        Raises OutOfMemory when there is none.
+        """
+        if largest > 1:
+            self.micro_batch = largest // 2
+            return f"micro-batch {self.micro_batch}"
+        if measure := self._measure():
+            return measure
+        raise OutOfMemory(f"out of memory with {self.summary or 'micro-batch 1'}; {self.advice}")
+
+    @property
+    def summary(self) -> str:
+        """All rungs taken so far, for people; empty if memory was enough."""
+        lowered = [f"micro-batch {self.micro_batch} instead of {self.asked}"] if self.micro_batch < self.asked else []
+        return ", ".join([*lowered, *self.measures])
+
+    def _measure(self) -> str | None:
+        if measure := self.relieve():
+            self.measures.append(measure)
+        return measure

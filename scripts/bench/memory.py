@@ -1,0 +1,178 @@
+"""What training takes: each case once through the real `train` command, at full size, on a card capped to its budget.
+
+    python -m scripts.bench.memory --cases sdxl-4,flux1-nf4 --work /tmp/bench --out results.jsonl
+
+builds the bases with random weights (kept in WORK until their last case is done), plans, trains a few steps, and
+appends one JSON line a case: planned and measured GiB, seconds a step, hardware, versions, date. Cases that ran out of
+memory are lines too.
+"""
+
+import argparse
+import datetime
+import json
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+ROOT = Path(__file__).resolve().parents[2]
+PICTURES, CONVERSATIONS = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
+STEPS = 6
+COMMON = (
+    f"trainer.steps={STEPS}",
+    f"trainer.save_every={STEPS}",
+    f"trainer.validate_every={STEPS}",
+    "trainer.log_every=1",
+    "export.dialects=[peft]",
+    "sample.previews=1",
+    "sample.seeds=[0]",
+)
+PICTURE = (
+    "data.validation_share=0",
+    "sample.steps=4",
+    "sample.prompts=[robot]",
+    "optim.lr=1e-4",
+    "lora.targets=attention",
+)
+LANGUAGE = ("sample.max_new_tokens=4", "sample.prompts=[Hello]", "optim.lr=1e-4", "data.workers=2")
+
+
+@dataclass(frozen=True)
+class Case:
+    """One setting: its name, the preset of the base, the budget in GiB and what else is set."""
+
+    name: str
+    preset: str
+    vram_gib: float
+    overrides: tuple[str, ...]
+
+    @property
+    def pictures(self) -> bool:
+        return any(override.startswith("model.resolution") for override in self.overrides)
+
+
+def picture(name: str, preset: str, side: int, micro_batch: int, *more: str, vram_gib: float = 24.0) -> Case:
+    own = (f"model.resolution={side}", f"trainer.micro_batch={micro_batch}", "trainer.accumulate=1")
+    return Case(name, preset, vram_gib, (*own, *more))
+
+
+def language(name: str, preset: str, length: int, quantize: str, *more: str, vram_gib: float = 24.0) -> Case:
+    own = (f"data.length={length}", f"model.quantize={quantize}", "trainer.micro_batch=1", "trainer.accumulate=1")
+    return Case(name, preset, vram_gib, (*own, *more))
+
+
+RECOMPUTE = "trainer.checkpointing=1"
+CASES = (
+    picture("sd15-512-16", "sd15", 512, 16),
+    picture("sd15-512-4", "sd15", 512, 4),
+    picture("sdxl-1024-4", "sdxl", 1024, 4, RECOMPUTE),
+    picture("sdxl-1024-1", "sdxl", 1024, 1),
+    picture("sdxl-1024-1-12gb", "sdxl", 1024, 1, RECOMPUTE, vram_gib=12.0),
+    picture("sd35-1024-1", "sd35_medium", 1024, 1, RECOMPUTE),
+    picture("flux1-1024-nf4", "flux1_dev", 1024, 1, RECOMPUTE, "model.quantize=nf4"),
+    picture("flux2-klein-1024", "flux2_klein", 1024, 1, RECOMPUTE),
+    picture("z-image-1024", "z_image", 1024, 1, RECOMPUTE),
+    picture("qwen-image-1024-nf4", "qwen_image", 1024, 1, RECOMPUTE, "model.quantize=nf4"),
+    language("llama2-7b-2048-bf16", "llama2_7b", 2048, "none", RECOMPUTE),
+    language("llama2-7b-2048-nf4", "llama2_7b", 2048, "nf4"),
+    language("llama31-8b-2048-nf4", "llama31_8b", 2048, "nf4", RECOMPUTE),
+    language("llama31-8b-8192-nf4", "llama31_8b", 8192, "nf4", RECOMPUTE),
+    language("llama31-8b-32768-nf4", "llama31_8b", 32768, "nf4", RECOMPUTE),
+    language("llama31-8b-2048-nf4-12gb", "llama31_8b", 2048, "nf4", RECOMPUTE, vram_gib=12.0),
+    language("mistral-7b-2048-nf4", "mistral_7b", 2048, "nf4", RECOMPUTE),
+    language("qwen3-8b-2048-nf4", "qwen3_8b", 2048, "nf4", RECOMPUTE),
+    language("glm4-9b-2048-nf4", "glm4_9b", 2048, "nf4", RECOMPUTE),
+    language("llama2-13b-2048-nf4", "llama2_13b", 2048, "nf4", RECOMPUTE),
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--cases", help="names, separated by commas; all unless given")
+    parser.add_argument("--work", type=Path, required=True, help="bases and run folders")
+    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--seconds", type=float, default=240.0, help="at most, for one case")
+    given = parser.parse_args()
+    chosen = chosen_cases(given.cases.split(",") if given.cases else [case.name for case in CASES])
+    for index, case in enumerate(chosen):
+        result = measure(case, given.work, given.seconds)
+        with given.out.open("a") as lines:
+            lines.write(json.dumps(result) + "\n")
+        print(json.dumps({key: value for key, value in result.items() if key != "overrides"}), flush=True)
+        if case.preset not in {later.preset for later in chosen[index + 1 :]}:
+            shutil.rmtree(given.work / "bases" / case.preset, ignore_errors=True)
+
+
+def chosen_cases(names: Sequence[str]) -> list[Case]:
+    """The cases of those names. Exits with a line for a name that there isn't."""
+    known = {case.name: case for case in CASES}
+    if unknown := [name for name in names if name not in known]:
+        sys.exit(f"no case {unknown[0]}; there are: {', '.join(known)}")
+    return [known[name] for name in names]
+
+
+def measure(case: Case, work: Path, seconds: float) -> dict[str, Any]:
+    """Plan and train one case; everything that its line holds."""
+    from scripts.bench.bases import build
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    base = work / "bases" / case.preset
+    if not base.exists():
+        build(case.preset, base, device)
+    run = work / "runs" / case.name
+    words = command(case, base, run, work / "pictures")
+    began = time.monotonic()
+    try:
+        done = subprocess.run(
+            [sys.executable, "-m", "finetune", "train", *words],
+            cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False,
+        )  # fmt: skip
+        code, said = done.returncode, (done.stderr + done.stdout).strip().splitlines()
+    except subprocess.TimeoutExpired as error:
+        code, said = 124, ((error.stderr or b"") + (error.stdout or b"")).decode().strip().splitlines()
+    line = asdict(case) | {
+        "exit_code": code,
+        "seconds_in_all": round(time.monotonic() - began, 1),
+        **figures(run),
+        "hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU",
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+    if code:
+        line["said"] = said[-6:]
+    shutil.rmtree(run / "checkpoints", ignore_errors=True)
+    return line
+
+
+def command(case: Case, base: Path, run: Path, pictures: Path) -> list[str]:
+    """What follows `finetune train`."""
+    shared = [f"model={case.preset}", f"model.base={base}", f"run_dir={run}", f"hardware.vram_gib={case.vram_gib}"]
+    if case.pictures:
+        if not pictures.exists():
+            pictures.mkdir(parents=True)
+            for file in sorted(PICTURES.glob("*.jpg"))[:8]:
+                shutil.copy(file, pictures)
+        return ["conf=pixar_style", *shared, f"data.folder={pictures}", *COMMON, *PICTURE, *case.overrides]
+    return ["conf=pirate_chat", *shared, f"data.file={CONVERSATIONS}", *COMMON, *LANGUAGE, *case.overrides]
+
+
+def figures(run: Path) -> dict[str, Any]:
+    """What the receipts of a run say: peak memory, seconds a step without the first, seconds of each stage."""
+    found: dict[str, Any] = {"stages": {}}
+    for file in sorted((run / "receipts").glob("*.json")):
+        receipt = json.loads(file.read_text())
+        found["stages"][receipt["stage"]] = round(receipt["seconds"], 1)
+        if receipt["stage"] == "train":
+            found["measured_gib"] = receipt["figures"]["peak_gib"]
+            found["seconds_a_step"] = receipt["seconds"] / STEPS
+    return found
+
+
+if __name__ == "__main__":
+    main()

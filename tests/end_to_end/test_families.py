@@ -1,0 +1,103 @@
+"""Every family of picture models from a folder of pictures to an adapter that others read, on tiny models."""
+
+import copy
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+import finetune
+from finetune.config import Config, Device, Dialect, Family, Precision
+from finetune.errors import Interrupted
+from finetune.models import diffusion, lora_files
+from finetune.models.families import family
+from finetune.records import Result
+from finetune.stages import train as stage
+from finetune.tasks import handout
+from finetune.training.loop import Step
+from tests.tiny_families import save_family
+
+torch.set_num_threads(1)
+
+UNREAD = {Family.sd3, Family.flux2}  # diffusers leaves every layer of their kohya-style files out, and says little
+
+
+@pytest.fixture(scope="module", params=list(Family), ids=lambda kind: kind.name)
+def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
+    """A run of three steps on four pictures of two shapes."""
+    folder = tmp_path_factory.mktemp(request.param.name)
+    config = Config(name="tiny", run_dir=str(folder / "run"), model=save_family(folder / "base", request.param))
+    (folder / "pictures").mkdir()
+    for number, colour in enumerate(("red", "green", "blue", "white")):
+        Image.new("RGB", (64, 64) if number % 2 else (96, 64), colour).save(folder / "pictures" / f"{colour}.png")
+        (folder / "pictures" / f"{colour}.txt").write_text("a wall " + "painted " * number + colour)
+    config.data.folder, config.data.cache = str(folder / "pictures"), str(folder / "cache")
+    config.lora.rank, config.lora.alpha = 2, 3.0  # alpha != rank: converters like to mix them up
+    config.optim.lr, config.optim.warmup_steps = 1e-2, 0
+    config.trainer.precision, config.hardware.device = Precision.fp32, Device.cpu
+    config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 3, 2, 1
+    config.trainer.save_every = config.trainer.validate_every = 2
+    config.sample.prompts, config.sample.seeds, config.sample.steps = ["a red wall"], [0], 2
+    config.sample.previews = 0
+    return config
+
+
+@pytest.fixture(scope="module")
+def result(config: Config) -> Result:
+    return finetune.train(config)
+
+
+def test_a_folder_of_pictures_becomes_an_adapter_and_samples(config: Config, result: Result) -> None:
+    assert result.run.steps == 3
+    assert set(result.adapter.files) == {dialect.name for dialect in config.export.dialects}
+    assert all(difference <= 1e-5 for difference in result.adapter.differences.values())
+    for sample in result.samples.items:
+        for name in (sample.file, sample.base_file):
+            with Image.open(Path(result.samples.folder) / name) as picture:
+                assert picture.size == (64, 64)
+    assert (Path(result.samples.folder) / result.samples.grid).is_file()
+
+
+def test_a_run_that_was_cut_gives_the_same_adapter(
+    config: Config, result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cut = copy.deepcopy(config)
+    cut.run_dir, cut.export.dialects = str(tmp_path / "cut"), [Dialect.peft]
+    note = stage._Session.note
+
+    def interrupt(session: stage._Session, step: Step) -> None:
+        note(session, step)
+        if step.number == 1:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(stage._Session, "note", interrupt)
+    with pytest.raises(Interrupted):
+        finetune.train(cut)
+    monkeypatch.undo()
+    continued = finetune.train(cut)
+    ours, whole = (lora_files.read_peft_folder(Path(one.adapter.folder) / "peft") for one in (continued, result))
+    assert ours.keys() == whole.keys()
+    assert all(torch.equal(ours[name], whole[name]) for name in whole)
+
+
+@pytest.mark.parametrize("dialect", [Dialect.diffusers, Dialect.kohya], ids=lambda dialect: dialect.name)
+def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, dialect: Dialect) -> None:
+    kind, folder, name = family(config.model.family), Path(result.adapter.folder), result.adapter.files[dialect.name]
+    parts = dict.fromkeys((*kind.TEXT, "vae"))
+    pipeline = diffusion.load_pipeline(config.model, parts)
+    backbone = getattr(pipeline, kind.BACKBONE)
+    pipeline.load_lora_weights(folder, weight_name=name)
+    if dialect is Dialect.kohya and config.model.family in UNREAD:
+        assert not any("lora" in name for name, _ in backbone.named_parameters())
+        return
+    probe = handout._probe(config.model, torch.device("cpu"))
+    loaded, ours = probe(backbone), probe(diffusion.load_adapter(config.model, _base(config), folder / "peft"))
+    assert handout._relative(loaded, ours) < 1e-5
+    assert handout._relative(probe(_base(config)), ours) > 1e-4
+
+
+def _base(config: Config) -> torch.nn.Module:
+    return diffusion.load_backbone(config.model, torch.float32)

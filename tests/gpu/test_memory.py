@@ -1,0 +1,141 @@
+"""What only a card can show: that memory really runs out, and that the levers really save some."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune.config import Config, Device, OptimConfig, Optimizer, Precision
+from finetune.models import offload
+from finetune.records import Dataset, Run
+from finetune.stages.train import train
+from finetune.training import checkpoint
+from finetune.training.optim import build_optimizer, load_state
+from tests.unit.conftest import Setting
+from tests.unit.training.test_memory import Card
+
+pytestmark = pytest.mark.gpu
+
+
+@pytest.fixture
+def crowded(config: Config) -> Config:
+    """Two steps of 256 pictures in one forward pass of each bucket, on the card and nothing else."""
+    config.hardware.device, config.trainer.precision = Device.cuda, Precision.fp32
+    config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 2, 256, 1
+    config.trainer.validate_every, config.sample.previews, config.optim.eps = 0, 0, 1e-3
+    return config
+
+
+def test_a_card_that_is_squeezed_trains_the_same_adapter(
+    crowded: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dataset = make_dataset()
+    crowded.run_dir = str(tmp_path / "roomy")
+    train(crowded, dataset)  # the libraries' own memory is taken now
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_reserved()
+    torch.cuda.reset_peak_memory_stats()
+    crowded.run_dir = str(tmp_path / "measured")
+    roomy = train(crowded, dataset)
+    peak = torch.cuda.max_memory_reserved()
+    torch.cuda.empty_cache()
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction((before + 0.6 * (peak - before)) / total)
+    try:
+        crowded.run_dir = str(tmp_path / "squeezed")
+        squeezed = train(crowded, dataset)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    assert roomy.eased == ""
+    assert squeezed.eased.startswith("micro-batch ")
+    assert "step 1: memory ran out; going on with micro-batch " in capfd.readouterr().err
+    assert (squeezed.steps, squeezed.items) == (roomy.steps, roomy.items) == (2, 512)
+    one, other = (checkpoint.load(Path(run.checkpoint)).adapter for run in (roomy, squeezed))
+    assert all(torch.allclose(one[name], other[name], rtol=1e-3, atol=1e-5) for name in one)
+
+
+def alike(one: Run, other: Run) -> bool:
+    """Whether two runs trained the same adapter but for rounding."""
+    first, second = (checkpoint.load(Path(run.checkpoint)).adapter for run in (one, other))
+    return all(torch.allclose(first[name], second[name], rtol=1e-3, atol=1e-5) for name in first)
+
+
+@pytest.fixture
+def on_card(setting: Setting) -> Setting:
+    """A run of each kind on the card."""
+    config = setting.config
+    config.hardware.device, config.trainer.precision, config.optim.eps = Device.cuda, Precision.fp32, 1e-3
+    return setting
+
+
+def test_blocks_in_main_memory_train_draw_and_resume_as_on_the_card(
+    on_card: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, dataset = on_card.config, on_card.dataset
+    config.run_dir = str(tmp_path / "resident")
+    resident = train(config, dataset)
+    monkeypatch.setattr(offload, "WEIGHTS_SHARE", 0.0)
+    config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
+    config.optim.schedule = type(config.optim.schedule).constant
+    train(config, dataset)
+    config.trainer.steps = 4
+    away = train(config, dataset)
+    config.run_dir, config.model.offload = str(tmp_path / "constant"), False
+    assert "stay in main memory" in capfd.readouterr().err
+    assert alike(away, train(config, dataset))
+    assert resident.steps == away.steps == 4
+
+
+def test_the_last_rung_keeps_blocks_in_main_memory(
+    on_card: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, dataset = on_card.config, on_card.dataset
+    config.run_dir = str(tmp_path / "roomy")
+    roomy = train(config, dataset)
+    away: list[bool] = []
+    stream = offload.stream
+    monkeypatch.setattr(offload, "stream", lambda *arguments: (stream(*arguments), away.append(True)))
+    Card(lambda *_: bool(away), "backward").install(monkeypatch)
+    config.run_dir = str(tmp_path / "full")
+    full = train(config, dataset)
+    assert full.eased == "micro-batch 1 instead of 2, trainer.checkpointing=1, model.offload=true"
+    assert alike(full, roomy)
+
+
+def test_activations_in_main_memory_train_the_same_with_less_on_the_card(
+    crowded: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    dataset, peaks, runs = make_dataset(), [], []
+    for away in (False, False, True):  # the first one takes the libraries' own memory
+        crowded.run_dir, crowded.trainer.offload_activations = str(tmp_path / str(len(runs))), away
+        torch.cuda.reset_peak_memory_stats()
+        runs.append(train(crowded, dataset))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert alike(runs[1], runs[2])
+    assert peaks[2] < 0.7 * peaks[1]
+
+
+def test_paged_states_are_paged_again_after_a_checkpoint(tmp_path: Path) -> None:
+    def built() -> tuple[torch.nn.Parameter, torch.optim.Optimizer]:
+        parameter = torch.nn.Parameter(torch.linspace(-1, 1, 2**18, device="cuda"))
+        return parameter, build_optimizer([parameter], OptimConfig(name=Optimizer.paged_adamw8bit, lr=1e-2))
+
+    def step(parameter: torch.nn.Parameter, optimizer: torch.optim.Optimizer, number: int) -> None:
+        parameter.grad = torch.randn(2**18, generator=torch.Generator().manual_seed(number)).to("cuda")
+        optimizer.step()
+
+    parameter, optimizer = built()
+    for number in range(3):
+        step(parameter, optimizer, number)
+    assert optimizer.state[parameter]["state1"].is_paged
+    torch.cuda.synchronize()
+    torch.save(optimizer.state_dict(), tmp_path / "optimizer.pt")
+    again, restored = built()
+    again.data.copy_(parameter.data)
+    load_state(restored, torch.load(tmp_path / "optimizer.pt", map_location="cpu", weights_only=True))
+    assert restored.state[again]["state1"].is_paged
+    for number in (3, 4):
+        step(parameter, optimizer, number)
+        step(again, restored, number)
+    assert torch.equal(parameter, again)

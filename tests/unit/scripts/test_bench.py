@@ -1,0 +1,59 @@
+"""The benchmarks' own parts: bases with random weights that load like real ones, commands, figures."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import compose
+from finetune.checks import check
+from finetune.config import Family, ModelConfig
+from finetune.models.diffusion import Painter, load_backbone
+from finetune.models.language import load_model, load_tokenizer
+from scripts.bench.bases import save
+from scripts.bench.memory import CASES, STEPS, chosen_cases, command, figures
+from tests.tiny_families import save_family
+from tests.tiny_language_models import save_language
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("kind", [Family.sd3, Family.flux2, Family.qwen_image], ids=lambda kind: kind.name)
+def test_a_pipeline_of_random_weights_loads_like_a_real_one(kind: Family, tmp_path: Path) -> None:
+    model = save_family(tmp_path / "architecture", kind)
+    count = save(tmp_path / "architecture", tmp_path / "base", CPU)
+    model.base = str(tmp_path / "base")
+    backbone = load_backbone(model, torch.bfloat16)
+    assert 0 < sum(weight.numel() for weight in backbone.parameters()) < count
+    painter = Painter(model, ["a red robot"], "", CPU, torch.float32)
+    assert painter.draw(backbone.float(), [("a red robot", 0)], width=64, height=64, steps=1, guidance=1.0)
+
+
+def test_a_language_model_of_random_weights_loads_like_a_real_one(tmp_path: Path) -> None:
+    count = save(save_language(tmp_path / "architecture", "llama"), tmp_path / "base", CPU)
+    model = load_model(ModelConfig(kind="language", base=str(tmp_path / "base")), torch.float32, CPU)
+    assert sum(weight.numel() for weight in model.parameters()) == count
+    assert load_tokenizer(str(tmp_path / "base")).chat_template
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
+def test_every_case_is_a_command_that_is_valid(case: object, tmp_path: Path) -> None:
+    words = command(case, tmp_path / "base", tmp_path / "run", tmp_path / "pictures")  # type: ignore[arg-type]
+    recipe = words[0].removeprefix("conf=")
+    config = compose.load(recipe, words[1:])
+    assert check(config) == []
+    assert config.trainer.steps == STEPS
+
+
+def test_a_case_that_there_is_not_is_named() -> None:
+    with pytest.raises(SystemExit, match="no case nothing; there are: sd15-512-16"):
+        chosen_cases(["sd15-512-16", "nothing"])
+
+
+def test_figures_come_from_the_receipts(tmp_path: Path) -> None:
+    (tmp_path / "receipts").mkdir()
+    receipt = {"stage": "train", "seconds": 12.0, "figures": {"peak_gib": 3.5}}
+    (tmp_path / "receipts" / "train.json").write_text(json.dumps(receipt))
+    assert figures(tmp_path) == {"stages": {"train": 12.0}, "measured_gib": 3.5, "seconds_a_step": 2.0}
+    assert figures(tmp_path / "nowhere") == {"stages": {}}
