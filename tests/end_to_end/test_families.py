@@ -93,7 +93,7 @@ def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, 
     if dialect is Dialect.kohya and config.model.family in UNREAD:
         assert not any("lora" in name for name, _ in backbone.named_parameters())
         return
-    probe = handout._probe(config.model, torch.device("cpu"))
+    probe = handout._probe(config, torch.device("cpu"))
     loaded, ours = probe(backbone), probe(diffusion.load_adapter(config.model, _base(config), folder / "peft"))
     assert handout._relative(loaded, ours) < 1e-5
     assert handout._relative(probe(_base(config)), ours) > 1e-4

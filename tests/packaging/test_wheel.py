@@ -90,5 +90,5 @@ def test_a_recipe_of_ones_own_beside_the_wheel(program: Path, tmp_path: Path) ->
 
 
 def test_completion_from_a_foreign_folder(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("COMP_LINE", "finetune train conf=pix")
-    assert run(program, "-sc", "query=bash", cwd=tmp_path) == "conf=pixar_style\n"
+    monkeypatch.setenv("COMP_LINE", "finetune train conf=smo")
+    assert run(program, "-sc", "query=bash", cwd=tmp_path) == "conf=smoke\n"

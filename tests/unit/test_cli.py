@@ -329,12 +329,12 @@ def test_completion_in_a_real_bash(workdir: Path) -> None:
         pytest.skip("finetune is not installed here")
     program = """
 eval "$(finetune -sc install=bash)"
-COMP_LINE="finetune train conf=pix"; COMP_POINT=${#COMP_LINE}; COMP_CWORD=2
+COMP_LINE="finetune train conf=smo"; COMP_POINT=${#COMP_LINE}; COMP_CWORD=2
 hydra_bash_completion; echo "${COMPREPLY[@]}"
 """
     environment = {**os.environ, "PATH": f"{script.parent}:{os.environ['PATH']}"}
     shown = subprocess.run(["bash", "-c", program], capture_output=True, text=True, env=environment, check=False)
-    assert shown.stdout == "conf=pixar_style\n", shown.stderr
+    assert shown.stdout == "conf=smoke\n", shown.stderr
 
 
 # -- what a command leaves on the screen ---------------------------------------------------------------------------
