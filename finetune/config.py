@@ -73,6 +73,10 @@ class Family(Enum):
     qwen_image = "qwen_image"
 
 
+UNETS = (Family.sd, Family.sdxl)
+"""Families whose backbone is a UNet; the others' are transformers."""
+
+
 class Quantize(Enum):
     """How the frozen base is stored: as it computes, in 8-bit integers (arXiv 2208.07339), or in 4-bit NormalFloat with
     double quantisation (arXiv 2305.14314)."""

@@ -39,7 +39,8 @@ def spread(model: nn.Module, device: torch.device, vram_gib: float) -> None:
     vram_gib: memory of the card that may be used, GiB; 0 is what is free.
     """
     free = torch.cuda.mem_get_info(device)[0]
-    away, _ = resting(model, min(vram_gib * 2**30 or free, free))
+    ours = vram_gib * 2**30 - torch.cuda.memory_allocated(device)  # two models may have to be there at once
+    away, _ = resting(model, min(ours, free) if vram_gib else free)
     stream(model, away, device)
 
 

@@ -2,7 +2,7 @@
 
 from dataclasses import replace
 
-from finetune.config import Config, Quantize
+from finetune.config import UNETS, Config, Quantize
 from finetune.planning import speed
 from finetune.planning.ladder import Ladder, quickest, thriftier
 from finetune.planning.machine import Machine, read
@@ -63,7 +63,8 @@ def plan(config: Config) -> Plan:
 def _offloaded(config: Config, machine: Machine) -> Ladder | None:
     """The same with layers in main memory, where that can be had."""
     model = config.model
-    if model.kind == "diffusion" or not machine.cuda or model.offload or model.quantize is Quantize.int8:
+    unet = model.kind == "diffusion" and model.family in UNETS
+    if unet or not machine.cuda or model.offload or model.quantize is Quantize.int8:
         return None
     return Ladder(replace(config, model=replace(model, offload=True)), machine)
 

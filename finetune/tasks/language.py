@@ -26,6 +26,7 @@ from finetune.tasks.base import Batch, Visit
 from finetune.tasks.texts import chat_of
 
 VALIDATION_ROWS = 256  # the most that are validated on
+LEAK_ROWS = 16  # of a pack that are compared; a pack of 32,768 tokens may hold hundreds
 LEAK_TOLERANCE = 1e-3  # relative; sums in another order differ by less in bf16, a neighbour that is seen by far more
 ROUND_TO = 8  # slots; a pack of one row alone is padded to a multiple of it
 
@@ -128,11 +129,11 @@ class LanguageTask:
             self.model, asked, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature
         )
 
-    def _batch(self, packs: Sequence[tuple[int, ...]]) -> Batch:
-        length = self.config.data.length
-        if not self.config.data.packing:
-            longest = max(int(self.rows.lengths[pack[0]]) for pack in packs)
-            length = min(length, -(-longest // ROUND_TO) * ROUND_TO)
+    def _batch(self, packs: Sequence[tuple[int, ...]], length: int | None = None) -> Batch:
+        """length: slots of each pack, as many as the recipe says unless told otherwise."""
+        if length is None:
+            packed = self.config.data.packing
+            length = self.config.data.length if packed else max(self._together(pack) for pack in packs)
         built = [packing.build(self.rows.__getitem__, pack, length=length) for pack in packs]
         tensors = {
             name: torch.from_numpy(np.stack([getattr(pack, name) for pack in built]))
@@ -150,6 +151,11 @@ class LanguageTask:
             shaping=frozenset({"segments"}),
         )
 
+    def _together(self, rows: Sequence[int]) -> int:
+        """Slots of a pack that holds these rows and little more."""
+        needed = sum(int(self.rows.lengths[row]) for row in rows)
+        return min(self.config.data.length, -(-needed // ROUND_TO) * ROUND_TO)
+
     def _measured(self, batch: Batch) -> float:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
             return float(self.loss(batch.to(self.device)))
@@ -160,10 +166,10 @@ class LanguageTask:
         data = self.config.data
         if not data.packing:
             return
-        first = next(iter(self.steps(effective=1, start=0)))[0][0]
+        first = next(iter(self.steps(effective=1, start=0)))[0][0][:LEAK_ROWS]
         self.model.eval()
-        packed = self._measured(self._batch([first]))
-        alone = sum(self._measured(self._batch([(index,)])) for index in first)
+        packed = self._measured(self._batch([first], length=self._together(first)))
+        alone = sum(self._measured(self._batch([(index,)], length=self._together([index]))) for index in first)
         self.model.train()
         if not abs(packed - alone) <= LEAK_TOLERANCE * abs(alone):
             raise ModelError(

@@ -10,6 +10,7 @@ from finetune.config import Config, Device, OptimConfig, Optimizer, Precision
 from finetune.models import offload
 from finetune.records import Dataset, Run
 from finetune.stages.train import train
+from finetune.tasks import texts
 from finetune.training import checkpoint
 from finetune.training.optim import build_optimizer, load_state
 from tests.unit.conftest import Setting
@@ -62,11 +63,11 @@ def alike(one: Run, other: Run) -> bool:
 
 
 @pytest.fixture
-def on_card(setting: Setting) -> Setting:
-    """A run of each kind on the card."""
-    config = setting.config
+def on_card(language_config: Config) -> Setting:
+    """A run on the card, of a transformer: UNets keep their blocks there."""
+    config = language_config
     config.hardware.device, config.trainer.precision, config.optim.eps = Device.cuda, Precision.fp32, 1e-3
-    return setting
+    return Setting(config, texts.build(config, None))
 
 
 def test_blocks_in_main_memory_train_draw_and_resume_as_on_the_card(
