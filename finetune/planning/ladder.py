@@ -74,13 +74,17 @@ class Ladder:
 
     def least_gib(self) -> float:
         """What the most frugal setting takes, from one trace."""
-        self.sketch.recompute(1)
-        return sum(parts(self._step(1), self.machine).values())
+        return sum(parts(self.step(1, 1), self.machine).values())
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, float]]:
         """GiB of every other phase at its worst moment, by name."""
         for name, trace in self.sketch.phases(micro_batch):
             yield name, sum(parts(trace, self.machine).values())
+
+    def step(self, micro_batch: int, checkpointing: int) -> Trace:
+        """One step, traced at this very size."""
+        self.sketch.recompute(checkpointing)
+        return self._step(micro_batch)
 
     def _trace(self, micro_batch: int, checkpointing: int) -> Trace:
         if checkpointing not in self.traces:

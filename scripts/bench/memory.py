@@ -2,9 +2,12 @@
 
     python -m scripts.bench.memory --cases sdxl-4,flux1-nf4 --work /tmp/bench --out results.jsonl
 
-builds the bases with random weights (kept in WORK until their last case is done), plans, trains a few steps, and
-appends one JSON line a case: planned and measured GiB, seconds a step, hardware, versions, date. Cases that ran out of
-memory are lines too.
+builds the bases with random weights (kept in WORK until their last case is done), trains a few steps, and appends one
+JSON line a case: measured GiB, seconds, hardware, versions, date. Cases that ran out of memory are lines too.
+
+    python -m scripts.bench.memory --plan results.jsonl
+
+needs no card: it adds what the memory plan says of each case, and writes the table docs/memory.md.
 """
 
 import argparse
@@ -41,6 +44,30 @@ PICTURE = (
     "lora.targets=attention",
 )
 LANGUAGE = ("sample.max_new_tokens=4", "sample.prompts=[Hello]", "optim.lr=1e-4", "data.workers=2")
+
+
+OUTSIDE = ("CUDA context", "allocator slack")
+OUTCOMES = {5: "out of memory after the training", 124: "cut after 200 s"}
+PAGE = """# Memory, planned and measured
+
+Each row is the real `train` command with random weights at full size on an {hardware} that was held to 24 GiB
+(torch {torch}, {date}): six steps, then the export. *Planned* is the peak of `finetune plan`'s traces,
+without the CUDA context and the allocator's slack, which `plan` adds; *measured* is the most that torch's allocator
+gave out from the first caption to the last preview. Text encoders were shortened to a few layers; several cases ran side
+by side on the card, which changes seconds (not shown here) and not bytes.
+
+| base | settings | planned GiB | measured GiB | difference |
+|---|---|---|---|---|
+{rows}
+
+{count} cases, median difference {median:.1f} %, worst {worst:.1f} %. Where decoding a preview is the peak, the plan
+adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1, Z-Image), so for them the
+comparison is no proof; for training steps nothing was fitted. FLUX.2's decoder isn't traced.
+{failed}
+
+Measured by `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a card; the planned figures and
+this page by `python -m scripts.bench.memory --plan FILE` on any. The lines are in `scripts/bench/memory.jsonl`.
+"""
 
 
 @dataclass(frozen=True)
@@ -95,10 +122,16 @@ CASES = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--cases", help="names, separated by commas; all unless given")
-    parser.add_argument("--work", type=Path, required=True, help="bases and run folders")
-    parser.add_argument("--out", type=Path, required=True, help="JSON lines, appended to")
+    parser.add_argument("--work", type=Path, help="bases and run folders")
+    parser.add_argument("--out", type=Path, help="JSON lines, appended to")
     parser.add_argument("--seconds", type=float, default=240.0, help="at most, for one case")
+    parser.add_argument("--plan", type=Path, metavar="FILE", help="add the plan's figures to these results")
     given = parser.parse_args()
+    if given.plan:
+        add_plans(given.plan, ROOT / "docs" / "memory.md")
+        return
+    if not (given.work and given.out):
+        parser.error("--work and --out are needed to measure")
     chosen = chosen_cases(given.cases.split(",") if given.cases else [case.name for case in CASES])
     for index, case in enumerate(chosen):
         result = measure(case, given.work, given.seconds)
@@ -172,6 +205,64 @@ def figures(run: Path) -> dict[str, Any]:
             found["measured_gib"] = receipt["figures"]["peak_gib"]
             found["seconds_a_step"] = receipt["seconds"] / STEPS
     return found
+
+
+def add_plans(results: Path, page: Path) -> None:
+    """Put `planned_gib` into every line that has a measurement, and write the page with the table."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for line in lines:
+        if "measured_gib" in line:
+            line["planned_gib"] = planned(chosen_cases([line["name"]])[0])
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page.write_text(table(lines))
+
+
+def planned(case: Case) -> float:
+    """GiB of tensors at the worst moment of what a case ran on the card, as the plan traces it.
+
+    Texts were encoded by shortened encoders, and what lies outside torch's allocator was not measured: neither counts.
+    """
+    from finetune import compose
+    from finetune.planning.ladder import Ladder, parts
+    from finetune.planning.machine import read
+
+    words = command(case, Path("base"), Path("run"), PICTURES)
+    kept = [word for word in words if not word.startswith(("model.base=", "hardware."))]
+    config = compose.load(kept[0].removeprefix("conf="), [*kept[1:], "hardware=rtx4090"])
+    machine = read(config.hardware)
+    ladder = Ladder(config, machine)
+    size, every = config.trainer.micro_batch, config.trainer.checkpointing
+    traces = [parts(ladder.step(size, every), machine)]
+    if case.pictures:
+        traces += [
+            parts(trace, machine) for name, trace in ladder.sketch.phases(size) if name in ("validation", "sampling")
+        ]
+    return max(sum(gib for name, gib in held.items() if name not in OUTSIDE) for held in traces)
+
+
+def table(lines: Sequence[dict[str, Any]]) -> str:
+    """docs/memory.md."""
+    rows = []
+    for line in lines:
+        if "planned_gib" not in line:
+            continue
+        error = 100 * (line["planned_gib"] / line["measured_gib"] - 1)
+        settings = ", ".join(override.removeprefix("trainer.") for override in line["overrides"])
+        figures = f"{line['planned_gib']:.1f} | {line['measured_gib']:.1f} | {error:+.1f} %"
+        rows.append(f"| `{line['preset']}` | {settings} | {figures} |")
+    errors = sorted(abs(line["planned_gib"] / line["measured_gib"] - 1) for line in lines if "planned_gib" in line)
+    failed = [line for line in lines if line["exit_code"]]
+    ends = "; ".join(f"`{line['name']}` ({OUTCOMES.get(line['exit_code'], line['exit_code'])})" for line in failed)
+    return PAGE.format(
+        hardware=lines[0]["hardware"],
+        torch=lines[0]["torch"],
+        date=lines[0]["date"],
+        rows="\n".join(rows),
+        median=100 * errors[len(errors) // 2],
+        worst=100 * errors[-1],
+        count=len(errors),
+        failed=f"Did not end well: {ends}." if failed else "",
+    )
 
 
 if __name__ == "__main__":

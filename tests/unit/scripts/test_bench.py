@@ -12,7 +12,7 @@ from finetune.config import Family, ModelConfig
 from finetune.models.diffusion import Painter, load_backbone
 from finetune.models.language import load_model, load_tokenizer
 from scripts.bench.bases import save
-from scripts.bench.memory import CASES, STEPS, chosen_cases, command, figures
+from scripts.bench.memory import CASES, ROOT, STEPS, chosen_cases, command, figures, planned, table
 from tests.tiny_families import save_family
 from tests.tiny_language_models import save_language
 
@@ -49,6 +49,20 @@ def test_every_case_is_a_command_that_is_valid(case: object, tmp_path: Path) -> 
 def test_a_case_that_there_is_not_is_named() -> None:
     with pytest.raises(SystemExit, match="no case nothing; there are: sd15-512-16"):
         chosen_cases(["sd15-512-16", "nothing"])
+
+
+def test_the_page_shows_what_the_lines_say() -> None:
+    """As generated: every measured case with its difference, and those that failed by name."""
+    lines = [json.loads(line) for line in (ROOT / "scripts" / "bench" / "memory.jsonl").read_text().splitlines()]
+    assert (ROOT / "docs" / "memory.md").read_text() == table(lines)
+    assert sum("planned_gib" in line for line in lines) == 11
+
+
+@pytest.mark.parametrize("name", ["sd15-512-4", "llama31-8b-2048-nf4"])
+def test_the_plan_says_what_was_measured(name: str) -> None:
+    lines = [json.loads(line) for line in (ROOT / "scripts" / "bench" / "memory.jsonl").read_text().splitlines()]
+    measured = next(line["measured_gib"] for line in lines if line["name"] == name)
+    assert planned(chosen_cases([name])[0]) == pytest.approx(measured, rel=0.05)
 
 
 def test_figures_come_from_the_receipts(tmp_path: Path) -> None:
