@@ -7,6 +7,7 @@ imported; a FinetuneError becomes one line a problem on stderr and the exit code
 import logging
 import os
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
@@ -33,6 +34,7 @@ FLAGS = {
     **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--info", "-i"), True),
 }
 COMPLETION_FLAGS = ("-sc", "--shell-completion", "--shell_completion")
+WIDTH = 80  # columns of the help
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -56,17 +58,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer(words: list[str], debug: bool) -> int:
     if words and words[0] in COMPLETION_FLAGS:
         return _complete(words)
-    asks_help = any(word in ("-h", "--help") for word in words)
-    has_recipe = any(word.startswith("conf=") for word in words)
-    if not words or (asks_help and not has_recipe):
-        print(help_text())
+    asks_help = any(word in ("-h", "--help") for word in words) or words[:1] == ["help"]
+    if not words or asks_help:
+        recipe = next((word for word in words if word.startswith("conf=")), "")
+        print(_keys_text(recipe, words) if recipe else help_text())
         return 0
     if words == ["--version"]:
         from importlib.metadata import version
 
         print(f"finetune {version('finetune')}")
         return 0
+    if words[0] in FLAGS:  # the command may stand behind its flags
+        words.sort(key=lambda word: word not in COMMANDS)
     command, rest = words[0], words[1:]
+    if command in FLAGS:
+        raise ConfigError(f"say which command, such as: finetune train {' '.join(words)}")
     if command not in COMMANDS:
         raise ConfigError(recipes.no_such("command", command, list(COMMANDS)))
     _quieten(debug)
@@ -99,12 +105,24 @@ main keys
   trainer.precision  sample.prompts
 
 more
-  --cfg job              print the configuration and stop
-  --help conf=RECIPE     print every key and preset
-  --multirun KEY=A,B     one run per value
-  --debug                show tracebacks and every warning
-  --version              print the version
+  --help conf=RECIPE                    every key with its meaning, every preset
+  COMMAND conf=RECIPE --cfg job         print the configuration and stop
+  COMMAND conf=RECIPE --multirun KEY=A,B    one run per value
+  COMMAND conf=RECIPE --debug           show tracebacks and every warning
+  --version                             print the version
   eval "$(finetune -sc install=bash)"    completion in this shell"""
+
+
+def _keys_text(recipe: str, words: list[str]) -> str:
+    """What `finetune --help conf=RECIPE [KEY=VALUE …]` prints: presets, and every key with its value and meaning."""
+    from finetune import compose, schema
+
+    overrides = [word for word in _sorted_out([word for word in words if "=" in word])[0] if word != recipe]
+    config = compose.load(recipe.removeprefix("conf="), overrides)
+    offered = (f"{group}: {', '.join(sorted(files))}" for group, files in recipes.preset_files().items())
+    wrapped = (textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in offered)
+    presets = "\n".join(wrapped)
+    return f"presets, such as lora=r32\n{presets}\n\nkeys of {recipe}\n{schema.listing(config, WIDTH)}"
 
 
 def _run_hydra(command: str, words: list[str], debug: bool) -> int:

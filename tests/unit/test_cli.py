@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import api, cli, errors, recipes, summary
+from finetune import api, cli, errors, recipes, schema, summary
 from finetune.config import Config
 from finetune.records import (
     Adapter,
@@ -71,6 +71,24 @@ def test_help_with_a_recipe_shows_keys_and_presets(finetune_cli: Cli) -> None:
     assert answer.code == 0
     assert "lora: all_linear, default, r32" in answer.out
     assert "caption_dropout" in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("first", ["--help", "help", "-h"])
+def test_every_key_is_shown_with_its_value_and_meaning(finetune_cli: Cli, first: str) -> None:
+    answer = finetune_cli(first, "conf=pirate_chat", "lora.rank=7")
+    assert (answer.code, answer.err) == (0, "")
+    lines = answer.out.splitlines()
+    texts = schema.meanings()
+    assert texts.keys() == schema.leaf_types().keys()
+    assert lines[lines.index("lora.rank=7") + 1] == "    " + texts["lora.rank"]
+    assert "sample.guidance=7.5" not in lines  # a setting of picture models
+
+
+@pytest.mark.parametrize("words", ["--cfg job train conf=smoke", "--cfg job conf=smoke train"])
+def test_flags_may_stand_before_the_command(finetune_cli: Cli, words: str) -> None:
+    answer = finetune_cli(*words.split())
+    assert (answer.code, yaml.safe_load(answer.out)["name"]) == (0, "smoke")
 
 
 def test_version(finetune_cli: Cli) -> None:
@@ -154,6 +172,10 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
         (["train", "conf=smoke", 'caption.prefix="a'], ['cannot read caption.prefix="a; text with spaces']),
         (["train", "conf=smoke", "sample.prompts=[a:"], ["cannot read sample.prompts=[a:; a list of texts is quoted"]),
         (["train", "conf=smoke", "--multirn"], ["no flag called --multirn; did you mean --multirun?"]),
+        (
+            ["--multirun", "conf=smoke", "seed=1,2"],
+            ["say which command, such as: finetune train --multirun conf=smoke"],
+        ),
         (["train", "conf=smoke", "-x"], ["no flag called -x"]),
         (
             ["train", "conf=smoke", "lora.rank=0", "optim.lr=-1"],
