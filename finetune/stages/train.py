@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,13 +10,14 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
+from finetune import earlier
 from finetune.advice import smallest
 from finetune.config import Config, as_dict
 from finetune.errors import Interrupted, OutOfMemory, RunError
 from finetune.models import lora
 from finetune.models.device import limit_memory, peak_gib, pick_device, pick_precision
 from finetune.progress import progress, say
-from finetune.records import METRICS, Dataset, Run, TextSet, hash_of, load_record, receipt_path, save_receipt
+from finetune.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
 from finetune.tasks import registry
 from finetune.tasks.base import Task, Visit
 from finetune.training import checkpoint
@@ -33,7 +33,6 @@ from finetune.training.tracking import Tracker
 T = TypeVar("T")
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
-RUN_OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", METRICS, "report.html", "config.yaml")
 
 
 def train(config: Config, dataset: Dataset | TextSet) -> Run:
@@ -45,7 +44,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     run_dir = Path(config.run_dir)
     folder = run_dir / "checkpoints"
     if config.trainer.restart:
-        _set_aside(run_dir)
+        earlier.set_aside(run_dir)
     identity = _identity(config, dataset)
     input_hash = hash_of(identity, config.trainer.steps)
     record = load_record(run_dir, "train", Run, input_hash=input_hash)
@@ -53,7 +52,9 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         say(f"train: fresh ({record.steps} steps)")
         return record
 
-    resumed = _resume(folder, identity, config.trainer.steps)
+    resumed = _resume(folder, identity, config.trainer.steps, dataset)
+    if resumed is None:
+        earlier.note(run_dir, dataset)
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
@@ -350,7 +351,9 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
     return {key: value for key, value in _flat(kept).items() if key != OFFLOAD}
 
 
-def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Checkpoint | None:
+def _resume(
+    folder: Path, identity: dict[str, Any], steps: int, dataset: Dataset | TextSet
+) -> checkpoint.Checkpoint | None:
     """The newest checkpoint if it continues this very run. Raises RunError with every difference otherwise."""
     found = checkpoint.steps_on_disk(folder)
     if not found:
@@ -359,31 +362,17 @@ def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Ch
     before = newest.state.identity
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
+        if key != dataset.content_name
+        else earlier.changes(folder.parent, dataset)
         for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
         if before.get(key) != identity.get(key)
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start anew"
     if changed:
-        raise RunError(f"{folder.parent} was trained with other settings ({'; '.join(changed)}); {advice}")
+        raise RunError(f"{folder.parent} was trained with other settings or examples ({'; '.join(changed)}); {advice}")
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
-
-
-def _set_aside(run_dir: Path) -> None:
-    """Move an earlier run's outputs to `previous-N/`; nothing is deleted."""
-    there = [run_dir / name for name in RUN_OUTPUTS if (run_dir / name).exists()]
-    receipts = [
-        path for stage in ("train", "export", "sample", "report") if (path := receipt_path(run_dir, stage)).exists()
-    ]
-    if not (run_dir / "checkpoints").exists():
-        return
-    number = next(n for n in itertools.count(1) if not (run_dir / f"previous-{n}").exists())
-    target = run_dir / f"previous-{number}"
-    target.mkdir()
-    for path in [*there, *receipts]:
-        shutil.move(path, target / path.name)
-    say(f"train: the earlier run is now in {target}")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

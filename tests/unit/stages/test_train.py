@@ -21,6 +21,7 @@ from finetune.models import lora, offload
 from finetune.records import Dataset, load_receipt
 from finetune.stages import train as stage
 from finetune.stages.train import train
+from finetune.tasks import texts
 from finetune.training import checkpoint
 from finetune.training.loop import Step
 from tests.unit.conftest import Setting
@@ -189,9 +190,23 @@ def test_changed_settings_are_listed_and_nothing_is_lost(config: Config, make_da
 
 
 def test_changed_captions_are_listed(config: Config, make_dataset: Callable[..., Dataset]) -> None:
-    train(config, make_dataset())
-    with pytest.raises(RunError, match=r"pictures and captions: "):
-        train(config, make_dataset(11))
+    train(config, make_dataset(16))
+    shorter = make_dataset(11)
+    index = Path(shorter.index)
+    index.write_text(index.read_text().replace('"picture 4"', '"another caption"'))
+    said = r"1 caption changed: 004.png, 5 pictures removed: 011.png, 012.png, 013.png and 2 more\).*restart=true"
+    with pytest.raises(RunError, match=said):
+        train(config, shorter)
+    Path(config.run_dir, "trained_on.json").unlink()
+    with pytest.raises(RunError, match=r"\(other pictures and captions\)"):  # a run of an earlier version
+        train(config, shorter)
+
+
+def test_changed_conversations_are_said_without_hashes(language_config: Config) -> None:
+    train(language_config, texts.build(language_config, None))
+    language_config.data.validation_share = 0.3
+    with pytest.raises(RunError, match=r"\(other conversations and template\)"):
+        train(language_config, texts.build(language_config, None))
 
 
 def test_more_steps_go_on_and_fewer_are_refused(config: Config, make_dataset: Callable[..., Dataset]) -> None:
