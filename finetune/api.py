@@ -5,6 +5,7 @@ own up to date: a stage whose inputs haven't changed is skipped. Heavy imports w
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import rundir
@@ -67,7 +68,8 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
     with rundir.held(config) as folder:
         from finetune.stages.export import export
 
-        return export(config, _finished(config, folder))
+        run = _finished(config, folder)
+        return export(_as_trained(config, folder), run)
 
 
 def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Answers:
@@ -78,7 +80,8 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
         from finetune.stages.sample import sample
 
         run = None if config.sample.adapter else load_record(folder, "train", Run)
-        return sample(config, export(config, run) if run else load_record(folder, "export", Adapter))
+        trained = export(_as_trained(config, folder), run) if run else None
+        return sample(config, trained or load_record(folder, "export", Adapter))
 
 
 def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
@@ -126,6 +129,13 @@ def _finished(config: Config, folder: Path) -> Run:
     if run is None:
         raise RunError(f"{folder} holds no finished run; type {_command('train', config)}")
     return run
+
+
+def _as_trained(config: Config, folder: Path) -> Config:
+    """With the name and the trigger phrase that the run in this folder was trained with: they belong to its adapter."""
+    written = rundir.written_config(folder)
+    caption = replace(config.caption, trigger=written.get("caption", {}).get("trigger", config.caption.trigger))
+    return replace(config, name=written.get("name", config.name), caption=caption)
 
 
 def _command(verb: str, config: Config) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from finetune.advice import smaller
 from finetune.config import Config, as_dict
@@ -40,6 +41,17 @@ def write_config(config: Config, folder: Path) -> None:
 
     text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=120)
     write_atomically(folder / CONFIG, text)
+
+
+def written_config(folder: Path) -> dict[str, Any]:
+    """The settings in `config.yaml`, empty where there is none. Raises RunError for a damaged one."""
+    import yaml
+
+    file = folder / CONFIG
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} is damaged; the same `train` command writes it anew") from error
 
 
 def _has_training_state(folder: Path) -> bool:

@@ -369,7 +369,7 @@ def _resume(
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start anew"
     if changed:
-        raise RunError(f"{folder.parent} was trained with other settings or examples ({'; '.join(changed)}); {advice}")
+        raise RunError(f"{folder.parent} was trained with other settings ({'; '.join(changed)}); {advice}")
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest

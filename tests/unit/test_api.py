@@ -133,6 +133,25 @@ def test_sample_exports_a_finished_run_first(plain: Config, calls: list[Any]) ->
     assert calls == [("export", (RUN,)), ("sample", (RECORDS["export"],))]
 
 
+@pytest.mark.parametrize("verb", ["export", "sample"])
+def test_an_adapter_keeps_the_name_and_the_trigger_of_its_run(
+    workdir: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    seen: list[Config] = []
+    trained = finetune.load("smoke", ["run_dir=run", "name=mine", "caption.trigger=mine style"])
+    finetune.train(trained)
+    finished(trained)
+    monkeypatch.setattr(
+        sys.modules["finetune.stages.export"], "export", lambda config, run: seen.append(config) or RECORDS["export"]
+    )
+    getattr(finetune, verb)("smoke", ["run_dir=run", "export.tolerance=1e-3"])
+    assert [(config.name, config.caption.trigger) for config in seen] == [("mine", "mine style")]
+    assert seen[0].export.tolerance == 1e-3
+    Path("run/config.yaml").write_text("a: [")
+    with pytest.raises(RunError, match=r"run/config.yaml is damaged; the same `train` command writes it anew"):
+        getattr(finetune, verb)("smoke", ["run_dir=run"])
+
+
 def test_sample_draws_with_any_adapter(plain: Config, calls: list[Any]) -> None:
     finished(plain)
     finetune.sample(plain, ["sample.adapter=elsewhere"])
