@@ -73,6 +73,14 @@ LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets
 {rows}
 
 ```python
-{usage.format(base=config.model.base)}```
+{_usage(usage, config.model.base)}```
 Training hash: `{run.training_hash}`
 """
+
+
+def _usage(code: str, base: str) -> str:
+    """`code` with what its libraries load the base from: an embedded one is a folder of this package."""
+    if base.startswith("embedded:"):
+        return "from finetune.models import hub\n" + code.format(base=f'str(hub.resolve("{base}"))')
+    name, _, revision = base.partition("@")
+    return code.format(base=f'"{name}"' + (f', revision="{revision}"' if revision else ""))
