@@ -132,6 +132,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
 
     from finetune import compose
 
+    overrides = compose.quoted(overrides)
     compose.register()
     if "--hydra-help" not in flags:
         compose.refuse(compose.problems(overrides, sweep))

@@ -285,6 +285,18 @@ def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, m
     assert [config.run_dir for config in seen] == [str(workdir / f"mine/smoke/seed={n}") for n in (1, 2)]
 
 
+def test_a_tilde_is_the_home_folder(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(api, "caption", seen.append)
+    monkeypatch.setattr(summary, "show", lambda *_: None)
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    assert finetune_cli("caption", "conf=smoke", "data.folder=~/pics", "run_dir=~/out").code == 0
+    assert finetune_cli("caption", "conf=smoke", "run_dir=~/out", "seed=1,2", "-m").code == 0
+    assert seen[0].data.folder == str(workdir / "home/pics")
+    folders = ["out", "out/smoke/seed=1", "out/smoke/seed=2"]
+    assert [config.run_dir for config in seen] == [str(workdir / "home" / folder) for folder in folders]
+
+
 def test_multirun_goes_on_after_a_failure_and_reports_it(
     finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -69,6 +69,20 @@ def test_quoted_text_keeps_commas_and_colons() -> None:
     assert config.caption.prefix == "one, two"
 
 
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_typed(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = compose.load("pixar_style", ["data.folder=~/my pics", "run_dir=~/out", "caption.prefix=~/x"])
+    assert (config.data.folder, config.run_dir, config.caption.prefix) == ("/home/me/my pics", "/home/me/out", "~/x")
+    write(workdir / "conf/mine.yaml", "model: {base: ~/sd}\ndata: {folder: x, cache: ~/cache}\n")
+    config = compose.load("mine", ['sample.adapter="~/a"'])
+    assert (config.model.base, config.data.cache, config.sample.adapter) == (
+        "/home/me/sd",
+        "/home/me/cache",
+        "/home/me/a",
+    )
+    assert compose.apply(config, ["lora.start_from=~/b"]).lora.start_from == "/home/me/b"
+
+
 def test_a_recipe_extends_a_recipe_with_another_model(workdir: Path) -> None:
     write(workdir / "conf/real.yaml", "defaults:\n  - pixar_style\n  - override /model: sd15\nseed: 9\n")
     config = compose.load("real")
