@@ -10,7 +10,7 @@ from pathlib import Path
 
 from finetune import rundir
 from finetune.checks import check
-from finetune.config import Config
+from finetune.config import Config, as_dict
 from finetune.errors import ConfigError, RunError
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet, load_record
 
@@ -73,7 +73,10 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
 
 
 def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Answers:
-    """What base and tuned model make of the prompts; tuned by `sample.adapter`, or else by the run's adapter."""
+    """What base and tuned model make of the prompts; tuned by `sample.adapter`, or else by the run's adapter.
+
+    With settings other than the run's own it is drawn into a folder apart, `samples_more/HASH/`.
+    """
     config = _config(recipe, overrides, draws=True)
     with rundir.held(config) as folder:
         from finetune.stages.export import export
@@ -81,7 +84,8 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
 
         run = None if config.sample.adapter else load_record(folder, "train", Run)
         trained = export(_as_trained(config, folder), run) if run else None
-        return sample(config, trained or load_record(folder, "export", Adapter))
+        own = as_dict(config)["sample"] == rundir.written_config(folder).get("sample")
+        return sample(config, trained or load_record(folder, "export", Adapter), own=own)
 
 
 def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:

@@ -11,7 +11,17 @@ from finetune.progress import say
 from finetune.records import METRICS, Dataset, TextSet, receipt_path, write_atomically
 
 TRAINED_ON = "trained_on.json"
-OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", METRICS, TRAINED_ON, "report.html", "config.yaml")
+OUTPUTS = (
+    "checkpoints",
+    "tensorboard",
+    "adapter",
+    "samples",
+    "samples_more",
+    METRICS,
+    TRAINED_ON,
+    "report.html",
+    "config.yaml",
+)
 NAMED = 3  # file names in a message; the rest is counted
 
 

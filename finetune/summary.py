@@ -42,7 +42,10 @@ def _line(record: Any) -> str:
         return f"dataset: {rows}; {record.tokens:,} tokens, {record.trained:,} of them trained"
     if isinstance(record, Adapter):
         return f"adapter: {record.folder} ({', '.join(record.files.values())})"
-    if isinstance(record, Samples | Answers):
+    if isinstance(record, Answers):
+        told = (f"{item.prompt}\n  base:  {item.base}\n  tuned: {item.tuned}\n" for item in record.items)
+        return f"{''.join(told)}samples: {record.page}"
+    if isinstance(record, Samples):
         return f"samples: {record.page}"
     if isinstance(record, Report):
         return f"report: {record.file}"

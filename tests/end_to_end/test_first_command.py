@@ -472,7 +472,8 @@ def test_the_next_commands_do_what_they_say(first: First, tmp_path: Path) -> Non
     assert drawn.returncode == 0, drawn.stderr
     prompt = json.loads(shlex.split(sample)[-1].removeprefix("sample.prompts="))[0]
     assert prompt.endswith(TRIGGER)
-    lines = (work / "outputs" / "pixar_style" / "samples" / "samples.jsonl").read_text().splitlines()
+    (file,) = (work / "outputs" / "pixar_style" / "samples_more").glob("*/samples.jsonl")
+    lines = file.read_text().splitlines()
     assert [json.loads(line)["prompt"] for line in lines] == [prompt] * len(first.config["sample"]["seeds"])
 
 

@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     seen: list[tuple[str, tuple[Any, ...]]] = []
 
     def noting(name: str) -> Callable[..., Any]:
-        def stage(config: Config, *arguments: Any) -> Any:
+        def stage(config: Config, *arguments: Any, **_: Any) -> Any:
             seen.append((name, arguments))
             return RECORDS[name]
 
@@ -370,5 +370,10 @@ def test_the_whole_line_with_tiny_models(config: Config) -> None:
     assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # fresh, not drawn again
     drawn = finetune.sample(config, ['sample.prompts=["a blue wall","a red wall"]'])
     assert [item.prompt for item in drawn.items] == ["a blue wall", "a red wall"]
+    assert Path(drawn.grid).is_file()
+    assert Path(drawn.folder).parent == Path(config.run_dir, "samples_more")
+    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # the run's own stay, and stay fresh
+    assert finetune.sample(config) == first.samples
+    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns
     assert finetune.export(config) == first.adapter
     assert first._repr_html_()

@@ -17,7 +17,7 @@ ANSWERS = Answers("outputs/mine/samples", "outputs/mine/samples/answers.md", (An
     ("record", "line"),
     [
         (text_set(), "dataset: 180 rows to train, 20 held out; 20,000 tokens, 5,000 of them trained"),
-        (ANSWERS, "samples: outputs/mine/samples/answers.md"),
+        (ANSWERS, "p\n  base:  hello\n  tuned: ahoy\nsamples: outputs/mine/samples/answers.md"),
     ],
 )
 def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record: Any, line: str) -> None:
