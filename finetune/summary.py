@@ -69,7 +69,7 @@ def _table(config: Config, result: Result) -> None:
     table.add_row("micro-batch", str(run.micro_batch))
     if run.eased:
         table.add_row("memory", f"ran out; went on with {run.eased}")
-    table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}")
+    table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f} (first step → mean of the last 10 %)")
     if run.first_validation is not None and run.best_validation is not None:
         at = f" at step {run.best_step}" if run.best_step is not None else ""
         table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}")

@@ -24,7 +24,7 @@ def run_rows(run: Run) -> list[list[str]]:
     rows = [
         ["steps", f"{run.steps:,}"],
         [f"{run.unit} seen", f"{run.items:,}"],
-        ["loss, first step → smoothed at the end", f"{run.first_loss:.4f} → {run.last_loss:.4f}"],
+        ["loss, first step → mean of the last 10 % of steps", f"{run.first_loss:.4f} → {run.last_loss:.4f}"],
     ]
     if run.first_validation is not None and run.best_validation is not None:
         at = "" if run.best_step is None else f" (step {run.best_step:,})"

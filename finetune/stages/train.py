@@ -16,6 +16,7 @@ from finetune.config import Config, as_dict
 from finetune.errors import Interrupted, OutOfMemory, RunError
 from finetune.models import lora
 from finetune.models.device import limit_memory, peak_gib, pick_device, pick_precision
+from finetune.pages import curves
 from finetune.progress import progress, say
 from finetune.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
 from finetune.tasks import registry
@@ -32,6 +33,9 @@ from finetune.training.tracking import Tracker
 
 T = TypeVar("T")
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
+LAST_SHARE = (
+    0.1  # of the steps, over which the loss at the end is a mean: smoothing still feels the start of short runs
+)
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 
 
@@ -230,7 +234,7 @@ class _Session:
             trainable=trainable,
             total=total,
             first_loss=state.first_loss,
-            last_loss=state.smoothed_loss,
+            last_loss=self._last_loss(),
             first_validation=state.first_validation,
             best_validation=state.best_validation,
             best_step=state.best_step,
@@ -252,6 +256,13 @@ class _Session:
             figures["final/validation"] = run.best_validation
         self.tracker.hparams(self.identity, figures)
         return run
+
+    def _last_loss(self) -> float:
+        steps = self.state.step
+        losses = [
+            loss for step, loss in curves.read(self.run_dir).get("loss/step", []) if step > steps - LAST_SHARE * steps
+        ]
+        return sum(losses) / len(losses) if losses else self.state.smoothed_loss
 
     def _visits(self) -> Iterator[Sequence[Visit]]:
         """This process's visits of every remaining step."""

@@ -65,6 +65,18 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     assert not same(newest.averaged, newest.adapter)
 
 
+def test_the_loss_at_the_end_is_the_mean_of_the_last_tenth(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    config.trainer.steps, config.trainer.save_every, config.trainer.validate_every = 20, 10, 0
+    dataset, whole = make_dataset(), config.run_dir
+    run = train(config, dataset)
+    lines = [json.loads(line) for line in Path(whole, "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/step"] for line in lines if "loss/step" in line]
+    assert run.last_loss == pytest.approx((losses[-1] + losses[-2]) / 2)
+    assert run.last_loss != pytest.approx(losses[-1])
+
+
 def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next stages need the memory: two models of 7 billion parameters don't fit a 24 GB card."""
     models = []
