@@ -62,7 +62,7 @@ def difference(dialect: str, differences: Mapping[str, float]) -> str:
     if dialect not in differences:
         return "average of the weights"
     unit = " nats a token (KL)" if dialect == "merged" else ""
-    return f"{differences[dialect]:.1e}{unit}" if differences[dialect] else "none"
+    return f"{differences[dialect]:.1e}{unit}" if differences[dialect] else "no difference"
 
 
 def plural(count: int, thing: str) -> str:

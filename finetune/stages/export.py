@@ -38,7 +38,7 @@ def export(config: Config, run: Run) -> Adapter:
         seconds=time.monotonic() - start,
         figures={f"{dialect} difference": value for dialect, value in differences.items()},
     )
-    proven = ", ".join(f"{name} ({difference(name, differences)})" for name in differences)
+    proven = ", ".join(f"{difference(name, differences)} ({name})" for name in differences)
     say(f"export: compared with the trained model: {proven}")
     return record
 
