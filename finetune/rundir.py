@@ -3,8 +3,8 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -25,11 +25,13 @@ def held(config: Config, owns_config: bool = False) -> Iterator[Path]:
     """The run folder, locked. Out-of-memory and full-disk errors inside come out as ours.
 
     owns_config: the caller trains, so config.yaml is its to write; other verbs write it only where there is none.
-    Raises RunError for a folder that is in use or can't be written.
+    A command that fails before it leaves anything there leaves no folder either. Raises RunError for a folder that is
+    in use or can't be written.
     """
     folder = Path(config.run_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     _make(folder)
-    with _locked(folder), _explained(config):
+    with _locked(folder), _without_trace(made), _explained(config):
         if not (folder / CONFIG).exists() or (owns_config and not _has_training_state(folder)):
             write_config(config, folder)
         yield folder
@@ -98,6 +100,21 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def _without_trace(made: Sequence[Path]) -> Iterator[None]:
+    """Take the folders back that were `made` for a command that fails before it has anything to leave in them."""
+    try:
+        yield
+    except BaseException:
+        if made and {path.name for path in made[0].iterdir()} <= {CONFIG, LOCK, OWNER}:
+            for name in (CONFIG, LOCK, OWNER):
+                (made[0] / name).unlink(missing_ok=True)
+            for path in made:
+                with suppress(OSError):  # somebody else has begun to use it
+                    path.rmdir()
+        raise
 
 
 def _owner(folder: Path) -> str:

@@ -225,6 +225,31 @@ def test_a_folder_that_cannot_be_made(plain: Config, calls: list[Any]) -> None:
         finetune.caption(plain)
 
 
+@pytest.mark.parametrize("there", [False, True])
+def test_a_command_that_fails_at_once_leaves_no_folder(plain: Config, there: bool) -> None:
+    plain.run_dir = "a/b/run"
+    if there:
+        Path("a/b/run").mkdir(parents=True)
+    with pytest.raises(ModelError, match="has no adapter"):
+        finetune.sample(plain)
+    assert Path("a/b/run").exists() == there
+    assert Path("a").exists() == there
+
+
+def test_a_command_that_fails_later_leaves_what_it_has_done(
+    plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: Config, captions: Any) -> Any:
+        save_receipt(Path(config.run_dir), "caption", RECORDS["caption"], input_hash="", seconds=1.0, figures={})
+        raise RunError("no")
+
+    monkeypatch.setattr(sys.modules["finetune.stages.dataset"], "dataset", fail)
+    with pytest.raises(RunError, match="no"):
+        finetune.dataset(plain)
+    assert Path("run/receipts/caption.json").is_file()
+    assert Path("run/config.yaml").is_file()
+
+
 def test_a_read_only_folder(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", _failing(errno.EROFS))  # permissions don't bind root, who may run tests
     with pytest.raises(RunError, match=r"cannot write in the run folder run \(Read-only file system\)"):
