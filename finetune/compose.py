@@ -275,8 +275,10 @@ def _values(override: Override) -> list[Any]:
 def _override_problem(override: Override) -> str | None:
     key = override.key_or_group
     presets = recipes.preset_files()
-    if key.startswith(("hydra.", "hydra/")) or override.is_delete():
+    if key.startswith(("hydra.", "hydra/")):
         return None
+    if override.is_delete():
+        return f"{override.input_line} would delete a setting, which is not possible; give it a value: {key}=…"
     if key in presets and all(isinstance(value, str) for value in _values(override)):
         wrong = [str(value) for value in _values(override) if value not in presets[key]]
         return recipes.no_such(f"{key} preset", wrong[0], sorted(presets[key])) if wrong else None
@@ -306,7 +308,7 @@ def _recipe_problems(name: str, seen: set[str]) -> list[str]:
             found += [problem for key, preset in entry.items() if (problem := _preset_choice_problem(key, preset))]
     found += schema.tree_problems({key: value for key, value in tree.items() if key != "hydra"})
     where = f"{recipes.shown(files[name])}: "
-    return [problem if problem.startswith("no recipe ") or ".yaml" in problem else where + problem for problem in found]
+    return [problem if ".yaml" in problem else where + problem for problem in found]
 
 
 def _preset_choice_problem(key: str, preset: Any) -> str | None:

@@ -70,9 +70,9 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
                 run.note(step)
                 if stop.number is not None:
                     run.save()
+                    then = "hands out what was trained" if step.number == config.trainer.steps else "goes on from there"
                     raise Interrupted(
-                        f"stopped by signal {stop.number} after step {step.number}; "
-                        "the same command goes on from there",
+                        f"stopped by signal {stop.number} after step {step.number}; the same command {then}",
                         stop.number,
                     )
             record = run.finish(input_hash)

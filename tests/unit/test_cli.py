@@ -169,6 +169,10 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
             ["train", "pixar_style"],
             ["'pixar_style' is not a setting; settings are written key=value, such as conf=pix", "conf= is"],
         ),
+        (
+            ["train", "conf=smoke", "~lora.rank"],
+            ["~lora.rank would delete a setting, which is not possible; give it a va"],
+        ),
         (["train", "conf=smoke", 'caption.prefix="a'], ['cannot read caption.prefix="a; text with spaces']),
         (["train", "conf=smoke", "sample.prompts=[a:"], ["cannot read sample.prompts=[a:; a list of texts is quoted"]),
         (["train", "conf=smoke", "--multirn"], ["no flag called --multirn; did you mean --multirun?"]),

@@ -48,9 +48,17 @@ def test_settings_of_the_other_kind_of_model_are_refused() -> None:
         ConfigError, match=r"caption\.prefix is a setting of diffusion models, this recipe trains a lang"
     ):
         compose.load("pirate_chat", ["caption.prefix=x"])
-    found = check(compose.load("pixar_style", ["model=embedded_language", "lora=all_linear"]))
-    assert found[0] == "data.file is not set; type data.file=…"
-    assert found[1] == "export.dialects=diffusers is not for a language model; it offers: peft, merged, gguf"
+    found = check(compose.load("pixar_style", ["model=embedded_language", "lora.rank=0"]))
+    assert found == [
+        (
+            "conf=pixar_style is a recipe for diffusion models (data.folder is set), this is a language model; "
+            "take a recipe such as conf=pirate_chat, or another model"
+        ),
+        "lora.rank must be at least 1, got 0; try lora.rank=16",
+    ]
+    found = check(compose.load("pixar_style", ["model=embedded_language", "data.file=x"]))
+    assert found[0] == "export.dialects=diffusers is not for a language model; it offers: peft, merged, gguf"
+    assert check(compose.load("pirate_chat", ["data.file="])) == ["data.file is not set; type data.file=…"]
 
 
 def test_values_arrive_with_their_types() -> None:
@@ -153,7 +161,9 @@ def test_a_recipe_that_extends_itself_or_nothing(workdir: Path) -> None:
     with pytest.raises(ConfigError, match=r"conf/loop\.yaml extends itself"):
         compose.load("loop")
     write(workdir / "conf/orphan.yaml", "defaults:\n  - pixar_stil\n")
-    with pytest.raises(ConfigError, match="no recipe called 'pixar_stil'; did you mean pixar_style"):
+    with pytest.raises(
+        ConfigError, match=r"^conf/orphan.yaml: no recipe called 'pixar_stil'; did you mean pixar_style"
+    ):
         compose.load("orphan")
 
 

@@ -104,6 +104,21 @@ def test_a_finished_run_is_fresh(
     assert "train: fresh (4 steps)" in capsys.readouterr().err
 
 
+def test_a_signal_after_the_last_step_does_not_promise_more_steps(
+    config: Config, make_dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = stage._Session.note
+
+    def interrupt(session: stage._Session, step: Step) -> None:
+        note(session, step)
+        if step.number == config.trainer.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(stage._Session, "note", interrupt)
+    with pytest.raises(Interrupted, match="after step 4; the same command hands out what was trained"):
+        train(config, make_dataset())
+
+
 @pytest.mark.parametrize("cut", [1, 2, 3])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
