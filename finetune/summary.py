@@ -72,7 +72,8 @@ def _table(config: Config, result: Result) -> None:
     table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f} (first step → mean of the last 10 %)")
     if run.first_validation is not None and run.best_validation is not None:
         at = f" at step {run.best_step}" if run.best_step is not None else ""
-        table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}")
+        on = "" if result.dataset.validation else ", on examples that were trained on"
+        table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}{on}")
     if run.skipped_steps:
         table.add_row("skipped", f"{run.skipped_steps} steps with a loss or gradient that was not finite")
     for name, path in (

@@ -62,6 +62,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
+    if config.trainer.validate_every and not dataset.validation:
+        say("train: too few examples to hold any out; the validation loss is measured on some that are trained on")
     task = registry.build_task(config, dataset, device)
     run = _Session(config, task, accelerator, identity, resumed)
     with catch_stop() as stop:

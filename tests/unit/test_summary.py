@@ -1,5 +1,6 @@
 """What a run on conversations leaves on the screen; `test_cli` has that of a run on pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -42,3 +43,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     ):
         assert words in out
     assert "grid" not in out
+    assert "that were trained on" not in out
+    none = replace(text_set(), validation=0)
+    summary.show(config, Result(None, none, run, adapter, ANSWERS, Report("outputs/mine/report.html")))
+    assert ", on examples that were trained on" in " ".join(capsys.readouterr().out.split())

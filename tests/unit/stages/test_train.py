@@ -216,6 +216,14 @@ def test_changed_settings_are_listed_and_nothing_is_lost(config: Config, make_da
     assert same(before, adapter(config.run_dir + "/previous-1", 4))
 
 
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_a_set_too_small_to_hold_any_out_is_announced(
+    config: Config, make_dataset: Callable[..., Dataset], capsys: pytest.CaptureFixture[str], held_out: int
+) -> None:
+    train(config, make_dataset(10, held_out))
+    assert ("too few examples to hold any out" in capsys.readouterr().err) == (not held_out)
+
+
 def test_changed_captions_are_listed(config: Config, make_dataset: Callable[..., Dataset]) -> None:
     train(config, make_dataset(16))
     shorter = make_dataset(11)
