@@ -63,7 +63,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     limit_memory(device, config.hardware.vram_gib)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
-        say("train: too few examples to hold any out; the validation loss is measured on some that are trained on")
+        say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
     task = registry.build_task(config, dataset, device)
     run = _Session(config, task, accelerator, identity, resumed)
     with catch_stop() as stop:

@@ -221,7 +221,7 @@ def test_a_set_too_small_to_hold_any_out_is_announced(
     config: Config, make_dataset: Callable[..., Dataset], capsys: pytest.CaptureFixture[str], held_out: int
 ) -> None:
     train(config, make_dataset(10, held_out))
-    assert ("too few examples to hold any out" in capsys.readouterr().err) == (not held_out)
+    assert ("no examples are held out" in capsys.readouterr().err) == (not held_out)
 
 
 def test_changed_captions_are_listed(config: Config, make_dataset: Callable[..., Dataset]) -> None:
