@@ -11,7 +11,7 @@ import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -83,12 +83,18 @@ def help_text() -> str:
     """What `finetune --help` prints: commands, recipes, one example, the main keys."""
     files = recipes.recipe_files()
     width = max(map(len, [*COMMANDS, *files]))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
-    listed = "\n".join(f"  {name:<{width}}  {recipes.title(path)}" for name, path in files.items())
+    indent = " " * (width + 4)
+
+    def rows(texts: Mapping[str, str]) -> str:
+        lines = (f"  {name:<{width}}  {text}" for name, text in texts.items())
+        return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) for line in lines)
+
+    commands = rows(COMMANDS)
+    listed = rows({name: recipes.title(path) for name, path in files.items()})
     return f"""\
 LoRA fine-tuning from pictures or conversations to a tested adapter.
 
-usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]     (or: python -m finetune …)
+usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]  (or: python -m finetune …)
 
 commands
 {commands}
@@ -96,20 +102,21 @@ commands
 recipes (conf/*.yaml of the package and of the current folder)
 {listed}
 
-example
-  finetune train conf=pixar_style data.folder=my/pictures run_dir=outputs/mine
+examples
+  finetune train conf=pixar_style data.folder=my/pictures name=mine
+  finetune train conf=pirate_chat data.file=my/conversations.jsonl name=mine
 
 main keys
-  seed  run_dir  data.folder  lora.rank  lora.alpha  optim.lr  trainer.steps
-  trainer.save_every  trainer.micro_batch  trainer.accumulate
-  trainer.precision  sample.prompts
+  name  seed  run_dir  model  data.folder  data.file  lora.rank  lora.alpha
+  optim.lr  trainer.steps  trainer.save_every  trainer.micro_batch
+  trainer.accumulate  trainer.precision  sample.prompts
 
 more
-  --help conf=RECIPE                    every key with its meaning, every preset
-  COMMAND conf=RECIPE --cfg job         print the configuration and stop
-  COMMAND conf=RECIPE --multirun KEY=A,B    one run per value
-  COMMAND conf=RECIPE --debug           show tracebacks and every warning
-  --version                             print the version
+  finetune --help conf=RECIPE            every key with its meaning, the presets
+  COMMAND … --cfg job                    print the configuration and stop
+  COMMAND … KEY=A,B --multirun           one run per value
+  COMMAND … --debug                      show tracebacks and every warning
+  finetune --version                     print the version
   eval "$(finetune -sc install=bash)"    completion in this shell"""
 
 

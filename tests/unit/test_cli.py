@@ -47,12 +47,19 @@ def python(*words: str, cwd: Path | None = None, **environment: str) -> subproce
 def test_help_lists_commands_and_recipes(finetune_cli: Cli, words: list[str]) -> None:
     answer = finetune_cli(*words)
     assert answer.code == 0
-    for name in [*cli.COMMANDS, *recipes.recipe_files(), "conf=pixar_style", "trainer.micro_batch"]:
+    for name in [
+        *cli.COMMANDS,
+        *recipes.recipe_files(),
+        "conf=pixar_style",
+        "trainer.micro_batch",
+        "data.file",
+        " model ",
+    ]:
         assert name in answer.out
 
 
 def test_help_fits_a_terminal(finetune_cli: Cli) -> None:
-    assert max(map(len, finetune_cli("--help").out.splitlines())) <= 100
+    assert max(map(len, finetune_cli("--help").out.splitlines())) <= 80
 
 
 def test_help_shows_each_recipes_first_comment_line(finetune_cli: Cli, workdir: Path) -> None:
