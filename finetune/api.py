@@ -46,7 +46,7 @@ def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
     from finetune.tasks import registry
 
     if not registry.kind(config).captioned:
-        raise ConfigError(f"conf={config.name} trains a {config.model.kind} model; only pictures have captions")
+        raise ConfigError(f"this recipe trains a {config.model.kind} model; only pictures have captions")
     with rundir.held(config):
         from finetune.stages.caption import caption
 
@@ -68,7 +68,7 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
     with rundir.held(config) as folder:
         from finetune.stages.export import export
 
-        run = _finished(config, folder)
+        run = _finished(folder)
         return export(_as_trained(config, folder), run)
 
 
@@ -94,7 +94,7 @@ def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
     with rundir.held(config) as folder:
         from finetune.stages.report import report
 
-        _finished(config, folder)
+        _finished(folder)
         return report(config)
 
 
@@ -127,11 +127,11 @@ def _captions(config: Config) -> CaptionSet | None:
     return caption(config)
 
 
-def _finished(config: Config, folder: Path) -> Run:
+def _finished(folder: Path) -> Run:
     """The run that finished in this folder. Raises RunError if none did."""
     run = load_record(folder, "train", Run)
     if run is None:
-        raise RunError(f"{folder} holds no finished run; type {_command('train', config)}")
+        raise RunError(f"{folder} holds no finished run; type the same command with train first")
     return run
 
 
@@ -140,10 +140,3 @@ def _as_trained(config: Config, folder: Path) -> Config:
     written = rundir.written_config(folder)
     caption = replace(config.caption, trigger=written.get("caption", {}).get("trigger", config.caption.trigger))
     return replace(config, name=written.get("name", config.name), caption=caption)
-
-
-def _command(verb: str, config: Config) -> str:
-    """The command line that runs `verb` in this configuration's folder."""
-    usual = Path("outputs") / config.name
-    elsewhere = "" if Path(config.run_dir) == usual else f" run_dir={config.run_dir}"
-    return f"finetune {verb} conf={config.name}{elsewhere}"

@@ -32,7 +32,7 @@ def check(config: Config) -> list[str]:
     other = next((kind for kind, (_, value) in places.items() if missing and value.strip()), "")
     if other:
         problems.append(
-            f"conf={config.name} is a recipe for {other} models ({places[other][0]} is set), this is a "
+            f"this recipe is for {other} models ({places[other][0]} is set), this is a "
             f"{config.model.kind} model; take a recipe such as conf={RECIPES[config.model.kind]}, or another model"
         )
     elif needed and missing:

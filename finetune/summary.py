@@ -20,7 +20,8 @@ WIDTH = 80  # columns; a narrower terminal gets its own width
 def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
     """Print what a command left. overrides: the settings it was given, which the next commands repeat."""
     if isinstance(record, Result):
-        _table(config, record)
+        recipe = next((word for word in overrides if word.startswith("conf=")), f"conf={config.name}")
+        _table(config, record, recipe)
         print("next")
         for line in _next(config, record, overrides):
             print(f"  {line}")
@@ -52,12 +53,12 @@ def _line(record: Any) -> str:
     raise TypeError(f"no line for a {type(record).__name__}")
 
 
-def _table(config: Config, result: Result) -> None:
+def _table(config: Config, result: Result, recipe: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     run = result.run
-    table = Table(title=f"finetune train conf={config.name}", title_justify="left", show_header=False, box=None)
+    table = Table(title=f"finetune train {recipe}", title_justify="left", show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     names, seconds = _seconds(Path(config.run_dir))

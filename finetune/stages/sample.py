@@ -57,7 +57,7 @@ def _path(config: Config, adapter: Adapter | None) -> Path:
         return lora_files.peft_folder(Path(config.sample.adapter))
     if adapter is None:
         raise ModelError(
-            f"{config.run_dir} has no adapter; type: finetune train conf={config.name}, or set sample.adapter=…"
+            f"{config.run_dir} has no adapter; type the same command with train first, or set sample.adapter=…"
         )
     return Path(adapter.folder) / next(iter(adapter.files.values()))
 

@@ -120,7 +120,7 @@ def test_a_recipe_by_name_takes_overrides(workdir: Path, calls: list[Any]) -> No
 
 @pytest.mark.parametrize("verb", ["export", "report"])
 def test_what_needs_a_finished_run_says_how_to_get_one(plain: Config, calls: list[Any], verb: str) -> None:
-    with pytest.raises(RunError, match=r"^run holds no finished run; type finetune train conf=smoke run_dir=run$"):
+    with pytest.raises(RunError, match=r"^run holds no finished run; type the same command with train first$"):
         getattr(finetune, verb)(plain)
     assert calls == []
     finished(plain)
@@ -165,7 +165,7 @@ def test_sample_draws_with_an_exported_adapter_whose_run_is_gone(plain: Config, 
 
 
 def test_sample_without_any_adapter_says_what_to_type(plain: Config) -> None:
-    with pytest.raises(ModelError, match="has no adapter; type: finetune train conf=smoke"):
+    with pytest.raises(ModelError, match="has no adapter; type the same command with train first, or set"):
         finetune.sample(plain)
 
 

@@ -398,9 +398,11 @@ sys.exit(cli.main(["caption", "conf=smoke", *sys.argv[1:]]))
 
 
 def test_the_next_commands_repeat_the_settings(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
-    overrides = ["conf=mine", "model=sd15", "caption.prefix=a b", "run_dir=z", "sample.prompts=[x]"]
+    overrides = ["conf=big", "name=mine", "model=sd15", "caption.prefix=a b", "run_dir=z", "sample.prompts=[x]"]
     summary.show(Config(name="mine", run_dir="z"), _result(), overrides)
-    assert "sample conf=mine model=sd15 'caption.prefix=a b' run_dir=z 'sample.prompts=[" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].rstrip() == "finetune train conf=big"  # the recipe, which a run of another name keeps
+    assert "sample conf=big name=mine model=sd15 'caption.prefix=a b' run_dir=z 'sample.prompts=[" in out
 
 
 def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:

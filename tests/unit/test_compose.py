@@ -51,7 +51,7 @@ def test_settings_of_the_other_kind_of_model_are_refused() -> None:
     found = check(compose.load("pixar_style", ["model=embedded_language", "lora.rank=0"]))
     assert found == [
         (
-            "conf=pixar_style is a recipe for diffusion models (data.folder is set), this is a language model; "
+            "this recipe is for diffusion models (data.folder is set), this is a language model; "
             "take a recipe such as conf=pirate_chat, or another model"
         ),
         "lora.rank must be at least 1, got 0; try lora.rank=16",
