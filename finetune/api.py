@@ -5,11 +5,12 @@ own up to date: a stage whose inputs haven't changed is skipped. Heavy imports w
 """
 
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from finetune import rundir
 from finetune.checks import check
-from finetune.config import Config
+from finetune.config import Config, as_dict
 from finetune.errors import ConfigError, RunError
 from finetune.plans import Plan
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet, load_record
@@ -54,7 +55,7 @@ def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
     from finetune.tasks import registry
 
     if not registry.kind(config).captioned:
-        raise ConfigError(f"conf={config.name} trains a {config.model.kind} model; only pictures have captions")
+        raise ConfigError(f"this recipe trains a {config.model.kind} model; only pictures have captions")
     with rundir.held(config):
         from finetune.stages.caption import caption
 
@@ -76,18 +77,24 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
     with rundir.held(config) as folder:
         from finetune.stages.export import export
 
-        return export(config, _finished(config, folder))
+        run = _finished(folder)
+        return export(_as_trained(config, folder), run)
 
 
 def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Answers:
-    """What base and tuned model make of the prompts; tuned by `sample.adapter`, or else by the run's adapter."""
+    """What base and tuned model make of the prompts; tuned by `sample.adapter`, or else by the run's adapter.
+
+    With settings other than the run's own it is drawn into a folder apart, `samples_more/HASH/`.
+    """
     config = _config(recipe, overrides, draws=True)
     with rundir.held(config) as folder:
         from finetune.stages.export import export
         from finetune.stages.sample import sample
 
         run = None if config.sample.adapter else load_record(folder, "train", Run)
-        return sample(config, export(config, run) if run else load_record(folder, "export", Adapter))
+        trained = export(_as_trained(config, folder), run) if run else None
+        own = as_dict(config)["sample"] == rundir.written_config(folder).get("sample")
+        return sample(config, trained or load_record(folder, "export", Adapter), own=own)
 
 
 def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
@@ -96,7 +103,7 @@ def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
     with rundir.held(config) as folder:
         from finetune.stages.report import report
 
-        _finished(config, folder)
+        _finished(folder)
         return report(config)
 
 
@@ -129,16 +136,16 @@ def _captions(config: Config) -> CaptionSet | None:
     return caption(config)
 
 
-def _finished(config: Config, folder: Path) -> Run:
+def _finished(folder: Path) -> Run:
     """The run that finished in this folder. Raises RunError if none did."""
     run = load_record(folder, "train", Run)
     if run is None:
-        raise RunError(f"{folder} holds no finished run; type {_command('train', config)}")
+        raise RunError(f"{folder} holds no finished run; type the same command with train first")
     return run
 
 
-def _command(verb: str, config: Config) -> str:
-    """The command line that runs `verb` in this configuration's folder."""
-    usual = Path("outputs") / config.name
-    elsewhere = "" if Path(config.run_dir) == usual else f" run_dir={config.run_dir}"
-    return f"finetune {verb} conf={config.name}{elsewhere}"
+def _as_trained(config: Config, folder: Path) -> Config:
+    """With the name and the trigger phrase that the run in this folder was trained with: they belong to its adapter."""
+    written = rundir.written_config(folder)
+    caption = replace(config.caption, trigger=written.get("caption", {}).get("trigger", config.caption.trigger))
+    return replace(config, name=written.get("name", config.name), caption=caption)

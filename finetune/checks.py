@@ -6,6 +6,7 @@ DIALECTS = {
     "diffusion": (Dialect.peft, Dialect.diffusers, Dialect.kohya),
     "language": (Dialect.peft, Dialect.merged, Dialect.gguf),
 }
+RECIPES = {"diffusion": "pixar_style", "language": "pirate_chat"}  # one to begin with
 
 
 def check(config: Config) -> list[str]:
@@ -25,11 +26,20 @@ def check(config: Config) -> list[str]:
         config.loss,
     )
     require(0 <= config.seed < 2**63, "seed", "must be in 0 … 2^63-1", config.seed, "0")
-    needed = {"diffusion": ("data.folder", data.folder), "language": ("data.file", data.file)}.get(config.model.kind)
-    if needed and not needed[1].strip():
+    places = {"diffusion": ("data.folder", data.folder), "language": ("data.file", data.file)}
+    needed = places.get(config.model.kind)
+    missing = needed is not None and not needed[1].strip()
+    other = next((kind for kind, (_, value) in places.items() if missing and value.strip()), "")
+    if other:
+        problems.append(
+            f"this recipe is for {other} models ({places[other][0]} is set), this is a "
+            f"{config.model.kind} model; take a recipe such as conf={RECIPES[config.model.kind]}, or another model"
+        )
+    elif needed and missing:
         problems.append(f"{needed[0]} is not set; type {needed[0]}=…")
     dialects = DIALECTS.get(config.model.kind, tuple(Dialect))
-    if foreign := [dialect.name for dialect in config.export.dialects if dialect not in dialects]:
+    # Dialects and targets of a recipe for the other kind are wrong too, and one line about it is enough.
+    if not other and (foreign := [dialect.name for dialect in config.export.dialects if dialect not in dialects]):
         problems.append(
             f"export.dialects={foreign[0]} is not for a {config.model.kind} model; "
             f"it offers: {', '.join(dialect.name for dialect in dialects)}"
@@ -100,7 +110,7 @@ def check(config: Config) -> list[str]:
         config.model.resolution,
         str(max(1, round(config.model.resolution / max(1, config.model.bucket_step))) * config.model.bucket_step),
     )
-    if lora.targets not in config.model.lora_targets:
+    if not other and lora.targets not in config.model.lora_targets:
         offered = ", ".join(sorted(config.model.lora_targets)) or "none"
         problems.append(f"lora.targets={lora.targets} is not a preset of this model; it offers: {offered}")
     if lora.init is LoraInit.loftq and config.model.quantize is not Quantize.nf4:

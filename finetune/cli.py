@@ -7,10 +7,11 @@ imported; a FinetuneError becomes one line a problem on stderr and the exit code
 import logging
 import os
 import sys
+import textwrap
 import threading
 import traceback
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
@@ -35,6 +36,7 @@ FLAGS = {
     **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--info", "-i"), True),
 }
 COMPLETION_FLAGS = ("-sc", "--shell-completion", "--shell_completion")
+WIDTH = 80  # columns of the help
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -58,17 +60,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _answer(words: list[str], debug: bool) -> int:
     if words and words[0] in COMPLETION_FLAGS:
         return _complete(words)
-    asks_help = any(word in ("-h", "--help") for word in words)
-    has_recipe = any(word.startswith("conf=") for word in words)
-    if not words or (asks_help and not has_recipe):
-        print(help_text())
+    asks_help = any(word in ("-h", "--help") for word in words) or words[:1] == ["help"]
+    if not words or asks_help:
+        recipe = next((word for word in words if word.startswith("conf=")), "")
+        print(_keys_text(recipe, words) if recipe else help_text())
         return 0
     if words == ["--version"]:
         from importlib.metadata import version
 
         print(f"finetune {version('finetune')}")
         return 0
+    if words[0] in FLAGS:  # the command may stand behind its flags
+        words.sort(key=lambda word: word not in COMMANDS)
     command, rest = words[0], words[1:]
+    if command in FLAGS:
+        raise ConfigError(f"say which command, such as: finetune train {' '.join(words)}")
     if command not in COMMANDS:
         raise ConfigError(recipes.no_such("command", command, list(COMMANDS)))
     _quieten(debug)
@@ -79,12 +85,18 @@ def help_text() -> str:
     """What `finetune --help` prints: commands, recipes, one example, the main keys."""
     files = recipes.recipe_files()
     width = max(map(len, [*COMMANDS, *files]))
-    commands = "\n".join(f"  {name:<{width}}  {text}" for name, text in COMMANDS.items())
-    listed = "\n".join(f"  {name:<{width}}  {recipes.title(path)}" for name, path in files.items())
+    indent = " " * (width + 4)
+
+    def rows(texts: Mapping[str, str]) -> str:
+        lines = (f"  {name:<{width}}  {text}" for name, text in texts.items())
+        return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) for line in lines)
+
+    commands = rows(COMMANDS)
+    listed = rows({name: recipes.title(path) for name, path in files.items()})
     return f"""\
 LoRA fine-tuning from pictures or conversations to a tested adapter.
 
-usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]     (or: python -m finetune …)
+usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]  (or: python -m finetune …)
 
 commands
 {commands}
@@ -92,21 +104,34 @@ commands
 recipes (conf/*.yaml of the package and of the current folder)
 {listed}
 
-example
-  finetune train conf=pixar_style data.folder=my/pictures run_dir=outputs/mine
+examples
+  finetune train conf=pixar_style data.folder=my/pictures name=mine
+  finetune train conf=pirate_chat data.file=my/conversations.jsonl name=mine
 
 main keys
-  seed  run_dir  data.folder  lora.rank  lora.alpha  optim.lr  trainer.steps
-  trainer.save_every  trainer.micro_batch  trainer.accumulate
-  trainer.precision  sample.prompts
+  name  seed  run_dir  model  data.folder  data.file  lora.rank  lora.alpha
+  optim.lr  trainer.steps  trainer.save_every  trainer.micro_batch
+  trainer.accumulate  trainer.precision  sample.prompts
 
 more
-  --cfg job              print the configuration and stop
-  --help conf=RECIPE     print every key and preset
-  --multirun KEY=A,B     one run per value
-  --debug                show tracebacks and every warning
-  --version              print the version
+  finetune --help conf=RECIPE            every key with its meaning, the presets
+  COMMAND … --cfg job                    print the configuration and stop
+  COMMAND … KEY=A,B --multirun           one run per value
+  COMMAND … --debug                      show tracebacks and every warning
+  finetune --version                     print the version
   eval "$(finetune -sc install=bash)"    completion in this shell"""
+
+
+def _keys_text(recipe: str, words: list[str]) -> str:
+    """What `finetune --help conf=RECIPE [KEY=VALUE …]` prints: presets, and every key with its value and meaning."""
+    from finetune import compose, schema
+
+    overrides = [word for word in _sorted_out([word for word in words if "=" in word])[0] if word != recipe]
+    config = compose.load(recipe.removeprefix("conf="), overrides)
+    offered = (f"{group}: {', '.join(sorted(files))}" for group, files in recipes.preset_files().items())
+    wrapped = (textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in offered)
+    presets = "\n".join(wrapped)
+    return f"presets, such as lora=r32\n{presets}\n\nkeys of {recipe}\n{schema.listing(config, WIDTH)}"
 
 
 def _run_hydra(command: str, words: list[str], debug: bool) -> int:
@@ -116,6 +141,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
 
     from finetune import compose
 
+    overrides = compose.quoted(overrides)
     compose.register()
     if "--hydra-help" not in flags:
         compose.refuse(compose.problems(overrides, sweep))

@@ -30,6 +30,11 @@ from finetune.errors import ConfigError
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
 # configs, without what `register` adds.
 SEARCH_PATH = "pkg://hydra.conf"
+# Values that may begin with the home folder's `~`, which a shell leaves alone behind a `=`.
+PATHS = (
+    *("run_dir", "data.folder", "data.file", "data.cache", "data.chat_template", "model.base", "caption.model"),
+    *("sample.adapter", "lora.start_from"),
+)
 LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
 
 
@@ -38,7 +43,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
     Raises ConfigError, one line a problem, for whatever is wrong with names, keys and types.
     """
-    words = [f"conf={recipe}", *overrides]
+    words = [f"conf={recipe}", *quoted(overrides)]
     register()
     refuse(problems(words))
     with explained(), _own_hydra():
@@ -47,7 +52,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
 
 def apply(config: Config, overrides: Sequence[str]) -> Config:
     """A copy of `config` with `key=value` overrides. Presets (`lora=r32`) need a recipe: use `load`."""
-    found, parsed = _parsed(overrides, sweep=False)
+    found, parsed = _parsed(quoted(overrides), sweep=False)
     found += [
         f"{override.input_line} chooses a preset, which needs a recipe; give it to finetune.load"
         for override in parsed
@@ -67,7 +72,21 @@ def resolve(tree: DictConfig) -> Config:
         missing = sorted(OmegaConf.missing_keys(tree) - {"conf"})
         refuse([f"{key} is not set; type {key}=…" for key in missing])
         typed = OmegaConf.merge(OmegaConf.structured(Config), tree)
+        for key in PATHS:
+            OmegaConf.update(typed, key, at_home(key, OmegaConf.select(typed, key)))
         return cast(Config, OmegaConf.to_object(typed))
+
+
+def quoted(words: Sequence[str]) -> list[str]:
+    """Overrides as Hydra reads them: its grammar knows no bare `~`, with which a path at home begins."""
+    return [
+        re.sub(r"^([\w.]+)=(~.*)$", lambda found: f'{found[1]}="{at_home(*found.groups())}"', word) for word in words
+    ]
+
+
+def at_home(key: str, value: str) -> str:
+    """A value in which `~` stands for the home folder if it is a path."""
+    return str(Path(value).expanduser()) if key in PATHS and value.startswith("~") else value
 
 
 def refuse(found: Sequence[str]) -> None:
@@ -256,8 +275,10 @@ def _values(override: Override) -> list[Any]:
 def _override_problem(override: Override) -> str | None:
     key = override.key_or_group
     presets = recipes.preset_files()
-    if key.startswith(("hydra.", "hydra/")) or override.is_delete():
+    if key.startswith(("hydra.", "hydra/")):
         return None
+    if override.is_delete():
+        return f"{override.input_line} would delete a setting, which is not possible; give it a value: {key}=…"
     if key in presets and all(isinstance(value, str) for value in _values(override)):
         wrong = [str(value) for value in _values(override) if value not in presets[key]]
         return recipes.no_such(f"{key} preset", wrong[0], sorted(presets[key])) if wrong else None
@@ -287,7 +308,7 @@ def _recipe_problems(name: str, seen: set[str]) -> list[str]:
             found += [problem for key, preset in entry.items() if (problem := _preset_choice_problem(key, preset))]
     found += schema.tree_problems({key: value for key, value in tree.items() if key != "hydra"})
     where = f"{recipes.shown(files[name])}: "
-    return [problem if problem.startswith("no recipe ") or ".yaml" in problem else where + problem for problem in found]
+    return [problem if ".yaml" in problem else where + problem for problem in found]
 
 
 def _preset_choice_problem(key: str, preset: Any) -> str | None:

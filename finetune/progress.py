@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
+BAR_AND_FIGURES, LEAST_TEXT = 60, 12  # columns of a terminal; a long text, such as a caption, would squeeze the bar
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal (logs, CI): often enough to see life, rare enough to read
 
 
@@ -73,13 +74,15 @@ def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Progress]:
         TimeRemainingColumn(),
         TextColumn("{task.fields[text]}"),
     )
-    with RichProgress(*columns, console=Console(stderr=True)) as bars:
+    console = Console(stderr=True)
+    room = max(LEAST_TEXT, console.width - BAR_AND_FIGURES)
+    with RichProgress(*columns, console=console) as bars:
         task = bars.add_task(title, total=total, completed=done, text="")
 
         class Bar:
             def advance(self, amount: int = 1, text: str = "") -> None:
                 if text:
-                    bars.update(task, text=text)
+                    bars.update(task, text=text if len(text) <= room else text[: room - 1] + "…")
                 bars.advance(task, amount)
 
         yield Bar()

@@ -139,6 +139,7 @@ class TextSet:
 class Run:
     """A finished training run. Seconds count training steps only; losses are means per picture or trained token.
 
+    first_loss: of the first step. last_loss: mean over the last 10 % of the steps.
     checkpoint: the last one's folder. unit, items: what was trained on, "images" or "tokens", and how many.
     micro_batch: examples in one forward pass at the end. eased: what gave way because memory ran out, empty if nothing.
     """

@@ -3,10 +3,11 @@
 import errno
 import json
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
+from typing import Any
 
 from finetune.advice import smaller
 from finetune.config import Config, as_dict
@@ -24,11 +25,13 @@ def held(config: Config, owns_config: bool = False) -> Iterator[Path]:
     """The run folder, locked. Out-of-memory and full-disk errors inside come out as ours.
 
     owns_config: the caller trains, so config.yaml is its to write; other verbs write it only where there is none.
-    Raises RunError for a folder that is in use or can't be written.
+    A command that fails before it leaves anything there leaves no folder either. Raises RunError for a folder that is
+    in use or can't be written.
     """
     folder = Path(config.run_dir)
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
     _make(folder)
-    with _locked(folder), _explained(config):
+    with _locked(folder), _without_trace(made), _explained(config):
         if not (folder / CONFIG).exists() or (owns_config and not _has_training_state(folder)):
             write_config(config, folder)
         yield folder
@@ -40,6 +43,17 @@ def write_config(config: Config, folder: Path) -> None:
 
     text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=120)
     write_atomically(folder / CONFIG, text)
+
+
+def written_config(folder: Path) -> dict[str, Any]:
+    """The settings in `config.yaml`, empty where there is none. Raises RunError for a damaged one."""
+    import yaml
+
+    file = folder / CONFIG
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} is damaged; the same `train` command writes it anew") from error
 
 
 def _has_training_state(folder: Path) -> bool:
@@ -86,6 +100,21 @@ def _locked(folder: Path) -> Iterator[None]:
     finally:
         owner.unlink(missing_ok=True)
         lock.release()
+
+
+@contextmanager
+def _without_trace(made: Sequence[Path]) -> Iterator[None]:
+    """Take the folders back that were `made` for a command that fails before it has anything to leave in them."""
+    try:
+        yield
+    except BaseException:
+        if made and {path.name for path in made[0].iterdir()} <= {CONFIG, LOCK, OWNER}:
+            for name in (CONFIG, LOCK, OWNER):
+                (made[0] / name).unlink(missing_ok=True)
+            for path in made:
+                with suppress(OSError):  # somebody else has begun to use it
+                    path.rmdir()
+        raise
 
 
 def _owner(folder: Path) -> str:

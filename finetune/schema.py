@@ -1,8 +1,12 @@
-"""The configuration's keys and types, read off the dataclasses: what judges a misspelt key and a wrong value.
+"""The configuration's keys, types and meanings, read off the dataclasses: what judges a misspelt key and a wrong value.
 
 Hydra stops at the first problem; this names all of them. It needs neither Hydra nor OmegaConf.
 """
 
+import ast
+import inspect
+import json
+import textwrap
 import typing
 from collections.abc import Iterator, Mapping
 from dataclasses import fields, is_dataclass
@@ -11,7 +15,8 @@ from enum import Enum
 from functools import cache
 from typing import Any
 
-from finetune.config import Config
+from finetune import config as declared
+from finetune.config import Config, as_dict
 
 MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
 # Keys whose type alone doesn't say what to type; in 0.1 checkpointing was true or false.
@@ -48,6 +53,44 @@ def kind_of(key: str) -> str | None:
             return str(entry.metadata["kind"])
         kind = typing.get_type_hints(kind)[name]
     return None
+
+
+def meanings() -> dict[str, str]:
+    """Every dotted key -> the docstring under its field, in one line."""
+    classes = {
+        node.name: node for node in ast.parse(inspect.getsource(declared)).body if isinstance(node, ast.ClassDef)
+    }
+
+    def walk(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
+        hints, body = typing.get_type_hints(kind), classes[kind.__name__].body
+        for statement, below in zip(body, [*body[1:], None], strict=True):
+            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
+                continue
+            name = statement.target.id
+            if is_dataclass(hints[name]):
+                yield from walk(typing.cast(type, hints[name]), f"{prefix}{name}.")
+            elif isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
+                yield prefix + name, " ".join(str(below.value.value).split())
+
+    return dict(walk(Config, ""))
+
+
+def listing(config: Config, width: int) -> str:
+    """Every key that this kind of model has: its value, and what it means, in lines of at most `width` characters."""
+    texts, lines = meanings(), []
+
+    def add(values: Mapping[str, Any], prefix: str) -> None:
+        for name, value in values.items():
+            key = prefix + name
+            if key in sections():
+                add(value, f"{key}.")
+                continue
+            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+            lines.append(textwrap.shorten(f"{key}={shown}", width, placeholder=" …", break_on_hyphens=False))
+            lines.extend(textwrap.wrap(texts[key], width, initial_indent="    ", subsequent_indent="    "))
+
+    add(as_dict(config), "")
+    return "\n".join(lines)
 
 
 def key_problem(key: str) -> str | None:

@@ -26,7 +26,8 @@ def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
     if isinstance(record, Plan):
         _plan(record, overrides)
     elif isinstance(record, Result):
-        _table(config, record)
+        recipe = next((word for word in overrides if word.startswith("conf=")), f"conf={config.name}")
+        _table(config, record, recipe)
         print("next")
         for line in _next(config, record, overrides):
             print(f"  {line}")
@@ -48,19 +49,22 @@ def _line(record: Any) -> str:
         return f"dataset: {rows}; {record.tokens:,} tokens, {record.trained:,} of them trained"
     if isinstance(record, Adapter):
         return f"adapter: {record.folder} ({', '.join(record.files.values())})"
-    if isinstance(record, Samples | Answers):
+    if isinstance(record, Answers):
+        told = (f"{item.prompt}\n  base:  {item.base}\n  tuned: {item.tuned}\n" for item in record.items)
+        return f"{''.join(told)}samples: {record.page}"
+    if isinstance(record, Samples):
         return f"samples: {record.page}"
     if isinstance(record, Report):
         return f"report: {record.file}"
     raise TypeError(f"no line for a {type(record).__name__}")
 
 
-def _table(config: Config, result: Result) -> None:
+def _table(config: Config, result: Result, recipe: str) -> None:
     from rich.console import Console
     from rich.table import Table
 
     run = result.run
-    table = Table(title=f"finetune train conf={config.name}", title_justify="left", show_header=False, box=None)
+    table = Table(title=f"finetune train {recipe}", title_justify="left", show_header=False, box=None)
     table.add_column(style="bold")
     table.add_column(overflow="fold")
     names, seconds = _seconds(Path(config.run_dir))
@@ -72,10 +76,11 @@ def _table(config: Config, result: Result) -> None:
     table.add_row("micro-batch", str(run.micro_batch))
     if run.eased:
         table.add_row("memory", f"ran out; went on with {run.eased}")
-    table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}")
+    table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f} (first step → mean of the last 10 %)")
     if run.first_validation is not None and run.best_validation is not None:
         at = f" at step {run.best_step}" if run.best_step is not None else ""
-        table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}")
+        on = "" if result.dataset.validation else ", on examples that were trained on"
+        table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}{on}")
     if run.skipped_steps:
         table.add_row("skipped", f"{run.skipped_steps} steps with a loss or gradient that was not finite")
     for name, path in (

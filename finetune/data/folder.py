@@ -87,11 +87,12 @@ def captions(folder: Path, files: Sequence[str]) -> dict[str, str]:
                 found[file] = text
     if strangers:
         say(f"warning: {METADATA} of {folder} names {len(strangers)} pictures that aren't there, first {strangers[0]}")
-    for file in files:
-        sidecar = (folder / file).with_suffix(".txt")
-        if file not in found and sidecar.is_file() and (text := " ".join(_decode(sidecar).split())):
-            found[file] = text
-    return found
+    return {file: text for file in files if file not in found and (text := _sidecar(folder, file))} | found
+
+
+def outvoted(folder: Path, texts: Mapping[str, str]) -> list[str]:
+    """Pictures whose `.txt` says something else than the caption that is taken, sorted."""
+    return sorted(file for file, text in texts.items() if _sidecar(folder, file) not in ("", " ".join(text.split())))
 
 
 def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> None:
@@ -203,6 +204,12 @@ def _listed(folder: Path) -> list[str]:
     except (FileNotFoundError, ValueError):  # only hidden files, or nothing that imagefolder knows
         return []
     return [path.relative_to(root).as_posix() for path in paths]
+
+
+def _sidecar(folder: Path, file: str) -> str:
+    """The text of the `.txt` beside a picture, in one line; empty where there is none."""
+    sidecar = (folder / file).with_suffix(".txt")
+    return " ".join(_decode(sidecar).split()) if sidecar.is_file() else ""
 
 
 def _hidden(path: Path) -> bool:

@@ -20,6 +20,7 @@ from finetune.data import conversations, duplicates, tables
 from finetune.data.chat import Chat, Encoded
 from finetune.data.conversations import Source
 from finetune.data.encoders import TRAINED, Chunk, Work, encode_stream
+from finetune.data.template import SKIP
 from finetune.errors import DataError, FinetuneError
 from finetune.progress import PLAIN_LINE_EVERY_S, say
 from finetune.records import hash_of, replace_folder
@@ -77,7 +78,8 @@ class Figures:
         head = f"{self.conversations:,} conversations as {self.rows:,} rows of {self.tokens:,} tokens"
         found = [f"{head}, {self.trained:,} trained ({self.rows_per_s:,.0f} conversations/s)"]
         if self.bad:
-            found += [f"warning: {self.bad:,} unusable rows are left out, such as:", *self.errors]
+            found += [f"warning: {self.bad:,} unusable rows are left out, such as:"]
+            found += [error.removesuffix(f", {SKIP}") for error in self.errors]  # that is done already
         if self.long:
             found.append(
                 f"warning: {self.long:,} rows are over the length; {self.lost:.2%} of trained tokens are lost, "

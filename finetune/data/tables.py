@@ -96,7 +96,9 @@ def _json_lines(path: Path) -> Rows:
             except DataError as error:
                 yield number, error
             except (ValueError, RecursionError) as error:
-                yield number, DataError(f"{path}:{number}: is not JSON ({error}); every line must be one object")
+                # The error's own words name a line too, counted within this one.
+                reason = f"{error.msg}, column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
+                yield number, DataError(f"{path}:{number}: is not JSON ({reason}); every line must be one object")
             offset += len(line)
 
 

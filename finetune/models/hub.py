@@ -8,6 +8,7 @@ import fnmatch
 import hashlib
 import json
 import sys
+import textwrap
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -22,7 +23,7 @@ WHOLE_FILE_BYTES = 64 << 20  # files up to this size are hashed whole; an embedd
 SAMPLED_BLOCKS, SAMPLED_BLOCK_BYTES = 64, 64 << 10  # of larger ones: retraining changes every block
 HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-OFFLINE_WAYS_OUT = "model=embedded and caption=embedded come with the package"
+OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
 
 
 def resolve(reference: str) -> Path | str:
@@ -221,7 +222,7 @@ def _ask_hub(source: str) -> str:
         raise ModelError(
             f"the hub has no public model {source} and there is no such folder; check the name, or type: hf auth login"
         )
-    reason = " ".join(str(found).split())[:120] or type(found).__name__
+    reason = textwrap.shorten(str(found), 120, placeholder=" …") or type(found).__name__
     raise ModelError(
         f"{source} is not on disk ({_cache()}) and the hub can't be reached ({reason}); on a machine with a network "
         f"type: hf download {name}, copy that folder here and name it instead; {OFFLINE_WAYS_OUT}"

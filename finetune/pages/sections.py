@@ -116,7 +116,7 @@ def _verdict(found: Found, run: Run | None) -> str:
     if run is None:
         return "No run has finished in this folder yet."
     change = _change(run.first_loss, run.last_loss)
-    went = f"{run.first_loss:.4f} at the first one to {run.last_loss:.4f} at the last (smoothed; {change})"
+    went = f"{run.first_loss:.4f} at the first one to {run.last_loss:.4f}, the mean of the last 10 % ({change})"
     sentences = [f"In {plural(run.steps, 'step')} the training loss went from {went}."]
     if run.first_validation is not None and run.best_validation is not None:
         verb = "fell" if run.best_validation < run.first_validation else "rose"
@@ -161,7 +161,7 @@ def _change(first: float, last: float) -> str:
 def _tiles(found: Found, run: Run | None) -> str:
     if run is None:
         return ""
-    tiles = [("loss", f"{run.last_loss:.3f}")]
+    tiles = [("loss, last 10 % of steps", f"{run.last_loss:.3f}")]
     if run.best_validation is not None:
         tiles.append(("validation loss", f"{run.best_validation:.3f}"))
     if perplexity := _perplexity(found, run):

@@ -24,7 +24,7 @@ def run_rows(run: Run) -> list[list[str]]:
     rows = [
         ["steps", f"{run.steps:,}"],
         [f"{run.unit} seen", f"{run.items:,}"],
-        ["loss, first step → smoothed at the end", f"{run.first_loss:.4f} → {run.last_loss:.4f}"],
+        ["loss, first step → mean of the last 10 % of steps", f"{run.first_loss:.4f} → {run.last_loss:.4f}"],
     ]
     if run.first_validation is not None and run.best_validation is not None:
         at = "" if run.best_step is None else f" (step {run.best_step:,})"
@@ -62,7 +62,7 @@ def difference(dialect: str, differences: Mapping[str, float]) -> str:
     if dialect not in differences:
         return "average of the weights"
     unit = " nats a token (KL)" if dialect == "merged" else ""
-    return f"{differences[dialect]:.1e}{unit}" if differences[dialect] else "none"
+    return f"{differences[dialect]:.1e}{unit}" if differences[dialect] else "no difference"
 
 
 def plural(count: int, thing: str) -> str:

@@ -27,6 +27,11 @@ def caption(config: Config) -> CaptionSet:
     files = folder.pictures(root)
     hashes = folder.content_hashes(root, files)
     there = folder.captions(root, files)
+    if other := folder.outvoted(root, there):
+        say(
+            f"warning: {len(other)} pictures have a .txt that {folder.METADATA} outvotes, first {other[0]}; "
+            "to take the .txt delete the picture's line there"
+        )
     if fresh := load_record(run_dir, STAGE, CaptionSet, input_hash=_input_hash(config, hashes, there)):
         say(f"{STAGE}: fresh")
         return fresh

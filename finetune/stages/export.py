@@ -38,7 +38,7 @@ def export(config: Config, run: Run) -> Adapter:
         seconds=time.monotonic() - start,
         figures={f"{dialect} difference": value for dialect, value in differences.items()},
     )
-    proven = ", ".join(f"{name} ({difference(name, differences)})" for name in differences)
+    proven = ", ".join(f"{difference(name, differences)} ({name})" for name in differences)
     say(f"export: compared with the trained model: {proven}")
     return record
 
@@ -73,6 +73,14 @@ LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets
 {rows}
 
 ```python
-{usage.format(base=config.model.base)}```
+{_usage(usage, config.model.base)}```
 Training hash: `{run.training_hash}`
 """
+
+
+def _usage(code: str, base: str) -> str:
+    """`code` with what its libraries load the base from: an embedded one is a folder of this package."""
+    if base.startswith("embedded:"):
+        return "from finetune.models import hub\n" + code.format(base=f'str(hub.resolve("{base}"))')
+    name, _, revision = base.partition("@")
+    return code.format(base=f'"{name}"' + (f', revision="{revision}"' if revision else ""))

@@ -13,8 +13,11 @@ from finetune.records import Adapter, Answers, Samples, hash_of, load_record, re
 from finetune.tasks import registry
 
 
-def sample(config: Config, adapter: Adapter | None) -> Samples | Answers:
+def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samples | Answers:
     """Write `samples/`: all pairs on one page (a grid of pictures, or answers), `samples.jsonl`, each picture alone.
+
+    own: the settings are those of the run. Others get a folder below `samples_more/`, named by what decides them: what
+    the run has drawn stays, fresh and in its report.
 
     The adapter is `sample.adapter` if set, else `adapter`. Raises ModelError if there is none or it doesn't fit.
     """
@@ -22,12 +25,12 @@ def sample(config: Config, adapter: Adapter | None) -> Samples | Answers:
         raise ConfigError('sample.prompts is empty, nothing to draw; try sample.prompts=["a red robot"]')
     path = _path(config, adapter)
     run_dir = Path(config.run_dir)
-    folder = run_dir / "samples"
     settings = as_dict(config)
     input_hash = hash_of(_hash(path), settings["sample"], settings["model"], settings["trainer"]["precision"])
     kind = registry.kind(config)
+    folder = run_dir / "samples" if own else run_dir / "samples_more" / input_hash[:8]
     record = load_record(run_dir, "sample", kind.samples, input_hash=input_hash)
-    if record and Path(record.page).exists():
+    if own and record and Path(record.page).exists():
         say("sample: fresh")
         return record
     start = time.monotonic()
@@ -35,6 +38,8 @@ def sample(config: Config, adapter: Adapter | None) -> Samples | Answers:
     with replace_folder(folder) as temporary:
         page, items = kind.show.draw(config, path, temporary)
     record = kind.samples(str(folder), str(folder / page), items)  # type: ignore[arg-type]
+    if not own:
+        return record
     seconds = time.monotonic() - start
     save_receipt(
         run_dir,
@@ -52,7 +57,7 @@ def _path(config: Config, adapter: Adapter | None) -> Path:
         return lora_files.peft_folder(Path(config.sample.adapter))
     if adapter is None:
         raise ModelError(
-            f"{config.run_dir} has no adapter; type: finetune train conf={config.name}, or set sample.adapter=…"
+            f"{config.run_dir} has no adapter; type the same command with train first, or set sample.adapter=…"
         )
     return Path(adapter.folder) / next(iter(adapter.files.values()))
 

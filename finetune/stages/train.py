@@ -2,7 +2,6 @@
 
 import itertools
 import os
-import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,13 +10,15 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
+from finetune import earlier
 from finetune.advice import smallest
 from finetune.config import Config, as_dict
 from finetune.errors import Interrupted, OutOfMemory, RunError
 from finetune.models import lora
 from finetune.models.device import limit_memory, peak_gib, pick_device, pick_precision
+from finetune.pages import curves
 from finetune.progress import progress, say
-from finetune.records import METRICS, Dataset, Run, TextSet, hash_of, load_record, receipt_path, save_receipt
+from finetune.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
 from finetune.tasks import registry
 from finetune.tasks.base import Task, Visit
 from finetune.training import checkpoint
@@ -32,8 +33,10 @@ from finetune.training.tracking import Tracker
 
 T = TypeVar("T")
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
+LAST_SHARE = (
+    0.1  # of the steps, over which the loss at the end is a mean: smoothing still feels the start of short runs
+)
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
-RUN_OUTPUTS = ("checkpoints", "tensorboard", "adapter", "samples", METRICS, "report.html", "config.yaml")
 
 
 def train(config: Config, dataset: Dataset | TextSet) -> Run:
@@ -45,7 +48,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     run_dir = Path(config.run_dir)
     folder = run_dir / "checkpoints"
     if config.trainer.restart:
-        _set_aside(run_dir)
+        earlier.set_aside(run_dir)
     identity = _identity(config, dataset)
     input_hash = hash_of(identity, config.trainer.steps)
     record = load_record(run_dir, "train", Run, input_hash=input_hash)
@@ -53,10 +56,14 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         say(f"train: fresh ({record.steps} steps)")
         return record
 
-    resumed = _resume(folder, identity, config.trainer.steps)
+    resumed = _resume(folder, identity, config.trainer.steps, dataset)
+    if resumed is None:
+        earlier.note(run_dir, dataset)
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
+    if config.trainer.validate_every and not dataset.validation:
+        say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
     task = registry.build_task(config, dataset, device)
     run = _Session(config, task, accelerator, identity, resumed)
     with catch_stop() as stop:
@@ -65,9 +72,9 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
                 run.note(step)
                 if stop.number is not None:
                     run.save()
+                    then = "hands out what was trained" if step.number == config.trainer.steps else "goes on from there"
                     raise Interrupted(
-                        f"stopped by signal {stop.number} after step {step.number}; "
-                        "the same command goes on from there",
+                        f"stopped by signal {stop.number} after step {step.number}; the same command {then}",
                         stop.number,
                     )
             record = run.finish(input_hash)
@@ -229,7 +236,7 @@ class _Session:
             trainable=trainable,
             total=total,
             first_loss=state.first_loss,
-            last_loss=state.smoothed_loss,
+            last_loss=self._last_loss(),
             first_validation=state.first_validation,
             best_validation=state.best_validation,
             best_step=state.best_step,
@@ -251,6 +258,13 @@ class _Session:
             figures["final/validation"] = run.best_validation
         self.tracker.hparams(self.identity, figures)
         return run
+
+    def _last_loss(self) -> float:
+        steps = self.state.step
+        losses = [
+            loss for step, loss in curves.read(self.run_dir).get("loss/step", []) if step > steps - LAST_SHARE * steps
+        ]
+        return sum(losses) / len(losses) if losses else self.state.smoothed_loss
 
     def _visits(self) -> Iterator[Sequence[Visit]]:
         """This process's visits of every remaining step."""
@@ -350,7 +364,9 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
     return {key: value for key, value in _flat(kept).items() if key != OFFLOAD}
 
 
-def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Checkpoint | None:
+def _resume(
+    folder: Path, identity: dict[str, Any], steps: int, dataset: Dataset | TextSet
+) -> checkpoint.Checkpoint | None:
     """The newest checkpoint if it continues this very run. Raises RunError with every difference otherwise."""
     found = checkpoint.steps_on_disk(folder)
     if not found:
@@ -359,6 +375,8 @@ def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Ch
     before = newest.state.identity
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
+        if key != dataset.content_name
+        else earlier.changes(folder.parent, dataset)
         for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
         if before.get(key) != identity.get(key)
     ]
@@ -368,22 +386,6 @@ def _resume(folder: Path, identity: dict[str, Any], steps: int) -> checkpoint.Ch
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
-
-
-def _set_aside(run_dir: Path) -> None:
-    """Move an earlier run's outputs to `previous-N/`; nothing is deleted."""
-    there = [run_dir / name for name in RUN_OUTPUTS if (run_dir / name).exists()]
-    receipts = [
-        path for stage in ("train", "export", "sample", "report") if (path := receipt_path(run_dir, stage)).exists()
-    ]
-    if not (run_dir / "checkpoints").exists():
-        return
-    number = next(n for n in itertools.count(1) if not (run_dir / f"previous-{n}").exists())
-    target = run_dir / f"previous-{number}"
-    target.mkdir()
-    for path in [*there, *receipts]:
-        shutil.move(path, target / path.name)
-    say(f"train: the earlier run is now in {target}")
 
 
 def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

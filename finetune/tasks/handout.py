@@ -19,7 +19,7 @@ from finetune.records import Run, hash_of
 
 USAGE = """from diffusers import DiffusionPipeline
 
-pipeline = DiffusionPipeline.from_pretrained("{base}")
+pipeline = DiffusionPipeline.from_pretrained({base})
 pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
 # ComfyUI and other programs take the kohya-style file: its strength (alpha) is in it.
 """

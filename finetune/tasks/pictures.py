@@ -201,7 +201,7 @@ def _warn(config: Config, pictures: Sequence[Picture]) -> None:
     if trigger and without:
         say(
             f"warning: {len(without)} of {len(pictures)} captions lack the trigger phrase {trigger!r}, "
-            f"first {without[0]}; their style is learnt without it"
+            f"first {without[0]}; their style is learnt without it; put it behind them in {folder.METADATA}"
         )
     small = [picture.file for picture in pictures if picture.upscaled]
     if small:

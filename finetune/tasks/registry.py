@@ -41,7 +41,8 @@ class Data(Protocol):
 
 
 class Handout(Protocol):
-    """The module that hands a kind's adapters out. USAGE: Python that loads one, `{base}` to be filled in."""
+    """The module that hands a kind's adapters out. USAGE: Python that loads one, `{base}` to be filled in with what
+    `from_pretrained` takes."""
 
     USAGE: str
 

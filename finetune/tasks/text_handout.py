@@ -35,8 +35,8 @@ RANDOM_ROWS, RANDOM_LENGTH, RANDOM_SEED = 4, 64, 20240131  # where there are no 
 USAGE = """from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-tokenizer = AutoTokenizer.from_pretrained("{base}")
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained("{base}"), "adapter/peft")
+tokenizer = AutoTokenizer.from_pretrained({base})
+model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "adapter/peft")
 """
 
 

@@ -53,16 +53,16 @@ PAGE = """# Memory, planned and measured
 Each row is the real `train` command with random weights at full size on an {hardware} that was held to 24 GiB
 (torch {torch}, {date}): six steps, then the export. *Planned* is the peak of `finetune plan`'s traces,
 without the CUDA context and the allocator's slack, which `plan` adds; *measured* is the most that torch's allocator
-gave out from the first caption to the last preview. Text encoders were shortened to a few layers; several cases ran side
-by side on the card, which changes seconds (not shown here) and not bytes.
+gave out from the first caption to the last preview. Text encoders were shortened to a few layers; several cases ran
+side by side on the card, which changes seconds (not shown here) and not bytes.
 
 | base | settings | planned GiB | measured GiB | difference |
 |---|---|---|---|---|
 {rows}
 
 {count} cases, median difference {median:.1f} %, worst {worst:.1f} %. Where decoding a preview is the peak, the plan
-adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1, Z-Image), so for them the
-comparison is no proof; for training steps nothing was fitted. FLUX.2's decoder isn't traced.
+adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1, Z-Image), so for
+them the comparison is no proof; for training steps nothing was fitted. FLUX.2's decoder isn't traced.
 {failed}
 
 Measured by `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a card; the planned figures and

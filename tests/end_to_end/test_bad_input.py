@@ -335,7 +335,7 @@ def test_going_on_with_another_configuration_lists_what_changed(
         (pictures / "red.txt").write_text("a crimson wall, pixar style")
         recaptioned = finetune_cli("train", *small)
         (pictures / "red.txt").write_text("a red wall, pixar style")
-        refused(recaptioned, RunError.exit_code, ["pictures and captions: ", "trainer.restart=true"])
+        refused(recaptioned, RunError.exit_code, ["1 caption changed: red.png", "trainer.restart=true"])
     assert finetune_cli("train", *small, "trainer.steps=3").code == 0  # more steps are no other run
 
 

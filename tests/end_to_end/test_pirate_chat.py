@@ -122,7 +122,7 @@ def test_the_same_command_again_finds_everything_fresh(talk: Talk) -> None:
 def test_only_pictures_are_captioned(talk: Talk) -> None:
     ended = command.run("caption", "conf=pirate_chat", cwd=talk.work)
     assert ended.code == 2
-    assert ended.err.splitlines() == ["error: conf=pirate_chat trains a language model; only pictures have captions"]
+    assert ended.err.splitlines() == ["error: this recipe trains a language model; only pictures have captions"]
 
 
 @pytest.fixture(scope="session")

@@ -38,7 +38,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
     seen: list[tuple[str, tuple[Any, ...]]] = []
 
     def noting(name: str) -> Callable[..., Any]:
-        def stage(config: Config, *arguments: Any) -> Any:
+        def stage(config: Config, *arguments: Any, **_: Any) -> Any:
             seen.append((name, arguments))
             return RECORDS[name]
 
@@ -120,7 +120,7 @@ def test_a_recipe_by_name_takes_overrides(workdir: Path, calls: list[Any]) -> No
 
 @pytest.mark.parametrize("verb", ["export", "report"])
 def test_what_needs_a_finished_run_says_how_to_get_one(plain: Config, calls: list[Any], verb: str) -> None:
-    with pytest.raises(RunError, match=r"^run holds no finished run; type finetune train conf=smoke run_dir=run$"):
+    with pytest.raises(RunError, match=r"^run holds no finished run; type the same command with train first$"):
         getattr(finetune, verb)(plain)
     assert calls == []
     finished(plain)
@@ -131,6 +131,25 @@ def test_sample_exports_a_finished_run_first(plain: Config, calls: list[Any]) ->
     finished(plain)
     finetune.sample(plain)
     assert calls == [("export", (RUN,)), ("sample", (RECORDS["export"],))]
+
+
+@pytest.mark.parametrize("verb", ["export", "sample"])
+def test_an_adapter_keeps_the_name_and_the_trigger_of_its_run(
+    workdir: Path, calls: list[Any], monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    seen: list[Config] = []
+    trained = finetune.load("smoke", ["run_dir=run", "name=mine", "caption.trigger=mine style"])
+    finetune.train(trained)
+    finished(trained)
+    monkeypatch.setattr(
+        sys.modules["finetune.stages.export"], "export", lambda config, run: seen.append(config) or RECORDS["export"]
+    )
+    getattr(finetune, verb)("smoke", ["run_dir=run", "export.tolerance=1e-3"])
+    assert [(config.name, config.caption.trigger) for config in seen] == [("mine", "mine style")]
+    assert seen[0].export.tolerance == 1e-3
+    Path("run/config.yaml").write_text("a: [")
+    with pytest.raises(RunError, match=r"run/config.yaml is damaged; the same `train` command writes it anew"):
+        getattr(finetune, verb)("smoke", ["run_dir=run"])
 
 
 def test_sample_draws_with_any_adapter(plain: Config, calls: list[Any]) -> None:
@@ -146,7 +165,7 @@ def test_sample_draws_with_an_exported_adapter_whose_run_is_gone(plain: Config, 
 
 
 def test_sample_without_any_adapter_says_what_to_type(plain: Config) -> None:
-    with pytest.raises(ModelError, match="has no adapter; type: finetune train conf=smoke"):
+    with pytest.raises(ModelError, match="has no adapter; type the same command with train first, or set"):
         finetune.sample(plain)
 
 
@@ -204,6 +223,31 @@ def test_a_folder_that_cannot_be_made(plain: Config, calls: list[Any]) -> None:
     plain.run_dir = "file/run"
     with pytest.raises(RunError, match=r"cannot write in the run folder file/run \(Not a directory\); choose one"):
         finetune.caption(plain)
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_command_that_fails_at_once_leaves_no_folder(plain: Config, there: bool) -> None:
+    plain.run_dir = "a/b/run"
+    if there:
+        Path("a/b/run").mkdir(parents=True)
+    with pytest.raises(ModelError, match="has no adapter"):
+        finetune.sample(plain)
+    assert Path("a/b/run").exists() == there
+    assert Path("a").exists() == there
+
+
+def test_a_command_that_fails_later_leaves_what_it_has_done(
+    plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(config: Config, captions: Any) -> Any:
+        save_receipt(Path(config.run_dir), "caption", RECORDS["caption"], input_hash="", seconds=1.0, figures={})
+        raise RunError("no")
+
+    monkeypatch.setattr(sys.modules["finetune.stages.dataset"], "dataset", fail)
+    with pytest.raises(RunError, match="no"):
+        finetune.dataset(plain)
+    assert Path("run/receipts/caption.json").is_file()
+    assert Path("run/config.yaml").is_file()
 
 
 def test_a_read_only_folder(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -351,5 +395,10 @@ def test_the_whole_line_with_tiny_models(config: Config) -> None:
     assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # fresh, not drawn again
     drawn = finetune.sample(config, ['sample.prompts=["a blue wall","a red wall"]'])
     assert [item.prompt for item in drawn.items] == ["a blue wall", "a red wall"]
+    assert Path(drawn.grid).is_file()
+    assert Path(drawn.folder).parent == Path(config.run_dir, "samples_more")
+    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # the run's own stay, and stay fresh
+    assert finetune.sample(config) == first.samples
+    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns
     assert finetune.export(config) == first.adapter
     assert first._repr_html_()

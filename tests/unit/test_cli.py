@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import api, cli, errors, recipes, summary
+from finetune import api, cli, errors, recipes, schema, summary
 from finetune.config import Config
 from finetune.plans import Plan, Setting
 from finetune.records import (
@@ -49,12 +49,19 @@ def python(*words: str, cwd: Path | None = None, **environment: str) -> subproce
 def test_help_lists_commands_and_recipes(finetune_cli: Cli, words: list[str]) -> None:
     answer = finetune_cli(*words)
     assert answer.code == 0
-    for name in [*cli.COMMANDS, *recipes.recipe_files(), "conf=pixar_style", "trainer.micro_batch"]:
+    for name in [
+        *cli.COMMANDS,
+        *recipes.recipe_files(),
+        "conf=pixar_style",
+        "trainer.micro_batch",
+        "data.file",
+        " model ",
+    ]:
         assert name in answer.out
 
 
 def test_help_fits_a_terminal(finetune_cli: Cli) -> None:
-    assert max(map(len, finetune_cli("--help").out.splitlines())) <= 100
+    assert max(map(len, finetune_cli("--help").out.splitlines())) <= 80
 
 
 def test_help_shows_each_recipes_first_comment_line(finetune_cli: Cli, workdir: Path) -> None:
@@ -73,6 +80,24 @@ def test_help_with_a_recipe_shows_keys_and_presets(finetune_cli: Cli) -> None:
     assert answer.code == 0
     assert "lora: all_linear, default, r32" in answer.out
     assert "caption_dropout" in answer.out
+    assert max(map(len, answer.out.splitlines())) <= 80
+
+
+@pytest.mark.parametrize("first", ["--help", "help", "-h"])
+def test_every_key_is_shown_with_its_value_and_meaning(finetune_cli: Cli, first: str) -> None:
+    answer = finetune_cli(first, "conf=pirate_chat", "lora.rank=7")
+    assert (answer.code, answer.err) == (0, "")
+    lines = answer.out.splitlines()
+    texts = schema.meanings()
+    assert texts.keys() == schema.leaf_types().keys()
+    assert lines[lines.index("lora.rank=7") + 1] == "    " + texts["lora.rank"]
+    assert "sample.guidance=7.5" not in lines  # a setting of picture models
+
+
+@pytest.mark.parametrize("words", ["--cfg job train conf=smoke", "--cfg job conf=smoke train"])
+def test_flags_may_stand_before_the_command(finetune_cli: Cli, words: str) -> None:
+    answer = finetune_cli(*words.split())
+    assert (answer.code, yaml.safe_load(answer.out)["name"]) == (0, "smoke")
 
 
 def test_version(finetune_cli: Cli) -> None:
@@ -153,9 +178,17 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
             ["train", "pixar_style"],
             ["'pixar_style' is not a setting; settings are written key=value, such as conf=pix", "conf= is"],
         ),
+        (
+            ["train", "conf=smoke", "~lora.rank"],
+            ["~lora.rank would delete a setting, which is not possible; give it a va"],
+        ),
         (["train", "conf=smoke", 'caption.prefix="a'], ['cannot read caption.prefix="a; text with spaces']),
         (["train", "conf=smoke", "sample.prompts=[a:"], ["cannot read sample.prompts=[a:; a list of texts is quoted"]),
         (["train", "conf=smoke", "--multirn"], ["no flag called --multirn; did you mean --multirun?"]),
+        (
+            ["--multirun", "conf=smoke", "seed=1,2"],
+            ["say which command, such as: finetune train --multirun conf=smoke"],
+        ),
         (["train", "conf=smoke", "-x"], ["no flag called -x"]),
         (
             ["train", "conf=smoke", "lora.rank=0", "optim.lr=-1"],
@@ -265,6 +298,18 @@ def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, m
     assert [config.run_dir for config in seen] == [str(workdir / f"mine/smoke/seed={n}") for n in (1, 2)]
 
 
+def test_a_tilde_is_the_home_folder(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(api, "caption", seen.append)
+    monkeypatch.setattr(summary, "show", lambda *_: None)
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    assert finetune_cli("caption", "conf=smoke", "data.folder=~/pics", "run_dir=~/out").code == 0
+    assert finetune_cli("caption", "conf=smoke", "run_dir=~/out", "seed=1,2", "-m").code == 0
+    assert seen[0].data.folder == str(workdir / "home/pics")
+    folders = ["out", "out/smoke/seed=1", "out/smoke/seed=2"]
+    assert [config.run_dir for config in seen] == [str(workdir / "home" / folder) for folder in folders]
+
+
 def test_multirun_goes_on_after_a_failure_and_reports_it(
     finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -355,9 +400,11 @@ sys.exit(cli.main(["caption", "conf=smoke", *sys.argv[1:]]))
 
 
 def test_the_next_commands_repeat_the_settings(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
-    overrides = ["conf=mine", "model=sd15", "caption.prefix=a b", "run_dir=z", "sample.prompts=[x]"]
+    overrides = ["conf=big", "name=mine", "model=sd15", "caption.prefix=a b", "run_dir=z", "sample.prompts=[x]"]
     summary.show(Config(name="mine", run_dir="z"), _result(), overrides)
-    assert "sample conf=mine model=sd15 'caption.prefix=a b' run_dir=z 'sample.prompts=[" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert out.splitlines()[0].rstrip() == "finetune train conf=big"  # the recipe, which a run of another name keeps
+    assert "sample conf=big name=mine model=sd15 'caption.prefix=a b' run_dir=z 'sample.prompts=[" in out
 
 
 def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:

@@ -48,9 +48,17 @@ def test_settings_of_the_other_kind_of_model_are_refused() -> None:
         ConfigError, match=r"caption\.prefix is a setting of diffusion models, this recipe trains a lang"
     ):
         compose.load("pirate_chat", ["caption.prefix=x"])
-    found = check(compose.load("pixar_style", ["model=embedded_language", "lora=all_linear"]))
-    assert found[0] == "data.file is not set; type data.file=…"
-    assert found[1] == "export.dialects=diffusers is not for a language model; it offers: peft, merged, gguf"
+    found = check(compose.load("pixar_style", ["model=embedded_language", "lora.rank=0"]))
+    assert found == [
+        (
+            "this recipe is for diffusion models (data.folder is set), this is a language model; "
+            "take a recipe such as conf=pirate_chat, or another model"
+        ),
+        "lora.rank must be at least 1, got 0; try lora.rank=16",
+    ]
+    found = check(compose.load("pixar_style", ["model=embedded_language", "data.file=x"]))
+    assert found[0] == "export.dialects=diffusers is not for a language model; it offers: peft, merged, gguf"
+    assert check(compose.load("pirate_chat", ["data.file="])) == ["data.file is not set; type data.file=…"]
 
 
 def test_values_arrive_with_their_types() -> None:
@@ -67,6 +75,20 @@ def test_quoted_text_keeps_commas_and_colons() -> None:
     config = compose.load("pixar_style", ['sample.prompts=["a: b, c","d"]', 'caption.prefix="one, two"'])
     assert config.sample.prompts == ["a: b, c", "d"]
     assert config.caption.prefix == "one, two"
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_typed(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = compose.load("pixar_style", ["data.folder=~/my pics", "run_dir=~/out", "caption.prefix=~/x"])
+    assert (config.data.folder, config.run_dir, config.caption.prefix) == ("/home/me/my pics", "/home/me/out", "~/x")
+    write(workdir / "conf/mine.yaml", "model: {base: ~/sd}\ndata: {folder: x, cache: ~/cache}\n")
+    config = compose.load("mine", ['sample.adapter="~/a"'])
+    assert (config.model.base, config.data.cache, config.sample.adapter) == (
+        "/home/me/sd",
+        "/home/me/cache",
+        "/home/me/a",
+    )
+    assert compose.apply(config, ["lora.start_from=~/b"]).lora.start_from == "/home/me/b"
 
 
 def test_a_recipe_extends_a_recipe_with_another_model(workdir: Path) -> None:
@@ -139,7 +161,9 @@ def test_a_recipe_that_extends_itself_or_nothing(workdir: Path) -> None:
     with pytest.raises(ConfigError, match=r"conf/loop\.yaml extends itself"):
         compose.load("loop")
     write(workdir / "conf/orphan.yaml", "defaults:\n  - pixar_stil\n")
-    with pytest.raises(ConfigError, match="no recipe called 'pixar_stil'; did you mean pixar_style"):
+    with pytest.raises(
+        ConfigError, match=r"^conf/orphan.yaml: no recipe called 'pixar_stil'; did you mean pixar_style"
+    ):
         compose.load("orphan")
 
 

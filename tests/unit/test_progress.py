@@ -1,5 +1,7 @@
 """Long steps show life: lines without a terminal, and no line twice."""
 
+import re
+
 import pytest
 
 from finetune import progress as module
@@ -30,3 +32,17 @@ def test_in_a_terminal_there_is_a_bar(capsys: pytest.CaptureFixture[str], monkey
     shown = capsys.readouterr().err
     assert "4/4" in shown
     assert "steps" in shown
+
+
+def test_a_long_text_leaves_the_bar_its_place(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stderr.isatty", lambda: True)
+    monkeypatch.setenv("COLUMNS", "80")
+    with progress("caption", 400, unit="pictures") as bar:
+        bar.advance(200, "a big red robot in a city at night, in the rain, with a small blue cat, pixar style")
+    last = [
+        line for line in re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", capsys.readouterr().err).split("\r") if line.strip()
+    ][-1]
+    assert last.rstrip().endswith("a big red robot in …")
+    assert last.count("━") >= 10

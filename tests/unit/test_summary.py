@@ -1,5 +1,6 @@
 """What a run on conversations leaves on the screen; `test_cli` has that of a run on pictures."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ ANSWERS = Answers("outputs/mine/samples", "outputs/mine/samples/answers.md", (An
     ("record", "line"),
     [
         (text_set(), "dataset: 180 rows to train, 20 held out; 20,000 tokens, 5,000 of them trained"),
-        (ANSWERS, "samples: outputs/mine/samples/answers.md"),
+        (ANSWERS, "p\n  base:  hello\n  tuned: ahoy\nsamples: outputs/mine/samples/answers.md"),
     ],
 )
 def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record: Any, line: str) -> None:
@@ -42,3 +43,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     ):
         assert words in out
     assert "grid" not in out
+    assert "that were trained on" not in out
+    none = replace(text_set(), validation=0)
+    summary.show(config, Result(None, none, run, adapter, ANSWERS, Report("outputs/mine/report.html")))
+    assert ", on examples that were trained on" in " ".join(capsys.readouterr().out.split())

@@ -219,6 +219,7 @@ def test_bad_rows_left_out_are_counted_and_shown(prepare, tmp_path):
     assert "warning: 2 unusable rows are left out, such as:" in lines
     assert "a.jsonl:1: is not JSON" in lines
     assert "a.jsonl:3: the chat template refuses it (System role not supported)" in lines
+    assert "data.skip_bad" not in lines  # it is on
     assert found.number(1) == 2
     assert found.duplicates() == 1
 

@@ -74,7 +74,7 @@ def test_broken_json_lines_name_the_line_and_the_rest_is_read(tmp_path):
     found = rows(put(tmp_path, "a.jsonl", '\ufeff{"a": "x\u2028y"}\r\n\n{"a": \n{"b": 1}\n' + "[" * 100_000))
     assert [number for number, _ in found] == [1, 3, 4, 5]
     assert found[0][1] == {"a": "x\u2028y"}
-    assert "a.jsonl:3: is not JSON (Expecting value" in str(found[1][1])
+    assert "a.jsonl:3: is not JSON (Expecting value, column 8); every line must be one object" in str(found[1][1])
     assert "a.jsonl:5: is not JSON" in str(found[3][1])
 
 

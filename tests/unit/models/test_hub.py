@@ -85,7 +85,8 @@ def test_embedded_models_are_listed_where_one_is_missing(pipeline, tmp_path, mon
 @pytest.mark.parametrize("reference", ["./gone", "/gone/away", "a/b/c", ""])
 def test_paths_that_do_not_exist(reference):
     with pytest.raises(
-        ModelError, match=r"no model folder .*model=embedded and caption=embedded come with the package"
+        ModelError,
+        match=r"no model folder .*model=embedded, model=embedded_language and caption=embedded come with the package",
     ):
         hub.resolve(reference)
 
@@ -250,3 +251,12 @@ def test_code_that_comes_with_a_model_is_never_run(tmp_path):
     with contextlib.suppress(ModelError):  # refused or loaded without it: both will do
         hub.load(AutoTokenizer, str(folder))
     assert not (tmp_path / "ran").exists()
+
+
+def test_a_long_reason_is_cut_between_words(no_network, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("unfortunately " * 20)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    with pytest.raises(ModelError, match=r"hub can't be reached \((unfortunately ){8}…\)"):
+        unet("someone/tiny")

@@ -106,6 +106,25 @@ def test_freshness_follows_pictures_captions_and_settings(config, model, capsys)
     assert again().items[0].text == "corrected by hand"
 
 
+def test_a_txt_that_comes_after_a_generated_caption_is_not_ignored_in_silence(config, capsys):
+    first = caption(config)
+    sidecar = stage.Path(config.data.folder) / "2.txt"
+    sidecar.write_text(first.items[2].text + "\n")
+    capsys.readouterr()
+    caption(config)
+    assert "warning" not in capsys.readouterr().err  # they agree
+    sidecar.write_text("my own words")
+    assert caption(config).items[2].text == first.items[2].text
+    said = (
+        "1 pictures have a .txt that metadata.jsonl outvotes, first 2.png; to take the .txt delete the picture's line"
+    )
+    assert said in capsys.readouterr().err
+    rows = {name.removesuffix(".png"): text for name, text in metadata(config).items() if name != "2.png"}
+    write_rows(config, **rows)
+    assert caption(config).items[2].text == "my own words"  # what the warning says works
+    assert "warning" not in capsys.readouterr().err
+
+
 def test_nothing_to_caption_loads_no_captioner(config, no_captioner):
     for name in ("0", "1", "2", "3", "sub/4"):
         (stage.Path(config.data.folder) / f"{name}.txt").write_text("mine")

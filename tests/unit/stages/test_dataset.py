@@ -240,6 +240,7 @@ def test_missing_triggers_and_enlarged_pictures_are_counted(config, capsys):
     record = dataset(config, captions(config, _1="no phrase", _2="TOY"))
     errors = capsys.readouterr().err
     assert "warning: 1 of 5 captions lack the trigger phrase 'toy', first 1.png" in errors
+    assert "learnt without it; put it behind them in metadata.jsonl" in errors
     assert "enlarged" not in errors
     picture(Path(config.data.folder) / "tiny.png", (10, 12), 5)
     record = dataset(config, captions(config))

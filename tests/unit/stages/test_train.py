@@ -21,6 +21,7 @@ from finetune.models import lora, offload
 from finetune.records import Dataset, load_receipt
 from finetune.stages import train as stage
 from finetune.stages.train import train
+from finetune.tasks import texts
 from finetune.training import checkpoint
 from finetune.training.loop import Step
 from tests.unit.conftest import Setting
@@ -64,6 +65,18 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     assert not same(newest.averaged, newest.adapter)
 
 
+def test_the_loss_at_the_end_is_the_mean_of_the_last_tenth(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    config.trainer.steps, config.trainer.save_every, config.trainer.validate_every = 20, 10, 0
+    dataset, whole = make_dataset(), config.run_dir
+    run = train(config, dataset)
+    lines = [json.loads(line) for line in Path(whole, "metrics.jsonl").read_text().splitlines()]
+    losses = [line["loss/step"] for line in lines if "loss/step" in line]
+    assert run.last_loss == pytest.approx((losses[-1] + losses[-2]) / 2)
+    assert run.last_loss != pytest.approx(losses[-1])
+
+
 def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next stages need the memory: two models of 7 billion parameters don't fit a 24 GB card."""
     models = []
@@ -89,6 +102,21 @@ def test_a_finished_run_is_fresh(
     capsys.readouterr()
     assert train(config, dataset) == first
     assert "train: fresh (4 steps)" in capsys.readouterr().err
+
+
+def test_a_signal_after_the_last_step_does_not_promise_more_steps(
+    config: Config, make_dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    note = stage._Session.note
+
+    def interrupt(session: stage._Session, step: Step) -> None:
+        note(session, step)
+        if step.number == config.trainer.steps:
+            os.kill(os.getpid(), signal.SIGINT)
+
+    monkeypatch.setattr(stage._Session, "note", interrupt)
+    with pytest.raises(Interrupted, match="after step 4; the same command hands out what was trained"):
+        train(config, make_dataset())
 
 
 @pytest.mark.parametrize("cut", [1, 2, 3])
@@ -188,10 +216,32 @@ def test_changed_settings_are_listed_and_nothing_is_lost(config: Config, make_da
     assert same(before, adapter(config.run_dir + "/previous-1", 4))
 
 
+@pytest.mark.parametrize("held_out", [0, 2])
+def test_a_set_too_small_to_hold_any_out_is_announced(
+    config: Config, make_dataset: Callable[..., Dataset], capsys: pytest.CaptureFixture[str], held_out: int
+) -> None:
+    train(config, make_dataset(10, held_out))
+    assert ("no examples are held out" in capsys.readouterr().err) == (not held_out)
+
+
 def test_changed_captions_are_listed(config: Config, make_dataset: Callable[..., Dataset]) -> None:
-    train(config, make_dataset())
-    with pytest.raises(RunError, match=r"pictures and captions: "):
-        train(config, make_dataset(11))
+    train(config, make_dataset(16))
+    shorter = make_dataset(11)
+    index = Path(shorter.index)
+    index.write_text(index.read_text().replace('"picture 4"', '"another caption"'))
+    said = r"1 caption changed: 004.png, 5 pictures removed: 011.png, 012.png, 013.png and 2 more\).*restart=true"
+    with pytest.raises(RunError, match=said):
+        train(config, shorter)
+    Path(config.run_dir, "trained_on.json").unlink()
+    with pytest.raises(RunError, match=r"\(other pictures and captions\)"):  # a run of an earlier version
+        train(config, shorter)
+
+
+def test_changed_conversations_are_said_without_hashes(language_config: Config) -> None:
+    train(language_config, texts.build(language_config, None))
+    language_config.data.validation_share = 0.3
+    with pytest.raises(RunError, match=r"\(other conversations and template\)"):
+        train(language_config, texts.build(language_config, None))
 
 
 def test_more_steps_go_on_and_fewer_are_refused(config: Config, make_dataset: Callable[..., Dataset]) -> None:

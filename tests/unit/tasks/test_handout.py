@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from safetensors import safe_open
 
 from finetune.config import Config, ModelConfig
 from finetune.errors import ExportError, ModelError
-from finetune.models import lora, lora_files
+from finetune.models import hub, lora, lora_files
 from finetune.models.diffusion import load_adapter, load_backbone
 from finetune.records import Dataset, Run
+from finetune.stages.export import _usage as usage
 from finetune.stages.export import export
 from finetune.stages.train import train
 from finetune.tasks import handout
@@ -26,8 +28,11 @@ def run(config: Config, make_dataset: Callable[..., Dataset], request: pytest.Fi
     return train(config, make_dataset())
 
 
-def test_all_dialects_reproduce_the_trained_module(config: Config, run: Run) -> None:
+def test_all_dialects_reproduce_the_trained_module(
+    config: Config, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
     adapter = export(config, run)
+    assert "compared with the trained model: no difference (peft), " in capsys.readouterr().err
     assert set(adapter.differences) == {"peft", "diffusers", "kohya"}
     assert all(difference <= 1e-5 for difference in adapter.differences.values())
     folder = Path(adapter.folder)
@@ -114,3 +119,29 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
     for name in ("diffusers", "kohya"):
         with pytest.raises(ModelError, match=r"does not fit this base"):
             load_adapter(config.model, other, Path(adapter.folder) / adapter.files[name])
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_the_code_on_the_card_runs(
+    config: Config, run: Run, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    if embedded:
+        monkeypatch.setattr(hub, "EMBEDDED", tiny_base.parent)
+        config.model.base = f"embedded:{tiny_base.name}"
+    card = Path(export(config, run).folder, "README.md").read_text()
+    monkeypatch.chdir(config.run_dir)
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert names["pipeline"].get_active_adapters()
+
+
+@pytest.mark.parametrize(
+    ("base", "loaded"),
+    [
+        ("a/b", 'load("a/b")'),
+        ("a/b@v2", 'load("a/b", revision="v2")'),
+        ("embedded:x", 'from finetune.models import hub\nload(str(hub.resolve("embedded:x")))'),
+    ],
+)
+def test_the_card_names_the_base_as_its_library_takes_it(base: str, loaded: str) -> None:
+    assert usage("load({base})", base) == loaded

@@ -17,10 +17,11 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune.config import Config, Device, Dialect, Quantize
 from finetune.data.rows import reopen
 from finetune.errors import ConfigError, ExportError, ModelError
-from finetune.models import adapters, lora, lora_files
+from finetune.models import adapters, hub, lora, lora_files
 from finetune.models.device import pick_device
 from finetune.models.language import load_model
 from finetune.records import Run, save_receipt
+from finetune.stages.export import _usage as usage
 from finetune.tasks import text_handout, texts
 from finetune.tasks.language import inject
 from tests.tiny_language_models import save_language
@@ -268,3 +269,19 @@ def test_all_dialects_on_a_card(language_config: Config, write: Write, quantize:
     assert differences["peft"] <= 1e-5
     assert differences["gguf"] <= 1e-6
     assert differences["merged"] < 1e-3
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_the_code_on_the_card_runs(
+    language_config: Config, write: Write, folder: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    base = Path(language_config.model.base)
+    if embedded:
+        monkeypatch.setattr(hub, "EMBEDDED", base.parent)
+        language_config.model.base = f"embedded:{base.name}"
+    write()
+    monkeypatch.chdir(folder.parent)
+    names: dict[str, Any] = {}
+    exec(usage(text_handout.USAGE, language_config.model.base), names)
+    assert isinstance(names["model"], PeftModel)
+    assert len(names["tokenizer"]) > 0
