@@ -61,8 +61,7 @@ class Dialect(Enum):
 
 
 class Family(Enum):
-    """Architectures of picture models: Stable Diffusion 1 and 2, XL, 3 and 3.5, FLUX.1, FLUX.2 klein, Z-Image,
-    Qwen-Image."""
+    """Architectures of picture models; sd is Stable Diffusion 1 and 2, sd3 also 3.5."""
 
     sd = "sd"
     sdxl = "sdxl"
@@ -73,8 +72,7 @@ class Family(Enum):
     qwen_image = "qwen_image"
 
 
-UNETS = (Family.sd, Family.sdxl)
-"""Families whose backbone is a UNet; the others' are transformers."""
+UNETS = (Family.sd, Family.sdxl)  # the others have transformers
 
 
 class Quantize(Enum):
