@@ -15,7 +15,7 @@ from finetune.models.device import pick_device
 GIB = 2.0**30
 CUDA_CONTEXT_GIB = 0.5
 """Memory of a process on the card outside torch's allocator: 0.4 to 0.6 GiB with CUDA 12 and 13's libraries loaded."""
-PYTHON_GIB = 0.6  # of a process with torch, diffusers or transformers imported, before any tensor; measured on Linux
+PYTHON_GIB = 0.6  # of a process with torch, diffusers or transformers imported, before any tensor; assumed
 TRIAL_SIDE = 768  # of the matrices whose product measures a CPU, numbers
 UNKNOWN_TFLOPS, UNKNOWN_GB_PER_S = 100.0, 1000.0  # of a card that no preset knows: seconds then only compare
 
