@@ -222,6 +222,10 @@ def _complain(error: Exception, debug: bool) -> int:
         for line in str(error).splitlines():
             say(f"error: {line}")
         return error.exit_code
+    if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("finetune"):
+        way = "take the Python that finetune was installed with: source .venv/bin/activate"
+        say(f"error: {sys.executable} has no package {error.name}; {way}")
+        return FinetuneError.exit_code
     first = (str(error).strip().splitlines() or [""])[0]
     say(f"error: unexpected {type(error).__name__}: {first}; --debug shows where, please report it")
     return FinetuneError.exit_code

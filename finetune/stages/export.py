@@ -38,7 +38,10 @@ def export(config: Config, run: Run) -> Adapter:
         seconds=time.monotonic() - start,
         figures={f"{dialect} difference": value for dialect, value in differences.items()},
     )
-    proven = ", ".join(f"{difference(name, differences)} ({name})" for name in differences)
+    by_difference: dict[str, list[str]] = {}
+    for name in differences:
+        by_difference.setdefault(difference(name, differences), []).append(name)
+    proven = ", ".join(f"{found} ({', '.join(names)})" for found, names in by_difference.items())
     say(f"export: compared with the trained model: {proven}")
     return record
 

@@ -260,6 +260,16 @@ def test_a_bug_is_one_line_too(finetune_cli: Cli, workdir: Path, monkeypatch: py
     ]
 
 
+def test_a_python_without_the_packages_is_told_where_they_are(
+    finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "hydra", None)
+    answer = finetune_cli("train", "conf=smoke")
+    assert answer.code == 1
+    way = "take the Python that finetune was installed with: source .venv/bin/activate"
+    assert answer.errors == [f"error: {sys.executable} has no package hydra; {way}"]
+
+
 def test_ctrl_c_outside_training(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(api, "train", _raising(KeyboardInterrupt()))
     answer = finetune_cli("train", "conf=smoke")

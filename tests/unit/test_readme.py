@@ -6,7 +6,7 @@ import tomllib
 
 import yaml
 
-from finetune import recipes
+from finetune import recipes, schema
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -51,3 +51,21 @@ def test_constraints_pin_every_direct_dependency_and_no_place() -> None:
 def test_pre_commit_runs_the_tools_that_the_tests_run() -> None:
     hooks = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text(encoding="utf-8"))["repos"][0]["hooks"]
     assert {hook["entry"].split(" -")[0] for hook in hooks} == {"ruff format", "ruff check", "mypy", "lint-imports"}
+
+
+def test_readme_says_how_to_get_what_is_not_installed_at_first() -> None:
+    python = re.search(r"Python (3\.\d+) to 3\.(\d+)", README)
+    assert python
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+    assert project["requires-python"] == f">={python[1]},<3.{int(python[2]) + 1}"
+    assert "[gguf]" in README
+    assert "gguf" in project["optional-dependencies"]
+    notebooks = [path for path in (ROOT / "scripts").glob("*.ipynb") if "IPython" in path.read_text(encoding="utf-8")]
+    assert notebooks  # they import what no dependency brings
+    assert "pip install -c constraints.txt jupyterlab" in README
+
+
+def test_keys_that_the_readme_names_exist() -> None:
+    keys = set(re.findall(r"\b((?:data|sample|trainer|lora|optim|export|caption|model)\.\w+)=", README))
+    assert {"trainer.restart", "data.skip_bad", "export.dialects"} <= keys
+    assert [problem for key in keys if (problem := schema.key_problem(key))] == []

@@ -32,7 +32,7 @@ def test_all_dialects_reproduce_the_trained_module(
     config: Config, run: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:
     adapter = export(config, run)
-    assert "compared with the trained model: no difference (peft), " in capsys.readouterr().err
+    assert "compared with the trained model: no difference (peft" in capsys.readouterr().err
     assert set(adapter.differences) == {"peft", "diffusers", "kohya"}
     assert all(difference <= 1e-5 for difference in adapter.differences.values())
     folder = Path(adapter.folder)
