@@ -22,8 +22,8 @@ LEVELS = (0, 2, 1)  # of `trainer.checkpointing`, in the order of what they save
 TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because its reshaped tensors need no copy
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 SLACK = 0.10
-"""Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; for others it is
-assumed. What stays (weights) lies close."""
+"""Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; assumed for
+others. What stays (weights) lies close."""
 WORKSPACES_GIB = 0.1  # of cuBLAS and cuDNN in training steps; assumed
 
 
