@@ -11,7 +11,7 @@ from omegaconf import OmegaConf
 
 import finetune
 from finetune import recipes
-from finetune.config import Config, Device, ModelConfig, Precision, Quantize
+from finetune.config import UNETS, Config, Device, ModelConfig, Precision, Quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.models import blank, hub
 from finetune.plans import Plan
@@ -186,24 +186,30 @@ def preset(name: str) -> ModelConfig:
     return found
 
 
+def shortened(base: str, folder: Path) -> Path:
+    """The configuration of a base with two of its layers: all are alike."""
+    shutil.copytree(blank.folder(base), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    for file in (folder / "config.json", folder / "transformer" / "config.json"):
+        if file.exists():
+            settings = json.loads(file.read_text())
+            counted = settings.get("text_config", settings)
+            counted |= dict.fromkeys(("num_hidden_layers", "num_layers", "num_single_layers", "n_layers"), 2)
+            counted |= {"dual_attention_layers": [0]} if "dual_attention_layers" in counted else {}
+            settings.pop("layer_types", None)
+            file.write_text(json.dumps({key: settings[key] for key in settings}))
+    return folder
+
+
 @pytest.mark.parametrize("name", recipes.preset_files()["model"])
 def test_every_preset_plans_without_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Language models with two of their layers: all are alike. Phases of pictures: of the embedded model alone."""
+    """Of two layers, where there is a stack of them. Phases of pictures: of the embedded model alone."""
     config = on_a_card(Config(name=name, model=preset(name)), effective=2)
     config.lora.targets = "attention"
     config.data.folder = config.data.file = "somewhere"
     if config.model.kind == "diffusion" and name != "embedded":
         monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter(()))
-    if config.model.kind == "language":
-        shutil.copytree(
-            blank.folder(config.model.base), tmp_path / name, ignore=shutil.ignore_patterns("*.safetensors")
-        )
-        file = tmp_path / name / "config.json"
-        settings = json.loads(file.read_text())
-        settings.get("text_config", settings)["num_hidden_layers"] = 2
-        settings.pop("layer_types", None)
-        file.write_text(json.dumps(settings))
-        config.model.base = str(tmp_path / name)
+    if config.model.kind == "language" or config.model.family not in UNETS:
+        config.model.base = str(shortened(config.model.base, tmp_path / name))
         config.data.length = 256
     found = plan(config)
     assert found.fits, found.problems
