@@ -65,6 +65,10 @@ adds a workspace that was taken from four of these rows (SDXL with micro-batch 4
 them the comparison is no proof; for training steps nothing was fitted. FLUX.2's decoder isn't traced.
 {failed}
 
+Measured by hand earlier that day, with two micro-batches of one row of 2,048 tokens a step, nf4 bases and the whole
+command from conversations to answers: Llama 2 7B 19.2 GiB (46 s in all), and with every block recomputed GLM-4 9B 8.4
+(70 s), Qwen3 8B 7.6 (62 s) and Mistral 7B 5.7 GiB (50 s).
+
 Measured by `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a card; the planned figures and
 this page by `python -m scripts.bench.memory --plan FILE` on any. The lines are in `scripts/bench/memory.jsonl`.
 """
