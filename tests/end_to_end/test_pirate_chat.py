@@ -21,7 +21,7 @@ from tests.end_to_end.command import Finished
 pytestmark = pytest.mark.slow
 
 QUESTIONS = 80
-STEPS = "trainer.steps=250"  # of 350: the last hundred refine what is checked here with room to spare
+STEPS = "trainer.steps=150"  # of 200: the last ones refine what is checked here with room to spare
 
 
 @dataclass(frozen=True)
@@ -137,6 +137,6 @@ def figures(talk: Talk) -> dict[str, dict[str, float]]:
 def test_the_adapter_has_the_voice_and_keeps_the_facts(figures: dict[str, dict[str, float]]) -> None:
     assert figures["base"]["voice"] == 0.0
     assert figures["tuned"]["voice"] >= 0.95, figures
-    # The base has 0.98, and 0.90 is wanted; the recipe reaches 0.805. Less a margin for fewer steps and other rounding:
-    assert figures["tuned"]["fact"] >= 0.70, figures
+    # The base has 0.99, the whole recipe reaches 0.965:
+    assert figures["tuned"]["fact"] >= 0.90, figures
     assert figures["tuned"]["perplexity"] <= 0.5 * figures["base"]["perplexity"]

@@ -58,8 +58,9 @@ def test_the_page_shows_what_the_lines_say() -> None:
     assert sum("planned_gib" in line for line in lines) == 11
 
 
-@pytest.mark.parametrize("name", ["sd15-512-4", "llama31-8b-2048-nf4"])
-def test_the_plan_says_what_was_measured(name: str) -> None:
+def test_the_plan_says_what_was_measured() -> None:
+    """A base in 4 bits; Stable Diffusion's points are the ladder's own test."""
+    name = "llama31-8b-2048-nf4"
     lines = [json.loads(line) for line in (ROOT / "scripts" / "bench" / "memory.jsonl").read_text().splitlines()]
     measured = next(line["measured_gib"] for line in lines if line["name"] == name)
     assert planned(chosen_cases([name])[0]) == pytest.approx(measured, rel=0.05)
