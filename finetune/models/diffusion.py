@@ -179,7 +179,7 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
     """
     adapters.require(path)
     if path.is_dir():
-        return adapters.attach(backbone, path).get_base_model()  # type: ignore[no-any-return]
+        return cast(nn.Module, adapters.attach(backbone, path).get_base_model())
     kind = family(model.family)
     weights = lora_files.read_weights(path)  # names a damaged file better than the libraries do
     with adapters.fitting(path):

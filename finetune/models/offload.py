@@ -48,7 +48,7 @@ def resting(model: nn.Module, card: float) -> tuple[list[nn.Module], int]:
     """The blocks that wait in main memory, and bytes of the ring that they come to. card: bytes of it."""
     room = WEIGHTS_SHARE * card
     blocks = find(model)
-    sizes = [frozen_bytes(block) for block in blocks]
+    sizes = [_frozen_bytes(block) for block in blocks]
     room -= _bytes(model) - sum(sizes)
     if sum(sizes) <= room:
         return [], 0
@@ -58,6 +58,12 @@ def resting(model: nn.Module, card: float) -> tuple[list[nn.Module], int]:
     # Those that stay on the card are spread evenly: while they compute, the next one away has more time to arrive.
     away = len(blocks) - kept
     return [blocks[index * len(blocks) // away] for index in range(away)], ring
+
+
+def planned(model: nn.Module, card: float) -> dict[str, float]:
+    """What `spread` changes on a card of that many bytes: of the weights, and the ring of blocks. For memory plans."""
+    away, ring = resting(model, card)
+    return {"weights": -float(sum(map(_frozen_bytes, away))), "ring of blocks": float(ring)}
 
 
 def stream(model: Any, away: Sequence[nn.Module], device: torch.device) -> None:
@@ -304,5 +310,5 @@ def _bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def frozen_bytes(module: nn.Module) -> int:
+def _frozen_bytes(module: nn.Module) -> int:
     return sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)

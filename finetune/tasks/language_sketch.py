@@ -69,15 +69,12 @@ class LanguageSketch:
 
     def offloaded(self) -> dict[str, float]:
         """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
-        if not self.config.model.offload or not self.cuda:
-            return {}
-        away, ring = offload.resting(self.model, self.room)
-        return {"weights": -float(sum(map(offload.frozen_bytes, away))), "ring of blocks": float(ring)}
+        return offload.planned(self.model, self.room) if self.config.model.offload and self.cuda else {}
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
         """Every phase but training, by name."""
         states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
-        held = {name: states.get(name, 0.0) + self.offloaded().get(name, 0.0) for name in states | self.offloaded()}
+        held = states | self.offloaded()
         if self.config.trainer.validate_every:
             yield "validation", self._evaluated(lambda: self._validate(micro_batch), held)
         if self.config.sample.prompts:

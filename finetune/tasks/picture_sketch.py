@@ -63,10 +63,7 @@ class PictureSketch:
 
     def offloaded(self) -> dict[str, float]:
         """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
-        if not self.config.model.offload or not self.cuda:
-            return {}
-        away, ring = offload.resting(self.model, self.room)
-        return {"weights": -float(sum(map(offload.frozen_bytes, away))), "ring of blocks": float(ring)}
+        return offload.planned(self.model, self.room) if self.config.model.offload and self.cuda else {}
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
         """Every phase but training, by name."""

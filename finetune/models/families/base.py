@@ -95,6 +95,22 @@ def kl_pixels(vae: Any, latents_BChw: Tensor) -> Tensor:
     return pixels
 
 
+def kl_picture(vae: Any, latents_BChw: Tensor, height: int, width: int) -> Tensor:
+    """`pixels` of a family whose pipeline leaves an AutoencoderKL's latents as they are."""
+    return kl_pixels(vae, latents_BChw)
+
+
+def pooled_call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
+    """`call` of a pipeline with classifier-free guidance and pooled embeddings."""
+    return {
+        "prompt_embeds": text["embedding"],
+        "pooled_prompt_embeds": text["pooled"],
+        "negative_prompt_embeds": negative["embedding"],
+        "negative_pooled_prompt_embeds": negative["pooled"],
+        "guidance_scale": guidance,
+    }
+
+
 def divide(vae: Any, pictures: int, pixels: int) -> None:
     """Set how the autoencoder goes about so many pictures of so many pixels each."""
     vae.use_slicing, vae.use_tiling = pictures * pixels > AT_ONCE, pixels > UNTILED

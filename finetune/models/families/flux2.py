@@ -65,7 +65,8 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
         img_ids=places_N4.to(noisy_BChw.device),
         return_dict=False,
     )[0]
-    return prediction_BNC.transpose(1, 2).unflatten(2, (height, width))  # type: ignore[no-any-return]
+    prediction_BChw: Tensor = prediction_BNC.transpose(1, 2).unflatten(2, (height, width))
+    return prediction_BChw
 
 
 def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.models.families.base import Text, kl_moments, kl_pixels
+from finetune.models.families.base import Text, kl_moments, kl_picture
 from finetune.models.objectives import Denoising, Objective
 
 PIPELINE = "StableDiffusionPipeline"
@@ -17,6 +17,7 @@ KOHYA = "lora_unet_"  # sd-scripts' names, which diffusers and ComfyUI read too
 TEXT_TOKENS = 77  # what CLIP reads
 
 moments = kl_moments
+pixels = kl_picture
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
@@ -44,10 +45,6 @@ def objective(scheduler: Any) -> Objective:
 def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
     prediction: Tensor = model(noisy_BChw, timesteps_B, encoder_hidden_states=text["embedding"], return_dict=False)[0]
     return prediction
-
-
-def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    return kl_pixels(vae, latents)
 
 
 def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:

@@ -1,11 +1,11 @@
 """Stable Diffusion 3 and 3.5 (arXiv 2403.03206)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from torch import Tensor
 
-from finetune.models.families.base import Text, kl_moments, kl_pixels
+from finetune.models.families.base import Text, kl_moments, kl_picture, pooled_call
 from finetune.models.objectives import Flow, Objective
 
 PIPELINE = "StableDiffusion3Pipeline"
@@ -17,6 +17,8 @@ KOHYA = "lora_transformer_"  # OneTrainer's names, which ComfyUI reads too; diff
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
 moments = kl_moments
+pixels = kl_picture
+call = pooled_call
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
@@ -60,17 +62,3 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
         return_dict=False,
     )[0]
     return prediction
-
-
-def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    return kl_pixels(vae, latents)
-
-
-def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
-    return {
-        "prompt_embeds": text["embedding"],
-        "pooled_prompt_embeds": text["pooled"],
-        "negative_prompt_embeds": negative["embedding"],
-        "negative_pooled_prompt_embeds": negative["pooled"],
-        "guidance_scale": guidance,
-    }

@@ -1,12 +1,12 @@
 """Stable Diffusion XL (arXiv 2307.01952)."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from finetune.models.families.base import Text, kl_moments, kl_pixels
+from finetune.models.families.base import Text, kl_moments, kl_picture, pooled_call
 from finetune.models.objectives import Denoising, Objective
 
 PIPELINE = "StableDiffusionXLPipeline"
@@ -20,6 +20,8 @@ SIZES = 6  # numbers that tell the UNet of size and crop
 VAE_FACTOR = 8
 
 moments = kl_moments
+pixels = kl_picture
+call = pooled_call
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
@@ -59,17 +61,3 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
         return_dict=False,
     )[0]
     return prediction
-
-
-def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    return kl_pixels(vae, latents)
-
-
-def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
-    return {
-        "prompt_embeds": text["embedding"],
-        "pooled_prompt_embeds": text["pooled"],
-        "negative_prompt_embeds": negative["embedding"],
-        "negative_pooled_prompt_embeds": negative["pooled"],
-        "guidance_scale": guidance,
-    }

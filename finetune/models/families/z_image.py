@@ -13,7 +13,7 @@ from finetune.models.families.base import (
     MASK,
     Text,
     kl_moments,
-    kl_pixels,
+    kl_picture,
     lengths,
     padded,
     room_in_chat,
@@ -30,6 +30,7 @@ KOHYA = "diffusion_model."  # the one form that both diffusers and ComfyUI read 
 TEXT_TOKENS = 512
 
 moments = kl_moments
+pixels = kl_picture
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
@@ -68,10 +69,6 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
         return_dict=False,
     )[0]
     return -torch.stack(velocities_C1hw).squeeze(2)
-
-
-def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    return kl_pixels(vae, latents)
 
 
 def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
