@@ -68,6 +68,7 @@ class PictureSketch:
     def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
         """Every phase but training, by name."""
         states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
+        states |= self.offloaded()
         yield "captioning", self._captioning()
         yield "encoding texts", self._encoding_texts()
         yield "encoding pictures", self._encoding_pictures()
