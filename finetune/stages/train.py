@@ -1,41 +1,21 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
-import itertools
 import os
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
-from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
-
-from accelerate import Accelerator
+from typing import Any
 
 from finetune import earlier
-from finetune.advice import smallest
 from finetune.config import Config, as_dict
-from finetune.errors import Interrupted, OutOfMemory, RunError
-from finetune.models import lora
-from finetune.models.device import limit_memory, peak_gib, pick_device, pick_precision
-from finetune.pages import curves
-from finetune.progress import progress, say
+from finetune.errors import Interrupted, RunError
+from finetune.models.device import limit_memory, pick_device, pick_precision
+from finetune.progress import say
 from finetune.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
+from finetune.session import Session, flat
 from finetune.tasks import registry
-from finetune.tasks.base import Task, Visit
 from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
-from finetune.training.checkpoint import TrainState
-from finetune.training.ema import Ema
-from finetune.training.loop import Step, fit
-from finetune.training.memory import Ladder, saving, within_memory
-from finetune.training.optim import build_optimizer, learning_rate, load_state
 from finetune.training.signals import catch_stop
-from finetune.training.tracking import Tracker
 
-T = TypeVar("T")
-SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
-LAST_SHARE = (
-    0.1  # of the steps, over which the loss at the end is a mean: smoothing still feels the start of short runs
-)
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 
 
@@ -65,7 +45,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     if config.trainer.validate_every and not dataset.validation:
         say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
     task = registry.build_task(config, dataset, device)
-    run = _Session(config, task, accelerator, identity, resumed)
+    run = Session(config, task, accelerator, identity, resumed)
     with catch_stop() as stop:
         try:
             for step in run.steps():
@@ -96,259 +76,6 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     return record
 
 
-@dataclass
-class _Session:
-    """One run in progress: the state that checkpoints store and curves show."""
-
-    config: Config
-    task: Task
-    accelerator: Accelerator
-    identity: dict[str, Any]
-    resumed: checkpoint.Checkpoint | None
-
-    def __post_init__(self) -> None:
-        config = self.config
-        self.run_dir = Path(config.run_dir)
-        self.folder = self.run_dir / "checkpoints"
-        optimizer = build_optimizer(lora.parameter_groups(self.task.model, config.optim.lora_plus), config.optim)
-        self.ema: Ema | None = None
-        self.ladder = Ladder(config.trainer.micro_batch, self.task.relieve, smallest(config))
-        if self.resumed is None:
-            self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, 0, None)
-        else:
-            self.state = self.resumed.state
-            lora.load_state(self.task.model, self.resumed.adapter, str(self.resumed.folder))
-            load_state(optimizer, self.resumed.optimizer)
-            if self.state.asked == _asked(config):  # else the person has thought about memory again
-                self.ladder.restore(self.state.micro_batch, self.state.measures)
-            if self.resumed.ema is not None:
-                self.ema = Ema.restore(config.trainer.ema_decay, self.resumed.ema, self.accelerator.device)
-            say(f"train: going on from step {self.state.step}")
-        if config.trainer.ema_decay and self.ema is None:
-            self.ema = Ema(config.trainer.ema_decay, lora.live(self.task.model))
-        prepared = self.accelerator.prepare(self.task.model, optimizer)
-        self.task.model, self.optimizer = prepared
-        if self.state.scaler and self.accelerator.scaler is not None:
-            self.accelerator.scaler.load_state_dict(self.state.scaler)
-        self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
-        self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
-
-    def steps(self) -> Iterator[Step]:
-        """Every remaining optimiser step, with a progress bar."""
-        config, trainer = self.config, self.config.trainer
-        trainable, total = lora.counts(self.accelerator.unwrap_model(self.task.model))
-        say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {self.task.size:,} examples")
-        if self.state.step == 0:
-            self._texts()
-            self._validate()
-            self._preview()
-        if self.exhausted():
-            return
-        with progress("train", trainer.steps, unit="steps", done=self.state.step) as bar:
-            for step in fit(
-                self.task,
-                self._visits(),
-                self.optimizer,
-                lambda number: learning_rate(config.optim, number, trainer.steps),
-                self.accelerator,
-                ladder=self.ladder,
-                seed=config.seed,
-                start=self.state.step,
-                clip_norm=trainer.clip_norm,
-                max_bad_steps=trainer.max_bad_steps,
-                saving=saving(self.task.model, self.accelerator.device, trainer.offload_activations),
-            ):
-                yield step
-                bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
-                if self.exhausted():
-                    say(f"train: no better validation loss since step {self.state.best_step}; stopping early")
-                    break
-
-    def exhausted(self) -> bool:
-        """Whether the validation loss has not improved for `trainer.patience` saved steps."""
-        patience = self.config.trainer.patience
-        return bool(patience) and self.state.waited >= patience
-
-    def note(self, step: Step) -> None:
-        """Take one step into the state and do what is due after it."""
-        trainer, state = self.config.trainer, self.state
-        if step.eased:
-            effective = trainer.micro_batch * trainer.accumulate * self.accelerator.num_processes
-            tried = ", then ".join(step.eased)
-            say(f"step {step.number}: memory ran out; going on with {tried}; effective batch still {effective}")
-        if step.refused:
-            say(f"step {step.number} refused: {step.refused}")
-            self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
-        else:
-            first = state.units == 0
-            smoothed = step.loss if first else SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * step.loss
-            self.state = replace(
-                state,
-                step=step.number,
-                units=state.units + step.units,
-                seconds=state.seconds + step.seconds,
-                first_loss=step.loss if first else state.first_loss,
-                smoothed_loss=smoothed,
-            )
-            if self.ema:
-                self.ema.update(lora.live(self.task.model))
-        self._log(step)
-        due = step.number == trainer.steps or step.number % trainer.save_every == 0
-        if trainer.validate_every and (due or step.number % trainer.validate_every == 0):
-            self._validate(may_be_best=due)
-        last = step.number == trainer.steps or self.exhausted()
-        if last or (self.config.sample.every and step.number % self.config.sample.every == 0):
-            self._preview()
-        if due:
-            self.save()
-
-    def save(self) -> Path:
-        """Write a checkpoint of this very step and delete those no longer kept."""
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        ladder = self.ladder
-        self.state = replace(
-            self.state,
-            scaler=scaler,
-            asked=_asked(self.config),
-            micro_batch=ladder.micro_batch,
-            measures=len(ladder.measures),
-        )
-        path = checkpoint.at(self.folder, self.state.step)
-        if self.accelerator.is_main_process:
-            checkpoint.save(
-                self.folder,
-                self.state,
-                lora.state(self.task.model),
-                self.optimizer.optimizer.state_dict(),
-                self.ema.state() if self.ema else None,
-            )
-            checkpoint.prune(self.folder, self.config.trainer.keep, [self.state.best_step])
-        return path
-
-    def finish(self, training_hash: str) -> Run:
-        """The record of the finished run."""
-        state = self.state
-        trainable, total = lora.counts(self.accelerator.unwrap_model(self.task.model))
-        run = Run(
-            folder=str(self.run_dir),
-            checkpoint=str(checkpoint.at(self.folder, state.step)),
-            steps=state.step,
-            trainable=trainable,
-            total=total,
-            first_loss=state.first_loss,
-            last_loss=self._last_loss(),
-            first_validation=state.first_validation,
-            best_validation=state.best_validation,
-            best_step=state.best_step,
-            unit=self.task.unit,
-            items=state.units,
-            seconds=state.seconds,
-            peak_gib=peak_gib(self.accelerator.device),
-            skipped_steps=state.skipped_steps,
-            training_hash=training_hash,
-            micro_batch=self.ladder.micro_batch,
-            eased=self.ladder.summary,
-        )
-        figures = {
-            "final/loss": run.last_loss,
-            f"final/{run.unit}_per_s": run.items_per_s,
-            "final/peak_gib": run.peak_gib,
-        }
-        if run.best_validation is not None:
-            figures["final/validation"] = run.best_validation
-        self.tracker.hparams(self.identity, figures)
-        return run
-
-    def _last_loss(self) -> float:
-        steps = self.state.step
-        losses = [
-            loss for step, loss in curves.read(self.run_dir).get("loss/step", []) if step > steps - LAST_SHARE * steps
-        ]
-        return sum(losses) / len(losses) if losses else self.state.smoothed_loss
-
-    def _visits(self) -> Iterator[Sequence[Visit]]:
-        """This process's visits of every remaining step."""
-        trainer, accelerator = self.config.trainer, self.accelerator
-        effective = trainer.micro_batch * trainer.accumulate * accelerator.num_processes
-        chunks = self.task.steps(effective=effective, start=self.state.step)
-        for chunk in itertools.islice(chunks, trainer.steps - self.state.step):
-            yield chunk[accelerator.process_index :: accelerator.num_processes]
-
-    def _log(self, step: Step) -> None:
-        values = {
-            "loss/step": step.loss,
-            "loss/smoothed": self.state.smoothed_loss,
-            "train/learning_rate": step.lr,
-            "train/gradient_norm": step.grad_norm,
-            "train/skipped_steps": float(self.state.skipped_steps),
-        }
-        self.pending_seconds += step.seconds
-        self.pending_units += step.units
-        self.pending_slots += step.slots
-        if step.number % self.config.trainer.log_every == 0 or step.number == self.config.trainer.steps:
-            values[f"train/{self.task.unit}_per_s"] = self.pending_units / self.pending_seconds
-            if self.pending_slots > self.pending_units:
-                values["train/padding"] = 1 - self.pending_units / self.pending_slots
-            values |= self.tracker.hardware()
-            self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
-        self.tracker.scalars(step.number, values)
-
-    def _validate(self, *, may_be_best: bool = False) -> None:
-        if not self.config.trainer.validate_every:
-            return
-        losses = self._fitting("validation", self.task.validate, self.ladder.micro_batch)
-        if losses is None:
-            raise OutOfMemory(f"out of memory in validation, one example at a time; {smallest(self.config)}")
-        self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
-        state, mean = self.state, losses["mean"]
-        if state.first_validation is None:
-            self.state = replace(state, first_validation=mean)
-        elif may_be_best and (state.best_validation is None or mean < state.best_validation):
-            self.state = replace(state, best_validation=mean, best_step=state.step, waited=0)
-        elif may_be_best:
-            self.state = replace(state, waited=state.waited + 1)
-
-    def _preview(self) -> None:
-        sample = self.config.sample
-        prompts = sample.prompts[: sample.previews]
-        if not prompts or not self.accelerator.is_main_process:
-            return
-
-        def draw(size: int) -> list[Any]:
-            parts = (prompts[first : first + size] for first in range(0, len(prompts), size))
-            return [preview for part in parts for preview in self.task.sample(part, sample.seeds[0])]
-
-        previews = self._fitting("previews", draw, len(prompts))
-        if previews is None:
-            say(f"step {self.state.step}: memory ran out even for a single preview; training goes on without")
-            return
-        named = {
-            f"samples/{index}: {prompt}": preview
-            for index, (prompt, preview) in enumerate(zip(prompts, previews, strict=True))
-        }
-        self.tracker.previews(self.state.step, named)
-
-    def _fitting(self, title: str, work: Callable[[int], T], size: int) -> T | None:
-        """`work` on that many at once, or on as few as memory has room for; None if not even for one."""
-        back = partial(self.task.model.train, self.task.model.training)
-        while (done := within_memory(partial(work, size), drop=back)) is None and size > 1:
-            size //= 2
-            say(f"step {self.state.step}: memory ran out; {title} by {size} at a time")
-        return done
-
-    def _texts(self) -> None:
-        lines = "\n".join(f"    {key}: {value}" for key, value in _flat(as_dict(self.config)).items())
-        self.tracker.text("configuration", lines)
-        for title, text in self.task.notes().items():
-            self.tracker.text(title, text)
-
-
-def _asked(config: Config) -> dict[str, Any]:
-    """The settings that decide how much memory training takes."""
-    trainer, model = config.trainer, config.model
-    return {"micro_batch": trainer.micro_batch, "checkpointing": trainer.checkpointing, "offload": model.offload}
-
-
 def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
     """What decides the result, flat; a run may only be continued with the same. Steps may be raised, micro-batch and
     accumulation exchanged, and weights kept elsewhere."""
@@ -361,7 +88,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * int(os.environ.get("WORLD_SIZE", "1")),
         dataset.content_name: dataset.content,
     }
-    return {key: value for key, value in _flat(kept).items() if key != OFFLOAD}
+    return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
 
 
 def _resume(
@@ -386,13 +113,3 @@ def _resume(
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
-
-
-def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{key}.")
-        else:
-            flat[f"{prefix}{key}"] = value
-    return flat

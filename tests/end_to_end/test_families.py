@@ -15,7 +15,7 @@ from finetune.errors import Interrupted
 from finetune.models import diffusion, lora_files
 from finetune.models.families import family
 from finetune.records import Result
-from finetune.stages import train as stage
+from finetune.session import Session
 from finetune.tasks import handout
 from finetune.training.loop import Step
 from tests.tiny_families import save_family
@@ -66,14 +66,14 @@ def test_a_run_that_was_cut_gives_the_same_adapter(
 ) -> None:
     cut = copy.deepcopy(config)
     cut.run_dir, cut.export.dialects = str(tmp_path / "cut"), [Dialect.peft]
-    note = stage._Session.note
+    note = Session.note
 
-    def interrupt(session: stage._Session, step: Step) -> None:
+    def interrupt(session: Session, step: Step) -> None:
         note(session, step)
         if step.number == 1:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(stage._Session, "note", interrupt)
+    monkeypatch.setattr(Session, "note", interrupt)
     with pytest.raises(Interrupted):
         finetune.train(cut)
     monkeypatch.undo()

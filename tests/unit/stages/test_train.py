@@ -19,6 +19,7 @@ from finetune.config import Config, Dialect, Kept, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.models import lora, offload
 from finetune.records import Dataset, load_receipt
+from finetune.session import Session
 from finetune.stages import train as stage
 from finetune.stages.train import train
 from finetune.tasks import texts
@@ -107,14 +108,14 @@ def test_a_finished_run_is_fresh(
 def test_a_signal_after_the_last_step_does_not_promise_more_steps(
     config: Config, make_dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    note = stage._Session.note
+    note = Session.note
 
-    def interrupt(session: stage._Session, step: Step) -> None:
+    def interrupt(session: Session, step: Step) -> None:
         note(session, step)
         if step.number == config.trainer.steps:
             os.kill(os.getpid(), signal.SIGINT)
 
-    monkeypatch.setattr(stage._Session, "note", interrupt)
+    monkeypatch.setattr(Session, "note", interrupt)
     with pytest.raises(Interrupted, match="after step 4; the same command hands out what was trained"):
         train(config, make_dataset())
 
@@ -133,14 +134,14 @@ def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
     config.run_dir = str(tmp_path / "whole")
     whole = train(config, dataset)
     config.run_dir = str(tmp_path / "cut")
-    note = stage._Session.note
+    note = Session.note
 
-    def interrupt(session: stage._Session, step: Step) -> None:
+    def interrupt(session: Session, step: Step) -> None:
         note(session, step)
         if step.number == cut:
             os.kill(os.getpid(), number)
 
-    monkeypatch.setattr(stage._Session, "note", interrupt)
+    monkeypatch.setattr(Session, "note", interrupt)
     with pytest.raises(Interrupted, match=f"after step {cut}; the same command goes on") as caught:
         train(config, dataset)
     assert caught.value.exit_code == 128 + number

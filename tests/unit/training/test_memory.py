@@ -11,11 +11,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from finetune import session
 from finetune.config import Config, Schedule
 from finetune.errors import OutOfMemory, is_out_of_memory
 from finetune.models import checkpointing, lora
 from finetune.records import Run
-from finetune.stages import train as stage
 from finetune.stages.train import train
 from finetune.tasks import registry
 from finetune.tasks.base import Batch, Task, Visit
@@ -379,7 +379,7 @@ def test_training_with_activations_in_main_memory(
     def spied(model: Any, device: torch.device, away: bool) -> Any:
         return lambda: (entered.append(away), memory.activations_away(model))[1]
 
-    monkeypatch.setattr(stage, "saving", spied)
+    monkeypatch.setattr(session, "saving", spied)
     away = train(into(config, tmp_path / "away", 2, 2), dataset)
     assert all(entered)
     assert len(entered) >= 4 * 2  # pictures of different shapes need more micro-batches
