@@ -1,6 +1,6 @@
 """What to type when the memory doesn't suffice."""
 
-from finetune.config import Config, Quantize, as_dict
+from finetune.config import Config, Quantize
 
 
 def smaller(config: Config) -> str:
@@ -18,7 +18,7 @@ def smaller(config: Config) -> str:
 def smallest(config: Config) -> str:
     """What is left when every setting that trains the same was tried: another result, or another base."""
     model = config.model
-    if "resolution" in as_dict(config)["model"]:
+    if model.kind == "diffusion":
         side = max(model.bucket_step, model.resolution // 2 // model.bucket_step * model.bucket_step)
         less = f"smaller pictures: model.resolution={side}"
     else:

@@ -10,10 +10,11 @@ from pathlib import Path
 
 from finetune import rundir
 from finetune.checks import check
-from finetune.config import Config, as_dict
+from finetune.config import Config
 from finetune.errors import ConfigError, RunError
 from finetune.plans import Plan
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet, load_record
+from finetune.schema import as_dict
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:

@@ -1,6 +1,6 @@
 """Every problem of a configuration that can be seen without loading anything."""
 
-from finetune.config import UNETS, Config, Dialect, LoraInit, Quantize
+from finetune.config import Config, Dialect, LoraInit, Quantize
 
 DIALECTS = {
     "diffusion": (Dialect.peft, Dialect.diffusers, Dialect.kohya),
@@ -115,11 +115,6 @@ def check(config: Config) -> list[str]:
         problems.append(f"lora.targets={lora.targets} is not a preset of this model; it offers: {offered}")
     if lora.init is LoraInit.loftq and config.model.quantize is not Quantize.nf4:
         problems.append("lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4")
-    if config.model.offload and config.model.kind == "diffusion" and config.model.family in UNETS:
-        problems.append(
-            f"model.offload=true is for transformers, and {config.model.family.name} has a UNet, whose gradients were "
-            "not the same with it on a card; try trainer.checkpointing=1"
-        )
     if config.model.offload and config.model.quantize is Quantize.int8:
         problems.append("model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the card once used")
     require(bool(sample.seeds), "sample.seeds", "must name at least one seed", sample.seeds, "[0,1]")

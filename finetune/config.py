@@ -5,9 +5,8 @@ fill them, `finetune.checks` lists every problem at once. Keys marked `PICTURES`
 model alone.
 """
 
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import Any, cast
 
 PICTURES = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
@@ -72,9 +71,6 @@ class Family(Enum):
     qwen_image = "qwen_image"
 
 
-UNETS = (Family.sd, Family.sdxl)  # the others have transformers
-
-
 class Quantize(Enum):
     """How the frozen base is stored: as it computes, in 8-bit integers (arXiv 2208.07339), or in 4-bit NormalFloat with
     double quantisation (arXiv 2305.14314)."""
@@ -112,6 +108,14 @@ class LongRows(Enum):
     split = "split"
     drop = "drop"
     refuse = "refuse"
+
+
+class Fit(Enum):
+    """How a run on a card finds settings that fit: the fastest that do, those of the recipe, tried out, or untried."""
+
+    auto = "auto"
+    asked = "asked"
+    off = "off"
 
 
 class Kept(Enum):
@@ -272,6 +276,9 @@ class TrainerConfig:
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
     checkpointing: int = 0
     """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
+    fit: Fit = Fit.auto
+    """On a card: auto takes the fastest micro_batch, accumulate, checkpointing and model.offload that fit, with the
+    same effective batch; asked keeps those given; both try the worst step before the first. off does neither."""
     offload_activations: bool = False
     """Keep what backward needs in main memory: with checkpointing the inputs of blocks, without it all. Slower."""
     patience: int = 0
@@ -372,29 +379,3 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
-
-
-def as_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values (enums by name), ready for YAML or JSON.
-
-    Of a whole `Config`, keys that belong to another kind of model are left out.
-    """
-
-    kind = config.model.kind if isinstance(config, Config) else None
-
-    def plain(value: Any) -> Any:
-        if is_dataclass(value):
-            return {
-                entry.name: plain(getattr(value, entry.name))
-                for entry in fields(value)
-                if kind is None or entry.metadata.get("kind", kind) == kind
-            }
-        if isinstance(value, Enum):
-            return value.name
-        if isinstance(value, dict):
-            return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value
-
-    return cast(dict[str, Any], plain(config))

@@ -142,6 +142,9 @@ class Run:
     first_loss: of the first step. last_loss: mean over the last 10 % of the steps.
     checkpoint: the last one's folder. unit, items: what was trained on, "images" or "tokens", and how many.
     micro_batch: examples in one forward pass at the end. eased: what gave way because memory ran out, empty if nothing.
+    peak_gib: the most that this process held so far. planned_gib, probed_gib, measured_gib: the most in this training
+    with its validation and previews, by the plan, after trying its worst step, and at the end; None without a card or
+    with trainer.fit=off.
     """
 
     folder: str
@@ -162,11 +165,22 @@ class Run:
     training_hash: str
     micro_batch: int = 0
     eased: str = ""
+    planned_gib: float | None = None
+    probed_gib: float | None = None
+    measured_gib: float | None = None
 
     @property
     def items_per_s(self) -> float:
         """Training throughput, images or tokens (`unit`) per second."""
         return self.items / self.seconds if self.seconds else 0.0
+
+    @property
+    def fit(self) -> str:
+        """What training was to take and took, for people; empty where nobody asked the plan."""
+        if self.planned_gib is None or self.probed_gib is None or self.measured_gib is None:
+            return ""
+        figures = {"planned": self.planned_gib, "tried out": self.probed_gib, "measured": self.measured_gib}
+        return ", ".join(f"{gib:.2f} GiB {name}" for name, gib in figures.items())
 
     def _repr_html_(self) -> str:
         from finetune.display import run_html

@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from finetune.advice import smaller
-from finetune.config import Config, as_dict
+from finetune.config import Config
 from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
 from finetune.records import receipt_path, write_atomically
+from finetune.schema import as_dict
 
 CONFIG = "config.yaml"
 LOCK = ".lock"

@@ -16,7 +16,7 @@ from functools import cache
 from typing import Any
 
 from finetune import config as declared
-from finetune.config import Config, as_dict
+from finetune.config import Config
 
 MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
 # Keys whose type alone doesn't say what to type; in 0.1 checkpointing was true or false.
@@ -191,3 +191,29 @@ def _described(hint: Any) -> str:
 
 def _first_key(section: str) -> str:
     return next(leaf for leaf in leaf_types() if leaf.startswith(f"{section}."))
+
+
+def as_dict(config: Any) -> dict[str, Any]:
+    """A configuration as plain values (enums by name), ready for YAML or JSON.
+
+    Of a whole `Config`, keys that belong to another kind of model are left out.
+    """
+
+    kind = config.model.kind if isinstance(config, Config) else None
+
+    def plain(value: Any) -> Any:
+        if is_dataclass(value):
+            return {
+                entry.name: plain(getattr(value, entry.name))
+                for entry in fields(value)
+                if kind is None or entry.metadata.get("kind", kind) == kind
+            }
+        if isinstance(value, Enum):
+            return value.name
+        if isinstance(value, dict):
+            return {key: plain(item) for key, item in value.items()}
+        if isinstance(value, list | tuple):
+            return [plain(item) for item in value]
+        return value
+
+    return typing.cast(dict[str, Any], plain(config))

@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -10,18 +11,20 @@ from typing import Any, TypeVar
 from accelerate import Accelerator
 
 from finetune.advice import smallest
-from finetune.config import Config, as_dict
+from finetune.config import Config
 from finetune.errors import OutOfMemory
 from finetune.models import lora
 from finetune.models.device import peak_gib
 from finetune.pages import curves
+from finetune.planning.choice import settings
 from finetune.progress import progress, say
 from finetune.records import Run
+from finetune.schema import as_dict
 from finetune.tasks.base import Task, Visit
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
-from finetune.training.loop import Step, fit
+from finetune.training.loop import Step, fit, rehearse
 from finetune.training.memory import Ladder, saving, within_memory
 from finetune.training.optim import build_optimizer, learning_rate, load_state
 from finetune.training.tracking import Tracker
@@ -35,13 +38,20 @@ LAST_SHARE = (
 
 @dataclass
 class Session:
-    """One run in progress: the state that checkpoints store and curves show."""
+    """One run in progress: the state that checkpoints store and curves show.
+
+    config: with the settings of memory that were taken; asked: those that were given. planned_gib: what the plan says
+    of this training, None if nobody asked it; then no worst step is tried either. peak_gib: of all that came before.
+    """
 
     config: Config
     task: Task
     accelerator: Accelerator
     identity: dict[str, Any]
     resumed: checkpoint.Checkpoint | None
+    asked: dict[str, Any]
+    planned_gib: float | None
+    peak_gib: float
 
     def __post_init__(self) -> None:
         config = self.config
@@ -56,7 +66,7 @@ class Session:
             self.state = self.resumed.state
             lora.load_state(self.task.model, self.resumed.adapter, str(self.resumed.folder))
             load_state(optimizer, self.resumed.optimizer)
-            if self.state.asked == asked(config):  # else the person has thought about memory again
+            if self.state.asked == self.asked:  # else the person has thought about memory again
                 self.ladder.restore(self.state.micro_batch, self.state.measures)
             if self.resumed.ema is not None:
                 self.ema = Ema.restore(config.trainer.ema_decay, self.resumed.ema, self.accelerator.device)
@@ -69,16 +79,18 @@ class Session:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
         self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
+        self.saving = saving(self.task.model, self.accelerator.device, config.trainer.offload_activations)
 
     def steps(self) -> Iterator[Step]:
         """Every remaining optimiser step, with a progress bar."""
         config, trainer = self.config, self.config.trainer
         trainable, total = lora.counts(self.accelerator.unwrap_model(self.task.model))
         say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {self.task.size:,} examples")
-        if self.state.step == 0:
-            self._texts()
-            self._validate()
-            self._preview()
+        with self._rehearsal():
+            if self.state.step == 0:
+                self._texts()
+                self._validate()
+                self._preview()
         if self.exhausted():
             return
         with progress("train", trainer.steps, unit="steps", done=self.state.step) as bar:
@@ -93,7 +105,7 @@ class Session:
                 start=self.state.step,
                 clip_norm=trainer.clip_norm,
                 max_bad_steps=trainer.max_bad_steps,
-                saving=saving(self.task.model, self.accelerator.device, trainer.offload_activations),
+                saving=self.saving,
             ):
                 yield step
                 bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
@@ -146,7 +158,8 @@ class Session:
         self.state = replace(
             self.state,
             scaler=scaler,
-            asked=asked(self.config),
+            asked=self.asked,
+            taken=settings(self.config),
             micro_batch=ladder.micro_batch,
             measures=len(ladder.measures),
         )
@@ -180,11 +193,14 @@ class Session:
             unit=self.task.unit,
             items=state.units,
             seconds=state.seconds,
-            peak_gib=peak_gib(self.accelerator.device),
+            peak_gib=max(self.peak_gib, peak_gib(self.accelerator.device)),
             skipped_steps=state.skipped_steps,
             training_hash=training_hash,
             micro_batch=self.ladder.micro_batch,
             eased=self.ladder.summary,
+            planned_gib=state.planned_gib,
+            probed_gib=state.probed_gib,
+            measured_gib=None if state.planned_gib is None else peak_gib(self.accelerator.device),
         )
         figures = {
             "final/loss": run.last_loss,
@@ -195,6 +211,30 @@ class Session:
             figures["final/validation"] = run.best_validation
         self.tracker.hparams(self.identity, figures)
         return run
+
+    @contextmanager
+    def _rehearsal(self) -> Iterator[None]:
+        """Inside, the card holds all that it will after the first step, whose worst case was tried and undone."""
+        if self.planned_gib is None:
+            yield
+            return
+        checked = "fit: " + " ".join(f"{key}={str(value).lower()}" for key, value in settings(self.config).items())
+        say(f"{checked}; {self.planned_gib:.1f} GiB planned; trying the worst step")
+        spare = build_optimizer(lora.parameter_groups(self.task.model, self.config.optim.lora_plus), self.config.optim)
+        eased = rehearse(
+            self.task,
+            spare,
+            self.accelerator,
+            ladder=self.ladder,
+            micro_batches=min(2, self.config.trainer.accumulate),
+            saving=self.saving,
+        )
+        if eased:
+            say(f"fit: it did not fit; starting with {', then '.join(eased)}; same effective batch")
+        yield
+        probed = peak_gib(self.accelerator.device)
+        say(f"fit: {probed:.1f} GiB taken")
+        self.state = replace(self.state, planned_gib=self.planned_gib, probed_gib=probed)
 
     def _last_loss(self) -> float:
         steps = self.state.step
@@ -278,12 +318,6 @@ class Session:
         self.tracker.text("configuration", lines)
         for title, text in self.task.notes().items():
             self.tracker.text(title, text)
-
-
-def asked(config: Config) -> dict[str, Any]:
-    """The settings that decide how much memory training takes."""
-    trainer, model = config.trainer, config.model
-    return {"micro_batch": trainer.micro_batch, "checkpointing": trainer.checkpointing, "offload": model.offload}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

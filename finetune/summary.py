@@ -74,6 +74,8 @@ def _table(config: Config, result: Result, recipe: str) -> None:
         "speed", f"{run.items_per_s:,.1f} {run.unit}/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB"
     )
     table.add_row("micro-batch", str(run.micro_batch))
+    if run.fit:
+        table.add_row("training", run.fit)
     if run.eased:
         table.add_row("memory", f"ran out; went on with {run.eased}")
     table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f} (first step → mean of the last 10 %)")

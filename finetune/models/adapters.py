@@ -29,7 +29,9 @@ def attach(model: nn.Module, folder: Path) -> Any:
         config: Any = PeftConfig.from_pretrained(str(folder))
         if config.exclude_modules == lora_files.OTHER_PARTS:
             config.exclude_modules = None  # parts of a larger model, which this one was taken out of
-        attached = PeftModel.from_pretrained(model, str(folder), config=config, key_mapping=lora_files.WITHIN).eval()
+        with _placed(model):
+            attached = PeftModel.from_pretrained(model, str(folder), config=config, key_mapping=lora_files.WITHIN)
+        attached.eval()
     own = {
         name.removeprefix("base_model.model."): weight
         for name, weight in get_peft_model_state_dict(attached, save_embedding_layers=False).items()
@@ -38,6 +40,18 @@ def attach(model: nn.Module, folder: Path) -> Any:
         raise ModelError(f"{folder} does not fit this base ({len(odd)} tensors differ, first {odd[0]}); {ANOTHER}")
     place(attached)
     return attached
+
+
+@contextmanager
+def _placed(model: Any) -> Iterator[None]:
+    """Inside, PEFT doesn't see that some blocks rest in main memory: it would spread the model anew by its own rules,
+    and the card may be full."""
+    places = model.__dict__.pop("hf_device_map", None)
+    try:
+        yield
+    finally:
+        if places is not None:
+            model.hf_device_map = places
 
 
 def place(model: nn.Module) -> None:

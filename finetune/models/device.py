@@ -64,6 +64,12 @@ def room(device: torch.device, vram_gib: float) -> float:
     return min(vram_gib * 2**30, total) if vram_gib else total
 
 
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_gib` count from now on; a CPU's resident set can't."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_gib(device: torch.device) -> float:
     """Most memory that was in use so far, GiB: the allocator's on a card, the process's resident set on a CPU."""
     if device.type == "cuda":

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import FinetuneError, ModelError
+from finetune.errors import FinetuneError, ModelError, is_out_of_memory
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
 HUB_ANSWER_S = 8.0  # one request that normally takes 0.2 s; name resolution may hang without an own time limit
@@ -171,6 +171,8 @@ def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str,
     except FinetuneError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(_unusable(loader, reference, options, " ".join(str(error).split())[:300])) from error
 
 

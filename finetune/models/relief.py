@@ -5,7 +5,7 @@ from collections.abc import Iterator
 import torch
 from torch import nn
 
-from finetune.config import UNETS, ModelConfig, Quantize
+from finetune.config import ModelConfig, Quantize
 from finetune.models import checkpointing, offload
 
 
@@ -19,8 +19,7 @@ def measures(model: nn.Module, settings: ModelConfig, recomputed: int, device: t
     if recomputed != 1 and checkpointing.guards(model):
         checkpointing.recompute(model, 1)
         yield "trainer.checkpointing=1"
-    unet = settings.kind == "diffusion" and settings.family in UNETS  # which `checks` refuses too
-    if device.type != "cuda" or unet or settings.quantize is Quantize.int8:
+    if device.type != "cuda" or settings.quantize is Quantize.int8:
         return
     if blocks := offload.find(model):
         offload.stream(model, blocks, device)

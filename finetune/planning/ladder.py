@@ -24,6 +24,7 @@ DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precisi
 SLACK = 0.10
 """Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; assumed for
 others. What stays (weights) lies close."""
+OUTSIDE = ("CUDA context", "allocator slack")
 WORKSPACES_GIB = 0.1  # of cuBLAS and cuDNN in training steps; assumed
 
 
@@ -76,6 +77,12 @@ class Ladder:
         """What the most frugal setting takes, from one trace."""
         return sum(parts(self.step(1, 1), self.machine).values())
 
+    def tensors_gib(self, micro_batch: int, checkpointing: int) -> float:
+        """What torch's allocator gives out at the worst moment of a training: its steps, validation and previews."""
+        traces = [self.step(micro_batch, checkpointing), *(trace for _, trace in self.sketch.beside(micro_batch))]
+        found = [parts(trace, self.machine) for trace in traces]
+        return max(sum(gib for name, gib in held.items() if name not in OUTSIDE) for held in found)
+
     def phases(self, micro_batch: int) -> Iterator[tuple[str, float]]:
         """GiB of every other phase at its worst moment, by name."""
         for name, trace in self.sketch.phases(micro_batch):
@@ -111,7 +118,7 @@ def parts(trace: Trace, machine: Machine) -> dict[str, float]:
     of_loss = peak.of_loss / GIB
     found = held | {"activations": moving - of_loss, "loss buffers": of_loss}
     if machine.cuda:
-        found |= {"CUDA context": machine.context_gib, "allocator slack": SLACK * moving + WORKSPACES_GIB}
+        found |= {OUTSIDE[0]: machine.context_gib, OUTSIDE[1]: SLACK * moving + WORKSPACES_GIB}
     else:
         found |= {"Python, libraries": machine.context_gib}
     return found

@@ -4,13 +4,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.config import CaptionConfig, Config, as_dict
+from finetune.config import CaptionConfig, Config
 from finetune.data import folder, images
 from finetune.errors import DataError
 from finetune.models.captioner import Captioner
 from finetune.models.device import free, pick_device, pick_dtype
 from finetune.progress import progress, say
 from finetune.records import Caption, CaptionSet, hash_of, load_record, save_receipt
+from finetune.schema import as_dict
 
 STAGE = "caption"
 

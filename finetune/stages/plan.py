@@ -1,10 +1,11 @@
 """Say before anything starts whether a run fits the card, and how it is fastest."""
 
-from dataclasses import replace
+from collections.abc import Sequence
 
-from finetune.config import UNETS, Config, Quantize
+from finetune.config import Config
 from finetune.planning import speed
-from finetune.planning.ladder import Ladder, quickest, thriftier
+from finetune.planning.choice import choose
+from finetune.planning.ladder import Ladder, thriftier
 from finetune.planning.machine import Machine, read
 from finetune.plans import Plan, Setting
 
@@ -27,19 +28,8 @@ def plan(config: Config) -> Plan:
     on this machine, ConfigError for what base or machine can't do.
     """
     machine = read(config.hardware)
-    ladder = Ladder(config, machine)
-    tried = ladder.level(0)
-    if not all(setting.gib <= machine.vram_gib for setting in tried):
-        tried += ladder.level(1)
-        best = quickest(tried, machine.vram_gib)
-        if best is not None and best.checkpointing:
-            tried += ladder.level(2)
-    chosen = quickest(tried, machine.vram_gib)
-    if chosen is None and (streamed := _offloaded(config, machine)):
-        ladder = streamed
-        tried = ladder.level(1)
-        chosen = quickest(tried, machine.vram_gib)
-    best = chosen or min(tried, key=lambda setting: setting.gib)
+    choice = choose(config, machine)
+    ladder, chosen, best = choice.ladder, choice.chosen, choice.best
     asked = config.trainer
     phases = {"training": best.gib} | dict(ladder.phases(best.micro_batch))
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
@@ -53,23 +43,14 @@ def plan(config: Config) -> Plan:
         unit=ladder.sketch.unit,
         chosen=chosen,
         asked=ladder.setting(asked.micro_batch, asked.checkpointing),
-        others=_others(tried, chosen, machine.vram_gib),
+        others=_others(choice.tried, chosen, machine.vram_gib),
         phases=phases,
         problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),
         notes=(speed.explained(machine, ladder.precision), *ladder.sketch.notes),
     )
 
 
-def _offloaded(config: Config, machine: Machine) -> Ladder | None:
-    """The same with layers in main memory, where that can be had."""
-    model = config.model
-    unet = model.kind == "diffusion" and model.family in UNETS
-    if unet or not machine.cuda or model.offload or model.quantize is Quantize.int8:
-        return None
-    return Ladder(replace(config, model=replace(model, offload=True)), machine)
-
-
-def _others(tried: list[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:
+def _others(tried: Sequence[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:
     fitting = [setting for setting in tried if setting.gib <= budget_gib and setting is not chosen]
     return tuple(sorted(fitting, key=lambda setting: (setting.seconds, setting.gib))[:OTHERS])
 

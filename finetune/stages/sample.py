@@ -4,12 +4,13 @@ import hashlib
 import time
 from pathlib import Path
 
-from finetune.config import Config, as_dict
+from finetune.config import Config
 from finetune.errors import ConfigError, ModelError
 from finetune.models import lora_files
 from finetune.models.device import free
 from finetune.progress import say
 from finetune.records import Adapter, Answers, Samples, hash_of, load_record, replace_folder, save_receipt
+from finetune.schema import as_dict
 from finetune.tasks import registry
 
 

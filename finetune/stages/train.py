@@ -5,11 +5,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune import earlier
-from finetune.config import Config, as_dict
+from finetune.config import Config
 from finetune.errors import Interrupted, RunError
-from finetune.models.device import limit_memory, pick_device, pick_precision
+from finetune.models.device import forget_peak, limit_memory, peak_gib, pick_device, pick_precision
+from finetune.planning import choice
 from finetune.progress import say
 from finetune.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
+from finetune.schema import as_dict
 from finetune.session import Session, flat
 from finetune.tasks import registry
 from finetune.training import checkpoint
@@ -41,11 +43,18 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         earlier.note(run_dir, dataset)
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
+    asked = choice.settings(config) | {"fit": config.trainer.fit.name}
+    planned_gib, before = None, peak_gib(device)
+    if resumed and resumed.state.asked == asked:
+        config = choice.with_settings(config, **resumed.state.taken)
+    elif choice.needed(config, device):
+        config, planned_gib = choice.settle(config)
+    forget_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
         say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
     task = registry.build_task(config, dataset, device)
-    run = Session(config, task, accelerator, identity, resumed)
+    run = Session(config, task, accelerator, identity, resumed, asked, planned_gib, before)
     with catch_stop() as stop:
         try:
             for step in run.steps():
@@ -66,6 +75,9 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         "micro_batch": record.micro_batch,
         "eased": record.eased,
         "peak_gib": record.peak_gib,
+        "planned_gib": record.planned_gib,
+        "probed_gib": record.probed_gib,
+        "measured_gib": record.measured_gib,
         "first_loss": record.first_loss,
         "last_loss": record.last_loss,
         "first_validation": record.first_validation,

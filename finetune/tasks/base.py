@@ -52,6 +52,10 @@ class Task(Protocol):
         """Visits as micro-batches of at most that many, each of one shape."""
         ...
 
+    def worst(self, micro_batch: int) -> Sequence[Visit]:
+        """The micro-batch of that many that takes most memory."""
+        ...
+
     def collate(self, visits: Sequence[Visit]) -> Batch:
         """Examples with their visit numbers -> one batch; all randomness comes from (seed, example key, visit)."""
         ...

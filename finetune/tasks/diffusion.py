@@ -4,6 +4,7 @@ B images, C latent channels, h×w latent pixels, L text tokens, D text width.
 """
 
 import hashlib
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -71,6 +72,10 @@ class DiffusionTask:
     def split(self, visits: Sequence[Visit], micro_batch: int) -> Sequence[Sequence[Visit]]:
         """Micro-batches of one bucket each."""
         return order.split(visits, lambda visit: visit[0].bucket, micro_batch)
+
+    def worst(self, micro_batch: int) -> Sequence[Visit]:
+        """The largest picture, over and over."""
+        return [(max(self.training, key=lambda example: math.prod(example.bucket)), 0)] * micro_batch
 
     def collate(self, visits: Sequence[Visit]) -> Batch:
         """Latents drawn from the cached posterior, noise, timestep and caption (or none) of each visit."""

@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import Config
-from finetune.models.device import pick_device, pick_dtype
+from finetune.models.device import free, pick_device, pick_dtype
 from finetune.models.diffusion import Painter, load_adapter, load_backbone
 from finetune.progress import progress
 from finetune.records import Sample
@@ -42,6 +42,7 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
                 )
                 bar.advance(len(part))
             del backbone
+            free()  # two of them don't fit every card
     items = []
     for index, (prompt, seed) in enumerate(jobs):
         names = {kind: f"{index:03d}-seed{seed}-{kind}.png" for kind in drawn}

@@ -73,6 +73,11 @@ class LanguageTask:
         """Micro-batches in the order of the plan: all packs have one length."""
         return [visits[first : first + micro_batch] for first in range(0, len(visits), micro_batch)]
 
+    def worst(self, micro_batch: int) -> Sequence[Visit]:
+        """The longest row, over and over; packed, it has as many slots as every other."""
+        longest = self.training[int(self.rows.lengths[self.training].argmax())]
+        return [((int(longest),), 0)] * micro_batch
+
     def collate(self, visits: Sequence[Visit]) -> Batch:
         """Packs of the rows that each visit names."""
         return self._batch([pack for pack, _ in visits])

@@ -71,14 +71,18 @@ class LanguageSketch:
         """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
         return offload.planned(self.model, self.room) if self.config.model.offload and self.cuda else {}
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
-        """Every phase but training, by name."""
+    def beside(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+        """Validation and previews."""
         states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
         held = states | self.offloaded()
         if self.config.trainer.validate_every:
             yield "validation", self._evaluated(lambda: self._validate(micro_batch), held)
         if self.config.sample.prompts:
             yield "sampling", self._evaluated(self._write, held)
+
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+        """Every phase but the steps of training, by name."""
+        yield from self.beside(micro_batch)
         yield "export", self._export()
 
     def _validate(self, micro_batch: int) -> None:

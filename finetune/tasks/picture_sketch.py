@@ -65,17 +65,21 @@ class PictureSketch:
         """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
         return offload.planned(self.model, self.room) if self.config.model.offload and self.cuda else {}
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
-        """Every phase but training, by name."""
+    def beside(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+        """Validation and previews."""
         states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
         states |= self.offloaded()
-        yield "captioning", self._captioning()
-        yield "encoding texts", self._encoding_texts()
-        yield "encoding pictures", self._encoding_pictures()
         if self.config.trainer.validate_every:
             yield "validation", self._validation(micro_batch, states)
         if self.config.sample.prompts:
             yield "sampling", self._sampling(states)
+
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+        """Every phase but the steps of training, by name."""
+        yield "captioning", self._captioning()
+        yield "encoding texts", self._encoding_texts()
+        yield "encoding pictures", self._encoding_pictures()
+        yield from self.beside(micro_batch)
         yield "export", self._export()
 
     def _captioning(self) -> Trace:

@@ -94,8 +94,12 @@ class Sketch(Protocol):
         """What `model.offload` changes on the card, bytes by name."""
         ...
 
+    def beside(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+        """The worst moment of what a training does besides its steps, by name."""
+        ...
+
     def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
-        """The worst moment of every phase but training, by name."""
+        """The worst moment of every phase but the steps of training, by name."""
         ...
 
 

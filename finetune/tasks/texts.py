@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Any
 
-from finetune.config import Config, as_dict
+from finetune.config import Config
 from finetune.data import conversations, packing, rows, tables
 from finetune.data.chat import Chat, marked
 from finetune.data.conversations import Source
@@ -11,6 +11,7 @@ from finetune.errors import DataError
 from finetune.models.language import load_tokenizer
 from finetune.progress import say
 from finetune.records import CaptionSet, TextSet, hash_of
+from finetune.schema import as_dict
 
 
 def chat_of(config: Config) -> Chat:

@@ -32,8 +32,9 @@ class TrainState:
 
     identity: what the run was trained with, flat key -> value; a resumed run must agree.
     units: images or tokens trained on. waited: saved steps in a row whose validation loss was no better than the best.
-    scaler: the fp16 loss scaler's. asked: the settings of memory that the run was given; micro_batch, measures: how far
-    it had to go below them when memory ran out, in examples and in measures of the task.
+    scaler: the fp16 loss scaler's. asked: the settings of memory that the run was given; taken: those it started with;
+    micro_batch, measures: how far it had to go below them when memory ran out, in examples and in measures of the task.
+    planned_gib, probed_gib: as in `Run`.
     """
 
     step: int
@@ -49,8 +50,11 @@ class TrainState:
     skipped_steps: int
     scaler: dict[str, Any] | None
     asked: dict[str, Any] = field(default_factory=dict)
+    taken: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 0
     measures: int = 0
+    planned_gib: float | None = None
+    probed_gib: float | None = None
 
 
 @dataclass(frozen=True)

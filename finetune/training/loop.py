@@ -88,6 +88,36 @@ def fit(
             )
 
 
+def rehearse(
+    task: Task,
+    optimizer: torch.optim.Optimizer,
+    accelerator: Accelerator,
+    *,
+    ladder: Ladder,
+    micro_batches: int,
+    saving: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> list[str]:
+    """Take a step of the worst micro-batches there may be, so many of them, and undo it; returns what gave way for it.
+
+    optimizer: over the task's trained parameters and for this alone. It keeps its state, which takes as much memory as
+    that of the run will. Raises OutOfMemory at the foot of the ladder.
+    """
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
+    task.model.train()
+    eased: list[str] = []
+    parts = [task.worst(ladder.micro_batch)] * micro_batches
+    while _attempt(task, parts, optimizer, accelerator, saving, seed=0, step=0) is None:
+        eased.append(ladder.descend(len(parts[0])))
+        parts = [task.worst(ladder.micro_batch)] * micro_batches
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    with torch.no_grad():
+        for parameter, value in zip(parameters, before, strict=True):
+            parameter.copy_(value)
+    return eased
+
+
 def _attempt(
     task: Task,
     parts: Sequence[Sequence[Visit]],

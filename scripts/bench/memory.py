@@ -32,6 +32,7 @@ COMMON = (
     f"trainer.save_every={STEPS}",
     f"trainer.validate_every={STEPS}",
     "trainer.log_every=1",
+    "trainer.fit=asked",
     "export.dialects=[peft]",
     "sample.previews=1",
     "sample.seeds=[0]",
@@ -46,7 +47,6 @@ PICTURE = (
 LANGUAGE = ("sample.max_new_tokens=4", "sample.prompts=[Hello]", "optim.lr=1e-4", "data.workers=2")
 
 
-OUTSIDE = ("CUDA context", "allocator slack")
 OUTCOMES = {5: "out of memory after the training", 124: "cut after 200 s"}
 PAGE = """# Memory, planned and measured
 
@@ -206,7 +206,7 @@ def figures(run: Path) -> dict[str, Any]:
         receipt = json.loads(file.read_text())
         found["stages"][receipt["stage"]] = round(receipt["seconds"], 1)
         if receipt["stage"] == "train":
-            found["measured_gib"] = receipt["figures"]["peak_gib"]
+            found |= {key: receipt["figures"][key] for key in ("probed_gib", "measured_gib")}
             found["seconds_a_step"] = receipt["seconds"] / STEPS
     return found
 
@@ -227,21 +227,13 @@ def planned(case: Case) -> float:
     Texts were encoded by shortened encoders, and what lies outside torch's allocator was not measured: neither counts.
     """
     from finetune import compose
-    from finetune.planning.ladder import Ladder, parts
+    from finetune.planning.ladder import Ladder
     from finetune.planning.machine import read
 
     words = command(case, Path("base"), Path("run"), PICTURES)
     kept = [word for word in words if not word.startswith(("model.base=", "hardware."))]
     config = compose.load(kept[0].removeprefix("conf="), [*kept[1:], "hardware=rtx4090"])
-    machine = read(config.hardware)
-    ladder = Ladder(config, machine)
-    size, every = config.trainer.micro_batch, config.trainer.checkpointing
-    traces = [parts(ladder.step(size, every), machine)]
-    if case.pictures:
-        traces += [
-            parts(trace, machine) for name, trace in ladder.sketch.phases(size) if name in ("validation", "sampling")
-        ]
-    return max(sum(gib for name, gib in held.items() if name not in OUTSIDE) for held in traces)
+    return Ladder(config, read(config.hardware)).tensors_gib(config.trainer.micro_batch, config.trainer.checkpointing)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:

@@ -6,11 +6,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config import Config, Device, OptimConfig, Optimizer, Precision
+from finetune.config import Config, Device, Fit, OptimConfig, Optimizer, Precision
 from finetune.models import offload
 from finetune.records import Dataset, Run
 from finetune.stages.train import train
-from finetune.tasks import texts
 from finetune.training import checkpoint
 from finetune.training.optim import build_optimizer, load_state
 from tests.unit.conftest import Setting
@@ -19,12 +18,19 @@ from tests.unit.training.test_memory import Card
 pytestmark = pytest.mark.gpu
 
 
+@pytest.fixture(autouse=True)
+def _same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
+    """cuDNN's convolutions add up in no fixed order; TF32 would make much of that."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+
+
 @pytest.fixture
 def crowded(config: Config) -> Config:
     """Two steps of 256 pictures in one forward pass of each bucket, on the card and nothing else."""
     config.hardware.device, config.trainer.precision = Device.cuda, Precision.fp32
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 2, 256, 1
     config.trainer.validate_every, config.sample.previews, config.optim.eps = 0, 0, 1e-3
+    config.trainer.fit = Fit.off
     return config
 
 
@@ -63,11 +69,12 @@ def alike(one: Run, other: Run) -> bool:
 
 
 @pytest.fixture
-def on_card(language_config: Config) -> Setting:
-    """A run on the card, of a transformer: UNets keep their blocks there."""
-    config = language_config
+def on_card(setting: Setting) -> Setting:
+    """A run of either kind on the card."""
+    config = setting.config
     config.hardware.device, config.trainer.precision, config.optim.eps = Device.cuda, Precision.fp32, 1e-3
-    return Setting(config, texts.build(config, None))
+    config.trainer.fit = Fit.off
+    return setting
 
 
 def test_blocks_in_main_memory_train_draw_and_resume_as_on_the_card(
@@ -140,3 +147,44 @@ def test_paged_states_are_paged_again_after_a_checkpoint(tmp_path: Path) -> None
         step(parameter, optimizer, number)
         step(again, restored, number)
     assert torch.equal(parameter, again)
+
+
+@pytest.mark.parametrize("fit", [Fit.auto, Fit.asked])
+def test_what_was_planned_and_tried_out_is_what_training_takes(
+    crowded: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, fit: Fit
+) -> None:
+    crowded.trainer.fit, crowded.trainer.validate_every, crowded.sample.previews = fit, 1, 1
+    crowded.trainer.accumulate = 2
+    dataset = make_dataset()
+    runs = []
+    for name in ("first", "second"):  # the first one takes the libraries' own memory
+        crowded.run_dir = str(tmp_path / name)
+        runs.append(train(crowded, dataset))
+    _, run = runs
+    assert run.eased == ""
+    assert run.probed_gib is not None
+    assert run.planned_gib == pytest.approx(run.probed_gib, rel=0.12, abs=0.03)
+    assert run.measured_gib == pytest.approx(run.probed_gib, rel=0.02)
+
+
+def test_a_squeezed_card_is_seen_before_the_first_step(
+    crowded: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The plan counts what is free; the limit of a process is something that it doesn't know of."""
+    dataset = make_dataset()
+    crowded.trainer.fit, crowded.run_dir = Fit.asked, str(tmp_path / "roomy")
+    roomy = train(crowded, dataset)
+    torch.cuda.empty_cache()
+    assert roomy.measured_gib is not None
+    total = torch.cuda.get_device_properties(0).total_memory
+    torch.cuda.set_per_process_memory_fraction(0.6 * roomy.measured_gib * 2**30 / total)
+    try:
+        crowded.run_dir = str(tmp_path / "squeezed")
+        capfd.readouterr()
+        squeezed = train(crowded, dataset)
+    finally:
+        torch.cuda.set_per_process_memory_fraction(1.0)
+    said = capfd.readouterr().err
+    assert "fit: it did not fit; starting with micro-batch " in said
+    assert "memory ran out" not in said
+    assert alike(roomy, squeezed)

@@ -17,9 +17,10 @@ from PIL import Image
 
 import finetune
 from finetune import api, rundir
-from finetune.config import Config, as_dict
+from finetune.config import Config
 from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
 from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
+from finetune.schema import as_dict
 
 RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, "images", 8, 1.0, 0.1, 0, "hash")
 RECORDS: dict[str, Any] = {

@@ -10,8 +10,9 @@ from hydra.core.global_hydra import GlobalHydra
 
 from finetune import compose, recipes
 from finetune.checks import check
-from finetune.config import Config, Optimizer, Precision, as_dict
+from finetune.config import Config, Optimizer, Precision
 from finetune.errors import ConfigError
+from finetune.schema import as_dict
 
 PRESETS = [f"{group}={name}" for group, files in recipes.preset_files().items() for name in files]
 

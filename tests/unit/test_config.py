@@ -9,7 +9,8 @@ from finetune import config as module
 from finetune import schema
 from finetune.checks import check
 from finetune.compose import load
-from finetune.config import Config, as_dict
+from finetune.config import Config
+from finetune.schema import as_dict
 
 
 def test_every_field_says_what_it_is() -> None:

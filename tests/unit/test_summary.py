@@ -29,7 +29,8 @@ def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record:
 def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
     config = Config(name="mine", run_dir="outputs/mine")
     save_receipt(Path(config.run_dir), "train", Report("x"), input_hash="", seconds=61.0, figures={})
-    run = run_record(Path("outputs/mine"), unit="tokens", micro_batch=2, eased="micro-batch 2 instead of 4")
+    tried = {"planned_gib": 19.0, "probed_gib": 19.11, "measured_gib": 19.2}
+    run = run_record(Path("outputs/mine"), unit="tokens", micro_batch=2, eased="micro-batch 2 instead of 4", **tried)
     adapter = Adapter("outputs/mine/adapter", {}, {}, "base", "")
     summary.show(config, Result(None, text_set(), run, adapter, ANSWERS, Report("outputs/mine/report.html")))
     out = capsys.readouterr().out
@@ -37,6 +38,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     for words in (
         "2.0 tokens/s",
         " answers ",
+        "19.00 GiB planned, 19.11 GiB tried out, 19.20 GiB measured",
         "ran out; went on with micro-batch 2 instead of 4",
         "outputs/mine/samples/answers.md",
         'sample.prompts=["What colour is the',

@@ -193,6 +193,17 @@ def test_damaged_weights_are_named(copy, kind):
         unet(copy)
 
 
+def test_memory_that_runs_out_is_no_damage(pipeline, monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.51 GiB")
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        unet(pipeline)
+
+
 def test_missing_weights_are_not_made_up(copy):
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     weights = load_file(file)

@@ -46,6 +46,22 @@ def test_the_figures_are_those_of_the_whole_logits(
     assert found.agreement == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()))
 
 
+def test_a_head_that_both_have_is_moved_once(load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary it takes gigabytes of the card."""
+    view = likeness.look(load(1.0), ROWS, CPU)
+    copied = replace(view, head=replace(view.head, weight=view.head.weight.clone()))
+    bias = torch.ones(len(view.head.weight))
+    moved: list[Any] = []
+    real = likeness._moved
+    monkeypatch.setattr(likeness, "_moved", lambda head, device: moved.append(head) or real(head, device))
+    assert likeness.compare(view, copied, CPU).relative == 0
+    assert len(moved) == 1
+    for other in ({"weight": 2 * view.head.weight}, {"bias": bias}, {"scale": 2.0}, {"softcap": 1.0}):
+        moved.clear()
+        assert likeness.compare(view, replace(view, head=replace(view.head, **other)), CPU).relative > 0.01
+        assert len(moved) == 2
+
+
 def test_a_model_is_like_itself(load: Callable[[float], Any]) -> None:
     view = likeness.look(load(1.0), ROWS, CPU)
     assert likeness.compare(view, view, CPU) == likeness.Likeness(0.0, 0.0, 0.0, 1.0)

@@ -68,7 +68,12 @@ def test_the_plan_says_what_was_measured() -> None:
 
 def test_figures_come_from_the_receipts(tmp_path: Path) -> None:
     (tmp_path / "receipts").mkdir()
-    receipt = {"stage": "train", "seconds": 12.0, "figures": {"peak_gib": 3.5}}
+    receipt = {"stage": "train", "seconds": 12.0, "figures": {"probed_gib": 3.4, "measured_gib": 3.5}}
     (tmp_path / "receipts" / "train.json").write_text(json.dumps(receipt))
-    assert figures(tmp_path) == {"stages": {"train": 12.0}, "measured_gib": 3.5, "seconds_a_step": 2.0}
+    assert figures(tmp_path) == {
+        "stages": {"train": 12.0},
+        "probed_gib": 3.4,
+        "measured_gib": 3.5,
+        "seconds_a_step": 2.0,
+    }
     assert figures(tmp_path / "nowhere") == {"stages": {}}

@@ -11,9 +11,10 @@ from omegaconf import OmegaConf
 
 import finetune
 from finetune import recipes
-from finetune.config import UNETS, Config, Device, ModelConfig, Precision, Quantize
+from finetune.config import Config, Device, Family, ModelConfig, Precision, Quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.models import blank, hub
+from finetune.planning import choice
 from finetune.plans import Plan
 from finetune.stages import plan as stage
 from finetune.stages.plan import plan
@@ -116,7 +117,8 @@ def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.Mo
         def least_gib(self) -> float:
             return super().least_gib() if self.config.model.quantize is Quantize.nf4 else 100.0
 
-    monkeypatch.setattr(stage, "Ladder", Roomy)
+    for module in (stage, choice):
+        monkeypatch.setattr(module, "Ladder", Roomy)
     found = plan(on_a_card(language_config))
     assert found.chosen is None
     assert found.problems[0].endswith("; model.quantize=nf4 would fit")
@@ -209,7 +211,7 @@ def test_every_preset_plans_without_weights(name: str, tmp_path: Path, monkeypat
     if config.model.kind == "diffusion" and name != "embedded":
         monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter(()))
         config.model.resolution = 256  # fits at once: what takes more memory is traced three times
-    if config.model.kind == "language" or config.model.family not in UNETS:
+    if config.model.kind == "language" or config.model.family not in (Family.sd, Family.sdxl):
         config.model.base = str(shortened(config.model.base, tmp_path / name))
         config.data.length = 256
     found = plan(config)

@@ -1,0 +1,98 @@
+"""Which settings a run starts with: the fastest that fit the machine, of all that train the same thing."""
+
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+
+from finetune.config import Config, Fit, Quantize
+from finetune.models.device import free
+from finetune.planning.ladder import Ladder, quickest
+from finetune.planning.machine import Machine, read
+from finetune.plans import Setting
+from finetune.progress import say
+
+
+@dataclass(frozen=True)
+class Choice:
+    """Settings that were looked at, all on `ladder`; chosen: the fastest that fits, None if none does."""
+
+    ladder: Ladder
+    tried: tuple[Setting, ...]
+    chosen: Setting | None
+
+    @property
+    def best(self) -> Setting:
+        """The chosen one, or the most frugal."""
+        return self.chosen or min(self.tried, key=lambda setting: setting.gib)
+
+
+def choose(config: Config, machine: Machine) -> Choice:
+    """Look no further than the first level of recomputing at which everything fits; offload only where nothing else
+    does. Raises ModelError for a base without a configuration, ConfigError for what base or machine can't do."""
+    ladder = Ladder(config, machine)
+    tried = ladder.level(0)
+    if not all(setting.gib <= machine.vram_gib for setting in tried):
+        tried += ladder.level(1)
+        best = quickest(tried, machine.vram_gib)
+        if best is not None and best.checkpointing:
+            tried += ladder.level(2)
+    chosen = quickest(tried, machine.vram_gib)
+    if chosen is None and (streamed := _offloaded(config, machine)):
+        ladder = streamed
+        tried = ladder.level(1)
+        chosen = quickest(tried, machine.vram_gib)
+    return Choice(ladder, tuple(tried), chosen)
+
+
+def needed(config: Config, device: torch.device) -> bool:
+    """Whether there is a card whose memory a run has to fit, and somebody wants that seen to."""
+    return device.type == "cuda" and config.trainer.fit is not Fit.off
+
+
+def settle(config: Config) -> tuple[Config, float]:
+    """The configuration with the settings to start with on this card, as `trainer.fit` says, and the GiB of tensors
+    that the plan sees in training, validation and previews. To be called before anything of the run is on the card."""
+    free()
+    # Whatever card the preset is of: what counts is this one, and what of it is free now.
+    machine = read(replace(config.hardware, card=""))
+    if config.trainer.fit is not Fit.auto:
+        ladder = Ladder(config, machine)
+    else:
+        choice = choose(config, machine)
+        ladder, setting = choice.ladder, choice.best
+        config = with_settings(
+            config,
+            micro_batch=setting.micro_batch,
+            accumulate=setting.accumulate,
+            checkpointing=setting.checkpointing,
+            offload=setting.offload,
+        )
+        if choice.chosen is None:
+            say(f"fit: the plan's least is {setting.gib:.1f} GiB, and {machine.vram_gib:.1f} are free; trying it")
+    return config, ladder.tensors_gib(config.trainer.micro_batch, config.trainer.checkpointing)
+
+
+def settings(config: Config) -> dict[str, Any]:
+    """Those that `settle` may change."""
+    trainer = config.trainer
+    return {
+        "micro_batch": trainer.micro_batch,
+        "accumulate": trainer.accumulate,
+        "checkpointing": trainer.checkpointing,
+        "offload": config.model.offload,
+    }
+
+
+def with_settings(config: Config, *, micro_batch: int, accumulate: int, checkpointing: int, offload: bool) -> Config:
+    """The same run with other `settings`."""
+    trainer = replace(config.trainer, micro_batch=micro_batch, accumulate=accumulate, checkpointing=checkpointing)
+    return replace(config, trainer=trainer, model=replace(config.model, offload=offload))
+
+
+def _offloaded(config: Config, machine: Machine) -> Ladder | None:
+    """The same with layers in main memory, where that can be had."""
+    model = config.model
+    if not machine.cuda or model.offload or model.quantize is Quantize.int8:
+        return None
+    return Ladder(replace(config, model=replace(model, offload=True)), machine)
