@@ -25,7 +25,7 @@ from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
 from finetune.training.loop import Step, fit, rehearse
-from finetune.training.memory import Ladder, saving, within_memory
+from finetune.training.memory import Ladder, within_memory
 from finetune.training.optim import build_optimizer, learning_rate, load_state
 from finetune.training.tracking import Tracker
 
@@ -79,7 +79,6 @@ class Session:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
         self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
-        self.saving = saving(self.task.model, self.accelerator.device, config.trainer.offload_activations)
 
     def steps(self) -> Iterator[Step]:
         """Every remaining optimiser step, with a progress bar."""
@@ -105,7 +104,6 @@ class Session:
                 start=self.state.step,
                 clip_norm=trainer.clip_norm,
                 max_bad_steps=trainer.max_bad_steps,
-                saving=self.saving,
             ):
                 yield step
                 bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
@@ -227,7 +225,6 @@ class Session:
             self.accelerator,
             ladder=self.ladder,
             micro_batches=min(2, self.config.trainer.accumulate),
-            saving=self.saving,
         )
         if eased:
             say(f"fit: it did not fit; starting with {', then '.join(eased)}; same effective batch")

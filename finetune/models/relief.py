@@ -7,19 +7,26 @@ from torch import nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.models import checkpointing, offload
+from finetune.models.activations import Kept
 
 
-def measures(model: nn.Module, settings: ModelConfig, recomputed: int, device: torch.device) -> Iterator[str]:
+def measures(
+    model: nn.Module, settings: ModelConfig, recomputed: int, kept: Kept, device: torch.device
+) -> Iterator[str]:
     """Take the next measure at each `next`, and name the setting that would have been the same from the start.
 
     recomputed: `trainer.checkpointing` as it is.
     """
-    if checkpointing.by_itself(model):  # in main memory, so every block is recomputed already
-        return
-    if recomputed != 1 and checkpointing.guards(model):
+    streamed = checkpointing.by_itself(model)  # in main memory, so every block is recomputed already
+    if not streamed and recomputed != 1 and checkpointing.guards(model):
         checkpointing.recompute(model, 1)
         yield "trainer.checkpointing=1"
-    if device.type != "cuda" or settings.quantize is Quantize.int8:
+    if device.type != "cuda":
+        return
+    if not kept.away:
+        kept.away = True
+        yield "trainer.offload_activations=true"
+    if streamed or settings.quantize is Quantize.int8:
         return
     if blocks := offload.find(model):
         offload.stream(model, blocks, device)

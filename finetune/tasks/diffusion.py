@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
-from finetune.models import checkpointing, lora, lora_files, relief
+from finetune.models import activations, checkpointing, lora, lora_files, relief
 from finetune.models.device import pick_dtype
 from finetune.models.diffusion import Painter, load_backbone, load_scheduler
 from finetune.models.families import family
@@ -58,7 +58,8 @@ class DiffusionTask:
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
         )
-        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
+        self.kept = activations.Kept(self.model, device, config.trainer.offload_activations)
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, self.kept, device)
         if config.lora.start_from:
             folder = lora_files.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
@@ -84,8 +85,9 @@ class DiffusionTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over images of the weighted mean squared error."""
-        predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
-        return weighted(self.objective, predicted_BChw, batch.tensors, self.config.loss.min_snr_gamma)
+        with self.kept():
+            predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
+            return weighted(self.objective, predicted_BChw, batch.tensors, self.config.loss.min_snr_gamma)
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
@@ -112,7 +114,7 @@ class DiffusionTask:
         )
 
     def relieve(self) -> str | None:
-        """Recompute every block, then keep all of them in main memory."""
+        """Recompute every block, then keep what they need, and then all of them, in main memory."""
         return next(self.measures, None)
 
     def notes(self) -> dict[str, str]:

@@ -17,7 +17,7 @@ from finetune.config import Config
 from finetune.data import packing, rows
 from finetune.data.chat import marked
 from finetune.errors import ConfigError, ModelError
-from finetune.models import checkpointing, language, lora, lora_files, relief
+from finetune.models import activations, checkpointing, language, lora, lora_files, relief
 from finetune.models.device import pick_dtype
 from finetune.models.linear_loss import summed_cross_entropy
 from finetune.models.writer import Writer
@@ -51,7 +51,8 @@ class LanguageTask:
         check_length(config, model)
         checkpointing.recompute(model, config.trainer.checkpointing)
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
-        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, device)
+        self.kept = activations.Kept(self.model, device, config.trainer.offload_activations)
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, self.kept, device)
         if config.lora.start_from:
             folder = lora_files.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, lora_files.read_peft_folder(folder), str(folder))
@@ -86,9 +87,10 @@ class LanguageTask:
         """Sum over trained tokens of the cross entropy, in fp32."""
         tensors = batch.tensors
         ids_BL, wanted_BL = tensors["ids"], tensors["trained"][:, 1:]
-        hidden_BLD = language.hidden(self.model, ids_BL, tensors["positions"], tensors["segments"])
-        head = language.head(self.model)
-        return summed_cross_entropy(hidden_BLD[:, :-1][wanted_BL], head, ids_BL[:, 1:][wanted_BL])
+        with self.kept():
+            hidden_BLD = language.hidden(self.model, ids_BL, tensors["positions"], tensors["segments"])
+            head = language.head(self.model)
+            return summed_cross_entropy(hidden_BLD[:, :-1][wanted_BL], head, ids_BL[:, 1:][wanted_BL])
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
@@ -119,7 +121,7 @@ class LanguageTask:
         ]
 
     def relieve(self) -> str | None:
-        """Recompute every block, then keep all of them in main memory."""
+        """Recompute every block, then keep what they need, and then all of them, in main memory."""
         return next(self.measures, None)
 
     def notes(self) -> dict[str, str]:

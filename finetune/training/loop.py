@@ -6,7 +6,7 @@ It knows no model and no data set. Whoever iterates decides when to log, validat
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -49,14 +49,12 @@ def fit(
     start: int,
     clip_norm: float,
     max_bad_steps: int,
-    saving: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Iterator[Step]:
     """Train on the visits of each step, in micro-batches, from step `start` on, until `steps` ends.
 
     steps: per optimiser step this process's visits. optimizer: prepared by `accelerator`. rate: learning rate of a step
     counted from 0. ladder: the size of micro-batches; where memory runs out in a step, that step is taken again from
-    its beginning one rung further down. clip_norm: largest gradient norm, 0 for none. saving: what a loss is computed
-    in, which decides where autograd keeps what backward needs.
+    its beginning one rung further down. clip_norm: largest gradient norm, 0 for none.
     Raises TrainingError after `max_bad_steps` refused steps in a row, OutOfMemory at the foot of the ladder.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -68,7 +66,7 @@ def fit(
             group["lr"] = rate(number) * group.get("lr_scale", 1.0)
         eased: list[str] = []
         parts = task.split(visits, ladder.micro_batch)
-        while (attempt := _attempt(task, parts, optimizer, accelerator, saving, seed=seed, step=number)) is None:
+        while (attempt := _attempt(task, parts, optimizer, accelerator, seed=seed, step=number)) is None:
             eased.append(ladder.descend(max(map(len, parts))))
             parts = task.split(visits, ladder.micro_batch)
         loss, units, slots, names = attempt
@@ -95,7 +93,6 @@ def rehearse(
     *,
     ladder: Ladder,
     micro_batches: int,
-    saving: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> list[str]:
     """Take a step of the worst micro-batches there may be, so many of them, and undo it; returns what gave way for it.
 
@@ -107,7 +104,7 @@ def rehearse(
     task.model.train()
     eased: list[str] = []
     parts = [task.worst(ladder.micro_batch)] * micro_batches
-    while _attempt(task, parts, optimizer, accelerator, saving, seed=0, step=0) is None:
+    while _attempt(task, parts, optimizer, accelerator, seed=0, step=0) is None:
         eased.append(ladder.descend(len(parts[0])))
         parts = [task.worst(ladder.micro_batch)] * micro_batches
     optimizer.step()
@@ -123,7 +120,6 @@ def _attempt(
     parts: Sequence[Sequence[Visit]],
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
-    saving: Callable[[], AbstractContextManager[None]],
     *,
     seed: int,
     step: int,
@@ -136,7 +132,7 @@ def _attempt(
     def backward() -> tuple[float, int, int, list[str]]:
         micro_batches = [task.collate(part) for part in parts]
         names = [name for batch in micro_batches for name in batch.names]
-        return *_backward(task, micro_batches, accelerator, saving, seed=seed, step=step), names
+        return *_backward(task, micro_batches, accelerator, seed=seed, step=step), names
 
     if accelerator.num_processes > 1:  # the other processes wait inside a reduction: none can start anew alone
         return backward()
@@ -147,7 +143,6 @@ def _backward(
     task: Task,
     micro_batches: Sequence[Batch],
     accelerator: Accelerator,
-    saving: Callable[[], AbstractContextManager[None]],
     *,
     seed: int,
     step: int,
@@ -163,7 +158,7 @@ def _backward(
         torch.manual_seed(_mix(seed, step, index, accelerator.process_index))
         last = index == len(micro_batches) - 1
         with nullcontext() if last or processes == 1 else accelerator.no_sync(task.model):
-            with accelerator.autocast(), saving():
+            with accelerator.autocast():
                 loss = task.loss(batch.to(device))
             # Gradients are averaged over processes; times `processes` makes that the sum, divided once by all items.
             accelerator.backward(loss * (processes / items))

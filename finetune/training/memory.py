@@ -1,19 +1,13 @@
 """What happens when memory runs out: the same work once more, in smaller portions."""
 
 from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from typing import Any, TypeVar
 
-import torch
 from accelerate.utils.memory import clear_device_cache
-from torch import Tensor, nn
 
 from finetune.errors import OutOfMemory, is_out_of_memory
-from finetune.progress import say
 
 T = TypeVar("T")
-WORTH_BYTES = 2**16  # smaller tensors save too little for a copy
 
 
 def within_memory(attempt: Callable[[], T], drop: Callable[[], Any] = lambda: None) -> T | None:
@@ -29,39 +23,6 @@ def within_memory(attempt: Callable[[], T], drop: Callable[[], Any] = lambda: No
     drop()
     clear_device_cache(garbage_collection=True)
     return None
-
-
-def saving(model: nn.Module, device: torch.device, away: bool) -> Callable[[], AbstractContextManager[None]]:
-    """What to compute a loss in: `activations_away` if that is asked for and there is a card that it could relieve."""
-    if away and device.type != "cuda":
-        say("trainer.offload_activations=true changes nothing without a CUDA card: all is in main memory anyway")
-    return partial(activations_away, model) if away and device.type == "cuda" else nullcontext
-
-
-def activations_away(model: nn.Module) -> AbstractContextManager[None]:
-    """Inside, what autograd saves for backward goes to main memory until then; the model's own weights stay.
-
-    Of a checkpointed block that is its inputs. The copies keep the order of the device's work, so none of them waits.
-    """
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-
-    def pack(tensor: Tensor) -> Callable[[], Tensor]:
-        if tensor.nbytes < WORTH_BYTES or tensor.untyped_storage().data_ptr() in own:
-            return lambda: tensor
-        card = tensor.device.type == "cuda"
-        away = torch.empty_like(tensor, device="cpu", pin_memory=card).copy_(tensor, non_blocking=card)
-        return partial(_back, away, tensor.device, tensor.stride())
-
-    hooks: AbstractContextManager[None] = torch.autograd.graph.saved_tensors_hooks(pack, lambda back: back())
-    return hooks
-
-
-def _back(away: Tensor, device: torch.device, stride: tuple[int, ...]) -> Tensor:
-    """A tensor on its device again, laid out as it was: sums over another layout round otherwise."""
-    tensor = away.to(device, non_blocking=True)
-    if tensor.stride() == stride or 0 in stride:
-        return tensor
-    return torch.empty_strided(tensor.shape, stride, dtype=tensor.dtype, device=device).copy_(tensor)
 
 
 class Ladder:

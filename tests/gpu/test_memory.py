@@ -107,7 +107,8 @@ def test_the_last_rung_keeps_blocks_in_main_memory(
     Card(lambda *_: bool(away), "backward").install(monkeypatch)
     config.run_dir = str(tmp_path / "full")
     full = train(config, dataset)
-    assert full.eased == "micro-batch 1 instead of 2, trainer.checkpointing=1, model.offload=true"
+    measures = "trainer.checkpointing=1, trainer.offload_activations=true, model.offload=true"
+    assert full.eased == f"micro-batch 1 instead of 2, {measures}"
     assert alike(full, roomy)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.models import adapters, checkpointing, language, lora, lora_files, offload, relief
+from finetune.models.activations import Kept
 from tests.tiny_language_models import save_language
 from tests.unit.models import test_language as packs
 from tests.unit.models.test_checkpointing import MODELS, adapted, gradients
@@ -193,9 +194,11 @@ def test_blocks_are_layers_transformer_blocks_and_residual_blocks() -> None:
 
 def test_measures_on_a_cpu_end_with_recomputing() -> None:
     for make, _, _ in MODELS.values():
-        assert list(relief.measures(make(), ModelConfig(), 0, CPU)) == ["trainer.checkpointing=1"]
-        assert list(relief.measures(make(), ModelConfig(), 1, CPU)) == []
-        assert list(relief.measures(make(), ModelConfig(), 2, CPU)) == ["trainer.checkpointing=1"]
+        for recomputed, expected in ((0, ["trainer.checkpointing=1"]), (1, []), (2, ["trainer.checkpointing=1"])):
+            model = make()
+            kept = Kept(model, CPU, False)
+            assert list(relief.measures(model, ModelConfig(), recomputed, kept, CPU)) == expected
+            assert not kept.away
 
 
 def test_an_adapter_is_loaded_without_spreading_the_model_anew(llama: Path, tmp_path: Path) -> None:

@@ -2,7 +2,6 @@
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from finetune import session
 from finetune.config import Config, Schedule
 from finetune.errors import OutOfMemory, is_out_of_memory
-from finetune.models import checkpointing, lora
+from finetune.models import activations, checkpointing, lora
 from finetune.records import Run
 from finetune.stages.train import train
 from finetune.tasks import registry
 from finetune.tasks.base import Batch, Task, Visit
-from finetune.training import checkpoint, memory
+from finetune.training import checkpoint
 from finetune.training.memory import Ladder, within_memory
 from tests.unit.conftest import Setting
 
@@ -321,15 +319,15 @@ def test_activations_in_main_memory_give_the_same_gradients(
     """On the CPU main memory is another copy."""
     config, dataset = setting.config, setting.dataset
     config.lora.dropout, config.trainer.checkpointing = 0.2, every
-    monkeypatch.setattr(memory, "WORTH_BYTES", 0)
+    monkeypatch.setattr(activations, "WORTH_BYTES", 0)
     moved: list[int] = []
     real = torch.empty_like
-    task = registry.build_task(config, dataset, torch.device("cpu"))
+    task: Any = registry.build_task(config, dataset, torch.device("cpu"))
     task.model.train()
     batch = task.collate(next(iter(task.steps(effective=2, start=0))))
     found = []
-    for context in (nullcontext(), memory.activations_away(task.model)):
-        with monkeypatch.context() as patch, context:
+    for task.kept.away in (False, True):
+        with monkeypatch.context() as patch:
             patch.setattr(torch, "empty_like", lambda like, **rest: moved.append(like.nbytes) or real(like, **rest))
             torch.manual_seed(3)
             loss = task.loss(batch)
@@ -341,23 +339,23 @@ def test_activations_in_main_memory_give_the_same_gradients(
     resident, away = found
     assert any(bool(gradient.any()) for gradient in resident)
     assert all(torch.equal(one, other) for one, other in zip(resident, away, strict=True))
-    assert memory.saving(task.model, torch.device("cpu"), False) is nullcontext
 
 
 def test_of_checkpointed_blocks_the_inputs_alone_go_to_main_memory_and_no_weights(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, dataset = setting.config, setting.dataset
-    monkeypatch.setattr(memory, "WORTH_BYTES", 0)
+    monkeypatch.setattr(activations, "WORTH_BYTES", 0)
     away: dict[int, int] = {}
     real = torch.empty_like
     for every in (0, 1):
         config.trainer.checkpointing = every
-        task = registry.build_task(config, dataset, torch.device("cpu"))
+        task: Any = registry.build_task(config, dataset, torch.device("cpu"))
         batch = task.collate(next(iter(task.steps(effective=2, start=0))))
         frozen = {p.untyped_storage().data_ptr() for p in task.model.parameters() if not p.requires_grad}
         moved: list[Tensor] = []
-        with monkeypatch.context() as patch, memory.activations_away(task.model):
+        task.kept.away = True
+        with monkeypatch.context() as patch:
             patch.setattr(torch, "empty_like", lambda like, into=moved, **rest: into.append(like) or real(like, **rest))
             task.loss(batch)
         assert not any(tensor.untyped_storage().data_ptr() in frozen for tensor in moved)
@@ -376,12 +374,12 @@ def test_training_with_activations_in_main_memory(
     assert words in capfd.readouterr().err
     entered: list[bool] = []
 
-    def spied(model: Any, device: torch.device, away: bool) -> Any:
-        return lambda: (entered.append(away), memory.activations_away(model))[1]
+    def spied(self: activations.Kept) -> Any:
+        entered.append(True)
+        return activations._away(self.model)
 
-    monkeypatch.setattr(session, "saving", spied)
+    monkeypatch.setattr(activations.Kept, "__call__", spied)
     away = train(into(config, tmp_path / "away", 2, 2), dataset)
-    assert all(entered)
     assert len(entered) >= 4 * 2  # pictures of different shapes need more micro-batches
     assert difference(adapter(away), adapter(resident)) == 0
 
