@@ -42,7 +42,7 @@ class Ladder:
         self.held = {"optimiser": optimizer_bytes(trained, config.optim.name)} | self.sketch.offloaded()
         if config.trainer.ema_decay:
             self.held["averaged adapter"] = sum(parameter.nbytes for parameter in trained)
-        self.traces: dict[int, tuple[Trace, Trace]] = {}
+        self.traces: dict[int, list[Trace]] = {}  # by `checkpointing`, of the micro-batches TRACED
 
     def rungs(self) -> list[Setting]:
         """Every level of recomputing with every micro-batch, those left out that another beats in time and memory."""
@@ -96,8 +96,10 @@ class Ladder:
     def _trace(self, micro_batch: int, checkpointing: int) -> Trace:
         if checkpointing not in self.traces:
             self.sketch.recompute(checkpointing)
-            self.traces[checkpointing] = self._step(TRACED[0]), self._step(TRACED[1])
-        return stretched(*self.traces[checkpointing], TRACED, micro_batch)
+            sizes = TRACED if self.effective > 1 else (1,)
+            self.traces[checkpointing] = [self._step(size) for size in sizes]
+        found = self.traces[checkpointing]
+        return found[0] if self.effective == 1 else stretched(found[0], found[1], TRACED, micro_batch)
 
     def _step(self, micro_batch: int) -> Trace:
         sketch = self.sketch

@@ -13,13 +13,14 @@ from finetune.config import Config, Quantize
 from finetune.data import buckets
 from finetune.models import blank, checkpointing, lora, offload
 from finetune.models.families import family
-from finetune.models.families.base import AT_ONCE, kl_pixels
+from finetune.models.families.base import AT_ONCE
 from finetune.tasks import diffusion, handout, pictures
 from finetune.training.tracer import Trace, Tracer, optimizer_bytes
 
-# Beyond what a trace of an AutoencoderKL's decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace
-# can see. Measured on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image.
+# Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
+# on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
 WORKSPACE_GIB_PER_MEGAPIXEL = 1.9
+WORKSPACE_SEEN = ("AutoencoderKL", "AutoencoderKLFlux2")
 PAINTED_AT_ONCE = 8  # of `Painter.draw`
 CLIP_TOKENS = 77
 
@@ -149,16 +150,14 @@ class PictureSketch:
                 rows = count * (2 if guided else 1)
                 timesteps_B = torch.zeros(rows, dtype=torch.long)
                 self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
-            if self.family.VAE_CLASS == "AutoencoderKL":
-                kl_pixels(self.vae, torch.empty(count, *latents))
+            self.family.pixels(self.vae, self.family.left(torch.empty(count, *latents)), side, side)
 
         self.notes.append(f"sampling draws {count} pictures at once")
-        if self.family.VAE_CLASS != "AutoencoderKL":
-            self.notes.append(f"sampling: decoding with {self.family.VAE_CLASS} isn't traced")
-        elif self.cuda:
+        if self.cuda:
             decoded = side * side * (count if count * side * side <= AT_ONCE else 1)
             states = states | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * decoded * 2**10}
-            self.notes.append("decoding: cuDNN's workspace as measured on an H200")
+            others = "" if self.family.VAE_CLASS in WORKSPACE_SEEN else " with other autoencoders"
+            self.notes.append(f"decoding: cuDNN's workspace as measured on an H200{others}")
         return self._evaluated(nn.ModuleList([self.model, self.vae]), work, states)
 
     def _export(self) -> Trace:

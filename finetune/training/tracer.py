@@ -23,8 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.config import Optimizer
+from finetune.training.shapes import CPU, Shapes
 
-CPU = torch.device("cpu")
 T = TypeVar("T")
 U = TypeVar("U")
 ROUND_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
@@ -80,6 +80,7 @@ class Tracer:
     def __init__(self, dtype: torch.dtype, *, like_cuda: bool) -> None:
         self.dtype, self.like_cuda = dtype, like_cuda
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
+        self.shapes = Shapes(self.mode)
 
     def blank(self, module: nn.Module) -> nn.Module:
         """The same module with fakes in place of its tensors; what was shared stays shared."""
@@ -142,7 +143,7 @@ class Tracer:
 
     @contextmanager
     def _running(self, model: nn.Module, held: Mapping[str, float] | None) -> "Iterator[_Meter]":
-        meter = _Meter()
+        meter = _Meter(self.shapes)
         collecting = gc.isenabled()
         gc.disable()  # nothing here waits for it, and it would look through every object of the graph again and again
         try:
@@ -263,12 +264,14 @@ def _is_half(value: Any) -> bool:
 
 
 class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    def __init__(self) -> None:
+    def __init__(self, shapes: Shapes) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.shapes = shapes
         self.live, self.loss_live, self.in_loss = 0.0, 0.0, False
         self.sizes: dict[int, tuple[float, bool]] = {}
         self.held: dict[str, float] = {}
         self.kernels: list[Kernel] = []
+        self.costs: dict[Any, tuple[str, float, float]] = {}  # of a kernel, as in `Kernel`
 
     def hold(self, name: str, tensors: Iterable[Tensor]) -> None:
         """Count tensors that are there already, under a name."""
@@ -283,18 +286,18 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.prim.device.default:  # two thirds of all calls; the modes below would take a while
             return CPU
-        kwargs = kwargs or {}
-        result = function(*args, **kwargs)
+        result, key = self.shapes.run(function, args, kwargs or {})
         if function.is_view:
             return result
-        made = [value for value in tree_leaves(result) if isinstance(value, Tensor)]
+        made = [result] if isinstance(result, Tensor) else [x for x in tree_leaves(result) if isinstance(x, Tensor)]
         if new := [self._note(tensor) for tensor in made]:
             if not any(new) and not function._schema.is_mutable:  # another name for the same bytes
                 return result
-            moved = sum(tensor.nbytes for tensor in made)
-            moved += sum(value.nbytes for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
-            flops = _flops(function, args, kwargs, result)
-            self.kernels.append(Kernel(str(function), self.live, self.loss_live, flops, moved))
+            if (cost := self.costs.get(key)) is None:
+                moved = sum(tensor.nbytes for tensor in made)
+                moved += sum(value.nbytes for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor))
+                cost = self.costs[key] = str(function), _flops(function, args, kwargs or {}, result), moved
+            self.kernels.append(Kernel(cost[0], self.live, self.loss_live, *cost[1:]))
         return result
 
     def _note(self, tensor: Tensor) -> bool:

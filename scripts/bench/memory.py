@@ -62,7 +62,7 @@ side by side on the card, which changes seconds (not shown here) and not bytes.
 
 {count} cases, median difference {median:.1f} %, worst {worst:.1f} %. Where decoding a preview is the peak, the plan
 adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1, Z-Image), so for
-them the comparison is no proof; for training steps nothing was fitted. FLUX.2's decoder isn't traced.
+them the comparison is no proof; for FLUX.2 the same workspace was taken, and for training steps nothing was fitted.
 {failed}
 
 Measured by hand earlier that day, with two micro-batches of one row of 2,048 tokens a step, nf4 bases and the whole

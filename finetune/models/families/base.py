@@ -69,6 +69,10 @@ class Family(Protocol):
         """Mean and standard deviation of the latents as the backbone sees them, each (B, C, h, w)."""
         ...
 
+    def left(self, latents_BChw: Tensor) -> Tensor:
+        """Latents in the shape in which the pipeline leaves them, for `pixels`; of their values nothing is undone."""
+        ...
+
     def pixels(self, vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
         """What the pipeline left as latents, as pixels (B, 3, H, W) in -1 … 1. height, width: of the picture."""
         ...
@@ -93,6 +97,11 @@ def kl_pixels(vae: Any, latents_BChw: Tensor) -> Tensor:
     divide(vae, len(latents_BChw), latents_BChw[0, 0].numel() * factor**2)
     pixels: Tensor = vae.decode(latents_BChw / scale + shift).sample
     return pixels
+
+
+def unpacked(latents_BChw: Tensor) -> Tensor:
+    """`left` of a family whose pipeline leaves latents as they are."""
+    return latents_BChw
 
 
 def kl_picture(vae: Any, latents_BChw: Tensor, height: int, width: int) -> Tensor:

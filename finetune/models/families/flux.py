@@ -63,6 +63,10 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
     return unpack(prediction_BND, height, width)
 
 
+def left(latents_BChw: Tensor) -> Tensor:
+    return pack(latents_BChw)
+
+
 def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
     factor = 2 ** (len(vae.config.block_out_channels) - 1)
     return kl_pixels(vae, unpack(latents, height // factor, width // factor))

@@ -79,6 +79,10 @@ def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     return (patched[0] - mean_C11) / spread_C11, patched[1] / spread_C11
 
 
+def left(latents_BChw: Tensor) -> Tensor:
+    return functional.pixel_shuffle(latents_BChw, PATCH)
+
+
 def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """The pipeline has undone patches and normalisation."""
     divide(vae, len(latents), height * width)

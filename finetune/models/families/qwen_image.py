@@ -64,6 +64,10 @@ def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     return (posterior.mean.squeeze(2) - shift_C11) / spread_C11, posterior.std.squeeze(2) / spread_C11
 
 
+def left(latents_BChw: Tensor) -> Tensor:
+    return pack(latents_BChw)
+
+
 def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
     divide(vae, len(latents), height * width)
     factor = vae.spatial_compression_ratio

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.models.families.base import Text, kl_moments, kl_picture
+from finetune.models.families.base import Text, kl_moments, kl_picture, unpacked
 from finetune.models.objectives import Denoising, Objective
 
 PIPELINE = "StableDiffusionPipeline"
@@ -17,6 +17,7 @@ KOHYA = "lora_unet_"  # sd-scripts' names, which diffusers and ComfyUI read too
 TEXT_TOKENS = 77  # what CLIP reads
 
 moments = kl_moments
+left = unpacked
 pixels = kl_picture
 
 

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.models.families.base import Text, kl_moments, kl_picture, pooled_call
+from finetune.models.families.base import Text, kl_moments, kl_picture, pooled_call, unpacked
 from finetune.models.objectives import Flow, Objective
 
 PIPELINE = "StableDiffusion3Pipeline"
@@ -17,6 +17,7 @@ KOHYA = "lora_transformer_"  # OneTrainer's names, which ComfyUI reads too; diff
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
 moments = kl_moments
+left = unpacked
 pixels = kl_picture
 call = pooled_call
 

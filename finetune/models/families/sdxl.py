@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.models.families.base import Text, kl_moments, kl_picture, pooled_call
+from finetune.models.families.base import Text, kl_moments, kl_picture, pooled_call, unpacked
 from finetune.models.objectives import Denoising, Objective
 
 PIPELINE = "StableDiffusionXLPipeline"
@@ -20,6 +20,7 @@ SIZES = 6  # numbers that tell the UNet of size and crop
 VAE_FACTOR = 8
 
 moments = kl_moments
+left = unpacked
 pixels = kl_picture
 call = pooled_call
 

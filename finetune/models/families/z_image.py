@@ -18,6 +18,7 @@ from finetune.models.families.base import (
     padded,
     room_in_chat,
     stacked,
+    unpacked,
 )
 from finetune.models.objectives import FLOW_STEPS, Flow, Objective
 
@@ -30,6 +31,7 @@ KOHYA = "diffusion_model."  # the one form that both diffusers and ComfyUI read 
 TEXT_TOKENS = 512
 
 moments = kl_moments
+left = unpacked
 pixels = kl_picture
 
 

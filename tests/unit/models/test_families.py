@@ -1,6 +1,7 @@
 """Every family reads texts, makes latents and calls its backbone as diffusers' own pipeline does."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,23 +11,18 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from finetune.config import Family, ModelConfig
+from finetune.config import Config, Family, ModelConfig
 from finetune.errors import ModelError
 from finetune.models import checkpointing, diffusion, lora, offload
 from finetune.models.diffusion import Painter, TextEncoder, Vae, load_backbone, load_scheduler
 from finetune.models.families import base, family, flux
 from finetune.models.families.base import stacked
+from finetune.tasks.picture_sketch import WORKSPACE_GIB_PER_MEGAPIXEL, PictureSketch
 from tests.tiny_families import SAVERS, save_family
 
 CPU = torch.device("cpu")
 PROMPT = "a red robot"
 # The transformers' inputs and outputs as latents (B, C, h, w), where they are in another form.
-# What a pipeline leaves as latents, of those that the backbone sees.
-LEFT: dict[Family, Callable[[Tensor], Tensor]] = {
-    Family.flux: flux.pack,
-    Family.qwen_image: flux.pack,
-    Family.flux2: lambda latents: torch.nn.functional.pixel_shuffle(latents, 2),
-}
 UNPACKED: dict[Family, Callable[[Any, int, int], Tensor]] = {
     Family.flux: flux.unpack,
     Family.flux2: lambda tokens, height, width: tokens.transpose(1, 2).unflatten(2, (height, width)),
@@ -101,8 +97,7 @@ def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_t
     assert max(shape[-2] * shape[-1] for shape in seen) < 64 * 96
     seen.clear()
     latents = torch.randn(3, *tiled.shape, generator=torch.Generator().manual_seed(1))
-    left = LEFT.get(model.family, lambda latents: latents)(latents)
-    assert kind.pixels(vae.model, left, 64, 96).shape == (3, 3, 64, 96)
+    assert kind.pixels(vae.model, kind.left(latents), 64, 96).shape == (3, 3, 64, 96)
     assert max(shape[0] for shape in seen) == 1
     assert len(seen) > 3
 
@@ -158,7 +153,13 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
 
     backbone.register_forward_hook(catch, with_kwargs=True)
     painter = Painter(model, [PROMPT], "", CPU, torch.float32)
-    monkeypatch.setattr(kind, "pixels", lambda vae, latents, height, width: torch.zeros(1, 3, height, width))
+    left: list[Tensor] = []
+
+    def blank(vae: object, latents: Tensor, height: int, width: int) -> Tensor:
+        left.append(latents)
+        return torch.zeros(1, 3, height, width)
+
+    monkeypatch.setattr(kind, "pixels", blank)
     painter.draw(backbone, [(PROMPT, 0)], width=96, height=64, steps=2, guidance=1.0)
     (sampling, drawn), caught[:] = caught[0], []
 
@@ -176,6 +177,7 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
             rows = value[: len(training[name])] if value.ndim else value.expand(1)
             assert torch.allclose(training[name].float(), rows.float(), atol=1e-5), name
     assert predicted.shape == noisy.shape
+    assert left[0].shape == kind.left(noisy).shape
     sign = -1 if model.family in TOWARDS_CLEAN else 1
     assert torch.allclose(sign * unpack(drawn[:1], 64 // factor, 96 // factor), predicted, atol=1e-4)
 
@@ -211,6 +213,17 @@ def test_shapes_alone_are_enough_to_predict_for_a_memory_plan(model: ModelConfig
         predicted = kind.predict(backbone, noisy, torch.tensor([100.0, 700.0]), text)
         predicted.sum().backward()
     assert predicted.shape == noisy.shape
+
+
+def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
+    config = Config(model=replace(model, resolution=64, bucket_step=32, lora_targets={"attention": ["to_q"]}))
+    config.lora.targets = "attention"
+    config.sample.prompts, config.sample.previews = ["a", "b", "c"], 3
+    sketch = PictureSketch(config, torch.float32, cuda=True, room=2.0**30)
+    trace = sketch._sampling({})
+    pictures = 3 * 3 * 64 * 64 * 4  # bytes: three of them, in fp32
+    assert trace.kernels[-1].live - sum(trace.held.values()) >= pictures
+    assert trace.held["workspace"] == pytest.approx(3 * 64 * 64 / 1024**2 * WORKSPACE_GIB_PER_MEGAPIXEL * 2**30)
 
 
 def test_sixteen_bits_train_too(model: ModelConfig) -> None:

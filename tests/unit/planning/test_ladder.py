@@ -12,7 +12,6 @@ from finetune.planning.ladder import Ladder, parts, quickest, thriftier
 from finetune.planning.machine import GIB, Machine
 from finetune.plans import Setting
 from finetune.tasks import registry
-from finetune.training.tracer import stretched
 
 CARD = Machine("a card", True, 24.0, 0.5, True, 165.2, 82.6, 1008, known=True)
 XL = "stabilityai/stable-diffusion-xl-base-1.0"
@@ -64,7 +63,7 @@ def test_drawing_on_agrees_with_tracing(ladder: Ladder) -> None:
 
     checkpointing.recompute(sketch.model, 0)
     for micro_batch in (1, 2, 8):
-        drawn = stretched(*ladder.traces.setdefault(0, (ladder._step(2), ladder._step(3))), (2, 3), micro_batch)
+        drawn = ladder._trace(micro_batch, 0)
         assert drawn.peak.live == pytest.approx(trace(micro_batch), rel=0.02)
 
 
@@ -86,7 +85,9 @@ def test_an_average_and_a_thrifty_optimiser_are_counted(config: Config) -> None:
 
 
 def test_a_step_of_one_example(config: Config) -> None:
-    assert [setting.micro_batch for setting in Ladder(on_a_card(config, 1), CARD).level(0)] == [1]
+    ladder = Ladder(on_a_card(config, 1), CARD)
+    assert [setting.micro_batch for setting in ladder.level(0)] == [1]
+    assert sum(ladder.setting(1, 0).parts.values()) == sum(parts(ladder.step(1, 0), CARD).values())
 
 
 def test_offloaded_weights_leave_the_card_and_take_time(
