@@ -1,0 +1,132 @@
+"""The models that come with the package, trained and asked on a card in 16 bit: what fp32 on a CPU does, they do."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+import finetune
+from finetune.config import Config, ModelConfig, Precision, Quantize
+from finetune.models.device import pick_device
+from finetune.models.diffusion import Painter, load_backbone
+from finetune.tasks import registry
+from finetune.training.accelerator import build_accelerator
+from scripts import measure_style
+from scripts.toyworld.captions import read_caption
+from scripts.toyworld.output import dataset_scenes
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.gpu
+
+PICTURES, TALK = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
+HELD_OUT = 16  # examples whose losses are compared
+UNLIKE_FP32 = {(Precision.bf16, Quantize.none): 2e-2, (Precision.fp16, Quantize.none): 5e-3}
+NF4_LOSS = 0.25  # relative: four bits of a small model lose a good deal
+
+
+def settings(tmp_path: Path, *more: str) -> list[str]:
+    return [f"run_dir={tmp_path / 'run'}", f"data.cache={tmp_path / 'cache'}", "hardware.device=cuda", *more]
+
+
+@pytest.fixture
+def pictures(tmp_path: Path) -> list[str]:
+    """Half of the example pictures."""
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for file in sorted(PICTURES.glob("*.jpg"))[:20]:
+        (folder / file.name).write_bytes(file.read_bytes())
+    return settings(tmp_path, f"data.folder={folder}")
+
+
+@pytest.fixture
+def talk(tmp_path: Path) -> list[str]:
+    return settings(tmp_path, f"data.file={TALK}", "data.workers=2")
+
+
+def loaded(recipe: str, words: list[str]) -> tuple[Config, Any]:
+    return finetune.load(recipe, words), finetune.dataset(recipe, words)
+
+
+def losses(config: Config, data: Any, precision: Precision, quantize: Quantize) -> list[float]:
+    """Per item, one example at a time, with fixed noise; adapters change nothing yet."""
+    config.trainer.precision, config.model.quantize, config.lora.dropout = precision, quantize, 0.0
+    device = pick_device(config.hardware.device)
+    task = registry.build_task(config, data, device)
+    accelerator = build_accelerator(precision, device)
+    visits = next(iter(task.steps(effective=HELD_OUT, start=0)))
+    found = []
+    for visit in visits:
+        batch = task.collate([visit]).to(device)
+        with torch.no_grad(), accelerator.autocast():
+            found.append(float(task.loss(batch)) / batch.items)
+    return found
+
+
+@pytest.mark.parametrize(("precision", "quantize"), list(UNLIKE_FP32))
+def test_losses_of_pictures_follow_fp32(pictures: list[str], precision: Precision, quantize: Quantize) -> None:
+    config, data = loaded("pixar_style", pictures)
+    expected = losses(config, data, Precision.fp32, Quantize.none)
+    found = losses(config, data, precision, quantize)
+    assert np.mean(found) == pytest.approx(np.mean(expected), rel=UNLIKE_FP32[precision, quantize])
+    assert found == pytest.approx(expected, rel=2 * UNLIKE_FP32[precision, quantize])
+
+
+@pytest.mark.parametrize(
+    ("precision", "quantize"), [*UNLIKE_FP32, (Precision.bf16, Quantize.nf4), (Precision.bf16, Quantize.int8)]
+)
+def test_losses_of_conversations_follow_fp32(talk: list[str], precision: Precision, quantize: Quantize) -> None:
+    config, data = loaded("pirate_chat", talk)
+    expected = losses(config, data, Precision.fp32, Quantize.none)
+    found = losses(config, data, precision, quantize)
+    tolerance = UNLIKE_FP32.get((precision, quantize), NF4_LOSS)
+    assert np.mean(found) == pytest.approx(np.mean(expected), rel=tolerance)
+
+
+@pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
+def test_a_style_trained_in_16_bit_on_a_card_is_the_style(
+    pictures: list[str], tmp_path: Path, precision: Precision
+) -> None:
+    """The whole line: captions, encoding, training, export and samples on the card, and what readers see in the end."""
+    result = finetune.train("pixar_style", [*pictures, f"trainer.precision={precision.name}"])
+    assert result.captions is not None
+    read = [[(said.kind, said.colour) for said in read_caption(item.text).things] for item in result.captions.items]
+    true = [[(thing.kind, thing.colour) for thing in scene.things] for scene in dataset_scenes(40)[:20]]
+    assert sum(one != other for one, other in zip(read, true, strict=True)) <= 2
+    assert max(result.adapter.differences.values()) <= 1e-5
+    assert result.run.skipped_steps < 10  # fp16 looks for its scale
+    found = measure_style.measure(
+        Path(result.adapter.folder) / "peft", prompts=40, steps=20, guidance=2.0, trigger="pixar style"
+    )
+    assert found["base"]["flat"] >= 0.95
+    assert found["tuned"]["pixar"] >= 0.9
+    assert min(found["tuned"][name] for name in ("thing", "colour")) >= 0.85
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_samples_in_16_bit_are_those_of_fp32(dtype: torch.dtype) -> None:
+    base, device = ModelConfig(base="embedded:diffusion"), torch.device("cuda")
+    jobs = [("a big red robot in a city", 0), ("a small blue fish on a beach", 1)]
+    drawn = []
+    for each in (torch.float32, dtype):
+        painter = Painter(base, [prompt for prompt, _ in jobs], "", device, each)
+        backbone = load_backbone(base, each, device)
+        pictures = painter.draw(backbone, jobs, width=128, height=128, steps=20, guidance=2.0)
+        drawn.append(np.stack([np.asarray(picture, dtype=np.float64) for picture in pictures]))
+    exact, rounded = drawn
+    assert np.abs(exact - rounded).mean() < 4  # of 255
+    assert np.abs(exact[0] - exact[1]).mean() > 20
+
+
+def test_a_voice_trained_on_nf4_in_bf16(talk: list[str], tmp_path: Path) -> None:
+    words = [*talk, "model.quantize=nf4", "trainer.precision=bf16", "optim=adamw8bit", "trainer.steps=100"]
+    result = finetune.train("pirate_chat", words)
+    run = result.run
+    assert run.first_validation is not None
+    assert run.best_validation is not None
+    assert run.best_validation < 0.5 * run.first_validation
+    assert result.adapter.differences["peft"] <= 1e-5
+    weights = load_file(Path(result.adapter.folder) / "peft" / "adapter_model.safetensors")
+    assert all(bool(weight.isfinite().all()) and weight.any() for weight in weights.values())
