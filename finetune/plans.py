@@ -2,17 +2,28 @@
 
 from dataclasses import dataclass
 
+KEYS = {
+    "micro_batch": "trainer.micro_batch",
+    "accumulate": "trainer.accumulate",
+    "checkpointing": "trainer.checkpointing",
+    "offload_activations": "trainer.offload_activations",
+    "offload": "model.offload",
+}
+"""What a setting says -> the key of the configuration."""
+
 
 @dataclass(frozen=True)
 class Setting:
     """One way to train the same thing. seconds: of one optimiser step, an estimate; parts: GiB at the worst moment.
 
-    checkpointing: 0 none, 1 every block, n every n-th. units: images, or slots of a row, in one optimiser step.
+    checkpointing: 0 none, 1 every block, n every n-th. offload_activations, offload: what backward needs, and whole
+    blocks, in main memory. units: images, or slots of a row, in one optimiser step.
     """
 
     micro_batch: int
     accumulate: int
     checkpointing: int
+    offload_activations: bool
     offload: bool
     seconds: float
     units: int
@@ -26,13 +37,8 @@ class Setting:
     @property
     def overrides(self) -> tuple[str, ...]:
         """What to type to train like this."""
-        words = {
-            "trainer.micro_batch": self.micro_batch,
-            "trainer.accumulate": self.accumulate,
-            "trainer.checkpointing": self.checkpointing,
-        }
-        typed = [f"{key}={value}" for key, value in words.items()]
-        return (*typed, "model.offload=true") if self.offload else tuple(typed)
+        values = {name: getattr(self, name) for name in KEYS}
+        return tuple(f"{KEYS[name]}={str(value).lower()}" for name, value in values.items() if value is not False)
 
 
 @dataclass(frozen=True)

@@ -10,13 +10,12 @@ from typing import Any
 
 from finetune.config import Config
 from finetune.pages import plans
-from finetune.plans import Plan
+from finetune.plans import KEYS, Plan
 from finetune.recipes import shown
 from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet, load_receipt
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
 NOT_REPEATED = ("run_dir=", "sample.prompts=", "trainer.restart=")  # the next command gives its own, or none
-PLANNED = ("trainer.micro_batch", "trainer.accumulate", "trainer.checkpointing", "model.offload")  # a plan's to say
 NUMBERS = ("GiB", "s/step", "images/s", "tokens/s")
 WIDTH = 80  # columns; a narrower terminal gets its own width
 
@@ -117,7 +116,7 @@ def _plan(plan: Plan, overrides: Sequence[str]) -> None:
     for note in plan.notes:
         console.print(f"· {note}", style="dim")
     if plan.fits and plan.chosen:
-        words = [word for word in overrides if word.partition("=")[0] not in PLANNED]
+        words = [word for word in overrides if word.partition("=")[0] not in KEYS.values()]
         settings = " ".join(map(shlex.quote, words or [f"conf={plan.name}"]))
         print(f"next\n  {_program()} train {settings} {' '.join(plan.chosen.overrides)}")
 

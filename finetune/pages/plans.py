@@ -2,6 +2,7 @@
 
 from finetune.plans import Plan, Setting
 
+OFFLOADED = {"offload_activations": "activations", "offload": "blocks"}
 BAR = 24  # characters of a bar
 
 
@@ -11,7 +12,7 @@ def settings_row(setting: Setting) -> list[str]:
     return [
         f"{setting.micro_batch} × {setting.accumulate}",
         recomputed,
-        "yes" if setting.offload else "no",
+        " + ".join(OFFLOADED[name] for name in OFFLOADED if getattr(setting, name)) or "no",
         f"{setting.gib:.1f}",
         f"{setting.seconds:.2f}" if setting.seconds < 100 else f"{setting.seconds:.0f}",
         f"{setting.units / setting.seconds:,.{0 if setting.units > 100 * setting.seconds else 1}f}",

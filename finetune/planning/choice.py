@@ -9,7 +9,7 @@ from finetune.config import Config, Fit, Quantize
 from finetune.models.device import free
 from finetune.planning.ladder import Ladder, quickest
 from finetune.planning.machine import Machine, read
-from finetune.plans import Setting
+from finetune.plans import KEYS, Setting
 from finetune.progress import say
 
 
@@ -28,20 +28,27 @@ class Choice:
 
 
 def choose(config: Config, machine: Machine) -> Choice:
-    """Look no further than the first level of recomputing at which everything fits; offload only where nothing else
-    does. Raises ModelError for a base without a configuration, ConfigError for what base or machine can't do."""
+    """Look no further than the first measure with which something fits: recomputing, activations in main memory, and at
+    last blocks there. Raises ModelError for a base without a configuration, ConfigError for what base or machine can't.
+    """
+    budget = machine.vram_gib
     ladder = Ladder(config, machine)
     tried = ladder.level(0)
-    if not all(setting.gib <= machine.vram_gib for setting in tried):
+    if not all(setting.gib <= budget for setting in tried):
         tried += ladder.level(1)
-        best = quickest(tried, machine.vram_gib)
+        best = quickest(tried, budget)
         if best is not None and best.checkpointing:
             tried += ladder.level(2)
-    chosen = quickest(tried, machine.vram_gib)
+    chosen = quickest(tried, budget)
+    if chosen is None and machine.cuda:
+        tried += ladder.level(1, away=True)
+        chosen = quickest(tried, budget)
     if chosen is None and (streamed := _offloaded(config, machine)):
         ladder = streamed
         tried = ladder.level(1)
-        chosen = quickest(tried, machine.vram_gib)
+        if (chosen := quickest(tried, budget)) is None:
+            tried += ladder.level(1, away=True)
+            chosen = quickest(tried, budget)
     return Choice(ladder, tuple(tried), chosen)
 
 
@@ -61,33 +68,28 @@ def settle(config: Config) -> tuple[Config, float]:
     else:
         choice = choose(config, machine)
         ladder, setting = choice.ladder, choice.best
-        config = with_settings(
-            config,
-            micro_batch=setting.micro_batch,
-            accumulate=setting.accumulate,
-            checkpointing=setting.checkpointing,
-            offload=setting.offload,
-        )
+        config = with_settings(config, **{name: getattr(setting, name) for name in KEYS})
         if choice.chosen is None:
             say(f"fit: the plan's least is {setting.gib:.1f} GiB, and {machine.vram_gib:.1f} are free; trying it")
-    return config, ladder.tensors_gib(config.trainer.micro_batch, config.trainer.checkpointing)
+    trainer = config.trainer
+    return config, ladder.tensors_gib(trainer.micro_batch, trainer.checkpointing, trainer.offload_activations)
 
 
 def settings(config: Config) -> dict[str, Any]:
-    """Those that `settle` may change."""
+    """Those that `settle` may change, named as a `Setting` names them."""
     trainer = config.trainer
     return {
         "micro_batch": trainer.micro_batch,
         "accumulate": trainer.accumulate,
         "checkpointing": trainer.checkpointing,
+        "offload_activations": trainer.offload_activations,
         "offload": config.model.offload,
     }
 
 
-def with_settings(config: Config, *, micro_batch: int, accumulate: int, checkpointing: int, offload: bool) -> Config:
+def with_settings(config: Config, *, offload: bool, **trainer: Any) -> Config:
     """The same run with other `settings`."""
-    trainer = replace(config.trainer, micro_batch=micro_batch, accumulate=accumulate, checkpointing=checkpointing)
-    return replace(config, trainer=trainer, model=replace(config.model, offload=offload))
+    return replace(config, trainer=replace(config.trainer, **trainer), model=replace(config.model, offload=offload))
 
 
 def _offloaded(config: Config, machine: Machine) -> Ladder | None:

@@ -4,13 +4,14 @@ What a setting may change: how an effective batch is cut into micro-batches, whi
 weights wait in main memory. Nothing here changes what is learnt.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import torch
 
 from finetune.config import Config, Precision, Quantize
-from finetune.models import lora
+from finetune.models import activations, lora
 from finetune.planning import speed
 from finetune.planning.machine import GIB, Machine
 from finetune.plans import Setting
@@ -18,7 +19,6 @@ from finetune.tasks import registry
 from finetune.tasks.registry import Sketch
 from finetune.training.tracer import Trace, optimizer_bytes, stretched
 
-LEVELS = (0, 2, 1)  # of `trainer.checkpointing`, in the order of what they save
 TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because its reshaped tensors need no copy
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 SLACK = 0.10
@@ -42,31 +42,23 @@ class Ladder:
         self.held = {"optimiser": optimizer_bytes(trained, config.optim.name)} | self.sketch.offloaded()
         if config.trainer.ema_decay:
             self.held["averaged adapter"] = sum(parameter.nbytes for parameter in trained)
-        self.traces: dict[int, list[Trace]] = {}  # by `checkpointing`, of the micro-batches TRACED
+        self.traces: dict[tuple[int, bool], list[Trace]] = {}  # by level, of the micro-batches TRACED
 
-    def rungs(self) -> list[Setting]:
-        """Every level of recomputing with every micro-batch, those left out that another beats in time and memory."""
-        found = [setting for level in LEVELS for setting in self.level(level)]
-        kept: list[Setting] = []
-        for setting in sorted(found, key=lambda setting: (setting.seconds, setting.gib)):
-            if not kept or setting.gib < kept[-1].gib:
-                kept.append(setting)
-        return kept
-
-    def level(self, checkpointing: int) -> list[Setting]:
-        """All micro-batches that divide the effective batch, the largest first."""
+    def level(self, checkpointing: int, away: bool = False) -> list[Setting]:
+        """All micro-batches that divide the effective batch, the largest first; away: `trainer.offload_activations`."""
         sizes = [size for size in range(self.effective, 0, -1) if self.effective % size == 0]
-        return [self.setting(size, checkpointing) for size in sizes]
+        return [self.setting(size, checkpointing, away) for size in sizes]
 
-    def setting(self, micro_batch: int, checkpointing: int) -> Setting:
+    def setting(self, micro_batch: int, checkpointing: int, away: bool = False) -> Setting:
         """One of them."""
-        trace = self._trace(micro_batch, checkpointing)
+        trace = self._trace(micro_batch, checkpointing, away)
         accumulate = self.effective // micro_batch
-        once = speed.seconds(trace, self.machine, self.precision) + self._copying_s()
+        once = speed.seconds(trace, self.machine, self.precision) + self._copying_s(trace)
         return Setting(
             micro_batch=micro_batch,
             accumulate=accumulate,
             checkpointing=checkpointing,
+            offload_activations=away,
             offload=self.config.model.offload,
             seconds=accumulate * once,
             units=self.effective * self.sketch.units,
@@ -75,11 +67,11 @@ class Ladder:
 
     def least_gib(self) -> float:
         """What the most frugal setting takes, from one trace."""
-        return sum(parts(self.step(1, 1), self.machine).values())
+        return sum(parts(self.step(1, 1, away=self.machine.cuda), self.machine).values())
 
-    def tensors_gib(self, micro_batch: int, checkpointing: int) -> float:
+    def tensors_gib(self, micro_batch: int, checkpointing: int, away: bool = False) -> float:
         """What torch's allocator gives out at the worst moment of a training: its steps, validation and previews."""
-        traces = [self.step(micro_batch, checkpointing), *(trace for _, trace in self.sketch.beside(micro_batch))]
+        traces = [self.step(micro_batch, checkpointing, away), *(trace for _, trace in self.sketch.beside(micro_batch))]
         found = [parts(trace, self.machine) for trace in traces]
         return max(sum(gib for name, gib in held.items() if name not in OUTSIDE) for held in found)
 
@@ -88,28 +80,32 @@ class Ladder:
         for name, trace in self.sketch.phases(micro_batch):
             yield name, sum(parts(trace, self.machine).values())
 
-    def step(self, micro_batch: int, checkpointing: int) -> Trace:
+    def step(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
         """One step, traced at this very size."""
         self.sketch.recompute(checkpointing)
-        return self._step(micro_batch)
+        return self._step(micro_batch, away)
 
-    def _trace(self, micro_batch: int, checkpointing: int) -> Trace:
-        if checkpointing not in self.traces:
+    def _trace(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
+        key = checkpointing, away
+        if key not in self.traces:
             self.sketch.recompute(checkpointing)
             sizes = TRACED if self.effective > 1 else (1,)
-            self.traces[checkpointing] = [self._step(size) for size in sizes]
-        found = self.traces[checkpointing]
+            self.traces[key] = [self._step(size, away) for size in sizes]
+        found = self.traces[key]
         return found[0] if self.effective == 1 else stretched(found[0], found[1], TRACED, micro_batch)
 
-    def _step(self, micro_batch: int) -> Trace:
+    def _step(self, micro_batch: int, away: bool = False) -> Trace:
         sketch = self.sketch
+        worth = activations.WORTH_BYTES if away else math.inf
         return sketch.tracer.step(
-            sketch.model, lambda: sketch.inputs(micro_batch), sketch.forward, sketch.loss, held=self.held
+            sketch.model, lambda: sketch.inputs(micro_batch), sketch.forward, sketch.loss, held=self.held, away=worth
         )
 
-    def _copying_s(self) -> float:
-        """Weights that wait in main memory come twice in each micro-batch: forward, and to recompute."""
-        return 2 * max(0.0, -self.held.get("weights", 0.0)) / (speed.PCIE_GB_PER_S * 1e9)
+    def _copying_s(self, trace: Trace) -> float:
+        """Weights that wait in main memory come twice in each micro-batch: forward, and to recompute. Activations go
+        and come back."""
+        copied = 2 * max(0.0, -self.held.get("weights", 0.0)) + 2 * trace.away
+        return copied / (speed.PCIE_GB_PER_S * 1e9)
 
 
 def parts(trace: Trace, machine: Machine) -> dict[str, float]:

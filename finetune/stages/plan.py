@@ -42,7 +42,7 @@ def plan(config: Config) -> Plan:
         quantize=config.model.quantize.name,
         unit=ladder.sketch.unit,
         chosen=chosen,
-        asked=ladder.setting(asked.micro_batch, asked.checkpointing),
+        asked=ladder.setting(asked.micro_batch, asked.checkpointing, asked.offload_activations),
         others=_others(choice.tried, chosen, machine.vram_gib),
         phases=phases,
         problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),

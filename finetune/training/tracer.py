@@ -9,6 +9,7 @@ Nothing here knows diffusers, transformers or peft.
 """
 
 import gc
+import math
 import weakref
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager, nullcontext
@@ -52,11 +53,12 @@ class Kernel:
 class Trace:
     """One run of a module. held: bytes that were there before, by name ("weights", …); kernels in the order of launch.
 
-    `live` of a kernel counts what is held as well.
+    `live` of a kernel counts what is held as well. away: bytes that waited in main memory from forward to backward.
     """
 
     held: Mapping[str, float]
     kernels: tuple[Kernel, ...]
+    away: float = 0.0
 
     @property
     def peak(self) -> Kernel:
@@ -101,11 +103,13 @@ class Tracer:
         loss: Callable[[U, T], Tensor],
         *,
         held: Mapping[str, float] | None = None,
+        away: float = math.inf,
     ) -> Trace:
         """A later micro-batch of a step: gradients of earlier ones are there already.
 
         `loss` is a function of its own, so that what it allocates can be told apart. held: further bytes that are there
-        all the time, by name.
+        all the time, by name. away: of how many bytes on a tensor that backward needs waits in
+        main memory.
         """
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with self._running(model, held) as meter:
@@ -114,7 +118,9 @@ class Tracer:
                 parameter.grad = torch.empty_like(parameter)
             meter.held["gradients"] = meter.live - before
             meter.kernels.clear()
-            with self.autocast():
+            meter.worth = away
+            hooks = torch.autograd.graph.saved_tensors_hooks(meter.send_away, meter.bring_back)
+            with self.autocast(), hooks if away < math.inf else nullcontext():
                 batch = inputs()
                 output = forward(batch)
                 meter.in_loss = True
@@ -184,7 +190,7 @@ def stretched(one: Trace, two: Trace, micro_batches: tuple[int, int], wanted: in
         )
         for a, b in zip(first, second, strict=True)
     )
-    return Trace(one.held, kernels)
+    return Trace(one.held, kernels, at(one.away, two.away))
 
 
 def optimizer_bytes(parameters: Iterable[Tensor], name: Optimizer) -> float:
@@ -270,6 +276,8 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.live, self.loss_live, self.in_loss = 0.0, 0.0, False
         self.sizes: dict[int, tuple[float, bool]] = {}
         self.held: dict[str, float] = {}
+        self.resident: set[int] = set()
+        self.away, self.worth = 0.0, math.inf
         self.kernels: list[Kernel] = []
         self.costs: dict[Any, tuple[str, float, float]] = {}  # of a kernel, as in `Kernel`
 
@@ -278,10 +286,29 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         before = self.live
         for tensor in tensors:
             self._note(tensor)
+            self.resident.add(tensor.untyped_storage()._cdata)
         self.held[name] = self.held.get(name, 0.0) + self.live - before
 
     def trace(self) -> Trace:
-        return Trace(self.held, tuple(self.kernels))
+        return Trace(self.held, tuple(self.kernels), self.away)
+
+    def send_away(self, tensor: Tensor) -> Tensor:
+        """What autograd saves, as it waits elsewhere; weights and small tensors stay."""
+        if tensor.nbytes < self.worth or tensor.untyped_storage()._cdata in self.resident:
+            return tensor
+        gone = torch.empty_like(tensor)
+        self.kernels.pop()
+        key = gone.untyped_storage()._cdata
+        size, of_loss = self.sizes[key]
+        self.live -= size
+        self.loss_live -= size * of_loss
+        self.sizes[key] = 0.0, of_loss
+        self.away += tensor.nbytes
+        return gone
+
+    def bring_back(self, gone: Tensor) -> Tensor:
+        """The counterpart; what stayed is itself."""
+        return torch.empty_like(gone) if self.sizes.get(gone.untyped_storage()._cdata, (1.0,))[0] == 0 else gone
 
     def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if function is torch.ops.prim.device.default:  # two thirds of all calls; the modes below would take a while

@@ -233,7 +233,8 @@ def planned(case: Case) -> float:
     words = command(case, Path("base"), Path("run"), PICTURES)
     kept = [word for word in words if not word.startswith(("model.base=", "hardware."))]
     config = compose.load(kept[0].removeprefix("conf="), [*kept[1:], "hardware=rtx4090"])
-    return Ladder(config, read(config.hardware)).tensors_gib(config.trainer.micro_batch, config.trainer.checkpointing)
+    ladder, trainer = Ladder(config, read(config.hardware)), config.trainer
+    return ladder.tensors_gib(trainer.micro_batch, trainer.checkpointing, trainer.offload_activations)
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:

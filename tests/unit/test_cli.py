@@ -487,8 +487,8 @@ def test_misspelt_keys_wrong_types_and_wrong_values_are_named_at_once(finetune_c
 
 
 def planned(**changes: Any) -> Plan:
-    fast = Setting(2, 4, 0, False, 0.25, 8, {"weights": 5.0, "activations": 10.0, "CUDA context": 0.5})
-    own = Setting(8, 1, 0, False, 0.5, 8, {"weights": 5.0, "activations": 40.0})
+    fast = Setting(2, 4, 0, False, False, 0.25, 8, {"weights": 5.0, "activations": 10.0, "CUDA context": 0.5})
+    own = Setting(8, 1, 0, False, False, 0.5, 8, {"weights": 5.0, "activations": 40.0})
     phases = {"training": fast.gib, "encoding pictures": 3.0, "export": 7.25}
     found = Plan("smoke", "a/base", "a card", 23.5, "bf16", "none", "images", fast, own, (), phases, (), ("x" * 150,))
     return replace(found, **changes)

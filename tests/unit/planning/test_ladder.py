@@ -30,20 +30,27 @@ def ladder(request: pytest.FixtureRequest) -> Ladder:
     return Ladder(on_a_card(request.getfixturevalue(name)), CARD)
 
 
-def test_rungs_keep_the_effective_batch_and_go_from_fast_to_frugal(ladder: Ladder) -> None:
-    rungs = ladder.rungs()
-    assert {rung.micro_batch * rung.accumulate for rung in rungs} == {8}
-    assert [rung.seconds for rung in rungs] == sorted(rung.seconds for rung in rungs)
-    memory = [rung.gib for rung in rungs]
-    assert memory == sorted(memory, reverse=True)
-    assert len(rungs) > 2
+def test_levels_keep_the_effective_batch_and_the_fastest_that_fits_is_taken(ladder: Ladder) -> None:
     everything = [setting for level in (0, 1, 2) for setting in ladder.level(level)]
-    assert min(setting.gib for setting in everything) == memory[-1]
-    assert min(setting.seconds for setting in everything) == rungs[0].seconds
-    for budget in (*memory, memory[-1] - 1e-9):
-        best, front = quickest(everything, budget), quickest(rungs, budget)
-        assert (best and best.seconds) == (front and front.seconds)
+    assert {setting.micro_batch * setting.accumulate for setting in everything} == {8}
+    for budget in (*(setting.gib for setting in everything), 0.0):
+        best = quickest(everything, budget)
+        fitting = [setting.seconds for setting in everything if setting.gib <= budget]
+        assert (best and best.seconds) == (min(fitting) if fitting else None)
         assert best is None or best.gib <= budget
+
+
+def test_activations_in_main_memory_save_as_much_as_is_copied(ladder: Ladder, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Recomputed blocks leave their inputs; without recomputing everything goes."""
+    monkeypatch.setattr("finetune.models.activations.WORTH_BYTES", 0)
+    for level in (0, 1):
+        kept, away = ladder.step(4, level), ladder.step(4, level, away=True)
+        saved = kept.peak.live - away.peak.live
+        assert saved > 0
+        assert 0.5 * saved <= away.away
+        assert kept.away == 0
+        assert ladder.setting(4, level, away=True).seconds > ladder.setting(4, level).seconds
+    assert ladder.step(4, 1, away=True).away < ladder.step(4, 0, away=True).away
 
 
 def test_recomputing_saves_memory_and_costs_time(ladder: Ladder) -> None:
@@ -63,7 +70,7 @@ def test_drawing_on_agrees_with_tracing(ladder: Ladder) -> None:
 
     checkpointing.recompute(sketch.model, 0)
     for micro_batch in (1, 2, 8):
-        drawn = ladder._trace(micro_batch, 0)
+        drawn = ladder._trace(micro_batch, 0, away=False)
         assert drawn.peak.live == pytest.approx(trace(micro_batch), rel=0.02)
 
 
@@ -164,6 +171,6 @@ def test_every_storage_is_traced(language_config: Config, quantize: Quantize, dt
 
 
 def test_settings_say_what_to_type() -> None:
-    setting = Setting(4, 2, 1, False, 1.0, 8, {"weights": 1.0, "activations": 2.0})
+    setting = Setting(4, 2, 1, False, False, 1.0, 8, {"weights": 1.0, "activations": 2.0})
     assert setting.gib == 3.0
     assert setting.overrides == ("trainer.micro_batch=4", "trainer.accumulate=2", "trainer.checkpointing=1")

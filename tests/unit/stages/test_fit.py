@@ -38,7 +38,7 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
     def settle(config: Config) -> tuple[Config, float]:
         wanted = {"micro_batch": 1, "accumulate": 4, "checkpointing": 1}
         calls.append(wanted)
-        return choice.with_settings(config, **wanted, offload=False), 1.5
+        return choice.with_settings(config, **choice.settings(config) | wanted), 1.5
 
     monkeypatch.setattr(choice, "needed", lambda config, device: config.trainer.fit is not Fit.off)
     monkeypatch.setattr(choice, "settle", settle)
@@ -56,7 +56,7 @@ def test_the_worst_step_leaves_no_trace_in_what_is_learnt(
     plain = train(into(config, tmp_path / "plain", 1, 4), dataset)
     assert difference(adapter(found), adapter(plain)) == 0
     assert (found.micro_batch, found.eased, len(settled)) == (1, "", 1)
-    asked = "fit: micro_batch=1 accumulate=4 checkpointing=1 offload=false"
+    asked = "fit: micro_batch=1 accumulate=4 checkpointing=1 offload_activations=false offload=false"
     assert f"{asked}; 1.5 GiB planned; trying the worst step\n" in said
     assert f"fit: {found.probed_gib:.1f} GiB taken\n" in said
     assert found.planned_gib == 1.5
@@ -154,7 +154,9 @@ def test_auto_takes_the_fastest_setting_of_the_same_effective_batch(
     config.trainer.checkpointing = 1
     config.sample.prompts = []
     found, planned = tried(config, 24.0, monkeypatch)
-    assert choice.settings(found) == {"micro_batch": 4, "accumulate": 1, "checkpointing": 0, "offload": False}
+    assert choice.settings(found) == {
+        "micro_batch": 4, "accumulate": 1, "checkpointing": 0, "offload_activations": False, "offload": False
+    }  # fmt: skip
     assert 0 < planned < 24
     assert choice.settings(config)["micro_batch"] == 2  # the caller's stays
     config.trainer.fit = Fit.asked

@@ -110,8 +110,8 @@ def test_one_line_where_nothing_fits(roomy: Config) -> None:
 @pytest.mark.usefixtures("training_alone")
 def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     class Roomy(stage.Ladder):
-        def setting(self, micro_batch: int, checkpointing: int) -> Any:
-            found = super().setting(micro_batch, checkpointing)
+        def setting(self, micro_batch: int, checkpointing: int, away: bool = False) -> Any:
+            found = super().setting(micro_batch, checkpointing, away)
             return replace(found, parts=found.parts | {"weights": 100.0})
 
         def least_gib(self) -> float:
