@@ -32,8 +32,8 @@ from finetune.errors import ConfigError
 SEARCH_PATH = "pkg://hydra.conf"
 # Values that may begin with the home folder's `~`, which a shell leaves alone behind a `=`.
 PATHS = (
-    *("run_dir", "data.folder", "data.file", "data.cache", "data.chat_template", "model.base", "caption.model"),
-    *("sample.adapter", "lora.start_from"),
+    *("run_dir", "data.folder", "data.file", "data.cache", "data.chat_template", "model.base", "model.parts"),
+    *("caption.model", "sample.adapter", "lora.start_from"),
 )
 LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
 

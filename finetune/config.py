@@ -132,7 +132,9 @@ class ModelConfig:
     kind: str = "diffusion"
     """What is tuned; the key of `tasks.registry`."""
     base: str = "embedded:diffusion"
-    """`embedded:NAME` (comes with the package), a local folder, or a hub id."""
+    """`embedded:NAME` (comes with the package), a local folder, a picture model's .safetensors file, or a hub id."""
+    parts: str = field(default="", metadata=PICTURES)
+    """Where what a base of a single file lacks comes from: a folder, or a hub id whose architecture is known."""
     family: Family = field(default=Family.sd, metadata=PICTURES)
     """Architecture of a picture model; its module is `finetune.models.families`."""
     lora_targets: dict[str, list[str]] = field(default_factory=dict)

@@ -40,6 +40,11 @@ def folder(base: str) -> Path:
     )
 
 
+def _settings(model: ModelConfig) -> Path:
+    """The folder with the configuration of a picture model's parts, or of a language model."""
+    return folder(model.base if hub.single_file(model.base) is None else model.parts or model.base)
+
+
 def backbone(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """What `diffusion.load_backbone` loads."""
     kind = family(model.family)
@@ -55,7 +60,7 @@ def text_encoders(model: ModelConfig) -> nn.ModuleList:
     """The text encoders of a picture model, in the dtypes that `diffusion.TextEncoder` gives them."""
     import transformers
 
-    found, kind = folder(model.base), family(model.family)
+    found, kind = _settings(model), family(model.family)
     index = json.loads(_index(found).read_text())
     encoders = nn.ModuleList()
     for part in kind.TEXT:
@@ -71,7 +76,7 @@ def objective(model: ModelConfig) -> Objective:
     """What the base's backbone learns, with the noise levels of its scheduler."""
     import diffusers
 
-    settings = json.loads((folder(model.base) / "scheduler" / "scheduler_config.json").read_text())
+    settings = json.loads((_settings(model) / "scheduler" / "scheduler_config.json").read_text())
     # Inputs of another solver have the same shapes, and only this one makes them without looking at its timesteps.
     flow = "Flow" in settings["_class_name"]
     scheduler: Any = getattr(diffusers, settings["_class_name"] if flow else "DDPMScheduler")
@@ -80,7 +85,7 @@ def objective(model: ModelConfig) -> Objective:
 
 def language_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """What `language.load_model` loads, before it is quantised; new tokens included."""
-    loader, config, options = language.architecture(model, folder(model.base))
+    loader, config, options = language.architecture(model, _settings(model))
     config.dtype = dtype
     built: Any = _on_meta(
         lambda: loader._from_config(config, attn_implementation=options.get("attn_implementation", "sdpa")), dtype
@@ -148,7 +153,7 @@ def _diffusers_part(model: ModelConfig, part: str, loader: str, dtype: torch.dty
     import diffusers
 
     built: Any = getattr(diffusers, loader)
-    config = built.load_config(folder(model.base) / part)
+    config = built.load_config(_settings(model) / part)
     return _on_meta(lambda: built.from_config(config), dtype)
 
 

@@ -5,8 +5,7 @@ What the families differ in is in `finetune.models.families`.
 B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text tokens, D text width.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -15,7 +14,7 @@ from torch import Tensor, nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.errors import ModelError
-from finetune.models import adapters, hub, lora, lora_files, offload, quantize
+from finetune.models import adapters, hub, lora, lora_files, offload, quantize, single_file
 from finetune.models.families import family
 from finetune.models.families.base import Family, Text
 
@@ -35,7 +34,7 @@ class TextEncoder:
     @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per text what the backbone reads, on the CPU; longer texts are cut to what the encoders read."""
-        with _hushed():  # the libraries warn of each text that is cut; so do we, once and by file
+        with hub.hushed():  # the libraries warn of each text that is cut; so do we, once and by file
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
@@ -68,14 +67,20 @@ class Vae:
         ]
 
 
-def text_identity(base: str) -> str:
+def base_identity(model: ModelConfig, *parts: str) -> str:
+    """Who the base is, by content; parts as for `hub.identity`. Raises ModelError."""
+    found = single_file.find(model)
+    return hub.identity(model.base, *parts) if found is None else single_file.identity(found, *parts)
+
+
+def text_identity(model: ModelConfig) -> str:
     """Identity of the text encoders for cache keys, known without loading them."""
-    return hub.identity(base, "text_encoder*", "tokenizer*")
+    return base_identity(model, "text_encoder*", "tokenizer*")
 
 
-def vae_identity(base: str) -> str:
+def vae_identity(model: ModelConfig) -> str:
     """Identity of the autoencoder for cache keys, known without loading it."""
-    return hub.identity(base, "vae")
+    return base_identity(model, "vae")
 
 
 def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
@@ -94,7 +99,7 @@ def load_vae_model(model: ModelConfig) -> nn.Module:
     fp32: several released ones overflow in fp16, and encoding happens once.
     """
     loader = _class(family(model.family).VAE_CLASS)
-    vae: nn.Module = hub.load(loader, model.base, subfolder="vae", torch_dtype=torch.float32)
+    vae: nn.Module = _load(loader, model, "vae", torch_dtype=torch.float32)
     return vae.eval().requires_grad_(False)
 
 
@@ -120,7 +125,7 @@ def load_backbone(
         settings = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
         options |= {"quantization_config": settings, "device_map": {"": device}}
     loader = _class(kind.BACKBONE_CLASS)
-    backbone: nn.Module = hub.load(loader, model.base, subfolder=kind.BACKBONE, **options)
+    backbone: nn.Module = _load(loader, model, kind.BACKBONE, **options)
     backbone.requires_grad_(False)
     if offload.wanted(model, device):
         offload.spread(backbone, device, vram_gib)
@@ -139,14 +144,18 @@ def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> 
 
     Its class finds the scheduler's by itself, and whatever else the base's model_index.json sets.
     """
-    kind = family(model.family)
-    index = hub.model_index(model.base)
+    kind, source = family(model.family), model.base
+    found = single_file.find(model)
+    if found is not None:
+        source = str(found.settings)
+        parts = single_file.complete(found, model, parts, options.pop("torch_dtype", {"default": torch.float32}))
+    index = hub.model_index(source)
     if index and index["_class_name"] != kind.PIPELINE:
         raise ModelError(
-            f"{model.base} is a {index['_class_name']}, and model.family={model.family.name} needs a {kind.PIPELINE}; "
+            f"{source} is a {index['_class_name']}, and model.family={model.family.name} needs a {kind.PIPELINE}; "
             "choose the preset of its family, such as model=sdxl, and set model.base besides"
         )
-    pipeline = hub.load(_class(kind.PIPELINE), model.base, **parts, **kind.UNUSED, **options)
+    pipeline = hub.load(_class(kind.PIPELINE), source, **parts, **kind.UNUSED, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -267,23 +276,15 @@ class Painter:
         }
 
 
+def _load(loader: Any, model: ModelConfig, part: str, **options: Any) -> Any:
+    """A part of the base, wherever that is. Raises ModelError."""
+    found = single_file.find(model)
+    if found is None:
+        return hub.load(loader, model.base, subfolder=part, **options)
+    return single_file.load(loader, found, part, **options)
+
+
 def _class(name: str) -> Any:
     import diffusers
 
     return getattr(diffusers, name)
-
-
-@contextmanager
-def _hushed() -> Iterator[None]:
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    logs = (diffusers_log, transformers_log)
-    before = [log.get_verbosity() for log in logs]
-    for log in logs:
-        log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for log, level in zip(logs, before, strict=True):
-            log.set_verbosity(level)

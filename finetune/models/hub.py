@@ -1,5 +1,7 @@
 """Where models come from: the package itself, a local folder, the Hugging Face cache, then the hub; and who they are.
 
+A picture model in a single file is `finetune.models.single_file`.
+
 Weights are read as safetensors only, no code that comes with a model is ever run, and a hub that doesn't answer is
 reported within seconds.
 """
@@ -23,6 +25,12 @@ WHOLE_FILE_BYTES = 64 << 20  # files up to this size are hashed whole; an embedd
 SAMPLED_BLOCKS, SAMPLED_BLOCK_BYTES = 64, 64 << 10  # of larger ones: retraining changes every block
 HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")  # what model sites offer besides safetensors
+PICKLE_WAY_OUT = (  # weights_only runs no code
+    "python -c 'import torch, safetensors.torch as s; "
+    'w = torch.load("{old}", map_location="cpu", weights_only=True); w = w.get("state_dict", w); '
+    's.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, "{new}")\''
+)
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
 
 
@@ -41,12 +49,40 @@ def resolve(reference: str) -> Path | str:
     path = Path(reference).expanduser()
     if reference and path.is_dir():
         return path
+    if path.is_file():
+        raise ModelError(
+            f"{reference} is a single file, which only picture models with a preset of their architecture are read "
+            "from (model=sd15, model=sdxl, …); name the folder with its config files instead"
+        )
     if not reference or reference.startswith((".", "/", "~")) or reference.count("/") > 1 + 2 * ("@" in reference):
         raise ModelError(
             f"no model folder {reference or repr(reference)}; give a folder with config files and safetensors, "
             f"a hub id such as stable-diffusion-v1-5/stable-diffusion-v1-5, or embedded:NAME ({OFFLINE_WAYS_OUT})"
         )
     return reference
+
+
+def single_file(reference: str) -> Path | None:
+    """The whole safetensors file that a reference names; None if it names a folder, a hub id or an embedded model.
+
+    Raises ModelError for one that isn't there, is damaged, or has another format.
+    """
+    path = Path(reference).expanduser()
+    suffix = path.suffix.lower()
+    if not path.is_file() and (path.is_dir() or suffix not in (".safetensors", *OTHER_FORMATS)):
+        return None
+    if not path.is_file():
+        raise ModelError(f"there is no file {reference}; download it, and type model.base= and where it lies")
+    if suffix == ".gguf":
+        raise ModelError(f"{path} is quantised for inference (GGUF); get the same model as .safetensors in 16 bit")
+    if suffix != ".safetensors":
+        raise ModelError(
+            f"{path} is no .safetensors file, and pickles may run code that comes with them; get the same model as "
+            f".safetensors, or type: {PICKLE_WAY_OUT.format(old=path, new=path.with_suffix('.safetensors'))}"
+        )
+    if wrong := damage(path):
+        raise ModelError(f"{path} is damaged ({wrong}); copy or download it anew")
+    return path
 
 
 def local(reference: str) -> Path | None:
@@ -91,7 +127,7 @@ def identity(reference: str, *parts: str) -> str:
         counts = file.suffix in (".json", ".txt", ".model", ".safetensors") and file.is_file()
         if counts and (not parts or any(fnmatch.fnmatchcase(relative.parts[0], part) for part in parts)):
             digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
-            _hash_content(file, digest.update)
+            hash_content(file, digest.update)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -163,11 +199,18 @@ def _unusable(loader: Any, reference: str, options: dict[str, Any], reason: str)
 
 
 def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str, Any]) -> Any:
+    with explained(loader, reference, options):
+        return _load(loader, reference, source, options)
+
+
+@contextmanager
+def explained(loader: Any, reference: str, options: dict[str, Any]) -> Iterator[None]:
+    """Turns what the libraries raise while they load a model into a ModelError of one line; shows no progress bars."""
     from safetensors import SafetensorError
 
     try:
         with _quiet():
-            return _load(loader, reference, source, options)
+            yield
     except FinetuneError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
@@ -256,7 +299,8 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
 
 
-def _hash_content(file: Path, update: Callable[[bytes], object]) -> None:
+def hash_content(file: Path, update: Callable[[bytes], object]) -> None:
+    """Feed a file to a hash: all of it, or of a large one its safetensors header and samples of its weights."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
         if size <= WHOLE_FILE_BYTES:
@@ -283,3 +327,20 @@ def _quiet() -> Iterator[None]:
     finally:
         for library in shown:
             library.enable_progress_bar()
+
+
+@contextmanager
+def hushed() -> Iterator[None]:
+    """Diffusers and transformers say nothing below an error."""
+    from diffusers.utils import logging as diffusers_log
+    from transformers.utils import logging as transformers_log
+
+    logs = (diffusers_log, transformers_log)
+    before = [log.get_verbosity() for log in logs]
+    for log in logs:
+        log.set_verbosity_error()
+    try:
+        yield
+    finally:
+        for log, level in zip(logs, before, strict=True):
+            log.set_verbosity(level)

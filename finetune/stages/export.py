@@ -29,7 +29,9 @@ def export(config: Config, run: Run) -> Adapter:
     with replace_folder(folder) as temporary:
         handout = registry.kind(config).handout
         files, differences = handout.write(config, run, trained.adapter, trained.averaged, temporary)
-        (temporary / "README.md").write_text(_card(config, run, files, differences, handout.USAGE), encoding="utf-8")
+        (temporary / "README.md").write_text(
+            _card(config, run, files, differences, handout.usage(config)), encoding="utf-8"
+        )
     record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
     save_receipt(
         run_dir,

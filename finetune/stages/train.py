@@ -7,6 +7,7 @@ from typing import Any
 from finetune import earlier
 from finetune.config import Config
 from finetune.errors import Interrupted, RunError
+from finetune.models import hub
 from finetune.models.device import forget_peak, limit_memory, peak_gib, pick_device, pick_precision
 from finetune.planning import choice
 from finetune.progress import say
@@ -93,6 +94,8 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
     accumulation exchanged, and weights kept elsewhere."""
     settings = as_dict(config)
     trainer = settings["trainer"]
+    if hub.single_file(config.model.base) is None:
+        settings["model"].pop("parts", None)  # not looked at, and runs from before there was one shall go on
     kept: dict[str, Any] = {
         "seed": settings["seed"],
         **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from finetune.config import Config, Dialect, Quantize
 from finetune.errors import ExportError
-from finetune.models import lora, lora_files, offload
+from finetune.models import hub, lora, lora_files, offload
 from finetune.models.device import free, pick_device, pick_dtype, room
 from finetune.models.diffusion import load_adapter, load_backbone, save_adapter
 from finetune.models.families import family
@@ -73,6 +73,14 @@ def write(
                 "(export.tolerance)"
             )
     return files, differences
+
+
+def usage(config: Config) -> str:
+    """Python that loads an adapter, `{base}` to be filled in: single files have loaders in their own pipelines only."""
+    if hub.single_file(config.model.base) is None:
+        return USAGE
+    pipeline = family(config.model.family).PIPELINE
+    return USAGE.replace("from_pretrained", "from_single_file").replace("DiffusionPipeline", pipeline)
 
 
 def _base(config: Config, device: torch.device) -> nn.Module:

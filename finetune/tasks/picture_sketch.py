@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from finetune.config import Config, Quantize
 from finetune.data import buckets
-from finetune.models import blank, checkpointing, lora, offload
+from finetune.models import blank, checkpointing, lora, offload, single_file
 from finetune.models.families import family
 from finetune.models.families.base import AT_ONCE
 from finetune.tasks import diffusion, handout, pictures
@@ -35,6 +35,7 @@ class PictureSketch:
         self.config, self.cuda, self.room = config, cuda, room
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.family = family(config.model.family)
+        single_file.find(config.model)  # which refuses one of another architecture
         self.objective = blank.objective(config.model)
         self.width, self.height = _largest_bucket(config)
         self.vae = self.tracer.blank(blank.autoencoder(config.model))

@@ -21,9 +21,8 @@ from finetune.config import Config
 from finetune.data import buckets, folder, images
 from finetune.data.cache import Cache, key_of, missing
 from finetune.errors import DataError
-from finetune.models import hub
 from finetune.models.device import free, pick_device
-from finetune.models.diffusion import load_text_encoder, load_vae, text_identity, vae_identity
+from finetune.models.diffusion import base_identity, load_text_encoder, load_vae, text_identity, vae_identity
 from finetune.progress import progress, say
 from finetune.records import CaptionSet, Dataset, Example, write_atomically
 from finetune.schema import as_dict
@@ -59,7 +58,7 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
         [
             model.kind,
             model.family.name,
-            hub.identity(model.base),
+            base_identity(model),
             model.resolution,
             model.bucket_step,
             config.caption.trigger,
@@ -98,7 +97,7 @@ def build(config: Config, captions: CaptionSet | None) -> Dataset:
     """
     assert captions is not None
     root, cache = Path(captions.folder), Cache(Path(config.data.cache))
-    identity = vae_identity(config.model.base)
+    identity = vae_identity(config.model)
     pictures = _read_pictures(config, captions, cache, identity)
     held_out = hold_out([picture.sha256 for picture in pictures], config.data.validation_share)
     _warn(config, pictures)
@@ -214,7 +213,7 @@ def _warn(config: Config, pictures: Sequence[Picture]) -> None:
 
 def _encode_texts(config: Config, cache: Cache, pictures: Sequence[Picture]) -> tuple[dict[str, str], int]:
     """Cache key of each different caption (and of the empty one), and how many had to be encoded."""
-    identity = text_identity(config.model.base)
+    identity = text_identity(config.model)
     keys = {text: key_of("text", identity, text) for text in ["", *(picture.caption for picture in pictures)]}
     missing = [text for text, key in keys.items() if not cache.has(key)]
     if missing:

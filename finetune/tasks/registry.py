@@ -41,10 +41,11 @@ class Data(Protocol):
 
 
 class Handout(Protocol):
-    """The module that hands a kind's adapters out. USAGE: Python that loads one, `{base}` to be filled in with what
-    `from_pretrained` takes."""
+    """The module that hands a kind's adapters out."""
 
-    USAGE: str
+    def usage(self, config: Config) -> str:
+        """Python that loads an adapter, `{base}` to be filled in with what its libraries load the base from."""
+        ...
 
     def write(
         self, config: Config, run: Run, weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, folder: Path

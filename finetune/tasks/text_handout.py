@@ -94,6 +94,11 @@ def write(
     return files | ({"ema": "peft_ema"} if averaged is not None else {}), differences
 
 
+def usage(config: Config) -> str:
+    """Python that loads an adapter, `{base}` to be filled in."""
+    return USAGE
+
+
 def refuse(config: Config) -> Any:
     """The base's configuration. Raises ConfigError if one of `export.dialects` can't be had for it: ask early."""
     from transformers import AutoConfig

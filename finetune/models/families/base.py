@@ -40,6 +40,8 @@ class Family(Protocol):
     """Text encoders of billions of parameters: loaded in bf16, as they are released; others in fp32."""
     KOHYA: str
     """What begins the names of layers in kohya-style files, so that other programs know them; see `save_kohya`."""
+    FILE_TEXT: Mapping[str, str]
+    """How names of each text encoder begin in a single file of the original layout; others are never in one."""
 
     def encode(self, pipeline: Any, texts: Sequence[str]) -> Text:
         """The captions as the backbone reads them, stacked; `pipeline` has the text encoders and no other weights."""

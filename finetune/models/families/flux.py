@@ -15,6 +15,7 @@ TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 UNUSED = {"feature_extractor": None, "image_encoder": None}
 LARGE_TEXT = ("text_encoder_2",)
 KOHYA = "lora_transformer_"  # OneTrainer's names, which ComfyUI reads too; diffusers only attention layers
+FILE_TEXT = {"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."}
 T5_TOKENS = 512
 # FLUX.1-dev was distilled to take the guidance as a number; at 1 it predicts what the data says, and nothing stronger.
 TRAINING_GUIDANCE = 1.0

@@ -20,6 +20,7 @@ TEXT = ("text_encoder", "tokenizer")
 UNUSED: Mapping[str, Any] = {}
 LARGE_TEXT = ("text_encoder",)
 KOHYA = "lora_transformer_"  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
+FILE_TEXT: Mapping[str, str] = {}
 TEXT_TOKENS = 512  # the model was trained on captions filled up to these, and attends to all of them
 PATCH = 2
 

@@ -16,6 +16,7 @@ TEXT = ("text_encoder", "tokenizer")
 UNUSED: Mapping[str, Any] = {}
 LARGE_TEXT = ("text_encoder",)
 KOHYA = "lora_unet_"  # musubi-tuner's names, which diffusers and ComfyUI read too
+FILE_TEXT: Mapping[str, str] = {}
 TEXT_TOKENS = 512  # of up to 1024; as many as the pipeline takes unless told otherwise
 
 

@@ -14,6 +14,7 @@ TEXT = ("text_encoder", "tokenizer")
 UNUSED = {"safety_checker": None, "feature_extractor": None, "image_encoder": None, "requires_safety_checker": False}
 LARGE_TEXT: tuple[str, ...] = ()
 KOHYA = "lora_unet_"  # sd-scripts' names, which diffusers and ComfyUI read too
+FILE_TEXT = {"text_encoder": "cond_stage_model."}
 TEXT_TOKENS = 77  # what CLIP reads
 
 moments = kl_moments

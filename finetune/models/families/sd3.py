@@ -14,6 +14,11 @@ TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2", "text_enco
 UNUSED = {"feature_extractor": None, "image_encoder": None}
 LARGE_TEXT = ("text_encoder_3",)
 KOHYA = "lora_transformer_"  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
+FILE_TEXT = {
+    "text_encoder": "text_encoders.clip_l.",
+    "text_encoder_2": "text_encoders.clip_g.",
+    "text_encoder_3": "text_encoders.t5xxl.",
+}
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
 moments = kl_moments

@@ -15,6 +15,7 @@ TEXT = ("text_encoder", "tokenizer", "text_encoder_2", "tokenizer_2")
 UNUSED = {"feature_extractor": None, "image_encoder": None}
 LARGE_TEXT: tuple[str, ...] = ()
 KOHYA = "lora_unet_"  # sd-scripts' names, which diffusers and ComfyUI read too
+FILE_TEXT = {"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."}
 TEXT_TOKENS = 77  # what CLIP reads
 SIZES = 6  # numbers that tell the UNet of size and crop
 VAE_FACTOR = 8

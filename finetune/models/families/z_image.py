@@ -28,6 +28,7 @@ TEXT = ("text_encoder", "tokenizer")
 UNUSED: Mapping[str, Any] = {}
 LARGE_TEXT = ("text_encoder",)
 KOHYA = "diffusion_model."  # the one form that both diffusers and ComfyUI read together with alpha
+FILE_TEXT: Mapping[str, str] = {}
 TEXT_TOKENS = 512
 
 moments = kl_moments

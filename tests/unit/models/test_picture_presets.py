@@ -62,6 +62,7 @@ def test_a_presets_index_names_its_base_and_its_familys_classes(name: str) -> No
     found, index = preset(name), settings(name, "model_index.json")
     kind = family(found.family)
     assert (index["_class_name"], index["_name_or_path"]) == (kind.PIPELINE, found.base)
+    assert found.parts == found.base  # which a file in its place leaves as it is
     assert index[kind.BACKBONE][1] == kind.BACKBONE_CLASS
     assert index["vae"][1] == kind.VAE_CLASS
     assert set(kind.TEXT) <= set(index)
