@@ -14,8 +14,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any, cast
 
-from finetune.config import UNETS, ModelConfig
 from finetune.config import Family as Name
+from finetune.config import ModelConfig
 from finetune.errors import ModelError
 from finetune.models import blank, hub
 from finetune.models.families import family
@@ -208,7 +208,7 @@ def _presets(found: SingleFile) -> Iterator[str]:
 def _original(kind: Name, name: str) -> str:
     """A backbone's name as diffusers' converters know it: UNets' with their prefix, all of transformers' without."""
     bare = name.removeprefix(BACKBONE)
-    return BACKBONE + bare if kind in UNETS else bare
+    return BACKBONE + bare if family(kind).BACKBONE == "unet" else bare
 
 
 def _holds(found: SingleFile, part: str) -> bool:
