@@ -5,9 +5,11 @@ group `conf` (so `conf=a,b` sweeps, shell completion and recipes that extend rec
 `./conf` of the current folder wins over the package's, presets included.
 """
 
+import io
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
@@ -18,7 +20,7 @@ from hydra.core.global_hydra import GlobalHydra
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
@@ -123,7 +125,7 @@ def register() -> None:
 
 def _read(path: Path, recipe: bool) -> DictConfig:
     try:
-        tree = OmegaConf.load(path)
+        tree = _tree(path.read_text(encoding="utf-8"))
     except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
@@ -132,8 +134,15 @@ def _read(path: Path, recipe: bool) -> DictConfig:
     if not isinstance(tree, DictConfig):
         raise ConfigError(f"{recipes.shown(path)} is not readable YAML: it holds a list, not `key: value` lines")
     if recipe and "name" not in tree:
+        tree = tree.copy()
         tree["name"] = path.stem
     return tree
+
+
+@cache
+def _tree(text: str) -> DictConfig | ListConfig:
+    """What YAML says; nobody changes it. The sixty files are read for each composition, and seldom differ."""
+    return OmegaConf.load(io.StringIO(text))
 
 
 def name_sweep_folders(overrides: Sequence[str]) -> None:

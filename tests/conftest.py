@@ -1,5 +1,6 @@
 """What every test may count on: no network, no card unless marked, a clean terminal."""
 
+import gc
 import os
 import threading
 import warnings
@@ -15,6 +16,16 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+
+
+@pytest.fixture(scope="module", autouse=True)
+def settled() -> None:
+    """Keeps what stays anyway out of the search for cycles.
+
+    Half a million objects of the libraries: a third of a second, each time that a stage makes room.
+    """
+    gc.collect()
+    gc.freeze()
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
 """The real command as a process of its own: started, watched, cut, and what it left on the screen."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import resource
+import runpy
 import signal
 import subprocess
 import sys
@@ -11,6 +14,9 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from unittest import mock
+
+from tests.conftest import ROOT
 
 COMMAND = (sys.executable, "-m", "finetune")
 LIMIT_S = 900  # several times what the longest command takes on two busy cores
@@ -85,6 +91,14 @@ def start(*words: str, cwd: Path, before: Sequence[str] = (), **environment: str
 def run(*words: str, cwd: Path, before: Sequence[str] = (), **environment: str) -> Finished:
     """Run `python -m finetune WORDS` in a folder to its end."""
     return start(*words, cwd=cwd, before=before, **environment).finish()
+
+
+def script(name: str, *words: str) -> str:
+    """What `python scripts/NAME WORDS` prints. In this process, which has the libraries already."""
+    file, out = str(ROOT / "scripts" / name), io.StringIO()
+    with mock.patch.object(sys, "argv", [file, *words]), contextlib.redirect_stdout(out):
+        runpy.run_path(file, run_name="__main__")
+    return out.getvalue()
 
 
 def contents(*folders: Path) -> dict[str, str]:

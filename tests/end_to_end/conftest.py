@@ -1,11 +1,18 @@
 """What end-to-end tests share: a tiny base model, a few pictures, and settings with which a run takes a second."""
 
+import contextlib
+import shutil
+import signal
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+import finetune
 from tests.tiny_models import save_diffusion
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's `pytest &` has it, and every command started here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
@@ -23,7 +30,10 @@ def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def pictures(workdir: Path) -> Path:
     """Four pictures in the current folder, each with a caption."""
-    folder = workdir / "pictures"
+    return paint(workdir / "pictures")
+
+
+def paint(folder: Path) -> Path:
     folder.mkdir()
     for colour in ("red", "green", "blue", "white"):
         Image.new("RGB", (64, 64), colour).save(folder / f"{colour}.png")
@@ -34,11 +44,33 @@ def pictures(workdir: Path) -> Path:
 @pytest.fixture
 def small(tiny_base: Path, shared_cache: Path, pictures: Path) -> list[str]:
     """The recipe on the tiny base: two steps, two pictures."""
+    return settings(tiny_base, shared_cache)
+
+
+def settings(base: Path, cache: Path) -> list[str]:
     return [
         "conf=pixar_style",
-        *(f"model.base={tiny_base}", "model.resolution=32", "model.bucket_step=16", "hardware.device=cpu"),
-        *("data.folder=pictures", f"data.cache={shared_cache}", "run_dir=run", "optim.warmup_steps=0"),
+        *(f"model.base={base}", "model.resolution=32", "model.bucket_step=16", "hardware.device=cpu"),
+        *("data.folder=pictures", f"data.cache={cache}", "run_dir=run", "optim.warmup_steps=0"),
         *("lora.rank=4", "lora.targets=attention", "optim.lr=1e-3"),
         *("trainer.steps=2", "trainer.micro_batch=2", "trainer.save_every=1", "trainer.validate_every=2"),
         *("sample.steps=1", "sample.seeds=[0]", "sample.previews=0", 'sample.prompts=["a red wall, pixar style"]'),
     ]
+
+
+@pytest.fixture(scope="session")
+def finished(tiny_base: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which that recipe was run to its end."""
+    work = tmp_path_factory.mktemp("finished")
+    paint(work / "pictures")
+    recipe, *overrides = settings(tiny_base, shared_cache)
+    with contextlib.chdir(work):
+        finetune.train(recipe.removeprefix("conf="), overrides)
+    return work
+
+
+@pytest.fixture
+def trained(finished: Path, pictures: Path) -> Path:
+    """The run folder of a finished run, with its pictures, in the current folder."""
+    shutil.copytree(finished, pictures.parent, dirs_exist_ok=True)
+    return Path("run")

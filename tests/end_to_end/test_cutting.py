@@ -18,10 +18,11 @@ from tests.end_to_end import command
 pytestmark = pytest.mark.slow
 
 PICTURES = 20  # the fewest of which some are held out for validation
-STEPS = 12
-# Steps of a quarter of a second on the embedded model, so that a signal meets a step in progress.
+STEPS = 9
+# Steps of a tenth of a second on the embedded model, so that a signal meets a step in progress.
 TRAINING = [
     "conf=pixar_style",
+    *("model.resolution=64", "export.dialects=[peft]"),
     *(f"trainer.steps={STEPS}", "trainer.save_every=3", "trainer.validate_every=6", "trainer.ema_decay=0.9"),
     *("trainer.micro_batch=2", "trainer.accumulate=2", "optim.warmup_steps=2", "hardware.device=cpu"),
     *("sample.previews=0", "sample.steps=1", "sample.seeds=[0]", 'sample.prompts=["a red cat, pixar style"]'),
@@ -51,7 +52,7 @@ def copy_pictures(folder: Path, count: int) -> None:
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
     """Every tensor of every adapter file."""
     files = sorted((run_dir / "adapter").rglob("*.safetensors"))
-    assert len(files) == 4  # three dialects and the average
+    assert len(files) == 2  # the adapter and its average
     return {
         f"{file.relative_to(run_dir)}: {name}": tensor for file in files for name, tensor in load_file(file).items()
     }
@@ -65,7 +66,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss/step"]) for line in lines if "loss/step" in line]
 
 
-def test_a_run_cut_by_signals_and_by_kill_gives_the_very_same_adapter(captioned: Path) -> None:
+def test_a_run_cut_by_a_signal_and_by_kill_gives_the_very_same_adapter(captioned: Path) -> None:
     whole = command.run("train", *TRAINING, "run_dir=whole", cwd=captioned)
     assert whole.code == 0, whole.err
     run_dir = captioned / "cut"
@@ -78,24 +79,23 @@ def test_a_run_cut_by_signals_and_by_kill_gives_the_very_same_adapter(captioned:
         running.send(number)
         return running.finish()
 
-    for after, number in ((3, signal.SIGINT), (6, signal.SIGTERM)):
-        ended = cut(after, number)
-        assert ended.code == 128 + number, ended.err
-        newest = checkpoint.steps_on_disk(checkpoints)[-1]
-        assert after < newest < STEPS  # the step that the signal met is finished and saved
-        assert ended.err.splitlines()[-1] == (
-            f"stopped by signal {number.value} after step {newest}; the same command goes on from there"
-        )
-        assert "Traceback" not in ended.err
-        assert "error" not in ended.err
+    ended = cut(2, signal.SIGTERM)
+    assert ended.code == 128 + signal.SIGTERM, ended.err
+    newest = checkpoint.steps_on_disk(checkpoints)[-1]
+    assert 2 < newest <= 6  # the step that the signal met is finished and saved
+    assert ended.err.splitlines()[-1] == (
+        f"stopped by signal {signal.SIGTERM.value} after step {newest}; the same command goes on from there"
+    )
+    assert "Traceback" not in ended.err
+    assert "error" not in ended.err
 
-    assert cut(9, signal.SIGKILL).code == -signal.SIGKILL
-    assert checkpoint.steps_on_disk(checkpoints)[-1] == 9
-    assert max(dict(losses(run_dir))) > 9  # steps that are lost, and done again
+    assert cut(6, signal.SIGKILL).code == -signal.SIGKILL
+    assert checkpoint.steps_on_disk(checkpoints)[-1] == 6
+    assert max(dict(losses(run_dir))) > 6  # steps that are lost, and done again
 
     last = command.run("train", *TRAINING, "run_dir=cut", cwd=captioned)
     assert last.code == 0, last.err
-    assert "train: going on from step 9" in last.err.splitlines()
+    assert "train: going on from step 6" in last.err.splitlines()
     one, other = weights(captioned / "whole"), weights(run_dir)
     assert one.keys() == other.keys()
     assert [name for name in one if not torch.equal(one[name], other[name])] == []

@@ -22,6 +22,7 @@ from tests.tiny_families import save_family
 
 torch.set_num_threads(1)
 
+CUT = {Family.sdxl, Family.flux}  # a UNet and a transformer
 UNREAD = {Family.sd3, Family.flux2}  # diffusers leaves every layer of their kohya-style files out, and says little
 
 
@@ -64,6 +65,8 @@ def test_a_folder_of_pictures_becomes_an_adapter_and_samples(config: Config, res
 def test_a_run_that_was_cut_gives_the_same_adapter(
     config: Config, result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    if config.model.family not in CUT:
+        pytest.skip("a UNet and a transformer show it: what a run goes on with knows no family")
     cut = copy.deepcopy(config)
     cut.run_dir, cut.export.dialects = str(tmp_path / "cut"), [Dialect.peft]
     note = Session.note

@@ -9,9 +9,10 @@ import pytest
 from nbclient import NotebookClient
 from PIL import Image, ImageDraw
 
-from finetune.models.hub import EMBEDDED
 from tests.conftest import ROOT
+from tests.tiny_language_models import save_language
 from tests.tiny_models import save_diffusion
+from tests.unit.conftest import conversations
 
 PICTURES, CHAT = ROOT / "scripts" / "retrain.ipynb", ROOT / "scripts" / "retrain_chat.ipynb"
 TIME_LIMIT_S = 300
@@ -31,10 +32,9 @@ def small(tmp_path: Path) -> list[str]:
     """Settings with which the recipe takes seconds."""
     settings = [f"data.folder={tmp_path / 'first'}", f"data.cache={tmp_path / 'cache'}", "hardware.device=cpu"]
     settings += ["trainer.steps=3", "trainer.micro_batch=2", "trainer.validate_every=2", "optim.warmup_steps=0"]
-    settings += ["sample.steps=2", "sample.seeds=[0]", "sample.previews=0"]
+    settings += ["sample.steps=1", "sample.seeds=[0]", "sample.previews=0", "export.dialects=[peft,diffusers]"]
     settings += ['\'sample.prompts=["a red disc, pixar style","a blue disc, pixar style"]\'']
-    if not (EMBEDDED / "diffusion" / "model_index.json").exists():
-        settings += [f"model.base={save_diffusion(tmp_path / 'tiny')}", "model.resolution=32", "model.bucket_step=16"]
+    settings += [f"model.base={save_diffusion(tmp_path / 'tiny')}", "model.resolution=32", "model.bucket_step=16"]
     return settings
 
 
@@ -53,10 +53,11 @@ def execute(notebook: Path, where: Path) -> Any:
 
 @pytest.mark.slow
 def test_retraining_a_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    lines = (ROOT / "datasets" / "pirate_chat" / "conversations.jsonl").read_text().splitlines(keepends=True)
-    for name, part in (("first", lines[:30]), ("more", lines[30:40])):
+    lines = conversations(40).splitlines(keepends=True)
+    for name, part in (("first", lines[:30]), ("more", lines[30:])):
         (tmp_path / f"{name}.jsonl").write_text("".join(part))
     settings = f"data.file={tmp_path / 'first.jsonl'} data.cache={tmp_path / 'cache'} hardware.device=cpu"
+    settings += f" model.base={save_language(tmp_path / 'tiny')} data.length=192 data.workers=1"
     settings += " trainer.steps=4 trainer.micro_batch=1 trainer.save_every=2 trainer.validate_every=2 sample.previews=0"
     settings += " export.dialects=[peft] sample.max_new_tokens=8"
     for name, value in {"ADDED": tmp_path / "more.jsonl", "STEPS": 4, "OVERRIDES": settings}.items():

@@ -3,8 +3,6 @@
 import json
 import re
 import shutil
-import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -128,10 +126,7 @@ def test_only_pictures_are_captioned(talk: Talk) -> None:
 @pytest.fixture(scope="session")
 def figures(talk: Talk) -> dict[str, dict[str, float]]:
     """Answers to questions that neither base nor recipe ever met."""
-    words = [sys.executable, str(ROOT / "scripts" / "measure_voice.py"), str(talk.run_dir)]
-    ended = subprocess.run([*words, "--questions", str(QUESTIONS)], capture_output=True, text=True, check=False)
-    assert ended.returncode == 0, ended.stderr
-    return dict(json.loads(ended.stdout))
+    return dict(json.loads(command.script("measure_voice.py", str(talk.run_dir), "--questions", str(QUESTIONS))))
 
 
 def test_the_adapter_has_the_voice_and_keeps_the_facts(figures: dict[str, dict[str, float]]) -> None:

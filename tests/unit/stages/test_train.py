@@ -120,8 +120,7 @@ def test_a_signal_after_the_last_step_does_not_promise_more_steps(
         train(config, make_dataset())
 
 
-@pytest.mark.parametrize("cut", [1, 2, 3])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("cut", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGINT)])
 def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
     setting: Setting,
     tmp_path: Path,
