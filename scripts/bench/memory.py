@@ -50,12 +50,12 @@ LANGUAGE = ("sample.max_new_tokens=4", "sample.prompts=[Hello]", "optim.lr=1e-4"
 OUTCOMES = {5: "out of memory", 124: "took too long"}
 PAGE = """# Memory, planned and measured
 
-Each row is the real `train` command with random weights at full size on an {hardware} whose allocator was held to
-the budget (torch {torch}, {date}): six steps with validation and a preview, then export, samples and report.
-All GiB are the most that torch's allocator gives out in training: *planned* by `finetune plan`'s traces (to which `plan`
-adds the CUDA context and the allocator's slack), *tried out* after the worst step before the first, with the first
-validation and preview, and *measured* at the end. Text encoders were shortened to a few layers; several cases ran side by
-side on the card, which changes seconds (not shown here) and not bytes.
+Each row is the real `train` command with random weights at full size on an {hardware} whose allocator was held
+to the budget (torch {torch}, {date}): six steps with validation and a preview, then export, samples and report.
+All GiB are the most that torch's allocator gives out in training: *planned* by the traces of `finetune plan`
+(which adds the CUDA context and the allocator's slack), *tried out* after the worst step before the first, with
+the first validation and preview, and *measured* at the end. Text encoders were shortened to a few layers;
+several cases ran side by side on the card, which changes seconds (not shown here) and not bytes.
 
 | base | settings | budget GiB | planned | tried out | measured | plan against measured |
 |---|---|---|---|---|---|---|

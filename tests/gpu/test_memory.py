@@ -3,14 +3,17 @@
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from finetune.config import Config, Device, Fit, OptimConfig, Optimizer, Precision
 from finetune.models import offload
 from finetune.records import Dataset, Run
+from finetune.session import Session
 from finetune.stages.train import train
 from finetune.training import checkpoint
+from finetune.training.loop import Step
 from finetune.training.optim import build_optimizer, load_state
 from tests.unit.conftest import Setting
 from tests.unit.training.test_memory import Card
@@ -189,3 +192,28 @@ def test_a_squeezed_card_is_seen_before_the_first_step(
     assert "fit: it did not fit; starting with micro-batch " in said
     assert "memory ran out" not in said
     assert alike(roomy, squeezed)
+
+
+def test_a_long_run_holds_as_much_at_its_end_as_at_its_beginning(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """2,000 steps with validation, previews and checkpoints now and then: the card's memory, and the process's own."""
+    config = setting.config
+    config.hardware.device, config.trainer.steps, config.run_dir = Device.cuda, 2000, str(tmp_path / "long")
+    config.trainer.save_every, config.trainer.validate_every, config.sample.every = 500, 100, 500
+    config.trainer.log_every, config.lora.dropout = 10, 0.1
+    held: dict[int, tuple[int, int, int]] = {}
+    note = Session.note
+
+    def watched(session: Session, step: Step) -> None:
+        note(session, step)
+        if step.number in (50, 950, 1950):  # at the beginning the allocator and the libraries still grow
+            resident = psutil.Process().memory_info().rss
+            held[step.number] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), resident
+
+    monkeypatch.setattr(Session, "note", watched)
+    train(config, setting.dataset)
+    (allocated, reserved, _), (_, _, middle), (allocated_end, reserved_end, end) = (held[at] for at in (50, 950, 1950))
+    assert allocated_end == pytest.approx(allocated, rel=0.01)
+    assert reserved_end == pytest.approx(reserved, rel=0.01)
+    assert end < 1.01 * middle
