@@ -156,7 +156,7 @@ def _opened(path: Path, _changed_ns: int, kind: Name, parts: str) -> SingleFile:
         others = " or ".join(f"model={name}" for name in _presets(found))
         raise ModelError(
             f"{path} is not of the architecture of {parts} ({reason}); "
-            + (f"type {others} besides" if others else "none of the presets has its architecture")
+            + (f"type {others} besides" if others else "none of the presets has its architecture: take another file")
         )
     if "v_pred" in shapes and _scheduler(found).get("prediction_type") != "v_prediction":
         raise ModelError(

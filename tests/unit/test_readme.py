@@ -1,12 +1,15 @@
 """README, CI and the package say the same words."""
 
 import re
+import shlex
 import subprocess
 import tomllib
+from pathlib import Path
 
 import yaml
 
-from finetune import recipes, schema
+from finetune import compose, recipes, schema
+from finetune.checks import check
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -69,3 +72,18 @@ def test_keys_that_the_readme_names_exist() -> None:
     keys = set(re.findall(r"\b((?:data|sample|trainer|lora|optim|export|caption|model)\.\w+)=", README))
     assert {"trainer.restart", "data.skip_bad", "export.dialects"} <= keys
     assert [problem for key in keys if (problem := schema.key_problem(key))] == []
+
+
+def test_the_way_to_ones_own_base_can_be_typed(workdir: Path) -> None:
+    """Every command of the page composes, with the recipe that it shows."""
+    page = (ROOT / "docs" / "own_base.md").read_text(encoding="utf-8")
+    (workdir / "conf").mkdir()
+    recipe = re.search(r"```yaml\n(.*?)```", page, re.DOTALL)
+    assert recipe
+    (workdir / "conf" / "mine_flux.yaml").write_text(recipe[1])
+    commands = [shlex.split(line) for line in page.splitlines() if line.startswith("    finetune ")]
+    assert {words[1] for words in commands} == {"train", "plan", "sample"}
+    for _, _, name, *overrides in commands:
+        config = compose.load(name.removeprefix("conf="), overrides)
+        assert check(config) == []
+        assert config.model.base
