@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from finetune import rundir
+from finetune import processes, rundir
 from finetune.checks import check
 from finetune.config import Config
 from finetune.errors import ConfigError, RunError
@@ -27,19 +27,24 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
 def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     """The whole line: captions, data set, training, export, samples, report; what is fresh is not done again.
 
+    Several processes (torchrun, accelerate launch) train together; the first one does the rest.
     Raises Interrupted on SIGINT or SIGTERM after saving; the same call continues from there.
     """
     config = _config(recipe, overrides, draws=True)
-    with rundir.held(config, owns_config=True) as folder:
+    with processes.joined(), rundir.held(config, owns_config=True) as folder:
         from finetune.stages import dataset, export, report, sample, train
 
-        captions = _captions(config)
-        data = dataset.dataset(config, captions)
+        captions = processes.first(lambda: _captions(config))
+        data = processes.first(lambda: dataset.dataset(config, captions))
         run = train.train(config, data)
-        rundir.write_config(config, folder)  # the run now is what this configuration says
-        adapter = export.export(config, run)
-        samples = sample.sample(config, adapter)
-        return Result(captions, data, run, adapter, samples, report.report(config))
+
+        def hand_out() -> Result:
+            rundir.write_config(config, folder)  # the run now is what this configuration says
+            adapter = export.export(config, run)
+            samples = sample.sample(config, adapter)
+            return Result(captions, data, run, adapter, samples, report.report(config))
+
+        return processes.first(hand_out)
 
 
 def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:

@@ -16,7 +16,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from finetune import recipes
+from finetune import processes, recipes
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.plans import Plan
 from finetune.progress import say
@@ -159,6 +159,8 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
             raise SystemExit(_complain(error, debug)) from error  # ends a sweep as well
         except Exception as error:
             failures.append(_complain(error, debug))
+            if processes.count() > 1:  # nobody knows what the others were in the middle of
+                raise SystemExit(failures[0]) from error
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
     before, sys.argv = sys.argv, [sys.argv[0] if sys.argv else "finetune", *overrides, *flags]
@@ -206,7 +208,8 @@ def _run_job(command: str, tree: Any, sweep: bool) -> None:
         config.run_dir = HydraConfig.get().runtime.output_dir
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
-    summary.show(config, record, list(HydraConfig.get().overrides.task))
+    if processes.index() == 0:
+        summary.show(config, record, list(HydraConfig.get().overrides.task))
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))
 

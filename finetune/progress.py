@@ -1,10 +1,15 @@
-"""Progress of long steps: a rich bar in a terminal, a plain line now and then without one."""
+"""Progress of long steps: a rich bar in a terminal, a plain line now and then without one.
+
+Of several processes only the first one speaks.
+"""
 
 import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
+
+from finetune import processes
 
 BAR_AND_FIGURES, LEAST_TEXT = 60, 12  # columns of a terminal; a long text, such as a caption, would squeeze the bar
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal (logs, CI): often enough to see life, rare enough to read
@@ -19,7 +24,7 @@ class Progress(Protocol):
 @contextmanager
 def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Progress]:
     """A progress display for `total` units, `done` of which were finished earlier."""
-    if sys.stderr.isatty():
+    if sys.stderr.isatty() and processes.index() == 0:
         with _bar(title, total, unit, done) as shown:
             yield shown
     else:
@@ -30,6 +35,8 @@ def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Pr
 
 def say(line: str) -> None:
     """One line for the person at the terminal."""
+    if processes.index():
+        return
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
 

@@ -9,9 +9,10 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
+from finetune import processes
 from finetune.advice import smaller
 from finetune.config import Config
-from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
+from finetune.errors import ConfigError, FinetuneError, OutOfMemory, RunError, is_out_of_memory
 from finetune.records import receipt_path, write_atomically
 from finetune.schema import as_dict
 
@@ -26,10 +27,17 @@ def held(config: Config, owns_config: bool = False) -> Iterator[Path]:
     """The run folder, locked. Out-of-memory and full-disk errors inside come out as ours.
 
     owns_config: the caller trains, so config.yaml is its to write; other verbs write it only where there is none.
-    A command that fails before it leaves anything there leaves no folder either. Raises RunError for a folder that is
-    in use or can't be written.
+    A command that fails before it leaves anything there leaves no folder either. Of several processes the first one
+    holds the folder for all. Raises RunError for a folder that is in use or can't be written, ConfigError where several
+    processes are to do what one does.
     """
     folder = Path(config.run_dir)
+    if processes.count() > 1 and not owns_config:
+        raise ConfigError("several processes can only train; type this command without torchrun or accelerate")
+    if processes.index():
+        with _explained(config):
+            yield folder
+        return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     _make(folder)
     with _locked(folder), _without_trace(made), _explained(config):

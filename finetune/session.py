@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from accelerate import Accelerator
 
+from finetune import processes
 from finetune.advice import smallest
 from finetune.config import Config
 from finetune.errors import OutOfMemory
@@ -22,11 +23,13 @@ from finetune.records import Run
 from finetune.schema import as_dict
 from finetune.tasks.base import Task, Visit
 from finetune.training import checkpoint
+from finetune.training.accelerator import prepare
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
 from finetune.training.loop import Step, fit, rehearse
 from finetune.training.memory import Ladder, within_memory
 from finetune.training.optim import build_optimizer, learning_rate, load_state
+from finetune.training.signals import Stop
 from finetune.training.tracking import Tracker
 
 T = TypeVar("T")
@@ -73,17 +76,17 @@ class Session:
             say(f"train: going on from step {self.state.step}")
         if config.trainer.ema_decay and self.ema is None:
             self.ema = Ema(config.trainer.ema_decay, lora.live(self.task.model))
-        prepared = self.accelerator.prepare(self.task.model, optimizer)
-        self.task.model, self.optimizer = prepared
+        self.task.model, self.optimizer = prepare(self.accelerator, self.task.model, optimizer)
         if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
-        self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
+        if processes.index() == 0:  # only the first process writes
+            self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
         self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
 
-    def steps(self) -> Iterator[Step]:
-        """Every remaining optimiser step, with a progress bar."""
+    def steps(self, stop: Stop) -> Iterator[Step]:
+        """Every remaining optimiser step, with a progress bar. stop: of a signal, on which several processes agree."""
         config, trainer = self.config, self.config.trainer
-        trainable, total = lora.counts(self.accelerator.unwrap_model(self.task.model))
+        trainable, total = lora.counts(self.task.model)
         say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {self.task.size:,} examples")
         with self._rehearsal():
             if self.state.step == 0:
@@ -104,6 +107,7 @@ class Session:
                 start=self.state.step,
                 clip_norm=trainer.clip_norm,
                 max_bad_steps=trainer.max_bad_steps,
+                stop=stop,
             ):
                 yield step
                 bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
@@ -120,7 +124,7 @@ class Session:
         """Take one step into the state and do what is due after it."""
         trainer, state = self.config.trainer, self.state
         if step.eased:
-            effective = trainer.micro_batch * trainer.accumulate * self.accelerator.num_processes
+            effective = trainer.micro_batch * trainer.accumulate * processes.count()
             tried = ", then ".join(step.eased)
             say(f"step {step.number}: memory ran out; going on with {tried}; effective batch still {effective}")
         if step.refused:
@@ -162,7 +166,7 @@ class Session:
             measures=len(ladder.measures),
         )
         path = checkpoint.at(self.folder, self.state.step)
-        if self.accelerator.is_main_process:
+        if processes.index() == 0:
             checkpoint.save(
                 self.folder,
                 self.state,
@@ -176,7 +180,7 @@ class Session:
     def finish(self, training_hash: str) -> Run:
         """The record of the finished run."""
         state = self.state
-        trainable, total = lora.counts(self.accelerator.unwrap_model(self.task.model))
+        trainable, total = lora.counts(self.task.model)
         run = Run(
             folder=str(self.run_dir),
             checkpoint=str(checkpoint.at(self.folder, state.step)),
@@ -210,6 +214,11 @@ class Session:
         self.tracker.hparams(self.identity, figures)
         return run
 
+    def close(self) -> None:
+        """Flush the curves."""
+        if processes.index() == 0:
+            self.tracker.close()
+
     @contextmanager
     def _rehearsal(self) -> Iterator[None]:
         """Inside, the card holds all that it will after the first step, whose worst case was tried and undone."""
@@ -241,14 +250,17 @@ class Session:
         return sum(losses) / len(losses) if losses else self.state.smoothed_loss
 
     def _visits(self) -> Iterator[Sequence[Visit]]:
-        """This process's visits of every remaining step."""
-        trainer, accelerator = self.config.trainer, self.accelerator
-        effective = trainer.micro_batch * trainer.accumulate * accelerator.num_processes
+        """This process's visits of every remaining step: every so many-th of the micro-batches that one would take."""
+        trainer, several = self.config.trainer, processes.count()
+        effective = trainer.micro_batch * trainer.accumulate * several
         chunks = self.task.steps(effective=effective, start=self.state.step)
         for chunk in itertools.islice(chunks, trainer.steps - self.state.step):
-            yield chunk[accelerator.process_index :: accelerator.num_processes]
+            parts = self.task.split(chunk, trainer.micro_batch)
+            yield chunk if several == 1 else list(itertools.chain(*parts[processes.index() :: several]))
 
     def _log(self, step: Step) -> None:
+        if processes.index():
+            return
         values = {
             "loss/step": step.loss,
             "loss/smoothed": self.state.smoothed_loss,
@@ -270,10 +282,12 @@ class Session:
     def _validate(self, *, may_be_best: bool = False) -> None:
         if not self.config.trainer.validate_every:
             return
-        losses = self._fitting("validation", self.task.validate, self.ladder.micro_batch)
+        # By one process for all: whether to stop early must not hang on how two of them round.
+        losses = processes.first(lambda: self._fitting("validation", self.task.validate, self.ladder.micro_batch))
         if losses is None:
             raise OutOfMemory(f"out of memory in validation, one example at a time; {smallest(self.config)}")
-        self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
+        if processes.index() == 0:
+            self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
         state, mean = self.state, losses["mean"]
         if state.first_validation is None:
             self.state = replace(state, first_validation=mean)
@@ -285,7 +299,7 @@ class Session:
     def _preview(self) -> None:
         sample = self.config.sample
         prompts = sample.prompts[: sample.previews]
-        if not prompts or not self.accelerator.is_main_process:
+        if not prompts or processes.index():
             return
 
         def draw(size: int) -> list[Any]:
@@ -311,6 +325,8 @@ class Session:
         return done
 
     def _texts(self) -> None:
+        if processes.index():
+            return
         lines = "\n".join(f"    {key}: {value}" for key, value in flat(as_dict(self.config)).items())
         self.tracker.text("configuration", lines)
         for title, text in self.task.notes().items():

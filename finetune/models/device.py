@@ -1,22 +1,34 @@
 """Which device and which arithmetic."""
 
+import os
 from typing import Any
 
 import torch
 
+from finetune import processes
 from finetune.config import Device, Precision
 from finetune.errors import ConfigError
 
 
 def pick_device(wanted: Device) -> torch.device:
-    """The device to compute on. Raises ConfigError if CUDA is asked for and not there."""
+    """The device to compute on. Raises ConfigError if CUDA is asked for and not there, or too few cards are."""
     if wanted is Device.cpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", torch.cuda.current_device())
+        return torch.device("cuda", _own_card())
     if wanted is Device.cuda:
         raise ConfigError("hardware.device=cuda, but this torch finds no CUDA card; try hardware.device=auto")
     return torch.device("cpu")
+
+
+def _own_card() -> int:
+    """The number of the card to use: of several processes on one machine, each has its own."""
+    if processes.count() > 1:
+        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= cards:
+            raise ConfigError(f"process {local} finds no card of its own; start as many as there are cards: {cards}")
+        torch.cuda.set_device(local)
+    return torch.cuda.current_device()
 
 
 def pick_precision(wanted: Precision, device: torch.device) -> Precision:

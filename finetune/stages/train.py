@@ -1,10 +1,10 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
-import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune import earlier
+from finetune import earlier, processes
 from finetune.config import Config
 from finetune.errors import Interrupted, RunError
 from finetune.models import hub
@@ -31,7 +31,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     run_dir = Path(config.run_dir)
     folder = run_dir / "checkpoints"
     if config.trainer.restart:
-        earlier.set_aside(run_dir)
+        processes.first(lambda: earlier.set_aside(run_dir))
     identity = _identity(config, dataset)
     input_hash = hash_of(identity, config.trainer.steps)
     record = load_record(run_dir, "train", Run, input_hash=input_hash)
@@ -40,7 +40,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         return record
 
     resumed = _resume(folder, identity, config.trainer.steps, dataset)
-    if resumed is None:
+    if resumed is None and processes.index() == 0:
         earlier.note(run_dir, dataset)
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
@@ -49,7 +49,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     if resumed and resumed.state.asked == asked:
         config = choice.with_settings(config, **resumed.state.taken)
     elif choice.needed(config, device):
-        config, planned_gib = choice.settle(config)
+        config, planned_gib = processes.first(partial(choice.settle, config))  # the same for all
     forget_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
@@ -58,18 +58,18 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     run = Session(config, task, accelerator, identity, resumed, asked, planned_gib, before)
     with catch_stop() as stop:
         try:
-            for step in run.steps():
+            for step in run.steps(stop):
                 run.note(step)
                 if stop.number is not None:
-                    run.save()
+                    processes.first(run.save)
                     then = "hands out what was trained" if step.number == config.trainer.steps else "goes on from there"
                     raise Interrupted(
                         f"stopped by signal {stop.number} after step {step.number}; the same command {then}",
                         stop.number,
                     )
-            record = run.finish(input_hash)
+            record = processes.first(lambda: run.finish(input_hash))
         finally:
-            run.tracker.close()
+            run.close()
     figures: dict[str, float | int | str | None] = {
         "steps": record.steps,
         f"{record.unit}_per_s": record.items_per_s,
@@ -85,7 +85,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         "best_validation": record.best_validation,
         "skipped_steps": record.skipped_steps,
     }
-    save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
+    if processes.index() == 0:
+        save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
     return record
 
 
@@ -100,7 +101,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "seed": settings["seed"],
         **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},
         "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
-        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * int(os.environ.get("WORLD_SIZE", "1")),
+        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * processes.count(),
         dataset.content_name: dataset.content,
     }
     return {key: value for key, value in flat(kept).items() if key != OFFLOAD}

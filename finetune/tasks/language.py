@@ -4,7 +4,6 @@ B packs, L slots of a pack, N trained tokens, D width of the hidden states.
 """
 
 import math
-import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,8 +36,6 @@ class LanguageTask:
     unit = "tokens"
 
     def __init__(self, config: Config, dataset: TextSet, device: torch.device) -> None:
-        if int(os.environ.get("WORLD_SIZE", "1")) > 1:
-            raise ConfigError("a language model trains in one process so far; start it without torchrun or accelerate")
         self.config = config
         self.device = device
         self.dtype = pick_dtype(config.trainer.precision, device)

@@ -1,10 +1,16 @@
 """The one place that builds Accelerate's Accelerator."""
 
-import torch
-from accelerate import Accelerator
-from accelerate.state import AcceleratorState, GradientState
+from datetime import timedelta
+from typing import Any
 
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.state import AcceleratorState, GradientState
+from torch import nn
+
+from finetune import processes
 from finetune.config import Precision
+from finetune.training.reduction import share_start
 
 
 def build_accelerator(precision: Precision, device: torch.device) -> Accelerator:
@@ -16,4 +22,15 @@ def build_accelerator(precision: Precision, device: torch.device) -> Accelerator
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     mixed = "no" if precision is Precision.fp32 else precision.name
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu")
+    # The other processes are inside a reduction while the first one validates, draws or saves.
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=processes.PATIENCE_S))
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patience])
+
+
+def prepare(
+    accelerator: Accelerator, model: nn.Module, optimizer: torch.optim.Optimizer
+) -> tuple[nn.Module, Any]:  # Accelerate's optimiser, half-typed
+    """Model and optimiser under the accelerator's precision, with the same adapters in every process."""
+    prepared = accelerator.prepare_model(model, evaluation_mode=True)  # else wrapped in DDP: the loop sums gradients
+    share_start([parameter for group in optimizer.param_groups for parameter in group["params"]])
+    return prepared, accelerator.prepare(optimizer)

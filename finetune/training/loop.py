@@ -3,18 +3,21 @@
 It knows no model and no data set. Whoever iterates decides when to log, validate, save, draw and stop.
 """
 
+import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from accelerate import Accelerator
 
+from finetune import processes
 from finetune.errors import TrainingError
 from finetune.tasks.base import Batch, Task, Visit
 from finetune.training.memory import Ladder, within_memory
+from finetune.training.reduction import Share, combine
+from finetune.training.signals import Stop
 
 
 @dataclass(frozen=True)
@@ -49,12 +52,14 @@ def fit(
     start: int,
     clip_norm: float,
     max_bad_steps: int,
+    stop: Stop | None = None,
 ) -> Iterator[Step]:
     """Train on the visits of each step, in micro-batches, from step `start` on, until `steps` ends.
 
     steps: per optimiser step this process's visits. optimizer: prepared by `accelerator`. rate: learning rate of a step
     counted from 0. ladder: the size of micro-batches; where memory runs out in a step, that step is taken again from
-    its beginning one rung further down. clip_norm: largest gradient norm, 0 for none.
+    its beginning one rung further down. clip_norm: largest gradient norm, 0 for none. stop: of a signal; several
+    processes agree on it here.
     Raises TrainingError after `max_bad_steps` refused steps in a row, OutOfMemory at the foot of the ladder.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
@@ -69,16 +74,19 @@ def fit(
         while (attempt := _attempt(task, parts, optimizer, accelerator, seed=seed, step=number)) is None:
             eased.append(ladder.descend(max(map(len, parts))))
             parts = task.split(visits, ladder.micro_batch)
-        loss, units, slots, names = attempt
+        share, names = attempt
+        if processes.count() > 1:
+            share, eased = _together(parameters, share, eased, stop or Stop())
+        loss = share.loss / share.items
         norm = float(_gradient_norm(parameters, accelerator, clip_norm))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        refused = None if finite else _why(loss, norm, names, accelerator)
+        refused = None if finite else _why(loss, norm, processes.gather(names), accelerator)
         bad = 0 if finite else bad + 1
         seconds = time.perf_counter() - began
-        yield Step(number + 1, loss, norm, rate(number), units, slots, seconds, refused, tuple(eased))
+        yield Step(number + 1, loss, norm, rate(number), share.units, share.slots, seconds, refused, tuple(eased))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
             raise TrainingError(
                 f"{bad} steps in a row were not finite, the last one: {refused}; "
@@ -123,19 +131,17 @@ def _attempt(
     *,
     seed: int,
     step: int,
-) -> tuple[float, int, int, list[str]] | None:
-    """Gradients of one step in those micro-batches: mean loss, units, slots and names; None where memory ran out.
+) -> tuple[Share, list[str]] | None:
+    """Gradients of one step in those micro-batches: their share in it, and names; None where memory ran out.
 
     A failed attempt leaves no gradients, and its successor draws from streams of its own, as if it were the first.
     """
 
-    def backward() -> tuple[float, int, int, list[str]]:
+    def backward() -> tuple[Share, list[str]]:
         micro_batches = [task.collate(part) for part in parts]
         names = [name for batch in micro_batches for name in batch.names]
-        return *_backward(task, micro_batches, accelerator, seed=seed, step=step), names
+        return _backward(task, micro_batches, accelerator, seed=seed, step=step), names
 
-    if accelerator.num_processes > 1:  # the other processes wait inside a reduction: none can start anew alone
-        return backward()
     return within_memory(backward, drop=lambda: optimizer.zero_grad(set_to_none=True))
 
 
@@ -146,24 +152,33 @@ def _backward(
     *,
     seed: int,
     step: int,
-) -> tuple[float, int, int]:
-    """Gradients of the mean loss over all items of the step; returns that mean, and its units and slots."""
-    processes, device = accelerator.num_processes, accelerator.device
-    counts = [[batch.items, batch.units, batch.slots] for batch in micro_batches]
-    counted = torch.tensor(counts, dtype=torch.float64, device=device).sum(0)
-    items, units, slots = (int(count) for count in accelerator.reduce(counted, "sum").tolist())
+) -> Share:
+    """Gradients of the mean loss over all items of these micro-batches; returns what they come to."""
+    device = accelerator.device
+    items = sum(batch.items for batch in micro_batches)
     total = torch.zeros((), dtype=torch.float32, device=device)
     for index, batch in enumerate(micro_batches):
-        # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the same.
-        torch.manual_seed(_mix(seed, step, index, accelerator.process_index))
-        last = index == len(micro_batches) - 1
-        with nullcontext() if last or processes == 1 else accelerator.no_sync(task.model):
-            with accelerator.autocast():
-                loss = task.loss(batch.to(device))
-            # Gradients are averaged over processes; times `processes` makes that the sum, divided once by all items.
-            accelerator.backward(loss * (processes / items))
+        # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the same, and
+        # to the place among the micro-batches of all processes, so that one process with all of them does too.
+        torch.manual_seed(_mix(seed, step, index * processes.count() + processes.index(), 0))
+        with accelerator.autocast():
+            loss = task.loss(batch.to(device))
+        accelerator.backward(loss * (1 / items))  # before backward: a sum over thousands of tokens overflows fp16
         total += loss.detach().float()
-    return float(accelerator.reduce(total, "sum")) / items, units, slots
+    units, slots = sum(batch.units for batch in micro_batches), sum(batch.slots for batch in micro_batches)
+    return Share(float(total), items, units, slots)
+
+
+def _together(
+    parameters: Sequence[torch.nn.Parameter], mine: Share, eased: list[str], stop: Stop
+) -> tuple[Share, list[str]]:
+    """The step of all processes, and what gave way in any: where memory runs out in one, the others only wait."""
+    share = combine(parameters, replace(mine, news=int(bool(eased) or stop.noted is not None)))
+    if share.news:
+        told = processes.gather((eased, stop.noted))
+        eased = list(dict.fromkeys(line for lines, _ in told for line in lines))
+        stop.number = next((number for _, number in told if number is not None), None)
+    return share, eased
 
 
 def _gradient_norm(parameters: list[torch.nn.Parameter], accelerator: Accelerator, clip_norm: float) -> torch.Tensor:
@@ -176,8 +191,10 @@ def _scaler_still_searching(accelerator: Accelerator) -> bool:
     return accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
 
 
-def _why(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:
-    return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {'; '.join(names)}"
+def _why(loss: float, norm: float, names: Sequence[Sequence[str]], accelerator: Accelerator) -> str:
+    """names: of the examples, by process."""
+    on = "; ".join(itertools.chain.from_iterable(names))
+    return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {on}"
 
 
 def _arithmetic(accelerator: Accelerator) -> str:

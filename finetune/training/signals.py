@@ -6,10 +6,16 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
+from finetune import processes
+
 
 class Stop:
-    """Set once a signal asked for the end; `number` is the signal's."""
+    """Set once a signal asked for the end. noted: the signal that this process got; number: on which all agree.
 
+    One process agrees at once, several in the loop: all have to end after the same step.
+    """
+
+    noted: int | None = None
     number: int | None = None
 
 
@@ -17,6 +23,8 @@ class Stop:
 def catch_stop() -> Iterator[Stop]:
     """Collect SIGINT and SIGTERM while the block runs; a second one acts at once, as if nothing had caught the first.
 
+    Not so with several processes: their launcher passes signals on, so that one from outside may come twice. What they
+    have not agreed on by the end of the block acts then.
     Outside the main thread (some notebooks) Python can't catch signals: the block then runs without.
     """
     stop = Stop()
@@ -26,8 +34,10 @@ def catch_stop() -> Iterator[Stop]:
     before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
 
     def note(number: int, _frame: FrameType | None) -> None:
-        stop.number = number
-        signal.signal(number, before[signal.Signals(number)])
+        stop.noted = number
+        if processes.count() == 1:
+            stop.number = number
+            signal.signal(number, before[signal.Signals(number)])
 
     try:
         for number in before:
@@ -36,3 +46,5 @@ def catch_stop() -> Iterator[Stop]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+    if stop.noted is not None and stop.number is None:
+        signal.raise_signal(stop.noted)

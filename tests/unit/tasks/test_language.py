@@ -103,12 +103,6 @@ def test_rows_longer_than_the_model_reads_are_refused(language_config: Config) -
         build(language_config)
 
 
-def test_several_processes_are_refused(language_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
-    with pytest.raises(ConfigError, match="trains in one process so far"):
-        build(language_config)
-
-
 def test_the_data_set_says_what_became_of_the_rows(language_config: Config, capsys: pytest.CaptureFixture[str]) -> None:
     file = Path(language_config.data.file)
     file.write_text(file.read_text() + file.read_text().splitlines()[0] + "\n")

@@ -12,7 +12,7 @@ from finetune.models import lora
 from finetune.models.device import pick_device
 from finetune.tasks import registry
 from finetune.tasks.base import Task, Visit
-from finetune.training.accelerator import build_accelerator
+from finetune.training.accelerator import build_accelerator, prepare
 from finetune.training.loop import Step, fit
 from finetune.training.memory import Ladder
 from finetune.training.optim import build_optimizer, learning_rate
@@ -24,7 +24,7 @@ def prepared(config: Config, dataset: Any) -> tuple[Task, Any, torch.optim.Optim
     accelerator = build_accelerator(config.trainer.precision, device)
     task = registry.build_task(config, dataset, device)
     optimizer = build_optimizer(lora.parameter_groups(task.model, config.optim.lora_plus), config.optim)
-    task.model, optimizer = accelerator.prepare(task.model, optimizer)
+    task.model, optimizer = prepare(accelerator, task.model, optimizer)
     return task, accelerator, optimizer
 
 

@@ -1,0 +1,157 @@
+"""Several processes of one run, as torchrun and accelerate start them: who speaks, who waits, how errors travel.
+
+The first process does alone what is done once a run, and the others wait for what it returns. What fails in one of them
+is raised in all. Both go through torch's key-value store, which needs no card and waits as long as a stage takes.
+"""
+
+import itertools
+import os
+import pickle
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from typing import Any, TypeVar
+
+from finetune.errors import RunError
+
+T = TypeVar("T")
+PATIENCE_S = 24 * 3600.0  # captions of a large folder take hours, in which the other processes only wait
+LOOK_EVERY_S = 0.2  # for errors of the others
+LONGEST_PAUSE_S = 0.01  # short against a step, which ends in such a wait
+ERROR, LEFT = "error", "left"
+
+
+def count() -> int:
+    """How many processes this run has; 1 without a launcher."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def index() -> int:
+    """This process among them, from 0."""
+    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+@contextmanager
+def joined() -> Iterator[None]:
+    """Inside, the processes work on one run together. An error in one is raised in all; the first one leaves first.
+
+    So its line about an error is on the screen before a launcher sees another process fail and ends them all.
+    """
+    global _talk
+    if count() == 1:
+        yield
+        return
+    _talk = talk = _Talk(next(_runs))
+    try:
+        yield
+        _disband()
+    except BaseException as error:
+        talk.tell(error)
+        raise
+    finally:
+        if index() == 0:
+            talk.put(LEFT, True)
+        else:
+            with suppress(RuntimeError):  # without a launcher's store the first process takes its own along
+                _until(lambda: talk.has(LEFT))
+
+
+def first(work: Callable[[], T]) -> T:
+    """What `work` returns in the first process, in every process: the others wait for it and get a copy."""
+    if count() == 1:
+        return work()
+    key = _talk.number()
+    if index() == 0:
+        _talk.put(key, work())
+    wait(lambda: _talk.has(key))
+    result: T = _talk.get(key)
+    return result
+
+
+def gather(value: T) -> list[T]:
+    """What every process says, in their order, in every process."""
+    if count() == 1:
+        return [value]
+    number = _talk.number()
+    keys = [f"{number}/{process}" for process in range(count())]
+    _talk.put(keys[index()], value)
+    wait(lambda: all(map(_talk.has, keys)))
+    return [_talk.get(key) for key in keys]
+
+
+def wait(done: Callable[[], bool]) -> None:
+    """Return once `done()`. Raises the error of another process, RunError after a day."""
+
+    def heard() -> None:
+        # Who fails after its part is done ends nobody's wait for that part.
+        if _talk.has(ERROR) and not done():
+            raise _talk.get(ERROR)
+
+    _until(done, heard)
+
+
+def _until(done: Callable[[], bool], now_and_then: Callable[[], None] = lambda: None) -> None:
+    """In short sleeps, so that a signal is heard at once."""
+    began = looked = time.monotonic()
+    pause = LONGEST_PAUSE_S / 128
+    while not done():
+        now = time.monotonic()
+        if now - looked >= LOOK_EVERY_S:
+            looked = now
+            now_and_then()
+        if now - began > PATIENCE_S:
+            raise RunError(f"process {index()} waited {PATIENCE_S / 3600:g} hours for another; start all of them anew")
+        time.sleep(pause)
+        pause = min(2 * pause, LONGEST_PAUSE_S)
+
+
+class _Talk:
+    """What the processes of one run tell one another. All take numbers in the same order, so that they agree."""
+
+    def __init__(self, run: int) -> None:
+        from torch.distributed.rendezvous import rendezvous
+
+        # The way that torch's process groups take too: the launcher's store, or else one in the first process.
+        self.store, _, _ = next(rendezvous("env://"))
+        self.run, self.numbers = run, itertools.count()
+
+    def number(self) -> str:
+        return str(next(self.numbers))
+
+    def has(self, key: str) -> bool:
+        return bool(self.store.check([self._full(key)]))
+
+    def put(self, key: str, value: object) -> None:
+        self.store.set(self._full(key), pickle.dumps(value))
+
+    def get(self, key: str) -> Any:
+        return pickle.loads(self.store.get(self._full(key)))
+
+    def tell(self, error: BaseException) -> None:
+        """Only the first error counts: the others follow from it, or say the same."""
+        if self.store.add(self._full("failures"), 1) == 1:
+            self.put(ERROR, _portable(error))
+
+    def _full(self, key: str) -> str:
+        return f"finetune/{self.run}/{key}"
+
+
+_runs = itertools.count()
+_talk: _Talk
+
+
+def _portable(error: BaseException) -> BaseException:
+    """An error that another process can raise. Some can't be packed, or not unpacked: of those the text."""
+    try:
+        pickle.loads(pickle.dumps(error))
+    except Exception:
+        return RuntimeError(f"{type(error).__name__}: {error}")
+    return error
+
+
+def _disband() -> None:
+    """End the process group as NCCL wants it; after an error nobody knows what the others are in the middle of."""
+    import torch
+
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()

@@ -1,0 +1,75 @@
+"""Several processes, one step: gradients, losses and counts of each become those of all, in one reduction a step.
+
+P trained parameters, N their numbers.
+"""
+
+from collections.abc import Sequence
+from dataclasses import astuple, dataclass
+
+import torch
+from torch import Tensor, nn
+
+from finetune import processes
+
+
+@dataclass(frozen=True)
+class Share:
+    """What one process, or all of them, made of a step.
+
+    loss: summed over `items`. units, slots: as in `Batch`. news: processes that have something to tell.
+    """
+
+    loss: float
+    items: int
+    units: int
+    slots: int
+    news: int = 0
+
+
+HEAD = len(astuple(Share(0.0, 0, 0, 0)))
+
+
+def combine(parameters: Sequence[nn.Parameter], mine: Share) -> Share:
+    """The sum of all processes' shares; `.grad` of their means over own items becomes the mean over all items.
+
+    Raises the error of a process that can't take part any more.
+    """
+    sizes = [parameter.numel() for parameter in parameters]
+    # fp32: counts beyond 2**24 are rounded, which no loss can feel.
+    flat = torch.zeros(HEAD + len(sizes) + sum(sizes), device=parameters[0].device)
+    head, trained_P, gradients_N = torch.split(flat, [HEAD, len(sizes), sum(sizes)])
+    head.copy_(torch.tensor(astuple(mine)))
+    trained_P.copy_(torch.tensor([float(parameter.grad is not None) for parameter in parameters]))
+    parts = torch.split(gradients_N, sizes)
+    for parameter, part in zip(parameters, parts, strict=True):
+        if parameter.grad is not None:
+            torch.mul(parameter.grad.flatten(), mine.items, out=part)
+    _sum(flat)
+    loss, *counts = head.tolist()
+    items, units, slots, news = map(round, counts)
+    # A parameter that no process has a gradient of must not get one: zeros would count in an optimiser's state.
+    for parameter, part, trained in zip(parameters, parts, trained_P.tolist(), strict=True):
+        if trained:
+            parameter.grad = part.div_(items).view_as(parameter).to(parameter.dtype)
+    return Share(loss, items, units, slots, news)
+
+
+@torch.no_grad()
+def share_start(parameters: Sequence[nn.Parameter]) -> None:
+    """Give every process the first one's weights: equal starts and equal gradients keep them equal to the end."""
+    if processes.count() == 1:
+        return
+    flat = torch.cat([parameter.flatten() for parameter in parameters])
+    if processes.index():
+        flat.zero_()
+    _sum(flat)
+    parts = torch.split(flat, [parameter.numel() for parameter in parameters])
+    for parameter, part in zip(parameters, parts, strict=True):
+        parameter.copy_(part.view_as(parameter))
+
+
+def _sum(flat: Tensor) -> None:
+    """In place, over all processes. Polled, because a process that failed would be waited for without end."""
+    work = torch.distributed.all_reduce(flat, async_op=True)
+    processes.wait(work.is_completed)
+    work.wait()
