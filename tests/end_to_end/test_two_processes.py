@@ -21,7 +21,7 @@ from tests.unit.test_processes import free_port
 
 pytestmark = pytest.mark.slow
 
-STEPS = 60  # of which a signal meets one long before the end
+STEPS = 30  # of which a signal meets one long before the end
 TWO, ONE = "trainer.accumulate=1", "trainer.accumulate=2"  # the same effective batch
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python")
 
