@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 @pytest.fixture(scope="module", autouse=True)
-def settled() -> None:
+def _libraries_set_aside() -> None:
     """Keeps what stays anyway out of the search for cycles.
 
     Half a million objects of the libraries: a third of a second, each time that a stage makes room.
