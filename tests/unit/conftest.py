@@ -33,6 +33,10 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, tiny_base: Path) -> Config:
     """A run of a few steps on the CPU, without dropout."""
+    return picture_config(tmp_path, tiny_base)
+
+
+def picture_config(tmp_path: Path, tiny_base: Path) -> Config:
     config = Config(name="tiny", run_dir=str(tmp_path / "run"))
     config.model.base, config.model.resolution, config.model.bucket_step = str(tiny_base), 32, 16
     config.model.lora_targets = TARGETS
@@ -103,6 +107,10 @@ def conversations(count: int) -> str:
 @pytest.fixture
 def language_config(tmp_path: Path, tiny_language: Path) -> Config:
     """A run of a few steps on the CPU, without dropout."""
+    return talking_config(tmp_path, tiny_language)
+
+
+def talking_config(tmp_path: Path, tiny_language: Path) -> Config:
     config = Config(name="tiny-language", run_dir=str(tmp_path / "run"))
     config.model.kind, config.model.base = "language", str(tiny_language)
     linear = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]

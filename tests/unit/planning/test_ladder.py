@@ -1,6 +1,7 @@
 """The ladder: one effective batch in many ways, figures that follow from traces, and points measured on a card."""
 
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -12,9 +13,9 @@ from finetune.planning.ladder import Ladder, parts, quickest, thriftier
 from finetune.planning.machine import GIB, Machine
 from finetune.plans import Setting
 from finetune.tasks import registry
+from tests.unit.conftest import picture_config, talking_config
 
 CARD = Machine("a card", True, 24.0, 0.5, True, 165.2, 82.6, 1008, known=True)
-XL = "stabilityai/stable-diffusion-xl-base-1.0"
 ATTENTION = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}
 
 
@@ -24,10 +25,15 @@ def on_a_card(config: Config, effective: int = 8) -> Config:
     return config
 
 
-@pytest.fixture(params=["diffusion", "language"])
-def ladder(request: pytest.FixtureRequest) -> Ladder:
-    name = "config" if request.param == "diffusion" else "language_config"
-    return Ladder(on_a_card(request.getfixturevalue(name)), CARD)
+@pytest.fixture(scope="module", params=["diffusion", "language"])
+def ladder(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_language: Path
+) -> Ladder:
+    """Of a kind of model. What was traced once needn't be traced again: tests ask, and change nothing."""
+    folder = tmp_path_factory.mktemp(request.param)
+    pictures = request.param == "diffusion"
+    config = picture_config(folder, tiny_base) if pictures else talking_config(folder, tiny_language)
+    return Ladder(on_a_card(config), CARD)
 
 
 def test_levels_keep_the_effective_batch_and_the_fastest_that_fits_is_taken(ladder: Ladder) -> None:
@@ -145,18 +151,19 @@ def measured(base: str, family: Family, side: int) -> Config:
     return config
 
 
-@pytest.mark.parametrize(("micro_batch", "gib"), [(4, 6.09), (16, 19.12)])
-def test_stable_diffusion_as_measured(micro_batch: int, gib: float) -> None:
-    config = measured("stable-diffusion-v1-5/stable-diffusion-v1-5", Family.sd, 512)
-    assert Ladder(config, CARD)._step(micro_batch).peak.live / GIB == pytest.approx(gib, rel=0.12)
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize(("micro_batch", "gib"), [(1, 12.83), (2, 20.13)])
-def test_stable_diffusion_xl_as_measured(micro_batch: int, gib: float) -> None:
-    assert Ladder(measured(XL, Family.sdxl, 1024), CARD)._step(micro_batch).peak.live / GIB == pytest.approx(
-        gib, rel=0.12
-    )
+@pytest.mark.parametrize(
+    ("base", "family", "side", "points"),
+    [
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", Family.sd, 512, {4: 6.09, 16: 19.12}),
+        ("stabilityai/stable-diffusion-xl-base-1.0", Family.sdxl, 1024, {1: 12.83, 2: 20.13}),
+    ],
+    ids=["sd", "sdxl"],
+)
+def test_stable_diffusion_as_measured(base: str, family: Family, side: int, points: dict[int, float]) -> None:
+    ladder = Ladder(measured(base, family, side), CARD)
+    for micro_batch, gib in points.items():
+        assert ladder._step(micro_batch).peak.live / GIB == pytest.approx(gib, rel=0.12)
 
 
 @pytest.mark.parametrize("quantize", list(Quantize), ids=lambda how: how.name)
