@@ -199,18 +199,11 @@ def _unusable(loader: Any, reference: str, options: dict[str, Any], reason: str)
 
 
 def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str, Any]) -> Any:
-    with explained(loader, reference, options):
-        return _load(loader, reference, source, options)
-
-
-@contextmanager
-def explained(loader: Any, reference: str, options: dict[str, Any]) -> Iterator[None]:
-    """Turns what the libraries raise while they load a model into a ModelError of one line; shows no progress bars."""
     from safetensors import SafetensorError
 
     try:
         with _quiet():
-            yield
+            return _load(loader, reference, source, options)
     except FinetuneError:
         raise
     except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:

@@ -16,7 +16,7 @@ from typing import Any, cast
 
 from finetune.config import Family as Name
 from finetune.config import ModelConfig
-from finetune.errors import ModelError
+from finetune.errors import ModelError, is_out_of_memory
 from finetune.models import blank, hub
 from finetune.models.families import family
 
@@ -27,6 +27,8 @@ ADAPTER_MARKS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.do
 SCALE_MARKS = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 CLIP_MERGES = Path(__file__).parent / "tokenizers" / "clip" / "merges.txt"
 CLIP_TOKENS = 77
+
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, ImportError)
 
 Shapes = Mapping[str, tuple[int, ...]]
 
@@ -83,12 +85,14 @@ def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
         return _borrowed(loader, found, part, **options)
     if "device_map" in options:
         options["device"] = options.pop("device_map")[""]
-    with hub.explained(loader, str(found.path), {"subfolder": part}), hub.hushed():  # of casts that change nothing
-        weights = _read(found, part)
-        if hasattr(loader, "from_single_file"):
-            built = loader.from_single_file(weights, config=str(found.settings), subfolder=part, **options)
-        else:
-            built = _text_encoder(loader, weights, found, part, options["torch_dtype"])
+    try:
+        with hub.hushed():  # about casts that change nothing
+            built = _build(loader, found, part, **options)
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"the {part} in {found.path} can't be loaded ({reason}); get the file again") from error
     lacking = [name for name, weight in built.named_parameters() if weight.is_meta]
     if lacking:
         raise ModelError(f"{found.path} lacks {len(lacking)} weights of its {part}, first {lacking[0]}; get it again")
@@ -211,6 +215,12 @@ def _original(kind: Name, name: str) -> str:
     return BACKBONE + bare if family(kind).BACKBONE == "unet" else bare
 
 
+def _current(kind: Name, name: str) -> str:
+    """A name in a text encoder as transformers has had it since 2022; many a merged file still has older ones."""
+    begin, older, rest = name.partition("cond_stage_model.transformer.")
+    return f"{older}text_model.{rest}" if older and not begin and not rest.startswith("text_model.") else name
+
+
 def _holds(found: SingleFile, part: str) -> bool:
     """Whether the file has a part's weights, in a form that diffusers can read."""
     if part == "vae" and family(found.kind).VAE_CLASS != "AutoencoderKL":
@@ -224,19 +234,25 @@ def _read(found: SingleFile, part: str) -> dict[str, Any]:
 
     with safe_open(found.path, "pt") as file:
         weights = {name: file.get_tensor(name) for name in found.names(part)}
-    if part == family(found.kind).BACKBONE:
-        return {_original(found.kind, name): weight for name, weight in weights.items()}
-    return weights
+    rename = _original if part == family(found.kind).BACKBONE else _current
+    return {rename(found.kind, name): weight for name, weight in weights.items()}
 
 
-def _text_encoder(loader: Any, weights: dict[str, Any], found: SingleFile, part: str, dtype: Any) -> Any:
+def _build(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
+    """A part from its weights in the file, by diffusers' converters; what is missing stays without memory."""
     from diffusers.loaders import single_file_utils as converters
 
+    weights = _read(found, part)
+    if part == "vae" or part == family(found.kind).BACKBONE:
+        try:
+            return loader.from_single_file(weights, config=str(found.settings), subfolder=part, **options)
+        except converters.SingleFileComponentError as error:  # no weight has a name that it knows
+            raise ValueError(error) from error
     if loader.__name__ == "T5EncoderModel":
         build = converters.create_diffusers_t5_model_from_checkpoint
     else:
         build = converters.create_diffusers_clip_model_from_ldm
-    built = build(loader, checkpoint=weights, subfolder=part, config=str(found.settings), torch_dtype=dtype)
+    built = build(loader, checkpoint=weights, subfolder=part, config=str(found.settings), **options)
     built.tie_weights()  # of T5's two names for its embedding a file may have one
     return built.eval()  # diffusers leaves T5 with its dropout at work
 

@@ -1,5 +1,6 @@
 """The wheel, installed in a clean environment, works from a foreign folder: presets and embedded models included."""
 
+import itertools
 import os
 import subprocess
 import sys
@@ -58,7 +59,9 @@ def test_wheel_holds_configuration_and_embedded_models(wheel: Path) -> None:
     names = set(zipfile.ZipFile(wheel).namelist())
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"finetune/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
-    for path in [*(ROOT / "finetune/embedded").rglob("*"), *(ROOT / "finetune/models/architectures").rglob("*")]:
+    for path in itertools.chain(
+        *((ROOT / "finetune" / part).rglob("*") for part in ("embedded", "models/architectures", "models/tokenizers"))
+    ):
         if path.is_file() and "__pycache__" not in path.parts:
             assert path.relative_to(ROOT).as_posix() in names
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "datasets/", "outputs/"))]

@@ -273,6 +273,47 @@ def test_weights_that_a_part_lacks_are_not_made_up(model: ModelConfig) -> None:
         diffusion.load_text_encoder(model, CPU)
 
 
+def test_a_part_that_cannot_be_read_is_named(model: ModelConfig) -> None:
+    name = "first_stage_model.decoder.conv_in.bias"
+    change(model, lambda weights: weights.update({name: torch.zeros(3)}))
+    with pytest.raises(ModelError, match=r"the vae in .*base.safetensors can't be loaded \(.*shape.*\); get the file"):
+        diffusion.load_vae_model(model)
+    change(model, lambda weights: [weights.pop(name) for name in list(weights) if "first_stage_model" in name])
+    change(model, lambda weights: weights.update({"vae.x": torch.zeros(1)}))
+    with pytest.raises(
+        ModelError, match=r"the vae in .*base.safetensors can't be loaded \(.*missing.*\); get the file"
+    ):
+        diffusion.load_vae_model(model)
+
+
+def test_memory_that_runs_out_stays_what_it_is(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(single_file, "_build", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        diffusion.load_vae_model(model)
+
+
+def test_older_names_and_eight_bits_are_read(model: ModelConfig) -> None:
+    """As merged files have them: text encoders named as before 2022, weights in 8 bit without scales."""
+    before = diffusion.TextEncoder(model, CPU).encode(["a red robot"])[0]["embedding"]
+    change(model, _age)
+    assert torch.equal(diffusion.TextEncoder(model, CPU).encode(["a red robot"])[0]["embedding"], before)
+    backbone = diffusion.load_backbone(model, torch.bfloat16)
+    assert {weight.dtype for weight in backbone.parameters()} == {torch.bfloat16}
+    wanted = load_file(model.base)["model.diffusion_model.input_blocks.0.0.weight"].bfloat16()
+    assert torch.equal(backbone.conv_in.weight, wanted)
+
+
+def _age(weights: dict[str, Tensor]) -> None:
+    for name in list(weights):
+        weight = weights.pop(name)
+        if name.startswith("model.diffusion_model."):
+            weight = weight.to(torch.float8_e4m3fn)
+        weights[name.replace("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")] = weight
+
+
 def test_other_formats_are_refused_with_a_way_out(model: ModelConfig, tmp_path: Path) -> None:
     pickle = tmp_path / "old.ckpt"
     torch.save({"state_dict": load_file(model.base), "global_step": 1}, pickle)
