@@ -4,6 +4,7 @@ The first process does alone what is done once a run, and the others wait for wh
 is raised in all. Both go through torch's key-value store, which needs no card and waits as long as a stage takes.
 """
 
+import atexit
 import itertools
 import os
 import pickle
@@ -42,10 +43,11 @@ def joined() -> Iterator[None]:
         yield
         return
     _talk = talk = _Talk(next(_runs))
+    atexit.register(_disband)
     try:
         yield
-        _disband()
     except BaseException as error:
+        atexit.unregister(_disband)  # nobody knows what the others are in the middle of
         talk.tell(error)
         raise
     finally:
@@ -150,7 +152,7 @@ def _portable(error: BaseException) -> BaseException:
 
 
 def _disband() -> None:
-    """End the process group as NCCL wants it; after an error nobody knows what the others are in the middle of."""
+    """End the process group as NCCL wants it. Only when all runs are over: a second one would meet the first's keys."""
     import torch
 
     if torch.distributed.is_initialized():

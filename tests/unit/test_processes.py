@@ -106,6 +106,14 @@ def refusal() -> str | None:
     return next(iter(steps_of(Line(), Stop(), keys=[1, 2, 666, 4]))).refused
 
 
+def broken() -> None:
+    """Steps of which the second process can't read an example, while the first one is in the reduction."""
+    line = Line()
+    if processes.index() == 1:
+        line.collate = lambda visits: fail(1, DataError("no such picture"))()  # type: ignore[method-assign]
+    list(steps_of(line, Stop()))
+
+
 def told(work: Callable[[], object]) -> str:
     """The error in which a run ends, as this process sees it."""
     try:
@@ -143,6 +151,7 @@ def take_part(index: int, port: int, folder: str) -> None:
     seen["from the second"] = told(fail(1, DataError("a bad picture")))
     seen["from the first"] = told(lambda: processes.first(lambda: fail(0, FinetuneError("no disk"))()))
     seen["odd"] = told(fail(0, Interrupted("by hand", 2)))
+    seen["in a step"] = told(broken)  # the last: the first process leaves a reduction unfinished
     Path(folder, f"{index}.json").write_text(json.dumps(seen))
 
 
@@ -170,6 +179,7 @@ def test_the_first_works_for_all_and_everybody_is_heard(two: list[dict[str, Any]
 def test_an_error_in_one_is_raised_in_all(two: list[dict[str, Any]]) -> None:
     for seen in two:
         assert seen["from the second"] == "DataError: a bad picture"
+        assert seen["in a step"] == "DataError: no such picture"
         assert seen["from the first"] == "FinetuneError: no disk"
     assert two[0]["odd"] == "Interrupted: by hand"
     assert two[1]["odd"] == "RuntimeError: Interrupted: by hand"  # its constructor's arguments are not kept
