@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import processes
+from finetune.errors import RunError
 
 
 @dataclass(frozen=True)
@@ -69,7 +70,13 @@ def share_start(parameters: Sequence[nn.Parameter]) -> None:
 
 
 def _sum(flat: Tensor) -> None:
-    """In place, over all processes. Polled, because a process that failed would be waited for without end."""
+    """In place, over all processes. Polled, because a process that failed would be waited for without end.
+
+    Raises its error, or RunError where it was killed.
+    """
     work = torch.distributed.all_reduce(flat, async_op=True)
     processes.wait(work.is_completed)
-    work.wait()
+    try:
+        work.wait()
+    except RuntimeError as error:  # what is torn is the line to it; a process that fails by an error of its own says so
+        raise RunError("another process was killed; the same command goes on from the last checkpoint") from error

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 
 from finetune import processes
 from finetune.config import Device, Precision
-from finetune.errors import DataError, FinetuneError, Interrupted
+from finetune.errors import DataError, FinetuneError, Interrupted, RunError
 from finetune.models.device import pick_device
 from finetune.tasks.base import Batch, Visit
 from finetune.training.accelerator import build_accelerator, prepare
 from finetune.training.loop import Step, fit
 from finetune.training.memory import Ladder
+from finetune.training.reduction import share_start
 from finetune.training.signals import Stop, catch_stop
 from tests.conftest import Answer
 
@@ -135,11 +136,16 @@ def fail(index: int, error: Exception) -> Callable[[], object]:
     return work
 
 
-def take_part(index: int, port: int, folder: str) -> None:
-    """One of two processes; writes what it saw."""
+def join(index: int, port: int) -> None:
+    """Say what a launcher would."""
     os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     torch.set_num_threads(1)
+
+
+def take_part(index: int, port: int, folder: str) -> None:
+    """One of two processes; writes what it saw."""
+    join(index, port)
     with processes.joined():
         seen: dict[str, Any] = {
             "first": processes.first(lambda: processes.index()),
@@ -153,6 +159,20 @@ def take_part(index: int, port: int, folder: str) -> None:
     seen["odd"] = told(fail(0, Interrupted("by hand", 2)))
     seen["in a step"] = told(broken)  # the last: the first process leaves a reduction unfinished
     Path(folder, f"{index}.json").write_text(json.dumps(seen))
+
+
+def be_killed(index: int, port: int, folder: str) -> None:
+    """One of two processes, of which the second one ends without a word."""
+    join(index, port)
+    with processes.joined():
+        build_accelerator(Precision.fp32, torch.device("cpu"))
+        share_start([nn.Parameter(torch.ones(2))])
+        if index == 1:
+            os._exit(0)
+        try:
+            share_start([nn.Parameter(torch.ones(2))])
+        except RunError as error:
+            Path(folder, "said").write_text(str(error))
 
 
 def free_port() -> int:
@@ -183,6 +203,12 @@ def test_an_error_in_one_is_raised_in_all(two: list[dict[str, Any]]) -> None:
         assert seen["from the first"] == "FinetuneError: no disk"
     assert two[0]["odd"] == "Interrupted: by hand"
     assert two[1]["odd"] == "RuntimeError: Interrupted: by hand"  # its constructor's arguments are not kept
+
+
+def test_a_killed_process_ends_the_others_in_our_words(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(be_killed, (free_port(), str(tmp_path)), nprocs=2)
+    said = (tmp_path / "said").read_text()
+    assert said == "another process was killed; the same command goes on from the last checkpoint"
 
 
 def same(two: dict[str, Any], one: dict[str, Any]) -> None:
