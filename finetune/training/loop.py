@@ -104,18 +104,21 @@ def rehearse(
 ) -> list[str]:
     """Take a step of the worst micro-batches there may be, so many of them, and undo it; returns what gave way for it.
 
-    optimizer: over the task's trained parameters and for this alone. It keeps its state, which takes as much memory as
-    that of the run will. Raises OutOfMemory at the foot of the ladder.
+    optimizer: over the task's trained parameters and for this alone. Its state is there before the step, as it is in
+    all steps of the run but the first, and stays. Raises OutOfMemory at the foot of the ladder.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
     task.model.train()
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
     eased: list[str] = []
     parts = [task.worst(ladder.micro_batch)] * micro_batches
     while _attempt(task, parts, optimizer, accelerator, seed=0, step=0) is None:
         eased.append(ladder.descend(len(parts[0])))
         parts = [task.worst(ladder.micro_batch)] * micro_batches
-    optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():
         for parameter, value in zip(parameters, before, strict=True):

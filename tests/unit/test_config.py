@@ -66,12 +66,6 @@ def test_int8_layers_do_not_go_to_main_memory() -> None:
     ]
 
 
-@pytest.mark.parametrize("model", ["embedded", "sdxl"])
-def test_a_unet_keeps_its_blocks_on_the_card(model: str) -> None:
-    config = load("pixar_style", [f"model={model}", "model.offload=true"])
-    assert [problem.partition(",")[0] for problem in check(config)] == ["model.offload=true is for transformers"]
-
-
 def test_check_names_all_bad_values_at_once() -> None:
     config = load("pixar_style")
     for key, value, _ in BAD:

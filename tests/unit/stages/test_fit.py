@@ -134,12 +134,16 @@ def test_the_worst_micro_batch_is_of_the_largest_example(setting: Setting) -> No
         assert tensor[0].numel() >= max(size[name][0].numel() for size in sizes), name
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_the_longest_row_is_the_worst(language_config: Config, packing: bool) -> None:
-    language_config.data.packing = packing
+def test_the_worst_pack_is_full_and_the_worst_row_the_longest(language_config: Config) -> None:
     task = registry.build_task(language_config, texts.build(language_config, None), CPU)
-    longest = max(task.collate([visit]).slots for visit in next(iter(task.steps(effective=40, start=0))))
-    assert task.collate(task.worst(1)).slots == longest
+    packs = [task.collate([visit]) for visit in next(iter(task.steps(effective=32, start=0)))]
+    worst = task.collate(task.worst(1))
+    assert worst.items == max(pack.items for pack in packs) > min(pack.items for pack in packs)
+    assert worst.slots == language_config.data.length
+    language_config.data.packing = False
+    task = registry.build_task(language_config, texts.build(language_config, None), CPU)
+    rows = [task.collate([visit]) for visit in next(iter(task.steps(effective=40, start=0)))]
+    assert task.collate(task.worst(1)).slots == max(row.slots for row in rows)
 
 
 def tried(config: Config, gib: float, monkeypatch: pytest.MonkeyPatch) -> tuple[Config, float]:
