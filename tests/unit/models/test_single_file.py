@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.config import Family, ModelConfig
+from finetune.config import Family, ModelConfig, Quantize
 from finetune.errors import ModelError
 from finetune.models import blank, diffusion, hub, single_file
 from tests.single_files import original_backbone, save_single_file
@@ -372,3 +372,18 @@ def test_a_released_file_fits_its_preset(preset: str, kind: Family) -> None:
     for name, other in others.items():
         reason = single_file._misfit(replace(found, kind=other, settings=blank.ARCHITECTURES / name))
         assert re.match(r"it lacks |it holds no |\S+ is \[", reason)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [Quantize.nf4, Quantize.int8])
+@pytest.mark.parametrize("kind", [Family.sd3, Family.flux2, Family.z_image])
+def test_a_quantised_backbone_is_the_folders(kind: Family, quantize: Quantize, tmp_path: Path) -> None:
+    states = []
+    for model in whole_and_file(tmp_path, kind):
+        model = replace(model, quantize=quantize)
+        loaded = diffusion.load_backbone(model, torch.bfloat16, torch.device("cuda"))
+        states.append({name: weight.cpu() for name, weight in loaded.state_dict().items()})
+    folder, file = states
+    assert folder.keys() == file.keys()
+    assert any(weight.dtype in (torch.uint8, torch.int8) for weight in file.values())
+    assert all(torch.equal(weight, file[name]) for name, weight in folder.items())
