@@ -144,7 +144,7 @@ class Run:
     micro_batch: examples in one forward pass at the end. eased: what gave way because memory ran out, empty if nothing.
     peak_gib: the most that this process held so far. planned_gib, probed_gib, measured_gib: the most in this training
     with its validation and previews, by the plan, after trying its worst step, and at the end; None without a card or
-    with trainer.fit=off.
+    with trainer.fit=off. slow_steps: that took much longer than those before, several in a row.
     """
 
     folder: str
@@ -168,6 +168,7 @@ class Run:
     planned_gib: float | None = None
     probed_gib: float | None = None
     measured_gib: float | None = None
+    slow_steps: int = 0
 
     @property
     def items_per_s(self) -> float:

@@ -15,7 +15,7 @@ from finetune.advice import smallest
 from finetune.config import Config
 from finetune.errors import OutOfMemory
 from finetune.models import lora
-from finetune.models.device import peak_gib
+from finetune.models.device import card_gib, peak_gib
 from finetune.pages import curves
 from finetune.planning.choice import settings
 from finetune.progress import progress, say
@@ -29,6 +29,7 @@ from finetune.training.ema import Ema
 from finetune.training.loop import Step, fit, rehearse
 from finetune.training.memory import Ladder, within_memory
 from finetune.training.optim import build_optimizer, learning_rate, load_state
+from finetune.training.pace import Pace, likely
 from finetune.training.signals import Stop
 from finetune.training.tracking import Tracker
 
@@ -81,6 +82,7 @@ class Session:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         if processes.index() == 0:  # only the first process writes
             self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
+        self.pace, self.told = Pace(self.state.slow_steps), False
         self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
 
     def steps(self, stop: Stop) -> Iterator[Step]:
@@ -143,6 +145,10 @@ class Session:
             )
             if self.ema:
                 self.ema.update(lora.live(self.task.model))
+        if self.pace.note(step) and not self.told and processes.index() == 0:
+            self.told = True
+            why = likely(self.tracker.burdens(), card_gib(self.accelerator.device))
+            say(f"step {step.number}: steps take {self.pace.times:.1f} times as long as before; {why}")
         self._log(step)
         due = step.number == trainer.steps or step.number % trainer.save_every == 0
         if trainer.validate_every and (due or step.number % trainer.validate_every == 0):
@@ -164,6 +170,7 @@ class Session:
             taken=settings(self.config),
             micro_batch=ladder.micro_batch,
             measures=len(ladder.measures),
+            slow_steps=self.pace.slow,
         )
         path = checkpoint.at(self.folder, self.state.step)
         if processes.index() == 0:
@@ -197,6 +204,7 @@ class Session:
             seconds=state.seconds,
             peak_gib=max(self.peak_gib, peak_gib(self.accelerator.device)),
             skipped_steps=state.skipped_steps,
+            slow_steps=self.pace.slow,
             training_hash=training_hash,
             micro_batch=self.ladder.micro_batch,
             eased=self.ladder.summary,

@@ -82,6 +82,11 @@ def forget_peak(device: torch.device) -> None:
         torch.cuda.reset_peak_memory_stats(device)
 
 
+def card_gib(device: torch.device) -> float:
+    """Memory of the card in all, GiB; 0 without one."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
+
+
 def peak_gib(device: torch.device) -> float:
     """Most memory that was in use so far, GiB: the allocator's on a card, the process's resident set on a CPU."""
     if device.type == "cuda":

@@ -40,6 +40,8 @@ def run_rows(run: Run) -> list[list[str]]:
     ]
     if run.eased:
         rows.append(["memory ran out; went on with", run.eased])
+    if run.slow_steps:
+        rows.append(["slow steps", f"{run.slow_steps:,} (three times as long as those before, or longer)"])
     if run.skipped_steps:
         rows.append(["refused steps", f"{run.skipped_steps:,} (loss or gradient not finite)"])
     return rows

@@ -84,6 +84,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         "first_validation": record.first_validation,
         "best_validation": record.best_validation,
         "skipped_steps": record.skipped_steps,
+        "slow_steps": record.slow_steps,
     }
     if processes.index() == 0:
         save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)

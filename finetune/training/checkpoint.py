@@ -34,7 +34,7 @@ class TrainState:
     units: images or tokens trained on. waited: saved steps in a row whose validation loss was no better than the best.
     scaler: the fp16 loss scaler's. asked: the settings of memory that the run was given; taken: those it started with;
     micro_batch, measures: how far it had to go below them when memory ran out, in examples and in measures of the task.
-    planned_gib, probed_gib: as in `Run`.
+    planned_gib, probed_gib, slow_steps: as in `Run`.
     """
 
     step: int
@@ -55,6 +55,7 @@ class TrainState:
     measures: int = 0
     planned_gib: float | None = None
     probed_gib: float | None = None
+    slow_steps: int = 0
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,11 @@ import torch
 from finetune.records import METRICS, write_atomically
 
 GIB = 2**30
+FULL_GIB = 0.3  # free on a card that has nothing left to give
+OVERHEAD_GIB = 1.5  # of a card, used by its driver and this process's CUDA context; assumed, generously
+SLOWDOWNS = 0x8 | 0x20 | 0x40 | 0x80
+"""NVML's clock event reasons HwSlowdown, SwThermalSlowdown, HwThermalSlowdown, HwPowerBrakeSlowdown (nvml.h). Not
+SwPowerCap: a card at work is always at its power limit."""
 
 
 class Tracker:
@@ -59,6 +64,10 @@ class Tracker:
         """Memory in use, and utilisation and power where NVML answers."""
         return {"system/memory_gib": memory_gib(self.device), **self.card.read()}
 
+    def burdens(self) -> list[str]:
+        """What else weighs on the card now, for people, as far as NVML says."""
+        return self.card.burdens()
+
     def close(self) -> None:
         """Flush and close the event file."""
         self.board.close()
@@ -75,6 +84,7 @@ class _Card:
     """NVML readings of the card in use; nothing on machines without."""
 
     def __init__(self, device: torch.device) -> None:
+        self.device = device
         self.handle: Any = None
         if device.type != "cuda":
             return
@@ -99,6 +109,26 @@ class _Card:
             }
         except pynvml.NVMLError:  # some virtual machines answer only in part
             return {}
+
+    def burdens(self) -> list[str]:
+        if self.handle is None:
+            return []
+        import pynvml
+
+        found = []
+        try:
+            memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle)
+            if memory.free / GIB < FULL_GIB:
+                found.append(f"only {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB are free")
+            others = (memory.used - torch.cuda.memory_reserved(self.device)) / GIB
+            if others > OVERHEAD_GIB:
+                found.append(f"{others:.1f} GiB belong to other programs")
+            if pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(self.handle) & SLOWDOWNS:
+                degrees = pynvml.nvmlDeviceGetTemperature(self.handle, pynvml.NVML_TEMPERATURE_GPU)
+                found.append(f"it runs slower for heat or lack of power, at {degrees} °C")
+        except pynvml.NVMLError:
+            pass
+        return found
 
 
 def memory_gib(device: torch.device) -> float:

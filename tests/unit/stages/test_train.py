@@ -1,12 +1,14 @@
 """Training to the end, cut and continued, refused and set aside: the properties a user relies on."""
 
 import gc
+import itertools
 import json
 import os
 import signal
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -23,7 +25,7 @@ from finetune.session import Session
 from finetune.stages import train as stage
 from finetune.stages.train import train
 from finetune.tasks import texts
-from finetune.training import checkpoint
+from finetune.training import checkpoint, loop
 from finetune.training.loop import Step
 from tests.unit.conftest import Setting
 
@@ -93,6 +95,28 @@ def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypa
     gc.collect()
     assert len(models) == 1
     assert models[0]() is None
+
+
+def test_steps_that_turn_slow_are_said_and_counted(
+    config: Config,
+    make_dataset: Callable[..., Dataset],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """By a clock of our own, which two looks a step take from 1 s to 4 s after the twentieth."""
+    looks = itertools.count()
+    times = itertools.accumulate(1.0 if look < 2 * 20 else 4.0 for look in looks)
+    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    config.trainer.steps = 28
+    run = train(config, make_dataset())
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "times as long" in line]
+    assert line.startswith("step 25: steps take 4.0 times as long as before; another program may be at work")
+    assert run.slow_steps == 8
+    receipt = load_receipt(Path(config.run_dir), "train")
+    assert receipt is not None
+    assert receipt.figures["slow_steps"] == 8
+    config.trainer.steps = 29
+    assert train(config, make_dataset()).slow_steps == 8  # what is known goes on
 
 
 def test_a_finished_run_is_fresh(
