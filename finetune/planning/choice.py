@@ -27,12 +27,12 @@ class Choice:
         return self.chosen or min(self.tried, key=lambda setting: setting.gib)
 
 
-def choose(config: Config, machine: Machine) -> Choice:
+def choose(ladder: Ladder) -> Choice:
     """Look no further than the first measure with which something fits: recomputing, activations in main memory, and at
     last blocks there. Raises ModelError for a base without a configuration, ConfigError for what base or machine can't.
     """
+    config, machine = ladder.config, ladder.machine
     budget = machine.vram_gib
-    ladder = Ladder(config, machine)
     tried = ladder.level(0)
     if not all(setting.gib <= budget for setting in tried):
         tried += ladder.level(1)
@@ -66,7 +66,7 @@ def settle(config: Config) -> tuple[Config, float]:
     if config.trainer.fit is not Fit.auto:
         ladder = Ladder(config, machine)
     else:
-        choice = choose(config, machine)
+        choice = choose(Ladder(config, machine))
         ladder, setting = choice.ladder, choice.best
         config = with_settings(config, **{name: getattr(setting, name) for name in KEYS})
         if choice.chosen is None:

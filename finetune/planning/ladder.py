@@ -6,6 +6,7 @@ weights wait in main memory. Nothing here changes what is learnt.
 
 import math
 from collections.abc import Iterator, Sequence
+from copy import copy
 from dataclasses import replace
 
 import torch
@@ -35,14 +36,23 @@ class Ladder:
         """Raises ModelError for a base without a configuration, ConfigError for what the base or the machine can't."""
         self.config, self.machine = config, machine
         self.precision = machine.precision(config.trainer.precision)
-        room = (machine.vram_gib - machine.context_gib) * GIB
-        self.sketch: Sketch = registry.sketch(config, DTYPES[self.precision], cuda=machine.cuda, room=room)
+        self.sketch: Sketch = registry.sketch(config, DTYPES[self.precision], cuda=machine.cuda, room=_room(machine))
         self.effective = config.trainer.micro_batch * config.trainer.accumulate
         trained = lora.adapter_parameters(self.sketch.model)
         self.held = {"optimiser": optimizer_bytes(trained, config.optim.name)} | self.sketch.offloaded()
         if config.trainer.ema_decay:
             self.held["averaged adapter"] = sum(parameter.nbytes for parameter in trained)
         self.traces: dict[tuple[int, bool], list[Trace]] = {}  # by level, of the micro-batches TRACED
+
+    def on(self, machine: Machine) -> "Ladder":
+        """The same settings on another machine; where only memory and speed differ, what was traced stays known."""
+        precision = machine.precision(self.config.trainer.precision)
+        if self.config.model.offload or (machine.cuda, precision) != (self.machine.cuda, self.precision):
+            return Ladder(self.config, machine)
+        other = copy(self)
+        other.machine, other.sketch = machine, copy(self.sketch)
+        other.sketch.room = _room(machine)
+        return other
 
     def level(self, checkpointing: int, away: bool = False) -> list[Setting]:
         """All micro-batches that divide the effective batch, the largest first; away: `trainer.offload_activations`."""
@@ -106,6 +116,11 @@ class Ladder:
         and come back."""
         copied = 2 * max(0.0, -self.held.get("weights", 0.0)) + 2 * trace.away
         return copied / (speed.PCIE_GB_PER_S * 1e9)
+
+
+def _room(machine: Machine) -> float:
+    """Bytes that tensors may take."""
+    return (machine.vram_gib - machine.context_gib) * GIB
 
 
 def parts(trace: Trace, machine: Machine) -> dict[str, float]:

@@ -1,10 +1,10 @@
 """Say before anything starts whether a run fits the card, and how it is fastest."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 
 from finetune.config import Config
 from finetune.planning import speed
-from finetune.planning.choice import choose
+from finetune.planning.choice import Choice, choose
 from finetune.planning.ladder import Ladder, thriftier
 from finetune.planning.machine import Machine, read
 from finetune.plans import Plan, Setting
@@ -27,9 +27,21 @@ def plan(config: Config) -> Plan:
     Nothing is written and nothing is loaded but configurations. Raises ModelError for a base whose configuration isn't
     on this machine, ConfigError for what base or machine can't do.
     """
-    machine = read(config.hardware)
-    choice = choose(config, machine)
+    (found,) = plans(config, [read(config.hardware)])
+    return found
+
+
+def plans(config: Config, machines: Iterable[Machine]) -> Iterator[Plan]:
+    """The same for several machines: what is traced for one is known for the next."""
+    ladder: Ladder | None = None
+    for machine in machines:
+        ladder = ladder.on(machine) if ladder else Ladder(config, machine)
+        yield _planned(config, choose(ladder))
+
+
+def _planned(config: Config, choice: Choice) -> Plan:
     ladder, chosen, best = choice.ladder, choice.chosen, choice.best
+    machine = ladder.machine
     asked = config.trainer
     phases = {"training": best.gib} | dict(ladder.phases(best.micro_batch))
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}

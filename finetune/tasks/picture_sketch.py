@@ -4,6 +4,7 @@ B images, C latent channels, h×w latent pixels, H×W pixels, T tokens of a capt
 """
 
 from collections.abc import Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -78,12 +79,13 @@ class PictureSketch:
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
         """Every phase but the steps of training, by name."""
-        yield "captioning", self._captioning()
-        yield "encoding texts", self._encoding_texts()
-        yield "encoding pictures", self._encoding_pictures()
+        yield "captioning", self._captioning
+        yield "encoding texts", self._encoding_texts
+        yield "encoding pictures", self._encoding_pictures
         yield from self.beside(micro_batch)
         yield "export", self._export()
 
+    @cached_property
     def _captioning(self) -> Trace:
         settings = self.config.caption
         tracer = Tracer(self.tracer.dtype, like_cuda=self.tracer.like_cuda)
@@ -106,6 +108,7 @@ class PictureSketch:
 
         return tracer.run(model, work)
 
+    @cached_property
     def _encoding_texts(self) -> Trace:
         tracer = Tracer(torch.float32, like_cuda=self.tracer.like_cuda)
         encoders = tracer.blank(blank.text_encoders(self.config.model))
@@ -121,6 +124,7 @@ class PictureSketch:
 
         return tracer.run(encoders, work)
 
+    @cached_property
     def _encoding_pictures(self) -> Trace:
         count = max(1, pictures.PIXELS_AT_ONCE // (self.width * self.height))
         return self.tracer.run(
@@ -153,12 +157,12 @@ class PictureSketch:
                 self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
             self.family.pixels(self.vae, self.family.left(torch.empty(count, *latents)), side, side)
 
-        self.notes.append(f"sampling draws {count} pictures at once")
+        self._note(f"sampling draws {count} pictures at once")
         if self.cuda:
             decoded = side * side * (count if count * side * side <= AT_ONCE else 1)
             states = states | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * decoded * 2**10}
             others = "" if self.family.VAE_CLASS in WORKSPACE_SEEN else " with other autoencoders"
-            self.notes.append(f"decoding: cuDNN's workspace as measured on an H200{others}")
+            self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
         return self._evaluated(nn.ModuleList([self.model, self.vae]), work, states)
 
     def _export(self) -> Trace:
@@ -194,6 +198,10 @@ class PictureSketch:
             seed=config.seed,
         )
         return adapted if config.model.quantize is Quantize.none else blank.quantised(adapted, config.model.quantize)
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
 
     def _latents(self, width: int, height: int) -> tuple[int, ...]:
         return tuple(self.tracer.shape(lambda: self.family.moments(self.vae, torch.empty(1, 3, height, width))[0])[1:])

@@ -72,6 +72,8 @@ class Sketch(Protocol):
     model: nn.Module
     """With adapters injected."""
     tracer: Tracer
+    room: float
+    """Bytes that tensors may take."""
     notes: list[str]
     """What the traces assume or leave out, a line each."""
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 
 CPU = torch.device("cpu")
 
@@ -54,7 +54,7 @@ class Shapes:
 
     def _make(self, made: _Made, given: Sequence[Tensor]) -> Tensor:
         storage = None if made.of is None else given[made.of].untyped_storage()
-        with in_kernel_invocation_manager(self.mode):
+        with torch._C._DisableTorchDispatch():  # type: ignore[no-untyped-call]
             empty = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
             if storage is not None:
                 empty.set_(storage, made.offset, made.shape, made.stride)

@@ -1,6 +1,8 @@
 """The benchmarks' own parts: bases with random weights that load like real ones, commands, figures."""
 
+import functools
 import json
+import statistics
 from pathlib import Path
 
 import pytest
@@ -12,11 +14,13 @@ from finetune.config import Family, ModelConfig
 from finetune.models.diffusion import Painter, load_backbone
 from finetune.models.language import load_model, load_tokenizer
 from scripts.bench.bases import save
-from scripts.bench.memory import CASES, ROOT, STEPS, chosen_cases, command, figures, planned, table
+from scripts.bench.memory import CASES, ROOT, STEPS, Case, chosen_cases, command, figures, planned, table
 from tests.tiny_families import save_family
 from tests.tiny_language_models import save_language
 
 CPU = torch.device("cpu")
+LINES = [json.loads(line) for line in (ROOT / "scripts" / "bench" / "memory.jsonl").read_text().splitlines()]
+MEASURED = [line for line in LINES if "measured_gib" in line]
 
 
 @pytest.mark.parametrize("kind", [Family.sd3, Family.flux2, Family.qwen_image], ids=lambda kind: kind.name)
@@ -53,17 +57,27 @@ def test_a_case_that_there_is_not_is_named() -> None:
 
 def test_the_page_shows_what_the_lines_say() -> None:
     """As generated: every measured case with its difference, and those that failed by name."""
-    lines = [json.loads(line) for line in (ROOT / "scripts" / "bench" / "memory.jsonl").read_text().splitlines()]
-    assert (ROOT / "docs" / "memory.md").read_text() == table(lines)
-    assert sum("planned_gib" in line for line in lines) == 11
+    assert (ROOT / "docs" / "memory.md").read_text() == table(LINES)
+    assert all("planned_gib" in line for line in MEASURED)
 
 
-def test_the_plan_says_what_was_measured() -> None:
-    """A base in 4 bits; Stable Diffusion's points are the ladder's own test."""
-    name = "llama31-8b-2048-nf4"
-    lines = [json.loads(line) for line in (ROOT / "scripts" / "bench" / "memory.jsonl").read_text().splitlines()]
-    measured = next(line["measured_gib"] for line in lines if line["name"] == name)
-    assert planned(chosen_cases([name])[0]) == pytest.approx(measured, rel=0.05)
+@functools.cache
+def error(name: str) -> float:
+    """Of the plan of a case as it is now, relative to what was measured."""
+    line = next(line for line in MEASURED if line["name"] == name)
+    case = Case(name, line["preset"], line["vram_gib"], tuple(line["overrides"]))
+    return planned(case) / float(line["measured_gib"]) - 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [line["name"] for line in MEASURED])
+def test_the_plan_says_what_was_measured(name: str) -> None:
+    assert abs(error(name)) <= 0.12
+
+
+@pytest.mark.slow
+def test_the_plan_is_mostly_closer() -> None:
+    assert statistics.median(abs(error(line["name"])) for line in MEASURED) <= 0.05
 
 
 def test_figures_come_from_the_receipts(tmp_path: Path) -> None:
