@@ -54,7 +54,7 @@ class Shapes:
 
     def _make(self, made: _Made, given: Sequence[Tensor]) -> Tensor:
         storage = None if made.of is None else given[made.of].untyped_storage()
-        with torch._C._DisableTorchDispatch():  # type: ignore[no-untyped-call]
+        with torch._C._DisableTorchDispatch():
             empty = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
             if storage is not None:
                 empty.set_(storage, made.offset, made.shape, made.stride)

@@ -24,8 +24,8 @@ HEAD = """# What fits which card
 
 The fastest settings that fit, of all that train the same thing, as `finetune plan` finds them: sixteen pictures (recipe
 `pixar_style_sd15`, at each model's own resolution) or sixteen rows of 2,048 tokens (`pirate_chat`) in every optimiser
-step, rank-16 adapters, AdamW. *GiB* is all that training takes of the card, context and slack included; *s a step* is an
-estimate, right to about a third where it was compared. How far the GiB are from what was measured is in
+step, rank-16 adapters, AdamW. *GiB* is all that training takes of the card, context and slack included; *s a step* is
+an estimate, right to about a third where it was compared. How far the GiB are from what was measured is in
 [memory.md](memory.md). Nothing here was run on these cards.
 
 | model | card | base in | settings | GiB | s a step |

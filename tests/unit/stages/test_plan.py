@@ -75,6 +75,15 @@ def test_the_fastest_that_fits_whatever_the_budget(roomy: Config, tmp_path: Path
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
 
 
+def test_several_machines_share_what_was_traced_and_nothing_else(roomy: Config) -> None:
+    roomy.trainer.validate_every = 0
+    large = stage.read(on_a_card(roomy).hardware)
+    machines = [replace(large, vram_gib=size, gb_per_s=speed) for size, speed in ((24.0, 1000.0), (0.7, 500.0))]
+    together = list(stage.plans(roomy, machines))
+    assert together == [next(stage.plans(roomy, [machine])) for machine in machines]
+    assert together[0].asked.seconds <= together[1].asked.seconds
+
+
 def test_phases_are_those_of_the_run(roomy: Config) -> None:
     pictures = {"captioning", "encoding texts", "encoding pictures"} if roomy.model.kind == "diffusion" else set()
     assert plan(roomy).phases.keys() == {"training", "validation", "sampling", "export"} | pictures
