@@ -7,8 +7,9 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from finetune.files import write_atomically
 from finetune.progress import say
-from finetune.records import METRICS, Dataset, TextSet, receipt_path, write_atomically
+from finetune.records import METRICS, Dataset, TextSet, receipt_path
 
 TRAINED_ON = "trained_on.json"
 OUTPUTS = (

@@ -6,18 +6,16 @@ record itself. A stage whose receipt carries the same hash is fresh and is not r
 
 import hashlib
 import json
-import os
-import shutil
 import types
 import typing
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, fields, is_dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from finetune.errors import RunError
+from finetune.files import write_atomically
 
 R = TypeVar("R")
 
@@ -344,52 +342,6 @@ def versions() -> dict[str, str]:
         except PackageNotFoundError:
             found[package] = "not installed"
     return found
-
-
-def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write to a temporary name beside `path`, flush to disk, rename: a reader sees the old file or the new one.
-
-    Raises RunError where the folder can't be written or the disk is full.
-    """
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError as error:
-        with suppress(OSError):  # unlink fails too where `path.parent` is a file
-            temporary.unlink()
-        raise RunError(
-            f"cannot write {path} ({error.strerror}); free the disk or choose a folder you may write"
-        ) from error
-
-
-@contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
-    """A new empty folder to fill, which takes `folder`'s place when the block ends well and vanishes when it doesn't.
-
-    Raises RunError where the disk is full or not writable.
-    """
-    temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
-    try:
-        for left in (temporary, old):  # from a run that was killed
-            shutil.rmtree(left, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        yield temporary
-        if folder.exists():
-            os.replace(folder, old)
-        os.replace(temporary, folder)
-        shutil.rmtree(old, ignore_errors=True)
-    except OSError as error:
-        raise RunError(
-            f"cannot write {folder} ({error.strerror}); free the disk or choose a folder you may write"
-        ) from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def from_plain(kind: type[R], data: dict[str, Any]) -> R:

@@ -13,7 +13,8 @@ from finetune import processes
 from finetune.advice import smaller
 from finetune.config import Config
 from finetune.errors import ConfigError, FinetuneError, OutOfMemory, RunError, is_out_of_memory
-from finetune.records import receipt_path, write_atomically
+from finetune.files import write_atomically
+from finetune.records import receipt_path
 from finetune.schema import as_dict
 
 CONFIG = "config.yaml"

@@ -19,8 +19,8 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import DataError
+from finetune.files import write_atomically
 from finetune.progress import say
-from finetune.records import write_atomically
 
 METADATA = "metadata.jsonl"
 # What imagefolder lists and Pillow decodes by itself (imagefolder would also list PostScript, fonts' and films' files).

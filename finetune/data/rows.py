@@ -22,8 +22,9 @@ from finetune.data.conversations import Source
 from finetune.data.encoders import TRAINED, Chunk, Work, encode_stream
 from finetune.data.template import SKIP
 from finetune.errors import DataError, FinetuneError
+from finetune.files import replace_folder
 from finetune.progress import PLAIN_LINE_EVERY_S, say
-from finetune.records import hash_of, replace_folder
+from finetune.records import hash_of
 
 # N rows, S hashes in a signature
 MADE_BY = 1  # raised when the same input would give other rows

@@ -4,10 +4,11 @@ import time
 from pathlib import Path
 
 from finetune.config import Config, Kept
+from finetune.files import replace_folder
 from finetune.models.device import free
 from finetune.pages.tables import difference
 from finetune.progress import say
-from finetune.records import Adapter, Run, hash_of, load_record, replace_folder, save_receipt
+from finetune.records import Adapter, Run, hash_of, load_record, save_receipt
 from finetune.schema import as_dict
 from finetune.tasks import registry
 from finetune.training import checkpoint

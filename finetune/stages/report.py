@@ -11,10 +11,11 @@ import yaml
 
 from finetune.config import Config
 from finetune.errors import RunError
+from finetune.files import write_atomically
 from finetune.pages import curves
 from finetune.pages.sections import Found, page
 from finetune.progress import say
-from finetune.records import Answer, Report, Sample, from_plain, hash_of, load_receipt, save_receipt, write_atomically
+from finetune.records import Answer, Report, Sample, from_plain, hash_of, load_receipt, save_receipt
 
 STAGE = "report"
 PAGE = "report.html"

@@ -6,10 +6,11 @@ from pathlib import Path
 
 from finetune.config import Config
 from finetune.errors import ConfigError, ModelError
+from finetune.files import replace_folder
 from finetune.models import lora_files
 from finetune.models.device import free
 from finetune.progress import say
-from finetune.records import Adapter, Answers, Samples, hash_of, load_record, replace_folder, save_receipt
+from finetune.records import Adapter, Answers, Samples, hash_of, load_record, save_receipt
 from finetune.schema import as_dict
 from finetune.tasks import registry
 

@@ -21,10 +21,11 @@ from finetune.config import Config
 from finetune.data import buckets, folder, images
 from finetune.data.cache import Cache, key_of, missing
 from finetune.errors import DataError
+from finetune.files import write_atomically
 from finetune.models.device import free, pick_device
 from finetune.models.diffusion import base_identity, load_text_encoder, load_vae, text_identity, vae_identity
 from finetune.progress import progress, say
-from finetune.records import CaptionSet, Dataset, Example, write_atomically
+from finetune.records import CaptionSet, Dataset, Example
 from finetune.schema import as_dict
 
 GEOMETRY = "lanczos-1"  # part of every picture's key: change it when the same bucket and crop would give other pixels

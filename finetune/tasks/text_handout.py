@@ -20,13 +20,14 @@ from finetune.config import Config, Dialect, Quantize
 from finetune.data.chat import Chat
 from finetune.data.rows import reopen
 from finetune.errors import DataError, ExportError
+from finetune.files import write_atomically
 from finetune.models import adapters, gguf_file, hub, lora, lora_files
 from finetune.models.device import free, pick_device
 from finetune.models.language import load_model
 from finetune.models.likeness import Likeness, compare, look
 from finetune.models.merge import merge
 from finetune.progress import say
-from finetune.records import Run, TextSet, load_record, write_atomically
+from finetune.records import Run, TextSet, load_record
 from finetune.tasks.language import inject
 from finetune.tasks.texts import chat_of
 
