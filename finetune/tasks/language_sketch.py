@@ -114,7 +114,7 @@ class LanguageSketch:
             self.model.train()
 
     def _export(self) -> Trace:
-        """Comparing two models in fp32: one of them on the card, and both heads."""
+        """Comparing two models in fp32: one of them on the card, and their head, or both where new tokens change it."""
         tracer = Tracer(torch.float32, like_cuda=self.cuda)
         model: Any = tracer.blank(self._adapted(torch.float32)).eval()
         over = _bytes(model) - offload.WEIGHTS_SHARE * self.room
@@ -129,7 +129,7 @@ class LanguageSketch:
             states_LD = language.states(model, ids_1L, torch.zeros_like(ids_1L), {"attention_mask": mask})[0]
             head = language.head(model)
             if self.cuda:
-                _moved = [torch.empty_like(head.weight) for _ in range(2)]
+                _moved = [torch.empty_like(head.weight) for _ in range(2 if self.config.model.added_tokens else 1)]
             rows = max(1, likeness.CHUNK_BYTES // (4 * head.weight.shape[0]))
             _alive = [logits(head, states_LD[:rows]) for _ in range(COPIES)]
 
