@@ -131,7 +131,8 @@ def _quantised_forward(layer: nn.Linear, shape: torch.Size, how: Quantize) -> Ca
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
         product: Tensor = _Product.apply(inputs.to(dtype), shape, how is Quantize.int8)  # type: ignore[no-untyped-call]
         # PEFT clones what 4-bit layers give, lest it be changed in place.
-        return product if layer.bias is None else product + layer.bias.to(dtype)
+        product = product if layer.bias is None else product + layer.bias.to(dtype)
+        return product.to(inputs.dtype) if how is Quantize.nf4 else product  # as bitsandbytes does, in autocast too
 
     return forward
 
@@ -140,7 +141,7 @@ class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, inputs: Tensor, shape: torch.Size, int8: bool) -> Tensor:
         ctx.shape = shape
-        ctx.save_for_backward(*[inputs] if int8 else [])  # int8 layers keep their inputs (bitsandbytes MatMul8bitLt)
+        ctx.kept = inputs if int8 else None  # past autograd (bitsandbytes MatMul8bitLt): recomputing doesn't free it
         return nn.functional.linear(inputs, inputs.new_empty(shape))
 
     @staticmethod

@@ -245,7 +245,8 @@ def _build(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     weights = _read(found, part)
     if part == "vae" or part == family(found.kind).BACKBONE:
         try:
-            return loader.from_single_file(weights, config=str(found.settings), subfolder=part, **options)
+            with _not_quantised_yet():
+                return loader.from_single_file(weights, config=str(found.settings), subfolder=part, **options)
         except converters.SingleFileComponentError as error:  # no weight has a name that it knows
             raise ValueError(error) from error
     if loader.__name__ == "T5EncoderModel":
@@ -255,6 +256,25 @@ def _build(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     built = build(loader, checkpoint=weights, subfolder=part, config=str(found.settings), **options)
     built.tie_weights()  # of T5's two names for its embedding a file may have one
     return built.eval()  # diffusers leaves T5 with its dropout at work
+
+
+@contextmanager
+def _not_quantised_yet() -> Iterator[None]:
+    """Inside, diffusers quantises what a file holds; it takes that for quantised already, and finds no scales."""
+    from diffusers.loaders import single_file_model as module
+
+    known: Any = module.DiffusersAutoQuantizer
+
+    class Fresh:
+        @classmethod
+        def from_config(cls, config: Any, **options: Any) -> Any:
+            return known.from_config(config, pre_quantized=False, **options)
+
+    module.DiffusersAutoQuantizer = Fresh
+    try:
+        yield
+    finally:
+        module.DiffusersAutoQuantizer = known
 
 
 def _tokenizer(loader: Any, found: SingleFile, part: str) -> Any:

@@ -66,7 +66,11 @@ class PictureSketch:
 
     def offloaded(self) -> dict[str, float]:
         """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
-        return offload.planned(self.model, self.room) if self.config.model.offload and self.cuda else {}
+        if not (self.config.model.offload and self.cuda):
+            return {}
+        # diffusers quantises on the card, where the model takes room while its blocks are sent away.
+        there = 0 if self.config.model.quantize is Quantize.none else sum(w.nbytes for w in self.model.parameters())
+        return offload.planned(self.model, self.room - there)
 
     def beside(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
         """Validation and previews."""

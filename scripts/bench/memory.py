@@ -61,10 +61,11 @@ several cases ran side by side on the card, which changes seconds (not shown her
 |---|---|---|---|---|---|---|
 {rows}
 
-{count} cases. Planned against measured: median difference {median:.1f} %, worst {worst:.1f} %. Tried out against
-measured: median {probed_median:.1f} %, worst {probed_worst:.1f} %. Where decoding a preview is the peak, the plan
-adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1, Z-Image), so for
-them the comparison is no proof; for FLUX.2 the same workspace was taken, and for training steps nothing was fitted.
+{count} cases. Planned against measured: median difference {median:.1f} %, worst {worst:.1f} %. Tried out
+against measured: median {probed_median:.1f} %, worst {probed_worst:.1f} %{noted}. Where decoding a preview is
+the peak, the plan adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5,
+FLUX.1, Z-Image), so for them the comparison is no proof; for FLUX.2 the same workspace was taken, and for
+training steps nothing was fitted.
 {failed}
 
 Measured by `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a card; the planned figures and
@@ -266,6 +267,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         probed_median=100 * probed[len(probed) // 2],
         probed_worst=100 * probed[-1],
         count=len(errors),
+        noted="".join(f" (¹ tried out {note})" for note in sorted({line["note"] for line in done if "note" in line})),
         failed=f"Did not end well: {ends}." if failed else "",
     )
 
@@ -274,6 +276,7 @@ def row(line: dict[str, Any]) -> str:
     """One case of the table."""
     settings = ", ".join(override.partition(".")[2] for override in line["overrides"])
     gib = [f"{line[name]:.1f}" for name in ("vram_gib", "planned_gib", "probed_gib", "measured_gib")]
+    gib[2] += " ¹" if "note" in line else ""
     error = 100 * (line["planned_gib"] / line["measured_gib"] - 1)
     return "| " + " | ".join([f"`{line['preset']}`", settings, *gib, f"{error:+.1f} %"]) + " |"
 

@@ -15,7 +15,8 @@ from finetune.models.diffusion import Painter, load_backbone
 from finetune.tasks import registry
 from finetune.training.accelerator import build_accelerator
 from scripts import measure_style
-from scripts.toyworld.captions import read_caption
+from scripts.embedded.evaluate import held_out_scenes
+from scripts.toyworld.captions import caption, read_caption
 from scripts.toyworld.output import dataset_scenes
 from tests.conftest import ROOT
 
@@ -106,18 +107,16 @@ def test_a_style_trained_in_16_bit_on_a_card_is_the_style(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_samples_in_16_bit_are_those_of_fp32(dtype: torch.dtype) -> None:
+def test_samples_in_16_bit_show_what_was_asked_for(dtype: torch.dtype) -> None:
+    """Pixels may differ from those of fp32: twenty steps make much of a rounded one."""
     base, device = ModelConfig(base="embedded:diffusion"), torch.device("cuda")
-    jobs = [("a big red robot in a city", 0), ("a small blue fish on a beach", 1)]
-    drawn = []
-    for each in (torch.float32, dtype):
-        painter = Painter(base, [prompt for prompt, _ in jobs], "", device, each)
-        backbone = load_backbone(base, each, device)
-        pictures = painter.draw(backbone, jobs, width=128, height=128, steps=20, guidance=2.0)
-        drawn.append(np.stack([np.asarray(picture, dtype=np.float64) for picture in pictures]))
-    exact, rounded = drawn
-    assert np.abs(exact - rounded).mean() < 4  # of 255
-    assert np.abs(exact[0] - exact[1]).mean() > 20
+    scenes = held_out_scenes(measure_style.FIRST_SEED, 24)
+    jobs = [(caption(scene), index) for index, scene in enumerate(scenes)]
+    painter = Painter(base, [prompt for prompt, _ in jobs], "", device, dtype)
+    backbone = load_backbone(base, dtype, device)
+    found = measure_style.shares(painter.draw(backbone, jobs, width=128, height=128, steps=20, guidance=2.0), scenes)
+    assert found["flat"] >= 0.95
+    assert min(found["thing"], found["colour"]) >= 0.9
 
 
 def test_a_voice_trained_on_nf4_in_bf16(talk: list[str], tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
 """What only a card can show: that memory really runs out, and that the levers really save some."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -15,6 +17,7 @@ from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.loop import Step
 from finetune.training.optim import build_optimizer, load_state
+from tests.conftest import ROOT
 from tests.unit.conftest import Setting
 from tests.unit.training.test_memory import Card
 
@@ -218,3 +221,13 @@ def test_a_long_run_holds_as_much_at_its_end_as_at_its_beginning(
     assert allocated_end == pytest.approx(allocated, rel=0.01)
     assert reserved_end == pytest.approx(reserved, rel=0.01)
     assert end < 1.01 * middle
+
+
+def test_segments_grow() -> None:
+    """In a process of its own: torch reads the setting once."""
+    program = (
+        "import finetune, torch; tensor = torch.empty(2**24, device='cuda'); "
+        "print(any(segment['is_expandable'] for segment in torch.cuda.memory._snapshot()['segments']))"
+    )
+    done = subprocess.run([sys.executable, "-c", program], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout == "True\n"

@@ -1,5 +1,6 @@
 """Two processes on two cards, through NCCL: the adapter of one process on one card."""
 
+import os
 import shutil
 from pathlib import Path
 
@@ -34,7 +35,7 @@ def test_two_cards_train_what_one_does(kind: str, tmp_path: Path) -> None:
         *("optim.warmup_steps=0", "optim.eps=1e-3"),  # with 1e-8 Adam makes steps of rounding
         *("lora.dropout=0.1", "sample.previews=0", "sample.prompts=[hello]", "export.dialects=[peft]"),
     ]
-    path = {"PYTHONPATH": str(ROOT)}
+    path = {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
     two = command.run("train", *settings, TWO, "run_dir=two", cwd=work, before=TORCHRUN, **path)
     assert two.code == 0, two.err
     assert two.err.count(f"train: {STEPS}/{STEPS} steps") == 1

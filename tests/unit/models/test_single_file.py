@@ -17,6 +17,7 @@ from torch import Tensor
 from finetune.config import Family, ModelConfig, Quantize
 from finetune.errors import ModelError
 from finetune.models import blank, diffusion, hub, single_file
+from finetune.models.quantize import settings as settings_of
 from tests.single_files import original_backbone, save_single_file
 from tests.tiny_families import save_family
 
@@ -374,16 +375,36 @@ def test_a_released_file_fits_its_preset(preset: str, kind: Family) -> None:
         assert re.match(r"it lacks |it holds no |\S+ is \[", reason)
 
 
+@pytest.mark.parametrize("quantize", [Quantize.nf4, Quantize.int8])
+def test_a_file_is_quantised_as_the_folder_is(
+    quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """diffusers wants a card for it, bitsandbytes doesn't."""
+    from diffusers import BitsAndBytesConfig, SD3Transformer2DModel
+    from diffusers.quantizers.bitsandbytes import bnb_quantizer
+
+    for kind in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
+        monkeypatch.setattr(kind, "validate_environment", lambda *_, **__: None)
+    whole, one = whole_and_file(tmp_path, Family.sd3)
+    settings = BitsAndBytesConfig(**settings_of(quantize, torch.bfloat16))
+    options = {"torch_dtype": torch.bfloat16, "quantization_config": settings, "device_map": {"": CPU}}
+    found = single_file.find(one)
+    assert found is not None
+    file = single_file.load(SD3Transformer2DModel, found, "transformer", **options)
+    folder = hub.load(SD3Transformer2DModel, whole.base, subfolder="transformer", **options)
+    same_and_quantised(folder, file)
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantize", [Quantize.nf4, Quantize.int8])
 @pytest.mark.parametrize("kind", [Family.sd3, Family.flux2, Family.z_image])
 def test_a_quantised_backbone_is_the_folders(kind: Family, quantize: Quantize, tmp_path: Path) -> None:
-    states = []
-    for model in whole_and_file(tmp_path, kind):
-        model = replace(model, quantize=quantize)
-        loaded = diffusion.load_backbone(model, torch.bfloat16, torch.device("cuda"))
-        states.append({name: weight.cpu() for name, weight in loaded.state_dict().items()})
-    folder, file = states
-    assert folder.keys() == file.keys()
-    assert any(weight.dtype in (torch.uint8, torch.int8) for weight in file.values())
-    assert all(torch.equal(weight, file[name]) for name, weight in folder.items())
+    models = [replace(model, quantize=quantize) for model in whole_and_file(tmp_path, kind)]
+    same_and_quantised(*(diffusion.load_backbone(model, torch.bfloat16, torch.device("cuda")) for model in models))
+
+
+def same_and_quantised(folder: Any, file: Any) -> None:
+    weights, others = folder.state_dict(), file.state_dict()
+    assert weights.keys() == others.keys()
+    assert any(weight.dtype in (torch.uint8, torch.int8) for weight in others.values())
+    assert all(torch.equal(weight, others[name]) for name, weight in weights.items())
