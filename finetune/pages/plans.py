@@ -9,13 +9,14 @@ BAR = 24  # characters of a bar
 def settings_row(setting: Setting) -> list[str]:
     """Micro-batch × accumulation, recomputing, offloading, GiB, seconds a step, throughput."""
     recomputed = {0: "none", 1: "all"}.get(setting.checkpointing, f"every {setting.checkpointing}.")
+    rate = setting.units / setting.seconds
     return [
         f"{setting.micro_batch} × {setting.accumulate}",
         recomputed,
         " + ".join(OFFLOADED[name] for name in OFFLOADED if getattr(setting, name)) or "no",
         f"{setting.gib:.1f}",
         f"{setting.seconds:.2f}" if setting.seconds < 100 else f"{setting.seconds:.0f}",
-        f"{setting.units / setting.seconds:,.{0 if setting.units > 100 * setting.seconds else 1}f}",
+        f"{rate:,.{0 if rate > 100 else 1 if rate > 1 else 2}f}",
     ]
 
 
@@ -28,7 +29,7 @@ def choices(plan: Plan) -> list[tuple[str, list[str]]]:
     """The chosen setting, the next best that fit, and the recipe's own, each with what it is."""
     rows = [("fastest", settings_row(plan.chosen))] if plan.chosen else []
     rows += [("next", settings_row(other)) for other in plan.others]
-    fits = "recipe's own" if plan.asked.gib <= plan.budget_gib else "recipe's, too large"
+    fits = "recipe's own" if plan.asked.gib <= plan.budget_gib else "own, too large"
     return [*rows, (fits, settings_row(plan.asked))]
 
 

@@ -501,7 +501,7 @@ def test_plan_prints_a_table_of_80_columns_and_what_to_type(
     monkeypatch.setattr(api, "plan", lambda config: planned())
     answer = finetune_cli("plan", "conf=smoke", "data.folder=pictures", "trainer.micro_batch=8", "trainer.accumulate=1")
     assert answer.code == 0, answer.err
-    for word in ("weights", "CUDA context", "phases", "export", "fastest", "recipe's, too large", "32.0", "15.50"):
+    for word in ("weights", "CUDA context", "phases", "export", "fastest", "own, too large", "32.0", "15.50"):
         assert word in answer.out
     table, command = answer.out.split("next\n")
     assert max(map(len, table.splitlines())) <= 80
