@@ -1,8 +1,6 @@
 """Every family of picture models from a folder of pictures to an adapter that others read, on tiny models."""
 
 import copy
-import os
-import signal
 from pathlib import Path
 
 import pytest
@@ -15,9 +13,8 @@ from finetune.errors import Interrupted
 from finetune.models import diffusion, lora_files
 from finetune.models.families import family
 from finetune.records import Result
-from finetune.session import Session
 from finetune.tasks import handout
-from finetune.training.loop import Step
+from tests import cutting
 from tests.tiny_families import save_family
 
 torch.set_num_threads(1)
@@ -62,24 +59,13 @@ def test_a_folder_of_pictures_becomes_an_adapter_and_samples(config: Config, res
     assert (Path(result.samples.folder) / result.samples.grid).is_file()
 
 
-def test_a_run_that_was_cut_gives_the_same_adapter(
-    config: Config, result: Result, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_was_cut_gives_the_same_adapter(config: Config, result: Result, tmp_path: Path) -> None:
     if config.model.family not in CUT:
         pytest.skip("a UNet and a transformer show it: what a run goes on with knows no family")
     cut = copy.deepcopy(config)
     cut.run_dir, cut.export.dialects = str(tmp_path / "cut"), [Dialect.peft]
-    note = Session.note
-
-    def interrupt(session: Session, step: Step) -> None:
-        note(session, step)
-        if step.number == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Session, "note", interrupt)
-    with pytest.raises(Interrupted):
+    with cutting.cut(1), pytest.raises(Interrupted):
         finetune.train(cut)
-    monkeypatch.undo()
     continued = finetune.train(cut)
     ours, whole = (lora_files.read_peft_folder(Path(one.adapter.folder) / "peft") for one in (continued, result))
     assert ours.keys() == whole.keys()

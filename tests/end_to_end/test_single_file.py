@@ -1,8 +1,6 @@
 """A base in a single file goes all the way: trained, cut, continued, handed out and drawn with, as from its folder."""
 
 import copy
-import os
-import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,8 +12,7 @@ import finetune
 from finetune.config import Config, Device, Dialect, Family, Precision
 from finetune.errors import Interrupted
 from finetune.models import lora_files
-from finetune.session import Session
-from finetune.training.loop import Step
+from tests import cutting
 from tests.single_files import save_single_file
 from tests.tiny_families import save_family
 
@@ -39,9 +36,7 @@ def config(tmp_path: Path) -> Config:
     return config
 
 
-def test_a_run_from_a_file_is_the_run_from_its_folder(
-    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_from_a_file_is_the_run_from_its_folder(config: Config, tmp_path: Path) -> None:
     every = config.export.dialects
     config.export.dialects = [Dialect.peft]
     whole = finetune.train(config)
@@ -51,17 +46,8 @@ def test_a_run_from_a_file_is_the_run_from_its_folder(
     single = copy.deepcopy(config)
     single.run_dir, single.export.dialects = str(tmp_path / "file"), every
     single.model = replace(config.model, base=str(file), parts=str(tmp_path / "base"))
-    note = Session.note
-
-    def interrupt(session: Session, step: Step) -> None:
-        note(session, step)
-        if step.number == 1:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Session, "note", interrupt)
-    with pytest.raises(Interrupted):
+    with cutting.cut(1), pytest.raises(Interrupted):
         finetune.train(single)
-    monkeypatch.undo()
     result = finetune.train(single)
     assert result.run.steps == 3
     assert all(difference <= 1e-5 for difference in result.adapter.differences.values())

@@ -3,7 +3,6 @@
 import gc
 import itertools
 import json
-import os
 import signal
 import weakref
 from collections.abc import Callable
@@ -21,12 +20,11 @@ from finetune.config import Config, Dialect, Kept, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.models import lora, offload
 from finetune.records import Dataset, load_receipt
-from finetune.session import Session
 from finetune.stages import train as stage
 from finetune.stages.train import train
 from finetune.tasks import texts
 from finetune.training import checkpoint, loop
-from finetune.training.loop import Step
+from tests import cutting
 from tests.unit.conftest import Setting
 
 
@@ -130,45 +128,26 @@ def test_a_finished_run_is_fresh(
 
 
 def test_a_signal_after_the_last_step_does_not_promise_more_steps(
-    config: Config, make_dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+    config: Config, make_dataset: Callable[..., Dataset]
 ) -> None:
-    note = Session.note
-
-    def interrupt(session: Session, step: Step) -> None:
-        note(session, step)
-        if step.number == config.trainer.steps:
-            os.kill(os.getpid(), signal.SIGINT)
-
-    monkeypatch.setattr(Session, "note", interrupt)
-    with pytest.raises(Interrupted, match="after step 4; the same command hands out what was trained"):
+    said = "after step 4; the same command hands out what was trained"
+    with cutting.cut(config.trainer.steps), pytest.raises(Interrupted, match=said):
         train(config, make_dataset())
 
 
 @pytest.mark.parametrize(("cut", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGINT)])
 def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
-    setting: Setting,
-    tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    cut: int,
-    number: signal.Signals,
+    setting: Setting, tmp_path: Path, cut: int, number: signal.Signals
 ) -> None:
     config, dataset = setting.config, setting.dataset
     config.lora.dropout, config.trainer.ema_decay = 0.1, 0.9
     config.run_dir = str(tmp_path / "whole")
     whole = train(config, dataset)
     config.run_dir = str(tmp_path / "cut")
-    note = Session.note
-
-    def interrupt(session: Session, step: Step) -> None:
-        note(session, step)
-        if step.number == cut:
-            os.kill(os.getpid(), number)
-
-    monkeypatch.setattr(Session, "note", interrupt)
-    with pytest.raises(Interrupted, match=f"after step {cut}; the same command goes on") as caught:
+    said = f"after step {cut}; the same command goes on"
+    with cutting.cut(cut, number), pytest.raises(Interrupted, match=said) as caught:
         train(config, dataset)
     assert caught.value.exit_code == 128 + number
-    monkeypatch.undo()
     torch.rand(7)  # whatever else happens in the process must not matter
     run = train(config, dataset)
     assert run.items == whole.items

@@ -1,0 +1,26 @@
+"""A run that is cut by a signal of its own."""
+
+import os
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import pytest
+
+from finetune.session import Session
+from finetune.training.loop import Step
+
+
+@contextmanager
+def cut(after: int, number: int = signal.SIGINT) -> Iterator[None]:
+    """Inside, a run gets the signal once it has taken in so many steps."""
+    note = Session.note
+
+    def interrupt(session: Session, step: Step) -> None:
+        note(session, step)
+        if step.number == after:
+            os.kill(os.getpid(), number)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Session, "note", interrupt)
+        yield
