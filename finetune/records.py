@@ -176,10 +176,8 @@ class Run:
     @property
     def fit(self) -> str:
         """What training was to take and took, for people; empty where nobody asked the plan."""
-        if self.planned_gib is None or self.probed_gib is None or self.measured_gib is None:
-            return ""
         figures = {"planned": self.planned_gib, "tried out": self.probed_gib, "measured": self.measured_gib}
-        return ", ".join(f"{gib:.2f} GiB {name}" for name, gib in figures.items())
+        return ", ".join(f"{gib:.2f} GiB {name}" for name, gib in figures.items() if gib is not None)
 
     def _repr_html_(self) -> str:
         from finetune.display import run_html

@@ -44,8 +44,8 @@ LAST_SHARE = (
 class Session:
     """One run in progress: the state that checkpoints store and curves show.
 
-    config: with the settings of memory that were taken; asked: those that were given. planned_gib: what the plan says
-    of this training, None if nobody asked it; then no worst step is tried either. peak_gib: of all that came before.
+    config: with the settings of memory that were taken; asked: those that were given. rehearsed: whether the worst step
+    is tried first. planned_gib: what the plan says of this training, if it was asked. peak_gib: of all before.
     """
 
     config: Config
@@ -54,6 +54,7 @@ class Session:
     identity: dict[str, Any]
     resumed: checkpoint.Checkpoint | None
     asked: dict[str, Any]
+    rehearsed: bool
     planned_gib: float | None
     peak_gib: float
 
@@ -210,7 +211,7 @@ class Session:
             eased=self.ladder.summary,
             planned_gib=state.planned_gib,
             probed_gib=state.probed_gib,
-            measured_gib=None if state.planned_gib is None else peak_gib(self.accelerator.device),
+            measured_gib=None if state.probed_gib is None else peak_gib(self.accelerator.device),
         )
         figures = {
             "final/loss": run.last_loss,
@@ -230,11 +231,12 @@ class Session:
     @contextmanager
     def _rehearsal(self) -> Iterator[None]:
         """Inside, the card holds all that it will after the first step, whose worst case was tried and undone."""
-        if self.planned_gib is None:
+        if not self.rehearsed:
             yield
             return
         checked = "fit: " + " ".join(f"{key}={str(value).lower()}" for key, value in settings(self.config).items())
-        say(f"{checked}; {self.planned_gib:.1f} GiB planned; trying the worst step")
+        planned = "" if self.planned_gib is None else f"; {self.planned_gib:.1f} GiB planned"
+        say(f"{checked}{planned}; trying the worst step")
         spare = build_optimizer(lora.parameter_groups(self.task.model, self.config.optim.lora_plus), self.config.optim)
         eased = rehearse(
             self.task,

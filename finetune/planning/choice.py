@@ -6,6 +6,7 @@ from typing import Any
 import torch
 
 from finetune.config import Config, Fit, Quantize
+from finetune.errors import ModelError
 from finetune.models.device import free
 from finetune.planning.ladder import Ladder, quickest
 from finetune.planning.machine import Machine, read
@@ -57,9 +58,18 @@ def needed(config: Config, device: torch.device) -> bool:
     return device.type == "cuda" and config.trainer.fit is not Fit.off
 
 
-def settle(config: Config) -> tuple[Config, float]:
+def settle(config: Config) -> tuple[Config, float | None]:
     """The configuration with the settings to start with on this card, as `trainer.fit` says, and the GiB of tensors
-    that the plan sees in training, validation and previews. To be called before anything of the run is on the card."""
+    that the plan sees in training, validation and previews; the same configuration and None for a base that can't be
+    planned. To be called before anything of the run is on the card."""
+    try:
+        return _settled(config)
+    except ModelError as error:  # a base that can't be had at all is named again when it is loaded
+        say(f"fit: {error}")
+        return config, None
+
+
+def _settled(config: Config) -> tuple[Config, float]:
     free()
     # Whatever card the preset is of: what counts is this one, and what of it is free now.
     machine = read(replace(config.hardware, card=""))

@@ -46,16 +46,17 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     limit_memory(device, config.hardware.vram_gib)
     asked = choice.settings(config) | {"fit": config.trainer.fit.name}
     planned_gib, before = None, peak_gib(device)
+    rehearsed = False
     if resumed and resumed.state.asked == asked:
         config = choice.with_settings(config, **resumed.state.taken)
-    elif choice.needed(config, device):
+    elif rehearsed := choice.needed(config, device):
         config, planned_gib = processes.first(partial(choice.settle, config))  # the same for all
     forget_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
         say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
     task = registry.build_task(config, dataset, device)
-    run = Session(config, task, accelerator, identity, resumed, asked, planned_gib, before)
+    run = Session(config, task, accelerator, identity, resumed, asked, rehearsed, planned_gib, before)
     with catch_stop() as stop:
         try:
             for step in run.steps(stop):

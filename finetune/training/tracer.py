@@ -18,14 +18,21 @@ from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensorMode
+from torch._subclasses.fake_tensor import (
+    DataDependentOutputException,
+    DynamicOutputShapeException,
+    FakeTensorMode,
+    UnsupportedFakeTensorException,
+)
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from finetune.config import Optimizer
+from finetune.errors import ModelError
 from finetune.training.shapes import CPU, Shapes
 
+UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 T = TypeVar("T")
 U = TypeVar("U")
 ROUND_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
@@ -160,6 +167,11 @@ class Tracer:
                     meter.held[name] = meter.held.get(name, 0.0) + size
                     meter.live += size
                 yield meter
+        except UNTRACEABLE as error:
+            raise ModelError(
+                f"this base can't be planned: it goes by its numbers, which a plan doesn't have ({error}); "
+                "train tries its worst step all the same"
+            ) from error
         finally:
             if collecting:
                 gc.enable()

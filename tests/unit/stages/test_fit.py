@@ -20,6 +20,7 @@ from finetune.session import Session
 from finetune.stages.train import train
 from finetune.tasks import registry, texts
 from finetune.training.loop import Step
+from finetune.training.tracer import Tracer
 from tests.unit.conftest import Setting
 from tests.unit.training.test_memory import Card, adapter, at_most, difference, into
 
@@ -176,6 +177,30 @@ def test_a_card_that_the_plan_finds_too_small_is_tried_all_the_same(
     found, _ = tried(config, 0.55, monkeypatch)
     assert capfd.readouterr().err.startswith("fit: the plan's least is 0.")
     assert found.trainer.micro_batch == 1
+
+
+def test_a_base_that_cannot_be_planned_is_tried_all_the_same(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Such as one whose layers go by where numbers are above zero."""
+    config = setting.config
+    config.sample.prompts = []
+    monkeypatch.setattr(choice, "needed", lambda config, device: config.trainer.fit is not Fit.off)
+    monkeypatch.setattr(choice, "read", lambda hardware: machine(24.0))
+    step = Tracer.step
+
+    def choosy(self: Tracer, model: Any, inputs: Any, forward: Any, loss: Any, **rest: Any) -> Any:
+        return step(self, model, inputs, lambda batch: (torch.ones(2).nonzero(), forward(batch))[1], loss, **rest)
+
+    monkeypatch.setattr(Tracer, "step", choosy)
+    found = train(into(config, tmp_path / "run", 2, 2), setting.dataset)
+    said = capfd.readouterr().err
+    assert "fit: this base can't be planned: it goes by its numbers, which a plan doesn't have (aten.nonzero" in said
+    assert "offload=false; trying the worst step\n" in said
+    assert (found.planned_gib, found.micro_batch) == (None, 2)
+    assert found.probed_gib
+    assert "planned" not in found.fit
+    assert "measured" in found.fit
 
 
 def test_only_a_card_is_planned_for(config: Config) -> None:
