@@ -111,7 +111,7 @@ examples
 main keys
   name  seed  run_dir  model  data.folder  data.file  lora.rank  lora.alpha
   optim.lr  trainer.steps  trainer.save_every  trainer.micro_batch
-  trainer.accumulate  trainer.precision  sample.prompts
+  trainer.accumulate  trainer.precision  sample.prompts  hardware
 
 more
   finetune --help conf=RECIPE            every key with its meaning, the presets

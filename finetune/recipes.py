@@ -55,6 +55,6 @@ def shown(path: Path) -> str:
 
 def no_such(what: str, word: str, offered: list[str]) -> str:
     """`no WHAT called WORD` with the nearest name and the list of what there is."""
-    near = get_close_matches(word, offered, n=1, cutoff=0.5)
+    near = [name for name in offered if name.startswith(word)] or get_close_matches(word, offered, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no {what} called '{word}'; {hint}there are: {', '.join(offered) or 'none'}"

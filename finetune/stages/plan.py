@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Iterator, Sequence
 
 from finetune.config import Config
+from finetune.pages.tables import duration
 from finetune.planning import speed
 from finetune.planning.choice import Choice, choose
 from finetune.planning.ladder import Ladder, thriftier
@@ -10,15 +11,16 @@ from finetune.planning.machine import Machine, read
 from finetune.plans import Plan, Setting
 
 OTHERS = 3  # alternatives shown
-# What makes a phase smaller, or where else it can run.
 REMEDIES = {
-    "captioning": "caption.batch=1, or: finetune caption conf={name} hardware=cpu",
-    "encoding texts": "finetune dataset conf={name} hardware=cpu",
-    "encoding pictures": "finetune dataset conf={name} hardware=cpu",
+    "captioning": "caption.batch=1, or finetune caption with these settings and hardware=cpu first",
+    "encoding texts": "finetune dataset with these settings and hardware=cpu first",
+    "encoding pictures": "finetune dataset with these settings and hardware=cpu first",
     "validation": "trainer.validate_every=0",
-    "sampling": "sample.previews=1 'sample.seeds=[0]'",
-    "export": "finetune export conf={name} hardware=cpu, after the training",
+    "sampling": "sample.previews=1 'sample.seeds=[0]'; where that is still too much, finetune sample with these "
+    "settings and hardware=cpu (the adapter is handed out before)",
+    "export": "finetune export with these settings and hardware=cpu, after the training",
 }
+"""What makes a phase smaller, or where else it can run."""
 
 
 def plan(config: Config) -> Plan:
@@ -58,8 +60,12 @@ def _planned(config: Config, choice: Choice) -> Plan:
         others=_others(choice.tried, chosen, machine.vram_gib),
         phases=phases,
         problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),
-        notes=(speed.explained(machine, ladder.precision), *ladder.sketch.notes),
+        notes=(speed.explained(machine, ladder.precision), _whole(best, asked.steps), *ladder.sketch.notes),
     )
+
+
+def _whole(setting: Setting, steps: int) -> str:
+    return f"all {steps:,} steps take about {duration(steps * setting.seconds)}"
 
 
 def _others(tried: Sequence[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:
@@ -70,7 +76,7 @@ def _others(tried: Sequence[Setting], chosen: Setting | None, budget_gib: float)
 def _problem(config: Config, machine: Machine, phase: str, gib: float) -> str:
     line = f"{phase} needs {gib:.1f} GiB at least, and {machine.name} has {machine.vram_gib:.1f}"
     if phase != "training":
-        return f"{line}; try {REMEDIES[phase].format(name=config.name)}"
+        return f"{line}; try {REMEDIES[phase]}"
     for words, changed in thriftier(config):
         if Ladder(changed, machine).least_gib() <= machine.vram_gib:
             return f"{line}; {words} would fit"

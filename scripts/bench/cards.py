@@ -15,7 +15,12 @@ from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS, PAGE, README = ROOT / "scripts" / "bench" / "cards.jsonl", ROOT / "docs" / "cards.md", ROOT / "README.md"
-CARDS = {"rtx3060_12gb": "12 GB", "rtx4080": "16 GB", "rtx4090": "24 GB", "a6000": "48 GB"}
+CARDS = {
+    "rtx3060_12gb": "12 GB (RTX 3060)",
+    "rtx4080": "16 GB (RTX 4080)",
+    "rtx4090": "24 GB (RTX 4090)",
+    "a6000": "48 GB (RTX A6000)",
+}
 # The recipes that are there for real models, sixteen pictures or rows a step; rows of conversations as README has them.
 PICTURES = ("pixar_style_sd15",)
 ROWS = ("pirate_chat", "data.length=2048", "trainer.accumulate=16", "sample.max_new_tokens=256", "optim.lr=2e-4")
@@ -25,16 +30,18 @@ HEAD = """# What fits which card
 The fastest settings that fit, of all that train the same thing, as `finetune plan` finds them: sixteen pictures (recipe
 `pixar_style_sd15`, at each model's own resolution) or sixteen rows of 2,048 tokens (`pirate_chat`) in every optimiser
 step, rank-16 adapters, AdamW. *GiB* is all that training takes of the card, context and slack included; *s a step* is
-an estimate, right to about a third where it was compared. How far the GiB are from what was measured is in
+an estimate, right to about a third where it was compared. *Too large* are other stages that need more than the card
+has, with their GiB; what to do is below the table. How far the GiB are from what was measured is in
 [memory.md](memory.md). Nothing here was run on these cards.
 
-| model | card | base in | settings | GiB | s a step |
-|---|---|---|---|---|---|
+| model | card | base in | settings | GiB | s a step | too large |
+|---|---|---|---|---|---|---|
 """
 NOTE = """
 ¹ Training fits, and another stage needs a setting of its own or the CPU: [docs/cards.md](docs/cards.md) says which.
 """
 TAIL = """
+{remedies}
 Planned on {date} by `python -m scripts.bench.cards`, without a card; the lines are in `scripts/bench/cards.jsonl`.
 """
 
@@ -87,7 +94,8 @@ def planned(base: str, cards: Sequence[str]) -> Iterator[dict[str, Any]]:
             "settings": list(chosen.overrides) if chosen else [],
             "gib": round(chosen.gib, 2) if chosen else None,
             "seconds": float(f"{chosen.seconds:.3g}") if chosen else None,
-            "problems": list(plan.problems),
+            "over": {name: round(gib, 1) for name, gib in plan.phases.items() if gib > plan.budget_gib},
+            "problem": "" if chosen else plan.problems[0],
             "date": datetime.date.today().isoformat(),
         }
 
@@ -99,15 +107,19 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def page(lines: Sequence[dict[str, Any]]) -> str:
     """docs/cards.md."""
+    from finetune.stages.plan import REMEDIES
+
     rows = []
     for line in lines:
         words = " ".join(word.partition(".")[2] for word in line["settings"])
-        problems = "; ".join(line["problems"])
-        told = "; ".join(filter(None, [words, problems])) if words else f"does not fit: {problems}"
+        told = words or f"does not fit: {line['problem']}"
         figures = f"{line['gib']:.1f} | {_seconds(line)}" if words else "– | –"
+        over = ", ".join(f"{name} {gib:.1f}" for name, gib in line["over"].items() if name != "training")
         stored = "16 bit" if line["quantize"] == "none" else line["quantize"]
-        rows.append(f"| `{line['model']}` | {CARDS[line['card']]} | {stored} | {told} | {figures} |\n")
-    return HEAD + "".join(rows) + TAIL.format(date=max(line["date"] for line in lines))
+        rows.append(f"| `{line['model']}` | {CARDS[line['card']]} | {stored} | {told} | {figures} | {over or '–'} |\n")
+    seen = dict.fromkeys(name for line in lines for name in line["over"] if name != "training")
+    remedies = "".join(f"- {name}: {REMEDIES[name]}\n" for name in seen)
+    return HEAD + "".join(rows) + TAIL.format(remedies=remedies, date=max(line["date"] for line in lines))
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -130,7 +142,7 @@ def with_table(text: str, lines: Sequence[dict[str, Any]]) -> str:
 def _cell(line: dict[str, Any]) -> str:
     if not line["settings"]:
         return "no"
-    return f"{_seconds(line)} s{' ¹' if line['problems'] else ''}"
+    return f"{_seconds(line)} s{' ¹' if line['over'] else ''}"
 
 
 def _seconds(line: dict[str, Any]) -> str:

@@ -136,11 +136,11 @@ def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.Mo
 def test_a_phase_that_does_not_fit_says_what_to_do(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     advice = {
         "captioning": "caption.batch=1",
-        "encoding texts": "finetune dataset conf=tiny hardware=cpu",
-        "encoding pictures": "finetune dataset conf=tiny hardware=cpu",
+        "encoding texts": "finetune dataset with these settings and hardware=cpu first",
+        "encoding pictures": "finetune dataset with these settings and hardware=cpu first",
         "validation": "trainer.validate_every=0",
         "sampling": "sample.previews=1",
-        "export": "finetune export conf=tiny hardware=cpu",
+        "export": "finetune export with these settings and hardware=cpu",
     }
     monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter(dict.fromkeys(advice, 30.0).items()))
     found = plan(on_a_card(config))
