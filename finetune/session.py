@@ -35,9 +35,8 @@ from finetune.training.tracking import Tracker
 
 T = TypeVar("T")
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
-LAST_SHARE = (
-    0.1  # of the steps, over which the loss at the end is a mean: smoothing still feels the start of short runs
-)
+LAST_SHARE = 0.1
+"""Of the steps, over which the loss at the end is a mean: smoothing still feels the start of short runs."""
 
 
 @dataclass

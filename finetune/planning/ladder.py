@@ -81,7 +81,9 @@ class Ladder:
 
     def tensors_gib(self, micro_batch: int, checkpointing: int, away: bool = False) -> float:
         """What torch's allocator gives out at the worst moment of a training: its steps, validation and previews."""
-        traces = [self.step(micro_batch, checkpointing, away), *(trace for _, trace in self.sketch.beside(micro_batch))]
+        known = (checkpointing, away) in self.traces  # by whoever chose this setting; a start needn't wait for another
+        step = (self._trace if known else self.step)(micro_batch, checkpointing, away)
+        traces = [step, *(trace for _, trace in self.sketch.beside(micro_batch))]
         found = [parts(trace, self.machine) for trace in traces]
         return max(sum(gib for name, gib in held.items() if name not in OUTSIDE) for held in found)
 
