@@ -130,9 +130,7 @@ def _quantised_forward(layer: nn.Linear, shape: torch.Size, how: Quantize) -> Ca
     def forward(inputs: Tensor) -> Tensor:
         dtype = torch.get_autocast_dtype("cpu") if torch.is_autocast_enabled("cpu") else inputs.dtype
         product: Tensor = _Product.apply(inputs.to(dtype), shape, how is Quantize.int8)  # type: ignore[no-untyped-call]
-        # PEFT clones what 4-bit layers give, lest it be changed in place.
-        product = product if layer.bias is None else product + layer.bias.to(dtype)
-        return product.to(inputs.dtype) if how is Quantize.nf4 else product  # as bitsandbytes does, in autocast too
+        return product if layer.bias is None else product + layer.bias.to(dtype)
 
     return forward
 

@@ -127,6 +127,7 @@ def load_backbone(
     loader = _class(kind.BACKBONE_CLASS)
     backbone: nn.Module = _load(loader, model, kind.BACKBONE, **options)
     backbone.requires_grad_(False)
+    quantize.prepare(backbone)
     if offload.wanted(model, device):
         offload.spread(backbone, device, vram_gib)
         return backbone

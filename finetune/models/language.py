@@ -73,11 +73,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
     if model.added_tokens:
         _add_rows(loaded, model)
     loaded.requires_grad_(False).eval()
-    for layer in loaded.modules():
-        if hasattr(layer, "support_avx512bf16_for_cpu"):
-            # bitsandbytes' layout for CPU inference: the first evaluation would convert the weights to it for good, and
-            # whatever is trained afterwards would get no gradient through them.
-            layer.support_avx512bf16_for_cpu = False
+    quantize.prepare(loaded)
     if streamed:
         offload.spread(loaded, device, vram_gib)
     if device.type == "cuda" and varlen.fits(loaded, dtype):

@@ -1,9 +1,11 @@
 """Frozen bases stored in 8 or 4 bits by bitsandbytes: what the libraries are told, and whether it works here."""
 
 import logging
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, cast
 
 import torch
+from torch import Tensor, nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.errors import ModelError
@@ -36,3 +38,26 @@ def prove(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
             f"model.quantize={model.quantize.name} does not work on this {device.type} "
             f"({' '.join(str(error).split())[:200]}); try model.quantize=none"
         ) from error
+
+
+def prepare(model: nn.Module) -> None:
+    """Make the layers of a quantised model, if it is one, fit to train through; changes it."""
+    if not getattr(model, "is_quantized", False):
+        return
+    import bitsandbytes as bnb
+
+    for layer in cast(Iterator[Any], model.modules()):
+        if isinstance(layer, (bnb.nn.Linear4bit, bnb.nn.Linear8bitLt)):
+            # They return the dtype that they are given, in autocast too. Layer norms give fp32 there, and all that lies
+            # between two layers would take twice the memory.
+            layer.register_forward_pre_hook(_follow_autocast)
+        if hasattr(layer, "support_avx512bf16_for_cpu"):
+            # bitsandbytes' layout for CPU inference: the first evaluation would convert the weights to it for good, and
+            # whatever is trained afterwards would get no gradient through them.
+            layer.support_avx512bf16_for_cpu = False
+
+
+def _follow_autocast(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:
+    (values,) = inputs
+    device = values.device.type
+    return (values.to(torch.get_autocast_dtype(device)),) if torch.is_autocast_enabled(device) else None

@@ -1,13 +1,9 @@
 """How long a step takes: an estimate from the arithmetic and the bytes of its kernels.
 
 A kernel waits for arithmetic or for memory, whichever takes longer at a stated share of the card's peak; besides, each
-costs its start. Set by steps measured on an H200 in 2026-11 (rank-16 LoRA, bf16), which come out as
-
-    Stable Diffusion 1.5, 512 px, micro-batch 4 and 16, CUDA graph   11 % and 15 % too fast
-    SDXL, 1024 px, micro-batch 2, CUDA graph                         21 % too slow
-    Llama 2 7B in nf4, 4 and 8 rows of 1024, TRL's trainer           1 % and 28 % too slow
-
-so seconds compare settings well and are right to about a third.
+costs its start. A step takes as long as its kernels on the card, or as the host needs to launch them. The constants
+were set by twelve trainings on an H200 (docs/memory.md, where each is compared), of pictures and of language, most of
+which waited for the host: seconds compare settings well, and are right to about a fifth there.
 """
 
 from finetune.config import Precision
@@ -16,7 +12,7 @@ from finetune.training.tracer import Trace
 
 EFFICIENCY = 0.6  # of a card's peaks, of arithmetic and of memory
 KERNEL_S = 4.2e-6  # on the card, of each kernel
-LAUNCH_S = 28e-6  # on the host, of each kernel: Stable Diffusion 1.5 at 4 pictures took 125 ms without a CUDA graph
+LAUNCH_S = 37e-6  # on the host, of each kernel, with Python, autograd and autocast around it
 PCIE_GB_PER_S = 20.0  # of copies from pinned main memory over PCIe 4.0 x16 (31.5 GB/s by the standard)
 
 

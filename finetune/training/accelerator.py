@@ -17,8 +17,11 @@ def build_accelerator(precision: Precision, device: torch.device) -> Accelerator
     """An Accelerator for `precision` (not `auto`) on `device`.
 
     Accelerate keeps its settings in global state: it is reset here, so that a second run in the same process gets
-    its own.
+    its own. cuDNN's attention is switched off for the process; flash attention takes its place.
     """
+    # Its backward pass gives NaN for some shapes in 16 bit on Hopper cards, where torch prefers it: for those of
+    # FLUX.1 (tests/gpu/test_training.py), and see github.com/pytorch/pytorch/issues/196678.
+    torch.backends.cuda.enable_cudnn_sdp(False)
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     mixed = "no" if precision is Precision.fp32 else precision.name

@@ -30,7 +30,7 @@ HEAD = """# What fits which card
 The fastest settings that fit, of all that train the same thing, as `finetune plan` finds them: sixteen pictures (recipe
 `pixar_style_sd15`, at each model's own resolution) or sixteen rows of 2,048 tokens (`pirate_chat`) in every optimiser
 step, rank-16 adapters, AdamW. *GiB* is all that training takes of the card, context and slack included; *s a step* is
-an estimate, right to about a third where it was compared. *Too large* are other stages that need more than the card
+an estimate, right to about a fifth where it was compared. *Too large* are other stages that need more than the card
 has, with their GiB; what to do is below the table. How far the GiB are from what was measured is in
 [memory.md](memory.md). Nothing here was run on these cards.
 

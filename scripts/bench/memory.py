@@ -3,7 +3,8 @@
     python -m scripts.bench.memory --cases sdxl-4,flux1-nf4 --work /tmp/bench --out results.jsonl
 
 builds the bases with random weights (kept in WORK until their last case is done), trains a few steps, and appends one
-JSON line a case: measured GiB, seconds, hardware, versions, date. Cases that ran out of memory are lines too.
+JSON line a case: measured GiB, seconds, hardware, versions, date. Cases that ran out of memory are lines too. With
+--alone, where nothing else uses the card meanwhile, it holds the speed of the steps as well.
 
     python -m scripts.bench.memory --plan results.jsonl
 
@@ -14,6 +15,7 @@ import argparse
 import datetime
 import json
 import shutil
+import statistics
 import subprocess
 import sys
 import time
@@ -24,9 +26,13 @@ from typing import Any
 
 import torch
 
+from finetune.pages import curves
+
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, CONVERSATIONS = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
-STEPS = 6
+STEPS = 8
+WARM_UP = 3  # steps in which libraries choose their kernels and the allocator grows
+CARD = "h200"  # the hardware preset of the card that the committed lines were measured on
 COMMON = (
     f"trainer.steps={STEPS}",
     f"trainer.save_every={STEPS}",
@@ -46,16 +52,11 @@ PICTURE = (
 )
 LANGUAGE = ("sample.max_new_tokens=4", "sample.prompts=[Hello]", "optim.lr=1e-4", "data.workers=2")
 
-
-UNPLANNED_GIB = {"llama2-7b-2048-int8": 32 * 2048 * 11008 * 2 / 2**30}
-"""What random weights take and trained ones hardly do, by case. In int8, columns of a layer's input with a number
-beyond 6 are kept in 16 bit until backward. Random weights give 99.9 % of a down projection's 11,008 columns one among
-2,048 tokens (counted on a CPU); in trained models they are few (arXiv 2208.07339)."""
 OUTCOMES = {5: "out of memory", 124: "took too long"}
 PAGE = """# Memory, planned and measured
 
 Each row is the real `train` command with random weights at full size on an {hardware} whose allocator was held
-to the budget (torch {torch}, {date}): six steps with validation and a preview, then export, samples and report.
+to the budget (torch {torch}, {date}): a few steps with validation and a preview, then export, samples and report.
 All GiB are the most that torch's allocator gives out in training: *planned* by the traces of `finetune plan`
 (which adds the CUDA context and the allocator's slack), *tried out* after the worst step before the first, with
 the first validation and preview, and *measured* at the end. Text encoders were shortened to a few layers;
@@ -65,14 +66,21 @@ several cases ran side by side on the card, which changes seconds (not shown her
 |---|---|---|---|---|---|---|
 {rows}
 
-{count} cases. Planned against measured: median difference {median:.1f} %, worst {worst:.1f} %. Tried out
-against measured: median {probed_median:.1f} %, worst {probed_worst:.1f} %{noted}. Where decoding a preview is
-the peak, the plan adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5,
-FLUX.1, Z-Image), so for them the comparison is no proof; for FLUX.2 the same workspace was taken, and for
-training steps nothing was fitted. For int8, random weights make nearly every column of a down projection's
-input an outlier, which is kept in 16 bit until backward: 1.3 GiB that the plan leaves out, because trained
-models have few (arXiv 2208.07339).
-{failed}
+{count} cases, of which {failed} Planned against measured: median difference {median:.1f} %, worst {worst:.1f} %.
+Tried out against measured: median {probed_median:.1f} %, worst {probed_worst:.1f} %. Where decoding a preview is the
+peak, the plan adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1,
+Z-Image), so for them the comparison is no proof; for FLUX.2 the same workspace was taken, and for training steps
+nothing was fitted.
+
+## Speed, planned and measured
+
+The same command where nothing else used the card: units a second in the median of the steps after the first {warm_up},
+and what the plan says of this card with the same settings. The plan's rates were set by these rows, so this shows how
+well a few constants describe them, and no more; on other cards it was not tried.
+
+| base | settings | unit | planned a second | measured | plan against measured |
+|---|---|---|---|---|---|
+{speeds}
 
 Measured by `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a card; the planned figures and
 this page by `python -m scripts.bench.memory --plan FILE` on any. The lines are in `scripts/bench/memory.jsonl`.
@@ -103,7 +111,7 @@ def language(name: str, preset: str, length: int, quantize: str, *more: str, vra
     return Case(name, preset, vram_gib, (*own, *more))
 
 
-RECOMPUTE, NF4 = "trainer.checkpointing=1", "model.quantize=nf4"
+RECOMPUTE, NF4, AWAY = "trainer.checkpointing=1", "model.quantize=nf4", "model.offload=true"
 CASES = (
     picture("sd15-512-16", "sd15", 512, 16),
     picture("sd15-512-4", "sd15", 512, 4),
@@ -115,16 +123,20 @@ CASES = (
     picture("sdxl-1024-1-12gb", "sdxl", 1024, 1, RECOMPUTE, vram_gib=12.0),
     picture("sdxl-768-2", "sdxl", 768, 2),
     picture("sd35-1024-1", "sd35_medium", 1024, 1, RECOMPUTE),
+    picture("sd35-1024-1-8gb", "sd35_medium", 1024, 1, RECOMPUTE, AWAY, vram_gib=8.0),
     picture("sd35-512-4", "sd35_medium", 512, 4),
     picture("flux1-1024-nf4", "flux1_dev", 1024, 1, RECOMPUTE, NF4),
+    picture("flux1-1024-nf4-10gb", "flux1_dev", 1024, 1, RECOMPUTE, NF4, AWAY, vram_gib=10.0),
+    picture("flux1-1024-48gb", "flux1_dev", 1024, 1, RECOMPUTE, "model.quantize=none", vram_gib=44.0),
     picture("flux1-512-nf4", "flux1_dev", 512, 2, RECOMPUTE, NF4),
     picture("flux2-klein-1024", "flux2_klein", 1024, 1, RECOMPUTE),
     picture("flux2-klein-512", "flux2_klein", 512, 4, RECOMPUTE),
     picture("z-image-1024", "z_image", 1024, 1, RECOMPUTE),
     picture("z-image-512", "z_image", 512, 2, RECOMPUTE),
     picture("qwen-image-1024-nf4", "qwen_image", 1024, 1, RECOMPUTE, NF4),
-    picture("qwen-image-1024-nf4-16gb", "qwen_image", 1024, 1, RECOMPUTE, NF4, "model.offload=true", vram_gib=16.0),
+    picture("qwen-image-1024-nf4-16gb", "qwen_image", 1024, 1, RECOMPUTE, NF4, AWAY, vram_gib=16.0),
     language("llama2-7b-2048-bf16", "llama2_7b", 2048, "none", RECOMPUTE),
+    language("llama2-7b-2048-bf16-10gb", "llama2_7b", 2048, "none", RECOMPUTE, AWAY, vram_gib=10.0),
     language("llama2-7b-2048-nf4", "llama2_7b", 2048, "nf4"),
     language("llama2-7b-2048-int8", "llama2_7b", 2048, "int8", RECOMPUTE),
     language("llama31-8b-2048-nf4", "llama31_8b", 2048, "nf4", RECOMPUTE),
@@ -144,6 +156,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="bases and run folders")
     parser.add_argument("--out", type=Path, help="JSON lines, appended to")
     parser.add_argument("--seconds", type=float, default=240.0, help="at most, for one case")
+    parser.add_argument("--alone", action="store_true", help="nothing else uses the card: note the speed")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="add the plan's figures to these results")
     given = parser.parse_args()
     if given.plan:
@@ -153,7 +166,7 @@ def main() -> None:
         parser.error("--work and --out are needed to measure")
     chosen = chosen_cases(given.cases.split(",") if given.cases else [case.name for case in CASES])
     for index, case in enumerate(chosen):
-        result = measure(case, given.work, given.seconds)
+        result = measure(case, given.work, given.seconds, alone=given.alone)
         with given.out.open("a") as lines:
             lines.write(json.dumps(result) + "\n")
         print(json.dumps({key: value for key, value in result.items() if key != "overrides"}), flush=True)
@@ -169,7 +182,7 @@ def chosen_cases(names: Sequence[str]) -> list[Case]:
     return [known[name] for name in names]
 
 
-def measure(case: Case, work: Path, seconds: float) -> dict[str, Any]:
+def measure(case: Case, work: Path, seconds: float, *, alone: bool) -> dict[str, Any]:
     """Plan and train one case; everything that its line holds."""
     from scripts.bench.bases import build
 
@@ -196,6 +209,8 @@ def measure(case: Case, work: Path, seconds: float) -> dict[str, Any]:
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
+    if alone and (rates := speeds(run)):
+        line["a_second"] = statistics.median(rates[WARM_UP:])
     if code:
         line["said"] = said[-6:]
     shutil.rmtree(run / "checkpoints", ignore_errors=True)
@@ -215,29 +230,36 @@ def command(case: Case, base: Path, run: Path, pictures: Path) -> list[str]:
 
 
 def figures(run: Path) -> dict[str, Any]:
-    """What the receipts of a run say: peak memory, seconds a step without the first, seconds of each stage."""
+    """What the receipts of a run say: peak memory and seconds of each stage."""
     found: dict[str, Any] = {"stages": {}}
     for file in sorted((run / "receipts").glob("*.json")):
         receipt = json.loads(file.read_text())
         found["stages"][receipt["stage"]] = round(receipt["seconds"], 1)
         if receipt["stage"] == "train":
             found |= {key: receipt["figures"][key] for key in ("probed_gib", "measured_gib")}
-            found["seconds_a_step"] = receipt["seconds"] / STEPS
     return found
 
 
+def speeds(run: Path) -> list[float]:
+    """Images, or slots of rows, in a second of each step."""
+    found = curves.read(run)
+    (rates,) = [points for tag, points in found.items() if curves.SPEED.fullmatch(tag)] or [[]]
+    padding = dict(found.get("train/padding", []))
+    return [rate / (1 - padding.get(step, 0.0)) for step, rate in rates]
+
+
 def add_plans(results: Path, page: Path) -> None:
-    """Put `planned_gib` into every line that has a measurement, and write the page with the table."""
+    """Put the plan's figures into every line that has a measurement, and write the page with the tables."""
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     for line in lines:
         if "measured_gib" in line:
-            line["planned_gib"] = planned(chosen_cases([line["name"]])[0])
+            line["planned_gib"], line["planned_a_second"] = planned(chosen_cases([line["name"]])[0])
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page.write_text(table(lines))
 
 
-def planned(case: Case) -> float:
-    """GiB of tensors at the worst moment of what a case ran on the card, as the plan traces it.
+def planned(case: Case) -> tuple[float, float]:
+    """GiB of tensors at the worst moment of what a case ran on the card, as the plan traces it, and units a second.
 
     Texts were encoded by shortened encoders, and what lies outside torch's allocator was not measured: neither counts.
     """
@@ -250,10 +272,13 @@ def planned(case: Case) -> float:
     # Validation is a step without what that keeps for backward, and so is a sentence that is no longer than a row.
     kept += ["trainer.validate_every=0", *([] if case.pictures else ["sample.prompts=[]"])]
     config = compose.load(
-        kept[0].removeprefix("conf="), [*kept[1:], "hardware=rtx4090", f"hardware.vram_gib={case.vram_gib}"]
+        kept[0].removeprefix("conf="), [*kept[1:], f"hardware={CARD}", f"hardware.vram_gib={case.vram_gib}"]
     )
     ladder, trainer = Ladder(config, read(config.hardware)), config.trainer
-    return ladder.tensors_gib(trainer.micro_batch, trainer.checkpointing, trainer.offload_activations)
+    setting = trainer.micro_batch, trainer.checkpointing, trainer.offload_activations
+    gib = ladder.tensors_gib(*setting)
+    step = ladder.setting(*setting)
+    return gib, step.units / step.seconds
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -262,32 +287,41 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     errors = sorted(abs(line["planned_gib"] / line["measured_gib"] - 1) for line in done)
     probed = sorted(abs(line["probed_gib"] / line["measured_gib"] - 1) for line in done)
     failed = [line for line in lines if line["exit_code"]]
-    ends = "; ".join(
-        f"`{line['name']}` ({OUTCOMES.get(line['exit_code'], line['exit_code'])}{line.get('since', '')})"
-        for line in failed
-    )
+    ends = "; ".join(f"`{line['name']}` ({OUTCOMES.get(line['exit_code'], line['exit_code'])})" for line in failed)
     return PAGE.format(
         hardware=lines[0]["hardware"],
         torch=lines[0]["torch"],
         date=lines[0]["date"],
         rows="\n".join(map(row, done)),
+        speeds="\n".join(speed_row(line) for line in done if "a_second" in line),
         median=100 * errors[len(errors) // 2],
         worst=100 * errors[-1],
         probed_median=100 * probed[len(probed) // 2],
         probed_worst=100 * probed[-1],
-        count=len(errors),
-        noted="".join(f" (¹ tried out {note})" for note in sorted({line["note"] for line in done if "note" in line})),
-        failed=f"Did not end well: {ends}." if failed else "",
+        count=len(lines),
+        failed=f"{len(failed)} did not end well: {ends}." if failed else "none ran out of memory.",
+        warm_up=WARM_UP,
     )
 
 
 def row(line: dict[str, Any]) -> str:
-    """One case of the table."""
-    settings = ", ".join(override.partition(".")[2] for override in line["overrides"])
+    """One case of the table of memory."""
     gib = [f"{line[name]:.1f}" for name in ("vram_gib", "planned_gib", "probed_gib", "measured_gib")]
-    gib[2] += " ¹" if "note" in line else ""
     error = 100 * (line["planned_gib"] / line["measured_gib"] - 1)
-    return "| " + " | ".join([f"`{line['preset']}`", settings, *gib, f"{error:+.1f} %"]) + " |"
+    return "| " + " | ".join([f"`{line['preset']}`", settings(line), *gib, f"{error:+.1f} %"]) + " |"
+
+
+def speed_row(line: dict[str, Any]) -> str:
+    """One case of the table of speeds."""
+    unit = "images" if chosen_cases([line["name"]])[0].pictures else "tokens"
+    rates = [f"{line[name]:,.{1 if line['a_second'] < 100 else 0}f}" for name in ("planned_a_second", "a_second")]
+    error = 100 * (line["planned_a_second"] / line["a_second"] - 1)
+    return "| " + " | ".join([f"`{line['preset']}`", settings(line), unit, *rates, f"{error:+.0f} %"]) + " |"
+
+
+def settings(line: dict[str, Any]) -> str:
+    """What sets a case apart, without the names of the groups."""
+    return ", ".join(override.partition(".")[2] for override in line["overrides"])
 
 
 if __name__ == "__main__":

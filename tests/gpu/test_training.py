@@ -5,10 +5,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from diffusers import FluxTransformer2DModel
 
 from finetune.config import Config, Device, Optimizer, Precision
 from finetune.models import lora
 from finetune.models.device import limit_memory, pick_device, pick_precision
+from finetune.models.families import flux
 from finetune.records import Dataset
 from finetune.stages.export import export
 from finetune.stages.train import train
@@ -145,3 +147,20 @@ def test_a_memory_limit_holds() -> None:
             torch.empty(2 * 2**30, dtype=torch.uint8, device=device)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)
+
+
+def test_attention_as_large_as_that_of_flux_has_gradients() -> None:
+    """One block of either kind at full width, 512 tokens of text and 512 px."""
+    accelerator = build_accelerator(Precision.bf16, pick_device(Device.cuda))
+    torch.manual_seed(0)
+    sizes = {"num_layers": 1, "num_single_layers": 1, "num_attention_heads": 24, "attention_head_dim": 128}
+    with accelerator.device:
+        model = FluxTransformer2DModel(**sizes, guidance_embeds=True).bfloat16().requires_grad_(False)
+        text = {"embedding": torch.randn(2, flux.T5_TOKENS, 4096), "pooled": torch.randn(2, 768)}
+        noisy_BChw, timesteps_B = torch.randn(2, 16, 64, 64), torch.tensor([737.0, 237.0])
+    embedding = text["embedding"].requires_grad_()
+    with accelerator.autocast():
+        flux.predict(model, noisy_BChw, timesteps_B, text).float().square().mean().backward()
+    assert embedding.grad is not None
+    assert embedding.grad.isfinite().all()
+    assert embedding.grad.any()

@@ -241,6 +241,17 @@ def test_a_quantised_base_trains_on_a_cpu(
     assert capfd.readouterr().err == ""
 
 
+@pytest.mark.parametrize("quantize", [Quantize.int8, Quantize.nf4])
+def test_quantised_layers_follow_autocast(base: Base, quantize: Quantize) -> None:
+    layer = load(base(), quantize=quantize).get_submodule("model.layers.0.mlp.up_proj")
+    norm = torch.randn(1, 3, 32)  # in fp32, as layer norms give it in autocast
+    plain = layer(norm)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        followed = layer(norm)
+    assert (plain.dtype, followed.dtype) == (torch.float32, torch.bfloat16)
+    assert torch.allclose(followed.float(), plain, rtol=0.05, atol=0.02)
+
+
 def test_gradients_through_nf4_are_those_of_the_weights_it_stands_for(base: Base) -> None:
     packed = load(base(), quantize=Quantize.nf4)
     plain = load(base())

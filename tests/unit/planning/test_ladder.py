@@ -103,7 +103,7 @@ def test_a_step_of_one_example(config: Config) -> None:
     assert sum(ladder.setting(1, 0).parts.values()) == sum(parts(ladder.step(1, 0), CARD).values())
 
 
-def test_offloaded_weights_leave_the_card_and_take_time(
+def test_offloaded_weights_leave_the_card_and_take_time_where_copies_are_slower_than_work(
     language_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(offload, "SLOTS", 1)  # a ring of two is all that this model has
@@ -112,8 +112,10 @@ def test_offloaded_weights_leave_the_card_and_take_time(
     language_config.model.offload = True
     away = Ladder(language_config, small).setting(1, 1)
     assert away.gib < kept.gib
-    assert away.seconds > kept.seconds
+    assert away.seconds == pytest.approx(kept.seconds)
     assert "model.offload=true" in away.overrides
+    monkeypatch.setattr(speed, "PCIE_GB_PER_S", 1e-6)
+    assert Ladder(language_config, small).setting(1, 1).seconds > 2 * kept.seconds
 
 
 def test_seconds_follow_the_card() -> None:

@@ -11,7 +11,7 @@ from finetune.config import Device, HardwareConfig, Precision
 from finetune.errors import ConfigError
 from finetune.planning import machine
 
-CARDS = ["a100_80gb", "a6000", "h100", "l40s", "rtx3060_12gb", "rtx3090", "rtx4080", "rtx4090", "rtx5090"]
+CARDS = ["a100_80gb", "a6000", "h100", "h200", "l40s", "rtx3060_12gb", "rtx3090", "rtx4080", "rtx4090", "rtx5090"]
 
 
 def test_every_card_has_a_preset_with_its_facts() -> None:
@@ -20,10 +20,10 @@ def test_every_card_has_a_preset_with_its_facts() -> None:
     for name in CARDS:
         facts = yaml.safe_load(presets[name].read_text())
         assert facts["device"] == "cuda"
-        assert 10 < facts["vram_gib"] < 81
+        assert 10 < facts["vram_gib"] < 140
         assert 20 < facts["tflops"] < 1000
         assert facts["fp32_tflops"] < 0.51 * facts["tflops"]
-        assert 300 < facts["gb_per_s"] < 4000
+        assert 300 < facts["gb_per_s"] < 5000
         assert recipes.title(presets[name]).endswith("GB.")
 
 
