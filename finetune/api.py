@@ -30,10 +30,11 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     Several processes (torchrun, accelerate launch) train together; the first one does the rest.
     Raises Interrupted on SIGINT or SIGTERM after saving; the same call continues from there.
     """
-    config = _config(recipe, overrides, draws=True)
+    config = _config(recipe, overrides)
     with processes.joined(), rundir.held(config, owns_config=True) as folder:
         from finetune.stages import dataset, export, report, sample, train
 
+        _remark(config)
         captions = processes.first(lambda: _captions(config))
         data = processes.first(lambda: dataset.dataset(config, captions))
         run = train.train(config, data)
@@ -84,6 +85,7 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
         from finetune.stages.export import export
 
         run = _finished(folder)
+        _remark(config)
         return export(_as_trained(config, folder), run)
 
 
@@ -97,6 +99,7 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
         from finetune.stages.export import export
         from finetune.stages.sample import sample
 
+        _remark(config)
         run = None if config.sample.adapter else load_record(folder, "train", Run)
         trained = export(_as_trained(config, folder), run) if run else None
         own = as_dict(config)["sample"] == rundir.written_config(folder).get("sample")
@@ -129,6 +132,16 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = Fal
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _remark(config: Config) -> None:
+    """Say, before anything is loaded, what this machine can't do of what is asked."""
+    if not config.model.offload:
+        return
+    from finetune.models import offload
+    from finetune.models.device import pick_device
+
+    offload.remark(pick_device(config.hardware.device))
 
 
 def _captions(config: Config) -> CaptionSet | None:

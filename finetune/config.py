@@ -328,7 +328,7 @@ class SampleConfig:
     adapter: str = ""
     """PEFT folder or LoRA file to draw with; empty takes the run's own."""
     prompts: list[str] = field(default_factory=list)
-    """What to draw or to answer; each prompt for each seed."""
+    """What to draw or to answer; each prompt for each seed. [] draws nothing, no previews either."""
     negative: str = field(default="", metadata=PICTURES)
     """What guidance leads away from."""
     seeds: list[int] = field(default_factory=lambda: [0, 1])

@@ -67,7 +67,9 @@ def adapter_html(adapter: Adapter) -> str:
 
 
 def samples_html(samples: Samples) -> str:
-    """The grid of base beside tuned."""
+    """The grid of base beside tuned; nothing where nothing was drawn."""
+    if not samples.page:
+        return ""
     return picture_html(Path(samples.grid), GRID_SIDE, "base beside tuned, a prompt at a time")
 
 

@@ -213,7 +213,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Drawn pictures and the grid that shows base beside tuned."""
+    """Drawn pictures and the grid that shows base beside tuned; all empty where there were no prompts."""
 
     folder: str
     grid: str
@@ -242,7 +242,7 @@ class Answer:
 
 @dataclass(frozen=True)
 class Answers:
-    """Written answers; `page` is a Markdown file that shows base beside tuned."""
+    """Written answers; `page` is a Markdown file that shows base beside tuned. All empty without prompts."""
 
     folder: str
     page: str

@@ -86,12 +86,10 @@ def _table(config: Config, result: Result, recipe: str) -> None:
         table.add_row("slow", f"{run.slow_steps} steps took three times as long as before, or longer")
     if run.skipped_steps:
         table.add_row("skipped", f"{run.skipped_steps} steps with a loss or gradient that was not finite")
-    for name, path in (
-        ("adapter", result.adapter.folder),
-        ("answers" if isinstance(result.samples, Answers) else "grid", result.samples.page),
-        ("report", result.report.file),
-    ):
-        table.add_row(name, shown(Path(path)))
+    table.add_row("adapter", shown(Path(result.adapter.folder)))
+    drawn = "answers" if isinstance(result.samples, Answers) else "grid"
+    table.add_row(drawn, shown(Path(result.samples.page)) if result.samples.page else "none (sample.prompts is empty)")
+    table.add_row("report", shown(Path(result.report.file)))
     console = Console(width=min(WIDTH, Console().width), highlight=False)
     console.print(table)
 

@@ -28,9 +28,13 @@ SCALES = ("absmax", "code", "offset")  # tensors of bitsandbytes' QuantState, an
 
 def wanted(model: ModelConfig, device: torch.device) -> bool:
     """Whether `model.offload` asks for it and there is a card that it could relieve."""
-    if model.offload and device.type != "cuda":
-        say("model.offload=true changes nothing without a CUDA card: every layer is in main memory anyway")
     return model.offload and device.type == "cuda"
+
+
+def remark(device: torch.device) -> None:
+    """Say where `model.offload=true` is in vain. For a whole command, which may load the base a dozen times."""
+    if device.type != "cuda":
+        say("model.offload=true changes nothing without a CUDA card: every layer is in main memory anyway")
 
 
 def spread(model: nn.Module, device: torch.device, vram_gib: float) -> None:

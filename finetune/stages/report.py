@@ -45,8 +45,9 @@ def report(config: Config) -> Report:
 def _gather(run_dir: Path) -> Found:
     receipts = {stage: receipt for stage in STAGES if (receipt := load_receipt(run_dir, stage))}
     text = _text(run_dir / "config.yaml")
+    drew = "sample" not in receipts or receipts["sample"].record.get("items")  # else what lies there is older
     try:
-        lines = [json.loads(line) for line in _text(run_dir / "samples" / "samples.jsonl").splitlines()]
+        lines = [json.loads(line) for line in _text(run_dir / "samples" / "samples.jsonl").splitlines() if drew]
         samples = [from_plain(Sample, line) for line in lines if "file" in line]
         answers = [from_plain(Answer, line) for line in lines if "file" not in line]
     except (ValueError, KeyError, TypeError) as error:

@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from finetune.config import Config
-from finetune.errors import ConfigError, ModelError
+from finetune.errors import ModelError
 from finetune.files import replace_folder
 from finetune.models import lora_files
 from finetune.models.device import free
@@ -21,13 +21,16 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
     own: the settings are those of the run. Others get a folder below `samples_more/`, named by what decides them: what
     the run has drawn stays, fresh and in its report.
 
+    Without prompts nothing is drawn, which is a record too: what an earlier command drew into `samples/` stays there,
+    and is none of this run's.
+
     The adapter is `sample.adapter` if set, else `adapter`. Raises ModelError if there is none or it doesn't fit.
     """
-    if not config.sample.prompts:
-        raise ConfigError('sample.prompts is empty, nothing to draw; try sample.prompts=["a red robot"]')
-    path = _path(config, adapter)
     run_dir = Path(config.run_dir)
     settings = as_dict(config)
+    if not config.sample.prompts:
+        return _none(config, run_dir, hash_of(settings["sample"]))
+    path = _path(config, adapter)
     input_hash = hash_of(_hash(path), settings["sample"], settings["model"], settings["trainer"]["precision"])
     kind = registry.kind(config)
     folder = run_dir / "samples" if own else run_dir / "samples_more" / input_hash[:8]
@@ -51,6 +54,13 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
         seconds=seconds,
         figures={"samples": 2 * len(items), "samples_per_s": 2 * len(items) / seconds},
     )
+    return record
+
+
+def _none(config: Config, run_dir: Path, input_hash: str) -> Samples | Answers:
+    record = registry.kind(config).samples("", "", ())
+    say("sample: none, sample.prompts is empty")
+    save_receipt(run_dir, "sample", record, input_hash=input_hash, seconds=0.0, figures={"samples": 0})
     return record
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 import finetune
 from finetune import api, rundir
-from finetune.config import Config
+from finetune.config import Config, Device
 from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
 from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
 from finetune.schema import as_dict
@@ -153,6 +153,20 @@ def test_an_adapter_keeps_the_name_and_the_trigger_of_its_run(
         getattr(finetune, verb)("smoke", ["run_dir=run"])
 
 
+@pytest.mark.parametrize("verb", ["train", "export", "sample"])
+def test_offload_without_a_card_is_said_once_to_change_nothing(
+    plain: Config, calls: list[Any], capfd: pytest.CaptureFixture[str], verb: str
+) -> None:
+    plain.model.offload, plain.hardware.device = True, Device.cpu
+    finished(plain)
+    getattr(finetune, verb)(plain)
+    line = "model.offload=true changes nothing without a CUDA card: every layer is in main memory anyway\n"
+    assert capfd.readouterr().err.count(line) == 1
+    plain.model.offload = False
+    getattr(finetune, verb)(plain)
+    assert line not in capfd.readouterr().err
+
+
 def test_sample_draws_with_any_adapter(plain: Config, calls: list[Any]) -> None:
     finished(plain)
     finetune.sample(plain, ["sample.adapter=elsewhere"])
@@ -175,7 +189,7 @@ def test_sample_without_any_adapter_says_what_to_type(plain: Config) -> None:
 
 def test_every_bad_value_is_named_and_nothing_is_made(workdir: Path, calls: list[Any]) -> None:
     with pytest.raises(ConfigError) as raised:
-        finetune.train("smoke", ["lora.rank=0", "optim.lr=0", "sample.prompts=[]"])
+        finetune.sample("smoke", ["lora.rank=0", "optim.lr=0", "sample.prompts=[]"])
     lines = str(raised.value).splitlines()
     assert [line.split()[0] for line in lines] == ["lora.rank", "optim.lr", "sample.prompts"]
     assert (calls, list(workdir.iterdir())) == ([], [])

@@ -194,7 +194,7 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
             ["train", "conf=smoke", "lora.rank=0", "optim.lr=-1"],
             ["lora.rank must be at least 1, got 0; try lora.rank=16", "optim.lr must be above 0, got -1.0"],
         ),
-        (["train", "conf=smoke", "sample.prompts=[]"], ["sample.prompts is empty"]),
+        (["sample", "conf=smoke", "sample.prompts=[]"], ["sample.prompts is empty"]),
         (["train", "conf=smoke", "data.folder=???"], ["data.folder is not set; type data.folder=…"]),
         (["train", "conf=smoke", "name=${nothing}"], ["Interpolation key 'nothing' not found"]),
     ],

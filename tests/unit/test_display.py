@@ -191,6 +191,7 @@ def test_samples_show_the_grid(tmp_path: Path) -> None:
     assert [picture.size for picture in decoded(samples._repr_html_())] == [(1600, 800)]
     (tmp_path / "grid.png").write_bytes(b"not a picture")
     assert "<em>" in samples._repr_html_()
+    assert Samples("", "", ())._repr_html_() == Answers("", "", ())._repr_html_() == ""
 
 
 def test_what_train_returns_shows_everything(tmp_path: Path) -> None:

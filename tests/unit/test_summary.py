@@ -49,3 +49,6 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     none = replace(text_set(), validation=0)
     summary.show(config, Result(None, none, run, adapter, ANSWERS, Report("outputs/mine/report.html")))
     assert ", on examples that were trained on" in " ".join(capsys.readouterr().out.split())
+    undrawn = Answers("", "", ())
+    summary.show(config, Result(None, text_set(), run, adapter, undrawn, Report("outputs/mine/report.html")))
+    assert "answers none (sample.prompts is empty)" in " ".join(capsys.readouterr().out.split())

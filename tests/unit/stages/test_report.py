@@ -26,6 +26,7 @@ from finetune.records import (
     save_receipt,
 )
 from finetune.stages.report import report
+from finetune.stages.sample import sample
 from finetune.stages.train import train
 from tests.unit.test_display import run_record, text_set
 
@@ -181,6 +182,17 @@ def test_a_run_without_validation_or_samples(config: Config, make_dataset: Calla
     page = read(config)
     assert page.sections() == ["curves", "stages", "configuration"]
     assert "alidation" not in page.text
+
+
+def test_what_an_earlier_command_drew_is_not_shown_for_a_run_without_prompts(trained: Config) -> None:
+    add_samples(trained)
+    assert "pictures" in read(trained).sections()
+    trained.sample.prompts = []
+    sample(trained, None)
+    page = read(trained)
+    assert "pictures" not in page.sections()
+    assert "samples 0" in page.text
+    assert (Path(trained.run_dir) / "samples" / "samples.jsonl").exists()
 
 
 def test_without_held_out_pictures_the_sentence_does_not_speak_of_them(
