@@ -31,6 +31,7 @@ PICKLE_WAY_OUT = (  # weights_only runs no code
     'w = torch.load("{old}", map_location="cpu", weights_only=True); w = w.get("state_dict", w); '
     's.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, "{new}")\''
 )
+MODEL_FILES = {"model_index.json": "picture model", "config.json": "language model or captioner"}
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
 
 
@@ -85,8 +86,23 @@ def single_file(reference: str) -> Path | None:
     return path
 
 
+def require(reference: str, *names: str) -> None:
+    """Raises ModelError if the reference is a local folder in which none of these files says what model is there.
+
+    names: `model_index.json` for picture models, `config.json` for language models and captioners; none given: either.
+    """
+    source, wanted = resolve(reference), names or MODEL_FILES
+    if isinstance(source, Path) and not any((source / name).is_file() for name in wanted):
+        kinds = " and no ".join(f"{name} (of a {MODEL_FILES[name]})" for name in wanted)
+        raise ModelError(
+            f"the folder {reference} holds no {kinds}; name the folder that does, in the ordinary Hugging Face layout, "
+            f"or another base ({OFFLINE_WAYS_OUT})"
+        )
+
+
 def local(reference: str) -> Path | None:
     """The folder of a base that is on this machine, downloaded ones included; None if it isn't. Raises ModelError."""
+    require(reference)
     source = resolve(reference)
     return source if isinstance(source, Path) else _snapshot(source)
 
@@ -103,6 +119,7 @@ def load(loader: Any, reference: str, **options: Any) -> Any:
     if folder is not None and (lack := _lacks(loader, folder / (options.get("subfolder") or ""))) is None:
         return _attempt(loader, reference, folder, wanted)
     if isinstance(source, Path):
+        require(reference)
         raise ModelError(_unusable(loader, reference, options, f"{lack} is missing"))
     _ask_hub(source)
     name, revision = _split(source)
@@ -289,7 +306,7 @@ def _split(source: str) -> tuple[str, str | None]:
 
 
 def _is_model(folder: Path) -> bool:
-    return any((folder / name).is_file() for name in ("model_index.json", "config.json"))
+    return any((folder / name).is_file() for name in MODEL_FILES)
 
 
 def hash_content(file: Path, update: Callable[[bytes], object]) -> None:

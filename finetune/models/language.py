@@ -135,6 +135,7 @@ def architecture(model: ModelConfig, folder: Path | None = None) -> tuple[Any, A
     source = hub.resolve(model.base)
     if isinstance(source, Path) and (source / "model_index.json").is_file():
         raise _no_language_model(model.base, "diffusion")
+    hub.require(model.base, "config.json")
     whole = hub.load(AutoConfig, str(folder) if folder else model.base)
     text = whole.get_text_config()
     config = text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else whole

@@ -60,10 +60,12 @@ class SingleFile:
 def find(model: ModelConfig) -> SingleFile | None:
     """The file that `model.base` names; None for a folder, a hub id or an embedded model.
 
-    Raises ModelError for a file that is damaged, no base, or a base of another architecture than the preset's.
+    Raises ModelError for a file that is damaged, no base, or a base of another architecture than the preset's, and for
+    a folder without a picture model.
     """
     path = hub.single_file(model.base)
     if path is None:
+        hub.require(model.base, "model_index.json")
         return None
     if not model.parts:
         raise ModelError(

@@ -11,8 +11,9 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from finetune.config import ModelConfig
 from finetune.errors import ModelError
-from finetune.models import hub
+from finetune.models import blank, hub, language, single_file
 from tests.tiny_models import save_captioner, save_diffusion
 
 
@@ -89,6 +90,24 @@ def test_paths_that_do_not_exist(reference):
         match=r"no model folder .*model=embedded, model=embedded_language and caption=embedded come with the package",
     ):
         hub.resolve(reference)
+
+
+def test_a_folder_without_a_model_says_which_file_it_lacks(tmp_path, pipeline):
+    from transformers import AutoTokenizer
+
+    neither = r"holds no model_index\.json \(of a picture model\) and no config\.json \(of a language model"
+    for ask in (hub.local, lambda folder: hub.load(AutoTokenizer, folder), blank.folder):
+        with pytest.raises(ModelError, match=neither) as error:
+            ask(str(tmp_path))
+        assert "hf download" not in str(error.value)
+    (tmp_path / "config.json").write_text("{}")
+    hub.require(str(tmp_path))
+    with pytest.raises(ModelError, match=r"holds no model_index\.json \(of a picture model\); name the folder that"):
+        single_file.find(ModelConfig(base=str(tmp_path)))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"holds no config\.json \(of a language model"):
+        language.architecture(ModelConfig(kind="language", base=str(tmp_path)))
+    hub.require("someone/tiny")  # which is none of this machine's
 
 
 def test_hub_unreachable_says_so_within_seconds(no_network):
