@@ -49,8 +49,12 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
 
 
 def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
-    """Whether the run fits `hardware`, and how it is fastest; nothing is written and no card is needed."""
+    """Whether the run fits `hardware`, and how it is fastest; nothing is written and no card is needed.
+
+    Of one process: each of several takes as much. Raises ConfigError where several are to plan.
+    """
     config = _config(recipe, overrides)
+    processes.alone()
     from finetune.stages.plan import plan
 
     return plan(config)

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from finetune.errors import RunError
+from finetune.errors import ConfigError, RunError
 
 T = TypeVar("T")
 PATIENCE_S = 24 * 3600.0  # captions of a large folder take hours, in which the other processes only wait
@@ -30,6 +30,12 @@ def count() -> int:
 def index() -> int:
     """This process among them, from 0."""
     return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+
+
+def alone() -> None:
+    """Raises ConfigError where several processes are to do what one does."""
+    if count() > 1:
+        raise ConfigError("several processes can only train; type this command without torchrun or accelerate")
 
 
 @contextmanager

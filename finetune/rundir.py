@@ -12,7 +12,7 @@ from typing import Any
 from finetune import processes
 from finetune.advice import smaller
 from finetune.config import Config
-from finetune.errors import ConfigError, FinetuneError, OutOfMemory, RunError, is_out_of_memory
+from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
 from finetune.files import write_atomically
 from finetune.records import receipt_path
 from finetune.schema import as_dict
@@ -33,8 +33,8 @@ def held(config: Config, owns_config: bool = False) -> Iterator[Path]:
     processes are to do what one does.
     """
     folder = Path(config.run_dir)
-    if processes.count() > 1 and not owns_config:
-        raise ConfigError("several processes can only train; type this command without torchrun or accelerate")
+    if not owns_config:
+        processes.alone()
     if processes.index():
         with _explained(config):
             yield folder

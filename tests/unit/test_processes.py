@@ -249,13 +249,14 @@ def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
         processes.wait(lambda: False)
 
 
+@pytest.mark.parametrize("verb", ["export", "plan"])
 def test_other_verbs_refuse_and_only_the_first_says_so(
-    finetune_cli: Callable[..., Answer], workdir: Path, monkeypatch: pytest.MonkeyPatch
+    finetune_cli: Callable[..., Answer], workdir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     for index, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", index)
-        answer = finetune_cli("export", "conf=pixar_style")
+        answer = finetune_cli(verb, "conf=pixar_style")
         assert answer.code == 2
         assert len(answer.errors) == lines
         said = "error: several processes can only train; type this command without torchrun or accelerate"

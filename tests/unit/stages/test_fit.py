@@ -152,9 +152,12 @@ def tried(config: Config, gib: float, monkeypatch: pytest.MonkeyPatch) -> tuple[
     return choice.settle(config)
 
 
+@pytest.mark.parametrize("processes", ["1", "2"])
 def test_auto_takes_the_fastest_setting_of_the_same_effective_batch(
-    setting: Setting, monkeypatch: pytest.MonkeyPatch
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, processes: str
 ) -> None:
+    """Of several processes each keeps its share, and so does the run."""
+    monkeypatch.setenv("WORLD_SIZE", processes)
     config = setting.config
     config.trainer.checkpointing = 1
     config.sample.prompts = []
