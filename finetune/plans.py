@@ -1,6 +1,6 @@
 """What `finetune plan` hands back: which settings a card takes, which are fastest, and where the memory goes."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 KEYS = {
     "micro_batch": "trainer.micro_batch",
@@ -47,7 +47,8 @@ class Plan:
 
     chosen: the fastest setting that fits, None if none does. asked: the recipe's own. others: the next best that fit,
     fastest first. phases: GiB of each phase at its worst moment, "training" among them, for `chosen` (or the most
-    frugal setting). problems: what doesn't fit, a line each that ends in what would. notes: what the figures rest on.
+    frugal setting); main_gib: of main memory besides a card, at most, by what is done, the most first. problems: what
+    doesn't fit, a line each that ends in what would. notes: what the figures rest on.
     """
 
     name: str
@@ -63,6 +64,7 @@ class Plan:
     phases: dict[str, float]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
+    main_gib: dict[str, float] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:

@@ -52,8 +52,12 @@ def phases(plan: Plan) -> list[tuple[str, str, str]]:
 def facts(plan: Plan) -> list[tuple[str, str]]:
     """What was planned for what."""
     stored = f", base in {plan.quantize}" if plan.quantize != "none" else ""
-    return [
+    found = [
         ("base", plan.base),
         ("card", f"{plan.card}; {plan.budget_gib:.1f} GiB for this process"),
         ("arithmetic", plan.precision + stored),
     ]
+    if plan.main_gib:
+        uses = ", ".join(f"{gib:.1f} GiB for {name}" for name, gib in plan.main_gib.items())
+        found.append(("main memory", f"at most {uses}"))
+    return found

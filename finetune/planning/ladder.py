@@ -11,7 +11,7 @@ from dataclasses import replace
 
 import torch
 
-from finetune.config import Config, Precision, Quantize
+from finetune.config import Config, Optimizer, Precision, Quantize
 from finetune.models import activations, lora
 from finetune.planning import speed
 from finetune.planning.machine import GIB, Machine
@@ -26,6 +26,7 @@ SLACK = 0.10
 """Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; assumed for
 others. What stays (weights) lies close."""
 OUTSIDE = ("CUDA context", "allocator slack")
+PINNED = 2  # times its size is the most that a tensor takes in pinned memory, which comes in powers of two
 WORKSPACES_GIB = 0.1  # of cuBLAS and cuDNN in training steps; assumed
 
 
@@ -74,6 +75,17 @@ class Ladder:
             units=self.effective * self.sketch.units,
             parts=parts(trace, self.machine),
         )
+
+    def waiting(self, setting: Setting) -> dict[str, float]:
+        """GiB that wait in main memory for their turn in a training step, by what they are; at most."""
+        trace = self._trace(setting.micro_batch, setting.checkpointing, setting.offload_activations)
+        paged = self.config.optim.name is Optimizer.paged_adamw8bit  # where the card is full
+        sizes = {
+            "blocks": -self.held.get("weights", 0.0),
+            "activations": PINNED * trace.away,
+            "optimiser": self.held["optimiser"] if paged else 0.0,
+        }
+        return {name: size / GIB for name, size in sizes.items() if size}
 
     def least_gib(self) -> float:
         """What the most frugal setting takes, from one trace."""

@@ -25,6 +25,7 @@ class Machine:
     """vram_gib: what a process may take, of the card or of main memory. context_gib: of it outside all tensors.
 
     tflops: dense products in 16 bit and in fp32, peak on a card, measured on a CPU. known: whether speeds are facts.
+    main_gib: main memory beside a card that is free now; None where nobody knows, or there is no other.
     """
 
     name: str
@@ -37,6 +38,7 @@ class Machine:
     gb_per_s: float
     known: bool
     words: str = ""
+    main_gib: float | None = None
 
     def precision(self, wanted: Precision) -> Precision:
         """`auto` resolved. Raises ConfigError for arithmetic that the machine doesn't have."""
@@ -79,6 +81,7 @@ def _preset(hardware: HardwareConfig) -> Machine:
 
 def _card(hardware: HardwareConfig) -> Machine:
     """The card of this machine: its free memory now, and the speeds of the preset that bears its name."""
+    import psutil
     import torch
 
     name = torch.cuda.get_device_name()
@@ -96,6 +99,7 @@ def _card(hardware: HardwareConfig) -> Machine:
         facts.get("gb_per_s", UNKNOWN_GB_PER_S),
         known=bool(facts),
         words=f"{free:.1f} of {total:.1f} GiB free now",
+        main_gib=psutil.virtual_memory().available / GIB,
     )
 
 

@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator, Sequence
 
 from finetune.config import Config
 from finetune.pages.tables import duration
-from finetune.planning import speed
+from finetune.planning import main_memory, speed
 from finetune.planning.choice import Choice, choose
 from finetune.planning.ladder import Ladder, thriftier
 from finetune.planning.machine import Machine, read
@@ -47,6 +47,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
     asked = config.trainer
     phases = {"training": best.gib} | dict(ladder.phases(best.micro_batch))
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
+    main_gib = main_memory.moments(config, ladder, best)
     return Plan(
         name=config.name,
         base=config.model.base,
@@ -60,12 +61,25 @@ def _planned(config: Config, choice: Choice) -> Plan:
         others=_others(choice.tried, chosen, machine.vram_gib),
         phases=phases,
         problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),
-        notes=(speed.explained(machine, ladder.precision), _whole(best, asked.steps), *ladder.sketch.notes),
+        notes=(
+            speed.explained(machine, ladder.precision),
+            _whole(best, asked.steps),
+            *ladder.sketch.notes,
+            _unread(config),
+            *main_memory.warning(config, main_gib, machine.main_gib),
+        ),
+        main_gib=main_gib,
     )
 
 
 def _whole(setting: Setting, steps: int) -> str:
     return f"all {steps:,} steps take about {duration(steps * setting.seconds)}"
+
+
+def _unread(config: Config) -> str:
+    """Why a plan wants no data: what there is could only be smaller, and shapes of one area hardly are."""
+    data = "data.folder" if config.model.kind == "diffusion" else "data.file"
+    return f"{data} is not looked at: no example can be larger than what is planned for"
 
 
 def _others(tried: Sequence[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:

@@ -209,7 +209,7 @@ def optimizer_bytes(parameters: Iterable[Tensor], name: Optimizer) -> float:
     """Memory of Adam's two states: fp32, or a byte a number and fp32 scales (bitsandbytes)."""
     total = 0
     for size in (parameter.numel() for parameter in parameters):
-        thrifty = name is Optimizer.adamw8bit and size >= SMALL_8BIT
+        thrifty = name is not Optimizer.adamw and size >= SMALL_8BIT
         total += 2 * (_rounded(size) + _rounded(4 * -(-size // BLOCK_8BIT)) if thrifty else _rounded(4 * size))
     return float(total)
 

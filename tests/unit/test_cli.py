@@ -498,11 +498,12 @@ def test_plan_prints_a_table_of_80_columns_and_what_to_type(
     finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(api, "plan", lambda config: planned())
+    monkeypatch.setattr(api, "plan", lambda config: planned(main_gib={"export": 46.04, "training": 3.0}))
     answer = finetune_cli("plan", "conf=smoke", "data.folder=pictures", "trainer.micro_batch=8", "trainer.accumulate=1")
     assert answer.code == 0, answer.err
     for word in ("weights", "CUDA context", "phases", "export", "fastest", "own, too large", "32.0", "15.50"):
         assert word in answer.out
+    assert "main memory  at most 46.0 GiB for export, 3.0 GiB for training" in answer.out
     table, command = answer.out.split("next\n")
     assert max(map(len, table.splitlines())) <= 80
     assert command.strip().endswith(

@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 import yaml
@@ -65,9 +66,12 @@ def test_a_card_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str,
         is_bf16_supported=lambda including_emulation: True,
     )
     monkeypatch.setattr(torch, "cuda", card)
+    memory = psutil.virtual_memory()
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(machine, "pick_device", lambda wanted: torch.device("cuda", 0))
     found = machine.read(HardwareConfig())
     assert (found.name, found.tflops, found.known) == (name, tflops, tflops != 100.0)
     assert found.vram_gib == 20.5
     assert found.words == "20.5 of 24.0 GiB free now"
+    assert found.main_gib == psutil.virtual_memory().available / machine.GIB
     assert machine.read(HardwareConfig(vram_gib=8.0)).vram_gib == 8.0

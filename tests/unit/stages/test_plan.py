@@ -64,6 +64,8 @@ def test_the_fastest_that_fits_whatever_the_budget(roomy: Config, tmp_path: Path
     found = plan(roomy)
     consistent(found)
     assert found.fits
+    data = "data.folder" if roomy.model.kind == "diffusion" else "data.file"
+    assert f"{data} is not looked at: no example can be larger than what is planned for" in found.notes
     assert found.chosen is not None
     largest = found.chosen.gib
     roomy.hardware.vram_gib = largest - 1e-4

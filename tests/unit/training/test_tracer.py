@@ -220,7 +220,9 @@ def test_a_stretch_of_other_kernels_is_drawn_on_as_a_whole() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "expected"), [(Optimizer.adamw, 8 * 2**17), (Optimizer.adamw8bit, 2 * (2**17 + 4 * 512))]
+    ("name", "expected"),
+    [(Optimizer.adamw, 8 * 2**17)]
+    + [(name, 2 * (2**17 + 4 * 512)) for name in (Optimizer.adamw8bit, Optimizer.paged_adamw8bit)],
 )
 def test_states_of_adam(name: Optimizer, expected: float) -> None:
     assert optimizer_bytes([torch.empty(2**17)], name) == expected

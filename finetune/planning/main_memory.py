@@ -1,0 +1,94 @@
+"""What a run on a card takes of main memory besides: what comes through it, waits in it, or is compared in it.
+
+Upper bounds. A file that is stored as it computes is mapped, and its pages may go again; in another precision, as in an
+export in fp32, a copy of all of it is there (seen with transformers 5.23 and diffusers 0.42 on a CPU). The process
+itself, a few GiB with CUDA's libraries, is not counted.
+"""
+
+from collections.abc import Iterator
+
+import torch
+from torch import nn
+
+from finetune.config import Config, Dialect, Quantize
+from finetune.models import blank, hub, offload
+from finetune.planning.ladder import Ladder
+from finetune.planning.machine import GIB
+from finetune.plans import Setting
+
+LEAST_GIB = 0.05  # what is less isn't worth a word
+
+
+def moments(config: Config, ladder: Ladder, setting: Setting) -> dict[str, float]:
+    """GiB by what is being done, the most first; nothing without a card, whose memory then is the main one.
+
+    config: the recipe's own, whose exports are planned for; ladder, setting: what training takes.
+    """
+    if not ladder.machine.cuda:
+        return {}
+    waiting = ladder.waiting(setting)
+    blocks = waiting.get("blocks", 0.0)
+    found = {
+        "loading the base": _loading(ladder) + blocks,  # they are copied to their place while the whole is there
+        "training": sum(waiting.values()),
+        "export": _export(ladder),
+    }
+    if config.model.kind == "diffusion":
+        found["loading the text encoders"] = sum(map(_bytes, blank.text_encoders(config.model))) / GIB
+    kept = {name: gib for name, gib in found.items() if gib >= LEAST_GIB}
+    return dict(sorted(kept.items(), key=lambda item: -item[1]))
+
+
+def warning(config: Config, found: dict[str, float], free_gib: float | None) -> Iterator[str]:
+    """A line that says what to type, where the most of `found` is more than is free."""
+    if free_gib is None or not found:
+        return
+    name, gib = next(iter(found.items()))
+    if gib <= free_gib:
+        return
+    if name == "export" and Dialect.merged in config.export.dialects:
+        way = "try 'export.dialects=[peft]'"
+    elif name != "loading the text encoders" and config.model.quantize is Quantize.none:
+        way = "try model.quantize=nf4"
+    else:
+        way = "close other programs first"
+    yield f"main memory: {name} takes up to {gib:.1f} GiB, and {free_gib:.1f} are free here now; {way}"
+
+
+def _loading(ladder: Ladder) -> float:
+    """GiB of the base that come through main memory on their way to the card."""
+    model, base = ladder.config.model, _frozen(ladder.sketch.model) / GIB
+    if model.kind == "language":  # straight to the card, unless blocks stay behind
+        return base if model.offload else 0.0
+    if file := hub.single_file(model.base):  # its tensors are renamed and cut up first
+        return file.stat().st_size / GIB
+    return base if model.quantize is Quantize.none else 0.0  # diffusers quantises on the card
+
+
+def _export(ladder: Ladder) -> float:
+    """GiB of the models that are compared: `handout` and `text_handout` say which, and when in fp32."""
+    config = ladder.config
+    model, plain = config.model, config.model.quantize is Quantize.none
+    if model.kind == "diffusion":
+        if not (plain and model.offload):  # else in fp32, of which a part stays
+            return _loading(ladder)
+        return _in_fp32(sum(weight.numel() for weight in ladder.sketch.model.parameters()), ladder)
+    merged = Dialect.merged in config.export.dialects
+    count = sum(weight.numel() for weight in blank.language_model(model, torch.bfloat16).parameters())
+    if config.lora.dora:  # whose base is at hand as a whole, on the card; a merged model is made here all the same
+        return 2 * count / GIB if merged else 0.0
+    return _in_fp32(count, ladder) if plain or merged else _loading(ladder)
+
+
+def _in_fp32(count: int, ladder: Ladder) -> float:
+    """GiB of so many weights, and of what of them then has its place in main memory."""
+    whole = 4 * count / GIB
+    return whole + max(0.0, whole - offload.WEIGHTS_SHARE * ladder.sketch.room / GIB)
+
+
+def _frozen(model: nn.Module) -> int:
+    return sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad)
+
+
+def _bytes(model: nn.Module) -> int:
+    return sum(weight.nbytes for weight in model.parameters())
