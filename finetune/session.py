@@ -14,6 +14,7 @@ from finetune import processes
 from finetune.advice import smallest
 from finetune.config import Config
 from finetune.errors import OutOfMemory
+from finetune.memory import within_memory
 from finetune.models import lora
 from finetune.models.device import card_gib, peak_gib
 from finetune.pages import curves
@@ -27,7 +28,7 @@ from finetune.training.accelerator import prepare
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
 from finetune.training.loop import Step, fit, rehearse
-from finetune.training.memory import Ladder, within_memory
+from finetune.training.memory import Ladder
 from finetune.training.optim import build_optimizer, learning_rate, load_state
 from finetune.training.pace import Pace, likely
 from finetune.training.signals import Stop

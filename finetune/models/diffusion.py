@@ -6,6 +6,7 @@ B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text 
 """
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -14,30 +15,59 @@ from torch import Tensor, nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.errors import ModelError
+from finetune.memory import within_memory
 from finetune.models import adapters, hub, lora, lora_files, offload, quantize, single_file
+from finetune.models.device import free
 from finetune.models.families import family
-from finetune.models.families.base import Family, Text
+from finetune.models.families.base import Family, Text, spare
+from finetune.progress import say
 
 CPU = torch.device("cpu")
+TEXTS_AT_ONCE, PAINTED_AT_ONCE = 32, 8
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
 class TextEncoder:
-    """A base's frozen text encoders with their tokenizers."""
+    """A base's frozen text encoders with their tokenizers.
+
+    Where they don't fit the card they read fewer captions at once, and at last work in main memory, which is slower.
+    """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        self.family = family(model.family)
+        self.family, self.at_once = family(model.family), TEXTS_AT_ONCE
         dtypes = {"default": torch.float32} | dict.fromkeys(self.family.LARGE_TEXT, torch.bfloat16)
         parts = dict.fromkeys((self.family.BACKBONE, "vae"))
-        self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes).to(device)
+        self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
+        self.on_card = device.type != "cpu"
+        if self.on_card and within_memory(lambda: self.pipeline.to(device)) is None:
+            self._leave_the_card()
 
-    @torch.no_grad()
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per text what the backbone reads, on the CPU; longer texts are cut to what the encoders read."""
+        found: list[dict[str, Tensor]] = []
+        while len(found) < len(texts):
+            part = texts[len(found) : len(found) + self.at_once]
+            read = within_memory(partial(self._read, part)) if self.on_card else self._read(part)
+            if read is not None:
+                found += read
+            elif len(part) > 1:
+                self.at_once = len(part) // 2
+            else:
+                self._leave_the_card()
+        return found
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         with hub.hushed():  # the libraries warn of each text that is cut; so do we, once and by file
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
+
+    def _leave_the_card(self) -> None:
+        say("the text encoders don't fit the card: they work in main memory, which is slower")
+        self.pipeline.to("cpu")
+        self.on_card = False
+        free()
 
     def lost(self, text: str) -> str:
         """The tail of `text` that the encoder never sees; empty if all of it fits."""
@@ -211,7 +241,8 @@ class Painter:
     """Draws pictures with any backbone of one base.
 
     Prompt embeddings and autoencoder are loaded once, the text encoders are dropped again. The same
-    prompt and seed start from the same noise whatever the backbone, the batch or the device.
+    prompt and seed start from the same noise whatever the backbone, the batch or the device. Where memory runs out it
+    draws fewer at once, and at last decodes in tiles, from then on.
     """
 
     def __init__(
@@ -223,11 +254,11 @@ class Painter:
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
         del encoder
         self.negative, self.device, self.dtype = negative, device, dtype
+        self.at_once, self.tiled = PAINTED_AT_ONCE, False
         self.vae = load_vae_model(model)
         parts = dict.fromkeys((self.family.BACKBONE, *self.family.TEXT)) | {"vae": self.vae}
         self.pipeline = load_pipeline(model, parts)
 
-    @torch.no_grad()
     def draw(
         self,
         backbone: nn.Module,
@@ -237,34 +268,63 @@ class Painter:
         height: int,
         steps: int,
         guidance: float,
-        batch: int = 8,
     ) -> list[Any]:
-        """One PIL picture for each (prompt, seed); prompts must be among those given at construction."""
+        """One PIL picture for each (prompt, seed); prompts must be among those given at construction.
+
+        Raises torch.OutOfMemoryError where one picture is too much, in tiles too.
+        """
+        pictures: list[Any] = []
+        while len(pictures) < len(jobs):
+            part = jobs[len(pictures) : len(pictures) + self.at_once]
+            work = partial(self._draw, backbone, part, width=width, height=height, steps=steps, guidance=guidance)
+            drawn = work() if self.tiled and len(part) == 1 else within_memory(work)
+            if drawn is not None:
+                pictures += drawn
+            else:
+                self._relieve(len(part))
+        return pictures
+
+    def _relieve(self, drawn: int) -> None:
+        if drawn > 1:
+            self.at_once = drawn // 2
+            say(f"memory ran out for {drawn} pictures at once; drawing {self.at_once}")
+        else:
+            self.tiled = True
+            spare(self.vae)
+            say("memory ran out for a picture; decoding in tiles")
+
+    @torch.no_grad()
+    def _draw(
+        self,
+        backbone: nn.Module,
+        jobs: Sequence[tuple[str, int]],
+        *,
+        width: int,
+        height: int,
+        steps: int,
+        guidance: float,
+    ) -> list[Any]:
         pipeline = self.pipeline
         pipeline.register_modules(**{self.family.BACKBONE: backbone})
         self.vae.to(self.device)
         training = backbone.training
         backbone.eval()
-        pictures: list[Any] = []
         try:
-            for start in range(0, len(jobs), batch):
-                part = jobs[start : start + batch]
-                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-                    latents = pipeline(
-                        **self.family.call(
-                            self._stacked([prompt for prompt, _ in part]),
-                            self._stacked([self.negative] * len(part)),
-                            guidance,
-                        ),
-                        generator=[torch.Generator().manual_seed(seed) for _, seed in part],
-                        width=width,
-                        height=height,
-                        num_inference_steps=steps,
-                        output_type="latent",
-                    ).images
-                pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
-                pictures += pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil")
-            return pictures
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+                latents = pipeline(
+                    **self.family.call(
+                        self._stacked([prompt for prompt, _ in jobs]),
+                        self._stacked([self.negative] * len(jobs)),
+                        guidance,
+                    ),
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
+                    width=width,
+                    height=height,
+                    num_inference_steps=steps,
+                    output_type="latent",
+                ).images
+            pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
+            return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))
         finally:  # also where memory ran out
             backbone.train(training)
             pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops it shall get its memory

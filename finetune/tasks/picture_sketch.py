@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from finetune.config import Config, Quantize
 from finetune.data import buckets
 from finetune.models import blank, checkpointing, lora, offload, single_file
+from finetune.models.diffusion import PAINTED_AT_ONCE, TEXTS_AT_ONCE
 from finetune.models.families import family
 from finetune.models.families.base import AT_ONCE
 from finetune.tasks import diffusion, handout, pictures
@@ -22,7 +23,6 @@ from finetune.training.tracer import Trace, Tracer, optimizer_bytes
 # on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
 WORKSPACE_GIB_PER_MEGAPIXEL = 1.9
 WORKSPACE_SEEN = ("AutoencoderKL", "AutoencoderKLFlux2")
-PAINTED_AT_ONCE = 8  # of `Painter.draw`
 CLIP_TOKENS = 77
 
 
@@ -123,7 +123,7 @@ class PictureSketch:
             for encoder in encoders.children():
                 name = type(encoder).__name__
                 tokens = CLIP_TOKENS if name.startswith("CLIP") else longest
-                rows = pictures.TEXT_BATCH if name.startswith(("CLIP", "T5")) else 1  # as the families encode
+                rows = TEXTS_AT_ONCE if name.startswith(("CLIP", "T5")) else 1  # as the families encode
                 encoder(input_ids=torch.zeros(rows, tokens, dtype=torch.long), output_hidden_states=True)
 
         return tracer.run(encoders, work)

@@ -23,13 +23,19 @@ from finetune.data.cache import Cache, key_of, missing
 from finetune.errors import DataError
 from finetune.files import write_atomically
 from finetune.models.device import free, pick_device
-from finetune.models.diffusion import base_identity, load_text_encoder, load_vae, text_identity, vae_identity
+from finetune.models.diffusion import (
+    TEXTS_AT_ONCE,
+    base_identity,
+    load_text_encoder,
+    load_vae,
+    text_identity,
+    vae_identity,
+)
 from finetune.progress import progress, say
 from finetune.records import CaptionSet, Dataset, Example
 from finetune.schema import as_dict
 
 GEOMETRY = "lanczos-1"  # part of every picture's key: change it when the same bucket and crop would give other pixels
-TEXT_BATCH = 32
 PIXELS_AT_ONCE = 512 * 512  # of one VAE batch: fills a card already; more would only cost memory
 SMALLEST_SPLIT = 20  # pictures; of fewer, holding some out costs more than the validation loss tells
 DECODE_THREADS = 4
@@ -220,8 +226,8 @@ def _encode_texts(config: Config, cache: Cache, pictures: Sequence[Picture]) -> 
     if missing:
         encoder = load_text_encoder(config.model, pick_device(config.hardware.device))
         with progress("captions", len(missing), unit="captions") as bar:
-            for start in range(0, len(missing), TEXT_BATCH):
-                batch = missing[start : start + TEXT_BATCH]
+            for start in range(0, len(missing), TEXTS_AT_ONCE):
+                batch = missing[start : start + TEXTS_AT_ONCE]
                 for text, tensors in zip(batch, encoder.encode(batch), strict=True):
                     cache.put(keys[text], tensors, lost=encoder.lost(text))
                 bar.advance(len(batch))

@@ -14,8 +14,9 @@ from accelerate import Accelerator
 
 from finetune import processes
 from finetune.errors import TrainingError
+from finetune.memory import within_memory
 from finetune.tasks.base import Batch, Task, Visit
-from finetune.training.memory import Ladder, within_memory
+from finetune.training.memory import Ladder
 from finetune.training.reduction import Share, combine
 from finetune.training.signals import Stop
 

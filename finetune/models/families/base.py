@@ -16,6 +16,8 @@ from finetune.models.objectives import Objective
 # Most pixels that an autoencoder takes at once: of several pictures, which then come one by one; of one picture, which
 # then comes in overlapping tiles. Tiles are normalised each by itself and blended, so smaller pictures are left whole.
 AT_ONCE, UNTILED = 1024**2, 2 * 1024**2
+TILE = 512  # pixels a side, of the tiles of an autoencoder that has to be thrifty
+FRUGAL = "takes_tiles"  # an attribute of an autoencoder, see `spare`
 Text = dict[
     str, Tensor
 ]  # what the text encoders make of one caption, or stacked of many; the same shapes for every one
@@ -124,7 +126,15 @@ def pooled_call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any
 
 def divide(vae: Any, pictures: int, pixels: int) -> None:
     """Set how the autoencoder goes about so many pictures of so many pixels each."""
-    vae.use_slicing, vae.use_tiling = pictures * pixels > AT_ONCE, pixels > UNTILED
+    frugal = getattr(vae, FRUGAL, False)
+    vae.use_slicing, vae.use_tiling = frugal or pictures * pixels > AT_ONCE, frugal or pixels > UNTILED
+
+
+def spare(vae: Any) -> None:
+    """Have an autoencoder take whatever is larger than a tile in tiles, for the sake of memory."""
+    setattr(vae, FRUGAL, True)
+    if hasattr(vae, "tile_latent_min_size"):  # else it has small tiles by itself; these are as large as its pictures
+        vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 2 ** (len(vae.config.block_out_channels) - 1)
 
 
 def padded(embedding_LD: Tensor, tokens: int) -> Text:

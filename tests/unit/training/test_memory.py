@@ -12,13 +12,14 @@ from torch import Tensor
 
 from finetune.config import Config, Schedule
 from finetune.errors import OutOfMemory, is_out_of_memory
+from finetune.memory import within_memory
 from finetune.models import activations, checkpointing, lora
 from finetune.records import Run
 from finetune.stages.train import train
 from finetune.tasks import registry
 from finetune.tasks.base import Batch, Task, Visit
 from finetune.training import checkpoint
-from finetune.training.memory import Ladder, within_memory
+from finetune.training.memory import Ladder
 from tests.unit.conftest import Setting
 
 FULL = "CUDA out of memory. Tried to allocate 20.00 MiB"
