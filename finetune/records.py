@@ -139,7 +139,8 @@ class Run:
 
     first_loss: of the first step. last_loss: mean over the last 10 % of the steps.
     checkpoint: the last one's folder. unit, items: what was trained on, "images" or "tokens", and how many.
-    micro_batch: examples in one forward pass at the end. eased: what gave way because memory ran out, empty if nothing.
+    micro_batch: examples in one forward pass at the end. effective: in one optimiser step, of all processes; 0 in
+    records from before that was noted. eased: what gave way because memory ran out, empty if nothing.
     peak_gib: the most that this process held so far. planned_gib, probed_gib, measured_gib: the most in this training
     with its validation and previews, by the plan, after trying its worst step, and at the end; None without a card or
     with trainer.fit=off. slow_steps: that took much longer than those before, several in a row.
@@ -167,6 +168,17 @@ class Run:
     probed_gib: float | None = None
     measured_gib: float | None = None
     slow_steps: int = 0
+    effective: int = 0
+    processes: int = 1
+
+    @property
+    def batch(self) -> str:
+        """How an optimiser step is cut up, for people: micro-batch × accumulation (× processes) = effective batch."""
+        one = self.effective // self.processes
+        if not one or one % self.micro_batch:  # half of an odd micro-batch leaves a rest
+            return f"{self.micro_batch} at most" + (f", effective batch {self.effective}" if one else "")
+        of_all = f" × {self.processes} processes" if self.processes > 1 else ""
+        return f"{self.micro_batch} × {one // self.micro_batch} accumulated{of_all} = effective batch {self.effective}"
 
     @property
     def items_per_s(self) -> float:

@@ -127,9 +127,8 @@ class Session:
         """Take one step into the state and do what is due after it."""
         trainer, state = self.config.trainer, self.state
         if step.eased:
-            effective = trainer.micro_batch * trainer.accumulate * processes.count()
             tried = ", then ".join(step.eased)
-            say(f"step {step.number}: memory ran out; going on with {tried}; effective batch still {effective}")
+            say(f"step {step.number}: memory ran out; going on with {tried}; effective batch still {self._effective()}")
         if step.refused:
             say(f"step {step.number} refused: {step.refused}")
             self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
@@ -208,6 +207,8 @@ class Session:
             slow_steps=self.pace.slow,
             training_hash=training_hash,
             micro_batch=self.ladder.micro_batch,
+            effective=self._effective(),
+            processes=processes.count(),
             eased=self.ladder.summary,
             planned_gib=state.planned_gib,
             probed_gib=state.probed_gib,
@@ -262,11 +263,14 @@ class Session:
     def _visits(self) -> Iterator[Sequence[Visit]]:
         """This process's visits of every remaining step: every so many-th of the micro-batches that one would take."""
         trainer, several = self.config.trainer, processes.count()
-        effective = trainer.micro_batch * trainer.accumulate * several
-        chunks = self.task.steps(effective=effective, start=self.state.step)
+        chunks = self.task.steps(effective=self._effective(), start=self.state.step)
         for chunk in itertools.islice(chunks, trainer.steps - self.state.step):
             parts = self.task.split(chunk, trainer.micro_batch)
             yield chunk if several == 1 else list(itertools.chain(*parts[processes.index() :: several]))
+
+    def _effective(self) -> int:
+        """Examples in one optimiser step of all processes."""
+        return self.config.trainer.micro_batch * self.config.trainer.accumulate * processes.count()
 
     def _log(self, step: Step) -> None:
         if processes.index():

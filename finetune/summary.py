@@ -72,7 +72,7 @@ def _table(config: Config, result: Result, recipe: str) -> None:
     table.add_row(
         "speed", f"{run.items_per_s:,.1f} {run.unit}/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB"
     )
-    table.add_row("micro-batch", str(run.micro_batch))
+    table.add_row("batch", run.batch)
     if run.fit:
         table.add_row("training", run.fit)
     if run.eased:

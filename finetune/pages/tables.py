@@ -35,7 +35,7 @@ def run_rows(run: Run) -> list[list[str]]:
         ["speed", f"{rate(run.items_per_s)} {run.unit}/s"],
         ["peak memory", f"{run.peak_gib:.2f} GiB"],
         *([["memory of training", run.fit]] if run.fit else []),
-        ["micro-batch", str(run.micro_batch)],
+        ["batch", run.batch],
         ["trained parameters", f"{run.trainable:,} of {run.total:,} ({share:.2%})"],
     ]
     if run.eased:

@@ -75,6 +75,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         "steps": record.steps,
         f"{record.unit}_per_s": record.items_per_s,
         "micro_batch": record.micro_batch,
+        "effective_batch": record.effective,
+        "processes": record.processes,
         "eased": record.eased,
         "peak_gib": record.peak_gib,
         "planned_gib": record.planned_gib,

@@ -155,6 +155,19 @@ def test_run_shows_its_curve_and_figures(tmp_path: Path) -> None:
         assert words in html
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"micro_batch": 2, "effective": 8}, "2 × 4 accumulated = effective batch 8"),
+        ({"micro_batch": 2, "effective": 8, "processes": 2}, "2 × 2 accumulated × 2 processes = effective batch 8"),
+        ({"micro_batch": 2, "effective": 5}, "2 at most, effective batch 5"),
+        ({"micro_batch": 2}, "2 at most"),
+    ],
+)
+def test_a_run_says_how_its_steps_were_cut_up(tmp_path: Path, values: dict[str, int], words: str) -> None:
+    assert f">{words}<" in run_record(tmp_path, **values)._repr_html_()
+
+
 def test_a_run_on_conversations_counts_tokens(tmp_path: Path) -> None:
     html = run_record(tmp_path, unit="tokens", items=56_960)._repr_html_()
     for words in ("tokens seen", "56,960", "7,120 tokens/s"):

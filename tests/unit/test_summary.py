@@ -30,7 +30,15 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     config = Config(name="mine", run_dir="outputs/mine")
     save_receipt(Path(config.run_dir), "train", Report("x"), input_hash="", seconds=61.0, figures={})
     tried = {"planned_gib": 19.0, "probed_gib": 19.11, "measured_gib": 19.2}
-    run = run_record(Path("outputs/mine"), unit="tokens", micro_batch=2, eased="micro-batch 2 instead of 4", **tried)
+    run = run_record(
+        Path("outputs/mine"),
+        unit="tokens",
+        micro_batch=2,
+        effective=16,
+        processes=2,
+        eased="micro-batch 2 instead of 4",
+        **tried,
+    )
     adapter = Adapter("outputs/mine/adapter", {}, {}, "base", "")
     summary.show(config, Result(None, text_set(), run, adapter, ANSWERS, Report("outputs/mine/report.html")))
     out = capsys.readouterr().out
@@ -38,6 +46,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     for words in (
         "2.0 tokens/s",
         " answers ",
+        " 2 × 4 accumulated × 2 processes = effective batch 16",
         "19.00 GiB planned, 19.11 GiB tried out, 19.20 GiB measured",
         "ran out; went on with micro-batch 2 instead of 4",
         "outputs/mine/samples/answers.md",

@@ -263,7 +263,10 @@ def test_micro_batch_and_accumulation_may_be_exchanged_on_resume(
     dataset = make_dataset()
     train(config, dataset)
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 6, 4, 1
-    assert train(config, dataset).steps == 6
+    found = train(config, dataset)
+    assert (found.steps, found.batch) == (6, "4 × 1 accumulated = effective batch 4")
+    figures = json.loads((Path(config.run_dir) / "receipts" / "train.json").read_text())["figures"]
+    assert (figures["micro_batch"], figures["effective_batch"], figures["processes"]) == (4, 4, 1)
 
 
 def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
