@@ -43,9 +43,9 @@ def phases(plan: Plan) -> list[tuple[str, str, str]]:
     """Every phase: GiB, and a bar against the budget."""
     rows = []
     for name, gib in plan.phases.items():
-        length = round(BAR * gib / plan.budget_gib) if plan.budget_gib else 0
+        length = max(1, round(BAR * gib / plan.budget_gib)) if gib and plan.budget_gib else 0
         over = " too large" if gib > plan.budget_gib else ""
-        rows.append((name, f"{gib:.2f}", "█" * min(BAR, max(1, length)) + over))
+        rows.append((name, f"{gib:.2f}", "█" * min(BAR, length) + over))
     return rows
 
 

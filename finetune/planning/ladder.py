@@ -5,7 +5,7 @@ weights wait in main memory. Nothing here changes what is learnt.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -18,7 +18,7 @@ from finetune.planning.machine import GIB, Machine
 from finetune.plans import Setting
 from finetune.tasks import registry
 from finetune.tasks.registry import Sketch
-from finetune.training.tracer import Trace, optimizer_bytes, stretched
+from finetune.training.tracer import Trace, Way, optimizer_bytes, stretched
 
 TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because its reshaped tensors need no copy
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -95,14 +95,24 @@ class Ladder:
         """What torch's allocator gives out at the worst moment of a training: its steps, validation and previews."""
         known = (checkpointing, away) in self.traces  # by whoever chose this setting; a start needn't wait for another
         step = (self._trace if known else self.step)(micro_batch, checkpointing, away)
-        traces = [step, *(trace for _, trace in self.sketch.beside(micro_batch))]
-        found = [parts(trace, self.machine) for trace in traces]
+        beside = [self._taken(ways)[0] for _, ways in self.sketch.beside(micro_batch)]
+        found = [parts(step, self.machine), *beside]
         return max(sum(gib for name, gib in held.items() if name not in OUTSIDE) for held in found)
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, float]]:
-        """GiB of every other phase at its worst moment, by name."""
-        for name, trace in self.sketch.phases(micro_batch):
-            yield name, sum(parts(trace, self.machine).values())
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, float, str]]:
+        """Every other phase: its name, GiB at its worst moment, and in which way it is done, if there are several."""
+        for name, ways in self.sketch.phases(micro_batch):
+            held, words = self._taken(ways)
+            yield name, sum(held.values()), words
+
+    def _taken(self, ways: Iterable[Way]) -> tuple[dict[str, float], str]:
+        """What the first way that fits holds, and its words; of the last one where none does."""
+        held, words = {}, ""
+        for way in ways:
+            held, words = parts(way.trace, self.machine) if way.trace else {}, way.words
+            if sum(held.values()) <= self.machine.vram_gib:
+                break
+        return held, words
 
     def step(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
         """One step, traced at this very size."""

@@ -1,17 +1,24 @@
 """Export the trained adapter in every dialect, each one proven against the trained module."""
 
+import shutil
 import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import TypeVar
 
-from finetune.config import Config, Kept
+from finetune.config import Config, Device, Kept, Precision, Quantize
 from finetune.files import replace_folder
-from finetune.models.device import free
+from finetune.memory import within_memory
+from finetune.models.device import free, pick_device
 from finetune.pages.tables import difference
 from finetune.progress import say
 from finetune.records import Adapter, Run, hash_of, load_record, save_receipt
 from finetune.schema import as_dict
 from finetune.tasks import registry
 from finetune.training import checkpoint
+
+T = TypeVar("T")
 
 
 def export(config: Config, run: Run) -> Adapter:
@@ -29,7 +36,9 @@ def export(config: Config, run: Run) -> Adapter:
     trained = checkpoint.load(_chosen(config, run))
     with replace_folder(folder) as temporary:
         handout = registry.kind(config).handout
-        files, differences = handout.write(config, run, trained.adapter, trained.averaged, temporary)
+        files, differences = _within_memory(
+            config, temporary, lambda here: handout.write(here, run, trained.adapter, trained.averaged, temporary)
+        )
         (temporary / "README.md").write_text(
             _card(config, run, files, differences, handout.usage(config)), encoding="utf-8"
         )
@@ -48,6 +57,21 @@ def export(config: Config, run: Run) -> Adapter:
     proven = ", ".join(f"{found} ({', '.join(names)})" for found, names in by_difference.items())
     say(f"export: compared with the trained model: {proven}")
     return record
+
+
+def _within_memory(config: Config, folder: Path, write: Callable[[Config], T]) -> T:
+    """What `write` returns: on the card, and where that is too small, in main memory."""
+    on_cards_alone = config.model.kind == "diffusion" and config.model.quantize is not Quantize.none  # in diffusers
+    if on_cards_alone or pick_device(config.hardware.device).type == "cpu":
+        return write(config)
+    found = within_memory(lambda: write(config))
+    if found is not None:
+        return found
+    say("export: memory ran out on the card; models are compared in main memory, which is slower")
+    for path in folder.iterdir():
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    hardware = replace(config.hardware, device=Device.cpu)
+    return write(replace(config, hardware=hardware, trainer=replace(config.trainer, precision=Precision.auto)))
 
 
 def _chosen(config: Config, run: Run) -> Path:

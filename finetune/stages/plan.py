@@ -13,11 +13,9 @@ from finetune.plans import Plan, Setting
 OTHERS = 3  # alternatives shown
 REMEDIES = {
     "captioning": "caption.batch=1, or finetune caption with these settings and hardware=cpu first",
-    "encoding texts": "finetune dataset with these settings and hardware=cpu first",
     "encoding pictures": "finetune dataset with these settings and hardware=cpu first",
     "validation": "trainer.validate_every=0",
-    "sampling": "sample.previews=1 'sample.seeds=[0]'; where that is still too much, finetune sample with these "
-    "settings and hardware=cpu (the adapter is handed out before)",
+    "sampling": "sample.previews=0, and finetune sample with these settings and hardware=cpu after the training",
     "export": "finetune export with these settings and hardware=cpu, after the training",
 }
 """What makes a phase smaller, or where else it can run."""
@@ -45,7 +43,8 @@ def _planned(config: Config, choice: Choice) -> Plan:
     ladder, chosen, best = choice.ladder, choice.chosen, choice.best
     machine = ladder.machine
     asked = config.trainer
-    phases = {"training": best.gib} | dict(ladder.phases(best.micro_batch))
+    others = list(ladder.phases(best.micro_batch))
+    phases = {"training": best.gib} | {name: gib for name, gib, _ in others}
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
     main_gib = main_memory.moments(config, ladder, best)
     return Plan(
@@ -65,6 +64,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
             speed.explained(machine, ladder.precision),
             _whole(best, asked.steps),
             *ladder.sketch.notes,
+            *(f"{name}: {words}" for name, _, words in others if words),
             _unread(config),
             *main_memory.warning(config, main_gib, machine.main_gib),
         ),

@@ -3,7 +3,7 @@
 B packs, L slots of a pack, D hidden channels, V vocabulary entries.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from finetune.models import blank, checkpointing, language, likeness, lora, offl
 from finetune.models.linear_loss import logits, summed_cross_entropy
 from finetune.tasks.answers import AT_ONCE
 from finetune.tasks.language import check_length, inject
-from finetune.training.tracer import Trace, Tracer, optimizer_bytes
+from finetune.training.tracer import ELSEWHERE, Trace, Tracer, Way, optimizer_bytes
 
 TEMPLATE_TOKENS = 64  # what a chat template puts around a prompt, generously
 COPIES = 5  # of a chunk's logits in `likeness.compare`
@@ -71,19 +71,19 @@ class LanguageSketch:
         """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
         return offload.planned(self.model, self.room) if self.config.model.offload and self.cuda else {}
 
-    def beside(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+    def beside(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
         """Validation and previews."""
         states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
         held = states | self.offloaded()
         if self.config.trainer.validate_every:
-            yield "validation", self._evaluated(lambda: self._validate(micro_batch), held)
+            yield "validation", [Way(self._evaluated(lambda: self._validate(micro_batch), held))]
         if self.config.sample.prompts:
-            yield "sampling", self._evaluated(self._write, held)
+            yield "sampling", [Way(self._evaluated(self._write, held))]
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
         """Every phase but the steps of training, by name."""
         yield from self.beside(micro_batch)
-        yield "export", self._export()
+        yield "export", [Way(self._export()), Way(None, ELSEWHERE)]
 
     def _validate(self, micro_batch: int) -> None:
         with self.tracer.autocast():

@@ -3,7 +3,7 @@
 B images, C latent channels, h×w latent pixels, H×W pixels, T tokens of a caption, D text width.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from functools import cached_property
 from typing import Any
 
@@ -15,9 +15,9 @@ from finetune.data import buckets
 from finetune.models import blank, checkpointing, lora, offload, single_file
 from finetune.models.diffusion import PAINTED_AT_ONCE, TEXTS_AT_ONCE
 from finetune.models.families import family
-from finetune.models.families.base import AT_ONCE
+from finetune.models.families.base import AT_ONCE, TILE, frugal, spare
 from finetune.tasks import diffusion, handout, pictures
-from finetune.training.tracer import Trace, Tracer, optimizer_bytes
+from finetune.training.tracer import ELSEWHERE, Trace, Tracer, Way, optimizer_bytes
 
 # Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
 # on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
@@ -44,6 +44,7 @@ class PictureSketch:
         self.model = self.tracer.blank(self._adapted(dtype)).train()
         self.notes = [f"pictures of {self.width}×{self.height}, the largest of this recipe's shapes"]
         self.units = 1
+        self.readings: dict[int, Trace] = {}  # of text encoders, by captions at once
 
     def recompute(self, every: int) -> None:
         """As `trainer.checkpointing`; offloading recomputes all."""
@@ -66,28 +67,24 @@ class PictureSketch:
 
     def offloaded(self) -> dict[str, float]:
         """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
-        if not (self.config.model.offload and self.cuda):
-            return {}
-        # diffusers quantises on the card, where the model takes room while its blocks are sent away.
-        there = 0 if self.config.model.quantize is Quantize.none else sum(w.nbytes for w in self.model.parameters())
-        return offload.planned(self.model, self.room - there)
+        return self._offloaded(self.model)
 
-    def beside(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+    def beside(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
         """Validation and previews."""
         states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
         states |= self.offloaded()
         if self.config.trainer.validate_every:
-            yield "validation", self._validation(micro_batch, states)
+            yield "validation", [Way(self._validation(micro_batch, states))]
         if self.config.sample.prompts:
             yield "sampling", self._sampling(states)
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
         """Every phase but the steps of training, by name."""
-        yield "captioning", self._captioning
-        yield "encoding texts", self._encoding_texts
-        yield "encoding pictures", self._encoding_pictures
+        yield "captioning", [Way(self._captioning)]
+        yield "encoding texts", self._encoding_texts()
+        yield "encoding pictures", [Way(self._encoding_pictures)]
         yield from self.beside(micro_batch)
-        yield "export", self._export()
+        yield "export", self._exporting()
 
     @cached_property
     def _captioning(self) -> Trace:
@@ -112,8 +109,15 @@ class PictureSketch:
 
         return tracer.run(model, work)
 
-    @cached_property
-    def _encoding_texts(self) -> Trace:
+    def _encoding_texts(self) -> Iterator[Way]:
+        """As `TextEncoder` goes about it."""
+        yield Way(self._reading(TEXTS_AT_ONCE))
+        yield Way(self._reading(1), "fewer captions at once")
+        yield Way(None, ELSEWHERE)
+
+    def _reading(self, captions: int) -> Trace:
+        if captions in self.readings:
+            return self.readings[captions]
         tracer = Tracer(torch.float32, like_cuda=self.tracer.like_cuda)
         encoders = tracer.blank(blank.text_encoders(self.config.model))
         shapes = self.family.text_shapes(_config(self.model))
@@ -123,10 +127,11 @@ class PictureSketch:
             for encoder in encoders.children():
                 name = type(encoder).__name__
                 tokens = CLIP_TOKENS if name.startswith("CLIP") else longest
-                rows = TEXTS_AT_ONCE if name.startswith(("CLIP", "T5")) else 1  # as the families encode
+                rows = captions if name.startswith(("CLIP", "T5")) else 1  # as the families encode
                 encoder(input_ids=torch.zeros(rows, tokens, dtype=torch.long), output_hidden_states=True)
 
-        return tracer.run(encoders, work)
+        self.readings[captions] = tracer.run(encoders, work)
+        return self.readings[captions]
 
     @cached_property
     def _encoding_pictures(self) -> Trace:
@@ -143,11 +148,20 @@ class PictureSketch:
 
         return self._evaluated(self.model, work, states)
 
-    def _sampling(self, states: dict[str, float]) -> Trace:
-        """Previews in training: the optimiser is there too."""
+    def _sampling(self, states: dict[str, float]) -> Iterator[Way]:
+        """Previews in training, where the optimiser is there too, as `Painter` goes about them."""
+        sample = self.config.sample
+        count = min(PAINTED_AT_ONCE, max(min(sample.previews, len(sample.prompts)), len(sample.seeds)))
+        while count > 1:
+            yield Way(self._drawing(count, self.vae, states), f"{count} pictures at once")
+            count //= 2
+        yield Way(self._drawing(1, self.vae, states), "one picture at once")
+        thrifty = self.tracer.blank(blank.autoencoder(self.config.model))
+        spare(thrifty)
+        yield Way(self._drawing(1, thrifty, states), "one picture at once, decoded in tiles")
+
+    def _drawing(self, count: int, vae: nn.Module, states: dict[str, float]) -> Trace:
         sample, side = self.config.sample, self.config.model.resolution
-        previews = min(sample.previews, len(sample.prompts))
-        count = min(PAINTED_AT_ONCE, max(previews, len(sample.seeds)))
         latents = self._latents(side, side)
 
         def work() -> None:
@@ -159,21 +173,28 @@ class PictureSketch:
                 rows = count * (2 if guided else 1)
                 timesteps_B = torch.zeros(rows, dtype=torch.long)
                 self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
-            self.family.pixels(self.vae, self.family.left(torch.empty(count, *latents)), side, side)
+            self.family.pixels(vae, self.family.left(torch.empty(count, *latents)), side, side)
 
-        self._note(f"sampling draws {count} pictures at once")
         if self.cuda:
-            decoded = side * side * (count if count * side * side <= AT_ONCE else 1)
-            states = states | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * decoded * 2**10}
+            pixels = side * side * (count if count * side * side <= AT_ONCE else 1)
+            if frugal(vae):
+                pixels = min(pixels, TILE**2)
+            states = states | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
             others = "" if self.family.VAE_CLASS in WORKSPACE_SEEN else " with other autoencoders"
             self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
-        return self._evaluated(nn.ModuleList([self.model, self.vae]), work, states)
+        return self._evaluated(nn.ModuleList([self.model, vae]), work, states)
+
+    def _exporting(self) -> Iterator[Way]:
+        yield Way(self._export())
+        if self.config.model.quantize is Quantize.none:  # the others are on cards alone
+            yield Way(None, ELSEWHERE)
 
     def _export(self) -> Trace:
-        """One model at a time: in fp32 where that fits, else as it was trained."""
-        plain = self.config.model.quantize is Quantize.none
+        """One model at a time: in fp32 where that fits or what doesn't is offloaded, else as it was trained."""
+        plain, offloaded = self.config.model.quantize is Quantize.none, self.config.model.offload and self.cuda
         count = sum(parameter.numel() for parameter in self.model.parameters())
-        dtype = torch.float32 if plain and 4 * count < handout.FP32_SHARE * self.room else self.tracer.dtype
+        fits = offloaded or 4 * count < handout.FP32_SHARE * self.room
+        dtype = torch.float32 if plain and fits else self.tracer.dtype
         tracer = Tracer(dtype, like_cuda=self.cuda)
         model = tracer.blank(self._adapted(dtype)).eval()
         latents = (2, self.latents[0], handout.PROBE_SIDE, handout.PROBE_SIDE)
@@ -182,7 +203,14 @@ class PictureSketch:
             with tracer.autocast():
                 self.family.predict(model, torch.empty(latents), torch.zeros(2, dtype=torch.long), self._texts(2))
 
-        return tracer.run(model, work)
+        return tracer.run(model, work, held=self._offloaded(model))
+
+    def _offloaded(self, model: nn.Module) -> dict[str, float]:
+        if not (self.config.model.offload and self.cuda):
+            return {}
+        # diffusers quantises on the card, where the model takes room while its blocks are sent away.
+        there = 0 if self.config.model.quantize is Quantize.none else sum(w.nbytes for w in model.parameters())
+        return offload.planned(model, self.room - there)
 
     def _evaluated(self, model: nn.Module, work: Any, held: dict[str, float]) -> Trace:
         self.model.eval()

@@ -9,7 +9,7 @@ from finetune.errors import ConfigError
 from finetune.records import Answer, Answers, CaptionSet, Dataset, Run, Sample, Samples, TextSet
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator
+    from collections.abc import Iterable, Iterator
     from pathlib import Path
 
     import torch
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
     from finetune.config import Config
     from finetune.tasks.base import Task
-    from finetune.training.tracer import Trace, Tracer
+    from finetune.training.tracer import Tracer, Way
 
 
 class Data(Protocol):
@@ -97,12 +97,12 @@ class Sketch(Protocol):
         """What `model.offload` changes on the card, bytes by name."""
         ...
 
-    def beside(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
-        """The worst moment of what a training does besides its steps, by name."""
+    def beside(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+        """The worst moment of what a training does besides its steps, by name, in the ways that are tried in turn."""
         ...
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Trace]]:
-        """The worst moment of every phase but the steps of training, by name."""
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+        """The same of every phase but the steps of training."""
         ...
 
 

@@ -39,6 +39,7 @@ ROUND_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/CUDAC
 SMALL_8BIT, BLOCK_8BIT = 4096, 256  # numbers: tensors under the first keep 32-bit states; the second share a scale
 # CUDA autocast runs these in fp32 and the CPU's doesn't (torch, "Autocast Op Reference").
 FP32_ON_CUDA = ("group_norm", "layer_norm", "rms_norm", "softmax")
+ELSEWHERE = "in main memory, which is slower"  # words of a `Way`
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,14 @@ class Trace:
     def launches(self) -> float:
         """How many kernels there are."""
         return sum(kernel.count for kernel in self.kernels)
+
+
+@dataclass(frozen=True)
+class Way:
+    """One way to do something. words: what sets it apart from those that take more. trace: None if it needs no card."""
+
+    trace: Trace | None
+    words: str = ""
 
 
 class Tracer:

@@ -126,8 +126,13 @@ def pooled_call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any
 
 def divide(vae: Any, pictures: int, pixels: int) -> None:
     """Set how the autoencoder goes about so many pictures of so many pixels each."""
-    frugal = getattr(vae, FRUGAL, False)
-    vae.use_slicing, vae.use_tiling = frugal or pictures * pixels > AT_ONCE, frugal or pixels > UNTILED
+    vae.use_slicing = frugal(vae) or pictures * pixels > AT_ONCE
+    vae.use_tiling = frugal(vae) or pixels > UNTILED
+
+
+def frugal(vae: Any) -> bool:
+    """Whether `spare` was called."""
+    return bool(getattr(vae, FRUGAL, False))
 
 
 def spare(vae: Any) -> None:

@@ -15,6 +15,7 @@ from finetune.config import Config, Device, ModelConfig, Precision, Quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.models import blank, hub
 from finetune.planning import choice
+from finetune.planning.ladder import parts
 from finetune.plans import Plan
 from finetune.stages import plan as stage
 from finetune.stages.plan import plan
@@ -138,19 +139,39 @@ def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.Mo
 def test_a_phase_that_does_not_fit_says_what_to_do(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     advice = {
         "captioning": "caption.batch=1",
-        "encoding texts": "finetune dataset with these settings and hardware=cpu first",
         "encoding pictures": "finetune dataset with these settings and hardware=cpu first",
         "validation": "trainer.validate_every=0",
-        "sampling": "sample.previews=1",
+        "sampling": "sample.previews=0, and finetune sample",
         "export": "finetune export with these settings and hardware=cpu",
     }
-    monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter(dict.fromkeys(advice, 30.0).items()))
+    monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: ((name, 30.0, "") for name in advice))
     found = plan(on_a_card(config))
     assert found.chosen is not None
     assert not found.fits
     for line, (phase, words) in zip(found.problems, advice.items(), strict=True):
         assert line.startswith(f"{phase} needs 30.0 GiB at least, and a card has 24.0; try ")
         assert words in line
+
+
+def test_phases_give_way_to_a_small_card(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pictures one by one, then in tiles; captions one by one, then in main memory; each as soon as it must."""
+    for module in ("models.families.base", "tasks.picture_sketch"):
+        monkeypatch.setattr(f"finetune.{module}.TILE", 16)
+    on_a_card(config).sample.seeds = [0, 1, 2, 3]
+    ladder = stage.Ladder(config, stage.read(config.hardware))
+    pictures = ["4 pictures at once", "2 pictures at once", "one picture at once"]
+    expected = {
+        "encoding texts": ["", "fewer captions at once", "in main memory, which is slower"],
+        "sampling": [*pictures, "one picture at once, decoded in tiles"],
+    }
+    for name, words in expected.items():
+        ways = list(dict(ladder.sketch.phases(1))[name])
+        assert [way.words for way in ways] == words
+        sizes = [sum(parts(way.trace, ladder.machine).values()) if way.trace else 0.0 for way in ways]
+        assert sizes == sorted(set(sizes), reverse=True)
+        for size, said in zip(sizes, words, strict=True):
+            small = ladder.on(replace(ladder.machine, vram_gib=size))
+            assert {phase: (gib, way) for phase, gib, way in small.phases(1)}[name] == (size, said)
 
 
 @pytest.mark.usefixtures("training_alone")

@@ -1,0 +1,64 @@
+"""The export stage where the card is too small for what it compares."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.config import Config, Device, Quantize
+from finetune.records import Run
+from finetune.stages import export as stage
+from finetune.stages.export import export
+from finetune.stages.train import train
+from finetune.tasks import registry
+from tests.unit.conftest import Setting
+
+FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
+
+
+def test_a_card_too_small_for_the_comparison_leaves_it_to_main_memory(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Half-written files of the attempt are gone, and the adapters are those of an export that fitted."""
+    config = setting.config
+    run = train(config, setting.dataset)
+    fitting = export(config, run)
+    handout = registry.kind(config).handout
+    write, tried = handout.write, []
+
+    def full(here: Config, run: Run, weights: Any, averaged: Any, folder: Path) -> Any:
+        tried.append((here.hardware.device, sorted(path.name for path in folder.iterdir())))
+        if here.hardware.device is not Device.cpu:
+            (folder / "half").mkdir()
+            (folder / "half.safetensors").write_bytes(b"half")
+            raise FULL
+        return write(here, run, weights, averaged, folder)
+
+    monkeypatch.setattr(handout, "write", full)
+    monkeypatch.setattr(stage, "pick_device", lambda wanted: torch.device("cuda"))
+    capfd.readouterr()
+    config.name += "_again"
+    config.hardware.device = Device.auto
+    found = export(config, run)
+    assert tried == [(Device.auto, []), (Device.cpu, [])]
+    assert "export: memory ran out on the card; models are compared in main memory, which is slower\n" in (
+        capfd.readouterr().err
+    )
+    assert found.differences.keys() == fitting.differences.keys()
+    assert not list(Path(found.folder).glob("half*"))
+
+
+def test_a_quantised_picture_model_has_no_other_place(
+    config: Config, make_dataset: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = train(config, make_dataset())
+    config.model.quantize = Quantize.nf4
+    monkeypatch.setattr(stage, "pick_device", lambda wanted: torch.device("cuda"))
+
+    def full(*_: Any) -> Any:
+        raise FULL
+
+    monkeypatch.setattr(registry.kind(config).handout, "write", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        export(config, run)
