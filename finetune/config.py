@@ -319,6 +319,8 @@ class HardwareConfig:
     """Peak in fp32, TFLOP/s."""
     gb_per_s: float = 0.0
     """Peak of the card's memory, GB/s."""
+    pcie_gb_per_s: float = 20.0
+    """Between main memory and the card, GB/s: of PCIe 4.0 x16 two thirds of its peak."""
 
 
 @dataclass

@@ -5,7 +5,7 @@ weights wait in main memory. Nothing here changes what is learnt.
 """
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 from dataclasses import replace
 
@@ -64,7 +64,9 @@ class Ladder:
         """One of them."""
         trace = self._trace(micro_batch, checkpointing, away)
         accumulate = self.effective // micro_batch
-        once = max(speed.seconds(trace, self.machine, self.precision), self._fetching_s()) + 2 * _copy_s(trace.away)
+        once = max(speed.seconds(trace, self.machine, self.precision), self._fetching_s()) + 2 * self._copy_s(
+            trace.away
+        )
         return Setting(
             micro_batch=micro_batch,
             accumulate=accumulate,
@@ -95,24 +97,27 @@ class Ladder:
         """What torch's allocator gives out at the worst moment of a training: its steps, validation and previews."""
         known = (checkpointing, away) in self.traces  # by whoever chose this setting; a start needn't wait for another
         step = (self._trace if known else self.step)(micro_batch, checkpointing, away)
-        beside = [self._taken(ways)[0] for _, ways in self.sketch.beside(micro_batch)]
-        found = [parts(step, self.machine), *beside]
-        return max(sum(gib for name, gib in held.items() if name not in OUTSIDE) for held in found)
+        found = [_tensors_gib(parts(step, self.machine))]
+        for _, ways in self.sketch.beside(micro_batch):
+            held, _, others = self._taken(ways)
+            found.append(_room(self.machine) / GIB if others else _tensors_gib(held))  # what doesn't fit is tried first
+        return max(found)
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, float, str]]:
         """Every other phase: its name, GiB at its worst moment, and in which way it is done, if there are several."""
         for name, ways in self.sketch.phases(micro_batch):
-            held, words = self._taken(ways)
+            held, words, _ = self._taken(ways)
             yield name, sum(held.values()), words
 
-    def _taken(self, ways: Iterable[Way]) -> tuple[dict[str, float], str]:
-        """What the first way that fits holds, and its words; of the last one where none does."""
-        held, words = {}, ""
+    def _taken(self, ways: Iterable[Way]) -> tuple[dict[str, float], str, int]:
+        """What the first way that fits holds, its words, and how many came before; of the last one where none does."""
+        held, words, before = {}, "", -1
         for way in ways:
             held, words = parts(way.trace, self.machine) if way.trace else {}, way.words
+            before += 1
             if sum(held.values()) <= self.machine.vram_gib:
                 break
-        return held, words
+        return held, words, before
 
     def step(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
         """One step, traced at this very size."""
@@ -140,12 +145,11 @@ class Ladder:
 
         FLUX.1 with all of them on the card took 4 % less (docs/memory.md).
         """
-        return 2 * _copy_s(max(0.0, -self.held.get("weights", 0.0)))
+        return 2 * self._copy_s(max(0.0, -self.held.get("weights", 0.0)))
 
-
-def _copy_s(size: float) -> float:
-    """Of so many bytes from main memory to the card, or back."""
-    return size / (speed.PCIE_GB_PER_S * 1e9)
+    def _copy_s(self, size: float) -> float:
+        """Of so many bytes from main memory to the card, or back."""
+        return size / (self.machine.pcie_gb_per_s * 1e9)
 
 
 def _room(machine: Machine) -> float:
@@ -165,6 +169,11 @@ def parts(trace: Trace, machine: Machine) -> dict[str, float]:
     else:
         found |= {"Python, libraries": machine.context_gib}
     return found
+
+
+def _tensors_gib(held: Mapping[str, float]) -> float:
+    """Of `parts`, what torch's allocator gives out."""
+    return sum(gib for name, gib in held.items() if name not in OUTSIDE)
 
 
 def quickest(settings: Sequence[Setting], budget_gib: float) -> Setting | None:

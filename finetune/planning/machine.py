@@ -36,6 +36,7 @@ class Machine:
     tflops: float
     fp32_tflops: float
     gb_per_s: float
+    pcie_gb_per_s: float
     known: bool
     words: str = ""
     main_gib: float | None = None
@@ -61,7 +62,7 @@ def read(hardware: HardwareConfig) -> Machine:
 
 
 def _preset(hardware: HardwareConfig) -> Machine:
-    for key in ("vram_gib", "tflops", "fp32_tflops", "gb_per_s"):
+    for key in ("vram_gib", "tflops", "fp32_tflops", "gb_per_s", "pcie_gb_per_s"):
         if getattr(hardware, key) <= 0:
             raise ConfigError(
                 f"hardware.{key} must be above 0 where hardware.card is set; try a preset such as hardware=rtx4090"
@@ -75,6 +76,7 @@ def _preset(hardware: HardwareConfig) -> Machine:
         hardware.tflops,
         hardware.fp32_tflops,
         hardware.gb_per_s,
+        hardware.pcie_gb_per_s,
         known=True,
     )
 
@@ -97,6 +99,7 @@ def _card(hardware: HardwareConfig) -> Machine:
         facts.get("tflops", UNKNOWN_TFLOPS),
         facts.get("fp32_tflops", UNKNOWN_TFLOPS / 2),
         facts.get("gb_per_s", UNKNOWN_GB_PER_S),
+        facts.get("pcie_gb_per_s", hardware.pcie_gb_per_s),
         known=bool(facts),
         words=f"{free:.1f} of {total:.1f} GiB free now",
         main_gib=psutil.virtual_memory().available / GIB,
@@ -119,6 +122,7 @@ def _cpu(hardware: HardwareConfig) -> Machine:
         tflops,
         tflops,
         gb_per_s,
+        hardware.pcie_gb_per_s,
         known=True,
         words=f"{cores} cores, {free:.1f} GiB of memory free now",
     )

@@ -2,7 +2,7 @@
 
 A kernel waits for arithmetic or for memory, whichever takes longer at a stated share of the card's peak; besides, each
 costs its start. A step takes as long as its kernels on the card, or as the host needs to launch them. The constants
-were set by twelve trainings on an H200 (docs/memory.md, where each is compared), of pictures and of language, most of
+were set by thirteen trainings on an H200 (docs/memory.md, where each is compared), of pictures and of language, most of
 which waited for the host: seconds compare settings well, and are right to about a fifth there.
 """
 
@@ -13,7 +13,6 @@ from finetune.training.tracer import Trace
 EFFICIENCY = 0.6  # of a card's peaks, of arithmetic and of memory
 KERNEL_S = 4.2e-6  # on the card, of each kernel
 LAUNCH_S = 37e-6  # on the host, of each kernel, with Python, autograd and autocast around it
-PCIE_GB_PER_S = 20.0  # of copies from pinned main memory over PCIe 4.0 x16 (31.5 GB/s by the standard)
 
 
 def seconds(trace: Trace, machine: Machine, precision: Precision) -> float:

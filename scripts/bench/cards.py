@@ -30,18 +30,17 @@ HEAD = """# What fits which card
 The fastest settings that fit, of all that train the same thing, as `finetune plan` finds them: sixteen pictures (recipe
 `pixar_style_sd15`, at each model's own resolution) or sixteen rows of 2,048 tokens (`pirate_chat`) in every optimiser
 step, rank-16 adapters, AdamW. *GiB* is all that training takes of the card, context and slack included; *s a step* is
-an estimate, right to about a fifth where it was compared. *Too large* are other stages that need more than the card
-has, with their GiB; what to do is below the table. How far the GiB are from what was measured is in
+an estimate, right to about a fifth where it was compared. *Main memory* names the stages that this card is too small
+for: they run there by themselves, which is slower. How far the GiB are from what was measured is in
 [memory.md](memory.md). Nothing here was run on these cards.
 
-| model | card | base in | settings | GiB | s a step | too large |
+| model | card | base in | settings | GiB | s a step | main memory |
 |---|---|---|---|---|---|---|
 """
 NOTE = """
-¹ Training fits, and another stage needs a setting of its own or the CPU: [docs/cards.md](docs/cards.md) says which.
+¹ The card is too small for another stage, which then runs in main memory: [docs/cards.md](docs/cards.md) says which.
 """
 TAIL = """
-{remedies}
 Planned on {date} by `python -m scripts.bench.cards`, without a card; the lines are in `scripts/bench/cards.jsonl`.
 """
 
@@ -94,8 +93,8 @@ def planned(base: str, cards: Sequence[str]) -> Iterator[dict[str, Any]]:
             "settings": list(chosen.overrides) if chosen else [],
             "gib": round(chosen.gib, 2) if chosen else None,
             "seconds": float(f"{chosen.seconds:.3g}") if chosen else None,
-            "over": {name: round(gib, 1) for name, gib in plan.phases.items() if gib > plan.budget_gib},
-            "problem": "" if chosen else plan.problems[0],
+            "main_memory": [name for name, gib in plan.phases.items() if not gib],
+            "problem": "; ".join(plan.problems),
             "date": datetime.date.today().isoformat(),
         }
 
@@ -107,19 +106,15 @@ def read(file: Path) -> list[dict[str, Any]]:
 
 def page(lines: Sequence[dict[str, Any]]) -> str:
     """docs/cards.md."""
-    from finetune.stages.plan import REMEDIES
-
     rows = []
     for line in lines:
         words = " ".join(word.partition(".")[2] for word in line["settings"])
-        told = words or f"does not fit: {line['problem']}"
+        told = words if not line["problem"] else f"does not fit: {line['problem']}"
         figures = f"{line['gib']:.1f} | {_seconds(line)}" if words else "– | –"
-        over = ", ".join(f"{name} {gib:.1f}" for name, gib in line["over"].items() if name != "training")
         stored = "16 bit" if line["quantize"] == "none" else line["quantize"]
-        rows.append(f"| `{line['model']}` | {CARDS[line['card']]} | {stored} | {told} | {figures} | {over or '–'} |\n")
-    seen = dict.fromkeys(name for line in lines for name in line["over"] if name != "training")
-    remedies = "".join(f"- {name}: {REMEDIES[name]}\n" for name in seen)
-    return HEAD + "".join(rows) + TAIL.format(remedies=remedies, date=max(line["date"] for line in lines))
+        aside = ", ".join(line["main_memory"]) or "–"
+        rows.append(f"| `{line['model']}` | {CARDS[line['card']]} | {stored} | {told} | {figures} | {aside} |\n")
+    return HEAD + "".join(rows) + TAIL.format(date=max(line["date"] for line in lines))
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
@@ -140,9 +135,9 @@ def with_table(text: str, lines: Sequence[dict[str, Any]]) -> str:
 
 
 def _cell(line: dict[str, Any]) -> str:
-    if not line["settings"]:
+    if line["problem"]:
         return "no"
-    return f"{_seconds(line)} s{' ¹' if line['over'] else ''}"
+    return f"{_seconds(line)} s{' ¹' if line['main_memory'] else ''}"
 
 
 def _seconds(line: dict[str, Any]) -> str:

@@ -39,6 +39,8 @@ def test_a_preset_needs_no_card() -> None:
 def test_a_card_without_its_facts_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"hardware.gb_per_s must be above 0 .* such as hardware=rtx4090"):
         machine.read(HardwareConfig(Device.cuda, 23.5, "a card", True, 165.2, 82.6))
+    with pytest.raises(ConfigError, match=r"hardware.pcie_gb_per_s must be above 0"):
+        machine.read(HardwareConfig(Device.cuda, 23.5, "a card", True, 165.2, 82.6, 1008, pcie_gb_per_s=0))
 
 
 def test_this_machine_is_read() -> None:

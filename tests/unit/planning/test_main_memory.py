@@ -12,7 +12,7 @@ from finetune.planning.ladder import Ladder
 from finetune.planning.machine import GIB, Machine
 from finetune.plans import Setting
 
-CARD = Machine("a card", True, 24.0, 0.5, True, 165.2, 82.6, 1008, known=True)
+CARD = Machine("a card", True, 24.0, 0.5, True, 165.2, 82.6, 1008, 20.0, known=True)
 FULL = 0.5  # GiB of a card whose context leaves no room for weights
 
 

@@ -33,21 +33,24 @@ def test_the_lines_are_what_the_plan_says(card: str) -> None:
 
 def line(card: str, **others: Any) -> dict[str, Any]:
     fitting = {"settings": ["trainer.micro_batch=2", "model.offload=true"], "gib": 9.96, "seconds": 12.3}
-    common = {"model": "some", "card": card, "quantize": "nf4", "over": {}, "problem": "", "date": "2026-01-02"}
+    common = {"model": "some", "card": card, "quantize": "nf4", "main_memory": [], "problem": "", "date": "2026-01-02"}
     return {**common, **fitting, **others}
 
 
 def test_what_does_not_fit_is_told_with_what_would() -> None:
     hopeless = line("rtx3060_12gb", settings=[], gib=None, seconds=None, problem="training needs 13 GiB; a=b would")
-    hopeless["over"] = {"training": 13.0}
-    partly = line("rtx4080", over={"export": 17.0})
+    partly = line("rtx4080", main_memory=["encoding texts", "export"])
     lines = [hopeless, partly, line("rtx4090"), line("a6000", seconds=2.34)]
     shown = page(lines)
     assert "| `some` | 12 GB (RTX 3060) | nf4 | does not fit: training needs 13 GiB; a=b would | – | – | – |" in shown
     settings = "micro_batch=2 offload=true"
-    assert f"| `some` | 16 GB (RTX 4080) | nf4 | {settings} | 10.0 | 12 | export 17.0 |" in shown
-    assert "- export: finetune export with these settings" in shown
+    assert f"| `some` | 16 GB (RTX 4080) | nf4 | {settings} | 10.0 | 12 | encoding texts, export |" in shown
     assert f"| `some` | 48 GB (RTX A6000) | nf4 | {settings} | 10.0 | 2.3 | – |" in shown
     assert "| `some` | no | 12 s ¹ | 12 s | 2.3 s |" in table(lines)
-    assert "¹ Training fits" in table(lines)
+    assert "¹ The card is too small for another stage" in table(lines)
     assert "¹" not in table([line(card) for card in CARDS])
+
+
+def test_a_base_whose_other_stage_fits_nowhere_is_told_with_its_settings() -> None:
+    shown = page([line("rtx4080", problem="validation needs 17 GiB at least; try trainer.validate_every=0")])
+    assert "| does not fit: validation needs 17 GiB at least; try trainer.validate_every=0 | 10.0 | 12 | – |" in shown

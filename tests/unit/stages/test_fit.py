@@ -28,7 +28,7 @@ CPU = torch.device("cpu")
 
 
 def machine(gib: float) -> Machine:
-    return Machine("a card", True, gib, 0.5, True, 100.0, 50.0, 1000.0, True)
+    return Machine("a card", True, gib, 0.5, True, 100.0, 50.0, 1000.0, 20.0, True)
 
 
 @pytest.fixture
