@@ -15,13 +15,9 @@ A message says what, where, what is allowed and what to type.
 
 import sys
 
-# What errors of other classes say: torch's allocator on a CPU, CUDA outside torch's allocator, CUDA's libraries.
-NO_MEMORY = (
-    "DefaultCPUAllocator: can't allocate memory",
-    "CUDA error: out of memory",
-    "CUBLAS_STATUS_ALLOC_FAILED",
-    "CUDNN_STATUS_ALLOC_FAILED",
-)
+# What errors of other classes say: CUDA outside torch's allocator and CUDA's libraries, and torch's allocator on a CPU.
+CARD_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+HOST_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
 
 
 class FinetuneError(Exception):
@@ -85,7 +81,12 @@ class Interrupted(FinetuneError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a card or the host ran out: in torch's allocator, in CUDA's libraries, in torch's on a CPU, in Python."""
+    return card_ran_out(error) or isinstance(error, MemoryError) or HOST_IS_FULL in str(error)
+
+
+def card_ran_out(error: BaseException) -> bool:
+    """Whether it was the card, so that the host may have room."""
     torch = sys.modules.get("torch")  # whoever ran out of torch's memory has imported it
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return isinstance(error, MemoryError) or any(words in str(error) for words in NO_MEMORY)
+    return any(words in str(error) for words in CARD_IS_FULL)

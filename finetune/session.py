@@ -85,6 +85,7 @@ class Session:
             self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
         self.pace, self.told = Pace(self.state.slow_steps), False
         self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
+        self.previewing, self.validated_at_once = True, 0
 
     def steps(self, stop: Stop) -> Iterator[Step]:
         """Every remaining optimiser step, with a progress bar. stop: of a signal, on which several processes agree."""
@@ -297,7 +298,7 @@ class Session:
         if not self.config.trainer.validate_every:
             return
         # By one process for all: whether to stop early must not hang on how two of them round.
-        losses = processes.first(lambda: self._fitting("validation", self.task.validate, self.ladder.micro_batch))
+        losses = processes.first(self._validated)
         if losses is None:
             raise OutOfMemory(f"out of memory in validation, one example at a time; {smallest(self.config)}")
         if processes.index() == 0:
@@ -313,15 +314,11 @@ class Session:
     def _preview(self) -> None:
         sample = self.config.sample
         prompts = sample.prompts[: sample.previews]
-        if not prompts or processes.index():
+        if not prompts or not self.previewing or processes.index():
             return
-
-        def draw(size: int) -> list[Any]:
-            parts = (prompts[first : first + size] for first in range(0, len(prompts), size))
-            return [preview for part in parts for preview in self.task.sample(part, sample.seeds[0])]
-
-        previews = self._fitting("previews", draw, len(prompts))
+        previews = within_memory(partial(self.task.sample, prompts, sample.seeds[0]), drop=self._back())
         if previews is None:
+            self.previewing = False
             say(f"step {self.state.step}: memory ran out even for a single preview; training goes on without")
             return
         named = {
@@ -330,13 +327,17 @@ class Session:
         }
         self.tracker.previews(self.state.step, named)
 
-    def _fitting(self, title: str, work: Callable[[int], T], size: int) -> T | None:
-        """`work` on that many at once, or on as few as memory has room for; None if not even for one."""
-        back = partial(self.task.model.train, self.task.model.training)
-        while (done := within_memory(partial(work, size), drop=back)) is None and size > 1:
-            size //= 2
-            say(f"step {self.state.step}: memory ran out; {title} by {size} at a time")
+    def _validated(self) -> dict[str, float] | None:
+        """Losses of so many examples at once as memory has room for; None if not even for one."""
+        size = min(self.validated_at_once or self.ladder.micro_batch, self.ladder.micro_batch)
+        while (done := within_memory(partial(self.task.validate, size), drop=self._back())) is None and size > 1:
+            self.validated_at_once = size = size // 2
+            say(f"step {self.state.step}: memory ran out; validation by {size} at a time")
         return done
+
+    def _back(self) -> Callable[[], Any]:
+        """Brings the model back from whatever mode an attempt leaves it in."""
+        return partial(self.task.model.train, self.task.model.training)
 
     def _texts(self) -> None:
         if processes.index():

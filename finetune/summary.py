@@ -4,6 +4,7 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -114,7 +115,8 @@ def _plan(plan: Plan, overrides: Sequence[str]) -> None:
     show("\na training step", ("", "GiB"), plans.memory(plan))
     show("\nphases, each at its worst moment", ("", "GiB", ""), plans.phases(plan))
     for note in plan.notes:
-        console.print(f"· {note}", style="dim")
+        lines = textwrap.wrap(note, console.width, initial_indent="· ", subsequent_indent="  ", break_on_hyphens=False)
+        console.print("\n".join(lines), style="dim")
     if plan.fits and plan.chosen:
         words = [word for word in overrides if word.partition("=")[0] not in KEYS.values()]
         settings = " ".join(map(shlex.quote, words or [f"conf={plan.name}"]))

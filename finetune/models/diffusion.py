@@ -14,12 +14,12 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import ModelConfig, Quantize
-from finetune.errors import ModelError
-from finetune.memory import within_memory
+from finetune.errors import ModelError, card_ran_out
+from finetune.memory import Portions, within_memory
 from finetune.models import adapters, hub, lora, lora_files, offload, quantize, single_file
 from finetune.models.device import free
 from finetune.models.families import family
-from finetune.models.families.base import Family, Text, spare
+from finetune.models.families.base import TILE, Family, Text, spare
 from finetune.progress import say
 
 CPU = torch.device("cpu")
@@ -34,27 +34,17 @@ class TextEncoder:
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        self.family, self.at_once = family(model.family), TEXTS_AT_ONCE
+        self.family, self.portions = family(model.family), Portions(TEXTS_AT_ONCE)
         dtypes = {"default": torch.float32} | dict.fromkeys(self.family.LARGE_TEXT, torch.bfloat16)
         parts = dict.fromkeys((self.family.BACKBONE, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
-        self.on_card = device.type != "cpu"
-        if self.on_card and within_memory(lambda: self.pipeline.to(device)) is None:
-            self._leave_the_card()
+        self.portions.measures.append(self._leave_the_card)
+        if within_memory(lambda: self.pipeline.to(device), ran_out=card_ran_out) is None:
+            self.portions.measures.pop()()
 
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per text what the backbone reads, on the CPU; longer texts are cut to what the encoders read."""
-        found: list[dict[str, Tensor]] = []
-        while len(found) < len(texts):
-            part = texts[len(found) : len(found) + self.at_once]
-            read = within_memory(partial(self._read, part)) if self.on_card else self._read(part)
-            if read is not None:
-                found += read
-            elif len(part) > 1:
-                self.at_once = len(part) // 2
-            else:
-                self._leave_the_card()
-        return found
+        return self.portions.each(self._read, texts)
 
     @torch.no_grad()
     def _read(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
@@ -66,7 +56,6 @@ class TextEncoder:
     def _leave_the_card(self) -> None:
         say("the text encoders don't fit the card: they work in main memory, which is slower")
         self.pipeline.to("cpu")
-        self.on_card = False
         free()
 
     def lost(self, text: str) -> str:
@@ -254,7 +243,8 @@ class Painter:
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
         del encoder
         self.negative, self.device, self.dtype = negative, device, dtype
-        self.at_once, self.tiled = PAINTED_AT_ONCE, False
+        self.portions = Portions(PAINTED_AT_ONCE, "drawing")
+        self.portions.measures.append(self._tile)
         self.vae = load_vae_model(model)
         parts = dict.fromkeys((self.family.BACKBONE, *self.family.TEXT)) | {"vae": self.vae}
         self.pipeline = load_pipeline(model, parts)
@@ -273,25 +263,14 @@ class Painter:
 
         Raises torch.OutOfMemoryError where one picture is too much, in tiles too.
         """
-        pictures: list[Any] = []
-        while len(pictures) < len(jobs):
-            part = jobs[len(pictures) : len(pictures) + self.at_once]
-            work = partial(self._draw, backbone, part, width=width, height=height, steps=steps, guidance=guidance)
-            drawn = work() if self.tiled and len(part) == 1 else within_memory(work)
-            if drawn is not None:
-                pictures += drawn
-            else:
-                self._relieve(len(part))
-        return pictures
+        if max(width, height) <= TILE:  # tiles would be the picture
+            self.portions.measures.clear()
+        work = partial(self._draw, backbone, width=width, height=height, steps=steps, guidance=guidance)
+        return self.portions.each(work, jobs)
 
-    def _relieve(self, drawn: int) -> None:
-        if drawn > 1:
-            self.at_once = drawn // 2
-            say(f"memory ran out for {drawn} pictures at once; drawing {self.at_once}")
-        else:
-            self.tiled = True
-            spare(self.vae)
-            say("memory ran out for a picture; decoding in tiles")
+    def _tile(self) -> None:
+        say("the card is too small for a picture; decoding in tiles")
+        spare(self.vae)
 
     @torch.no_grad()
     def _draw(
@@ -306,10 +285,10 @@ class Painter:
     ) -> list[Any]:
         pipeline = self.pipeline
         pipeline.register_modules(**{self.family.BACKBONE: backbone})
-        self.vae.to(self.device)
         training = backbone.training
         backbone.eval()
         try:
+            self.vae.to(self.device)
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
                 latents = pipeline(
                     **self.family.call(

@@ -4,24 +4,30 @@ B answers, L tokens of the longest prompt, V tokens of the vocabulary.
 """
 
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import ModelError
+from finetune.memory import Portions
 from finetune.records import hash_of
+
+WRITTEN_AT_ONCE = 8
 
 
 class Writer:
     """Writes answers with any model of one base.
 
     The random numbers of an answer follow from its prompt and seed alone, whatever the model, the batch or the device.
+    Where the card is too small it writes fewer at once.
     """
 
     def __init__(self, tokenizer: Any, ends: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         """ends: ids that end an answer. dtype: of the arithmetic; anything but fp32 is autocast."""
         self.tokenizer, self.ends, self.device, self.dtype = tokenizer, tuple(ends), device, dtype
+        self.portions = Portions(WRITTEN_AT_ONCE, "writing")
 
     def write(
         self,
@@ -30,12 +36,12 @@ class Writer:
         *,
         max_new_tokens: int,
         temperature: float,
-        batch: int = 8,
     ) -> list[str]:
         """One answer for each (ids of the prompt, seed), without control tokens and white space around it.
 
         temperature: 0 always takes the likeliest token. `model` is left in the mode it came in, train or eval. Raises
-        ModelError for a prompt that leaves no room for an answer of `max_new_tokens`.
+        ModelError for a prompt that leaves no room for an answer of `max_new_tokens`, torch.OutOfMemoryError where one
+        answer is too much.
         """
         from transformers import GenerationConfig
 
@@ -52,16 +58,12 @@ class Writer:
             pad_token_id=self.ends[0],
         )
         try:
-            return [
-                text
-                for start in range(0, len(jobs), batch)
-                for text in self._answers(causal, jobs[start : start + batch], temperature)
-            ]
+            return self.portions.each(partial(self._answers, causal, temperature), jobs)
         finally:
             causal.generation_config = own
             causal.train(training)
 
-    def _answers(self, model: Any, jobs: Sequence[tuple[Sequence[int], int]], temperature: float) -> list[str]:
+    def _answers(self, model: Any, temperature: float, jobs: Sequence[tuple[Sequence[int], int]]) -> list[str]:
         length = max(len(ids) for ids, _ in jobs)
         ids_BL = torch.full((len(jobs), length), self.ends[0])  # masked, so any id will do
         mask_BL = torch.zeros_like(ids_BL)

@@ -45,7 +45,8 @@ def phases(plan: Plan) -> list[tuple[str, str, str]]:
     for name, gib in plan.phases.items():
         length = max(1, round(BAR * gib / plan.budget_gib)) if gib and plan.budget_gib else 0
         over = " too large" if gib > plan.budget_gib else ""
-        rows.append((name, f"{gib:.2f}", "█" * min(BAR, length) + over))
+        bar = "█" * min(BAR, length) + over if gib else "in main memory"
+        rows.append((name, f"{gib:.2f}" if gib else "–", bar))
     return rows
 
 

@@ -5,7 +5,7 @@ export in fp32, a copy of all of it is there (seen with transformers 5.23 and di
 itself, a few GiB with CUDA's libraries, is not counted.
 """
 
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 from torch import nn
@@ -19,10 +19,11 @@ from finetune.plans import Setting
 LEAST_GIB = 0.05  # what is less isn't worth a word
 
 
-def moments(config: Config, ladder: Ladder, setting: Setting) -> dict[str, float]:
+def moments(config: Config, ladder: Ladder, setting: Setting, elsewhere: Collection[str] = ()) -> dict[str, float]:
     """GiB by what is being done, the most first; nothing without a card, whose memory then is the main one.
 
-    config: the recipe's own, whose exports are planned for; ladder, setting: what training takes.
+    config: the recipe's own, whose exports are planned for; ladder, setting: what training takes; elsewhere: stages for
+    which the card is too small.
     """
     if not ladder.machine.cuda:
         return {}
@@ -31,7 +32,7 @@ def moments(config: Config, ladder: Ladder, setting: Setting) -> dict[str, float
     found = {
         "loading the base": _loading(ladder) + blocks,  # they are copied to their place while the whole is there
         "training": sum(waiting.values()),
-        "export": _export(ladder),
+        "export": max(_export(ladder), _compared_here(ladder) if "export" in elsewhere else 0.0),
     }
     if config.model.kind == "diffusion":
         found["loading the text encoders"] = sum(map(_bytes, blank.text_encoders(config.model))) / GIB
@@ -78,6 +79,14 @@ def _export(ladder: Ladder) -> float:
     if config.lora.dora:  # whose base is at hand as a whole, on the card; a merged model is made here all the same
         return 2 * count / GIB if merged else 0.0
     return _in_fp32(count, ladder) if plain or merged else _loading(ladder)
+
+
+def _compared_here(ladder: Ladder) -> float:
+    """GiB of one model in fp32; of a quantised one at most, whose embeddings and head alone are."""
+    held = ladder.sketch.model.parameters()
+    if ladder.config.model.quantize is Quantize.none:
+        return 4 * sum(weight.numel() for weight in held) / GIB
+    return 2 * sum(weight.nbytes for weight in held) / GIB
 
 
 def _in_fp32(count: int, ladder: Ladder) -> float:

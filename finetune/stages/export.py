@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TypeVar
 
 from finetune.config import Config, Device, Kept, Precision, Quantize
+from finetune.errors import card_ran_out
 from finetune.files import replace_folder
 from finetune.memory import within_memory
 from finetune.models.device import free, pick_device
@@ -64,10 +65,10 @@ def _within_memory(config: Config, folder: Path, write: Callable[[Config], T]) -
     on_cards_alone = config.model.kind == "diffusion" and config.model.quantize is not Quantize.none  # in diffusers
     if on_cards_alone or pick_device(config.hardware.device).type == "cpu":
         return write(config)
-    found = within_memory(lambda: write(config))
+    found = within_memory(lambda: write(config), ran_out=card_ran_out)
     if found is not None:
         return found
-    say("export: memory ran out on the card; models are compared in main memory, which is slower")
+    say("export: the card is too small; models are compared in main memory, which may take hours for large ones")
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     hardware = replace(config.hardware, device=Device.cpu)

@@ -13,9 +13,10 @@ from finetune.plans import Plan, Setting
 OTHERS = 3  # alternatives shown
 REMEDIES = {
     "captioning": "caption.batch=1, or finetune caption with these settings and hardware=cpu first",
+    "encoding texts": "more main memory, or a base with smaller text encoders",
     "encoding pictures": "finetune dataset with these settings and hardware=cpu first",
     "validation": "trainer.validate_every=0",
-    "sampling": "sample.previews=0, and finetune sample with these settings and hardware=cpu after the training",
+    "sampling": "'sample.prompts=[]', and finetune sample with prompts and hardware=cpu after the training",
     "export": "finetune export with these settings and hardware=cpu, after the training",
 }
 """What makes a phase smaller, or where else it can run."""
@@ -46,7 +47,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
     others = list(ladder.phases(best.micro_batch))
     phases = {"training": best.gib} | {name: gib for name, gib, _ in others}
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
-    main_gib = main_memory.moments(config, ladder, best)
+    main_gib = main_memory.moments(config, ladder, best, {name for name, gib in phases.items() if not gib})
     return Plan(
         name=config.name,
         base=config.model.base,

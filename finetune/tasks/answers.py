@@ -10,7 +10,7 @@ from pathlib import Path
 from finetune.config import Config
 from finetune.models import language
 from finetune.models.device import pick_device, pick_dtype
-from finetune.models.writer import Writer
+from finetune.models.writer import WRITTEN_AT_ONCE, Writer
 from finetune.pages.texts import by_prompt
 from finetune.progress import progress
 from finetune.records import Answer
@@ -18,7 +18,6 @@ from finetune.tasks import text_handout
 from finetune.tasks.texts import chat_of
 
 PAGE = "answers.md"
-AT_ONCE = 8  # answers written together; a progress bar moves after each such batch
 MARKUP = re.compile(r"[\\`*_~\[\]|$]")  # what Markdown would take for more than a character
 
 
@@ -43,11 +42,9 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answer
         for kind, texts in written.items():
             if kind == "tuned":
                 model = text_handout.load(model, adapter)
-            for start in range(0, len(jobs), AT_ONCE):
-                part = jobs[start : start + AT_ONCE]
-                texts += writer.write(
-                    model, part, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature, batch=AT_ONCE
-                )
+            for start in range(0, len(jobs), WRITTEN_AT_ONCE):
+                part = jobs[start : start + WRITTEN_AT_ONCE]  # a progress bar moves after each
+                texts += writer.write(model, part, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature)
                 bar.advance(len(part))
     items = tuple(
         Answer(prompt, seed, base, tuned)

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune import processes
 from finetune.config import Config
 from finetune.data import order
 from finetune.data.cache import read
@@ -105,8 +106,10 @@ class DiffusionTask:
         return {"mean": sum(result.values()) / len(result), **result}
 
     def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
-        """One PIL picture per preview prompt."""
+        """One PIL picture per preview prompt, in the process that draws."""
         sample = self.config.sample
+        if self.painter is None:
+            return []
         side = self.config.model.resolution
         jobs = [(prompt, seed) for prompt in prompts]
         return self.painter.draw(
@@ -121,9 +124,12 @@ class DiffusionTask:
         """None: the pictures and captions are in the report."""
         return {}
 
-    def _painter(self) -> Painter:
+    def _painter(self) -> Painter | None:
+        """What draws previews. Made before the backbone is loaded, because text encoders may need the whole card."""
         sample = self.config.sample
         prompts = sample.prompts[: sample.previews]
+        if not prompts or processes.index():
+            return None
         return Painter(self.config.model, prompts, sample.negative, self.device, self.dtype)
 
     def _draw(self, example: Example, visit: int, timestep: float | None = None) -> dict[str, Any]:

@@ -13,9 +13,9 @@ from torch import Tensor, nn
 from finetune.config import Config, LoraInit, Quantize
 from finetune.models import blank, checkpointing, language, likeness, lora, offload, varlen
 from finetune.models.linear_loss import logits, summed_cross_entropy
-from finetune.tasks.answers import AT_ONCE
+from finetune.models.writer import WRITTEN_AT_ONCE
 from finetune.tasks.language import check_length, inject
-from finetune.training.tracer import ELSEWHERE, Trace, Tracer, Way, optimizer_bytes
+from finetune.training.tracer import Trace, Tracer, Way, optimizer_bytes
 
 TEMPLATE_TOKENS = 64  # what a chat template puts around a prompt, generously
 COPIES = 5  # of a chunk's logits in `likeness.compare`
@@ -83,7 +83,8 @@ class LanguageSketch:
     def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
         """Every phase but the steps of training, by name."""
         yield from self.beside(micro_batch)
-        yield "export", [Way(self._export()), Way(None, ELSEWHERE)]
+        slow = "in main memory, which may take hours; 'export.dialects=[peft]' compares least"
+        yield "export", [Way(self._export()), *([Way(None, slow)] if self.cuda else [])]
 
     def _validate(self, micro_batch: int) -> None:
         with self.tracer.autocast():
@@ -96,7 +97,7 @@ class LanguageSketch:
         model: Any = self.model
         # No tokenizer here: a token is at least a byte.
         longest = max(len(prompt.encode()) for prompt in sample.prompts) + TEMPLATE_TOKENS + sample.max_new_tokens
-        rows = min(AT_ONCE, len(sample.prompts))
+        rows = min(WRITTEN_AT_ONCE, len(sample.prompts))
         longest = min(longest, model.config.get_text_config().max_position_embeddings)
         with self.tracer.autocast():
             mask = torch.ones(rows, 1, longest, longest, dtype=torch.bool)

@@ -17,13 +17,14 @@ from finetune.models.diffusion import PAINTED_AT_ONCE, TEXTS_AT_ONCE
 from finetune.models.families import family
 from finetune.models.families.base import AT_ONCE, TILE, frugal, spare
 from finetune.tasks import diffusion, handout, pictures
-from finetune.training.tracer import ELSEWHERE, Trace, Tracer, Way, optimizer_bytes
+from finetune.training.tracer import Trace, Tracer, Way, optimizer_bytes
 
 # Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
 # on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
 WORKSPACE_GIB_PER_MEGAPIXEL = 1.9
 WORKSPACE_SEEN = ("AutoencoderKL", "AutoencoderKLFlux2")
 CLIP_TOKENS = 77
+ELSEWHERE, ONE = "in main memory, which is slower", "one picture at once"  # words of a `Way`
 
 
 class PictureSketch:
@@ -112,8 +113,9 @@ class PictureSketch:
     def _encoding_texts(self) -> Iterator[Way]:
         """As `TextEncoder` goes about it."""
         yield Way(self._reading(TEXTS_AT_ONCE))
-        yield Way(self._reading(1), "fewer captions at once")
-        yield Way(None, ELSEWHERE)
+        if self.cuda:
+            yield Way(self._reading(1), "fewer captions at once")
+            yield Way(None, ELSEWHERE)
 
     def _reading(self, captions: int) -> Trace:
         if captions in self.readings:
@@ -152,13 +154,14 @@ class PictureSketch:
         """Previews in training, where the optimiser is there too, as `Painter` goes about them."""
         sample = self.config.sample
         count = min(PAINTED_AT_ONCE, max(min(sample.previews, len(sample.prompts)), len(sample.seeds)))
-        while count > 1:
-            yield Way(self._drawing(count, self.vae, states), f"{count} pictures at once")
+        yield Way(self._drawing(count, self.vae, states))
+        while self.cuda and count > 1:
             count //= 2
-        yield Way(self._drawing(1, self.vae, states), "one picture at once")
-        thrifty = self.tracer.blank(blank.autoencoder(self.config.model))
-        spare(thrifty)
-        yield Way(self._drawing(1, thrifty, states), "one picture at once, decoded in tiles")
+            yield Way(self._drawing(count, self.vae, states), f"{count} pictures at once" if count > 1 else ONE)
+        if self.cuda and self.config.model.resolution > TILE:
+            thrifty = self.tracer.blank(blank.autoencoder(self.config.model))
+            spare(thrifty)
+            yield Way(self._drawing(1, thrifty, states), f"{ONE}, decoded in tiles")
 
     def _drawing(self, count: int, vae: nn.Module, states: dict[str, float]) -> Trace:
         sample, side = self.config.sample, self.config.model.resolution
@@ -186,7 +189,7 @@ class PictureSketch:
 
     def _exporting(self) -> Iterator[Way]:
         yield Way(self._export())
-        if self.config.model.quantize is Quantize.none:  # the others are on cards alone
+        if self.cuda and self.config.model.quantize is Quantize.none:  # the others are on cards alone
             yield Way(None, ELSEWHERE)
 
     def _export(self) -> Trace:

@@ -39,7 +39,6 @@ ROUND_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/CUDAC
 SMALL_8BIT, BLOCK_8BIT = 4096, 256  # numbers: tensors under the first keep 32-bit states; the second share a scale
 # CUDA autocast runs these in fp32 and the CPU's doesn't (torch, "Autocast Op Reference").
 FP32_ON_CUDA = ("group_norm", "layer_norm", "rms_norm", "softmax")
-ELSEWHERE = "in main memory, which is slower"  # words of a `Way`
 
 
 @dataclass(frozen=True)

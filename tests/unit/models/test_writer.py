@@ -55,6 +55,12 @@ def writer(chat: Chat) -> Writer:
     return Writer(chat.tokenizer, chat.ends(), CPU, torch.float32)
 
 
+def by(chat: Chat, at_once: int) -> Writer:
+    made = Writer(chat.tokenizer, chat.ends(), CPU, torch.float32)
+    made.portions.at_once = at_once
+    return made
+
+
 def jobs(chat: Chat, *, seeds: tuple[int, ...] = (0,)) -> list[tuple[list[int], int]]:
     return [(chat.prompt_ids(prompt), seed) for prompt in PROMPTS for seed in seeds]
 
@@ -74,14 +80,33 @@ def test_greedy_answers_are_the_likeliest_tokens_one_after_another(chat: Chat, m
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 3.0])
-def test_the_batch_does_not_show_in_the_answers(chat: Chat, model: Any, writer: Writer, temperature: float) -> None:
+def test_the_batch_does_not_show_in_the_answers(chat: Chat, model: Any, temperature: float) -> None:
     asked = jobs(chat, seeds=(0, 1))
     whole, few, alone = (
-        writer.write(model, asked, max_new_tokens=12, temperature=temperature, batch=batch) for batch in (10, 3, 1)
+        by(chat, batch).write(model, asked, max_new_tokens=12, temperature=temperature) for batch in (10, 3, 1)
     )
     assert whole == few == alone
-    backwards = writer.write(model, asked[::-1], max_new_tokens=12, temperature=temperature, batch=4)
+    backwards = by(chat, 4).write(model, asked[::-1], max_new_tokens=12, temperature=temperature)
     assert backwards[::-1] == whole
+
+
+def test_a_small_card_writes_fewer_at_once(
+    chat: Chat, model: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    asked = jobs(chat, seeds=(0, 1))
+    whole = by(chat, len(asked)).write(model, asked, max_new_tokens=12, temperature=0.7)
+    generate = model.generate
+
+    def limited(ids_BL: Any, **options: Any) -> Any:
+        if len(ids_BL) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return generate(ids_BL, **options)
+
+    monkeypatch.setattr(model, "generate", limited)
+    small = by(chat, 8)
+    assert small.write(model, asked, max_new_tokens=12, temperature=0.7) == whole
+    assert capfd.readouterr().err.endswith("the card is too small for 4 at once; writing 2\n")
+    assert small.portions.at_once == 2
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral_sliding", "gemma2", "gemma3", "glm4", "granite", "cohere"])
@@ -89,8 +114,7 @@ def test_no_architecture_minds_the_batch(tmp_path: Path, architecture: str) -> N
     config = ModelConfig(kind="language", base=str(save_language(tmp_path, architecture)))
     chat = Chat(language.load_tokenizer(config.base))
     base = language.load_model(config, torch.float32, CPU)
-    writer = Writer(chat.tokenizer, chat.ends(), CPU, torch.float32)
-    together, alone = (writer.write(base, jobs(chat), max_new_tokens=9, temperature=0.5, batch=b) for b in (8, 1))
+    together, alone = (by(chat, b).write(base, jobs(chat), max_new_tokens=9, temperature=0.5) for b in (8, 1))
     assert together == alone
     assert len(set(alone)) == len(PROMPTS)
 

@@ -88,6 +88,16 @@ def test_language_models_go_to_the_card_at_once_and_are_compared_in_main_memory(
     assert found == ({"export": bytes_of_a_number * count / GIB} if bytes_of_a_number else {})
 
 
+def test_an_export_that_the_card_is_too_small_for_is_counted_here(language_config: Config) -> None:
+    language_config.export.dialects = [Dialect.peft]
+    language_config.model.quantize = Quantize.nf4
+    ladder = on(language_config)
+    assert main_memory.moments(language_config, ladder, asked(ladder), {"sampling"}) == {}
+    packed = sum(weight.nbytes for weight in ladder.sketch.model.parameters())
+    found = main_memory.moments(language_config, ladder, asked(ladder), {"export"})
+    assert found == {"export": 2 * packed / GIB}
+
+
 def test_what_waits_in_training(language_config: Config) -> None:
     language_config.optim.name = Optimizer.paged_adamw8bit
     ladder = on(language_config)

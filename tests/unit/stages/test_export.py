@@ -5,9 +5,11 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
+from torch import Tensor
 
-from finetune.config import Config, Device, Quantize
-from finetune.records import Run
+from finetune.config import Config, Device, Precision, Quantize
+from finetune.records import Adapter, Run
 from finetune.stages import export as stage
 from finetune.stages.export import export
 from finetune.stages.train import train
@@ -17,13 +19,18 @@ from tests.unit.conftest import Setting
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 
+def weights_of(adapter: Adapter) -> dict[str, Tensor]:
+    return load_file(Path(adapter.folder) / "peft" / "adapter_model.safetensors")
+
+
 def test_a_card_too_small_for_the_comparison_leaves_it_to_main_memory(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Half-written files of the attempt are gone, and the adapters are those of an export that fitted."""
     config = setting.config
     run = train(config, setting.dataset)
-    fitting = export(config, run)
+    fitting = weights_of(export(config, run))
+    config.trainer.precision = Precision.fp16  # which a CPU can't do
     handout = registry.kind(config).handout
     write, tried = handout.write, []
 
@@ -42,10 +49,10 @@ def test_a_card_too_small_for_the_comparison_leaves_it_to_main_memory(
     config.hardware.device = Device.auto
     found = export(config, run)
     assert tried == [(Device.auto, []), (Device.cpu, [])]
-    assert "export: memory ran out on the card; models are compared in main memory, which is slower\n" in (
-        capfd.readouterr().err
-    )
-    assert found.differences.keys() == fitting.differences.keys()
+    said = "export: the card is too small; models are compared in main memory, which may take hours for large ones\n"
+    assert said in capfd.readouterr().err
+    assert weights_of(found).keys() == fitting.keys()
+    assert all(torch.equal(weight, fitting[name]) for name, weight in weights_of(found).items())
     assert not list(Path(found.folder).glob("half*"))
 
 
@@ -62,3 +69,18 @@ def test_a_quantised_picture_model_has_no_other_place(
     monkeypatch.setattr(registry.kind(config).handout, "write", full)
     with pytest.raises(torch.OutOfMemoryError):
         export(config, run)
+
+
+def test_a_host_without_memory_is_not_tried_twice(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = train(setting.config, setting.dataset)
+    monkeypatch.setattr(stage, "pick_device", lambda wanted: torch.device("cuda"))
+    tried: list[bool] = []
+
+    def full(*_: Any) -> Any:
+        tried.append(True)
+        raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
+
+    monkeypatch.setattr(registry.kind(setting.config).handout, "write", full)
+    with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
+        export(setting.config, run)
+    assert tried == [True]

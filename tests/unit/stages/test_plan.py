@@ -13,7 +13,7 @@ import finetune
 from finetune import recipes
 from finetune.config import Config, Device, ModelConfig, Precision, Quantize
 from finetune.errors import ConfigError, ModelError
-from finetune.models import blank, hub
+from finetune.models import blank, hub, offload
 from finetune.planning import choice
 from finetune.planning.ladder import parts
 from finetune.plans import Plan
@@ -139,9 +139,10 @@ def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.Mo
 def test_a_phase_that_does_not_fit_says_what_to_do(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     advice = {
         "captioning": "caption.batch=1",
+        "encoding texts": "more main memory",
         "encoding pictures": "finetune dataset with these settings and hardware=cpu first",
         "validation": "trainer.validate_every=0",
-        "sampling": "sample.previews=0, and finetune sample",
+        "sampling": "'sample.prompts=[]', and finetune sample",
         "export": "finetune export with these settings and hardware=cpu",
     }
     monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: ((name, 30.0, "") for name in advice))
@@ -153,16 +154,50 @@ def test_a_phase_that_does_not_fit_says_what_to_do(config: Config, monkeypatch: 
         assert words in line
 
 
+def test_nothing_gives_way_without_a_card(roomy: Config) -> None:
+    roomy.hardware.device = Device.cpu
+    ladder = stage.Ladder(roomy, stage.read(roomy.hardware))
+    assert not ladder.machine.cuda
+    assert {len(list(ways)) for _, ways in ladder.sketch.phases(1)} == {1}
+
+
+def test_a_plan_whose_samples_do_not_fit_does_as_it_says(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("finetune.tasks.picture_sketch.WORKSPACE_GIB_PER_MEGAPIXEL", 1e6)
+    (problem,) = plan(on_a_card(config)).problems
+    assert problem.startswith("sampling needs ")
+    assert "try 'sample.prompts=[]', and finetune sample" in problem
+    config.sample.prompts = []
+    assert plan(config).fits
+
+
+def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(offload, "SLOTS", 1)  # a ring of two is all that this model has
+
+    def weights(gib: float, *, offloaded: bool) -> float:
+        on_a_card(config, gib).model.offload = offloaded
+        ladder = stage.Ladder(config, stage.read(config.hardware))
+        trace = next(iter(dict(ladder.sketch.phases(1))["export"])).trace
+        assert trace is not None
+        return sum(trace.held[name] for name in trace.held if name in ("weights", "ring of blocks"))
+
+    whole = weights(24.0, offloaded=False)
+    assert weights(24.0, offloaded=True) == whole
+    in_16_bit, partly = weights(0.5001, offloaded=False), weights(0.5001, offloaded=True)
+    assert in_16_bit == pytest.approx(whole / 2, rel=0.1)  # adapters stay in fp32
+    assert partly < whole
+
+
 def test_phases_give_way_to_a_small_card(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Pictures one by one, then in tiles; captions one by one, then in main memory; each as soon as it must."""
     for module in ("models.families.base", "tasks.picture_sketch"):
         monkeypatch.setattr(f"finetune.{module}.TILE", 16)
     on_a_card(config).sample.seeds = [0, 1, 2, 3]
     ladder = stage.Ladder(config, stage.read(config.hardware))
-    pictures = ["4 pictures at once", "2 pictures at once", "one picture at once"]
+    pictures = ["2 pictures at once", "one picture at once"]
     expected = {
         "encoding texts": ["", "fewer captions at once", "in main memory, which is slower"],
-        "sampling": [*pictures, "one picture at once, decoded in tiles"],
+        "sampling": ["", *pictures, "one picture at once, decoded in tiles"],
+        "export": ["", "in main memory, which is slower"],
     }
     for name, words in expected.items():
         ways = list(dict(ladder.sketch.phases(1))[name])

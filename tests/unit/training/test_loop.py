@@ -5,9 +5,11 @@ import re
 import pytest
 import torch
 
+from finetune.config import Precision
 from finetune.errors import TrainingError
 from finetune.models import lora
 from finetune.tasks import registry
+from finetune.training.accelerator import build_accelerator
 from tests.unit.conftest import Setting
 from tests.unit.training.steps import run
 
@@ -53,3 +55,9 @@ def test_bad_steps_in_a_row_end_the_run(setting: Setting) -> None:
     setting.config.trainer.max_bad_steps = 1
     with pytest.raises(TrainingError, match=r"1 steps in a row were not finite.*try a lower optim.lr"):
         run(setting.config, setting.dataset, poison=2)
+
+
+def test_cudnns_attention_is_off() -> None:
+    torch.backends.cuda.enable_cudnn_sdp(True)
+    build_accelerator(Precision.fp32, torch.device("cpu"))
+    assert not torch.backends.cuda.cudnn_sdp_enabled()
