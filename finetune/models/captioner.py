@@ -23,6 +23,7 @@ class Captioner:
         from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
         self.device, self.dtype = device, dtype
+        hub.require(reference, "config.json")
         self.tokenizer: Any = hub.load(AutoTokenizer, reference)
         # The PIL backend on purpose: the same pixels whether torchvision is installed or not.
         self.processor: Any = hub.load(BlipImageProcessorPil, reference)

@@ -22,11 +22,14 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from finetune.pages import curves
+
+if TYPE_CHECKING:
+    from finetune.planning.ladder import Ladder
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, CONVERSATIONS = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
@@ -253,13 +256,14 @@ def add_plans(results: Path, page: Path) -> None:
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     for line in lines:
         if "measured_gib" in line:
-            line["planned_gib"], line["planned_a_second"] = planned(chosen_cases([line["name"]])[0])
+            (case,) = chosen_cases([line["name"]])
+            line["planned_gib"], line["planned_a_second"] = planned_gib(case), planned_a_second(case)
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page.write_text(table(lines))
 
 
-def planned(case: Case) -> tuple[float, float]:
-    """GiB of tensors at the worst moment of what a case ran on the card, as the plan traces it, and units a second.
+def sketched(case: Case) -> tuple["Ladder", tuple[int, int, bool]]:
+    """The plan of what a case ran on the card, and which setting that was.
 
     Texts were encoded by shortened encoders, and what lies outside torch's allocator was not measured: neither counts.
     """
@@ -274,11 +278,22 @@ def planned(case: Case) -> tuple[float, float]:
     config = compose.load(
         kept[0].removeprefix("conf="), [*kept[1:], f"hardware={CARD}", f"hardware.vram_gib={case.vram_gib}"]
     )
-    ladder, trainer = Ladder(config, read(config.hardware)), config.trainer
+    trainer = config.trainer
     setting = trainer.micro_batch, trainer.checkpointing, trainer.offload_activations
-    gib = ladder.tensors_gib(*setting)
+    return Ladder(config, read(config.hardware)), setting
+
+
+def planned_gib(case: Case) -> float:
+    """GiB of tensors at the worst moment, as the plan traces it."""
+    ladder, setting = sketched(case)
+    return ladder.tensors_gib(*setting)
+
+
+def planned_a_second(case: Case) -> float:
+    """Images, or slots of rows, as the plan estimates."""
+    ladder, setting = sketched(case)
     step = ladder.setting(*setting)
-    return gib, step.units / step.seconds
+    return step.units / step.seconds
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:

@@ -220,7 +220,8 @@ def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
     config.lora.targets = "attention"
     config.sample.prompts, config.sample.previews = ["a", "b", "c"], 3
     sketch = PictureSketch(config, torch.float32, cuda=True, room=2.0**30)
-    trace = sketch._sampling({})
+    trace = next(sketch._sampling({})).trace
+    assert trace is not None
     pictures = 3 * 3 * 64 * 64 * 4  # bytes: three of them, in fp32
     assert trace.kernels[-1].live - sum(trace.held.values()) >= pictures
     assert trace.held["workspace"] == pytest.approx(3 * 64 * 64 / 1024**2 * WORKSPACE_GIB_PER_MEGAPIXEL * 2**30)

@@ -14,7 +14,19 @@ from finetune.config import Family, ModelConfig
 from finetune.models.diffusion import Painter, load_backbone
 from finetune.models.language import load_model, load_tokenizer
 from scripts.bench.bases import save
-from scripts.bench.memory import CASES, ROOT, STEPS, Case, chosen_cases, command, figures, planned, speeds, table
+from scripts.bench.memory import (
+    CASES,
+    ROOT,
+    STEPS,
+    Case,
+    chosen_cases,
+    command,
+    figures,
+    planned_a_second,
+    planned_gib,
+    speeds,
+    table,
+)
 from tests.tiny_families import save_family
 from tests.tiny_language_models import save_language
 
@@ -82,7 +94,13 @@ def test_the_committed_plans_are_those_of_today(preset: str) -> None:
     """One case of each base: a trace takes seconds."""
     line = next(line for line in MEASURED if line["preset"] == preset)
     case = Case(line["name"], preset, line["vram_gib"], tuple(line["overrides"]))
-    assert planned(case)[0] == pytest.approx(line["planned_gib"], rel=0.005)
+    assert planned_gib(case) == pytest.approx(line["planned_gib"], rel=0.005)
+
+
+def test_the_committed_speeds_are_those_of_today() -> None:
+    """Of one: they hang on a few constants."""
+    line = next(line for line in MEASURED if line["name"] == "llama2-7b-2048-bf16-10gb")
+    assert planned_a_second(chosen_cases([line["name"]])[0]) == pytest.approx(line["planned_a_second"], rel=0.005)
 
 
 def test_figures_come_from_the_receipts(tmp_path: Path) -> None:
