@@ -8,6 +8,7 @@ import torch
 from finetune.config import Config, Fit, Quantize
 from finetune.errors import ModelError
 from finetune.models.device import free
+from finetune.planning import main_memory
 from finetune.planning.ladder import Ladder, quickest
 from finetune.planning.machine import Machine, read
 from finetune.plans import KEYS, Setting
@@ -78,6 +79,9 @@ def _settled(config: Config) -> tuple[Config, float]:
     else:
         choice = choose(Ladder(config, machine))
         ladder, setting = choice.ladder, choice.best
+        needed_here = main_memory.moments(config, ladder, setting)
+        for line in main_memory.warning(config, needed_here, machine.main_gib):
+            say(f"fit: {line}")  # now, and not when the training is over
         config = with_settings(config, **{name: getattr(setting, name) for name in KEYS})
         if choice.chosen is None:
             say(f"fit: the plan's least is {setting.gib:.1f} GiB, and {machine.vram_gib:.1f} are free; trying it")

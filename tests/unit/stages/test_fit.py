@@ -11,10 +11,10 @@ from typing import Any
 import pytest
 import torch
 
-from finetune.config import Config, Device, Fit, Optimizer
+from finetune.config import Config, Device, Dialect, Fit, Optimizer
 from finetune.errors import Interrupted, OutOfMemory
 from finetune.models import lora
-from finetune.planning import choice
+from finetune.planning import choice, main_memory
 from finetune.planning.machine import Machine
 from finetune.session import Session
 from finetune.stages.train import train
@@ -171,6 +171,19 @@ def test_auto_takes_the_fastest_setting_of_the_same_effective_batch(
     same, less = tried(config, 24.0, monkeypatch)
     assert choice.settings(same) == choice.settings(config)
     assert 0 < less < planned
+
+
+def test_main_memory_that_an_export_will_not_have_is_said_at_the_start(
+    language_config: Config, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    language_config.export.dialects = [Dialect.peft, Dialect.merged]
+    monkeypatch.setattr(main_memory, "LEAST_GIB", 0.0)
+    for free_gib, said in ((1e-6, True), (64.0, False)):
+        here = replace(machine(24.0), main_gib=free_gib)
+        monkeypatch.setattr(choice, "read", lambda hardware, here=here: here)
+        choice.settle(language_config)
+        assert ("fit: main memory: export takes up to 0.0 GiB, and 0.0 are free here now; try 'export.dialects=[peft]'"
+                in capfd.readouterr().err) is said  # fmt: skip
 
 
 def test_a_card_that_the_plan_finds_too_small_is_tried_all_the_same(
