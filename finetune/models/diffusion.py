@@ -6,7 +6,6 @@ B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text 
 """
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -265,8 +264,7 @@ class Painter:
         """
         if max(width, height) <= TILE:  # tiles would be the picture
             self.portions.measures.clear()
-        work = partial(self._draw, backbone, width=width, height=height, steps=steps, guidance=guidance)
-        return self.portions.each(work, jobs)
+        return self.portions.each(lambda part: self._draw(backbone, part, width, height, steps, guidance), jobs)
 
     def _tile(self) -> None:
         say("the card is too small for a picture; decoding in tiles")
@@ -274,14 +272,7 @@ class Painter:
 
     @torch.no_grad()
     def _draw(
-        self,
-        backbone: nn.Module,
-        jobs: Sequence[tuple[str, int]],
-        *,
-        width: int,
-        height: int,
-        steps: int,
-        guidance: float,
+        self, backbone: nn.Module, jobs: Sequence[tuple[str, int]], width: int, height: int, steps: int, guidance: float
     ) -> list[Any]:
         pipeline = self.pipeline
         pipeline.register_modules(**{self.family.BACKBONE: backbone})
