@@ -128,6 +128,12 @@ def test_seconds_follow_the_card() -> None:
     assert speed.seconds(trace, CARD, Precision.bf16) == pytest.approx(speed.LAUNCH_S * trace.launches)
     assert speed.seconds(trace, slow, Precision.bf16) > speed.seconds(trace, CARD, Precision.bf16)
     assert "TFLOP/s" in speed.explained(CARD, Precision.bf16)
+    cpu = replace(CARD, cuda=False, tflops=0.2, fp32_tflops=0.2, gb_per_s=30)
+    slower = replace(cpu, tflops=0.1, fp32_tflops=0.1, gb_per_s=15)
+    taken = speed.seconds(trace, cpu, Precision.fp32)
+    assert speed.seconds(trace, slower, Precision.fp32) == pytest.approx(2 * taken)
+    assert taken > trace.flops / 0.2e12  # no kernel comes to what was measured
+    assert "50% of the 200 GFLOP/s and 30 GB/s measured now" in speed.explained(cpu, Precision.fp32)
     assert "assumed" in speed.explained(replace(CARD, known=False), Precision.bf16)
 
 
