@@ -38,10 +38,9 @@ class Portions:
     Whatever gives way has given way for good.
     """
 
-    def __init__(self, at_once: int, doing: str = "") -> None:
-        """doing: what a person is told that fewer are done of; nothing is said without."""
-        self.at_once, self.doing = at_once, doing
-        self.measures: list[Callable[[], None]] = []
+    def __init__(self, at_once: int, *measures: Callable[[], None], doing: str = "") -> None:
+        """measures: in turn. doing: what a person is told that fewer are done of; nothing is said without."""
+        self.at_once, self.measures, self.doing = at_once, list(measures), doing
 
     def each(self, work: Callable[[Sequence[U]], list[T]], items: Sequence[U]) -> list[T]:
         """What `work` makes of all items. Raises torch.OutOfMemoryError where one is too much after all measures."""

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from accelerate import Accelerator
 
@@ -34,7 +34,6 @@ from finetune.training.pace import Pace, likely
 from finetune.training.signals import Stop
 from finetune.training.tracking import Tracker
 
-T = TypeVar("T")
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
 LAST_SHARE = 0.1
 """Of the steps, over which the loss at the end is a mean: smoothing still feels the start of short runs."""
@@ -85,7 +84,7 @@ class Session:
             self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
         self.pace, self.told = Pace(self.state.slow_steps), False
         self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
-        self.previewing, self.validated_at_once = True, 0
+        self.previewing, self.validated_at_once = True, config.trainer.micro_batch
 
     def steps(self, stop: Stop) -> Iterator[Step]:
         """Every remaining optimiser step, with a progress bar. stop: of a signal, on which several processes agree."""
@@ -329,7 +328,7 @@ class Session:
 
     def _validated(self) -> dict[str, float] | None:
         """Losses of so many examples at once as memory has room for; None if not even for one."""
-        size = min(self.validated_at_once or self.ladder.micro_batch, self.ladder.micro_batch)
+        size = min(self.validated_at_once, self.ladder.micro_batch)
         while (done := within_memory(partial(self.task.validate, size), drop=self._back())) is None and size > 1:
             self.validated_at_once = size = size // 2
             say(f"step {self.state.step}: memory ran out; validation by {size} at a time")

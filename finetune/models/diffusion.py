@@ -33,11 +33,10 @@ class TextEncoder:
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        self.family, self.portions = family(model.family), Portions(TEXTS_AT_ONCE)
+        self.family, self.portions = family(model.family), Portions(TEXTS_AT_ONCE, self._leave_the_card)
         dtypes = {"default": torch.float32} | dict.fromkeys(self.family.LARGE_TEXT, torch.bfloat16)
         parts = dict.fromkeys((self.family.BACKBONE, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
-        self.portions.measures.append(self._leave_the_card)
         if within_memory(lambda: self.pipeline.to(device), ran_out=card_ran_out) is None:
             self.portions.measures.pop()()
 
@@ -242,8 +241,7 @@ class Painter:
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
         del encoder
         self.negative, self.device, self.dtype = negative, device, dtype
-        self.portions = Portions(PAINTED_AT_ONCE, "drawing")
-        self.portions.measures.append(self._tile)
+        self.portions = Portions(PAINTED_AT_ONCE, self._tile, doing="drawing")
         self.vae = load_vae_model(model)
         parts = dict.fromkeys((self.family.BACKBONE, *self.family.TEXT)) | {"vae": self.vae}
         self.pipeline = load_pipeline(model, parts)

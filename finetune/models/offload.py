@@ -52,8 +52,8 @@ def resting(model: nn.Module, card: float) -> tuple[list[nn.Module], int]:
     """The blocks that wait in main memory, and bytes of the ring that they come to. card: bytes of it."""
     room = WEIGHTS_SHARE * card
     blocks = find(model)
-    sizes = [_frozen_bytes(block) for block in blocks]
-    room -= _bytes(model) - sum(sizes)
+    sizes = [frozen_bytes(block) for block in blocks]
+    room -= weight_bytes(model) - sum(sizes)
     if sum(sizes) <= room:
         return [], 0
     ring = SLOTS * max(sizes, default=0)
@@ -67,12 +67,12 @@ def resting(model: nn.Module, card: float) -> tuple[list[nn.Module], int]:
 def planned(model: nn.Module, card: float) -> dict[str, float]:
     """What `spread` changes on a card of that many bytes: of the weights, and the ring of blocks. For memory plans."""
     away, ring = resting(model, card)
-    return {"weights": -float(sum(map(_frozen_bytes, away))), "ring of blocks": float(ring)}
+    return {"weights": -float(sum(map(frozen_bytes, away))), "ring of blocks": float(ring)}
 
 
 def stream(model: Any, away: Sequence[nn.Module], device: torch.device) -> None:
     """Keep the frozen weights of the blocks `away` in main memory, and all else of the model on `device`."""
-    whole = _bytes(model)
+    whole = weight_bytes(model)
     blocks = [_Block(block) for block in away]
     for block, memory in zip(blocks, _memory([block.size for block in blocks], device.type == "cuda"), strict=True):
         block.rest_in(memory)
@@ -310,9 +310,11 @@ def _set_tensors(parameter: Any, tensors: Iterator[Tensor]) -> None:
                 setattr(part, name, next(tensors))
 
 
-def _bytes(module: nn.Module) -> int:
+def weight_bytes(module: nn.Module) -> int:
+    """Of all its parameters, as they are stored."""
     return sum(parameter.nbytes for parameter in module.parameters())
 
 
-def _frozen_bytes(module: nn.Module) -> int:
+def frozen_bytes(module: nn.Module) -> int:
+    """Of those that aren't trained."""
     return sum(parameter.nbytes for parameter in module.parameters() if not parameter.requires_grad)

@@ -27,7 +27,7 @@ class Writer:
     def __init__(self, tokenizer: Any, ends: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         """ends: ids that end an answer. dtype: of the arithmetic; anything but fp32 is autocast."""
         self.tokenizer, self.ends, self.device, self.dtype = tokenizer, tuple(ends), device, dtype
-        self.portions = Portions(WRITTEN_AT_ONCE, "writing")
+        self.portions = Portions(WRITTEN_AT_ONCE, doing="writing")
 
     def write(
         self,

@@ -64,9 +64,8 @@ class Ladder:
         """One of them."""
         trace = self._trace(micro_batch, checkpointing, away)
         accumulate = self.effective // micro_batch
-        once = max(speed.seconds(trace, self.machine, self.precision), self._fetching_s()) + 2 * self._copy_s(
-            trace.away
-        )
+        computing = speed.seconds(trace, self.machine, self.precision)
+        once = max(computing, self._fetching_s()) + 2 * self._copy_s(trace.away)
         return Setting(
             micro_batch=micro_batch,
             accumulate=accumulate,

@@ -35,7 +35,7 @@ def moments(config: Config, ladder: Ladder, setting: Setting, elsewhere: Collect
         "export": max(_export(ladder), _compared_here(ladder) if "export" in elsewhere else 0.0),
     }
     if config.model.kind == "diffusion":
-        found["loading the text encoders"] = sum(map(_bytes, blank.text_encoders(config.model))) / GIB
+        found["loading the text encoders"] = sum(map(offload.weight_bytes, blank.text_encoders(config.model))) / GIB
     kept = {name: gib for name, gib in found.items() if gib >= LEAST_GIB}
     return dict(sorted(kept.items(), key=lambda item: -item[1]))
 
@@ -58,7 +58,7 @@ def warning(config: Config, found: dict[str, float], free_gib: float | None) -> 
 
 def _loading(ladder: Ladder) -> float:
     """GiB of the base that come through main memory on their way to the card."""
-    model, base = ladder.config.model, _frozen(ladder.sketch.model) / GIB
+    model, base = ladder.config.model, offload.frozen_bytes(ladder.sketch.model) / GIB
     if model.kind == "language":  # straight to the card, unless blocks stay behind
         return base if model.offload else 0.0
     if file := hub.single_file(model.base):  # its tensors are renamed and cut up first
@@ -73,9 +73,9 @@ def _export(ladder: Ladder) -> float:
     if model.kind == "diffusion":
         if not (plain and model.offload):  # else in fp32, of which a part stays
             return _loading(ladder)
-        return _in_fp32(sum(weight.numel() for weight in ladder.sketch.model.parameters()), ladder)
+        return _in_fp32(_numbers(ladder.sketch.model), ladder)
     merged = Dialect.merged in config.export.dialects
-    count = sum(weight.numel() for weight in blank.language_model(model, torch.bfloat16).parameters())
+    count = _numbers(blank.language_model(model, torch.bfloat16))
     if config.lora.dora:  # whose base is at hand as a whole, on the card; a merged model is made here all the same
         return 2 * count / GIB if merged else 0.0
     return _in_fp32(count, ladder) if plain or merged else _loading(ladder)
@@ -83,10 +83,10 @@ def _export(ladder: Ladder) -> float:
 
 def _compared_here(ladder: Ladder) -> float:
     """GiB of one model in fp32; of a quantised one at most, whose embeddings and head alone are."""
-    held = ladder.sketch.model.parameters()
+    model = ladder.sketch.model
     if ladder.config.model.quantize is Quantize.none:
-        return 4 * sum(weight.numel() for weight in held) / GIB
-    return 2 * sum(weight.nbytes for weight in held) / GIB
+        return 4 * _numbers(model) / GIB
+    return 2 * offload.weight_bytes(model) / GIB
 
 
 def _in_fp32(count: int, ladder: Ladder) -> float:
@@ -95,9 +95,5 @@ def _in_fp32(count: int, ladder: Ladder) -> float:
     return whole + max(0.0, whole - offload.WEIGHTS_SHARE * ladder.sketch.room / GIB)
 
 
-def _frozen(model: nn.Module) -> int:
-    return sum(weight.nbytes for weight in model.parameters() if not weight.requires_grad)
-
-
-def _bytes(model: nn.Module) -> int:
-    return sum(weight.nbytes for weight in model.parameters())
+def _numbers(model: nn.Module) -> int:
+    return sum(weight.numel() for weight in model.parameters())

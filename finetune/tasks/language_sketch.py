@@ -118,7 +118,7 @@ class LanguageSketch:
         """Comparing two models in fp32: one of them on the card, and their head, or both where new tokens change it."""
         tracer = Tracer(torch.float32, like_cuda=self.cuda)
         model: Any = tracer.blank(self._adapted(torch.float32)).eval()
-        over = _bytes(model) - offload.WEIGHTS_SHARE * self.room
+        over = offload.weight_bytes(model) - offload.WEIGHTS_SHARE * self.room
         # As `text_handout` does: what isn't quantised is offloaded.
         streamed = self.cuda and self.config.model.quantize is Quantize.none and not self.config.lora.dora
         away = max(0.0, over) if streamed else 0.0
@@ -170,7 +170,3 @@ class _NewTokens:
 
     def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
         return list(range(self.vocabulary - len(tokens), self.vocabulary))
-
-
-def _bytes(module: nn.Module) -> float:
-    return float(sum(parameter.nbytes for parameter in module.parameters()))

@@ -212,7 +212,7 @@ class PictureSketch:
         if not (self.config.model.offload and self.cuda):
             return {}
         # diffusers quantises on the card, where the model takes room while its blocks are sent away.
-        there = 0 if self.config.model.quantize is Quantize.none else sum(w.nbytes for w in model.parameters())
+        there = 0 if self.config.model.quantize is Quantize.none else offload.weight_bytes(model)
         return offload.planned(model, self.room - there)
 
     def _evaluated(self, model: nn.Module, work: Any, held: dict[str, float]) -> Trace:

@@ -256,8 +256,9 @@ def add_plans(results: Path, page: Path) -> None:
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     for line in lines:
         if "measured_gib" in line:
-            (case,) = chosen_cases([line["name"]])
-            line["planned_gib"], line["planned_a_second"] = planned_gib(case), planned_a_second(case)
+            ladder, setting = sketched(chosen_cases([line["name"]])[0])
+            line["planned_gib"] = planned_gib(ladder, setting)
+            line["planned_a_second"] = planned_a_second(ladder, setting)
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page.write_text(table(lines))
 
@@ -283,15 +284,13 @@ def sketched(case: Case) -> tuple["Ladder", tuple[int, int, bool]]:
     return Ladder(config, read(config.hardware)), setting
 
 
-def planned_gib(case: Case) -> float:
+def planned_gib(ladder: "Ladder", setting: tuple[int, int, bool]) -> float:
     """GiB of tensors at the worst moment, as the plan traces it."""
-    ladder, setting = sketched(case)
     return ladder.tensors_gib(*setting)
 
 
-def planned_a_second(case: Case) -> float:
+def planned_a_second(ladder: "Ladder", setting: tuple[int, int, bool]) -> float:
     """Images, or slots of rows, as the plan estimates."""
-    ladder, setting = sketched(case)
     step = ladder.setting(*setting)
     return step.units / step.seconds
 
