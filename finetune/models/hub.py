@@ -20,6 +20,7 @@ from typing import Any
 from finetune.errors import FinetuneError, ModelError, is_out_of_memory
 
 EMBEDDED = Path(__file__).resolve().parents[1] / "embedded"
+ARCHITECTURES = Path(__file__).parent / "architectures"  # configurations of released bases, without weights
 HUB_ANSWER_S = 8.0  # one request that normally takes 0.2 s; name resolution may hang without an own time limit
 WHOLE_FILE_BYTES = 64 << 20  # files up to this size are hashed whole; an embedded model then never passes for another
 SAMPLED_BLOCKS, SAMPLED_BLOCK_BYTES = 64, 64 << 10  # of larger ones: retraining changes every block
@@ -107,6 +108,23 @@ def local(reference: str) -> Path | None:
     return source if isinstance(source, Path) else _snapshot(source)
 
 
+def config_folder(base: str) -> Path:
+    """The folder with the base's configuration, without asking the hub: its own, or the one in `ARCHITECTURES`.
+
+    Raises ModelError if there is none on this machine.
+    """
+    found = local(base)
+    if found is not None and _config_file(found).is_file():
+        return found
+    for shipped in sorted(ARCHITECTURES.iterdir()):
+        if shipped.is_dir() and json.loads(_config_file(shipped).read_text())["_name_or_path"] == base.split("@")[0]:
+            return shipped
+    raise ModelError(
+        f"the configuration of {base} is neither on this machine nor in the package, so its memory can't be planned; "
+        f"type: hf download {base} --include '*.json', or name a local folder as model.base"
+    )
+
+
 def load(loader: Any, reference: str, **options: Any) -> Any:
     """`loader.from_pretrained` on whatever `reference` means, with everything that can go wrong said in one line.
 
@@ -177,6 +195,11 @@ def damage(file: Path) -> str:
     if size != 8 + length + end:
         return f"{size} bytes where its header says {8 + length + end}"
     return ""
+
+
+def _config_file(found: Path) -> Path:
+    index = found / "model_index.json"
+    return index if index.is_file() else found / "config.json"
 
 
 def _safe_options(loader: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from typing import Any, cast
 from finetune.config import Family as Name
 from finetune.config import ModelConfig
 from finetune.errors import ModelError, is_out_of_memory
-from finetune.models import blank, hub
+from finetune.models import hub
 from finetune.models.families import family
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
@@ -157,7 +157,7 @@ def _opened(path: Path, _changed_ns: int, kind: Name, parts: str) -> SingleFile:
         )
     if any(mark in name for name in shapes for mark in SCALE_MARKS):
         raise ModelError(f"{path} is quantised (8-bit weights with scales); get the same model in 16 bit")
-    found = SingleFile(path, kind, shapes, blank.folder(parts), parts)
+    found = SingleFile(path, kind, shapes, hub.config_folder(parts), parts)
     if reason := _misfit(found):
         others = " or ".join(f"model={name}" for name in _presets(found))
         raise ModelError(
@@ -205,7 +205,7 @@ def _misfit(found: SingleFile) -> str:
 def _presets(found: SingleFile) -> Iterator[str]:
     """The presets whose architecture the file has."""
     kinds = {family(kind).PIPELINE: kind for kind in Name}
-    for folder in sorted(blank.ARCHITECTURES.iterdir()):
+    for folder in sorted(hub.ARCHITECTURES.iterdir()):
         index = hub.model_index(str(folder)) if folder.is_dir() else None
         if index and not _misfit(replace(found, kind=kinds[index["_class_name"]], settings=folder)):
             yield folder.name

@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from finetune.config import Config, Dialect, Quantize
-from finetune.models import blank, hub, offload
+from finetune.models import hub, meta_diffusion, meta_language, offload
 from finetune.planning.ladder import Ladder
 from finetune.planning.machine import GIB
 from finetune.plans import Setting
@@ -35,7 +35,9 @@ def moments(config: Config, ladder: Ladder, setting: Setting, elsewhere: Collect
         "export": max(_export(ladder), _compared_here(ladder) if "export" in elsewhere else 0.0),
     }
     if config.model.kind == "diffusion":
-        found["loading the text encoders"] = sum(map(offload.weight_bytes, blank.text_encoders(config.model))) / GIB
+        found["loading the text encoders"] = (
+            sum(map(offload.weight_bytes, meta_diffusion.text_encoders(config.model))) / GIB
+        )
     kept = {name: gib for name, gib in found.items() if gib >= LEAST_GIB}
     return dict(sorted(kept.items(), key=lambda item: -item[1]))
 
@@ -75,7 +77,7 @@ def _export(ladder: Ladder) -> float:
             return _loading(ladder)
         return _in_fp32(_numbers(ladder.sketch.model), ladder)
     merged = Dialect.merged in config.export.dialects
-    count = _numbers(blank.language_model(model, torch.bfloat16))
+    count = _numbers(meta_language.language_model(model, torch.bfloat16))
     if config.lora.dora:  # whose base is at hand as a whole, on the card; a merged model is made here all the same
         return 2 * count / GIB if merged else 0.0
     return _in_fp32(count, ladder) if plain or merged else _loading(ladder)

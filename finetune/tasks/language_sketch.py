@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config import Config, LoraInit, Quantize
-from finetune.models import blank, checkpointing, language, likeness, lora, offload, varlen
+from finetune.models import checkpointing, language, likeness, lora, meta_language, offload, varlen
+from finetune.models import meta as planning_meta
 from finetune.models.linear_loss import logits, summed_cross_entropy
 from finetune.models.writer import WRITTEN_AT_ONCE
 from finetune.tasks.language import check_length, inject
@@ -138,11 +139,11 @@ class LanguageSketch:
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
         config = self._traceable()
-        model: Any = blank.language_model(config.model, dtype)
+        model: Any = meta_language.language_model(config.model, dtype)
         vocabulary = model.get_input_embeddings().weight.shape[0]
         adapted = inject(config, model, _NewTokens(vocabulary))
         if config.model.quantize is not Quantize.none:
-            adapted = blank.quantised(adapted, config.model.quantize, model.get_output_embeddings())
+            adapted = planning_meta.quantised(adapted, config.model.quantize, model.get_output_embeddings())
         return adapted
 
     def _traceable(self) -> Config:

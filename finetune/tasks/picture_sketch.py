@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from finetune.config import Config, Quantize
 from finetune.data import buckets
-from finetune.models import blank, checkpointing, lora, offload, single_file
+from finetune.models import checkpointing, lora, meta_diffusion, offload, single_file
+from finetune.models import meta as planning_meta
 from finetune.models.diffusion import PAINTED_AT_ONCE, TEXTS_AT_ONCE
 from finetune.models.families import family
 from finetune.models.families.base import AT_ONCE, TILE, frugal, spare
@@ -38,9 +39,9 @@ class PictureSketch:
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.family = family(config.model.family)
         single_file.find(config.model)  # which refuses one of another architecture
-        self.objective = blank.objective(config.model)
+        self.objective = meta_diffusion.objective(config.model)
         self.width, self.height = _largest_bucket(config)
-        self.vae = self.tracer.blank(blank.autoencoder(config.model))
+        self.vae = self.tracer.blank(meta_diffusion.autoencoder(config.model))
         self.latents = self._latents(self.width, self.height)
         self.model = self.tracer.blank(self._adapted(dtype)).train()
         self.notes = [f"pictures of {self.width}×{self.height}, the largest of this recipe's shapes"]
@@ -91,7 +92,7 @@ class PictureSketch:
     def _captioning(self) -> Trace:
         settings = self.config.caption
         tracer = Tracer(self.tracer.dtype, like_cuda=self.tracer.like_cuda)
-        model: Any = tracer.blank(blank.captioner(settings.model, tracer.dtype))
+        model: Any = tracer.blank(meta_diffusion.captioner(settings.model, tracer.dtype))
         side, text = model.config.vision_config.image_size, model.config.text_config
         beams = settings.batch * settings.num_beams
 
@@ -121,7 +122,7 @@ class PictureSketch:
         if captions in self.readings:
             return self.readings[captions]
         tracer = Tracer(torch.float32, like_cuda=self.tracer.like_cuda)
-        encoders = tracer.blank(blank.text_encoders(self.config.model))
+        encoders = tracer.blank(meta_diffusion.text_encoders(self.config.model))
         shapes = self.family.text_shapes(_config(self.model))
         longest = max(shape[0] for shape in shapes.values() if len(shape) == 2)
 
@@ -159,7 +160,7 @@ class PictureSketch:
             count //= 2
             yield Way(self._drawing(count, self.vae, states), f"{count} pictures at once" if count > 1 else ONE)
         if self.cuda and self.config.model.resolution > TILE:
-            thrifty = self.tracer.blank(blank.autoencoder(self.config.model))
+            thrifty = self.tracer.blank(meta_diffusion.autoencoder(self.config.model))
             spare(thrifty)
             yield Way(self._drawing(1, thrifty, states), f"{ONE}, decoded in tiles")
 
@@ -225,14 +226,18 @@ class PictureSketch:
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
         config = self.config
         adapted = lora.inject(
-            blank.backbone(config.model, dtype),
+            meta_diffusion.backbone(config.model, dtype),
             rank=config.lora.rank,
             alpha=config.lora.alpha,
             dropout=config.lora.dropout,
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
         )
-        return adapted if config.model.quantize is Quantize.none else blank.quantised(adapted, config.model.quantize)
+        return (
+            adapted
+            if config.model.quantize is Quantize.none
+            else planning_meta.quantised(adapted, config.model.quantize)
+        )
 
     def _note(self, line: str) -> None:
         if line not in self.notes:

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from finetune.config import ModelConfig
 from finetune.errors import ModelError
-from finetune.models import blank, hub, language, single_file
+from finetune.models import hub, language, single_file
 from tests.tiny_models import save_captioner, save_diffusion
 
 
@@ -96,7 +96,7 @@ def test_a_folder_without_a_model_says_which_file_it_lacks(tmp_path, pipeline):
     from transformers import AutoTokenizer
 
     neither = r"holds no model_index\.json \(of a picture model\) and no config\.json \(of a language model"
-    for ask in (hub.local, lambda folder: hub.load(AutoTokenizer, folder), blank.folder):
+    for ask in (hub.local, lambda folder: hub.load(AutoTokenizer, folder), hub.config_folder):
         with pytest.raises(ModelError, match=neither) as error:
             ask(str(tmp_path))
         assert "hf download" not in str(error.value)

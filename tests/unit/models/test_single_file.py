@@ -16,7 +16,7 @@ from torch import Tensor
 
 from finetune.config import Family, ModelConfig, Quantize
 from finetune.errors import ModelError
-from finetune.models import blank, diffusion, hub, single_file
+from finetune.models import diffusion, hub, meta_diffusion, meta_language, single_file
 from finetune.models.quantize import settings as settings_of
 from tests.single_files import original_backbone, save_single_file
 from tests.tiny_families import save_family
@@ -128,7 +128,7 @@ def test_the_package_has_clips_tokenizer(model: ModelConfig, monkeypatch: pytest
 
     found = single_file.find(model)
     assert found is not None
-    released = replace(found, settings=blank.ARCHITECTURES / "sdxl", parts="stabilityai/stable-diffusion-xl-base-1.0")
+    released = replace(found, settings=hub.ARCHITECTURES / "sdxl", parts="stabilityai/stable-diffusion-xl-base-1.0")
     monkeypatch.setattr(hub, "local", lambda reference: None)
     first, second = (single_file._tokenizer(CLIPTokenizer, released, part) for part in ("tokenizer", "tokenizer_2"))
     assert len(first) == len(second) == 49408
@@ -197,7 +197,7 @@ def test_no_hub_is_asked_for_what_the_file_holds(model: ModelConfig, monkeypatch
 
     monkeypatch.setattr(hub, "_ask_hub", note)
     monkeypatch.setattr(hub, "_snapshot", lambda source: None)
-    monkeypatch.setattr(blank, "folder", lambda reference: Path(model.parts))
+    monkeypatch.setattr(hub, "config_folder", lambda reference: Path(model.parts))
     released = replace(model, parts="stable-diffusion-v1-5/stable-diffusion-v1-5")
     assert diffusion.base_identity(released).endswith("+stable-diffusion-v1-5/stable-diffusion-v1-5")
     diffusion.load_backbone(released, torch.float32)
@@ -259,7 +259,7 @@ def test_what_is_wrong_with_a_file_is_one_line(
 ) -> None:
     damage, line = BROKEN[kind]
     (tmp_path / "none").mkdir()
-    monkeypatch.setattr(blank, "ARCHITECTURES", tmp_path / "none")  # comparing with all takes seconds
+    monkeypatch.setattr(hub, "ARCHITECTURES", tmp_path / "none")  # comparing with all takes seconds
     damage(Path(model.base))
     for ask in (diffusion.base_identity, diffusion.load_scheduler):
         with pytest.raises(ModelError, match=line) as error:
@@ -334,14 +334,14 @@ def test_a_file_wants_a_preset(model: ModelConfig) -> None:
     language = ModelConfig(kind="language", base=model.base)
     for ask in (
         lambda: hub.load(torch.nn.Linear, language.base),
-        lambda: blank.language_model(language, torch.float32),
+        lambda: meta_language.language_model(language, torch.float32),
     ):
         with pytest.raises(ModelError, match=r"is a single file, which only picture models"):
             ask()
 
 
 def test_a_plan_needs_only_the_header(model: ModelConfig, sd: tuple[ModelConfig, ModelConfig]) -> None:
-    wanted, found = blank.backbone(sd[0], torch.float32), blank.backbone(model, torch.float32)
+    wanted, found = meta_diffusion.backbone(sd[0], torch.float32), meta_diffusion.backbone(model, torch.float32)
     assert {name: weight.shape for name, weight in found.named_parameters()} == {
         name: weight.shape for name, weight in wanted.named_parameters()
     }
@@ -353,7 +353,7 @@ def test_a_file_of_another_architecture_names_its_preset(
     _, other = whole_and_file(tmp_path, Family.sdxl)
     shutil.copytree(sd[1].parts, tmp_path / "architectures" / "sd15")
     shutil.copytree(other.parts, tmp_path / "architectures" / "sdxl")
-    monkeypatch.setattr(blank, "ARCHITECTURES", tmp_path / "architectures")
+    monkeypatch.setattr(hub, "ARCHITECTURES", tmp_path / "architectures")
     for base, wrong, preset in ((other.base, sd[1], "sdxl"), (sd[1].base, other, "sd15")):
         with pytest.raises(ModelError, match=rf"{base} is not of the architecture of .*; type model={preset} besides$"):
             diffusion.base_identity(replace(wrong, base=base))
@@ -362,8 +362,8 @@ def test_a_file_of_another_architecture_names_its_preset(
 @pytest.mark.parametrize(("preset", "kind"), RELEASED.items())
 def test_a_released_file_fits_its_preset(preset: str, kind: Family) -> None:
     """By names and shapes at full size, without weights."""
-    settings = blank.ARCHITECTURES / preset
-    weights = blank.backbone(ModelConfig(base=str(settings), family=kind), torch.bfloat16).state_dict()
+    settings = hub.ARCHITECTURES / preset
+    weights = meta_diffusion.backbone(ModelConfig(base=str(settings), family=kind), torch.bfloat16).state_dict()
     shapes = {
         single_file.BACKBONE + name: tuple(weight.shape) for name, weight in original_backbone(kind, weights).items()
     }
@@ -371,7 +371,7 @@ def test_a_released_file_fits_its_preset(preset: str, kind: Family) -> None:
     assert single_file._misfit(found) == ""
     others = {name: other for name, other in RELEASED.items() if name in ("sd15", "sd21", preset) and name != preset}
     for name, other in others.items():
-        reason = single_file._misfit(replace(found, kind=other, settings=blank.ARCHITECTURES / name))
+        reason = single_file._misfit(replace(found, kind=other, settings=hub.ARCHITECTURES / name))
         assert re.match(r"it lacks |it holds no |\S+ is \[", reason)
 
 

@@ -13,7 +13,7 @@ import finetune
 from finetune import recipes
 from finetune.config import Config, Device, ModelConfig, Precision, Quantize
 from finetune.errors import ConfigError, ModelError
-from finetune.models import blank, hub, offload
+from finetune.models import hub, offload
 from finetune.planning import choice
 from finetune.planning.ladder import parts
 from finetune.plans import Plan
@@ -253,7 +253,7 @@ def preset(name: str) -> ModelConfig:
 
 def shortened(base: str, folder: Path) -> Path:
     """The configuration of a base with two of its layers, or one in each block of a UNet: all are alike."""
-    shutil.copytree(blank.folder(base), folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    shutil.copytree(hub.config_folder(base), folder, ignore=shutil.ignore_patterns("*.safetensors"))
     for file in (folder / "config.json", folder / "transformer" / "config.json"):
         if file.exists():
             settings = json.loads(file.read_text())

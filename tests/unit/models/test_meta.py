@@ -9,7 +9,8 @@ from torch import nn
 
 from finetune.config import ModelConfig, Quantize
 from finetune.errors import ModelError
-from finetune.models import blank, language, lora
+from finetune.models import hub, language, lora, meta_diffusion, meta_language
+from finetune.models import meta as planning_meta
 from finetune.models.diffusion import load_backbone, load_vae_model
 from tests.tiny_language_models import save_language
 
@@ -24,26 +25,26 @@ def shapes(model: nn.Module) -> dict[str, tuple[torch.Size, torch.dtype]]:
 
 
 def base_of(name: str) -> str:
-    return str(json.loads((blank.ARCHITECTURES / name / "config.json").read_text())["_name_or_path"])
+    return str(json.loads((hub.ARCHITECTURES / name / "config.json").read_text())["_name_or_path"])
 
 
 def test_a_picture_model_is_the_one_that_is_loaded(tiny_base: Path) -> None:
     model = ModelConfig(base=str(tiny_base))
-    assert shapes(blank.backbone(model, torch.bfloat16)) == shapes(load_backbone(model, torch.bfloat16))
-    assert shapes(blank.autoencoder(model)) == shapes(load_vae_model(model))
-    assert all(parameter.is_meta for parameter in blank.backbone(model, torch.bfloat16).parameters())
+    assert shapes(meta_diffusion.backbone(model, torch.bfloat16)) == shapes(load_backbone(model, torch.bfloat16))
+    assert shapes(meta_diffusion.autoencoder(model)) == shapes(load_vae_model(model))
+    assert all(parameter.is_meta for parameter in meta_diffusion.backbone(model, torch.bfloat16).parameters())
 
 
 @pytest.mark.parametrize("architecture", ["llama", "gemma3", "phi3"])
 def test_a_language_model_is_the_one_that_is_loaded(architecture: str, tmp_path: Path) -> None:
     model = ModelConfig(kind="language", base=str(save_language(tmp_path / architecture, architecture)))
     loaded = language.load_model(model, torch.float32, torch.device("cpu"))
-    assert shapes(blank.language_model(model, torch.float32)) == shapes(loaded)
+    assert shapes(meta_language.language_model(model, torch.float32)) == shapes(loaded)
 
 
 @pytest.mark.parametrize("name", MILLIONS)
 def test_shipped_configurations_have_the_sizes_of_the_released_models(name: str) -> None:
-    model = blank.language_model(ModelConfig(kind="language", base=base_of(name)), torch.bfloat16)
+    model = meta_language.language_model(ModelConfig(kind="language", base=base_of(name)), torch.bfloat16)
     assert sum(parameter.numel() for parameter in model.parameters()) / 1e6 == pytest.approx(MILLIONS[name], abs=0.06)
 
 
@@ -54,20 +55,22 @@ def test_a_base_on_this_machine_wins_over_the_shipped_configuration(
 
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path))
     base = base_of("llama31_8b")
-    assert blank.folder(base) == blank.ARCHITECTURES / "llama31_8b"
+    assert hub.config_folder(base) == hub.ARCHITECTURES / "llama31_8b"
     cached = tmp_path / ("models--" + base.replace("/", "--"))
     (cached / "refs").mkdir(parents=True)
     (cached / "refs/main").write_text("abc")
     snapshot = cached / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
-    assert blank.folder(base) == blank.ARCHITECTURES / "llama31_8b"  # a download that was cut off has no configuration
+    assert (
+        hub.config_folder(base) == hub.ARCHITECTURES / "llama31_8b"
+    )  # a download that was cut off has no configuration
     (snapshot / "config.json").write_text((tiny_language / "config.json").read_text())
-    assert blank.folder(base) == snapshot
+    assert hub.config_folder(base) == snapshot
 
 
 def test_a_base_that_nobody_knows_says_what_to_type() -> None:
     with pytest.raises(ModelError, match=r"configuration of somebody/something is neither .* hf download somebody/som"):
-        blank.folder("somebody/something")
+        hub.config_folder("somebody/something")
 
 
 @pytest.mark.parametrize(
@@ -80,7 +83,7 @@ def test_quantised_layers_take_what_bitsandbytes_stores(how: Quantize, bytes_a_w
     model.requires_grad_(False)
     lora.inject(model, rank=4, alpha=8, dropout=0.0, targets=["q_proj"], seed=0)
     before = {name: weight.nbytes for name, weight in model.named_parameters() if "base_layer" not in name}
-    blank.quantised(model, how, model["head"])
+    planning_meta.quantised(model, how, model["head"])
     stored = next(weight for name, weight in model.named_parameters() if "base_layer" in name)
     assert stored.nbytes == pytest.approx(4096 * 4096 * bytes_a_weight, rel=1e-3)
     assert {name: weight.nbytes for name, weight in model.named_parameters() if "base_layer" not in name} == before
