@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from finetune.api import caption, dataset, export, load, plan, report, sample, train
-    from finetune.config import Config
+    from finetune.config.schema import Config
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name first
 # Torch reads it before its first use of a card. A large model is loaded into one segment, and the smallest tensor that
@@ -25,7 +25,7 @@ def __getattr__(name: str) -> Any:
     if name not in __all__:
         raise AttributeError(f"module 'finetune' has no attribute {name!r}; it offers {', '.join(__all__)}")
     if name == "Config":
-        from finetune.config import Config
+        from finetune.config.schema import Config
 
         return Config
     from finetune import api

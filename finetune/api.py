@@ -8,18 +8,29 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from finetune import processes, rundir
-from finetune.checks import check
-from finetune.config import Config
+from finetune.config.describe import as_dict
+from finetune.config.schema import Config
+from finetune.config.validate import check
 from finetune.errors import ConfigError, RunError
-from finetune.plans import Plan
-from finetune.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet, load_record
-from finetune.schema import as_dict
+from finetune.planning.plan import Plan
+from finetune.run import distributed, rundir
+from finetune.run.records import (
+    Adapter,
+    Answers,
+    CaptionSet,
+    Dataset,
+    Report,
+    Result,
+    Run,
+    Samples,
+    TextSet,
+    load_record,
+)
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a recipe with overrides such as `"lora.rank=32"`. Raises ConfigError, one line a problem."""
-    from finetune import compose
+    from finetune.config import compose
 
     return compose.load(recipe, overrides)
 
@@ -31,12 +42,12 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     Raises Interrupted on SIGINT or SIGTERM after saving; the same call continues from there.
     """
     config = _config(recipe, overrides)
-    with processes.joined(), rundir.held(config, owns_config=True) as folder:
+    with distributed.joined(), rundir.held(config, owns_config=True) as folder:
         from finetune.stages import dataset, export, report, sample, train
 
         _remark(config)
-        captions = processes.first(lambda: _captions(config))
-        data = processes.first(lambda: dataset.dataset(config, captions))
+        captions = distributed.first(lambda: _captions(config))
+        data = distributed.first(lambda: dataset.dataset(config, captions))
         run = train.train(config, data)
 
         def hand_out() -> Result:
@@ -45,7 +56,7 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
             samples = sample.sample(config, adapter)
             return Result(captions, data, run, adapter, samples, report.report(config))
 
-        return processes.first(hand_out)
+        return distributed.first(hand_out)
 
 
 def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
@@ -54,7 +65,7 @@ def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
     Of one process: each of several takes as much. Raises ConfigError where several are to plan.
     """
     config = _config(recipe, overrides)
-    processes.alone()
+    distributed.alone()
     from finetune.stages.plan import plan
 
     return plan(config)
@@ -63,9 +74,9 @@ def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
 def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
     """Captions for every picture that has none, in the picture folder's metadata.jsonl."""
     config = _config(recipe, overrides)
-    from finetune.tasks import registry
+    from finetune import kinds
 
-    if not registry.kind(config).captioned:
+    if not kinds.kind(config).captioned:
         raise ConfigError(f"this recipe trains a {config.model.kind} model; only pictures have captions")
     with rundir.held(config):
         from finetune.stages.caption import caption
@@ -125,7 +136,7 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = Fal
     if isinstance(recipe, str):
         config = load(recipe, overrides)
     elif overrides:
-        from finetune import compose
+        from finetune.config import compose
 
         config = compose.apply(recipe, overrides)
     else:
@@ -142,17 +153,17 @@ def _remark(config: Config) -> None:
     """Say, before anything is loaded, what this machine can't do of what is asked."""
     if not config.model.offload:
         return
-    from finetune.models import offload
-    from finetune.models.device import pick_device
+    from finetune.memory import block_offload
+    from finetune.memory.device import pick_device
 
-    offload.remark(pick_device(config.hardware.device))
+    block_offload.remark(pick_device(config.hardware.device))
 
 
 def _captions(config: Config) -> CaptionSet | None:
     """The stage's record, or None where the examples are no pictures."""
-    from finetune.tasks import registry
+    from finetune import kinds
 
-    if not registry.kind(config).captioned:
+    if not kinds.kind(config).captioned:
         return None
     from finetune.stages.caption import caption
 

@@ -16,10 +16,11 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from finetune import processes, recipes
+from finetune.config import recipes
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
-from finetune.plans import Plan
-from finetune.progress import say
+from finetune.planning.plan import Plan
+from finetune.run import distributed
+from finetune.run.progress import say
 
 COMMANDS = {
     "train": "the whole line: caption, dataset, training, export, samples, report",
@@ -124,14 +125,14 @@ more
 
 def _keys_text(recipe: str, words: list[str]) -> str:
     """What `finetune --help conf=RECIPE [KEY=VALUE …]` prints: presets, and every key with its value and meaning."""
-    from finetune import compose, schema
+    from finetune.config import compose, describe
 
     overrides = [word for word in _sorted_out([word for word in words if "=" in word])[0] if word != recipe]
     config = compose.load(recipe.removeprefix("conf="), overrides)
     offered = (f"{group}: {', '.join(sorted(files))}" for group, files in recipes.preset_files().items())
     wrapped = (textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in offered)
     presets = "\n".join(wrapped)
-    return f"presets, such as lora=r32\n{presets}\n\nkeys of {recipe}\n{schema.listing(config, WIDTH)}"
+    return f"presets, such as lora=r32\n{presets}\n\nkeys of {recipe}\n{describe.listing(config, WIDTH)}"
 
 
 def _run_hydra(command: str, words: list[str], debug: bool) -> int:
@@ -139,7 +140,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     sweep = "--multirun" in flags or "-m" in flags
     from hydra import main as hydra_main
 
-    from finetune import compose
+    from finetune.config import compose
 
     overrides = compose.quoted(overrides)
     compose.register()
@@ -159,7 +160,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
             raise SystemExit(_complain(error, debug)) from error  # ends a sweep as well
         except Exception as error:
             failures.append(_complain(error, debug))
-            if processes.count() > 1:  # nobody knows what the others were in the middle of
+            if distributed.count() > 1:  # nobody knows what the others were in the middle of
                 raise SystemExit(failures[0]) from error
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
@@ -201,15 +202,17 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
 def _run_job(command: str, tree: Any, sweep: bool) -> None:
     from hydra.core.hydra_config import HydraConfig
 
-    from finetune import api, compose, summary
+    from finetune import api
+    from finetune.config import compose
+    from finetune.reporting import terminal
 
     config = compose.resolve(tree)
     if sweep:
         config.run_dir = HydraConfig.get().runtime.output_dir
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
-    if processes.index() == 0:
-        summary.show(config, record, list(HydraConfig.get().overrides.task))
+    if distributed.index() == 0:
+        terminal.show(config, record, list(HydraConfig.get().overrides.task))
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))
 
@@ -275,7 +278,7 @@ def _complete(words: list[str]) -> int:
         return 0
     from hydra import main as hydra_main
 
-    from finetune import compose
+    from finetune.config import compose
 
     compose.register()
     done, last = (typed[1:], "") if new_word else (typed[1:-1], typed[-1] if typed else "")

@@ -15,9 +15,9 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from finetune.config import ModelConfig
-from finetune.models.language import load_model, load_tokenizer
-from finetune.tasks.text_handout import load
+from finetune.config.schema import ModelConfig
+from finetune.language.causal_lm import load_model, load_tokenizer
+from finetune.language.export import load
 from scripts.embedded.language_evaluate import answer, answer_figures, perplexity
 from scripts.toytalk.compose import held_out_questions
 from scripts.toytalk.voice import pirate

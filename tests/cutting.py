@@ -7,8 +7,8 @@ from contextlib import contextmanager
 
 import pytest
 
-from finetune.session import Session
 from finetune.training.loop import Step
+from finetune.training.trainer import Session
 
 
 @contextmanager

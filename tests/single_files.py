@@ -14,9 +14,9 @@ from diffusers.loaders import single_file_utils as converters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.config import Family
-from finetune.models.families import family
-from finetune.models.single_file import BACKBONE
+from finetune.config.schema import Family
+from finetune.diffusion.families import family
+from finetune.diffusion.single_file import BACKBONE
 
 MAPPING = converters.DIFFUSERS_TO_LDM_MAPPING
 ENDS = ("weight", "bias")

@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from finetune.config import Family, ModelConfig
+from finetune.config.schema import Family, ModelConfig
 from tests.tiny_models import save_diffusion
 from tests.tiny_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 

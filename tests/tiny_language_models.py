@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 
-from tests.unit.data import templates
+from tests import chat_templates as templates
 
 # What each released model writes its conversations with: template, end of an answer, start of a text, padding.
 CHATS: dict[str, tuple[str, str, str | None, str | None]] = {

@@ -5,14 +5,14 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config, Fit, Quantize
+from finetune.config.schema import Config, Fit, Quantize
 from finetune.errors import ModelError
-from finetune.models.device import free
-from finetune.planning import main_memory
-from finetune.planning.ladder import Ladder, quickest
+from finetune.memory.device import free
+from finetune.planning import host_memory
+from finetune.planning.candidates import Ladder, quickest
 from finetune.planning.machine import Machine, read
-from finetune.plans import KEYS, Setting
-from finetune.progress import say
+from finetune.planning.plan import KEYS, Setting
+from finetune.run.progress import say
 
 
 @dataclass(frozen=True)
@@ -79,8 +79,8 @@ def _settled(config: Config) -> tuple[Config, float]:
     else:
         choice = choose(Ladder(config, machine))
         ladder, setting = choice.ladder, choice.best
-        needed_here = main_memory.moments(config, ladder, setting)
-        for line in main_memory.warning(config, needed_here, machine.main_gib):
+        needed_here = host_memory.moments(config, ladder, setting)
+        for line in host_memory.warning(config, needed_here, machine.main_gib):
             say(f"fit: {line}")  # now, and not when the training is over
         config = with_settings(config, **{name: getattr(setting, name) for name in KEYS})
         if choice.chosen is None:

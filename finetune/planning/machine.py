@@ -7,10 +7,10 @@ from typing import Any
 
 import yaml
 
-from finetune import recipes
-from finetune.config import Device, HardwareConfig, Precision
+from finetune.config import recipes
+from finetune.config.schema import Device, HardwareConfig, Precision
 from finetune.errors import ConfigError
-from finetune.models.device import pick_device
+from finetune.memory.device import pick_device
 
 GIB = 2.0**30
 CUDA_CONTEXT_GIB = 0.5

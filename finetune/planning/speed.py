@@ -6,9 +6,9 @@ were set by thirteen trainings on an H200 (docs/memory.md, where each is compare
 which waited for the host: seconds compare settings well, and are right to about a fifth there.
 """
 
-from finetune.config import Precision
+from finetune.config.schema import Precision
 from finetune.planning.machine import Machine
-from finetune.training.tracer import Trace
+from finetune.planning.tracer import Trace
 
 EFFICIENCY = 0.6  # of a card's peaks, of arithmetic and of memory
 CPU_EFFICIENCY = 0.5

@@ -4,14 +4,14 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-from finetune.config import CaptionConfig, Config
-from finetune.data import folder, images
+from finetune.config.describe import as_dict
+from finetune.config.schema import CaptionConfig, Config
+from finetune.data.images import decode, folder
+from finetune.diffusion.captioner import Captioner
 from finetune.errors import DataError
-from finetune.models.captioner import Captioner
-from finetune.models.device import free, pick_device, pick_dtype
-from finetune.progress import progress, say
-from finetune.records import Caption, CaptionSet, hash_of, load_record, save_receipt
-from finetune.schema import as_dict
+from finetune.memory.device import free, pick_device, pick_dtype
+from finetune.run.progress import progress, say
+from finetune.run.records import Caption, CaptionSet, hash_of, load_record, save_receipt
 
 STAGE = "caption"
 
@@ -38,8 +38,8 @@ def caption(config: Config) -> CaptionSet:
         return fresh
     if other := folder.unread(root):
         say(f"warning: {len(other)} pictures are in formats that can't be read and are left out, first {other[0]}")
-    broken = images.unreadable(root, files, config.data.max_pixels)
-    images.report_bad(list(broken.values()), skip=config.data.skip_bad)
+    broken = decode.unreadable(root, files, config.data.max_pixels)
+    decode.report_bad(list(broken.values()), skip=config.data.skip_bad)
     files = [file for file in files if file not in broken]
     if not files:
         raise DataError(f"{root} has no readable picture left; try data.folder=path/to/pictures")
@@ -74,7 +74,7 @@ def _generate(config: Config, root: Path, todo: Sequence[str]) -> None:
     with progress(STAGE, len(todo), unit="pictures") as bar:
         for first in range(0, len(todo), settings.batch):
             batch = todo[first : first + settings.batch]
-            opened = [images.open_rgb(root / file, config.data.max_pixels) for file in batch]
+            opened = [decode.open_rgb(root / file, config.data.max_pixels) for file in batch]
             texts = captioner.caption(opened, settings.max_new_tokens, settings.num_beams)
             worded = {file: wording(text, settings) for file, text in zip(batch, texts, strict=True)}
             folder.add_captions(root, worded, overwrite=settings.overwrite)

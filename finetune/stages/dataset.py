@@ -3,10 +3,10 @@
 import time
 from pathlib import Path
 
-from finetune.config import Config
-from finetune.progress import say
-from finetune.records import CaptionSet, Dataset, TextSet, hash_of, load_record, save_receipt
-from finetune.tasks import registry
+from finetune import kinds
+from finetune.config.schema import Config
+from finetune.run.progress import say
+from finetune.run.records import CaptionSet, Dataset, TextSet, hash_of, load_record, save_receipt
 
 STAGE = "dataset"
 
@@ -18,7 +18,7 @@ def dataset(config: Config, captions: CaptionSet | None) -> Dataset | TextSet:
     """
     start = time.monotonic()
     run_dir = Path(config.run_dir)
-    kind = registry.kind(config)
+    kind = kinds.kind(config)
     input_hash = hash_of(*kind.data.inputs(config, captions))
     fresh = load_record(run_dir, STAGE, kind.dataset, input_hash=input_hash)
     if fresh and kind.data.complete(fresh):

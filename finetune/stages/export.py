@@ -7,16 +7,16 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
-from finetune.config import Config, Device, Kept, Precision, Quantize
+from finetune import kinds
+from finetune.config.describe import as_dict
+from finetune.config.schema import Config, Device, Kept, Precision, Quantize
 from finetune.errors import card_ran_out
-from finetune.files import replace_folder
-from finetune.memory import within_memory
-from finetune.models.device import free, pick_device
-from finetune.pages.tables import difference
-from finetune.progress import say
-from finetune.records import Adapter, Run, hash_of, load_record, save_receipt
-from finetune.schema import as_dict
-from finetune.tasks import registry
+from finetune.memory.device import free, pick_device
+from finetune.memory.fallbacks import within_memory
+from finetune.reporting.tables import difference
+from finetune.run.atomic import replace_folder
+from finetune.run.progress import say
+from finetune.run.records import Adapter, Run, hash_of, load_record, save_receipt
 from finetune.training import checkpoint
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def export(config: Config, run: Run) -> Adapter:
     free()  # what the stage before left on the card
     trained = checkpoint.load(_chosen(config, run))
     with replace_folder(folder) as temporary:
-        handout = registry.kind(config).handout
+        handout = kinds.kind(config).handout
         files, differences = _within_memory(
             config, temporary, lambda here: handout.write(here, run, trained.adapter, trained.averaged, temporary)
         )
@@ -113,6 +113,6 @@ Training hash: `{run.training_hash}`
 def _usage(code: str, base: str) -> str:
     """`code` with what its libraries load the base from: an embedded one is a folder of this package."""
     if base.startswith("embedded:"):
-        return "from finetune.models import hub\n" + code.format(base=f'str(hub.resolve("{base}"))')
+        return "from finetune import hub\n" + code.format(base=f'str(hub.resolve("{base}"))')
     name, _, revision = base.partition("@")
     return code.format(base=f'"{name}"' + (f', revision="{revision}"' if revision else ""))

@@ -2,13 +2,13 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 
-from finetune.config import Config
-from finetune.pages.tables import duration
-from finetune.planning import main_memory, speed
+from finetune.config.schema import Config
+from finetune.planning import host_memory, speed
+from finetune.planning.candidates import Ladder, thriftier
 from finetune.planning.choice import Choice, choose
-from finetune.planning.ladder import Ladder, thriftier
 from finetune.planning.machine import Machine, read
-from finetune.plans import Plan, Setting
+from finetune.planning.plan import Plan, Setting
+from finetune.reporting.tables import duration
 
 OTHERS = 3  # alternatives shown
 REMEDIES = {
@@ -47,7 +47,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
     others = list(ladder.phases(best.micro_batch))
     phases = {"training": best.gib} | {name: gib for name, gib, _ in others}
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
-    main_gib = main_memory.moments(config, ladder, best, {name for name, gib in phases.items() if not gib})
+    main_gib = host_memory.moments(config, ladder, best, {name for name, gib in phases.items() if not gib})
     return Plan(
         name=config.name,
         base=config.model.base,
@@ -67,7 +67,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
             *ladder.sketch.notes,
             *(f"{name}: {words}" for name, _, words in others if words),
             _unread(config),
-            *main_memory.warning(config, main_gib, machine.main_gib),
+            *host_memory.warning(config, main_gib, machine.main_gib),
         ),
         main_gib=main_gib,
     )

@@ -9,13 +9,13 @@ from pathlib import Path
 
 import yaml
 
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.errors import RunError
-from finetune.files import write_atomically
-from finetune.pages import curves
-from finetune.pages.sections import Found, page
-from finetune.progress import say
-from finetune.records import Answer, Report, Sample, from_plain, hash_of, load_receipt, save_receipt
+from finetune.reporting import curves
+from finetune.reporting.page import Found, page
+from finetune.run.atomic import write_atomically
+from finetune.run.progress import say
+from finetune.run.records import Answer, Report, Sample, from_plain, hash_of, load_receipt, save_receipt
 
 STAGE = "report"
 PAGE = "report.html"

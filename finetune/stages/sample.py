@@ -4,15 +4,15 @@ import hashlib
 import time
 from pathlib import Path
 
-from finetune.config import Config
+from finetune import kinds
+from finetune.adapters import formats
+from finetune.config.describe import as_dict
+from finetune.config.schema import Config
 from finetune.errors import ModelError
-from finetune.files import replace_folder
-from finetune.models import lora_files
-from finetune.models.device import free
-from finetune.progress import say
-from finetune.records import Adapter, Answers, Samples, hash_of, load_record, save_receipt
-from finetune.schema import as_dict
-from finetune.tasks import registry
+from finetune.memory.device import free
+from finetune.run.atomic import replace_folder
+from finetune.run.progress import say
+from finetune.run.records import Adapter, Answers, Samples, hash_of, load_record, save_receipt
 
 
 def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samples | Answers:
@@ -32,7 +32,7 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
         return _none(config, run_dir, hash_of(settings["sample"]))
     path = _path(config, adapter)
     input_hash = hash_of(_hash(path), settings["sample"], settings["model"], settings["trainer"]["precision"])
-    kind = registry.kind(config)
+    kind = kinds.kind(config)
     folder = run_dir / "samples" if own else run_dir / "samples_more" / input_hash[:8]
     record = load_record(run_dir, "sample", kind.samples, input_hash=input_hash)
     if own and record and Path(record.page).exists():
@@ -58,7 +58,7 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
 
 
 def _none(config: Config, run_dir: Path, input_hash: str) -> Samples | Answers:
-    record = registry.kind(config).samples("", "", ())
+    record = kinds.kind(config).samples("", "", ())
     say("sample: none, sample.prompts is empty")
     save_receipt(run_dir, "sample", record, input_hash=input_hash, seconds=0.0, figures={"samples": 0})
     return record
@@ -66,7 +66,7 @@ def _none(config: Config, run_dir: Path, input_hash: str) -> Samples | Answers:
 
 def _path(config: Config, adapter: Adapter | None) -> Path:
     if config.sample.adapter:
-        return lora_files.peft_folder(Path(config.sample.adapter))
+        return formats.peft_folder(Path(config.sample.adapter))
     if adapter is None:
         raise ModelError(
             f"{config.run_dir} has no adapter; type the same command with train first, or set sample.adapter=…"

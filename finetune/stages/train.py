@@ -4,20 +4,19 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune import earlier, processes
-from finetune.config import Config
+from finetune import hub, kinds
+from finetune.config.describe import as_dict
+from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
-from finetune.models import hub
-from finetune.models.device import forget_peak, limit_memory, peak_gib, pick_device, pick_precision
+from finetune.memory.device import forget_peak, limit_memory, peak_gib, pick_device, pick_precision
 from finetune.planning import choice
-from finetune.progress import say
-from finetune.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
-from finetune.schema import as_dict
-from finetune.session import Session, flat
-from finetune.tasks import registry
+from finetune.run import distributed, previous
+from finetune.run.progress import say
+from finetune.run.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
 from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.signals import catch_stop
+from finetune.training.trainer import Session, flat
 
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 
@@ -31,7 +30,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     run_dir = Path(config.run_dir)
     folder = run_dir / "checkpoints"
     if config.trainer.restart:
-        processes.first(lambda: earlier.set_aside(run_dir))
+        distributed.first(lambda: previous.set_aside(run_dir))
     identity = _identity(config, dataset)
     input_hash = hash_of(identity, config.trainer.steps)
     record = load_record(run_dir, "train", Run, input_hash=input_hash)
@@ -40,8 +39,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         return record
 
     resumed = _resume(folder, identity, config.trainer.steps, dataset)
-    if resumed is None and processes.index() == 0:
-        earlier.note(run_dir, dataset)
+    if resumed is None and distributed.index() == 0:
+        previous.note(run_dir, dataset)
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
     asked = choice.settings(config) | {"fit": config.trainer.fit.name}
@@ -50,25 +49,25 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     if resumed and resumed.state.asked == asked:
         config = choice.with_settings(config, **resumed.state.taken)
     elif rehearsed := choice.needed(config, device):
-        config, planned_gib = processes.first(partial(choice.settle, config))  # the same for all
+        config, planned_gib = distributed.first(partial(choice.settle, config))  # the same for all
     forget_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
         say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
-    task = registry.build_task(config, dataset, device)
+    task = kinds.build_task(config, dataset, device)
     run = Session(config, task, accelerator, identity, resumed, asked, rehearsed, planned_gib, before)
     with catch_stop() as stop:
         try:
             for step in run.steps(stop):
                 run.note(step)
                 if stop.number is not None:
-                    processes.first(run.save)
+                    distributed.first(run.save)
                     then = "hands out what was trained" if step.number == config.trainer.steps else "goes on from there"
                     raise Interrupted(
                         f"stopped by signal {stop.number} after step {step.number}; the same command {then}",
                         stop.number,
                     )
-            record = processes.first(lambda: run.finish(input_hash))
+            record = distributed.first(lambda: run.finish(input_hash))
         finally:
             run.close()
     figures: dict[str, float | int | str | None] = {
@@ -89,7 +88,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         "skipped_steps": record.skipped_steps,
         "slow_steps": record.slow_steps,
     }
-    if processes.index() == 0:
+    if distributed.index() == 0:
         save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
     return record
 
@@ -105,7 +104,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "seed": settings["seed"],
         **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},
         "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
-        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * processes.count(),
+        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * distributed.count(),
         dataset.content_name: dataset.content,
     }
     return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
@@ -123,7 +122,7 @@ def _resume(
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
         if key != dataset.content_name
-        else earlier.changes(folder.parent, dataset)
+        else previous.changes(folder.parent, dataset)
         for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
         if before.get(key) != identity.get(key)
     ]

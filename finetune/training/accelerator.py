@@ -8,8 +8,8 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
-from finetune import processes
-from finetune.config import Precision
+from finetune.config.schema import Precision
+from finetune.run import distributed
 from finetune.training.reduction import share_start
 
 
@@ -27,7 +27,7 @@ def build_accelerator(precision: Precision, device: torch.device) -> Accelerator
     GradientState._reset_state()
     mixed = "no" if precision is Precision.fp32 else precision.name
     # The other processes are inside a reduction while the first one validates, draws or saves.
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=processes.PATIENCE_S))
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=distributed.PATIENCE_S))
     return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patience])
 
 

@@ -20,7 +20,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from finetune.errors import RunError
-from finetune.records import from_plain
+from finetune.run.records import from_plain
 
 PREFIX = "step-"
 MANIFEST = "manifest.json"

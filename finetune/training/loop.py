@@ -12,13 +12,13 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
-from finetune import processes
 from finetune.errors import TrainingError
-from finetune.memory import within_memory
-from finetune.tasks.base import Batch, Task, Visit
-from finetune.training.memory import Ladder
+from finetune.memory.fallbacks import within_memory
+from finetune.run import distributed
+from finetune.training.oom import Ladder
 from finetune.training.reduction import Share, combine
 from finetune.training.signals import Stop
+from finetune.training.task import Batch, Task, Visit
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def fit(
             eased.append(ladder.descend(max(map(len, parts))))
             parts = task.split(visits, ladder.micro_batch)
         share, names = attempt
-        if processes.count() > 1:
+        if distributed.count() > 1:
             share, eased = _together(parameters, share, eased, stop or Stop())
         loss = share.loss / share.items
         norm = float(_gradient_norm(parameters, accelerator, clip_norm))
@@ -84,7 +84,7 @@ def fit(
         if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        refused = None if finite else _why(loss, norm, processes.gather(names), accelerator)
+        refused = None if finite else _why(loss, norm, distributed.gather(names), accelerator)
         bad = 0 if finite else bad + 1
         seconds = time.perf_counter() - began
         yield Step(number + 1, loss, norm, rate(number), share.units, share.slots, seconds, refused, tuple(eased))
@@ -164,7 +164,7 @@ def _backward(
     for index, batch in enumerate(micro_batches):
         # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the same, and
         # to the place among the micro-batches of all processes, so that one process with all of them does too.
-        torch.manual_seed(_mix(seed, step, index * processes.count() + processes.index(), 0))
+        torch.manual_seed(_mix(seed, step, index * distributed.count() + distributed.index(), 0))
         with accelerator.autocast():
             loss = task.loss(batch.to(device))
         accelerator.backward(loss * (1 / items))  # before backward: a sum over thousands of tokens overflows fp16
@@ -179,7 +179,7 @@ def _together(
     """The step of all processes, and what gave way in any: where memory runs out in one, the others only wait."""
     share = combine(parameters, replace(mine, news=int(bool(eased) or stop.noted is not None)))
     if share.news:
-        told = processes.gather((eased, stop.noted))
+        told = distributed.gather((eased, stop.noted))
         eased = list(dict.fromkeys(line for lines, _ in told for line in lines))
         stop.number = next((number for _, number in told if number is not None), None)
     return share, eased

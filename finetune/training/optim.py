@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from finetune.config import OptimConfig, Optimizer, Schedule
+from finetune.config.schema import OptimConfig, Optimizer, Schedule
 from finetune.errors import ConfigError
 
 

@@ -9,8 +9,8 @@ from dataclasses import astuple, dataclass
 import torch
 from torch import Tensor, nn
 
-from finetune import processes
 from finetune.errors import RunError
+from finetune.run import distributed
 
 
 @dataclass(frozen=True)
@@ -58,10 +58,10 @@ def combine(parameters: Sequence[nn.Parameter], mine: Share) -> Share:
 @torch.no_grad()
 def share_start(parameters: Sequence[nn.Parameter]) -> None:
     """Give every process the first one's weights: equal starts and equal gradients keep them equal to the end."""
-    if processes.count() == 1:
+    if distributed.count() == 1:
         return
     flat = torch.cat([parameter.flatten() for parameter in parameters])
-    if processes.index():
+    if distributed.index():
         flat.zero_()
     _sum(flat)
     parts = torch.split(flat, [parameter.numel() for parameter in parameters])
@@ -75,7 +75,7 @@ def _sum(flat: Tensor) -> None:
     Raises its error, or RunError where it was killed.
     """
     work = torch.distributed.all_reduce(flat, async_op=True)
-    processes.wait(work.is_completed)
+    distributed.wait(work.is_completed)
     try:
         work.wait()
     except RuntimeError as error:  # what is torn is the line to it; a process that fails by an error of its own says so

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from finetune import processes
+from finetune.run import distributed
 
 
 class Stop:
@@ -35,7 +35,7 @@ def catch_stop() -> Iterator[Stop]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         stop.noted = number
-        if processes.count() == 1:
+        if distributed.count() == 1:
             stop.number = number
             signal.signal(number, before[signal.Signals(number)])
 

@@ -8,8 +8,8 @@ from typing import Any
 
 import torch
 
-from finetune.files import write_atomically
-from finetune.records import METRICS
+from finetune.run.atomic import write_atomically
+from finetune.run.records import METRICS
 
 GIB = 2**30
 FULL_GIB = 0.3  # free on a card that has nothing left to give

@@ -24,7 +24,7 @@ MAX_SHARD = "4GB"
 
 def build(preset: str, base: Path, device: torch.device) -> int:
     """Save the base of `model=PRESET` into the folder `base`, in bf16; returns its parameters, text encoders aside."""
-    return save(PACKAGE / "models" / "architectures" / preset, base, device)
+    return save(PACKAGE / "architectures" / preset, base, device)
 
 
 def save(source: Path, base: Path, device: torch.device) -> int:

@@ -63,7 +63,7 @@ def main() -> None:
 
 def bases() -> list[str]:
     """Presets of real models, those of pictures first."""
-    from finetune import recipes
+    from finetune.config import recipes
 
     kinds = {
         name: "kind: diffusion" not in file.read_text()
@@ -75,7 +75,7 @@ def bases() -> list[str]:
 
 def planned(base: str, cards: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A line for each card."""
-    from finetune import compose, recipes
+    from finetune.config import compose, recipes
     from finetune.planning.machine import read as machine
     from finetune.stages.plan import plans
 

@@ -26,10 +26,10 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from finetune.pages import curves
+from finetune.reporting import curves
 
 if TYPE_CHECKING:
-    from finetune.planning.ladder import Ladder
+    from finetune.planning.candidates import Ladder
 
 ROOT = Path(__file__).resolve().parents[2]
 PICTURES, CONVERSATIONS = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
@@ -268,8 +268,8 @@ def sketched(case: Case) -> tuple["Ladder", tuple[int, int, bool]]:
 
     Texts were encoded by shortened encoders, and what lies outside torch's allocator was not measured: neither counts.
     """
-    from finetune import compose
-    from finetune.planning.ladder import Ladder
+    from finetune.config import compose
+    from finetune.planning.candidates import Ladder
     from finetune.planning.machine import read
 
     words = command(case, Path("base"), Path("run"), PICTURES)

@@ -8,12 +8,12 @@ import torch
 from PIL import Image
 
 import finetune
-from finetune.config import Config, Device, Dialect, Family, Precision
+from finetune.adapters import formats
+from finetune.config.schema import Config, Device, Dialect, Family, Precision
+from finetune.diffusion import export, pipeline
+from finetune.diffusion.families import family
 from finetune.errors import Interrupted
-from finetune.models import diffusion, lora_files
-from finetune.models.families import family
-from finetune.records import Result
-from finetune.tasks import handout
+from finetune.run.records import Result
 from tests import cutting
 from tests.tiny_families import save_family
 
@@ -67,7 +67,7 @@ def test_a_run_that_was_cut_gives_the_same_adapter(config: Config, result: Resul
     with cutting.cut(1), pytest.raises(Interrupted):
         finetune.train(cut)
     continued = finetune.train(cut)
-    ours, whole = (lora_files.read_peft_folder(Path(one.adapter.folder) / "peft") for one in (continued, result))
+    ours, whole = (formats.read_peft_folder(Path(one.adapter.folder) / "peft") for one in (continued, result))
     assert ours.keys() == whole.keys()
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
@@ -76,17 +76,17 @@ def test_a_run_that_was_cut_gives_the_same_adapter(config: Config, result: Resul
 def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, dialect: Dialect) -> None:
     kind, folder, name = family(config.model.family), Path(result.adapter.folder), result.adapter.files[dialect.name]
     parts = dict.fromkeys((*kind.TEXT, "vae"))
-    pipeline = diffusion.load_pipeline(config.model, parts)
-    backbone = getattr(pipeline, kind.BACKBONE)
-    pipeline.load_lora_weights(folder, weight_name=name)
+    loaded_into = pipeline.load_pipeline(config.model, parts)
+    backbone = getattr(loaded_into, kind.BACKBONE)
+    loaded_into.load_lora_weights(folder, weight_name=name)
     if dialect is Dialect.kohya and config.model.family in UNREAD:
         assert not any("lora" in name for name, _ in backbone.named_parameters())
         return
-    probe = handout._probe(config, torch.device("cpu"))
-    loaded, ours = probe(backbone), probe(diffusion.load_adapter(config.model, _base(config), folder / "peft"))
-    assert handout._relative(loaded, ours) < 1e-5
-    assert handout._relative(probe(_base(config)), ours) > 1e-4
+    probe = export._probe(config, torch.device("cpu"))
+    loaded, ours = probe(backbone), probe(pipeline.load_adapter(config.model, _base(config), folder / "peft"))
+    assert export._relative(loaded, ours) < 1e-5
+    assert export._relative(probe(_base(config)), ours) > 1e-4
 
 
 def _base(config: Config) -> torch.nn.Module:
-    return diffusion.load_backbone(config.model, torch.float32)
+    return pipeline.load_backbone(config.model, torch.float32)

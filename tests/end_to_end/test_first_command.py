@@ -24,10 +24,10 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import finetune
-from finetune import rundir
-from finetune.models.hub import resolve
-from finetune.records import Adapter, CaptionSet, Dataset, Report, Run, Sample, Samples, from_plain, load_record
-from finetune.tasks.gallery import CELL, GAP, TEXT
+from finetune.diffusion.sample import CELL, GAP, TEXT
+from finetune.hub import resolve
+from finetune.run import rundir
+from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Run, Sample, Samples, from_plain, load_record
 from scripts.toyworld.captions import read_caption
 from scripts.toyworld.output import dataset_scenes
 from tests.conftest import ROOT

@@ -9,9 +9,9 @@ import torch
 from PIL import Image
 
 import finetune
-from finetune.config import Config, Device, Dialect, Family, Precision
+from finetune.adapters import formats
+from finetune.config.schema import Config, Device, Dialect, Family, Precision
 from finetune.errors import Interrupted
-from finetune.models import lora_files
 from tests import cutting
 from tests.single_files import save_single_file
 from tests.tiny_families import save_family
@@ -51,7 +51,7 @@ def test_a_run_from_a_file_is_the_run_from_its_folder(config: Config, tmp_path: 
     result = finetune.train(single)
     assert result.run.steps == 3
     assert all(difference <= 1e-5 for difference in result.adapter.differences.values())
-    ours, theirs = (lora_files.read_peft_folder(Path(one.adapter.folder) / "peft") for one in (result, whole))
+    ours, theirs = (formats.read_peft_folder(Path(one.adapter.folder) / "peft") for one in (result, whole))
     assert ours.keys() == theirs.keys()
     assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
     for one, other in zip(result.samples.items, whole.samples.items, strict=True):

@@ -17,7 +17,7 @@ from tests.end_to_end import command
 from tests.end_to_end.test_cutting import losses
 from tests.tiny_language_models import save_language
 from tests.unit.conftest import conversations
-from tests.unit.test_processes import free_port
+from tests.unit.run.test_distributed import free_port
 
 pytestmark = pytest.mark.slow
 

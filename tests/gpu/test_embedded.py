@@ -9,10 +9,10 @@ import torch
 from safetensors.torch import load_file
 
 import finetune
-from finetune.config import Config, ModelConfig, Precision, Quantize
-from finetune.models.device import pick_device
-from finetune.models.diffusion import Painter, load_backbone
-from finetune.tasks import registry
+from finetune import kinds
+from finetune.config.schema import Config, ModelConfig, Precision, Quantize
+from finetune.diffusion.pipeline import Painter, load_backbone
+from finetune.memory.device import pick_device
 from finetune.training.accelerator import build_accelerator
 from scripts import measure_style
 from scripts.embedded.evaluate import held_out_scenes
@@ -55,7 +55,7 @@ def losses(config: Config, data: Any, precision: Precision, quantize: Quantize) 
     """Per item, one example at a time, with fixed noise; adapters change nothing yet."""
     config.trainer.precision, config.model.quantize, config.lora.dropout = precision, quantize, 0.0
     device = pick_device(config.hardware.device)
-    task = registry.build_task(config, data, device)
+    task = kinds.build_task(config, data, device)
     accelerator = build_accelerator(precision, device)
     visits = next(iter(task.steps(effective=HELD_OUT, start=0)))
     found = []

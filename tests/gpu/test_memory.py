@@ -9,17 +9,17 @@ import psutil
 import pytest
 import torch
 
-from finetune.config import Config, Device, Fit, OptimConfig, Optimizer, Precision
-from finetune.models import offload
-from finetune.records import Dataset, Run
-from finetune.session import Session
+from finetune.config.schema import Config, Device, Fit, OptimConfig, Optimizer, Precision
+from finetune.memory import block_offload
+from finetune.run.records import Dataset, Run
 from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.loop import Step
 from finetune.training.optim import build_optimizer, load_state
+from finetune.training.trainer import Session
 from tests.conftest import ROOT
 from tests.unit.conftest import Setting
-from tests.unit.training.test_memory import Card
+from tests.unit.training.test_oom import Card
 
 pytestmark = pytest.mark.gpu
 
@@ -89,7 +89,7 @@ def test_blocks_in_main_memory_train_draw_and_resume_as_on_the_card(
     config, dataset = on_card.config, on_card.dataset
     config.run_dir = str(tmp_path / "resident")
     resident = train(config, dataset)
-    monkeypatch.setattr(offload, "WEIGHTS_SHARE", 0.0)
+    monkeypatch.setattr(block_offload, "WEIGHTS_SHARE", 0.0)
     config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
     config.optim.schedule = type(config.optim.schedule).constant
     train(config, dataset)
@@ -108,8 +108,8 @@ def test_the_last_rung_keeps_blocks_in_main_memory(
     config.run_dir = str(tmp_path / "roomy")
     roomy = train(config, dataset)
     away: list[bool] = []
-    stream = offload.stream
-    monkeypatch.setattr(offload, "stream", lambda *arguments: (stream(*arguments), away.append(True)))
+    stream = block_offload.stream
+    monkeypatch.setattr(block_offload, "stream", lambda *arguments: (stream(*arguments), away.append(True)))
     Card(lambda *_: bool(away), "backward").install(monkeypatch)
     config.run_dir = str(tmp_path / "full")
     full = train(config, dataset)

@@ -7,14 +7,14 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
-from finetune.config import Config, Device, Optimizer, Precision
-from finetune.models import lora
-from finetune.models.device import limit_memory, pick_device, pick_precision
-from finetune.models.families import flux
-from finetune.records import Dataset
+from finetune.adapters import lora
+from finetune.config.schema import Config, Device, Optimizer, Precision
+from finetune.diffusion.families import flux
+from finetune.diffusion.task import DiffusionTask
+from finetune.memory.device import limit_memory, pick_device, pick_precision
+from finetune.run.records import Dataset
 from finetune.stages.export import export
 from finetune.stages.train import train
-from finetune.tasks.diffusion import DiffusionTask
 from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.loop import fit

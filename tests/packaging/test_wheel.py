@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import recipes
+from finetune.config import recipes
 from tests.conftest import ROOT
 
 
@@ -60,7 +60,7 @@ def test_wheel_holds_configuration_and_embedded_models(wheel: Path) -> None:
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"finetune/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
     for path in itertools.chain(
-        *((ROOT / "finetune" / part).rglob("*") for part in ("embedded", "models/architectures", "models/tokenizers"))
+        *((ROOT / "finetune" / part).rglob("*") for part in ("embedded", "architectures", "diffusion/tokenizers"))
     ):
         if path.is_file() and "__pycache__" not in path.parts:
             assert path.relative_to(ROOT).as_posix() in names
@@ -80,7 +80,7 @@ def test_configuration_from_a_foreign_folder(program: Path, tmp_path: Path) -> N
 
 
 def test_the_wheels_own_files_are_used(program: Path, tmp_path: Path) -> None:
-    code = "from finetune import recipes; print(recipes.conf_dir())"
+    code = "from finetune.config import recipes; print(recipes.conf_dir())"
     shown = run(program.with_name("python"), "-c", code, cwd=tmp_path)
     assert Path(shown.strip()).is_relative_to(program.parent.parent)
 

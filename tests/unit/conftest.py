@@ -8,10 +8,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config import Config, Device, Dialect, Precision
+from finetune.config.schema import Config, Device, Dialect, Precision
 from finetune.data.cache import Cache
-from finetune.records import Dataset, Example, TextSet
-from finetune.tasks import texts
+from finetune.language import tokenize
+from finetune.run.records import Dataset, Example, TextSet
 from tests.tiny_language_models import save_language
 from tests.tiny_models import save_diffusion
 
@@ -143,4 +143,4 @@ def setting(request: pytest.FixtureRequest) -> Setting:
     if request.param == "diffusion":
         return Setting(request.getfixturevalue("config"), request.getfixturevalue("make_dataset")())
     config = request.getfixturevalue("language_config")
-    return Setting(config, texts.build(config, None))
+    return Setting(config, tokenize.build(config, None))

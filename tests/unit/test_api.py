@@ -16,11 +16,12 @@ import yaml
 from PIL import Image
 
 import finetune
-from finetune import api, rundir
-from finetune.config import Config, Device
+from finetune import api
+from finetune.config.describe import as_dict
+from finetune.config.schema import Config, Device
 from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
-from finetune.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
-from finetune.schema import as_dict
+from finetune.run import rundir
+from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
 
 RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, "images", 8, 1.0, 0.1, 0, "hash")
 RECORDS: dict[str, Any] = {
@@ -213,7 +214,7 @@ def test_a_folder_in_use_is_refused_with_its_owner(plain: Config, calls: list[An
 
 def test_a_folder_in_use_by_another_process(plain: Config, calls: list[Any]) -> None:
     code = (
-        "import sys; from finetune import rundir; from finetune.config import Config\n"
+        "import sys; from finetune.run import rundir; from finetune.config.schema import Config\n"
         "with rundir.held(Config(run_dir='run')): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as other:

@@ -12,20 +12,12 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import api, cli, errors, recipes, schema, summary
-from finetune.config import Config
-from finetune.plans import Plan, Setting
-from finetune.records import (
-    Adapter,
-    Caption,
-    CaptionSet,
-    Dataset,
-    Report,
-    Result,
-    Run,
-    Samples,
-    save_receipt,
-)
+from finetune import api, cli, errors
+from finetune.config import describe, recipes
+from finetune.config.schema import Config
+from finetune.planning.plan import Plan, Setting
+from finetune.reporting import terminal
+from finetune.run.records import Adapter, Caption, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
 
 Cli = Callable[..., Any]
 
@@ -88,8 +80,8 @@ def test_every_key_is_shown_with_its_value_and_meaning(finetune_cli: Cli, first:
     answer = finetune_cli(first, "conf=pirate_chat", "lora.rank=7")
     assert (answer.code, answer.err) == (0, "")
     lines = answer.out.splitlines()
-    texts = schema.meanings()
-    assert texts.keys() == schema.leaf_types().keys()
+    texts = describe.meanings()
+    assert texts.keys() == describe.leaf_types().keys()
     assert lines[lines.index("lora.rank=7") + 1] == "    " + texts["lora.rank"]
     assert "sample.guidance=7.5" not in lines  # a setting of picture models
 
@@ -291,7 +283,7 @@ def test_multirun_gives_each_job_a_folder_of_its_own(
 ) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(summary, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_: None)
     assert finetune_cli("caption", "conf=smoke,pixar_style", "lora.rank=4,16", "--multirun").code == 0
     folders = [config.run_dir for config in seen]
     assert [config.lora.rank for config in seen] == [4, 16, 4, 16]
@@ -303,7 +295,7 @@ def test_multirun_gives_each_job_a_folder_of_its_own(
 def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(summary, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_: None)
     finetune_cli("caption", "conf=smoke", "seed=1,2", "run_dir=mine", "-m")
     assert [config.run_dir for config in seen] == [str(workdir / f"mine/smoke/seed={n}") for n in (1, 2)]
 
@@ -311,7 +303,7 @@ def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, m
 def test_a_tilde_is_the_home_folder(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(summary, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_: None)
     monkeypatch.setenv("HOME", str(workdir / "home"))
     assert finetune_cli("caption", "conf=smoke", "data.folder=~/pics", "run_dir=~/out").code == 0
     assert finetune_cli("caption", "conf=smoke", "run_dir=~/out", "seed=1,2", "-m").code == 0
@@ -331,7 +323,7 @@ def test_multirun_goes_on_after_a_failure_and_reports_it(
             raise errors.DataError("no pictures")
 
     monkeypatch.setattr(api, "caption", caption)
-    monkeypatch.setattr(summary, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_: None)
     answer = finetune_cli("caption", "conf=smoke", "seed=1,2", "-m")
     assert (seen, answer.code) == ([1, 2], 3)
     assert "error: no pictures" in answer.errors
@@ -398,11 +390,12 @@ hydra_bash_completion; echo "${COMPREPLY[@]}"
 def test_third_party_warnings_stay_quiet(workdir: Path) -> None:
     code = """
 import sys, warnings
-from finetune import api, cli, summary
+from finetune import api, cli
+from finetune.reporting import terminal
 def caption(config):
     warnings.warn_explicit("chatter", FutureWarning, "other.py", 1, module="transformers.models")
     warnings.warn_explicit("worth knowing", UserWarning, "ours.py", 1, module="finetune.data")
-api.caption, summary.show = caption, lambda *_: None
+api.caption, terminal.show = caption, lambda *_: None
 sys.exit(cli.main(["caption", "conf=smoke", *sys.argv[1:]]))
 """
     assert python("-c", code).stderr == "warning: worth knowing\n"
@@ -411,7 +404,7 @@ sys.exit(cli.main(["caption", "conf=smoke", *sys.argv[1:]]))
 
 def test_the_next_commands_repeat_the_settings(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
     overrides = ["conf=big", "name=mine", "model=sd15", "caption.prefix=a b", "run_dir=z", "sample.prompts=[x]"]
-    summary.show(Config(name="mine", run_dir="z"), _result(), overrides)
+    terminal.show(Config(name="mine", run_dir="z"), _result(), overrides)
     out = capsys.readouterr().out
     assert out.splitlines()[0].rstrip() == "finetune train conf=big"  # the recipe, which a run of another name keeps
     assert "sample conf=big name=mine model=sd15 'caption.prefix=a b' run_dir=z 'sample.prompts=[" in out
@@ -422,7 +415,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     result = _result()
     for stage, seconds in (("caption", 3.2), ("train", 61.0)):
         save_receipt(Path(config.run_dir), stage, Report("x"), input_hash="", seconds=seconds, figures={})
-    summary.show(config, result)
+    terminal.show(config, result)
     out = capsys.readouterr().out
     assert max(map(len, out.split("next\n")[0].splitlines())) <= 80
     for words in (
@@ -454,7 +447,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     ],
 )
 def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record: Any, line: str) -> None:
-    summary.show(Config(), record)
+    terminal.show(Config(), record)
     assert line in capsys.readouterr().out
 
 

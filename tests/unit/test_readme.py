@@ -8,8 +8,8 @@ from pathlib import Path
 
 import yaml
 
-from finetune import compose, recipes, schema
-from finetune.checks import check
+from finetune.config import compose, describe, recipes
+from finetune.config.validate import check
 from tests.conftest import ROOT
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -71,7 +71,7 @@ def test_readme_says_how_to_get_what_is_not_installed_at_first() -> None:
 def test_keys_that_the_readme_names_exist() -> None:
     keys = set(re.findall(r"\b((?:data|sample|trainer|lora|optim|export|caption|model)\.\w+)=", README))
     assert {"trainer.restart", "data.skip_bad", "export.dialects"} <= keys
-    assert [problem for key in keys if (problem := schema.key_problem(key))] == []
+    assert [problem for key in keys if (problem := describe.key_problem(key))] == []
 
 
 def test_the_way_to_ones_own_base_can_be_typed(workdir: Path) -> None:

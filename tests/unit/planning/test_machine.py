@@ -7,8 +7,8 @@ import pytest
 import torch
 import yaml
 
-from finetune import recipes
-from finetune.config import Device, HardwareConfig, Precision
+from finetune.config import recipes
+from finetune.config.schema import Device, HardwareConfig, Precision
 from finetune.errors import ConfigError
 from finetune.planning import machine
 

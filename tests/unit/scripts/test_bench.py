@@ -8,11 +8,11 @@ from typing import Any
 import pytest
 import torch
 
-from finetune import compose
-from finetune.checks import check
-from finetune.config import Family, ModelConfig
-from finetune.models.diffusion import Painter, load_backbone
-from finetune.models.language import load_model, load_tokenizer
+from finetune.config import compose
+from finetune.config.schema import Family, ModelConfig
+from finetune.config.validate import check
+from finetune.diffusion.pipeline import Painter, load_backbone
+from finetune.language.causal_lm import load_model, load_tokenizer
 from scripts.bench.bases import save
 from scripts.bench.memory import (
     CASES,

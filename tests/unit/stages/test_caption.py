@@ -6,9 +6,9 @@ import time
 import pytest
 from PIL import Image
 
-from finetune.config import CaptionConfig, Config, DataConfig, Device, HardwareConfig
+from finetune.config.schema import CaptionConfig, Config, DataConfig, Device, HardwareConfig
 from finetune.errors import DataError, ModelError
-from finetune.records import CaptionSet, load_receipt
+from finetune.run.records import CaptionSet, load_receipt
 from finetune.stages import caption as stage
 from finetune.stages.caption import caption, wording
 from tests.tiny_models import save_captioner

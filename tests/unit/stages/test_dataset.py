@@ -11,15 +11,15 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.config import CaptionConfig, Config, DataConfig, Device, HardwareConfig, ModelConfig
-from finetune.data import images
+from finetune.config.schema import CaptionConfig, Config, DataConfig, Device, HardwareConfig, ModelConfig
 from finetune.data.cache import read
+from finetune.data.images import decode
+from finetune.diffusion import encode
+from finetune.diffusion.encode import Path, hold_out
+from finetune.diffusion.pipeline import load_text_encoder, load_vae
 from finetune.errors import DataError
-from finetune.models.diffusion import load_text_encoder, load_vae
-from finetune.records import Caption, CaptionSet, load_receipt
+from finetune.run.records import Caption, CaptionSet, load_receipt
 from finetune.stages.dataset import dataset
-from finetune.tasks import pictures
-from finetune.tasks.pictures import Path, hold_out
 from tests.tiny_models import save_diffusion
 
 CPU = torch.device("cpu")
@@ -73,8 +73,8 @@ def loads(monkeypatch):
 
         return loading
 
-    monkeypatch.setattr(pictures, "load_text_encoder", counting("text", load_text_encoder))
-    monkeypatch.setattr(pictures, "load_vae", counting("vae", load_vae))
+    monkeypatch.setattr(encode, "load_text_encoder", counting("text", load_text_encoder))
+    monkeypatch.setattr(encode, "load_vae", counting("vae", load_vae))
     return counted
 
 
@@ -86,10 +86,10 @@ def test_every_picture_with_its_own_caption_latents_and_bucket(config, base):
     assert (record.train, record.validation) == (5, 0)
     encoder, vae = load_text_encoder(config.model, CPU), load_vae(config.model, CPU)
     for example, size in zip(found, SIZES, strict=True):
-        image, crop = images.fit(images.open_rgb(Path(config.data.folder) / example.file, 10**6), example.bucket)
+        image, crop = decode.fit(decode.open_rgb(Path(config.data.folder) / example.file, 10**6), example.bucket)
         assert example.crop == crop
         assert example.caption == f"picture {example.file}, toy"
-        expected = vae.encode(pictures.pixels(image)[None])[0]
+        expected = vae.encode(encode.pixels(image)[None])[0]
         stored = read(Path(example.latents))
         assert set(stored) == {"mean", "std"}
         assert stored["mean"].shape == (4, example.bucket[1] // 4, example.bucket[0] // 4)
@@ -175,8 +175,8 @@ def test_flipping_adds_the_mirrored_picture(config, base):
         ("1.png", True),
     ]
     assert len({example.key for example in found}) == 10
-    image, _ = images.fit(images.open_rgb(Path(config.data.folder) / "0.png", 10**6), found[0].bucket)
-    mirrored = pictures.pixels(image).flip(-1)
+    image, _ = decode.fit(decode.open_rgb(Path(config.data.folder) / "0.png", 10**6), found[0].bucket)
+    mirrored = encode.pixels(image).flip(-1)
     expected = load_vae(config.model, CPU).encode(mirrored[None])[0]["mean"]
     assert torch.allclose(read(Path(found[1].latents))["mean"], expected, atol=1e-5)
 
@@ -279,7 +279,7 @@ def test_the_index_is_plain_lines_sorted_by_file(config):
 
 def test_pixels_are_in_minus_one_to_one():
     image = Image.new("RGB", (5, 3), (255, 0, 0))
-    pixels_3HW = pictures.pixels(image)
+    pixels_3HW = encode.pixels(image)
     assert pixels_3HW.shape == (3, 3, 5)
     assert pixels_3HW[0].eq(1).all()
     assert pixels_3HW[1:].eq(-1).all()

@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from finetune.config import Config, Device, Precision, Quantize
-from finetune.records import Adapter, Run
+from finetune import kinds
+from finetune.config.schema import Config, Device, Precision, Quantize
+from finetune.run.records import Adapter, Run
 from finetune.stages import export as stage
 from finetune.stages.export import export
 from finetune.stages.train import train
-from finetune.tasks import registry
 from tests.unit.conftest import Setting
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -31,7 +31,7 @@ def test_a_card_too_small_for_the_comparison_leaves_it_to_main_memory(
     run = train(config, setting.dataset)
     fitting = weights_of(export(config, run))
     config.trainer.precision = Precision.fp16  # which a CPU can't do
-    handout = registry.kind(config).handout
+    handout = kinds.kind(config).handout
     write, tried = handout.write, []
 
     def full(here: Config, run: Run, weights: Any, averaged: Any, folder: Path) -> Any:
@@ -66,7 +66,7 @@ def test_a_quantised_picture_model_has_no_other_place(
     def full(*_: Any) -> Any:
         raise FULL
 
-    monkeypatch.setattr(registry.kind(config).handout, "write", full)
+    monkeypatch.setattr(kinds.kind(config).handout, "write", full)
     with pytest.raises(torch.OutOfMemoryError):
         export(config, run)
 
@@ -80,7 +80,7 @@ def test_a_host_without_memory_is_not_tried_twice(setting: Setting, monkeypatch:
         tried.append(True)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(registry.kind(setting.config).handout, "write", full)
+    monkeypatch.setattr(kinds.kind(setting.config).handout, "write", full)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         export(setting.config, run)
     assert tried == [True]

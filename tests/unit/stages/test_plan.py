@@ -10,13 +10,14 @@ import pytest
 from omegaconf import OmegaConf
 
 import finetune
-from finetune import recipes
-from finetune.config import Config, Device, ModelConfig, Precision, Quantize
+from finetune import hub
+from finetune.config import recipes
+from finetune.config.schema import Config, Device, ModelConfig, Precision, Quantize
 from finetune.errors import ConfigError, ModelError
-from finetune.models import hub, offload
+from finetune.memory import block_offload
 from finetune.planning import choice
-from finetune.planning.ladder import parts
-from finetune.plans import Plan
+from finetune.planning.candidates import parts
+from finetune.planning.plan import Plan
 from finetune.stages import plan as stage
 from finetune.stages.plan import plan
 
@@ -102,7 +103,7 @@ def test_recomputing_and_offloading_come_before_giving_up(
     levels = [setting.checkpointing for setting in (found.chosen, *found.others) if setting]
     assert set(levels) == {0}
     frugal = stage.Ladder(language_config, stage.read(language_config.hardware)).setting(1, 1)
-    monkeypatch.setattr("finetune.planning.ladder.WORKSPACES_GIB", 0.0)
+    monkeypatch.setattr("finetune.planning.candidates.WORKSPACES_GIB", 0.0)
     language_config.hardware.vram_gib = frugal.gib - 0.1  # what is left is the workspaces' room
     found = plan(language_config)
     assert found.chosen is not None
@@ -162,7 +163,7 @@ def test_nothing_gives_way_without_a_card(roomy: Config) -> None:
 
 
 def test_a_plan_whose_samples_do_not_fit_does_as_it_says(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("finetune.tasks.picture_sketch.WORKSPACE_GIB_PER_MEGAPIXEL", 1e6)
+    monkeypatch.setattr("finetune.diffusion.memory_model.WORKSPACE_GIB_PER_MEGAPIXEL", 1e6)
     (problem,) = plan(on_a_card(config)).problems
     assert problem.startswith("sampling needs ")
     assert "try 'sample.prompts=[]', and finetune sample" in problem
@@ -171,7 +172,7 @@ def test_a_plan_whose_samples_do_not_fit_does_as_it_says(config: Config, monkeyp
 
 
 def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(offload, "SLOTS", 1)  # a ring of two is all that this model has
+    monkeypatch.setattr(block_offload, "SLOTS", 1)  # a ring of two is all that this model has
 
     def weights(gib: float, *, offloaded: bool) -> float:
         on_a_card(config, gib).model.offload = offloaded
@@ -212,7 +213,7 @@ def test_phases_give_way_to_a_small_card(config: Config, monkeypatch: pytest.Mon
 
 @pytest.mark.usefixtures("training_alone")
 def test_what_cannot_be_traced_is_said(language_config: Config) -> None:
-    from finetune.config import LoraInit
+    from finetune.config.schema import LoraInit
 
     language_config.lora.init, language_config.lora.dora = LoraInit.pissa, True
     language_config.model.quantize = Quantize.nf4

@@ -9,10 +9,10 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from finetune import rundir
-from finetune.config import Config
+from finetune.config.schema import Config
 from finetune.errors import RunError
-from finetune.records import (
+from finetune.run import rundir
+from finetune.run.records import (
     METRICS,
     Adapter,
     Caption,
@@ -28,7 +28,7 @@ from finetune.records import (
 from finetune.stages.report import report
 from finetune.stages.sample import sample
 from finetune.stages.train import train
-from tests.unit.test_display import run_record, text_set
+from tests.unit.reporting.test_notebook import run_record, text_set
 
 EVIL = "a robot <script>alert(1)</script> & \"friends\" <img src=x onerror='alert(2)'>"
 VOID = {"meta", "img", "br"}

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from finetune.records import Adapter, load_receipt
+from finetune.run.records import Adapter, load_receipt
 from finetune.stages.sample import sample
 from tests.unit.conftest import Setting
 

@@ -16,13 +16,14 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from finetune.config import Config, Dialect, Kept, Schedule
+from finetune.adapters import lora
+from finetune.config.schema import Config, Dialect, Kept, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
-from finetune.models import lora, offload
-from finetune.records import Dataset, load_receipt
+from finetune.language import tokenize
+from finetune.memory import block_offload
+from finetune.run.records import Dataset, load_receipt
 from finetune.stages import train as stage
 from finetune.stages.train import train
-from finetune.tasks import texts
 from finetune.training import checkpoint, loop
 from tests import cutting
 from tests.unit.conftest import Setting
@@ -81,14 +82,14 @@ def test_the_loss_at_the_end_is_the_mean_of_the_last_tenth(
 def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next stages need the memory: two models of 7 billion parameters don't fit a 24 GB card."""
     models = []
-    build = stage.registry.build_task
+    build = stage.kinds.build_task
 
     def noting(*arguments: Any) -> Any:
         task = build(*arguments)
         models.append(weakref.ref(task.model))
         return task
 
-    monkeypatch.setattr(stage.registry, "build_task", noting)
+    monkeypatch.setattr(stage.kinds, "build_task", noting)
     train(setting.config, setting.dataset)
     gc.collect()
     assert len(models) == 1
@@ -241,10 +242,10 @@ def test_changed_captions_are_listed(config: Config, make_dataset: Callable[...,
 
 
 def test_changed_conversations_are_said_without_hashes(language_config: Config) -> None:
-    train(language_config, texts.build(language_config, None))
+    train(language_config, tokenize.build(language_config, None))
     language_config.data.validation_share = 0.3
     with pytest.raises(RunError, match=r"\(other conversations and template\)"):
-        train(language_config, texts.build(language_config, None))
+        train(language_config, tokenize.build(language_config, None))
 
 
 def test_more_steps_go_on_and_fewer_are_refused(config: Config, make_dataset: Callable[..., Dataset]) -> None:
@@ -277,7 +278,7 @@ def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
     config.lora.dropout, config.optim.schedule = 0.2, Schedule.constant
     config.run_dir = str(tmp_path / "resident")
     resident = checkpoint.load(Path(train(config, dataset).checkpoint))
-    monkeypatch.setattr(offload, "wanted", lambda model, _: model.offload)
+    monkeypatch.setattr(block_offload, "wanted", lambda model, _: model.offload)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
     config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
     capfd.readouterr()
@@ -322,8 +323,8 @@ def test_only_the_newest_and_the_best_checkpoints_are_kept(
 
 
 def test_a_run_can_continue_from_an_earlier_adapter(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    from finetune.diffusion.task import DiffusionTask
     from finetune.stages.export import export
-    from finetune.tasks.diffusion import DiffusionTask
 
     dataset = make_dataset()
     export(config, train(config, dataset))

@@ -7,22 +7,22 @@ from typing import Any
 
 import torch
 
-from finetune.config import Config
-from finetune.models import lora
-from finetune.models.device import pick_device
-from finetune.tasks import registry
-from finetune.tasks.base import Task, Visit
+from finetune import kinds
+from finetune.adapters import lora
+from finetune.config.schema import Config
+from finetune.memory.device import pick_device
 from finetune.training.accelerator import build_accelerator, prepare
 from finetune.training.loop import Step, fit
-from finetune.training.memory import Ladder
+from finetune.training.oom import Ladder
 from finetune.training.optim import build_optimizer, learning_rate
+from finetune.training.task import Task, Visit
 
 
 def prepared(config: Config, dataset: Any) -> tuple[Task, Any, torch.optim.Optimizer]:
     """Task, accelerator and optimiser."""
     device = pick_device(config.hardware.device)
     accelerator = build_accelerator(config.trainer.precision, device)
-    task = registry.build_task(config, dataset, device)
+    task = kinds.build_task(config, dataset, device)
     optimizer = build_optimizer(lora.parameter_groups(task.model, config.optim.lora_plus), config.optim)
     task.model, optimizer = prepare(accelerator, task.model, optimizer)
     return task, accelerator, optimizer

@@ -5,10 +5,10 @@ import re
 import pytest
 import torch
 
-from finetune.config import Precision
+from finetune import kinds
+from finetune.adapters import lora
+from finetune.config.schema import Precision
 from finetune.errors import TrainingError
-from finetune.models import lora
-from finetune.tasks import registry
 from finetune.training.accelerator import build_accelerator
 from tests.unit.conftest import Setting
 from tests.unit.training.steps import run
@@ -33,7 +33,7 @@ def test_micro_batch_and_accumulation_do_not_change_the_adapter(setting: Setting
 def test_loss_is_the_mean_over_items(setting: Setting) -> None:
     config, dataset = setting.config, setting.dataset
     _, steps = run(config, dataset, steps=1)
-    fresh = registry.build_task(config, dataset, CPU)
+    fresh = kinds.build_task(config, dataset, CPU)
     batches = [fresh.collate([visit]) for visit in next(iter(fresh.steps(effective=4, start=0)))]
     alone = [float(fresh.loss(batch).detach()) for batch in batches]
     assert steps[0].units == sum(batch.units for batch in batches)
@@ -45,7 +45,7 @@ def test_a_non_finite_step_is_refused_and_named(setting: Setting) -> None:
     task, steps = run(config, dataset, poison=0, steps=1)
     assert steps[0].refused is not None
     assert re.search(r"in fp32 on (\d+\.png at timestep|conversations) \d+", steps[0].refused)
-    fresh = lora.state(registry.build_task(config, dataset, CPU).model)
+    fresh = lora.state(kinds.build_task(config, dataset, CPU).model)
     assert all(torch.equal(weight, fresh[name]) for name, weight in lora.state(task.model).items())
     _, steps = run(config, dataset, poison=1)
     assert [step.refused is not None for step in steps] == [False, True, False, False]

@@ -8,7 +8,7 @@ import bitsandbytes
 import pytest
 import torch
 
-from finetune.config import OptimConfig, Optimizer, Schedule
+from finetune.config.schema import OptimConfig, Optimizer, Schedule
 from finetune.errors import ConfigError, RunError
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState

@@ -1,0 +1,60 @@
+"""Where recipes and presets lie, found without Hydra so that `finetune --help` answers at once."""
+
+from difflib import get_close_matches
+from pathlib import Path
+
+BASE_NAME = "config"  # conf/config.yaml is the defaults list, not a recipe
+
+
+def conf_dir() -> Path:
+    """The `conf` folder that belongs to this package: inside it in a wheel, beside it in a checkout."""
+    package = Path(__file__).resolve().parents[1]
+    inside = package / "conf"
+    return inside if inside.is_dir() else package.parent / "conf"
+
+
+def conf_dirs() -> list[Path]:
+    """The package's `conf` and then the user's `./conf`, whose files win over the package's of the same name."""
+    here = Path.cwd() / "conf"
+    own = conf_dir()
+    return [own, here] if here.is_dir() and here.resolve() != own.resolve() else [own]
+
+
+def recipe_files() -> dict[str, Path]:
+    """Recipe name -> file."""
+    found = {path.stem: path for folder in conf_dirs() for path in sorted(folder.glob("*.yaml"))}
+    found.pop(BASE_NAME, None)
+    return dict(sorted(found.items()))
+
+
+def preset_files() -> dict[str, dict[str, Path]]:
+    """Preset group (`lora`) -> preset name (`r32`) -> file."""
+    found: dict[str, dict[str, Path]] = {}
+    for folder in conf_dirs():
+        for path in sorted(folder.glob("*/*.yaml")):
+            found.setdefault(path.parent.name, {})[path.stem] = path
+    return found
+
+
+def title(path: Path) -> str:
+    """The first comment line of a recipe or preset: what it is for."""
+    try:
+        first = path.read_text(encoding="utf-8").lstrip().splitlines()[0]
+    except (OSError, UnicodeDecodeError, IndexError):
+        return ""
+    return first.lstrip("# ").strip() if first.startswith("#") else ""
+
+
+def shown(path: Path) -> str:
+    """A path as the person at the terminal would type it."""
+    try:
+        return str(path.resolve().relative_to(Path.cwd().resolve()))
+    except ValueError:
+        return str(path)
+
+
+def no_such(what: str, word: str, offered: list[str]) -> str:
+    """`no WHAT called WORD` with the nearest name and the list of what there is."""
+    near = [name for name in offered if name.startswith(word)] or get_close_matches(word, offered, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    return f"no {what} called '{word}'; {hint}there are: {', '.join(offered) or 'none'}"

@@ -1,0 +1,385 @@
+"""The configuration, typed: one docstring under every field says what it is, with its unit.
+
+Plain dataclasses without any heavy import: the CLI reads them before torch is loaded. YAML presets in `conf/`
+fill them, `finetune.config.validate` lists every problem at once. Keys marked `PICTURES` or `LANGUAGE` belong to that
+kind of model alone.
+"""
+
+from dataclasses import dataclass, field
+from enum import Enum
+
+PICTURES = {"kind": "diffusion"}
+LANGUAGE = {"kind": "language"}
+
+
+class Precision(Enum):
+    """Arithmetic of the forward and backward pass; adapter and optimiser state are always fp32."""
+
+    auto = "auto"
+    fp32 = "fp32"
+    bf16 = "bf16"
+    fp16 = "fp16"
+
+
+class Optimizer(Enum):
+    """The optimisers that are offered."""
+
+    adamw = "adamw"
+    adamw8bit = "adamw8bit"
+    paged_adamw8bit = "paged_adamw8bit"
+
+
+class Schedule(Enum):
+    """Learning rate after the warm-up."""
+
+    constant = "constant"
+    linear = "linear"
+    cosine = "cosine"
+
+
+class Device(Enum):
+    """Where to compute; `auto` takes a CUDA card if there is one."""
+
+    auto = "auto"
+    cpu = "cpu"
+    cuda = "cuda"
+
+
+class Dialect(Enum):
+    """File formats of an exported adapter.
+
+    peft for every model, diffusers and kohya for picture models, merged (a whole model in 16 bit) and gguf (an adapter
+    for llama.cpp) for language models.
+    """
+
+    peft = "peft"
+    diffusers = "diffusers"
+    kohya = "kohya"
+    merged = "merged"
+    gguf = "gguf"
+
+
+class Family(Enum):
+    """Architectures of picture models; sd is Stable Diffusion 1 and 2, sd3 also 3.5."""
+
+    sd = "sd"
+    sdxl = "sdxl"
+    sd3 = "sd3"
+    flux = "flux"
+    flux2 = "flux2"
+    z_image = "z_image"
+    qwen_image = "qwen_image"
+
+
+class Quantize(Enum):
+    """How the frozen base is stored: as it computes, in 8-bit integers (arXiv 2208.07339), or in 4-bit NormalFloat with
+    double quantisation (arXiv 2305.14314)."""
+
+    none = "none"
+    int8 = "int8"
+    nf4 = "nf4"
+
+
+class LoraInit(Enum):
+    """Where an adapter starts: B at zero, the base's principal components (PiSSA, arXiv 2404.02948), or what
+    quantisation lost (LoftQ, arXiv 2310.08659)."""
+
+    default = "default"
+    pissa = "pissa"
+    loftq = "loftq"
+
+
+class Format(Enum):
+    """What the columns of a file of conversations mean."""
+
+    auto = "auto"
+    messages = "messages"
+    sharegpt = "sharegpt"
+    alpaca = "alpaca"
+    prompt_completion = "prompt_completion"
+    text = "text"
+
+
+class LongRows(Enum):
+    """What happens to a row of more tokens than fit."""
+
+    keep_end = "keep_end"
+    keep_start = "keep_start"
+    split = "split"
+    drop = "drop"
+    refuse = "refuse"
+
+
+class Fit(Enum):
+    """How a run on a card finds settings that fit: the fastest that do, those of the recipe, tried out, or untried."""
+
+    auto = "auto"
+    asked = "asked"
+    off = "off"
+
+
+class Kept(Enum):
+    """Which checkpoint is handed out: the last one, or the one of the lowest validation loss."""
+
+    last = "last"
+    best = "best"
+
+
+@dataclass
+class ModelConfig:
+    """The base model and the facts that belong to its architecture."""
+
+    kind: str = "diffusion"
+    """What is tuned; the key of `tasks.registry`."""
+    base: str = "embedded:diffusion"
+    """`embedded:NAME` (comes with the package), a local folder, a picture model's .safetensors file, or a hub id."""
+    parts: str = field(default="", metadata=PICTURES)
+    """Where what a base of a single file lacks comes from: a folder, or a hub id whose architecture is known."""
+    family: Family = field(default=Family.sd, metadata=PICTURES)
+    """Architecture of a picture model; its module is `finetune.diffusion.families`."""
+    lora_targets: dict[str, list[str]] = field(default_factory=dict)
+    """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
+    resolution: int = field(default=128, metadata=PICTURES)
+    """Side of the square whose area every bucket keeps, pixels."""
+    bucket_step: int = field(default=16, metadata=PICTURES)
+    """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
+    quantize: Quantize = Quantize.none
+    """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
+    offload: bool = False
+    """Keep frozen blocks that don't fit `hardware.vram_gib` in main memory: slower, but it runs."""
+    added_tokens: list[str] = field(default_factory=list, metadata=LANGUAGE)
+    """New control tokens; only their own rows of the embedding are trained."""
+
+
+@dataclass
+class DataConfig:
+    """The user's pictures or conversations."""
+
+    folder: str = field(default="", metadata=PICTURES)
+    """Folder of pictures, searched recursively."""
+    flip: bool = field(default=False, metadata=PICTURES)
+    """Also train on each picture mirrored; wrong where captions say left and right."""
+    max_pixels: int = field(default=178_956_970, metadata=PICTURES)
+    """Largest picture that is decoded, pixels (width x height); above it is bad. Pillow's own bomb limit."""
+    max_aspect: float = field(default=2.0, metadata=PICTURES)
+    """Longest side over shortest side of a bucket; longer pictures are cropped."""
+    file: str = field(default="", metadata=LANGUAGE)
+    """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`."""
+    format: Format = field(default=Format.auto, metadata=LANGUAGE)
+    """What the columns mean; auto recognises it and says so."""
+    chat_template: str = field(default="", metadata=LANGUAGE)
+    """Jinja template of conversations, or chatml; empty takes the tokenizer's own."""
+    length: int = field(default=2048, metadata=LANGUAGE)
+    """Tokens in a row that the model sees; longer conversations meet `data.long_rows`."""
+    long_rows: LongRows = field(default=LongRows.keep_end, metadata=LANGUAGE)
+    """Over-long rows: keep_end, keep_start, split, drop or refuse; the trained tokens that are lost are reported."""
+    packing: bool = field(default=True, metadata=LANGUAGE)
+    """Put several conversations into one row, isolated from one another; off gives each a row of its own."""
+    workers: int = field(default=0, metadata=LANGUAGE)
+    """Processes that tokenise; 0 is one for each core."""
+    skip_bad: bool = False
+    """Leave out unreadable pictures or rows with a warning instead of stopping."""
+    validation_share: float = 0.1
+    """Share of examples held out for the validation loss, chosen by content; sets under 20 hold out none."""
+    cache: str = "outputs/.cache"
+    """Folder of encoded examples, keyed by content and safe to share between runs or to delete."""
+
+
+@dataclass
+class CaptionConfig:
+    """Automatic captions for pictures that have none."""
+
+    model: str = "embedded:captioner"
+    """A BLIP captioning model: `embedded:captioner`, a local folder or a hub id."""
+    batch: int = 8
+    """Pictures captioned at once."""
+    max_new_tokens: int = 40
+    """Longest caption, tokens."""
+    num_beams: int = 1
+    """Beams of the search; 1 is greedy."""
+    prefix: str = ""
+    """Text put in front of a generated caption."""
+    trigger: str = ""
+    """Phrase put behind a generated caption, after a comma; prompts that contain it call the style up."""
+    overwrite: bool = False
+    """Caption every picture anew. Captions written by hand are lost, so this is off."""
+
+
+@dataclass
+class LoraConfig:
+    """Low-rank adapters (arXiv 2106.09685)."""
+
+    rank: int = 16
+    """Inner dimension r."""
+    alpha: float = 32.0
+    """The update is scaled by alpha / rank."""
+    dropout: float = 0.05
+    """Dropout on an adapter's input, probability."""
+    targets: str = "attention"
+    """Which of the model's `lora_targets` presets gets adapters."""
+    init: LoraInit = field(default=LoraInit.default, metadata=LANGUAGE)
+    """Where the adapter starts: default (no change), pissa (principal components), loftq (makes up for nf4)."""
+    rslora: bool = field(default=False, metadata=LANGUAGE)
+    """Scale by alpha / sqrt(rank) instead of alpha / rank (arXiv 2312.03732): high ranks then still learn."""
+    dora: bool = field(default=False, metadata=LANGUAGE)
+    """Train the weights' magnitude apart from their direction (arXiv 2402.09353): a little better, slower."""
+    start_from: str = ""
+    """PEFT folder of an adapter, or a run's adapter folder, to continue from; empty starts at zero."""
+
+
+@dataclass
+class OptimConfig:
+    """Optimiser and learning rate."""
+
+    name: Optimizer = Optimizer.adamw
+    """adamw (fused where torch has it), adamw8bit (bitsandbytes; states in 8 bit) or paged_adamw8bit (in 8 bit, and in
+    main memory where the card is full)."""
+    lr: float = 1e-4
+    """Peak learning rate."""
+    lora_plus: float = 1.0
+    """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    """Adam's decay rates."""
+    eps: float = 1e-8
+    """Adam's denominator floor."""
+    weight_decay: float = 0.01
+    """Decoupled weight decay."""
+    schedule: Schedule = Schedule.linear
+    """Learning rate after the warm-up: constant, or to zero at the last step (linear, cosine)."""
+    warmup_steps: int = 100
+    """Optimiser steps of linear warm-up; 0 starts at full rate."""
+
+
+@dataclass
+class TrainerConfig:
+    """How long, how much at once, and what is kept."""
+
+    steps: int = 1000
+    """Optimiser steps in all."""
+    micro_batch: int = 4
+    """Examples in one forward pass on one process."""
+    accumulate: int = 4
+    """Micro-batches in one optimiser step; effective batch = micro_batch x accumulate x processes."""
+    precision: Precision = Precision.auto
+    """fp32, bf16 or fp16 (with loss scaling); auto takes bf16 on a card that has it, else fp16, and fp32 on a CPU."""
+    clip_norm: float = 1.0
+    """Largest gradient norm; 0 does not clip."""
+    max_bad_steps: int = 5
+    """Refused (non-finite) steps in a row after which the run stops."""
+    save_every: int = 500
+    """Steps between checkpoints; the last step always saves."""
+    keep: int = 2
+    """Newest checkpoints kept; the best one is kept besides."""
+    log_every: int = 10
+    """Steps between log lines and TensorBoard points that need device work."""
+    validate_every: int = 100
+    """Steps between validation losses; 0 turns them off."""
+    ema_decay: float = 0.0
+    """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
+    checkpointing: int = 0
+    """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
+    fit: Fit = Fit.auto
+    """On a card: auto takes the fastest micro_batch, accumulate, checkpointing and model.offload that fit, with the
+    same effective batch; asked keeps those given; both try the worst step before the first. off does neither."""
+    offload_activations: bool = False
+    """Keep what backward needs in main memory: with checkpointing the inputs of blocks, without it all. Slower."""
+    patience: int = 0
+    """Validations in a row without a better loss after which training stops early; 0 never stops."""
+    restart: bool = False
+    """Set an earlier run in this folder aside (`previous-N/`) and start at step 0."""
+
+
+@dataclass
+class LossConfig:
+    """The diffusion loss."""
+
+    min_snr_gamma: float = field(default=5.0, metadata=PICTURES)
+    """Cap of the signal-to-noise weighting (arXiv 2303.09556); 0 weights all noise levels alike."""
+    noise_offset: float = field(default=0.0, metadata=PICTURES)
+    """Size of a constant added to each channel's noise: lets very dark and bright pictures be learnt."""
+    caption_dropout: float = field(default=0.1, metadata=PICTURES)
+    """Share of examples trained with an empty caption, which guidance needs."""
+
+
+@dataclass
+class HardwareConfig:
+    """Facts about the machine."""
+
+    device: Device = Device.auto
+    """auto, cpu or cuda."""
+    vram_gib: float = 0.0
+    """Memory of the card that may be used, GiB; 0 is all of it."""
+    card: str = ""
+    """The card as its driver calls it: `plan` then needs none; empty reads the machine."""
+    bf16: bool = True
+    """Whether the card computes in bf16."""
+    tflops: float = 0.0
+    """Peak of dense products in 16 bit with fp32 sums, TFLOP/s."""
+    fp32_tflops: float = 0.0
+    """Peak in fp32, TFLOP/s."""
+    gb_per_s: float = 0.0
+    """Peak of the card's memory, GB/s."""
+    pcie_gb_per_s: float = 20.0
+    """Between main memory and the card, GB/s: of PCIe 4.0 x16 two thirds of its peak."""
+
+
+@dataclass
+class SampleConfig:
+    """Pictures drawn, or answers written, while training and at the end."""
+
+    adapter: str = ""
+    """PEFT folder or LoRA file to draw with; empty takes the run's own."""
+    prompts: list[str] = field(default_factory=list)
+    """What to draw or to answer; each prompt for each seed. [] draws nothing, no previews either."""
+    negative: str = field(default="", metadata=PICTURES)
+    """What guidance leads away from."""
+    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    """One picture (or answer) per prompt and seed; base and tuned start from the same noise."""
+    steps: int = field(default=25, metadata=PICTURES)
+    """Denoising steps."""
+    guidance: float = field(default=7.5, metadata=PICTURES)
+    """Classifier-free guidance scale (arXiv 2207.12598)."""
+    max_new_tokens: int = field(default=128, metadata=LANGUAGE)
+    """Longest answer, tokens."""
+    temperature: float = field(default=0.0, metadata=LANGUAGE)
+    """Of the tokens drawn; 0 always takes the likeliest."""
+    every: int = 0
+    """Training steps between previews in TensorBoard; 0 makes them at the first and last step only."""
+    previews: int = 4
+    """Prompts of a preview (the first ones, with the first seed); 0 makes none."""
+
+
+@dataclass
+class ExportConfig:
+    """What is handed out."""
+
+    dialects: list[Dialect] = field(default_factory=lambda: [Dialect.peft, Dialect.diffusers, Dialect.kohya])
+    """File formats that are written, loaded back and compared."""
+    tolerance: float = 1e-5
+    """Largest relative difference (fp32) between an exported adapter and the trained module."""
+    divergence: float = field(default=0.05, metadata=LANGUAGE)
+    """Largest mean divergence (KL, nats a token) of a merged or quantised model from the trained one."""
+    checkpoint: Kept = Kept.last
+    """What is handed out: the last checkpoint, or the one of the lowest validation loss (best)."""
+
+
+@dataclass
+class Config:
+    """One run. `name` is the recipe's file name unless the recipe says otherwise."""
+
+    name: str = "run"
+    """The recipe; also the run folder's name."""
+    seed: int = 0
+    """Every random number of the run follows from it."""
+    run_dir: str = "outputs/${name}"
+    """Folder of everything this run writes."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    caption: CaptionConfig = field(default_factory=CaptionConfig, metadata=PICTURES)
+    lora: LoraConfig = field(default_factory=LoraConfig)
+    optim: OptimConfig = field(default_factory=OptimConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    loss: LossConfig = field(default_factory=LossConfig, metadata=PICTURES)
+    hardware: HardwareConfig = field(default_factory=HardwareConfig)
+    sample: SampleConfig = field(default_factory=SampleConfig)
+    export: ExportConfig = field(default_factory=ExportConfig)

@@ -1,0 +1,281 @@
+"""Conversations from a file, whatever its format: OpenAI messages, ShareGPT, Alpaca, prompt and completion, plain text.
+
+The format is recognised by the columns of the first row, or named. Rows are streamed and normalised one by one: memory
+does not grow with the file. Texts stay as they are; only blank system turns are left out.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import Format
+from finetune.data.text import readers
+from finetune.errors import DataError
+
+TEXT = "text"  # the role of the only message of a row of plain text, which goes through no chat template
+ROLES = {
+    "system": ("system", "developer"),
+    "user": ("user", "human", "prompter"),
+    "assistant": ("assistant", "gpt", "model", "bot", "chatgpt", "function_call"),
+    "tool": ("tool", "function", "observation", "function_response"),
+}
+ALIASES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
+TURNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
+ANSWERS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
+UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")  # keys that hold trained text
+SKIP = "correct it, or leave such rows out: data.skip_bad=true"
+
+
+NEEDS = {
+    Format.messages: '"messages": [{"role": …, "content": …}, …]',
+    Format.sharegpt: '"conversations": [{"from": …, "value": …}, …]',
+    Format.alpaca: '"instruction", "output" and perhaps "input", "system", "history"',
+    Format.prompt_completion: '"prompt" and "completion", two texts or two lists of messages',
+    Format.text: '"text"',
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn. role: system, user, assistant, tool or (alone in its row) text. trained: off by `"weight": 0`."""
+
+    role: str
+    content: str
+    trained: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """One row. source: `file:line` for texts, `file:row` for tables, counted from 1."""
+
+    messages: tuple[Message, ...]
+    source: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """Files of one format."""
+
+    path: Path
+    files: tuple[Path, ...]
+    format: Format
+    named: bool
+
+    def __str__(self) -> str:
+        how = "as named" if self.named else "recognised"
+        files = f", {len(self.files)} files" if len(self.files) > 1 else ""
+        return f"{self.path}: {self.format.value} ({how}){files}"
+
+
+def open_source(path: Path, *, format_: Format = Format.auto) -> Source:
+    """The files behind a path and their format, under `auto` recognised by the first readable row.
+
+    Raises DataError for missing, empty or unreadable files and for columns of no known format.
+    """
+    files = readers.files_of(path)
+    error: DataError | None = None
+    for file in files:
+        for number, row in readers.read(file):
+            if isinstance(row, DataError):
+                error = error or row
+                continue
+            where = f"{file}:{number}"
+            named = format_ is not Format.auto
+            found = format_ if named else _recognise(_columns(row, where), where)
+            return Source(path, files, found, named)
+    raise error or DataError(f"{path} holds no rows; a row has one of these: {_formats()}")
+
+
+def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> Iterator[Conversation]:
+    """Every conversation in the files' order.
+
+    bad: called with the error of each unusable row, which is then left out; None raises it. Raises DataError where a
+    file can't be read on, and where no row is left.
+    """
+    count = left_out = 0
+    for file in source.files:
+        for number, row in readers.read(file):
+            try:
+                if isinstance(row, DataError):
+                    raise row
+                yield conversation(row, source.format, f"{file}:{number}", strict=not source.named)
+                count += 1
+            except DataError as error:
+                if bad is None:
+                    raise
+                left_out += 1
+                bad(error)
+    if not count:
+        raise DataError(f"{source.path}: nothing is left, all {left_out} rows are unusable; try data.skip_bad=false")
+
+
+def conversation(row: object, format_: Format, where: str, *, strict: bool = True) -> Conversation:
+    """One row, normalised. strict: refuse a row that looks like another format than `format_`.
+
+    Raises DataError for missing columns, mixed formats, unknown roles, empty texts and rows without an answer.
+    """
+    columns = _columns(row, where)
+    if strict and (found := _recognise(columns, where)) is not format_:
+        raise DataError(
+            f"{where}: is {found.value}, earlier rows are {format_.value}; keep one format in a file, or name it: "
+            f"data.format={format_.value}"
+        )
+    if format_ is Format.text:
+        messages = [Message(TEXT, _text(columns.get("text"), where, '"text"'))]
+        if not messages[0].content.strip():
+            raise DataError(f"{where}: its text is empty; {SKIP}")
+        return Conversation(tuple(messages), where)
+    if columns.get("tools"):
+        raise DataError(f'{where}: holds "tools", which are not read; describe them in a system message, or remove it')
+    if format_ is Format.alpaca:
+        messages = _alpaca(columns, where)
+    elif format_ is Format.prompt_completion:
+        messages = _prompt_completion(columns, where)
+    else:
+        name = next((name for name in TURNS if columns.get(name) is not None), TURNS[0])
+        messages = _turns(columns.get(name), where, f'"{name}"', format_)
+    if isinstance(system := columns.get("system"), str) and system.strip():
+        messages = [Message("system", system), *messages]
+    return Conversation(_checked(messages, where), where)
+
+
+def _columns(row: object, where: str) -> dict[str, Any]:
+    if not isinstance(row, dict):
+        raise DataError(f"{where}: is no object with columns; a row has one of these: {_formats()}")
+    return row
+
+
+def _recognise(columns: dict[str, Any], where: str) -> Format:
+    there = {name for name, value in columns.items() if value is not None}
+    for name in TURNS:
+        if name in there:
+            turns = _parsed(columns[name], where, f'"{name}"')
+            first = turns[0] if isinstance(turns, list) and turns else None
+            return Format.sharegpt if isinstance(first, dict) and "from" in first else Format.messages
+    if "instruction" in there and there & {*ANSWERS}:
+        return Format.alpaca
+    if "prompt" in there and there & {"completion", "response"}:
+        return Format.prompt_completion
+    if "text" in there:
+        return Format.text
+    raise DataError(
+        f"{where}: its columns ({', '.join(sorted(map(str, there))) or 'none'}) are of no known format; "
+        f"rename them to one of these: {_formats()}"
+    )
+
+
+def _formats() -> str:
+    return "; ".join(f"{format_.value}: {needs}" for format_, needs in NEEDS.items())
+
+
+def _alpaca(columns: dict[str, Any], where: str) -> list[Message]:
+    answer = next((name for name in ANSWERS if columns.get(name) is not None), ANSWERS[0])
+    context = next((name for name in ("input", "context") if columns.get(name)), "input")
+    request = _text(columns.get("instruction"), where, '"instruction"')
+    more = _text(columns.get(context) or "", where, f'"{context}"')
+    messages = []
+    for pair in _parsed(columns.get("history") or [], where, '"history"'):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise DataError(f'{where}: "history" must be a list of [question, answer], got {_shown(pair)}; {SKIP}')
+        for role, content in zip(("user", "assistant"), pair, strict=True):
+            messages.append(Message(role, _text(content, where, '"history"')))
+    messages.append(Message("user", f"{request}\n\n{more}" if more.strip() and request.strip() else request or more))
+    messages.append(Message("assistant", _text(columns.get(answer), where, f'"{answer}"')))
+    return messages
+
+
+def _prompt_completion(columns: dict[str, Any], where: str) -> list[Message]:
+    answer = "completion" if columns.get("completion") is not None else "response"
+    messages: list[Message] = []
+    for name, role in (("prompt", "user"), (answer, "assistant")):
+        value = columns.get(name)
+        if isinstance(value, list):
+            turns = _turns(value, where, f'"{name}"', Format.messages)
+            # Answers that stand in the prompt are context: the completion is what shall be learnt.
+            messages += [Message(turn.role, turn.content, turn.trained and name != "prompt") for turn in turns]
+        else:
+            messages.append(Message(role, _text(value, where, f'"{name}"')))
+    return messages
+
+
+def _turns(value: object, where: str, name: str, format_: Format) -> list[Message]:
+    role_key, text_key = ("from", "value") if format_ is Format.sharegpt else ("role", "content")
+    turns = _parsed(value, where, name)
+    if not isinstance(turns, list):
+        raise DataError(f"{where}: {name} must be a list of turns, got {_shown(turns)}; it needs {NEEDS[format_]}")
+    messages = []
+    for number, turn in enumerate(turns, start=1):
+        what = f"turn {number} of {name}"
+        if not isinstance(turn, dict) or not {role_key, text_key} <= turn.keys():
+            raise DataError(
+                f'{where}: {what} needs "{role_key}" and "{text_key}", got {_shown(turn)}; a row has {NEEDS[format_]}'
+            )
+        if unread := next((key for key in UNREAD if turn.get(key)), ""):
+            raise DataError(
+                f'{where}: {what} holds "{unread}", which is not read; write it into "{text_key}" the way the model '
+                f"shall say it, or leave such rows out: data.skip_bad=true"
+            )
+        role = ALIASES.get(turn[role_key].strip().lower()) if isinstance(turn[role_key], str) else None
+        if role is None:
+            allowed = ", ".join(f"{name} ({', '.join(others)})" for name, (_, *others) in ROLES.items())
+            raise DataError(f"{where}: unknown role {_shown(turn[role_key])} in {what}; allowed are {allowed}; {SKIP}")
+        messages.append(Message(role, _text(_joined(turn[text_key]), where, what), _weight(turn, where, what)))
+    return messages
+
+
+def _parsed(value: object, where: str, name: str) -> Any:
+    """A list that a CSV file or a column of texts holds as JSON."""
+    if not isinstance(value, str):
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{where}: {name} is not JSON ({error}); write it as a list, in JSON; {SKIP}") from error
+
+
+def _joined(content: object) -> object:
+    """OpenAI's list of parts as one text, where all of them are texts."""
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        return "".join(part["text"] for part in content)
+    return content
+
+
+def _weight(turn: dict[str, Any], where: str, what: str) -> bool:
+    for name in ("weight", "train"):
+        value = turn.get(name)
+        if value not in (None, 0, 1):
+            raise DataError(f'{where}: "{name}" of {what} must be 0 or 1, got {_shown(value)}; {SKIP}')
+        if value is not None and not value:
+            return False
+    return True
+
+
+def _text(value: object, where: str, what: str) -> str:
+    if not isinstance(value, str):
+        raise DataError(f"{where}: {what} must be a text, got {_shown(value)}; {SKIP}")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:  # half of a \ud83d\ude00, which no tokenizer takes
+        raise DataError(f"{where}: {what} has half a character ({error.object[error.start]!a}); {SKIP}") from error
+    return value
+
+
+def _checked(messages: list[Message], where: str) -> tuple[Message, ...]:
+    """Without blank system turns. Raises DataError for other blank turns and for rows without an answer."""
+    kept = tuple(message for message in messages if message.role != "system" or message.content.strip())
+    for number, message in enumerate(kept, start=1):
+        if not message.content.strip() and message.role != "tool":
+            kind = "the answer" if message.role == "assistant" else f"the {message.role}'s text"
+            raise DataError(f"{where}: {kind} in turn {number} is empty; {SKIP}")
+    roles = [message.role for message in kept]
+    if "assistant" not in roles:
+        seen = ", ".join(dict.fromkeys(roles)) or "no turn at all"
+        raise DataError(f"{where}: has no assistant turn (only {seen}), so nothing to learn; {SKIP}")
+    return kept
+
+
+def _shown(value: object) -> str:
+    shown = json.dumps(value, ensure_ascii=False, default=str)
+    return shown if len(shown) <= 60 else shown[:57] + "…"

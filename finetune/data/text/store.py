@@ -1,0 +1,291 @@
+"""A whole set of conversations as token rows on disk, found by content and read memory-mapped.
+
+One folder per key; the key hashes the files' bytes, the tokenizer with its template, and the settings, never a path or
+a time. A damaged folder is made anew; folders appear whole or not at all, and may be deleted at any time.
+"""
+
+import json
+import time
+import zlib
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from finetune.config.schema import LongRows
+from finetune.data.text import duplicates, formats, readers
+from finetune.data.text.formats import Source
+from finetune.data.text.template import SKIP
+from finetune.data.text.tokens import Chat, Encoded
+from finetune.data.text.workers import TRAINED, Chunk, Work, encode_stream
+from finetune.errors import DataError, FinetuneError
+from finetune.run.atomic import replace_folder
+from finetune.run.progress import PLAIN_LINE_EVERY_S, say
+from finetune.run.records import hash_of
+
+# N rows, S hashes in a signature
+MADE_BY = 1  # raised when the same input would give other rows
+NOTES = "rows.json"
+FILES = {
+    "tokens": np.uint32,  # ids of all rows end to end, the top bit set where trained
+    "lengths": np.uint64,  # tokens of each row
+    "trained": np.uint32,  # trained tokens of each row
+    "rows": np.uint64,  # number of its conversation among those that could be read, from 0
+    "groups": np.uint64,  # hash of that conversation's text
+    "signatures": np.uint32,  # MinHash of that text, S for each row
+}
+SMALLEST_SET = 20  # conversations; under it none is held out
+ERRORS_KEPT = 5
+READ_BLOCK = 1 << 24  # bytes
+
+
+@dataclass(frozen=True)
+class Figures:
+    """What became of a set. conversations: rows read, usable or not. rows: what is trained on, after cutting.
+
+    bad: left out as unusable (with the first few errors). long: over the length, of which left_out are gone whole.
+    tokens, trained: after cutting. whole: trained tokens before it. shortened: answers of which the template leaves out
+    a part. control: control tokens spelled in texts. seconds: time it took to read and encode, once.
+    """
+
+    conversations: int
+    rows: int
+    bad: int
+    long: int
+    left_out: int
+    tokens: int
+    trained: int
+    whole: int
+    shortened: int
+    control: int
+    seconds: float
+    errors: tuple[str, ...]
+
+    @property
+    def lost(self) -> float:
+        """Share of trained tokens lost to the length, 0 … 1."""
+        return 1 - self.trained / self.whole if self.whole else 0.0
+
+    @property
+    def rows_per_s(self) -> float:
+        """Conversations read and encoded in a second."""
+        return self.conversations / self.seconds if self.seconds else 0.0
+
+    def lines(self) -> list[str]:
+        """For people: what was read, and everything that didn't end up in training."""
+        head = f"{self.conversations:,} conversations as {self.rows:,} rows of {self.tokens:,} tokens"
+        found = [f"{head}, {self.trained:,} trained ({self.rows_per_s:,.0f} conversations/s)"]
+        if self.bad:
+            found += [f"warning: {self.bad:,} unusable rows are left out, such as:"]
+            found += [error.removesuffix(f", {SKIP}") for error in self.errors]  # that is done already
+        if self.long:
+            found.append(
+                f"warning: {self.long:,} rows are over the length; {self.lost:.2%} of trained tokens are lost, "
+                f"{self.left_out:,} rows altogether"
+            )
+        if self.shortened:
+            found.append(f"warning: the chat template leaves out a part of {self.shortened:,} answers")
+        if self.control:
+            found.append(f"warning: texts spell {self.control:,} control tokens, which are read as such")
+        return found
+
+
+class Rows:
+    """Encoded rows on disk, memory-mapped. Pickles as its folder."""
+
+    def __init__(self, folder: Path, figures: Figures, *, cached: bool) -> None:
+        self.folder, self.figures, self.cached = folder, figures, cached
+        self._arrays = {name: np.memmap(folder / f"{name}.bin", kind, "r") for name, kind in FILES.items()}
+        self.lengths: NDArray[np.int64] = self._arrays["lengths"].astype(np.int64)
+        """Tokens of each row, (N,)."""
+        self.trained: NDArray[np.int64] = self._arrays["trained"].astype(np.int64)
+        """Trained tokens of each row, (N,)."""
+        self._offsets = np.concatenate([np.zeros(1, np.int64), np.cumsum(self.lengths)])
+
+    def __len__(self) -> int:
+        return len(self.lengths)
+
+    def __getitem__(self, index: int) -> Encoded:
+        if not 0 <= index < len(self):
+            raise IndexError(index)
+        tokens = self._arrays["tokens"][self._offsets[index] : self._offsets[index + 1]]
+        return Encoded(np.asarray(tokens & ~TRAINED), np.asarray((tokens & TRAINED) != 0))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _reopened, (self.folder, self.figures, self.cached)
+
+    def number(self, index: int) -> int:
+        """Which conversation a row comes from, counted from 0 among those that could be read."""
+        return int(self._arrays["rows"][index])
+
+    def split(self, share: float) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Indices to train on and to hold out, by the text's hash: about `share` (0 … 1) of different conversations.
+
+        Conversations that are equal but for case and white space are on the same side, added rows don't move others,
+        and sets under 20 conversations hold out none.
+        """
+        groups = np.asarray(self._arrays["groups"])
+        everything = np.arange(len(self), dtype=np.int64)
+        distinct = int((np.diff(self._arrays["rows"]) != 0).sum()) + 1
+        if share <= 0 or distinct < SMALLEST_SET:
+            return everything, everything[:0]
+        held_out = groups < np.uint64(min(share, 1 - 2**-53) * 2.0**64)
+        if not held_out.any():
+            held_out = groups == groups.min()
+        if held_out.all():
+            return everything, everything[:0]
+        return everything[~held_out], everything[held_out]
+
+    def duplicates(self) -> int:
+        """Conversations whose text stood there before, but for case and white space."""
+        groups = np.asarray(self._arrays["groups"])[self._firsts()]
+        return len(groups) - len(np.unique(groups))
+
+    def leaked(self, share: float) -> tuple[int, int]:
+        """How many held-out conversations have a near-duplicate among those trained on, and how many are held out."""
+        signatures = self._arrays["signatures"].reshape(len(self), duplicates.HASHES)
+        train, held_out = (part[np.isin(part, self._firsts())] for part in self.split(share))
+        return duplicates.near(np.asarray(signatures[held_out]), signatures, train), len(held_out)
+
+    def _firsts(self) -> NDArray[np.int64]:
+        """The first row of each conversation."""
+        return np.flatnonzero(np.diff(self._arrays["rows"].astype(np.int64), prepend=-1)).astype(np.int64)
+
+
+def prepare(
+    source: Source,
+    chat: Chat,
+    *,
+    cache: Path,
+    length: int,
+    long_rows: LongRows,
+    skip_bad: bool = False,
+    workers: int = 0,
+) -> Rows:
+    """Every row of the source encoded, from the cache where it is there. Memory does not grow with the source.
+
+    length: most tokens of a row. workers: processes that encode; 0 is one for each core. Raises DataError for unusable
+    rows (unless `skip_bad`) and where nothing is left, RunError where the cache can't be written.
+    """
+    from filelock import FileLock
+
+    content = readers.content_hash(source.files)
+    key = hash_of(MADE_BY, content, source.format.value, source.named, chat.identity, length, long_rows.value, skip_bad)
+    folder = cache / f"rows-{key[:32]}"
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache / f".{folder.name}.lock")
+        with lock:
+            if (figures := _intact(folder, whole=True)) is not None:
+                return Rows(folder, figures, cached=True)
+            with replace_folder(folder) as temporary:
+                _write(temporary, source, Work(chat, length, long_rows, skip_bad), workers)
+    except OSError as error:
+        raise DataError(f"cannot use the cache {cache} ({error.strerror}); try data.cache=FOLDER") from error
+    return Rows(folder, _noted(folder)[0], cached=False)
+
+
+def reopen(folder: Path, *, whole: bool = False) -> Rows:
+    """Rows that `prepare` made. Raises DataError where they are gone or damaged.
+
+    whole: compare every byte with its checksum, and not the files' lengths alone.
+    """
+    figures = _intact(folder, whole=whole)
+    if figures is None:
+        raise DataError(
+            f"the token rows {folder} are damaged or gone; run the same command again and they are made anew"
+        )
+    return Rows(folder, figures, cached=True)
+
+
+def _write(folder: Path, source: Source, work: Work, workers: int) -> None:
+    start = last = time.monotonic()
+    totals: dict[str, int] = {}
+    sums = dict.fromkeys(FILES, 0)
+    sizes = dict.fromkeys(FILES, 0)
+    errors: list[str] = []
+    unread = 0
+
+    def bad(error: DataError) -> None:
+        nonlocal unread
+        unread += 1
+        if len(errors) < ERRORS_KEPT:
+            errors.append(str(error))
+
+    with ExitStack() as opened:
+        files = {name: opened.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
+        stream = formats.read(source, bad=bad if work.skip_bad else None)
+        for chunk in encode_stream(stream, work, processes=workers):
+            for name, file in files.items():
+                data = getattr(chunk, name).tobytes()
+                file.write(data)
+                sums[name], sizes[name] = zlib.crc32(data, sums[name]), sizes[name] + len(data)
+            _add(totals, chunk)
+            errors = (errors + chunk.errors)[:ERRORS_KEPT]
+            if time.monotonic() - last > PLAIN_LINE_EVERY_S:
+                last = time.monotonic()
+                say(f"tokens: {totals['rows']:,} conversations, {totals['rows'] / (last - start):,.0f} conversations/s")
+    if not totals.get("kept"):
+        unusable = totals.get("bad", 0) + unread
+        raise DataError(
+            f"{source.path}: nothing is left of {totals.get('rows', 0) + unread} rows: {unusable} are unusable, of "
+            f"{totals.get('left_out', 0)} no trained token is within {work.length} tokens"
+            + (f" ({errors[0]})" if errors else "")
+            + "; allow longer rows with data.length, or choose: data.long_rows=keep_end"
+        )
+    figures = Figures(
+        conversations=totals["rows"] + unread,
+        rows=totals["kept"],
+        bad=totals["bad"] + unread,
+        long=totals["long"],
+        left_out=totals["left_out"],
+        tokens=totals["tokens"],
+        trained=totals["trained"],
+        whole=totals["whole"],
+        shortened=totals["shortened"],
+        control=totals["control"],
+        seconds=round(time.monotonic() - start, 3),
+        errors=tuple(errors),
+    )
+    (folder / NOTES).write_text(json.dumps({"figures": asdict(figures), "sums": sums, "sizes": sizes}))
+
+
+def _add(totals: dict[str, int], chunk: Chunk) -> None:
+    more = chunk.counts | {
+        "kept": len(chunk.lengths), "tokens": len(chunk.tokens), "trained": int(chunk.trained.sum())
+    }  # fmt: skip
+    for name, count in more.items():
+        totals[name] = totals.get(name, 0) + count
+
+
+def _intact(folder: Path, *, whole: bool) -> Figures | None:
+    """The figures of a folder whose files are as long as written and, if `whole`, the same; None for any other."""
+    try:
+        figures, sums, sizes = _noted(folder)
+        for name in FILES:
+            path, total = folder / f"{name}.bin", 0
+            if path.stat().st_size != sizes[name]:
+                return None
+            if not whole:
+                continue
+            with open(path, "rb") as file:
+                while block := file.read(READ_BLOCK):
+                    total = zlib.crc32(block, total)
+            if total != sums[name]:
+                return None
+    except (OSError, ValueError, KeyError, TypeError, FinetuneError):
+        return None
+    return figures
+
+
+def _noted(folder: Path) -> tuple[Figures, dict[str, int], dict[str, int]]:
+    notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
+    notes["figures"]["errors"] = tuple(notes["figures"]["errors"])
+    return Figures(**notes["figures"]), notes["sums"], notes["sizes"]
+
+
+def _reopened(folder: Path, figures: Figures, cached: bool) -> Rows:
+    return Rows(folder, figures, cached=cached)

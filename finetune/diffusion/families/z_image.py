@@ -1,0 +1,88 @@
+"""Z-Image (Tongyi-MAI, arXiv 2511.22699): one stream of caption and picture tokens.
+
+The model counts time from noise (0) to clean (1) and predicts the velocity that way; both are turned round here.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from finetune.diffusion.families.base import (
+    MASK,
+    Text,
+    kl_moments,
+    kl_picture,
+    lengths,
+    padded,
+    room_in_chat,
+    stacked,
+    unpacked,
+)
+from finetune.diffusion.objectives import FLOW_STEPS, Flow, Objective
+
+PIPELINE = "ZImagePipeline"
+BACKBONE, BACKBONE_CLASS, VAE_CLASS = "transformer", "ZImageTransformer2DModel", "AutoencoderKL"
+TEXT = ("text_encoder", "tokenizer")
+UNUSED: Mapping[str, Any] = {}
+LARGE_TEXT = ("text_encoder",)
+KOHYA = "diffusion_model."  # the one form that both diffusers and ComfyUI read together with alpha
+FILE_TEXT: Mapping[str, str] = {}
+TEXT_TOKENS = 512
+
+moments = kl_moments
+left = unpacked
+pixels = kl_picture
+
+
+def encode(pipeline: Any, texts: Sequence[str]) -> Text:
+    """One caption at a time: the hidden states of many would fill a card."""
+    device = pipeline.text_encoder.device
+    captions = []
+    for text in texts:
+        embeddings, _ = pipeline.encode_prompt(
+            text, device=device, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+        )
+        captions.append(padded(embeddings[0], TEXT_TOKENS))
+    return stacked(captions)
+
+
+def reader(pipeline: Any) -> tuple[Any, int]:
+    return pipeline.tokenizer, room_in_chat(pipeline.tokenizer, TEXT_TOKENS, enable_thinking=True)
+
+
+def text_shapes(config: Any) -> dict[str, tuple[int, ...]]:
+    return {"embedding": (TEXT_TOKENS, config.cap_feat_dim), MASK: (TEXT_TOKENS,)}
+
+
+def latent_channels(config: Any) -> int:
+    return int(config.in_channels)
+
+
+def objective(scheduler: Any) -> Objective:
+    return Flow(scheduler)
+
+
+def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
+    velocities_C1hw = model(
+        list(noisy_BChw.unsqueeze(2)),  # one frame
+        1 - timesteps_B / FLOW_STEPS,
+        _captions(text),
+        return_dict=False,
+    )[0]
+    return -torch.stack(velocities_C1hw).squeeze(2)
+
+
+def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
+    """The pipeline counts the guidance from 0, as arXiv 2207.12598 does; everywhere else here 1 is none."""
+    return {
+        "prompt_embeds": _captions(text),
+        "negative_prompt_embeds": _captions(negative),
+        "guidance_scale": max(0.0, guidance - 1),
+    }
+
+
+def _captions(text: Text) -> list[Tensor]:
+    """Each caption's embedding at its own length, (L, D)."""
+    return [values_LD[:own] for values_LD, own in zip(text["embedding"], lengths(text[MASK]), strict=True)]

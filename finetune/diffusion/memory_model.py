@@ -1,0 +1,262 @@
+"""A picture model without weights, for the memory plan: what a step and every other phase would hold on the card.
+
+B images, C latent channels, h×w latent pixels, H×W pixels, T tokens of a caption, D text width.
+"""
+
+from collections.abc import Iterable, Iterator
+from functools import cached_property
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters import lora
+from finetune.config.schema import Config, Quantize
+from finetune.data.images import buckets
+from finetune.diffusion import encode, export, meta, single_file, task
+from finetune.diffusion.families import family
+from finetune.diffusion.families.base import AT_ONCE, TILE, frugal, spare
+from finetune.diffusion.pipeline import PAINTED_AT_ONCE, TEXTS_AT_ONCE
+from finetune.memory import block_offload, checkpointing
+from finetune.planning import meta as planning_meta
+from finetune.planning.tracer import Trace, Tracer, Way, optimizer_bytes
+
+# Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
+# on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
+WORKSPACE_GIB_PER_MEGAPIXEL = 1.9
+WORKSPACE_SEEN = ("AutoencoderKL", "AutoencoderKLFlux2")
+CLIP_TOKENS = 77
+ELSEWHERE, ONE = "in main memory, which is slower", "one picture at once"  # words of a `Way`
+
+
+class PictureSketch:
+    """Traces what `DiffusionTask` and the stages around it run."""
+
+    unit = "images"
+
+    def __init__(self, config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> None:
+        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share."""
+        self.config, self.cuda, self.room = config, cuda, room
+        self.tracer = Tracer(dtype, like_cuda=cuda)
+        self.family = family(config.model.family)
+        single_file.find(config.model)  # which refuses one of another architecture
+        self.objective = meta.objective(config.model)
+        self.width, self.height = _largest_bucket(config)
+        self.vae = self.tracer.blank(meta.autoencoder(config.model))
+        self.latents = self._latents(self.width, self.height)
+        self.model = self.tracer.blank(self._adapted(dtype)).train()
+        self.notes = [f"pictures of {self.width}×{self.height}, the largest of this recipe's shapes"]
+        self.units = 1
+        self.readings: dict[int, Trace] = {}  # of text encoders, by captions at once
+
+    def recompute(self, every: int) -> None:
+        """As `trainer.checkpointing`; offloading recomputes all."""
+        checkpointing.recompute(self.model, 1 if self.config.model.offload else every)
+
+    def inputs(self, micro_batch: int) -> dict[str, Tensor]:
+        """The tensors of a batch as `DiffusionTask.collate` makes them."""
+        latents = (micro_batch, *self.latents)
+        batch = {"clean": torch.empty(latents), "noise": torch.empty(latents)}
+        batch |= {task.TEXT + name: values for name, values in self._texts(micro_batch).items()}
+        return batch | {"timesteps": torch.zeros(micro_batch, dtype=torch.long)}
+
+    def forward(self, batch: dict[str, Tensor]) -> Tensor:
+        """The prediction."""
+        return task.predict(self.family, self.objective, self.model, batch, self.tracer.dtype)
+
+    def loss(self, predicted_BChw: Tensor, batch: dict[str, Tensor]) -> Tensor:
+        """The sum over images."""
+        return task.weighted(self.objective, predicted_BChw, batch, self.config.loss.min_snr_gamma)
+
+    def offloaded(self) -> dict[str, float]:
+        """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
+        return self._offloaded(self.model)
+
+    def beside(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+        """Validation and previews."""
+        states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
+        states |= self.offloaded()
+        if self.config.trainer.validate_every:
+            yield "validation", [Way(self._validation(micro_batch, states))]
+        if self.config.sample.prompts:
+            yield "sampling", self._sampling(states)
+
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+        """Every phase but the steps of training, by name."""
+        yield "captioning", [Way(self._captioning)]
+        yield "encoding texts", self._encoding_texts()
+        yield "encoding pictures", [Way(self._encoding_pictures)]
+        yield from self.beside(micro_batch)
+        yield "export", self._exporting()
+
+    @cached_property
+    def _captioning(self) -> Trace:
+        settings = self.config.caption
+        tracer = Tracer(self.tracer.dtype, like_cuda=self.tracer.like_cuda)
+        model: Any = tracer.blank(meta.captioner(settings.model, tracer.dtype))
+        side, text = model.config.vision_config.image_size, model.config.text_config
+        beams = settings.batch * settings.num_beams
+
+        def work() -> None:
+            pixels_B3HW = torch.empty(settings.batch, 3, side, side, dtype=tracer.dtype)
+            seen = model.vision_model(pixel_values=pixels_B3HW).last_hidden_state
+            seen = seen.repeat_interleave(settings.num_beams, dim=0)
+            layers = text.num_hidden_layers * 2  # keys and values of every token written, and of the picture
+            _cache = [
+                torch.empty(beams, settings.max_new_tokens + seen.shape[1], text.hidden_size, dtype=tracer.dtype)
+                for _ in range(layers)
+            ]
+            ids_B1 = torch.zeros(beams, 1, dtype=torch.long)
+            mask_BL = torch.ones(seen.shape[:2], dtype=torch.long)
+            model.text_decoder(input_ids=ids_B1, encoder_hidden_states=seen, encoder_attention_mask=mask_BL)
+
+        return tracer.run(model, work)
+
+    def _encoding_texts(self) -> Iterator[Way]:
+        """As `TextEncoder` goes about it."""
+        yield Way(self._reading(TEXTS_AT_ONCE))
+        if self.cuda:
+            yield Way(self._reading(1), "fewer captions at once")
+            yield Way(None, ELSEWHERE)
+
+    def _reading(self, captions: int) -> Trace:
+        if captions in self.readings:
+            return self.readings[captions]
+        tracer = Tracer(torch.float32, like_cuda=self.tracer.like_cuda)
+        encoders = tracer.blank(meta.text_encoders(self.config.model))
+        shapes = self.family.text_shapes(_config(self.model))
+        longest = max(shape[0] for shape in shapes.values() if len(shape) == 2)
+
+        def work() -> None:
+            for encoder in encoders.children():
+                name = type(encoder).__name__
+                tokens = CLIP_TOKENS if name.startswith("CLIP") else longest
+                rows = captions if name.startswith(("CLIP", "T5")) else 1  # as the families encode
+                encoder(input_ids=torch.zeros(rows, tokens, dtype=torch.long), output_hidden_states=True)
+
+        self.readings[captions] = tracer.run(encoders, work)
+        return self.readings[captions]
+
+    @cached_property
+    def _encoding_pictures(self) -> Trace:
+        count = max(1, encode.PIXELS_AT_ONCE // (self.width * self.height))
+        return self.tracer.run(
+            self.vae, lambda: self.family.moments(self.vae, torch.empty(count, 3, self.height, self.width))
+        )
+
+    def _validation(self, micro_batch: int, states: dict[str, float]) -> Trace:
+        def work() -> None:
+            with self.tracer.autocast():
+                batch = self.inputs(micro_batch)
+                task.errors(self.objective, self.forward(batch), batch)
+
+        return self._evaluated(self.model, work, states)
+
+    def _sampling(self, states: dict[str, float]) -> Iterator[Way]:
+        """Previews in training, where the optimiser is there too, as `Painter` goes about them."""
+        sample = self.config.sample
+        count = min(PAINTED_AT_ONCE, max(min(sample.previews, len(sample.prompts)), len(sample.seeds)))
+        yield Way(self._drawing(count, self.vae, states))
+        while self.cuda and count > 1:
+            count //= 2
+            yield Way(self._drawing(count, self.vae, states), f"{count} pictures at once" if count > 1 else ONE)
+        if self.cuda and self.config.model.resolution > TILE:
+            thrifty = self.tracer.blank(meta.autoencoder(self.config.model))
+            spare(thrifty)
+            yield Way(self._drawing(1, thrifty, states), f"{ONE}, decoded in tiles")
+
+    def _drawing(self, count: int, vae: nn.Module, states: dict[str, float]) -> Trace:
+        sample, side = self.config.sample, self.config.model.resolution
+        latents = self._latents(side, side)
+
+        def work() -> None:
+            with self.tracer.autocast():
+                text = self._texts(1)
+                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.call(
+                    text, text, sample.guidance
+                )
+                rows = count * (2 if guided else 1)
+                timesteps_B = torch.zeros(rows, dtype=torch.long)
+                self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
+            self.family.pixels(vae, self.family.left(torch.empty(count, *latents)), side, side)
+
+        if self.cuda:
+            pixels = side * side * (count if count * side * side <= AT_ONCE else 1)
+            if frugal(vae):
+                pixels = min(pixels, TILE**2)
+            states = states | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
+            others = "" if self.family.VAE_CLASS in WORKSPACE_SEEN else " with other autoencoders"
+            self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
+        return self._evaluated(nn.ModuleList([self.model, vae]), work, states)
+
+    def _exporting(self) -> Iterator[Way]:
+        yield Way(self._export())
+        if self.cuda and self.config.model.quantize is Quantize.none:  # the others are on cards alone
+            yield Way(None, ELSEWHERE)
+
+    def _export(self) -> Trace:
+        """One model at a time: in fp32 where that fits or what doesn't is offloaded, else as it was trained."""
+        plain, offloaded = self.config.model.quantize is Quantize.none, self.config.model.offload and self.cuda
+        count = sum(parameter.numel() for parameter in self.model.parameters())
+        fits = offloaded or 4 * count < export.FP32_SHARE * self.room
+        dtype = torch.float32 if plain and fits else self.tracer.dtype
+        tracer = Tracer(dtype, like_cuda=self.cuda)
+        model = tracer.blank(self._adapted(dtype)).eval()
+        latents = (2, self.latents[0], export.PROBE_SIDE, export.PROBE_SIDE)
+
+        def work() -> None:
+            with tracer.autocast():
+                self.family.predict(model, torch.empty(latents), torch.zeros(2, dtype=torch.long), self._texts(2))
+
+        return tracer.run(model, work, held=self._offloaded(model))
+
+    def _offloaded(self, model: nn.Module) -> dict[str, float]:
+        if not (self.config.model.offload and self.cuda):
+            return {}
+        # diffusers quantises on the card, where the model takes room while its blocks are sent away.
+        there = 0 if self.config.model.quantize is Quantize.none else block_offload.weight_bytes(model)
+        return block_offload.planned(model, self.room - there)
+
+    def _evaluated(self, model: nn.Module, work: Any, held: dict[str, float]) -> Trace:
+        self.model.eval()
+        try:
+            return self.tracer.run(model, work, held=held)
+        finally:
+            self.model.train()
+
+    def _adapted(self, dtype: torch.dtype) -> nn.Module:
+        config = self.config
+        adapted = lora.inject(
+            meta.backbone(config.model, dtype),
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.model.lora_targets[config.lora.targets],
+            seed=config.seed,
+        )
+        return (
+            adapted
+            if config.model.quantize is Quantize.none
+            else planning_meta.quantised(adapted, config.model.quantize)
+        )
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+    def _latents(self, width: int, height: int) -> tuple[int, ...]:
+        return tuple(self.tracer.shape(lambda: self.family.moments(self.vae, torch.empty(1, 3, height, width))[0])[1:])
+
+    def _texts(self, count: int) -> dict[str, Tensor]:
+        shapes = self.family.text_shapes(_config(self.model))
+        return {name: torch.empty(count, *shape) for name, shape in shapes.items()}
+
+
+def _config(model: Any) -> Any:
+    return model.config
+
+
+def _largest_bucket(config: Config) -> buckets.Bucket:
+    model = config.model
+    shapes = buckets.make(model.resolution, step=model.bucket_step, max_aspect=config.data.max_aspect)
+    return max(shapes, key=lambda bucket: bucket[0] * bucket[1])

@@ -1,0 +1,74 @@
+"""The parts of a latent diffusion model without weights, built from configurations alone; no hub is asked."""
+
+import json
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from finetune import hub
+from finetune.config.schema import ModelConfig
+from finetune.diffusion.families import family
+from finetune.diffusion.objectives import Objective
+from finetune.planning.meta import on_meta
+
+
+def backbone(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """What `diffusion.load_backbone` loads."""
+    kind = family(model.family)
+    return _diffusers_part(model, kind.BACKBONE, kind.BACKBONE_CLASS, dtype)
+
+
+def autoencoder(model: ModelConfig) -> nn.Module:
+    """What `diffusion.load_vae_model` loads."""
+    return _diffusers_part(model, "vae", family(model.family).VAE_CLASS, torch.float32).eval()
+
+
+def text_encoders(model: ModelConfig) -> nn.ModuleList:
+    """The text encoders of a picture model, in the dtypes that `diffusion.TextEncoder` gives them."""
+    import transformers
+
+    found, kind = _config_folder(model), family(model.family)
+    index = json.loads((found / "model_index.json").read_text())
+    encoders = nn.ModuleList()
+    for part in kind.TEXT:
+        if (found / part / "config.json").is_file() and "tokenizer" not in part:
+            loader: Any = getattr(transformers, index[part][1])
+            config = loader.config_class.from_pretrained(found / part)
+            dtype = torch.bfloat16 if part in kind.LARGE_TEXT else torch.float32
+            encoders.append(on_meta(partial(loader, config), dtype).eval())
+    return encoders
+
+
+def objective(model: ModelConfig) -> Objective:
+    """What the base's backbone learns, with the noise levels of its scheduler."""
+    import diffusers
+
+    settings = json.loads((_config_folder(model) / "scheduler" / "scheduler_config.json").read_text())
+    # Inputs of another solver have the same shapes, and only this one makes them without looking at its timesteps.
+    flow = "Flow" in settings["_class_name"]
+    scheduler: Any = getattr(diffusers, settings["_class_name"] if flow else "DDPMScheduler")
+    return family(model.family).objective(scheduler.from_config(settings))
+
+
+def captioner(reference: str, dtype: torch.dtype) -> nn.Module:
+    """What `captioner.Captioner` loads."""
+    from transformers import BlipConfig, BlipForConditionalGeneration
+
+    config = BlipConfig.from_pretrained(hub.config_folder(reference))
+    return on_meta(lambda: BlipForConditionalGeneration(config), dtype).eval()
+
+
+def _config_folder(model: ModelConfig) -> Path:
+    """The folder with the configuration of a picture model's parts,."""
+    return hub.config_folder(model.base if hub.single_file(model.base) is None else model.parts or model.base)
+
+
+def _diffusers_part(model: ModelConfig, part: str, loader: str, dtype: torch.dtype) -> nn.Module:
+    import diffusers
+
+    built: Any = getattr(diffusers, loader)
+    config = built.load_config(_config_folder(model) / part)
+    return on_meta(lambda: built.from_config(config), dtype)

@@ -1,0 +1,322 @@
+"""The parts of a latent diffusion model, each loaded when its phase needs it and dropped after.
+
+What the families differ in is in `finetune.diffusion.families`.
+
+B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text tokens, D text width.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from finetune import hub
+from finetune.adapters import attach, formats, lora
+from finetune.config.schema import ModelConfig, Quantize
+from finetune.diffusion import single_file
+from finetune.diffusion.families import family
+from finetune.diffusion.families.base import TILE, Family, Text, spare
+from finetune.errors import ModelError, card_ran_out
+from finetune.memory import block_offload, quantize
+from finetune.memory.device import free
+from finetune.memory.fallbacks import Portions, within_memory
+from finetune.run.progress import say
+
+CPU = torch.device("cpu")
+TEXTS_AT_ONCE, PAINTED_AT_ONCE = 32, 8
+ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+
+
+class TextEncoder:
+    """A base's frozen text encoders with their tokenizers.
+
+    Where they don't fit the card they read fewer captions at once, and at last work in main memory, which is slower.
+    """
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        self.family, self.portions = family(model.family), Portions(TEXTS_AT_ONCE, self._leave_the_card)
+        dtypes = {"default": torch.float32} | dict.fromkeys(self.family.LARGE_TEXT, torch.bfloat16)
+        parts = dict.fromkeys((self.family.BACKBONE, "vae"))
+        self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
+        if within_memory(lambda: self.pipeline.to(device), ran_out=card_ran_out) is None:
+            self.portions.measures.pop()()
+
+    def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        """Per text what the backbone reads, on the CPU; longer texts are cut to what the encoders read."""
+        return self.portions.each(self._read, texts)
+
+    @torch.no_grad()
+    def _read(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
+        with hub.hushed():  # the libraries warn of each text that is cut; so do we, once and by file
+            stacked = self.family.encode(self.pipeline, texts)
+        kept = {name: values.cpu() for name, values in stacked.items()}
+        return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
+
+    def _leave_the_card(self) -> None:
+        say("the text encoders don't fit the card: they work in main memory, which is slower")
+        self.pipeline.to("cpu")
+        free()
+
+    def lost(self, text: str) -> str:
+        """The tail of `text` that the encoder never sees; empty if all of it fits."""
+        tokenizer, room = self.family.reader(self.pipeline)
+        room -= tokenizer.num_special_tokens_to_add()
+        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+        return str(tokenizer.decode(ids[room:])).strip() if len(ids) > room else ""
+
+
+class Vae:
+    """A frozen autoencoder; its latents are shifted and scaled as the backbone wants them."""
+
+    def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        self.family, self.device = family(model.family), device
+        self.model = load_vae_model(model).to(device)
+
+    @torch.no_grad()
+    def encode(self, pixels_B3HW: Tensor) -> list[dict[str, Tensor]]:
+        """Per picture (values in -1 … 1) `{"mean", "std"}`, each (C, h, w) fp32 on the CPU.
+
+        Training draws new latents from them at each visit.
+        """
+        mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
+        return [
+            {"mean": mean.contiguous(), "std": std.contiguous()}
+            for mean, std in zip(mean_BChw.float().cpu(), std_BChw.float().cpu(), strict=True)
+        ]
+
+
+def base_identity(model: ModelConfig, *parts: str) -> str:
+    """Who the base is, by content; parts as for `hub.identity`. Raises ModelError."""
+    found = single_file.find(model)
+    return hub.identity(model.base, *parts) if found is None else single_file.identity(found, *parts)
+
+
+def text_identity(model: ModelConfig) -> str:
+    """Identity of the text encoders for cache keys, known without loading them."""
+    return base_identity(model, "text_encoder*", "tokenizer*")
+
+
+def vae_identity(model: ModelConfig) -> str:
+    """Identity of the autoencoder for cache keys, known without loading it."""
+    return base_identity(model, "vae")
+
+
+def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
+    """The base's text encoders. Raises ModelError."""
+    return TextEncoder(model, device)
+
+
+def load_vae(model: ModelConfig, device: torch.device) -> Vae:
+    """The base's autoencoder. Raises ModelError."""
+    return Vae(model, device)
+
+
+def load_vae_model(model: ModelConfig) -> nn.Module:
+    """The base's frozen autoencoder on the CPU.
+
+    fp32: several released ones overflow in fp16, and encoding happens once.
+    """
+    loader = _class(family(model.family).VAE_CLASS)
+    vae: nn.Module = _load(loader, model, "vae", torch_dtype=torch.float32)
+    return vae.eval().requires_grad_(False)
+
+
+def load_backbone(
+    model: ModelConfig, dtype: torch.dtype, device: torch.device = CPU, *, vram_gib: float = 0.0
+) -> nn.Module:
+    """The base's frozen UNet or transformer, stored and placed as `model` says.
+
+    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the card, GiB,
+    that `model.offload` fills before it keeps blocks in main memory; 0 is all of it. Raises ModelError, also for a
+    quantised one on another device than a CUDA card.
+    """
+    kind = family(model.family)
+    options: dict[str, Any] = {"torch_dtype": dtype}
+    if model.quantize is not Quantize.none:
+        from diffusers import BitsAndBytesConfig
+
+        if device.type != "cuda":  # diffusers quantises on cards alone
+            raise ModelError(
+                f"model.quantize={model.quantize.name} of a picture model needs a CUDA card; try model.quantize=none"
+            )
+        quantize.prove(model, dtype, device)
+        settings = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
+        options |= {"quantization_config": settings, "device_map": {"": device}}
+    loader = _class(kind.BACKBONE_CLASS)
+    backbone: nn.Module = _load(loader, model, kind.BACKBONE, **options)
+    backbone.requires_grad_(False)
+    quantize.prepare(backbone)
+    if block_offload.wanted(model, device):
+        block_offload.spread(backbone, device, vram_gib)
+        return backbone
+    return backbone if model.quantize is not Quantize.none else backbone.to(device)
+
+
+def load_scheduler(model: ModelConfig) -> Any:
+    """The base's noise scheduler, with its own prediction type and noise levels."""
+    kind = family(model.family)
+    return load_pipeline(model, dict.fromkeys((kind.BACKBONE, "vae", *kind.TEXT))).scheduler
+
+
+def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> Any:
+    """The base's pipeline with `parts` in place of its own; what is None there isn't loaded. Raises ModelError.
+
+    Its class finds the scheduler's by itself, and whatever else the base's model_index.json sets.
+    """
+    kind, source = family(model.family), model.base
+    found = single_file.find(model)
+    if found is not None:
+        source = str(found.settings)
+        parts = single_file.complete(found, model, parts, options.pop("torch_dtype", {"default": torch.float32}))
+    index = hub.model_index(source)
+    if index and index["_class_name"] != kind.PIPELINE:
+        raise ModelError(
+            f"{source} is a {index['_class_name']}, and model.family={model.family.name} needs a {kind.PIPELINE}; "
+            "choose the preset of its family, such as model=sdxl, and set model.base besides"
+        )
+    pipeline = hub.load(_class(kind.PIPELINE), source, **parts, **kind.UNUSED, **options)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
+def save_adapter(
+    model: ModelConfig, backbone: Any, folder: Path, weights: Mapping[str, Tensor], name: str = ADAPTER_FILE
+) -> Path:
+    """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
+    kind = family(model.family)
+    folder.mkdir(parents=True, exist_ok=True)
+    # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every picture. It goes by
+    # the names in the file, and warns of exclusions that exclude none of those.
+    settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
+    _class(kind.PIPELINE).save_lora_weights(
+        folder,
+        # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
+        **{
+            f"{kind.BACKBONE}_lora_layers": dict(weights),
+            f"{kind.BACKBONE}_lora_adapter_metadata": settings,
+        },
+        weight_name=name,
+    )
+    return folder / name
+
+
+def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
+    """The backbone with an adapter in any dialect: a PEFT folder, or a diffusers or kohya-style safetensors file.
+
+    Raises ModelError if the adapter is missing, damaged, or made for another base.
+    """
+    attach.require(path)
+    if path.is_dir():
+        return cast(nn.Module, attach.attach(backbone, path).get_base_model())
+    kind = family(model.family)
+    weights = formats.read_weights(path)  # names a damaged file better than the libraries do
+    with attach.fitting(path):
+        if formats.is_kohya(weights) and (own := formats.from_kohya(backbone, weights, kind.KOHYA)):
+            backbone.load_lora_adapter(own, prefix=None)
+        else:
+            shape = {"unet_config": backbone.config} if kind.BACKBONE == "unet" else {}
+            state, *alphas, metadata = _class(kind.PIPELINE).lora_state_dict(
+                dict(weights) if formats.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
+            )
+            backbone.load_lora_adapter(
+                state, prefix=kind.BACKBONE, network_alphas=alphas[0] if alphas else None, metadata=metadata
+            )
+    attach.place(backbone)
+    return cast(nn.Module, backbone.eval())
+
+
+class Painter:
+    """Draws pictures with any backbone of one base.
+
+    Prompt embeddings and autoencoder are loaded once, the text encoders are dropped again. The same
+    prompt and seed start from the same noise whatever the backbone, the batch or the device. Where memory runs out it
+    draws fewer at once, and at last decodes in tiles, from then on.
+    """
+
+    def __init__(
+        self, model: ModelConfig, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
+    ) -> None:
+        self.family: Family = family(model.family)
+        encoder = load_text_encoder(model, device)
+        texts = [*prompts, negative]
+        self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
+        del encoder
+        self.negative, self.device, self.dtype = negative, device, dtype
+        self.portions = Portions(PAINTED_AT_ONCE, self._tile, doing="drawing")
+        self.vae = load_vae_model(model)
+        parts = dict.fromkeys((self.family.BACKBONE, *self.family.TEXT)) | {"vae": self.vae}
+        self.pipeline = load_pipeline(model, parts)
+
+    def draw(
+        self,
+        backbone: nn.Module,
+        jobs: Sequence[tuple[str, int]],
+        *,
+        width: int,
+        height: int,
+        steps: int,
+        guidance: float,
+    ) -> list[Any]:
+        """One PIL picture for each (prompt, seed); prompts must be among those given at construction.
+
+        Raises torch.OutOfMemoryError where one picture is too much, in tiles too.
+        """
+        if max(width, height) <= TILE:  # tiles would be the picture
+            self.portions.measures.clear()
+        return self.portions.each(lambda part: self._draw(backbone, part, width, height, steps, guidance), jobs)
+
+    def _tile(self) -> None:
+        say("the card is too small for a picture; decoding in tiles")
+        spare(self.vae)
+
+    @torch.no_grad()
+    def _draw(
+        self, backbone: nn.Module, jobs: Sequence[tuple[str, int]], width: int, height: int, steps: int, guidance: float
+    ) -> list[Any]:
+        pipeline = self.pipeline
+        pipeline.register_modules(**{self.family.BACKBONE: backbone})
+        training = backbone.training
+        backbone.eval()
+        try:
+            self.vae.to(self.device)
+            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+                latents = pipeline(
+                    **self.family.call(
+                        self._stacked([prompt for prompt, _ in jobs]),
+                        self._stacked([self.negative] * len(jobs)),
+                        guidance,
+                    ),
+                    generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
+                    width=width,
+                    height=height,
+                    num_inference_steps=steps,
+                    output_type="latent",
+                ).images
+            pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
+            return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))
+        finally:  # also where memory ran out
+            backbone.train(training)
+            pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops it shall get its memory
+            self.vae.to("cpu")  # the training step needs the memory
+
+    def _stacked(self, texts: Sequence[str]) -> Text:
+        first = self.texts[texts[0]]
+        return {
+            name: torch.stack([self.texts[text][name] for text in texts]).to(self.device, self.dtype) for name in first
+        }
+
+
+def _load(loader: Any, model: ModelConfig, part: str, **options: Any) -> Any:
+    """A part of the base, wherever that is. Raises ModelError."""
+    found = single_file.find(model)
+    if found is None:
+        return hub.load(loader, model.base, subfolder=part, **options)
+    return single_file.load(loader, found, part, **options)
+
+
+def _class(name: str) -> Any:
+    import diffusers
+
+    return getattr(diffusers, name)

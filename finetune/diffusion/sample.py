@@ -1,0 +1,113 @@
+"""Draw a recipe's prompts with the base and with the tuned model, side by side."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune.config.schema import Config
+from finetune.diffusion.pipeline import Painter, load_adapter, load_backbone
+from finetune.memory.device import free, pick_device, pick_dtype
+from finetune.run.progress import progress
+from finetune.run.records import Sample
+
+CELL = 192  # pixels a picture takes in the grid, if it is smaller than that
+GAP = 8
+TEXT = 15  # font size of prompts and headings
+
+
+def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample, ...]]:
+    """Every prompt and seed, base and tuned from the same noise, as PNGs into `folder`, and `grid.png` of all pairs.
+
+    Prompt, seed, steps and guidance are in each PNG's metadata and in `samples.jsonl`. Returns the grid's name and the
+    samples with file names relative to `folder`.
+    """
+    sample = config.sample
+    device = pick_device(config.hardware.device)
+    dtype = pick_dtype(config.trainer.precision, device)
+    painter = Painter(config.model, sample.prompts, sample.negative, device, dtype)
+    jobs = [(prompt, seed) for prompt in sample.prompts for seed in sample.seeds]
+    drawn: dict[str, list[Any]] = {}
+    with progress("sample", 2 * len(jobs), unit="pictures") as bar:
+        for kind in ("tuned", "base"):  # an adapter that can't be used is reported before anything is drawn
+            backbone = load_backbone(config.model, dtype, device, vram_gib=config.hardware.vram_gib)
+            if kind == "tuned":
+                backbone = load_adapter(config.model, backbone, adapter)
+            drawn[kind] = []
+            for start in range(0, len(jobs), len(sample.seeds)):
+                part = jobs[start : start + len(sample.seeds)]
+                side = config.model.resolution
+                drawn[kind] += painter.draw(
+                    backbone, part, width=side, height=side, steps=sample.steps, guidance=sample.guidance
+                )
+                bar.advance(len(part))
+            del backbone
+            free()  # two of them don't fit every card
+    items = []
+    for index, (prompt, seed) in enumerate(jobs):
+        names = {kind: f"{index:03d}-seed{seed}-{kind}.png" for kind in drawn}
+        for kind, name in names.items():
+            facts = {
+                "prompt": prompt,
+                "negative_prompt": sample.negative,
+                "seed": str(seed),
+                "steps": str(sample.steps),
+                "guidance": str(sample.guidance),
+                "base": config.model.base,
+                "adapter": str(adapter) if kind == "tuned" else "",
+            }
+            _save_png(drawn[kind][index], folder / name, facts)
+        items.append(Sample(prompt, seed, names["tuned"], names["base"]))
+    lines = [
+        json.dumps({"prompt": item.prompt, "seed": item.seed, "file": item.file, "base_file": item.base_file})
+        for item in items
+    ]
+    (folder / "samples.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    rows = [
+        (prompt, [(drawn["base"][i], drawn["tuned"][i]) for i, job in enumerate(jobs) if job[0] == prompt])
+        for prompt in dict.fromkeys(sample.prompts)
+    ]
+    grid(rows).save(folder / "grid.png")
+    return "grid.png", tuple(items)
+
+
+def grid(rows: Sequence[tuple[str, Sequence[tuple[Any, Any]]]]) -> Any:
+    """One picture: per prompt a line of text and its (base, tuned) pairs, each half named; two prompts side by side."""
+    from PIL import Image, ImageDraw, ImageFont
+
+    font = ImageFont.load_default(TEXT)
+    cell = max(CELL, max(picture.width for _, pairs in rows for pair in pairs for picture in pair))
+    pairs_wide = max(len(pairs) for _, pairs in rows)
+    columns = 2 if len(rows) > 1 else 1
+    block = pairs_wide * (2 * cell + GAP) + GAP
+    line = cell + 2 * TEXT + 4 * GAP
+    height = -(-len(rows) // columns) * line
+    sheet = Image.new("RGB", (columns * block + (columns + 1) * GAP, height + GAP), "white")
+    pen = ImageDraw.Draw(sheet)
+    for index, (prompt, pairs) in enumerate(rows):
+        left, top = GAP + (index % columns) * (block + GAP), GAP + (index // columns) * line
+        pen.text((left, top), _fitting(prompt, font, block), fill="black", font=font)
+        for number, pair in enumerate(pairs):
+            for half, (name, picture) in enumerate(zip(("base", "tuned"), pair, strict=True)):
+                x = left + number * (2 * cell + GAP) + half * cell
+                sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, top + 2 * TEXT + GAP))
+                pen.text((x + 2, top + TEXT + GAP - 2), name, fill="gray", font=font)
+    return sheet
+
+
+def _fitting(text: str, font: Any, width: int) -> str:
+    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    if font.getlength(text) <= width:
+        return text
+    while text and font.getlength(text + "…") > width:
+        text = text[:-1]
+    return text + "…"
+
+
+def _save_png(picture: Any, file: Path, facts: dict[str, str]) -> None:
+    from PIL.PngImagePlugin import PngInfo
+
+    info = PngInfo()
+    for key, value in facts.items():
+        info.add_itxt(key, value)
+    picture.save(file, pnginfo=info)

@@ -1,0 +1,339 @@
+"""Picture models in one `.safetensors` file, as model sites hand them out; each part is read alone, when it is needed.
+
+Such a file has weights under their original names and no configuration. Configuration, tokenizers and whatever weights
+it lacks come from `model.parts`; of released models the package has the configuration, and of CLIP the tokenizer.
+"""
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from fnmatch import fnmatchcase
+from functools import cache
+from pathlib import Path
+from typing import Any, cast
+
+from finetune import hub
+from finetune.config.schema import Family as Name
+from finetune.config.schema import ModelConfig
+from finetune.diffusion.families import family
+from finetune.errors import ModelError, is_out_of_memory
+
+BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
+VAE = ("first_stage_model.", "vae.")
+# Parts of the names of weights: of adapters in all dialects, and of 8-bit weights whose scale is stored beside them.
+ADAPTER_MARKS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "hada_w", "lokr_w")
+SCALE_MARKS = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
+CLIP_MERGES = Path(__file__).parent / "tokenizers" / "clip" / "merges.txt"
+CLIP_TOKENS = 77
+
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, ImportError)
+
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+@dataclass(frozen=True)
+class SingleFile:
+    """A file that was found to be a base of the configured architecture."""
+
+    path: Path
+    kind: Name
+    shapes: Shapes
+    """Of every weight, by its name in the file."""
+    settings: Path
+    """Folder with the configuration of each part."""
+    parts: str
+    """`model.parts`."""
+
+    def names(self, part: str) -> list[str]:
+        """Names of a part's weights in the file; none if it lacks the part."""
+        kind = family(self.kind)
+        if part == kind.BACKBONE:
+            others = (*VAE, *kind.FILE_TEXT.values())
+            own = [name for name in self.shapes if name.startswith(BACKBONE)]
+            return own or [name for name in self.shapes if not name.startswith(others)]
+        begin = VAE if part == "vae" else kind.FILE_TEXT.get(part, ())
+        return [name for name in self.shapes if name.startswith(begin)]
+
+
+def find(model: ModelConfig) -> SingleFile | None:
+    """The file that `model.base` names; None for a folder, a hub id or an embedded model.
+
+    Raises ModelError for a file that is damaged, no base, or a base of another architecture than the preset's, and for
+    a folder without a picture model.
+    """
+    path = hub.single_file(model.base)
+    if path is None:
+        hub.require(model.base, "model_index.json")
+        return None
+    if not model.parts:
+        raise ModelError(
+            f"{path} is a single file, which says nothing about its architecture; choose that with a preset: "
+            f"model=sd15, model=sdxl, … model.base={path}"
+        )
+    return _opened(path, path.stat().st_mtime_ns, model.family, model.parts)
+
+
+def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
+    """A part of the base: from the file, or from `model.parts` if the file lacks it.
+
+    loader: its class in transformers or diffusers. options: passed on (`torch_dtype`, `quantization_config`,
+    `device_map` of one device). Raises ModelError if it can't be had.
+    """
+    if "Tokenizer" in loader.__name__:
+        return _tokenizer(loader, found, part)
+    if not _holds(found, part):
+        return _borrowed(loader, found, part, **options)
+    if "device_map" in options:
+        options["device"] = options.pop("device_map")[""]
+    try:
+        with hub.hushed():  # about casts that change nothing
+            built = _build(loader, found, part, **options)
+    except LOADING_ERRORS as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:300]
+        raise ModelError(f"the {part} in {found.path} can't be loaded ({reason}); get the file again") from error
+    lacking = [name for name, weight in built.named_parameters() if weight.is_meta]
+    if lacking:
+        raise ModelError(f"{found.path} lacks {len(lacking)} weights of its {part}, first {lacking[0]}; get it again")
+    return built
+
+
+def complete(found: SingleFile, model: ModelConfig, given: dict[str, Any], dtypes: Mapping[str, Any]) -> dict[str, Any]:
+    """`given` and the pipeline's other parts, loaded; what is None in `given` stays away.
+
+    dtypes: by part, and `default`. Raises ModelError.
+    """
+    import diffusers
+    import transformers
+
+    kind = family(model.family)
+    index = cast(dict[str, Any], hub.model_index(str(found.settings)))
+    filled = dict(given)
+    for part in (kind.BACKBONE, "vae", *kind.TEXT):
+        if part not in given:
+            library = diffusers if part in (kind.BACKBONE, "vae") else transformers
+            dtype = dtypes.get(part, dtypes["default"])
+            filled[part] = load(getattr(library, index[part][1]), found, part, torch_dtype=dtype)
+    return filled
+
+
+def identity(found: SingleFile, *parts: str) -> str:
+    """Who the base is, by content, as `hub.identity` says it of others: of those parts, or of everything.
+
+    Raises ModelError if a part that the file lacks is neither on disk nor on the hub.
+    """
+    kind = family(found.kind)
+    wanted = [
+        part
+        for part in (kind.BACKBONE, "vae", *kind.TEXT)
+        if not parts or any(fnmatchcase(part, pattern) for pattern in parts)
+    ]
+    digest = hashlib.sha256()
+    hub.hash_content(found.path, digest.update)
+    for part in wanted:
+        if (beside := _beside(found, part)) is not None:
+            digest.update(hub.identity(str(beside)).encode())
+    lacking = [part for part in wanted if "tokenizer" not in part and not _holds(found, part)]
+    # Configuration and tokenizers of a released model are the same wherever they come from: no hub is asked for those.
+    others = found.parts
+    if lacking or isinstance(hub.resolve(found.parts), Path):
+        with _borrowing(found, lacking):
+            others = hub.identity(found.parts, *parts)
+    return f"sha256:{digest.hexdigest()}" + "".join(f"/{part}" for part in sorted(parts)) + f"+{others}"
+
+
+@cache
+def _opened(path: Path, _changed_ns: int, kind: Name, parts: str) -> SingleFile:
+    from safetensors import safe_open
+
+    with safe_open(path, "pt") as file:
+        shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    if any(mark in name for name in shapes for mark in ADAPTER_MARKS):
+        raise ModelError(
+            f"{path} is an adapter, not a base; type sample.adapter={path} to draw with it, and a base as model.base"
+        )
+    if any(mark in name for name in shapes for mark in SCALE_MARKS):
+        raise ModelError(f"{path} is quantised (8-bit weights with scales); get the same model in 16 bit")
+    found = SingleFile(path, kind, shapes, hub.config_folder(parts), parts)
+    if reason := _misfit(found):
+        others = " or ".join(f"model={name}" for name in _presets(found))
+        raise ModelError(
+            f"{path} is not of the architecture of {parts} ({reason}); "
+            + (f"type {others} besides" if others else "none of the presets has its architecture: take another file")
+        )
+    if "v_pred" in shapes and _scheduler(found).get("prediction_type") != "v_prediction":
+        raise ModelError(
+            f"{path} predicts velocities, {parts} doesn't; name a folder of its configuration as model.parts, with "
+            "prediction_type v_prediction in scheduler/scheduler_config.json"
+        )
+    return found
+
+
+def _misfit(found: SingleFile) -> str:
+    """What keeps the file's backbone from being one of that configuration; empty if nothing. Reads no weights."""
+    import diffusers
+    import torch
+    from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
+
+    kind = family(found.kind)
+    loader = getattr(diffusers, kind.BACKBONE_CLASS)
+    config = loader.load_config(str(found.settings / kind.BACKBONE))
+    weights: dict[str, Any] = {
+        _original(found.kind, name): torch.empty(found.shapes[name], device="meta")
+        for name in found.names(kind.BACKBONE)
+    }
+    convert = SINGLE_FILE_LOADABLE_CLASSES[kind.BACKBONE_CLASS]["checkpoint_mapping_fn"]
+    try:
+        converted = convert(checkpoint=dict(weights), config=config)
+    except (KeyError, IndexError, ValueError, RuntimeError):  # what the converters say of names that they don't know
+        converted = {}
+    if not converted:
+        return f"it holds no {kind.BACKBONE} of that kind"
+    with torch.device("meta"):
+        wanted = loader.from_config(config).state_dict()
+    for name, weight in wanted.items():
+        if name not in converted:
+            return f"it lacks {name}"
+        if converted[name].shape != weight.shape:
+            return f"{name} is {list(converted[name].shape)} instead of {list(weight.shape)}"
+    return ""
+
+
+def _presets(found: SingleFile) -> Iterator[str]:
+    """The presets whose architecture the file has."""
+    kinds = {family(kind).PIPELINE: kind for kind in Name}
+    for folder in sorted(hub.ARCHITECTURES.iterdir()):
+        index = hub.model_index(str(folder)) if folder.is_dir() else None
+        if index and not _misfit(replace(found, kind=kinds[index["_class_name"]], settings=folder)):
+            yield folder.name
+
+
+def _original(kind: Name, name: str) -> str:
+    """A backbone's name as diffusers' converters know it: UNets' with their prefix, all of transformers' without."""
+    bare = name.removeprefix(BACKBONE)
+    return BACKBONE + bare if family(kind).BACKBONE == "unet" else bare
+
+
+def _current(kind: Name, name: str) -> str:
+    """A name in a text encoder as transformers has had it since 2022; many a merged file still has older ones."""
+    begin, older, rest = name.partition("cond_stage_model.transformer.")
+    return f"{older}text_model.{rest}" if older and not begin and not rest.startswith("text_model.") else name
+
+
+def _holds(found: SingleFile, part: str) -> bool:
+    """Whether the file has a part's weights, in a form that diffusers can read."""
+    if part == "vae" and family(found.kind).VAE_CLASS != "AutoencoderKL":
+        return False
+    return bool(found.names(part))
+
+
+def _read(found: SingleFile, part: str) -> dict[str, Any]:
+    """A part's weights; others stay on disk."""
+    from safetensors import safe_open
+
+    with safe_open(found.path, "pt") as file:
+        weights = {name: file.get_tensor(name) for name in found.names(part)}
+    rename = _original if part == family(found.kind).BACKBONE else _current
+    return {rename(found.kind, name): weight for name, weight in weights.items()}
+
+
+def _build(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
+    """A part from its weights in the file, by diffusers' converters; what is missing stays without memory."""
+    from diffusers.loaders import single_file_utils as converters
+
+    weights = _read(found, part)
+    if part == "vae" or part == family(found.kind).BACKBONE:
+        try:
+            with _not_quantised_yet():
+                return loader.from_single_file(weights, config=str(found.settings), subfolder=part, **options)
+        except converters.SingleFileComponentError as error:  # no weight has a name that it knows
+            raise ValueError(error) from error
+    if loader.__name__ == "T5EncoderModel":
+        build = converters.create_diffusers_t5_model_from_checkpoint
+    else:
+        build = converters.create_diffusers_clip_model_from_ldm
+    built = build(loader, checkpoint=weights, subfolder=part, config=str(found.settings), **options)
+    built.tie_weights()  # of T5's two names for its embedding a file may have one
+    return built.eval()  # diffusers leaves T5 with its dropout at work
+
+
+@contextmanager
+def _not_quantised_yet() -> Iterator[None]:
+    """Inside, diffusers quantises what a file holds; it takes that for quantised already, and finds no scales."""
+    from diffusers.loaders import single_file_model as module
+
+    known: Any = module.DiffusersAutoQuantizer
+
+    class Fresh:
+        @classmethod
+        def from_config(cls, config: Any, **options: Any) -> Any:
+            return known.from_config(config, pre_quantized=False, **options)
+
+    module.DiffusersAutoQuantizer = Fresh
+    try:
+        yield
+    finally:
+        module.DiffusersAutoQuantizer = known
+
+
+def _tokenizer(loader: Any, found: SingleFile, part: str) -> Any:
+    """A tokenizer from beside the file, from `model.parts` if that is on disk, from the package, or from the hub."""
+    if (beside := _beside(found, part)) is not None:
+        return hub.load(loader, str(beside))
+    folder = hub.local(found.parts)
+    if loader.__name__ == "CLIPTokenizer" and not (folder and _is_tokenizer(folder / part)):
+        return _clip_tokenizer(loader, found, part)
+    return _borrowed(loader, found, part)
+
+
+def _beside(found: SingleFile, part: str) -> Path | None:
+    folder = found.path.parent / part
+    return folder if "tokenizer" in part and _is_tokenizer(folder) else None
+
+
+def _is_tokenizer(folder: Path) -> bool:
+    """Whether a folder has a whole tokenizer: a vocabulary without merges would spell every word out."""
+    whole = any((folder / name).is_file() for name in ("tokenizer.json", "tokenizer.model", "spiece.model"))
+    return whole or all((folder / name).is_file() for name in ("vocab.json", "merges.txt"))
+
+
+def _clip_tokenizer(loader: Any, found: SingleFile, part: str) -> Any:
+    """CLIP's tokenizer from its merges: single bytes, the same at the end of a word, what is merged, and two marks."""
+    encoder = json.loads((found.settings / part.replace("tokenizer", "text_encoder") / "config.json").read_text())
+    readable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
+    letters = [chr(byte) for byte in readable] + [chr(256 + number) for number in range(256 - len(readable))]
+    merges = CLIP_MERGES.read_text(encoding="utf-8").splitlines()[1:]  # behind the version
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    vocabulary += ["<|startoftext|>", "<|endoftext|>"]
+    return loader(
+        vocab={token: index for index, token in enumerate(vocabulary)},
+        merges=[tuple(merge.split()) for merge in merges],
+        pad_token="!" if encoder["hidden_act"] == "gelu" else "<|endoftext|>",  # OpenCLIP's models, and OpenAI's
+        model_max_length=CLIP_TOKENS,
+    )
+
+
+def _borrowed(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
+    """A part that the file lacks, from `model.parts`."""
+    if loader.__module__.startswith("transformers.") and "torch_dtype" in options:
+        options["dtype"] = options.pop("torch_dtype")
+    with _borrowing(found, [part]):
+        return hub.load(loader, found.parts, subfolder=part, **options)
+
+
+@contextmanager
+def _borrowing(found: SingleFile, parts: Sequence[str]) -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(
+            f"{found.path} holds no {' and no '.join(parts)}; it is to come from model.parts={found.parts}: {error}"
+        ) from error
+
+
+def _scheduler(found: SingleFile) -> dict[str, Any]:
+    settings: dict[str, Any] = json.loads((found.settings / "scheduler" / "scheduler_config.json").read_text())
+    return settings

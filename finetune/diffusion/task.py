@@ -1,0 +1,200 @@
+"""Denoising loss of a latent diffusion model (arXiv 2112.10752); random numbers are tied to (seed, example, visit).
+
+B images, C latent channels, h×w latent pixels, L text tokens, D text width.
+"""
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters import formats, lora
+from finetune.config.schema import Config
+from finetune.data import order
+from finetune.data.cache import read
+from finetune.diffusion.families import family
+from finetune.diffusion.families.base import Family
+from finetune.diffusion.objectives import Objective
+from finetune.diffusion.pipeline import Painter, load_backbone, load_scheduler
+from finetune.memory import activation_offload, checkpointing, relief
+from finetune.memory.device import pick_dtype
+from finetune.run import distributed
+from finetune.run.records import Dataset, Example
+from finetune.training.task import Batch, Visit
+
+VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
+VALIDATION_VISIT = -1  # a visit number that training never uses
+TEXT = "text."  # begins the names of a batch's tensors that the text encoders made
+PROBE = 16  # training pictures that stand in where nothing is held out, and the most that are validated on
+
+
+class DiffusionTask:
+    """LoRA on the UNet or transformer of a picture model. `model` is it with adapters injected."""
+
+    unit = "images"
+
+    def __init__(self, config: Config, dataset: Dataset, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = pick_dtype(config.trainer.precision, device)
+        self.empty_text = Path(dataset.empty_text)
+        examples = list(dataset.examples())
+        self.training = [example for example in examples if not example.held_out]
+        # Small sets hold nothing out: the same training pictures with fixed noise still compare from step to step.
+        self.validation = ([example for example in examples if example.held_out] or self.training)[:PROBE]
+        self.size = len(self.training)
+        self.family = family(config.model.family)
+        self.objective = self.family.objective(load_scheduler(config.model))
+        self.painter = self._painter()
+        backbone: Any = load_backbone(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
+        checkpointing.recompute(backbone, config.trainer.checkpointing)
+        self.model: nn.Module = lora.inject(
+            backbone,
+            rank=config.lora.rank,
+            alpha=config.lora.alpha,
+            dropout=config.lora.dropout,
+            targets=config.model.lora_targets[config.lora.targets],
+            seed=config.seed,
+        )
+        self.kept = activation_offload.Kept(self.model, device, config.trainer.offload_activations)
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, self.kept, device)
+        if config.lora.start_from:
+            folder = formats.peft_folder(Path(config.lora.start_from))
+            lora.load_state(self.model, formats.read_peft_folder(folder), str(folder))
+
+    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
+        """The pictures of each step, each step's from as few buckets as possible."""
+        buckets = [example.bucket for example in self.training]
+        for chunk in order.steps(buckets, effective=effective, seed=self.config.seed, start=start):
+            yield [(self.training[index], epoch) for index, epoch in chunk]
+
+    def split(self, visits: Sequence[Visit], micro_batch: int) -> Sequence[Sequence[Visit]]:
+        """Micro-batches of one bucket each."""
+        return order.split(visits, lambda visit: visit[0].bucket, micro_batch)
+
+    def worst(self, micro_batch: int) -> Sequence[Visit]:
+        """The largest picture, over and over."""
+        return [(max(self.training, key=lambda example: math.prod(example.bucket)), 0)] * micro_batch
+
+    def collate(self, visits: Sequence[Visit]) -> Batch:
+        """Latents drawn from the cached posterior, noise, timestep and caption (or none) of each visit."""
+        drawn = [self._draw(example, visit) for example, visit in visits]
+        return _batch(drawn)
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum over images of the weighted mean squared error."""
+        with self.kept():
+            predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
+            return weighted(self.objective, predicted_BChw, batch.tensors, self.config.loss.min_snr_gamma)
+
+    @torch.no_grad()
+    def validate(self, micro_batch: int) -> dict[str, float]:
+        """Mean squared error on fixed (picture, noise, timestep) triples: "mean" and "t=…" per noise level."""
+        training = self.model.training
+        self.model.eval()
+        result = {}
+        for timestep in map(self.objective.level, VALIDATION_LEVELS):
+            total = 0.0
+            for batch in self._fixed_batches(timestep, micro_batch):
+                with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+                    total += float(self._errors(batch.to(self.device)).sum())
+            result[f"t={timestep:g}"] = total / len(self.validation)
+        self.model.train(training)
+        return {"mean": sum(result.values()) / len(result), **result}
+
+    def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
+        """One PIL picture per preview prompt, in the process that draws."""
+        sample = self.config.sample
+        if self.painter is None:
+            return []
+        side = self.config.model.resolution
+        jobs = [(prompt, seed) for prompt in prompts]
+        return self.painter.draw(
+            self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
+        )
+
+    def relieve(self) -> str | None:
+        """Recompute every block, then keep what they need, and then all of them, in main memory."""
+        return next(self.measures, None)
+
+    def notes(self) -> dict[str, str]:
+        """None: the pictures and captions are in the report."""
+        return {}
+
+    def _painter(self) -> Painter | None:
+        """What draws previews. Made before the backbone is loaded, because text encoders may need the whole card."""
+        sample = self.config.sample
+        prompts = sample.prompts[: sample.previews]
+        if not prompts or distributed.index():
+            return None
+        return Painter(self.config.model, prompts, sample.negative, self.device, self.dtype)
+
+    def _draw(self, example: Example, visit: int, timestep: float | None = None) -> dict[str, Any]:
+        """One training input; a given `timestep` replaces the drawn one and keeps the caption (validation)."""
+        random = torch.Generator().manual_seed(visit_seed(self.config.seed, example.key, visit))
+        latents = read(Path(example.latents))
+        mean_Chw, std_Chw = latents["mean"], latents["std"]
+        clean_Chw = mean_Chw + std_Chw * torch.randn(mean_Chw.shape, generator=random)
+        noise_Chw = torch.randn(mean_Chw.shape, generator=random)
+        offset_C11 = torch.randn((mean_Chw.shape[0], 1, 1), generator=random)
+        drawn = self.objective.draw(random, clean_Chw)
+        dropped = bool(torch.rand((), generator=random) < self.config.loss.caption_dropout)
+        text = self.empty_text if dropped and timestep is None else Path(example.text)
+        chosen = drawn if timestep is None else timestep
+        return {
+            "clean": clean_Chw,
+            "noise": noise_Chw + self.config.loss.noise_offset * offset_C11,
+            "text": read(text),
+            "timestep": chosen,
+            "name": f"{example.file} at timestep {chosen:g}",
+        }
+
+    def _fixed_batches(self, timestep: float, micro_batch: int) -> Iterator[Batch]:
+        visits = [(example, VALIDATION_VISIT) for example in self.validation]
+        for part in self.split(visits, micro_batch):
+            yield _batch([self._draw(example, visit, timestep) for example, visit in part])
+
+    def _errors(self, batch: Batch) -> Tensor:
+        """Mean squared error of each image's prediction, (B,) fp32."""
+        predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
+        return errors(self.objective, predicted_BChw, batch.tensors)
+
+
+def predict(
+    kind: Family, objective: Objective, model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
+) -> Tensor:
+    """What the model makes of a batch's noisy latents, (B, C, h, w). dtype: of its arithmetic."""
+    noisy_BChw = objective.noisy(tensors["clean"], tensors["noise"], tensors["timesteps"])
+    text = {  # large text encoders write bf16 whatever the backbone computes in
+        name.removeprefix(TEXT): value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
+    }
+    return kind.predict(model, noisy_BChw, tensors["timesteps"], text)
+
+
+def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:
+    """Mean squared error of each image's prediction, (B,) fp32."""
+    target_BChw = objective.target(tensors["clean"], tensors["noise"], tensors["timesteps"])
+    errors_B: Tensor = (predicted_BChw.float() - target_BChw.float()).square().mean(dim=(1, 2, 3))
+    return errors_B
+
+
+def weighted(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor], gamma: float) -> Tensor:
+    """The loss: the sum of all images' errors, each with its weight."""
+    return (errors(objective, predicted_BChw, tensors) * objective.weights(tensors["timesteps"], gamma)).sum()
+
+
+def visit_seed(seed: int, key: str, visit: int) -> int:
+    """A 63-bit seed for one visit of one example: the same whatever the order, the micro-batch or the process."""
+    digest = hashlib.sha256(f"{seed}/{key}/{visit}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1
+
+
+def _batch(drawn: Sequence[dict[str, Any]]) -> Batch:
+    tensors = {name: torch.stack([item[name] for item in drawn]) for name in ("clean", "noise")}
+    tensors |= {TEXT + name: torch.stack([item["text"][name] for item in drawn]) for name in drawn[0]["text"]}
+    tensors["timesteps"] = torch.tensor([item["timestep"] for item in drawn])
+    return Batch(tensors, len(drawn), tuple(item["name"] for item in drawn), units=len(drawn), slots=len(drawn))

@@ -1,0 +1,214 @@
+"""Language models as adapters see them: the tokenizer, the frozen base, the states of packed rows, the output layer.
+
+B packs, L slots of a pack, D hidden channels, V vocabulary entries, H heads, K heads of keys and values, E channels of
+a head, G segments of all packs, N tokens
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from finetune import hub
+from finetune.adapters.formats import PART_OF
+from finetune.config.schema import ModelConfig, Quantize
+from finetune.errors import ConfigError, ModelError
+from finetune.language import varlen_attention
+from finetune.language.losses import Head, logits
+from finetune.memory import block_offload, quantize
+from finetune.run.progress import say
+
+# Where models that also read pictures keep the language model, in releases before and since transformers 5.
+TEXT_PARTS = {r"^language_model\.model\.": "model.", r"^language_model\.lm_head\.": "lm_head.",
+              r"^model\.language_model\.": "model."}  # fmt: skip
+# Relative difference of logits: rounding gives 1e-6 in fp32 and at most 0.051 in 16 bit (8 billion random weights in
+# nf4), a row that sees another 0.2 to 1.
+FP32_NOISE, HALF_NOISE = 1e-3, 0.1
+
+
+def load_tokenizer(base: str, added: Sequence[str] = ()) -> Any:
+    """The tokenizer of a base model, with `added` as new control tokens behind its vocabulary.
+
+    base: `embedded:NAME`, a local folder or a hub id. Raises ModelError if there is none, ConfigError for an added
+    token that is blank or already an ordinary piece of text.
+    """
+    from transformers import AddedToken, AutoTokenizer
+
+    tokenizer = hub.load(AutoTokenizer, base)
+    pieces = tokenizer.get_vocab().keys() - {entry.content for entry in tokenizer.added_tokens_decoder.values()}
+    for token in added:
+        if token != token.strip() or not token or token in pieces:
+            raise ConfigError(
+                f"model.added_tokens: {token!r} can't become a control token of {base}: it must have no blank at "
+                "either end and not be an ordinary token already; try one like <|note|>"
+            )
+    tokenizer.add_tokens([AddedToken(token, special=True, normalized=False) for token in added])
+    return tokenizer
+
+
+def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, vram_gib: float = 0.0) -> nn.Module:
+    """The base as a frozen causal language model in eval mode, stored and placed as `model` says.
+
+    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the card, GiB,
+    that `model.offload` fills before it keeps blocks in main memory; 0 is all of it. Of a model that also reads
+    pictures, the language model alone. New control tokens begin at the mean of all others. Raises ModelError for a base
+    that is none, that can't be stored so, or whose hidden states or output layer are used in a way that isn't known
+    here.
+    """
+    loader, config, options = architecture(model)
+    streamed = block_offload.wanted(model, device)
+    if model.quantize is not Quantize.none:
+        from transformers import BitsAndBytesConfig
+
+        quantize.prove(model, dtype, device)
+        options["quantization_config"] = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
+    with _hushed():
+        loaded = hub.load(
+            loader, model.base, config=config, dtype=dtype, device_map={"": "cpu" if streamed else device}, **options
+        )
+    if "key_mapping" in options:
+        loaded._weight_conversions = None  # else `save_pretrained` would write the names of the whole model
+        setattr(loaded, PART_OF, "model.language_model.")
+    if model.added_tokens:
+        _add_rows(loaded, model)
+    loaded.requires_grad_(False).eval()
+    quantize.prepare(loaded)
+    if streamed:
+        block_offload.spread(loaded, device, vram_gib)
+    if device.type == "cuda" and varlen_attention.fits(loaded, dtype):
+        if varlen_attention.works(loaded, dtype, device):
+            varlen_attention.use(loaded)
+        else:
+            say("torch's attention for packed rows doesn't work on this card; masks do, slower and with more memory")
+    _prove(loaded, model.base, device)
+    return cast(nn.Module, loaded)
+
+
+def hidden(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, segments_BL: Tensor | None) -> Tensor:
+    """States behind the final norm (B, L, D), what `head` reads; adapters included, no key-value cache.
+
+    positions_BL: from 0 in each segment, as in `Pack.positions`. segments_BL: as `Pack.segments`: a slot sees those of
+    its own segment that are not later (within the window, where a layer has one); on the CPU they spare the card a
+    wait. None: a pack is one segment, whatever its positions. Raises ValueError where positions and segments disagree.
+    """
+    causal: Any = model
+    if segments_BL is None:
+        seen: dict[str, Any] = {"attention_mask": torch.ones_like(ids_BL)}
+    elif varlen_attention.used(causal):
+        seen = varlen_attention.seen(ids_BL, varlen_attention.borders(segments_BL).to(ids_BL.device, non_blocking=True))
+    else:
+        # transformers reads the segments off the positions and builds every layer's mask, windows included.
+        segments_BL = segments_BL.to(positions_BL.device)
+        if not torch.equal(positions_BL.diff(dim=1) != 1, segments_BL.diff(dim=1) != 0):
+            raise ValueError("positions must count up within each segment and start anew in the next")
+        seen = {"attention_mask": None}
+    return states(model, ids_BL, positions_BL, seen)
+
+
+def states(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, seen: dict[str, Any]) -> Tensor:
+    """`hidden` with the arguments that say what each slot sees."""
+    causal: Any = model
+    backbone: Any = causal.get_decoder()
+    found: Tensor = backbone(input_ids=ids_BL, position_ids=positions_BL, use_cache=False, **seen).last_hidden_state
+    return found
+
+
+def head(model: nn.Module) -> Head:
+    """The frozen output layer, with what the architecture does to its logits."""
+    config: Any = model.config
+    causal: Any = model
+    layer = causal.get_output_embeddings()
+    scale = getattr(config, "logit_scale", None) or 1 / getattr(config, "logits_scaling", 1.0)  # Cohere, Granite
+    return Head(
+        weight=layer.weight,
+        bias=getattr(layer, "bias", None),
+        softcap=getattr(config, "final_logit_softcapping", None),  # Gemma 2
+        scale=scale,
+    )
+
+
+def architecture(model: ModelConfig, folder: Path | None = None) -> tuple[Any, Any, dict[str, Any]]:
+    """The causal language model's class, its configuration (of `folder`, if given), and options for loading it."""
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
+
+    source = hub.resolve(model.base)
+    if isinstance(source, Path) and (source / "model_index.json").is_file():
+        raise _no_language_model(model.base, "diffusion")
+    hub.require(model.base, "config.json")
+    whole = hub.load(AutoConfig, str(folder) if folder else model.base)
+    text = whole.get_text_config()
+    config = text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else whole
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _no_language_model(model.base, whole.model_type)
+    stored = getattr(whole, "quantization_config", None)
+    if stored and (model.quantize is not Quantize.none or config is not whole):
+        method = stored.get("quant_method", "unknown method") if isinstance(stored, dict) else stored.quant_method
+        raise ModelError(
+            f"{model.base} is stored quantised ({method}) and can't be quantised again"
+            + ("; try model.quantize=none" if config is whole else "; take the release that isn't quantised")
+        )
+    options: dict[str, Any] = {} if config is whole else {"key_mapping": TEXT_PARTS}
+    if getattr(config, "attn_logit_softcapping", None):  # Gemma 2's; some releases of transformers drop it elsewhere
+        options["attn_implementation"] = "eager"
+    return MODEL_FOR_CAUSAL_LM_MAPPING[type(config)], config, options
+
+
+def _no_language_model(base: str, kind: str) -> ModelError:
+    return ModelError(
+        f"{base} is a {kind} model and no causal language model; try a preset such as model=qwen3_4b, or "
+        "model.base=OWNER/NAME of a chat model"
+    )
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """No report of weights that are left out (those for pictures); `hub` reports missing ones."""
+    from transformers.utils import logging as library
+
+    before = library.get_verbosity()
+    library.set_verbosity_error()
+    try:
+        yield
+    finally:
+        library.set_verbosity(before)
+
+
+def _add_rows(model: Any, wanted: ModelConfig) -> None:
+    """Rows of the embedding (and of an output layer of its own) for new tokens, at the mean of the others.
+
+    The mean leaves other tokens' probabilities nearly as they were; a row of random numbers may outdo them all.
+    """
+    old = set(load_tokenizer(wanted.base).get_vocab().values())
+    new = sorted(set(load_tokenizer(wanted.base, wanted.added_tokens).get_vocab().values()) - old)
+    if not new:
+        return
+    if new[-1] >= model.get_input_embeddings().weight.shape[0]:
+        with torch.random.fork_rng():
+            model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
+    with torch.no_grad():
+        for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
+            layer.weight[new] = layer.weight[: new[0]].float().mean(0).to(layer.weight.dtype)
+
+
+def _prove(model: Any, base: str, device: torch.device) -> None:
+    """Two rows in a pack must give the logits that the model itself gives for one of them alone.
+
+    Raises ModelError if they don't: rows that see one another, tokens that see later ones, or an output layer that does
+    more than `head` knows would all train a wrong model in silence.
+    """
+    ids_1L = torch.tensor([[4, 5, 6, 7, 4, 5, 6]], device=device)
+    positions_1L = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device)
+    with torch.no_grad():
+        states_LD = hidden(model, ids_1L, positions_1L, torch.tensor([[0, 0, 0, 0, 1, 1, 1]]))[0]
+        alone_LV = model(input_ids=ids_1L[:, :3], use_cache=False).logits[0].float()
+        packed_LV = logits(head(model), states_LD)
+    noise = FP32_NOISE if model.dtype == torch.float32 and not hasattr(model, "hf_quantizer") else HALF_NOISE
+    worst = max(float((part_LV - alone_LV).norm() / alone_LV.norm()) for part_LV in (packed_LV[:3], packed_LV[4:]))
+    if not worst <= noise:
+        raise ModelError(
+            f"{base} ({type(model).__name__}) can't be trained here: its packed rows or its output layer work in an "
+            f"unknown way (logits differ by {worst:.2g} of their size from those of a row alone); choose another base"
+        )

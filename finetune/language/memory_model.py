@@ -1,0 +1,175 @@
+"""A language model without weights, for the memory plan: what a step and every other phase would hold on the card.
+
+B packs, L slots of a pack, D hidden channels, V vocabulary entries.
+"""
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters import lora
+from finetune.config.schema import Config, LoraInit, Quantize
+from finetune.language import causal_lm, compare_logits, meta, varlen_attention
+from finetune.language.generate import WRITTEN_AT_ONCE
+from finetune.language.losses import logits, summed_cross_entropy
+from finetune.language.task import check_length, inject
+from finetune.memory import block_offload, checkpointing
+from finetune.planning import meta as planning_meta
+from finetune.planning.tracer import Trace, Tracer, Way, optimizer_bytes
+
+TEMPLATE_TOKENS = 64  # what a chat template puts around a prompt, generously
+COPIES = 5  # of a chunk's logits in `compare_logits.compare`
+
+
+class LanguageSketch:
+    """Traces what `LanguageTask` and the stages around it run."""
+
+    unit = "tokens"
+
+    def __init__(self, config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> None:
+        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share."""
+        self.config, self.cuda, self.room = config, cuda, room
+        self.tracer = Tracer(dtype, like_cuda=cuda)
+        self.notes = ["every token of a row counts as trained, the most there can be"]
+        self.model = self.tracer.blank(self._adapted(dtype)).train()
+        check_length(config, self.model)
+        self.packed = cuda and varlen_attention.fits(self.model, dtype)
+        if self.packed:
+            varlen_attention.use(self.model)
+        self.notes.append(f"attention: {'torch varlen_attn (flash)' if self.packed else 'sdpa with a mask'}")
+        if config.model.quantize is not Quantize.none:
+            self.notes.append("quantised layers are stood in for: stored bytes, and a copy of the weights a product")
+        self.units = config.data.length
+
+    def recompute(self, every: int) -> None:
+        """As `trainer.checkpointing`; offloading recomputes all."""
+        checkpointing.recompute(self.model, 1 if self.config.model.offload else every)
+
+    def inputs(self, micro_batch: int) -> dict[str, Any]:
+        """Rows as `LanguageTask.collate` makes them, each of one conversation."""
+        shape = (micro_batch, self.config.data.length)
+        ids_BL = torch.zeros(shape, dtype=torch.long)
+        positions_BL, segments_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL)
+        trained_BL = torch.ones(shape, dtype=torch.bool)
+        seen: dict[str, Any]
+        if self.packed:
+            seen = varlen_attention.seen(ids_BL, torch.zeros(micro_batch + 1, dtype=torch.int32))
+        else:
+            seen = {"attention_mask": torch.ones(micro_batch, 1, shape[1], shape[1], dtype=torch.bool)}
+        return {"ids": ids_BL, "positions": positions_BL, "seen": seen, "others": (segments_BL, trained_BL)}
+
+    def forward(self, batch: dict[str, Any]) -> Tensor:
+        """States behind the final norm."""
+        return causal_lm.states(self.model, batch["ids"], batch["positions"], batch["seen"])
+
+    def loss(self, states_BLD: Tensor, batch: dict[str, Any]) -> Tensor:
+        """The sum over all tokens but each row's first."""
+        hidden_ND, targets_N = states_BLD[:, :-1].flatten(0, 1), batch["ids"][:, 1:].flatten()
+        return summed_cross_entropy(hidden_ND, causal_lm.head(self.model), targets_N)
+
+    def offloaded(self) -> dict[str, float]:
+        """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
+        return block_offload.planned(self.model, self.room) if self.config.model.offload and self.cuda else {}
+
+    def beside(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+        """Validation and previews."""
+        states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
+        held = states | self.offloaded()
+        if self.config.trainer.validate_every:
+            yield "validation", [Way(self._evaluated(lambda: self._validate(micro_batch), held))]
+        if self.config.sample.prompts:
+            yield "sampling", [Way(self._evaluated(self._write, held))]
+
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+        """Every phase but the steps of training, by name."""
+        yield from self.beside(micro_batch)
+        slow = "in main memory, which may take hours; 'export.dialects=[peft]' compares least"
+        yield "export", [Way(self._export()), *([Way(None, slow)] if self.cuda else [])]
+
+    def _validate(self, micro_batch: int) -> None:
+        with self.tracer.autocast():
+            batch = self.inputs(micro_batch)
+            self.loss(self.forward(batch), batch)
+
+    def _write(self) -> None:
+        """The last token of the longest answers, with all keys and values kept."""
+        sample = self.config.sample
+        model: Any = self.model
+        # No tokenizer here: a token is at least a byte.
+        longest = max(len(prompt.encode()) for prompt in sample.prompts) + TEMPLATE_TOKENS + sample.max_new_tokens
+        rows = min(WRITTEN_AT_ONCE, len(sample.prompts))
+        longest = min(longest, model.config.get_text_config().max_position_embeddings)
+        with self.tracer.autocast():
+            mask = torch.ones(rows, 1, longest, longest, dtype=torch.bool)
+            ids_BL = torch.zeros(rows, longest, dtype=torch.long)
+            positions_BL = torch.zeros_like(ids_BL)
+            model(
+                input_ids=ids_BL, attention_mask=mask, position_ids=positions_BL, use_cache=True, logits_to_keep=1
+            ).logits.float()
+
+    def _evaluated(self, work: Any, held: dict[str, float]) -> Trace:
+        self.model.eval()
+        try:
+            return self.tracer.run(self.model, work, held=held)
+        finally:
+            self.model.train()
+
+    def _export(self) -> Trace:
+        """Comparing two models in fp32: one of them on the card, and their head, or both where new tokens change it."""
+        tracer = Tracer(torch.float32, like_cuda=self.cuda)
+        model: Any = tracer.blank(self._adapted(torch.float32)).eval()
+        over = block_offload.weight_bytes(model) - block_offload.WEIGHTS_SHARE * self.room
+        # As `text_handout` does: what isn't quantised is offloaded.
+        streamed = self.cuda and self.config.model.quantize is Quantize.none and not self.config.lora.dora
+        away = max(0.0, over) if streamed else 0.0
+
+        def work() -> None:
+            length = self.config.data.length
+            ids_1L = torch.zeros(1, length, dtype=torch.long)
+            mask = torch.ones(1, 1, length, length, dtype=torch.bool)
+            states_LD = causal_lm.states(model, ids_1L, torch.zeros_like(ids_1L), {"attention_mask": mask})[0]
+            head = causal_lm.head(model)
+            if self.cuda:
+                _moved = [torch.empty_like(head.weight) for _ in range(2 if self.config.model.added_tokens else 1)]
+            rows = max(1, compare_logits.CHUNK_BYTES // (4 * head.weight.shape[0]))
+            _alive = [logits(head, states_LD[:rows]) for _ in range(COPIES)]
+
+        return tracer.run(model, work, held={"weights": -away})
+
+    def _adapted(self, dtype: torch.dtype) -> nn.Module:
+        config = self._traceable()
+        model: Any = meta.language_model(config.model, dtype)
+        vocabulary = model.get_input_embeddings().weight.shape[0]
+        adapted = inject(config, model, _NewTokens(vocabulary))
+        if config.model.quantize is not Quantize.none:
+            adapted = planning_meta.quantised(adapted, config.model.quantize, model.get_output_embeddings())
+        return adapted
+
+    def _traceable(self) -> Config:
+        """The configuration with what can't be traced replaced by the nearest that can; said in the notes."""
+        config = self.config
+        settings = config.lora
+        if settings.init is not LoraInit.default:
+            settings = replace(settings, init=LoraInit.default)
+            self._note(f"lora.init={config.lora.init.name} isn't traced: its start takes as much again as the adapters")
+        if settings.dora and config.model.quantize is not Quantize.none:
+            settings = replace(settings, dora=False)
+            self._note("lora.dora on a quantised base isn't traced: it needs copies of whole weights besides")
+        return replace(config, lora=settings)
+
+    def _note(self, line: str) -> None:
+        if line not in self.notes:
+            self.notes.append(line)
+
+
+class _NewTokens:
+    """Stands in for a tokenizer: new tokens are the last ones."""
+
+    def __init__(self, vocabulary: int) -> None:
+        self.vocabulary = vocabulary
+
+    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
+        return list(range(self.vocabulary - len(tokens), self.vocabulary))

@@ -1,0 +1,24 @@
+"""A language model without weights, built from a configuration alone; no hub is asked."""
+
+from typing import Any, cast
+
+import torch
+from torch import nn
+
+from finetune import hub
+from finetune.config.schema import ModelConfig
+from finetune.language import causal_lm
+from finetune.planning.meta import on_meta
+
+
+def language_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
+    """What `causal_lm.load_model` loads, before it is quantised; new tokens included."""
+    loader, config, options = causal_lm.architecture(model, hub.config_folder(model.base))
+    config.dtype = dtype
+    built: Any = on_meta(
+        lambda: loader._from_config(config, attn_implementation=options.get("attn_implementation", "sdpa")), dtype
+    )
+    if model.added_tokens:
+        with torch.device("meta"):
+            built.resize_token_embeddings(config.vocab_size + len(model.added_tokens), mean_resizing=False)
+    return cast(nn.Module, built.requires_grad_(False))

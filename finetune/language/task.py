@@ -1,0 +1,214 @@
+"""Next-token loss of a causal language model on packed conversations; only the assistant's tokens are trained.
+
+B packs, L slots of a pack, N trained tokens, D width of the hidden states.
+"""
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters import formats, lora
+from finetune.config.schema import Config
+from finetune.data.text import packing, store
+from finetune.data.text.tokens import marked
+from finetune.errors import ConfigError, ModelError
+from finetune.language import causal_lm
+from finetune.language.generate import Writer
+from finetune.language.losses import summed_cross_entropy
+from finetune.language.tokenize import chat_of
+from finetune.memory import activation_offload, checkpointing, relief
+from finetune.memory.device import pick_dtype
+from finetune.run.records import TextSet
+from finetune.training.task import Batch, Visit
+
+VALIDATION_ROWS = 256  # the most that are validated on
+LEAK_ROWS = 16  # of a pack that are compared; a pack of 32,768 tokens may hold hundreds
+LEAK_TOLERANCE = 1e-3  # relative; sums in another order differ by less in bf16, a neighbour that is seen by far more
+PACKS_SEEN = 32  # of all, for the worst: they differ in trained tokens alone, and little in those
+ROUND_TO = 8  # slots; a pack of one row alone is padded to a multiple of it
+
+
+class LanguageTask:
+    """LoRA on a causal language model. `model` has the adapters injected."""
+
+    unit = "tokens"
+
+    def __init__(self, config: Config, dataset: TextSet, device: torch.device) -> None:
+        self.config = config
+        self.device = device
+        self.dtype = pick_dtype(config.trainer.precision, device)
+        self.chat = chat_of(config)
+        self.rows = store.reopen(Path(dataset.rows))
+        self.training, held_out = self.rows.split(config.data.validation_share)
+        self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
+        self.size = len(self.training)
+        model: Any = causal_lm.load_model(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
+        check_length(config, model)
+        checkpointing.recompute(model, config.trainer.checkpointing)
+        self.model: nn.Module = inject(config, model, self.chat.tokenizer)
+        self.kept = activation_offload.Kept(self.model, device, config.trainer.offload_activations)
+        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, self.kept, device)
+        if config.lora.start_from:
+            folder = formats.peft_folder(Path(config.lora.start_from))
+            lora.load_state(self.model, formats.read_peft_folder(folder), str(folder))
+        self.writer = Writer(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
+        self.base_answers: dict[tuple[str, int], str] = {}
+        self._refuse_leaks()
+
+    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
+        """The packs of each step as (rows, epoch)."""
+        lengths = self.rows.lengths[self.training]
+        data = self.config.data
+        planned = packing.steps(
+            lengths, length=data.length, effective=effective, seed=self.config.seed, start=start, pack=data.packing
+        )
+        for step in planned:
+            yield [(tuple(int(self.training[index]) for index in pack), epoch) for pack, epoch in step]
+
+    def split(self, visits: Sequence[Visit], micro_batch: int) -> Sequence[Sequence[Visit]]:
+        """Micro-batches in the order of the plan: all packs have one length."""
+        return [visits[first : first + micro_batch] for first in range(0, len(visits), micro_batch)]
+
+    def worst(self, micro_batch: int) -> Sequence[Visit]:
+        """The pack of the first ones with most trained tokens, over and over; without packing the longest row."""
+        if self.config.data.packing:
+            first = next(iter(self.steps(effective=PACKS_SEEN, start=0)))
+            return [max(first, key=lambda visit: self.collate([visit]).items)] * micro_batch
+        longest = self.training[int(self.rows.lengths[self.training].argmax())]
+        return [((int(longest),), 0)] * micro_batch
+
+    def collate(self, visits: Sequence[Visit]) -> Batch:
+        """Packs of the rows that each visit names."""
+        return self._batch([pack for pack, _ in visits])
+
+    def loss(self, batch: Batch) -> Tensor:
+        """Sum over trained tokens of the cross entropy, in fp32."""
+        tensors = batch.tensors
+        ids_BL, wanted_BL = tensors["ids"], tensors["trained"][:, 1:]
+        with self.kept():
+            hidden_BLD = causal_lm.hidden(self.model, ids_BL, tensors["positions"], tensors["segments"])
+            head = causal_lm.head(self.model)
+            return summed_cross_entropy(hidden_BLD[:, :-1][wanted_BL], head, ids_BL[:, 1:][wanted_BL])
+
+    @torch.no_grad()
+    def validate(self, micro_batch: int) -> dict[str, float]:
+        """Mean cross entropy a trained token of the held-out rows, and its exponential."""
+        training = self.model.training
+        self.model.eval()
+        lengths, length = self.rows.lengths[self.validation], self.config.data.length
+        packs = packing.plan(lengths, length=length, seed=0, epoch=0, pack=self.config.data.packing)
+        named = [tuple(int(self.validation[index]) for index in pack) for pack in packs]
+        total, items = 0.0, 0
+        for first in range(0, len(named), micro_batch):
+            batch = self._batch(named[first : first + micro_batch])
+            total += self._measured(batch)
+            items += batch.items
+        self.model.train(training)
+        mean = total / items
+        return {"mean": mean, "perplexity": math.exp(min(mean, 700.0))}
+
+    def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
+        """Per prompt a Markdown text: what the base answers, and what the model as it is now answers."""
+        jobs = [(prompt, seed) for prompt in prompts]
+        if not all(job in self.base_answers for job in jobs):
+            with lora.disabled(self.model):
+                self.base_answers |= dict(zip(jobs, self._answers(jobs), strict=True))
+        return [
+            f"**base**: {self.base_answers[job]}\n\n**tuned**: {tuned}"
+            for job, tuned in zip(jobs, self._answers(jobs), strict=True)
+        ]
+
+    def relieve(self) -> str | None:
+        """Recompute every block, then keep what they need, and then all of them, in main memory."""
+        return next(self.measures, None)
+
+    def notes(self) -> dict[str, str]:
+        """One real row with its trained tokens in ⟦ ⟧, so that a wrong mask is seen at once."""
+        row = marked(self.chat.tokenizer, self.rows[int(self.training[0])])
+        return {"trained tokens": "\n".join("    " + line for line in row.splitlines())}
+
+    def _answers(self, jobs: Sequence[tuple[str, int]]) -> list[str]:
+        sample = self.config.sample
+        asked = [(self.chat.prompt_ids(prompt), seed) for prompt, seed in jobs]
+        return self.writer.write(
+            self.model, asked, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature
+        )
+
+    def _batch(self, packs: Sequence[tuple[int, ...]], length: int | None = None) -> Batch:
+        """length: slots of each pack, as many as the recipe says unless told otherwise."""
+        if length is None:
+            packed = self.config.data.packing
+            length = self.config.data.length if packed else max(self._together(pack) for pack in packs)
+        built = [packing.build(self.rows.__getitem__, pack, length=length) for pack in packs]
+        tensors = {
+            name: torch.from_numpy(np.stack([getattr(pack, name) for pack in built]))
+            for name in ("ids", "positions", "segments", "trained")
+        }
+        names = tuple(
+            f"conversations {', '.join(str(self.rows.number(index) + 1) for index in pack)}" for pack in packs
+        )
+        return Batch(
+            tensors,
+            items=int(tensors["trained"].sum()),
+            names=names,
+            units=sum(pack.real for pack in built),
+            slots=tensors["ids"].numel(),
+            shaping=frozenset({"segments"}),
+        )
+
+    def _together(self, rows: Sequence[int]) -> int:
+        """Slots of a pack that holds these rows and little more."""
+        needed = sum(int(self.rows.lengths[row]) for row in rows)
+        return min(self.config.data.length, -(-needed // ROUND_TO) * ROUND_TO)
+
+    def _measured(self, batch: Batch) -> float:
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
+            return float(self.loss(batch.to(self.device)))
+
+    @torch.no_grad()
+    def _refuse_leaks(self) -> None:
+        """Compare a pack of real rows with the same rows one by one. Raises ModelError where they see one another."""
+        data = self.config.data
+        if not data.packing:
+            return
+        first = next(iter(self.steps(effective=1, start=0)))[0][0][:LEAK_ROWS]
+        self.model.eval()
+        packed = self._measured(self._batch([first], length=self._together(first)))
+        alone = sum(self._measured(self._batch([(index,)], length=self._together([index]))) for index in first)
+        self.model.train()
+        if not abs(packed - alone) <= LEAK_TOLERANCE * abs(alone):
+            raise ModelError(
+                f"{self.config.model.base}: a pack of {len(first)} conversations has loss {packed:.4f}, the same ones "
+                f"one by one {alone:.4f}: its attention mixes them; try data.packing=false"
+            )
+
+
+def inject(config: Config, model: nn.Module, tokenizer: Any) -> nn.Module:
+    """The base with the recipe's adapters, at their start."""
+    settings = config.lora
+    return lora.inject(
+        model,
+        rank=settings.rank,
+        alpha=settings.alpha,
+        dropout=settings.dropout,
+        targets=config.model.lora_targets[settings.targets],
+        seed=config.seed,
+        init=settings.init,
+        rslora=settings.rslora,
+        dora=settings.dora,
+        new_token_rows=tokenizer.convert_tokens_to_ids(config.model.added_tokens),
+    )
+
+
+def check_length(config: Config, model: Any) -> None:
+    most = getattr(model.config, "max_position_embeddings", None)
+    if most is not None and config.data.length > most:
+        raise ConfigError(
+            f"data.length={config.data.length} is more than {config.model.base} reads ({most} tokens); "
+            f"try data.length={most}"
+        )

@@ -1,0 +1,96 @@
+"""Which device and which arithmetic."""
+
+import os
+from typing import Any
+
+import torch
+
+from finetune.config.schema import Device, Precision
+from finetune.errors import ConfigError
+from finetune.run import distributed
+
+
+def pick_device(wanted: Device) -> torch.device:
+    """The device to compute on. Raises ConfigError if CUDA is asked for and not there, or too few cards are."""
+    if wanted is Device.cpu:
+        return torch.device("cpu")
+    if torch.cuda.is_available():
+        return torch.device("cuda", _own_card())
+    if wanted is Device.cuda:
+        raise ConfigError("hardware.device=cuda, but this torch finds no CUDA card; try hardware.device=auto")
+    return torch.device("cpu")
+
+
+def _own_card() -> int:
+    """The number of the card to use: of several processes on one machine, each has its own."""
+    if distributed.count() > 1:
+        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= cards:
+            raise ConfigError(f"process {local} finds no card of its own; start as many as there are cards: {cards}")
+        torch.cuda.set_device(local)
+    return torch.cuda.current_device()
+
+
+def pick_precision(wanted: Precision, device: torch.device) -> Precision:
+    """`auto` resolved for the device. Raises ConfigError for arithmetic that the device can't do."""
+    if wanted is Precision.auto:
+        if device.type == "cpu":
+            return Precision.fp32
+        return Precision.bf16 if torch.cuda.is_bf16_supported(including_emulation=False) else Precision.fp16
+    if wanted is Precision.fp16 and device.type == "cpu":
+        raise ConfigError("trainer.precision=fp16 needs a CUDA card; on a CPU try trainer.precision=fp32")
+    return wanted
+
+
+def pick_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
+    """The dtype of frozen weights and activations under that precision."""
+    dtypes = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+    return dtypes[pick_precision(wanted, device)]
+
+
+def free(*holders: dict[str, Any]) -> None:
+    """Give cached device memory back after frozen models were dropped; `holders` are emptied first."""
+    import gc
+
+    for holder in holders:
+        holder.clear()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
+def limit_memory(device: torch.device, vram_gib: float) -> None:
+    """Let this process take at most `vram_gib` GiB of the card; 0 is no limit."""
+    if device.type == "cuda" and vram_gib:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, vram_gib * 2**30 / total), device)
+
+
+def room(device: torch.device, vram_gib: float) -> float:
+    """Bytes that a process may take in all: of the card (`vram_gib` GiB of it, 0 is all), or of main memory."""
+    if device.type != "cuda":
+        import psutil
+
+        return float(psutil.virtual_memory().total)
+    total = torch.cuda.get_device_properties(device).total_memory
+    return min(vram_gib * 2**30, total) if vram_gib else total
+
+
+def forget_peak(device: torch.device) -> None:
+    """Let `peak_gib` count from now on; a CPU's resident set can't."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
+def card_gib(device: torch.device) -> float:
+    """Memory of the card in all, GiB; 0 without one."""
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
+
+
+def peak_gib(device: torch.device) -> float:
+    """Most memory that was in use so far, GiB: the allocator's on a card, the process's resident set on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**30
+    import resource
+
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 2**30  # Linux counts in KiB

@@ -1,0 +1,199 @@
+"""The settings that train the same thing, from the fastest to the most frugal, and the first of them that fits.
+
+What a setting may change: how an effective batch is cut into micro-batches, which blocks are recomputed, and whether
+weights wait in main memory. Nothing here changes what is learnt.
+"""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from copy import copy
+from dataclasses import replace
+
+import torch
+
+from finetune import kinds
+from finetune.adapters import lora
+from finetune.config.schema import Config, Optimizer, Precision, Quantize
+from finetune.kinds import Sketch
+from finetune.memory import activation_offload
+from finetune.planning import speed
+from finetune.planning.machine import GIB, Machine
+from finetune.planning.plan import Setting
+from finetune.planning.tracer import Trace, Way, optimizer_bytes, stretched
+
+TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because its reshaped tensors need no copy
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
+SLACK = 0.10
+"""Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; assumed for
+others. What stays (weights) lies close."""
+OUTSIDE = ("CUDA context", "allocator slack")
+PINNED = 2  # times its size is the most that a tensor takes in pinned memory, which comes in powers of two
+WORKSPACES_GIB = 0.1  # of cuBLAS and cuDNN in training steps; assumed
+
+
+class Ladder:
+    """Settings of one configuration on one machine; each level of recomputing is traced when it is first asked for."""
+
+    def __init__(self, config: Config, machine: Machine) -> None:
+        """Raises ModelError for a base without a configuration, ConfigError for what the base or the machine can't."""
+        self.config, self.machine = config, machine
+        self.precision = machine.precision(config.trainer.precision)
+        self.sketch: Sketch = kinds.sketch(config, DTYPES[self.precision], cuda=machine.cuda, room=_room(machine))
+        self.effective = config.trainer.micro_batch * config.trainer.accumulate
+        trained = lora.adapter_parameters(self.sketch.model)
+        self.held = {"optimiser": optimizer_bytes(trained, config.optim.name)} | self.sketch.offloaded()
+        if config.trainer.ema_decay:
+            self.held["averaged adapter"] = sum(parameter.nbytes for parameter in trained)
+        self.traces: dict[tuple[int, bool], list[Trace]] = {}  # by level, of the micro-batches TRACED
+
+    def on(self, machine: Machine) -> "Ladder":
+        """The same settings on another machine; where only memory and speed differ, what was traced stays known."""
+        precision = machine.precision(self.config.trainer.precision)
+        if self.config.model.offload or (machine.cuda, precision) != (self.machine.cuda, self.precision):
+            return Ladder(self.config, machine)
+        other = copy(self)
+        other.machine, other.sketch = machine, copy(self.sketch)
+        other.sketch.room = _room(machine)
+        return other
+
+    def level(self, checkpointing: int, away: bool = False) -> list[Setting]:
+        """All micro-batches that divide the effective batch, the largest first; away: `trainer.offload_activations`."""
+        sizes = [size for size in range(self.effective, 0, -1) if self.effective % size == 0]
+        return [self.setting(size, checkpointing, away) for size in sizes]
+
+    def setting(self, micro_batch: int, checkpointing: int, away: bool = False) -> Setting:
+        """One of them."""
+        trace = self._trace(micro_batch, checkpointing, away)
+        accumulate = self.effective // micro_batch
+        computing = speed.seconds(trace, self.machine, self.precision)
+        once = max(computing, self._fetching_s()) + 2 * self._copy_s(trace.away)
+        return Setting(
+            micro_batch=micro_batch,
+            accumulate=accumulate,
+            checkpointing=checkpointing,
+            offload_activations=away,
+            offload=self.config.model.offload,
+            seconds=accumulate * once,
+            units=self.effective * self.sketch.units,
+            parts=parts(trace, self.machine),
+        )
+
+    def waiting(self, setting: Setting) -> dict[str, float]:
+        """GiB that wait in main memory for their turn in a training step, by what they are; at most."""
+        trace = self._trace(setting.micro_batch, setting.checkpointing, setting.offload_activations)
+        paged = self.config.optim.name is Optimizer.paged_adamw8bit  # where the card is full
+        sizes = {
+            "blocks": -self.held.get("weights", 0.0),
+            "activations": PINNED * trace.away,
+            "optimiser": self.held["optimiser"] if paged else 0.0,
+        }
+        return {name: size / GIB for name, size in sizes.items() if size}
+
+    def least_gib(self) -> float:
+        """What the most frugal setting takes, from one trace."""
+        return sum(parts(self.step(1, 1, away=self.machine.cuda), self.machine).values())
+
+    def tensors_gib(self, micro_batch: int, checkpointing: int, away: bool = False) -> float:
+        """What torch's allocator gives out at the worst moment of a training: its steps, validation and previews."""
+        known = (checkpointing, away) in self.traces  # by whoever chose this setting; a start needn't wait for another
+        step = (self._trace if known else self.step)(micro_batch, checkpointing, away)
+        found = [_tensors_gib(parts(step, self.machine))]
+        for _, ways in self.sketch.beside(micro_batch):
+            held, _, others = self._taken(ways)
+            found.append(_room(self.machine) / GIB if others else _tensors_gib(held))  # what doesn't fit is tried first
+        return max(found)
+
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, float, str]]:
+        """Every other phase: its name, GiB at its worst moment, and in which way it is done, if there are several."""
+        for name, ways in self.sketch.phases(micro_batch):
+            held, words, _ = self._taken(ways)
+            yield name, sum(held.values()), words
+
+    def _taken(self, ways: Iterable[Way]) -> tuple[dict[str, float], str, int]:
+        """What the first way that fits holds, its words, and how many came before; of the last one where none does."""
+        held, words, before = {}, "", -1
+        for way in ways:
+            held, words = parts(way.trace, self.machine) if way.trace else {}, way.words
+            before += 1
+            if sum(held.values()) <= self.machine.vram_gib:
+                break
+        return held, words, before
+
+    def step(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
+        """One step, traced at this very size."""
+        self.sketch.recompute(checkpointing)
+        return self._step(micro_batch, away)
+
+    def _trace(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
+        key = checkpointing, away
+        if key not in self.traces:
+            self.sketch.recompute(checkpointing)
+            sizes = TRACED if self.effective > 1 else (1,)
+            self.traces[key] = [self._step(size, away) for size in sizes]
+        found = self.traces[key]
+        return found[0] if self.effective == 1 else stretched(found[0], found[1], TRACED, micro_batch)
+
+    def _step(self, micro_batch: int, away: bool = False) -> Trace:
+        sketch = self.sketch
+        worth = activation_offload.WORTH_BYTES if away else math.inf
+        return sketch.tracer.step(
+            sketch.model, lambda: sketch.inputs(micro_batch), sketch.forward, sketch.loss, held=self.held, away=worth
+        )
+
+    def _fetching_s(self) -> float:
+        """Weights that wait in main memory come twice in each micro-batch, forward and to recompute, while others work.
+
+        FLUX.1 with all of them on the card took 4 % less (docs/memory.md).
+        """
+        return 2 * self._copy_s(max(0.0, -self.held.get("weights", 0.0)))
+
+    def _copy_s(self, size: float) -> float:
+        """Of so many bytes from main memory to the card, or back."""
+        return size / (self.machine.pcie_gb_per_s * 1e9)
+
+
+def _room(machine: Machine) -> float:
+    """Bytes that tensors may take."""
+    return (machine.vram_gib - machine.context_gib) * GIB
+
+
+def parts(trace: Trace, machine: Machine) -> dict[str, float]:
+    """GiB at the worst moment of a trace, by what holds them, slack and context included."""
+    peak = trace.peak
+    held = {name: size / GIB for name, size in trace.held.items() if size}
+    moving = peak.live / GIB - sum(held.values())
+    of_loss = peak.of_loss / GIB
+    found = held | {"activations": moving - of_loss, "loss buffers": of_loss}
+    if machine.cuda:
+        found |= {OUTSIDE[0]: machine.context_gib, OUTSIDE[1]: SLACK * moving + WORKSPACES_GIB}
+    else:
+        found |= {"Python, libraries": machine.context_gib}
+    return found
+
+
+def _tensors_gib(held: Mapping[str, float]) -> float:
+    """Of `parts`, what torch's allocator gives out."""
+    return sum(gib for name, gib in held.items() if name not in OUTSIDE)
+
+
+def quickest(settings: Sequence[Setting], budget_gib: float) -> Setting | None:
+    """The fastest that fits; of equals the most frugal. None if none fits."""
+    fitting = [setting for setting in settings if setting.gib <= budget_gib]
+    return min(fitting, key=lambda setting: (setting.seconds, setting.gib), default=None)
+
+
+def thriftier(config: Config) -> Iterator[tuple[str, Config]]:
+    """What changes the result and takes less memory, mildest first: what to type, and the configuration."""
+    model, data, words = config.model, config.data, ""
+    if model.quantize is Quantize.none:
+        for how in (Quantize.int8, Quantize.nf4):
+            yield f"model.quantize={how.name}", replace(config, model=replace(model, quantize=how, offload=False))
+        model, words = replace(model, quantize=Quantize.nf4, offload=False), "model.quantize=nf4 "
+    if model.kind == "diffusion":
+        for share in (0.75, 0.5, 0.25):
+            side = int(model.resolution * share) // model.bucket_step * model.bucket_step
+            if side >= model.bucket_step:
+                yield f"{words}model.resolution={side}", replace(config, model=replace(model, resolution=side))
+        return
+    for length in (data.length // 2, data.length // 4, data.length // 8):
+        yield f"{words}data.length={length}", replace(config, model=model, data=replace(data, length=length))

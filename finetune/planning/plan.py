@@ -1,0 +1,77 @@
+"""What `finetune plan` hands back: which settings a card takes, which are fastest, and where the memory goes."""
+
+from dataclasses import dataclass, field
+
+KEYS = {
+    "micro_batch": "trainer.micro_batch",
+    "accumulate": "trainer.accumulate",
+    "checkpointing": "trainer.checkpointing",
+    "offload_activations": "trainer.offload_activations",
+    "offload": "model.offload",
+}
+"""What a setting says -> the key of the configuration."""
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One way to train the same thing. seconds: of one optimiser step, an estimate; parts: GiB at the worst moment.
+
+    checkpointing: 0 none, 1 every block, n every n-th. offload_activations, offload: what backward needs, and whole
+    blocks, in main memory. units: images, or slots of a row, in one optimiser step.
+    """
+
+    micro_batch: int
+    accumulate: int
+    checkpointing: int
+    offload_activations: bool
+    offload: bool
+    seconds: float
+    units: int
+    parts: dict[str, float]
+
+    @property
+    def gib(self) -> float:
+        """All that the process takes in a training step."""
+        return sum(self.parts.values())
+
+    @property
+    def overrides(self) -> tuple[str, ...]:
+        """What to type to train like this."""
+        values = {name: getattr(self, name) for name in KEYS}
+        return tuple(f"{KEYS[name]}={str(value).lower()}" for name, value in values.items() if value is not False)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Whether a run fits, said before anything starts.
+
+    chosen: the fastest setting that fits, None if none does. asked: the recipe's own. others: the next best that fit,
+    fastest first. phases: GiB of each phase at its worst moment, "training" among them, for `chosen` (or the most
+    frugal setting); main_gib: of main memory besides a card, at most, by what is done, the most first. problems: what
+    doesn't fit, a line each that ends in what would. notes: what the figures rest on.
+    """
+
+    name: str
+    base: str
+    card: str
+    budget_gib: float
+    precision: str
+    quantize: str
+    unit: str
+    chosen: Setting | None
+    asked: Setting
+    others: tuple[Setting, ...]
+    phases: dict[str, float]
+    problems: tuple[str, ...]
+    notes: tuple[str, ...]
+    main_gib: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def fits(self) -> bool:
+        """Whether every phase fits."""
+        return not self.problems
+
+    def _repr_html_(self) -> str:
+        from finetune.reporting.notebook import plan_html
+
+        return plan_html(self)

@@ -1,0 +1,80 @@
+"""What an earlier run in the folder left: the pictures it was trained on, by name, and a way to set it aside."""
+
+import itertools
+import json
+import shutil
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from finetune.run.atomic import write_atomically
+from finetune.run.progress import say
+from finetune.run.records import METRICS, Dataset, TextSet, receipt_path
+
+TRAINED_ON = "trained_on.json"
+OUTPUTS = (
+    "checkpoints",
+    "tensorboard",
+    "adapter",
+    "samples",
+    "samples_more",
+    METRICS,
+    TRAINED_ON,
+    "report.html",
+    "config.yaml",
+)
+NAMED = 3  # file names in a message; the rest is counted
+
+
+def note(run_dir: Path, dataset: Dataset | TextSet) -> None:
+    """Write down what a run begins with, so that a later one can be told what has changed since."""
+    if isinstance(dataset, Dataset):
+        write_atomically(run_dir / TRAINED_ON, json.dumps(_pictures(dataset), ensure_ascii=False) + "\n")
+
+
+def changes(run_dir: Path, dataset: Dataset | TextSet) -> str:
+    """How the data set differs from the one that the run began with, such as "1 caption changed: f.jpg"."""
+    file = run_dir / TRAINED_ON
+    if not isinstance(dataset, Dataset) or not file.exists():
+        return f"other {dataset.content_name}"
+    try:
+        before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError:  # only names are lost
+        return f"other {dataset.content_name}"
+    found = list(_differences(before, _pictures(dataset)))
+    return ", ".join(found) or "pictures are cut, mirrored or held out in another way"
+
+
+def set_aside(run_dir: Path) -> None:
+    """Move an earlier run's outputs to `previous-N/`; nothing is deleted."""
+    there = [run_dir / name for name in OUTPUTS if (run_dir / name).exists()]
+    receipts = [
+        path for stage in ("train", "export", "sample", "report") if (path := receipt_path(run_dir, stage)).exists()
+    ]
+    if not (run_dir / "checkpoints").exists():
+        return
+    number = next(n for n in itertools.count(1) if not (run_dir / f"previous-{n}").exists())
+    target = run_dir / f"previous-{number}"
+    target.mkdir()
+    for path in [*there, *receipts]:
+        shutil.move(path, target / path.name)
+    say(f"train: the earlier run is now in {target}")
+
+
+def _pictures(dataset: Dataset) -> dict[str, list[str]]:
+    """File -> its caption, and the key of the picture as it is cut."""
+    return {example.file: [example.caption, example.key] for example in dataset.examples() if not example.flipped}
+
+
+def _differences(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) -> Iterator[str]:
+    both = before.keys() & now.keys()
+    for thing, how, files in (
+        ("caption", "changed", {file for file in both if before[file][0] != now[file][0]}),
+        ("picture", "changed", {file for file in both if before[file][1] != now[file][1]}),
+        ("picture", "added", now.keys() - before.keys()),
+        ("picture", "removed", before.keys() - now.keys()),
+    ):
+        if files:
+            more = f" and {len(files) - NAMED:,} more" if len(files) > NAMED else ""
+            plural = "" if len(files) == 1 else "s"
+            yield f"{len(files):,} {thing}{plural} {how}: {', '.join(sorted(files)[:NAMED])}{more}"

@@ -1,0 +1,156 @@
+"""The run folder: made, held by one process at a time, its configuration written, its failures named."""
+
+import errno
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from finetune.config.describe import as_dict
+from finetune.config.hints import smaller
+from finetune.config.schema import Config
+from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
+from finetune.run import distributed
+from finetune.run.atomic import write_atomically
+from finetune.run.records import receipt_path
+
+CONFIG = "config.yaml"
+LOCK = ".lock"
+OWNER = ".lock.json"  # who holds the lock; the lock itself is the operating system's and dies with its process
+DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+
+
+@contextmanager
+def held(config: Config, owns_config: bool = False) -> Iterator[Path]:
+    """The run folder, locked. Out-of-memory and full-disk errors inside come out as ours.
+
+    owns_config: the caller trains, so config.yaml is its to write; other verbs write it only where there is none.
+    A command that fails before it leaves anything there leaves no folder either. Of several processes the first one
+    holds the folder for all. Raises RunError for a folder that is in use or can't be written, ConfigError where several
+    processes are to do what one does.
+    """
+    folder = Path(config.run_dir)
+    if not owns_config:
+        distributed.alone()
+    if distributed.index():
+        with _explained(config):
+            yield folder
+        return
+    made = [path for path in (folder, *folder.parents) if not path.exists()]
+    _make(folder)
+    with _locked(folder), _without_trace(made), _explained(config):
+        if not (folder / CONFIG).exists() or (owns_config and not _has_training_state(folder)):
+            write_config(config, folder)
+        yield folder
+
+
+def write_config(config: Config, folder: Path) -> None:
+    """The resolved configuration as `config.yaml`: the same bytes whoever calls."""
+    import yaml
+
+    text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    write_atomically(folder / CONFIG, text)
+
+
+def written_config(folder: Path) -> dict[str, Any]:
+    """The settings in `config.yaml`, empty where there is none. Raises RunError for a damaged one."""
+    import yaml
+
+    file = folder / CONFIG
+    try:
+        return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.exists() else {}
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise RunError(f"{file} is damaged; the same `train` command writes it anew") from error
+
+
+def _has_training_state(folder: Path) -> bool:
+    """Whether a run began here: then config.yaml says how, until the train stage has agreed to a new one."""
+    checkpoints = folder / "checkpoints"
+    return receipt_path(folder, "train").exists() or (checkpoints.is_dir() and any(checkpoints.iterdir()))
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        probe = folder / f".write-{os.getpid()}"
+        probe.write_bytes(b"probe")
+        probe.unlink()
+    except OSError as error:
+        raise RunError(_unwritable(folder, error)) from error
+
+
+def _unwritable(folder: Path, error: OSError) -> str:
+    if _is_disk_full(error):
+        return _full(folder)
+    return f"cannot write in the run folder {folder} ({error.strerror}); choose one that you may write: run_dir=PATH"
+
+
+def _full(folder: Path) -> str:
+    return f"the disk of {folder} is full; free some space, or choose another folder: run_dir=PATH"
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    from filelock import FileLock, Timeout
+
+    lock = FileLock(folder / LOCK)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RunError(
+            f"{folder} is in use by {_owner(folder)}; wait for it, or choose another run_dir=PATH"
+        ) from error
+    owner = folder / OWNER
+    try:
+        write_atomically(owner, json.dumps({"pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}))
+        yield
+    finally:
+        owner.unlink(missing_ok=True)
+        lock.release()
+
+
+@contextmanager
+def _without_trace(made: Sequence[Path]) -> Iterator[None]:
+    """Take the folders back that were `made` for a command that fails before it has anything to leave in them."""
+    try:
+        yield
+    except BaseException:
+        if made and {path.name for path in made[0].iterdir()} <= {CONFIG, LOCK, OWNER}:
+            for name in (CONFIG, LOCK, OWNER):
+                (made[0] / name).unlink(missing_ok=True)
+            for path in made:
+                with suppress(OSError):  # somebody else has begun to use it
+                    path.rmdir()
+        raise
+
+
+def _owner(folder: Path) -> str:
+    try:
+        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        return f"process {owner['pid']} since {owner['since']}"
+    except (OSError, ValueError, KeyError):
+        return "another process"  # it has only just begun
+
+
+@contextmanager
+def _explained(config: Config) -> Iterator[None]:
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        if _is_disk_full(error):
+            raise RunError(_full(Path(config.run_dir))) from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"out of memory; {smaller(config)}") from error
+        raise
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    """safetensors has an error of its own, which tells the number only in its text."""
+    if isinstance(error, OSError):
+        return error.errno in DISK_FULL
+    return any(f"(os error {number})" in str(error) for number in DISK_FULL)

@@ -1,0 +1,378 @@
+"""Adapters: zero at first, named as PEFT names them, refused where they don't fit."""
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers as hf
+from peft import PeftModel, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
+
+from finetune.adapters import formats, lora
+from finetune.config.schema import LoraInit, ModelConfig, OptimConfig, Quantize
+from finetune.diffusion.pipeline import load_backbone
+from finetune.errors import ConfigError, ModelError
+from finetune.language.causal_lm import load_model
+from finetune.training.optim import build_optimizer
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@pytest.fixture
+def unet(tiny_base: Path) -> torch.nn.Module:
+    return load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)
+
+
+def output(unet: torch.nn.Module) -> torch.Tensor:
+    random = torch.Generator().manual_seed(0)
+    latents, text = torch.randn((1, 4, 8, 8), generator=random), torch.randn((1, 77, 16), generator=random)
+    with torch.no_grad():
+        return unet(latents, torch.tensor([500]), encoder_hidden_states=text, return_dict=False)[0]
+
+
+def test_a_new_adapter_changes_nothing(unet: torch.nn.Module) -> None:
+    before = output(unet)
+    lora.inject(unet, rank=4, alpha=8, dropout=0.0, targets=ATTENTION, seed=0)
+    assert torch.equal(before, output(unet))
+
+
+def test_only_the_adapter_trains_in_fp32_under_pefts_names(tiny_base: Path) -> None:
+    unet = load_backbone(ModelConfig(base=str(tiny_base)), torch.bfloat16)
+    lora.inject(unet, rank=4, alpha=8, dropout=0.0, targets=ATTENTION, seed=0)
+    assert {parameter.dtype for parameter in lora.adapter_parameters(unet)} == {torch.float32}
+    trainable, total = lora.counts(unet)
+    assert trainable == sum(weight.numel() for weight in lora.state(unet).values())
+    assert 0 < trainable < total / 2
+    assert lora.state(unet).keys() == get_peft_model_state_dict(unet).keys()
+
+
+def test_the_same_seed_gives_the_same_start_and_leaves_the_global_stream_alone(tiny_base: Path) -> None:
+    states = []
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    for seed in (0, 0, 1):
+        torch.manual_seed(7)
+        unet = load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)
+        torch.manual_seed(7)
+        lora.inject(unet, rank=4, alpha=8, dropout=0.0, targets=ATTENTION, seed=seed)
+        assert torch.equal(torch.rand(3), expected)
+        states.append(lora.state(unet))
+    name = next(name for name in states[0] if "lora_A" in name)
+    assert torch.equal(states[0][name], states[1][name])
+    assert not torch.equal(states[0][name], states[2][name])
+
+
+def test_no_layer_to_adapt_is_an_error(unet: torch.nn.Module) -> None:
+    with pytest.raises(ModelError, match=r"no layer of the base matches lora targets"):
+        lora.inject(unet, rank=4, alpha=8, dropout=0.0, targets=["q_proj"], seed=0)
+
+
+def test_weights_of_another_rank_or_other_layers_are_refused(unet: torch.nn.Module) -> None:
+    lora.inject(unet, rank=4, alpha=8, dropout=0.0, targets=ATTENTION, seed=0)
+    weights = lora.state(unet)
+    name = next(iter(weights))
+    with pytest.raises(ModelError, match=r"other does not fit: .* is \(8"):
+        lora.load_state(unet, {**weights, name: torch.zeros(8, 3)}, "other")
+    weights.pop(name)
+    with pytest.raises(ModelError, match=r"other does not fit: 1 tensors differ"):
+        lora.load_state(unet, weights, "other")
+
+
+def test_a_missing_and_a_damaged_file_are_named(tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match=r"gone.safetensors does not exist"):
+        formats.read_weights(tmp_path / "gone.safetensors")
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"\xff" * 64)
+    with pytest.raises(ModelError, match=r"bad.safetensors is damaged"):
+        formats.read_weights(bad)
+
+
+# Adapters of language models: every start and variant.
+
+TARGETS = ["q_proj", "v_proj", "down_proj"]
+NEW_ROWS = [60, 61]
+SETTINGS = {"rank": 4, "alpha": 6.0, "dropout": 0.0, "targets": TARGETS, "seed": 0}
+IDS_BL = torch.randint(0, 64, (4, 12), generator=torch.Generator().manual_seed(3))
+CASES: dict[str, tuple[str, dict[str, Any]]] = {
+    "default": ("fp32", {}),
+    "default in bf16": ("bf16", {}),
+    "default on nf4": ("nf4", {}),
+    "default on int8": ("int8", {}),
+    "rslora": ("fp32", {"rslora": True}),
+    "dora": ("fp32", {"dora": True}),
+    "dora in bf16": ("bf16", {"dora": True}),
+    "dora on nf4": ("nf4", {"dora": True}),
+    "pissa": ("fp32", {"init": LoraInit.pissa}),
+    "pissa in bf16": ("bf16", {"init": LoraInit.pissa}),
+    "pissa on nf4": ("nf4", {"init": LoraInit.pissa}),
+    "pissa on int8": ("int8", {"init": LoraInit.pissa}),
+    "pissa with rslora": ("fp32", {"init": LoraInit.pissa, "rslora": True}),
+    "pissa with dora": ("fp32", {"init": LoraInit.pissa, "dora": True}),
+    "loftq": ("nf4", {"init": LoraInit.loftq}),
+    "loftq with rslora": ("nf4", {"init": LoraInit.loftq, "rslora": True}),
+    "loftq with dora": ("nf4", {"init": LoraInit.loftq, "dora": True}),
+    "rows": ("fp32", {"new_token_rows": NEW_ROWS}),
+    "rows, tied": ("fp32 tied", {"new_token_rows": NEW_ROWS}),
+    "rows, tied, in bf16": ("bf16 tied", {"new_token_rows": NEW_ROWS}),
+    "rows with loftq": ("nf4", {"init": LoraInit.loftq, "new_token_rows": NEW_ROWS}),
+}
+every_case = pytest.mark.parametrize(("kind", "extra"), CASES.values(), ids=CASES)
+
+
+@pytest.fixture(scope="module")
+def llamas(tmp_path_factory: pytest.TempPathFactory) -> dict[bool, Path]:
+    """Saved bases; the one under True has a head with the embedding's weights."""
+    folders = {}
+    for tied in (False, True):
+        folders[tied] = tmp_path_factory.mktemp("llama")
+        sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+        with torch.random.fork_rng():
+            torch.manual_seed(tied)
+            llama = hf.LlamaForCausalLM(hf.LlamaConfig(vocab_size=64, tie_word_embeddings=tied, **sizes))
+        for parameter in llama.parameters():
+            parameter.data.mul_(4 if parameter.ndim > 1 else 1)  # an untrained model's outputs hardly differ
+        llama.save_pretrained(folders[tied])
+    return folders
+
+
+@pytest.fixture
+def load(llamas: dict[bool, Path]) -> Callable[[str], Any]:
+    """A frozen base: fp32, bf16, int8 or nf4; `… tied` for the tied head."""
+
+    def load(kind: str) -> Any:
+        folder = llamas[kind.endswith("tied")]
+        quantize = Quantize[kind] if kind in ("nf4", "int8") else Quantize.none
+        dtype = torch.float32 if kind.startswith("fp32") else torch.bfloat16
+        return load_model(ModelConfig(base=str(folder), quantize=quantize), dtype, torch.device("cpu"))
+
+    return load
+
+
+def logits(model: Any) -> torch.Tensor:
+    with torch.no_grad():
+        result: torch.Tensor = model(IDS_BL).logits.double()
+    return result
+
+
+def difference(value: torch.Tensor, reference: torch.Tensor) -> float:
+    return float((value - reference).norm() / reference.norm())
+
+
+def optimizer_of(model: Any) -> torch.optim.Optimizer:
+    return build_optimizer(lora.parameter_groups(model, 4.0), OptimConfig(lr=1e-2))
+
+
+def train(model: Any, optimizer: torch.optim.Optimizer, steps: int = 3) -> None:
+    for _ in range(steps):
+        rows_NV = model(IDS_BL).logits[:, :-1].flatten(0, 1).float()
+        torch.nn.functional.cross_entropy(rows_NV, IDS_BL[:, 1:].flatten()).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+@every_case
+def test_a_run_cut_and_continued_ends_like_an_uncut_one(
+    load: Callable[[str], Any], kind: str, extra: dict[str, Any]
+) -> None:
+    whole = lora.inject(load(kind), **SETTINGS, **extra)
+    optimizer = optimizer_of(whole)
+    train(whole, optimizer)
+    weights, moments = lora.state(whole), copy.deepcopy(optimizer.state_dict())
+    train(whole, optimizer)
+    continued = lora.inject(load(kind), **SETTINGS | extra | {"seed": 5})  # as if the SVD gave another answer
+    lora.load_state(continued, weights, "the checkpoint")
+    optimizer = optimizer_of(continued)
+    optimizer.load_state_dict(moments)
+    train(continued, optimizer)
+    assert torch.equal(logits(whole), logits(continued))
+    ends, again = lora.state(whole), lora.state(continued)
+    assert all(torch.equal(ends[name], again[name]) for name in ends)
+    assert any(not torch.equal(ends[name], weights[name]) for name in ends)
+
+
+@every_case
+def test_a_peft_folder_makes_the_trained_module_of_the_untouched_base(
+    load: Callable[[str], Any], tmp_path: Path, kind: str, extra: dict[str, Any]
+) -> None:
+    trained = lora.inject(load(kind), **SETTINGS, **extra)
+    train(trained, optimizer_of(trained))
+    average = {name: weight.clone() for name, weight in lora.live(trained).items()}
+    for number, weights in enumerate((lora.state(trained), average)):
+        formats.save_peft(trained, tmp_path / str(number), weights, "somewhere/base")
+        loaded = PeftModel.from_pretrained(load(kind), str(tmp_path / str(number))).eval()
+        assert difference(logits(loaded), logits(trained)) < 1e-5
+    assert difference(logits(loaded), logits(load(kind))) > 0.01
+    assert trained.peft_config["default"].r == SETTINGS["rank"]
+
+
+@every_case
+def test_the_base_is_left_as_it_was_and_comes_back(
+    load: Callable[[str], Any], kind: str, extra: dict[str, Any]
+) -> None:
+    base = load(kind)
+    before, stored = logits(base), {name: parameter.clone() for name, parameter in base.named_parameters()}
+    model = lora.inject(base, **SETTINGS, **extra)
+    if extra.get("init") is not LoraInit.loftq:
+        assert difference(logits(model), before) < (1e-5 if kind.startswith("fp32") else 0.01)
+    train(model, optimizer_of(model))
+    trained, own = logits(model), lora.adapter_parameters(model)
+    with lora.disabled(model):
+        assert torch.equal(logits(model), before)
+        assert not lora.adapter_parameters(model)
+    assert torch.equal(logits(model), trained)
+    assert [id(parameter) for parameter in lora.adapter_parameters(model)] == [id(parameter) for parameter in own]
+    frozen = {
+        name.replace(".token_adapter", "").replace(".base_layer", ""): parameter
+        for name, parameter in model.named_parameters()
+        if not parameter.requires_grad
+    }
+    assert frozen.keys() == stored.keys()
+    assert all(torch.equal(parameter, stored[name]) for name, parameter in frozen.items())
+
+
+@every_case
+def test_what_is_trained_is_fp32_counted_and_named_as_peft_names_it(
+    load: Callable[[str], Any], kind: str, extra: dict[str, Any]
+) -> None:
+    model = lora.inject(load(kind), **SETTINGS, **extra)
+    assert {parameter.dtype for parameter in lora.adapter_parameters(model)} == {torch.float32}
+    assert lora.state(model).keys() == get_peft_model_state_dict(model).keys()
+    trainable, total = lora.counts(model)
+    assert trainable == sum(weight.numel() for weight in lora.live(model).values())
+    unquantised = load("fp32 tied" if kind.endswith("tied") else "fp32")
+    assert total == trainable + sum(parameter.numel() for parameter in unquantised.parameters())
+
+
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "nf4"])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_pissa_starts_at_the_principal_part_of_the_weights(load: Callable[[str], Any], kind: str, rslora: bool) -> None:
+    model = lora.inject(load(kind), **SETTINGS, init=LoraInit.pissa, rslora=rslora)
+    for name, layer in lora._layers(model):
+        scaling = 6 / 4**0.5 if rslora else 6 / 4
+        part_OI = scaling * layer.lora_B["default"].weight @ layer.lora_A["default"].weight
+        weight_OI = lora._weight(name, layer)
+        assert (weight_OI - part_OI).norm() < 1.001 * torch.linalg.svdvals(weight_OI)[4:].norm()
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+def test_loftq_takes_off_as_much_of_the_loss_as_its_rank_can(load: Callable[[str], Any], rslora: bool) -> None:
+    original = load("fp32").state_dict()
+    model = lora.inject(load("nf4"), **SETTINGS, init=LoraInit.loftq, rslora=rslora)
+    for name, layer in lora._layers(model):
+        lost_OI = original[f"{name}.weight"].bfloat16().float() - lora._weight(name, layer)
+        left_OI = lost_OI - layer.get_delta_weight("default").detach()
+        least = torch.linalg.svdvals(lost_OI)[4:].norm()
+        assert left_OI.norm() < 1.001 * least < lost_OI.norm()
+
+
+def test_loftq_finds_its_weights_under_other_names_and_among_like_ones(
+    load: Callable[[str], Any], llamas: dict[bool, Path]
+) -> None:
+    expected = lora.state(lora.inject(load("nf4"), **SETTINGS, init=LoraInit.loftq))
+    model, file = load("nf4"), llamas[False] / "model.safetensors"
+    stored = file.read_bytes()
+    tensors = load_file(file)
+    try:
+        likes = {f"vision.{name}": torch.randn_like(weight) for name, weight in tensors.items()}
+        save_file(likes | {f"text.{name}": weight for name, weight in tensors.items()}, file)
+        found = lora.state(lora.inject(model, **SETTINGS, init=LoraInit.loftq))
+    finally:
+        file.write_bytes(stored)
+    assert all(torch.equal(found[name], weight) for name, weight in expected.items())
+
+
+def test_loftq_without_nf4_or_without_the_weights_before_it_is_refused(
+    load: Callable[[str], Any], llamas: dict[bool, Path]
+) -> None:
+    with pytest.raises(ConfigError, match=r"lora.init=loftq makes up for nf4's loss; set model.quantize=nf4"):
+        lora.inject(load("bf16"), **SETTINGS, init=LoraInit.loftq)
+    for name in ("", str(llamas[True])):  # built in memory; the weights of another model
+        model = load("nf4")
+        model.config.name_or_path = model.name_or_path = name
+        with pytest.raises(ModelError, match=r"the weights that model.layers.0.self_attn.q_proj was quantised from"):
+            lora.inject(model, **SETTINGS, init=LoraInit.loftq)
+
+
+def test_magnitudes_of_weights_that_cannot_be_read_are_refused(load: Callable[[str], Any]) -> None:
+    with pytest.raises(ModelError, match=r"lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4"):
+        lora.inject(load("int8"), **SETTINGS, dora=True)
+    model = load("fp32")
+    model.model.norm.to("meta")  # stands for a card that the other layers are not on
+    with pytest.raises(ModelError, match=r"lora.dora=true needs all weights where it computes, and model.offload"):
+        lora.inject(model, **SETTINGS, dora=True)
+
+
+def test_a_start_that_a_layer_does_not_have_is_refused(load: Callable[[str], Any]) -> None:
+    with pytest.raises(ModelError, match=r"q_proj has only 32 directions to start in; set lora.rank=32"):
+        lora.inject(load("fp32"), **SETTINGS | {"rank": 33}, init=LoraInit.pissa)
+    with pytest.raises(ModelError, match=r"model.embed_tokens is no linear layer, and only those can start elsewhere"):
+        lora.inject(load("fp32"), **SETTINGS | {"targets": ["embed_tokens"]}, init=LoraInit.pissa)
+
+
+def test_pissa_on_weights_that_are_stored_the_other_way_round() -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(2)
+        gpt2 = hf.GPT2LMHeadModel(hf.GPT2Config(vocab_size=64, n_embd=32, n_layer=1, n_head=4)).eval()
+    before = logits(gpt2)
+    with pytest.warns(UserWarning, match="fan_in_fan_out"):
+        model = lora.inject(gpt2, **SETTINGS | {"targets": ["c_attn"]}, init=LoraInit.pissa)
+    assert difference(logits(model), before) < 1e-5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_only_the_new_rows_are_trained_on_both_sides(load: Callable[[str], Any], tied: bool) -> None:
+    kind = "fp32 tied" if tied else "fp32"
+    base, model = load(kind), lora.inject(load(kind), **SETTINGS, new_token_rows=[*NEW_ROWS, NEW_ROWS[0]])
+    train(model, optimizer_of(model))
+    old = [row for row in range(64) if row not in NEW_ROWS]
+    for side in ("get_input_embeddings", "get_output_embeddings"):
+        before_VD, after_VD = getattr(base, side)().weight, getattr(model, side)().weight
+        assert torch.equal(before_VD[old], after_VD[old])
+        assert not torch.isclose(before_VD[NEW_ROWS], after_VD[NEW_ROWS]).any(dim=1).all()
+    assert sum("trainable_tokens_delta" in name for name in lora.state(model)) == (1 if tied else 2)
+    if tied:
+        assert torch.equal(model.get_input_embeddings().weight, model.get_output_embeddings().weight)
+
+
+def test_new_rows_that_would_go_wrong_are_refused(load: Callable[[str], Any]) -> None:
+    with pytest.raises(ModelError, match=r"lm_head can't have an adapter and new rows at once"):
+        lora.inject(load("fp32"), **SETTINGS | {"targets": ["q_proj", "lm_head"]}, new_token_rows=NEW_ROWS)
+    model = load("fp32")
+    model.lm_head = torch.nn.Linear(32, 64)
+    with pytest.raises(ModelError, match=r"new rows don't fit a head with a bias"):
+        lora.inject(model, **SETTINGS, new_token_rows=NEW_ROWS)
+
+
+@pytest.mark.parametrize(("kind", "init"), [("bf16", LoraInit.default), ("nf4", LoraInit.loftq)])
+def test_magnitudes_start_as_those_of_the_weights_in_fp32(
+    load: Callable[[str], Any], kind: str, init: LoraInit
+) -> None:
+    model = lora.inject(load(kind), **SETTINGS, init=init, dora=True)
+    for name, layer in lora._layers(model):
+        norms_O = (lora._weight(name, layer) + layer.get_delta_weight("default")).norm(dim=1)
+        assert torch.allclose(layer.lora_magnitude_vector["default"].weight, norms_O, rtol=1e-6)
+
+
+def test_weights_of_another_kind_of_adapter_are_refused(load: Callable[[str], Any], tmp_path: Path) -> None:
+    dora = lora.inject(load("fp32"), **SETTINGS, dora=True)
+    formats.save_peft(dora, tmp_path, lora.state(dora), "")
+    weights = formats.read_peft_folder(tmp_path)
+    lora.load_state(dora, weights, "the folder")
+    with pytest.raises(ModelError, match=r"lora_magnitude_vector; was lora.targets, lora.init, lora.dora or"):
+        lora.load_state(lora.inject(load("fp32"), **SETTINGS), weights, "the folder")
+
+
+def test_lora_plus_gives_the_factors_b_a_group_of_their_own(load: Callable[[str], Any]) -> None:
+    model = lora.inject(load("fp32"), **SETTINGS, dora=True, new_token_rows=NEW_ROWS)
+    (single,) = lora.parameter_groups(model, 1.0)
+    assert list(single) == ["params"]
+    assert [id(parameter) for parameter in single["params"]] == [id(p) for p in lora.adapter_parameters(model)]
+    others, factors = lora.parameter_groups(model, 16.0)
+    named = {id(parameter): name for name, parameter in model.named_parameters()}
+    assert all("lora_B" in named[id(parameter)] for parameter in factors["params"])
+    assert not any("lora_B" in named[id(parameter)] for parameter in others["params"])
+    assert len(others["params"]) + len(factors["params"]) == len(single["params"])
+    assert (others.get("lr_scale"), factors["lr_scale"]) == (None, 16.0)

@@ -1,0 +1,217 @@
+"""Recipes, presets and overrides: what composes, and what is said about what doesn't."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from hydra import compose as hydra_compose
+from hydra import initialize
+from hydra.core.global_hydra import GlobalHydra
+
+from finetune.config import compose, recipes
+from finetune.config.describe import as_dict
+from finetune.config.schema import Config, Optimizer, Precision
+from finetune.config.validate import check
+from finetune.errors import ConfigError
+
+PRESETS = [f"{group}={name}" for group, files in recipes.preset_files().items() for name in files]
+
+
+def write(path: Path, text: str) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(text)
+    return path
+
+
+@pytest.mark.parametrize("name", recipes.recipe_files())
+def test_every_recipe_composes_and_passes_the_check(name: str) -> None:
+    config = compose.load(name)
+    assert check(config) == []
+    assert (config.name, config.run_dir) == (name, f"outputs/{name}")
+    assert recipes.title(recipes.recipe_files()[name])
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_composes(preset: str) -> None:
+    group, name = preset.split("=")
+    file = recipes.preset_files()[group][name]
+    of_language = "kind: language" in file.read_text() or preset in ("lora=all_linear", "export=language")
+    assert check(compose.load("pirate_chat" if of_language else "pixar_style", [preset])) == []
+    assert recipes.title(file)
+
+
+def test_settings_of_the_other_kind_of_model_are_refused() -> None:
+    with pytest.raises(
+        ConfigError, match=r"data\.length is a setting of language models, this recipe trains a diffusion"
+    ):
+        compose.load("pixar_style", ["data.length=512"])
+    with pytest.raises(
+        ConfigError, match=r"caption\.prefix is a setting of diffusion models, this recipe trains a lang"
+    ):
+        compose.load("pirate_chat", ["caption.prefix=x"])
+    found = check(compose.load("pixar_style", ["model=embedded_language", "lora.rank=0"]))
+    assert found == [
+        (
+            "this recipe is for diffusion models (data.folder is set), this is a language model; "
+            "take a recipe such as conf=pirate_chat, or another model"
+        ),
+        "lora.rank must be at least 1, got 0; try lora.rank=16",
+    ]
+    found = check(compose.load("pixar_style", ["model=embedded_language", "data.file=x"]))
+    assert found[0] == "export.dialects=diffusers is not for a language model; it offers: peft, merged, gguf"
+    assert check(compose.load("pirate_chat", ["data.file="])) == ["data.file is not set; type data.file=…"]
+
+
+def test_values_arrive_with_their_types() -> None:
+    config = compose.load("pixar_style", ["optim.name=adamw8bit", "trainer.precision=bf16", "optim.lr=3e-4"])
+    assert isinstance(config, Config)
+    assert config.optim.name is Optimizer.adamw8bit
+    assert config.trainer.precision is Precision.bf16
+    assert config.optim.lr == 3e-4
+    assert config.lora.rank == 16
+    assert config.caption.trigger == "pixar style"
+
+
+def test_quoted_text_keeps_commas_and_colons() -> None:
+    config = compose.load("pixar_style", ['sample.prompts=["a: b, c","d"]', 'caption.prefix="one, two"'])
+    assert config.sample.prompts == ["a: b, c", "d"]
+    assert config.caption.prefix == "one, two"
+
+
+def test_a_tilde_is_the_home_folder_wherever_a_path_is_typed(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    config = compose.load("pixar_style", ["data.folder=~/my pics", "run_dir=~/out", "caption.prefix=~/x"])
+    assert (config.data.folder, config.run_dir, config.caption.prefix) == ("/home/me/my pics", "/home/me/out", "~/x")
+    write(workdir / "conf/mine.yaml", "model: {base: ~/sd}\ndata: {folder: x, cache: ~/cache}\n")
+    config = compose.load("mine", ['sample.adapter="~/a"'])
+    assert (config.model.base, config.data.cache, config.sample.adapter) == (
+        "/home/me/sd",
+        "/home/me/cache",
+        "/home/me/a",
+    )
+    assert compose.apply(config, ["lora.start_from=~/b"]).lora.start_from == "/home/me/b"
+
+
+def test_a_recipe_extends_a_recipe_with_another_model(workdir: Path) -> None:
+    write(workdir / "conf/real.yaml", "defaults:\n  - pixar_style\n  - override /model: sd15\nseed: 9\n")
+    config = compose.load("real")
+    assert (config.name, config.seed, config.trainer.steps) == ("real", 9, compose.load("pixar_style").trainer.steps)
+    assert config.model.resolution == 512
+    assert config.model.base.startswith("stable-diffusion-v1-5/")
+
+
+@pytest.mark.parametrize(("name", "pixels", "micro_batch"), [("sd15", 512, 4), ("sdxl", 1024, 2)])
+def test_recipes_for_stable_diffusion_take_sixteen_pictures_a_step(name: str, pixels: int, micro_batch: int) -> None:
+    config = compose.load(f"pixar_style_{name}")
+    assert (config.model.family.name, config.model.resolution) == ("sd" if name == "sd15" else name, pixels)
+    lora, trainer, optim = config.lora, config.trainer, config.optim
+    assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 32, 0.05, "attention")
+    assert (trainer.micro_batch, trainer.micro_batch * trainer.accumulate, trainer.save_every) == (micro_batch, 16, 500)
+    assert (optim.name.name, optim.lr, optim.schedule.name, optim.warmup_steps) == ("adamw", 1e-4, "linear", 100)
+    assert (config.caption.model, config.caption.trigger) == ("Salesforce/blip-image-captioning-base", "pixar style")
+    assert (config.data.folder, config.hardware.vram_gib) == ("datasets/pixar_style", 23.5)
+
+
+def test_a_recipe_may_name_itself(workdir: Path) -> None:
+    write(workdir / "conf/mine.yaml", "name: garden\n")
+    assert compose.load("mine", ["data.folder=x"]).run_dir == "outputs/garden"
+
+
+def test_the_current_folders_conf_wins(workdir: Path) -> None:
+    write(workdir / "conf/pixar_style.yaml", "seed: 77\ndata:\n  folder: x\n")
+    write(workdir / "conf/lora/default.yaml", "rank: 5\n")
+    write(workdir / "conf/lora/r99.yaml", "rank: 99\n")
+    assert compose.load("pixar_style").seed == 77
+    assert compose.load("pixar_style").lora.rank == 5
+    assert compose.load("pixar_style", ["lora=r99"]).lora.rank == 99
+
+
+def test_another_folders_conf_is_forgotten(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(workdir / "conf/mine.yaml", "data:\n  folder: x\n")
+    compose.load("mine")
+    monkeypatch.chdir(workdir.parent)
+    with pytest.raises(ConfigError, match="no recipe called 'mine'"):
+        compose.load("mine")
+
+
+def test_everything_wrong_with_a_recipe_is_named_with_its_file(workdir: Path) -> None:
+    write(
+        workdir / "conf/mine.yaml",
+        "defaults:\n  - base\n  - override /modle: sd15\n  - override /lora: r33\n"
+        "lora:\n  rnk: 4\n  alpha: much\noptim: fast\ntrianer:\n  steps: 1\nsample:\n  seeds: [a]\n",
+    )
+    write(workdir / "conf/base.yaml", "sead: 4\n")
+    with pytest.raises(ConfigError) as raised:
+        compose.load("mine", ["lora.dropuot=1"])
+    groups = "caption, data, export, hardware, lora, loss, model, optim, sample, trainer"
+    assert str(raised.value).splitlines() == [
+        "conf/base.yaml: no key called sead; did you mean seed?",
+        f"conf/mine.yaml: no preset group called 'modle'; did you mean model? there are: {groups}",
+        "conf/mine.yaml: no lora preset called 'r33'; did you mean r32? there are: all_linear, default, r32",
+        "conf/mine.yaml: no key called lora.rnk; did you mean lora.rank?",
+        "conf/mine.yaml: lora.alpha must be a number, got 'much'",
+        "conf/mine.yaml: optim is a section, got 'fast'; set a key in it, such as optim.name",
+        "conf/mine.yaml: no key called trianer; did you mean trainer?",
+        "conf/mine.yaml: sample.seeds must be a list, each item a whole number, such as [a,b], got ['a']",
+        "no key called lora.dropuot; did you mean lora.dropout?",
+    ]
+
+
+def test_a_recipe_that_extends_itself_or_nothing(workdir: Path) -> None:
+    write(workdir / "conf/loop.yaml", "defaults:\n  - loop\n")
+    with pytest.raises(ConfigError, match=r"conf/loop\.yaml extends itself"):
+        compose.load("loop")
+    write(workdir / "conf/orphan.yaml", "defaults:\n  - pixar_stil\n")
+    with pytest.raises(
+        ConfigError, match=r"^conf/orphan.yaml: no recipe called 'pixar_stil'; did you mean pixar_style"
+    ):
+        compose.load("orphan")
+
+
+def test_a_wrong_key_in_a_users_preset_is_named_with_its_file(workdir: Path) -> None:
+    write(workdir / "conf/lora/mine.yaml", "rank: 4\nalhpa: 8\n")
+    with pytest.raises(ConfigError, match=r"conf/lora/mine\.yaml: no key called lora\.alhpa; did you mean lora\.alpha"):
+        compose.load("pixar_style", ["lora=mine"])
+
+
+def test_hydra_around_us_is_left_alone(workdir: Path) -> None:
+    with initialize(version_base="1.3", config_path=None):
+        outer = GlobalHydra.instance().hydra
+        compose.load("pixar_style")
+        assert GlobalHydra.instance().hydra is outer
+        hydra_compose(overrides=[])
+    assert not GlobalHydra.instance().is_initialized()
+
+
+def test_apply_changes_a_copy() -> None:
+    config = compose.load("pixar_style")
+    changed = compose.apply(config, ["lora.rank=4", "run_dir=elsewhere"])
+    assert (changed.lora.rank, changed.run_dir) == (4, "elsewhere")
+    assert (config.lora.rank, config.run_dir) == (16, "outputs/pixar_style")
+
+
+def test_apply_refuses_what_load_refuses_and_presets() -> None:
+    config = compose.load("pixar_style")
+    with pytest.raises(ConfigError, match=r"no key called lora\.rnk"):
+        compose.apply(config, ["lora.rnk=4"])
+    with pytest.raises(ConfigError, match="lora=r32 chooses a preset, which needs a recipe"):
+        compose.apply(config, ["lora=r32"])
+
+
+def test_the_folder_of_a_sweep_job_is_readable_safe_and_its_own() -> None:
+    name = compose._sweep_folder
+    assert name(["conf=a", "lora.rank=4", "run_dir=x"], {"lora.rank"}) == "a/lora.rank=4"
+    assert name(["conf=a"], set()) == "a/all"
+    in_common = [name(["conf=a", "lora.rank=4", f"seed={seed}"], {"lora.rank"}) for seed in (1, 2)]
+    assert in_common[0] != in_common[1]
+    assert all(folder.startswith("a/lora.rank=4-") for folder in in_common)
+    assert name(["seed=1", "lora.rank=4", "conf=a"], {"lora.rank"}) == in_common[0]
+    slashed, spaced = (name(["conf=a", f"data.folder={folder}"], {"data.folder"}) for folder in ("b/c", "b c"))
+    assert slashed != spaced
+    assert slashed.count("/") == 1
+    assert len(name(["conf=a", f"caption.prefix={'x' * 999}"], {"caption.prefix"})) < 120
+
+
+def test_a_configuration_survives_yaml() -> None:
+    plain = as_dict(compose.load("pixar_style"))
+    assert yaml.safe_load(yaml.safe_dump(plain, allow_unicode=True)) == plain

@@ -1,0 +1,250 @@
+"""Pictures of every kind, written to disk and read back."""
+
+import io
+import struct
+import zlib
+
+import numpy as np
+import pytest
+from PIL import Image, ImageCms
+
+from finetune.data.images import decode
+from finetune.errors import DataError
+
+LIMIT = 10_000_000
+
+
+def quarters() -> Image.Image:
+    """40 x 20 pixels: red, green above blue, white."""
+    image = Image.new("RGB", (40, 20))
+    for (x, y), colour in {(0, 0): "red", (20, 0): "lime", (0, 10): "blue", (20, 10): "white"}.items():
+        image.paste(colour, (x, y, x + 20, y + 10))
+    return image
+
+
+def difference(image: Image.Image, other: Image.Image) -> float:
+    assert image.size == other.size
+    return float(np.abs(np.asarray(image, float) - np.asarray(other, float)).mean())
+
+
+UNTURN = {
+    1: None,
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_90,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_270,
+}
+
+
+@pytest.mark.parametrize("suffix", ["jpg", "png", "webp", "tif"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_rotation(tmp_path, orientation, suffix):
+    stored = quarters() if UNTURN[orientation] is None else quarters().transpose(UNTURN[orientation])
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    options = {"jpg": {"quality": 98, "subsampling": 0}, "webp": {"lossless": True}}.get(suffix, {})
+    stored.save(tmp_path / f"a.{suffix}", exif=exif, **options)
+    read = decode.open_rgb(tmp_path / f"a.{suffix}", LIMIT)
+    assert difference(read, quarters()) < 4
+    assert decode.measure(tmp_path / f"a.{suffix}", LIMIT) == decode.Measure(40, 20)
+
+
+@pytest.mark.filterwarnings("ignore:Corrupt EXIF")
+def test_broken_exif_is_ignored(tmp_path):
+    quarters().save(tmp_path / "a.png", exif=b"Exif\0\0II*\0\xff\xff\xff\xff")
+    assert decode.open_rgb(tmp_path / "a.png", LIMIT).size == (40, 20)
+
+
+@pytest.mark.parametrize("mode", ["RGBA", "LA"])
+def test_alpha_lies_on_white(tmp_path, mode):
+    image = Image.new("RGBA", (8, 8), (0, 0, 0, 0))
+    image.paste((0, 0, 0, 128), (4, 0, 8, 8))
+    image.convert(mode).save(tmp_path / "a.png")
+    read = np.asarray(decode.open_rgb(tmp_path / "a.png", LIMIT))
+    assert (read[:, :4] == 255).all()
+    assert (np.abs(read[:, 4:].astype(int) - 127) <= 1).all()
+
+
+def test_palette_with_transparency(tmp_path):
+    image = Image.new("P", (8, 8), 0)
+    image.putpalette([200, 0, 0, 0, 0, 200])
+    image.paste(1, (4, 0, 8, 8))
+    image.save(tmp_path / "a.png", transparency=0)
+    read = decode.open_rgb(tmp_path / "a.png", LIMIT)
+    assert read.getpixel((1, 1)) == (255, 255, 255)
+    assert read.getpixel((6, 1)) == (0, 0, 200)
+
+
+def test_palette_without_transparency(tmp_path):
+    quarters().convert("P", palette=Image.Palette.ADAPTIVE).save(tmp_path / "a.gif")
+    assert difference(decode.open_rgb(tmp_path / "a.gif", LIMIT), quarters()) < 2
+
+
+@pytest.mark.parametrize("mode", ["L", "1"])
+def test_grey(tmp_path, mode):
+    Image.linear_gradient("L").convert(mode).save(tmp_path / "a.png")
+    read = np.asarray(decode.open_rgb(tmp_path / "a.png", LIMIT))
+    assert read.shape == (256, 256, 3)
+    assert (read[..., 0] == read[..., 1]).all()
+    assert read[0].mean() < 5 < 250 < read[-1].mean()
+
+
+@pytest.mark.parametrize("suffix", ["png", "tif"])
+def test_sixteen_bits_are_scaled_not_clipped(tmp_path, suffix):
+    values = np.linspace(0, 65535, 256 * 4).reshape(4, 256).astype(np.uint16)
+    Image.fromarray(values).save(tmp_path / f"a.{suffix}")
+    read = np.asarray(decode.open_rgb(tmp_path / f"a.{suffix}", LIMIT))[..., 0]
+    assert np.abs(read - values / 257).max() <= 0.51
+
+
+@pytest.mark.parametrize("top", [1.0, 255.0, 9000.0])
+def test_floats_are_scaled_to_their_range(tmp_path, top):
+    values = (np.linspace(0, 1, 256) * top).astype(np.float32).reshape(1, 256)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    read = np.asarray(decode.open_rgb(tmp_path / "a.tif", LIMIT))[0, :, 0]
+    assert np.abs(read - np.arange(256)).max() <= 1
+
+
+def test_thirty_two_bits(tmp_path):
+    values = np.array([[0, 2**30, 2**31 - 1]], dtype=np.int32)
+    Image.fromarray(values).save(tmp_path / "a.tif")
+    assert np.asarray(decode.open_rgb(tmp_path / "a.tif", LIMIT))[0, :, 0].tolist() == [0, 128, 255]
+
+
+def test_cmyk_without_profile(tmp_path):
+    quarters().convert("CMYK").save(tmp_path / "a.jpg", quality=98)
+    assert difference(decode.open_rgb(tmp_path / "a.jpg", LIMIT), quarters()) < 4
+
+
+def test_colour_profile_is_applied(tmp_path):
+    """An RGB profile with red and blue exchanged must exchange them."""
+    srgb = bytearray(ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes())
+    tags = {
+        srgb[132 + 12 * i : 136 + 12 * i].decode(): 132 + 12 * i for i in range(int.from_bytes(srgb[128:132], "big"))
+    }
+    red, blue = tags["rXYZ"], tags["bXYZ"]
+    srgb[red : red + 4], srgb[blue : blue + 4] = srgb[blue : blue + 4], srgb[red : red + 4]
+    profile = bytes(srgb).replace("sRGB".encode("utf-16-be"), "swap".encode("utf-16-be"))
+    quarters().save(tmp_path / "a.png", icc_profile=profile)
+    red_, green, blue_ = quarters().split()
+    assert difference(decode.open_rgb(tmp_path / "a.png", LIMIT), Image.merge("RGB", (blue_, green, red_))) < 3
+    exif = Image.Exif()
+    exif[0x0112] = 3
+    quarters().rotate(180).save(tmp_path / "b.png", icc_profile=profile, exif=exif)
+    assert difference(decode.open_rgb(tmp_path / "b.png", LIMIT), Image.merge("RGB", (blue_, green, red_))) < 3
+
+
+def test_broken_profile_is_ignored(tmp_path):
+    quarters().save(tmp_path / "a.png", icc_profile=b"no profile")
+    assert difference(decode.open_rgb(tmp_path / "a.png", LIMIT), quarters()) == 0
+
+
+def test_first_frame_of_an_animation(tmp_path):
+    Image.new("RGB", (8, 8), "red").save(
+        tmp_path / "a.gif", save_all=True, append_images=[Image.new("RGB", (8, 8), "blue")]
+    )
+    assert decode.open_rgb(tmp_path / "a.gif", LIMIT).getpixel((4, 4)) == (255, 0, 0)
+
+
+def bomb(side: int) -> bytes:
+    """A PNG of side x side pixels in a few bytes: its data is never there."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
+    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+
+
+def jpeg(side: int = 256) -> bytes:
+    buffer = io.BytesIO()
+    noise = np.random.default_rng(0).integers(0, 255, (side, side, 3), dtype=np.uint8)
+    Image.fromarray(noise).save(buffer, "JPEG")
+    return buffer.getvalue()
+
+
+BAD = {
+    "zero.jpg": (b"", r"is empty \(0 bytes\)"),
+    "text.png": (b"hello, this is no picture", "is not a picture in any of these formats: JPEG, PNG"),
+    "short.jpg": (jpeg()[:9000], "is truncated"),
+    "header.jpg": (jpeg()[:100], "is (truncated|corrupt|not a picture)"),
+    "broken.png": (bomb(8), "is (truncated|corrupt)"),
+    "bomb.png": (bomb(30_000), "30000 x 30000 pixels are more than data.max_pixels=10000000; .*try data.max_pixels="),
+    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is not a picture"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+@pytest.mark.parametrize("reader", [decode.open_rgb, decode.check])
+def test_bad_pictures_are_named_with_the_reason(tmp_path, name, reader):
+    data, reason = BAD[name]
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(DataError, match=rf"{name}: {reason}"):
+        reader(tmp_path / name, LIMIT)
+
+
+@pytest.mark.parametrize("share", [0.3, 0.9, 0.995])
+def test_the_cheap_check_sees_truncation_of_large_pictures(tmp_path, share):
+    data = jpeg(1600)
+    (tmp_path / "a.jpg").write_bytes(data)
+    decode.check(tmp_path / "a.jpg", LIMIT)
+    (tmp_path / "a.jpg").write_bytes(data[: int(share * len(data))])
+    with pytest.raises(DataError, match=r"a.jpg: is truncated"):
+        decode.check(tmp_path / "a.jpg", LIMIT)
+
+
+def test_a_missing_file_is_named(tmp_path):
+    for reader in (decode.open_rgb, decode.check, decode.measure):
+        with pytest.raises(DataError, match=r"gone.jpg: can't be read"):
+            reader(tmp_path / "gone.jpg", LIMIT)
+
+
+def test_an_empty_file_has_no_measure(tmp_path):
+    (tmp_path / "a.jpg").write_bytes(b"")
+    with pytest.raises(DataError, match=r"a.jpg: is empty"):
+        decode.measure(tmp_path / "a.jpg", LIMIT)
+
+
+def test_the_limit_can_be_raised_above_pillows(tmp_path):
+    (tmp_path / "bomb.png").write_bytes(bomb(30_000))
+    limit = Image.MAX_IMAGE_PIXELS
+    assert decode.measure(tmp_path / "bomb.png", 30_000**2) == decode.Measure(30_000, 30_000)
+    assert limit == Image.MAX_IMAGE_PIXELS
+
+
+def test_all_bad_pictures_at_once(tmp_path, capsys):
+    for name, (data, _) in BAD.items():
+        (tmp_path / name).write_bytes(data)
+    quarters().save(tmp_path / "good.png")
+    found = decode.unreadable(tmp_path, [*BAD, "good.png"], LIMIT)
+    assert set(found) == set(BAD)
+    with pytest.raises(DataError, match=r"data.skip_bad=true") as caught:
+        decode.report_bad(list(found.values()), skip=False)
+    assert all(name in str(caught.value) for name in BAD)
+    decode.report_bad(list(found.values()), skip=True)
+    assert capsys.readouterr().err.count("warning: left out") == len(BAD)
+    decode.report_bad([], skip=False)
+
+
+@pytest.mark.parametrize("size", [(400, 200), (200, 400), (64, 64), (10, 9), (1, 300)])
+def test_fit_fills_the_bucket_and_tells_the_crop(size):
+    image, crop = decode.fit(Image.new("RGB", size, "teal"), (96, 64))
+    assert image.size == (96, 64)
+    assert set(image.get_flattened_data()) == {(0, 128, 128)}
+    assert crop[0] + crop[2] <= size[0]
+    assert crop[1] + crop[3] <= size[1]
+
+
+def test_fit_shows_what_the_crop_says_without_aliasing():
+    stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (512, 512)))  # one pixel black, one white
+    fitted, crop = decode.fit(stripes.convert("RGB"), (64, 64))
+    assert crop == (256, 0, 512, 512)
+    assert np.abs(np.asarray(fitted, float) - 127.5).max() < 3, "fine stripes become grey, not coarse stripes"
+    marked = Image.new("RGB", (300, 100))
+    marked.paste("red", (100, 0, 200, 100))
+    fitted, crop = decode.fit(marked, (50, 50))
+    assert crop == (100, 0, 100, 100)
+    assert min(fitted.getchannel("R").get_flattened_data()) > 230

@@ -1,0 +1,210 @@
+"""Folders of pictures and captions as users have them."""
+
+import json
+
+import pytest
+from PIL import Image
+
+from finetune.data.images import folder
+from finetune.errors import DataError, RunError
+
+
+@pytest.fixture(params=["pictures", "odd [name] *", ".hidden/pictures"])
+def root(tmp_path, request):
+    path = tmp_path / request.param
+    path.mkdir(parents=True)
+    return path
+
+
+def put(root, *names):
+    for name in names:
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(root / name, format="PNG")
+
+
+def rows(path):
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def write(path, *values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+
+
+def test_pictures_are_found_recursively_whatever_they_are_called(root):
+    put(root, "b.png", "test_1.JPG", "train/deep/x.webp", "validation/Ü ä.png", "[1].png", ".hidden.png", ".dir/a.png")
+    (root / "notes.txt").write_text("no picture")
+    assert folder.pictures(root) == ["[1].png", "b.png", "test_1.JPG", "train/deep/x.webp", "validation/Ü ä.png"]
+
+
+def test_listing_reads_no_picture(root):
+    (root / "a.jpg").write_bytes(b"")
+    assert folder.pictures(root) == ["a.jpg"]
+
+
+def test_a_relative_folder_with_dots(root, monkeypatch):
+    put(root, "a.png")
+    (root / "sub").mkdir()
+    monkeypatch.chdir(root / "sub")
+    assert folder.pictures(folder.Path("../sub/..")) == ["a.png"]
+
+
+def test_bad_folders_say_what_to_type(root):
+    with pytest.raises(DataError, match=r"is empty.*data.folder="):
+        folder.pictures(root)
+    (root / "a.heic").write_bytes(b"x")
+    (root / "b.txt").write_text("x")
+    with pytest.raises(DataError, match=r"has no pictures \(found: 1 .heic, 1 .txt\).*\.png.*data.folder="):
+        folder.pictures(root)
+    with pytest.raises(DataError, match=r"there is no folder .*gone.*data.folder="):
+        folder.pictures(root / "gone")
+    with pytest.raises(DataError, match=r"is a file; name the folder that holds it"):
+        folder.pictures(root / "b.txt")
+    put(root, ".only-hidden.png")
+    with pytest.raises(DataError, match=r"has no pictures"):
+        folder.pictures(root)
+    assert folder.unread(root) == ["a.heic"]
+
+
+def test_captions_from_metadata_then_from_sidecar(root):
+    put(root, "a.png", "b.png", "c.png", "d.png", "sub/e.png", "sub/f.png")
+    write(root / "metadata.jsonl", {"file_name": "a.png", "text": "from metadata"}, {"file_name": "d.png", "text": " "})
+    write(root / "sub/metadata.jsonl", {"file_name": "./e.png", "text": "nested \u2028 text"})
+    (root / "a.txt").write_text("from the sidecar")
+    (root / "b.txt").write_bytes("\ufeffein Bär\r\n".encode())
+    (root / "sub/f.txt").write_text("\n")
+    files = folder.pictures(root)
+    assert folder.captions(root, files) == {
+        "a.png": "from metadata",
+        "b.png": "ein Bär",
+        "sub/e.png": "nested \u2028 text",
+    }
+
+
+def test_names_match_across_unicode_forms(root):
+    put(root, "Ba\u0308r.png")  # as macOS writes it
+    write(root / "metadata.jsonl", {"file_name": "B\u00e4r.png", "text": "a bear"})
+    assert folder.captions(root, folder.pictures(root)) == {"Ba\u0308r.png": "a bear"}
+    folder.add_captions(root, {"Ba\u0308r.png": "another"}, overwrite=True)
+    assert rows(root / "metadata.jsonl") == [{"file_name": "B\u00e4r.png", "text": "another"}]
+
+
+def test_rows_of_pictures_that_are_gone_are_named(root, capsys):
+    put(root, "a.png")
+    write(root / "metadata.jsonl", {"file_name": "gone.png", "text": "x"}, {"file_name": "../a.png", "text": "x"})
+    assert folder.captions(root, ["a.png"]) == {}
+    assert "names 2 pictures that aren't there, first gone.png" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("line", "reason"),
+    [
+        (b'{"file_name": "a.png", "text": "x"', "line 2: is not JSON"),
+        (b"[1]", 'line 2: has no "file_name"'),
+        (b'{"text": "x"}', 'line 2: has no "file_name"'),
+        (b'{"file_name": 3}', 'line 2: has no "file_name"'),
+        (b'{"file_name": "a.png", "text": 5}', 'line 2: "text" must be a text, got 5'),
+        (b'{"file_name": "./z.png"}', "line 2: z.png has a row on line 1 already"),
+        (b'{"file_name": "a.png", "text": "B\xe4r"}', r"byte 56 is not UTF-8 \(0xe4\); save the file as UTF-8"),
+    ],
+)
+def test_broken_metadata_is_named_with_the_line(root, line, reason):
+    (root / "metadata.jsonl").write_bytes(b'{"file_name": "z.png"}\n' + line + b"\n")
+    with pytest.raises(DataError, match=rf"metadata.jsonl(:|,) {reason}"):
+        folder.captions(root, ["a.png"])
+
+
+def test_sidecar_that_is_not_utf8(root):
+    (root / "a.txt").write_bytes("ein Bär".encode("latin-1"))
+    with pytest.raises(DataError, match=r"a.txt: byte 5 is not UTF-8 \(0xe4\)"):
+        folder.captions(root, ["a.png"])
+
+
+def test_sidecar_that_cannot_be_read(root, monkeypatch):
+    (root / "a.txt").write_text("x")
+
+    def refuse(path):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(folder.Path, "read_bytes", refuse)
+    with pytest.raises(DataError, match=r"a.txt: can't be read \(Permission denied\)"):
+        folder.captions(root, ["a.png"])
+
+
+@pytest.mark.parametrize("name", ["metadata.csv", "metadata.parquet"])
+def test_other_metadata_is_refused_not_ignored(root, name):
+    (root / name).write_text("file_name,text\n")
+    with pytest.raises(DataError, match=rf"{name}: captions are read from metadata.jsonl only"):
+        folder.captions(root, ["a.png"])
+
+
+def test_writing_keeps_what_the_user_put_there(root):
+    put(root, "a.png", "b.png", "c.png", "d.png")
+    kept = '{"file_name": "a.png",   "text": "mine", "rating": 5}'
+    (root / "metadata.jsonl").write_text(f'{kept}\n\n{{"rating": 1, "file_name": "b.png", "text": null}}\n', "utf-8")
+    folder.add_captions(root, {"a.png": "generated", "b.png": "ein Bär", "c.png": "new"}, overwrite=False)
+    assert (root / "metadata.jsonl").read_text("utf-8").splitlines()[0] == kept, "an untouched row stays as it stands"
+    assert rows(root / "metadata.jsonl")[1:] == [
+        {"rating": 1, "file_name": "b.png", "text": "ein Bär"},
+        {"file_name": "c.png", "text": "new"},
+    ]
+    folder.add_captions(root, {"a.png": "generated"}, overwrite=True)
+    assert rows(root / "metadata.jsonl")[0] == {"file_name": "a.png", "text": "generated", "rating": 5}
+    assert sorted(path.suffix for path in root.iterdir()) == [".jsonl", *[".png"] * 4], "no temporary files stay"
+
+
+def test_captions_go_to_the_nearest_metadata(root):
+    put(root, "a.png", "sub/b.png", "sub/deep/c.png", "other/d.png")
+    write(root / "sub/metadata.jsonl", {"file_name": "b.png", "text": "there"})
+    folder.add_captions(root, {"sub/deep/c.png": "c", "other/d.png": "d"}, overwrite=False)
+    assert rows(root / "sub/metadata.jsonl")[1] == {"file_name": "deep/c.png", "text": "c"}
+    assert rows(root / "metadata.jsonl") == [{"file_name": "other/d.png", "text": "d"}]
+    assert set(folder.captions(root, folder.pictures(root))) == {"sub/b.png", "sub/deep/c.png", "other/d.png"}
+
+
+def test_imagefolder_reads_what_is_written(tmp_path):
+    import datasets
+
+    put(tmp_path, "one.png", "sub/two.png")
+    folder.add_captions(tmp_path, {"one.png": "first", "sub/two.png": "second"}, overwrite=False)
+    table = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train", streaming=True)
+    assert sorted(row["text"] for row in table.cast_column("image", datasets.Image(decode=False))) == [
+        "first",
+        "second",
+    ]
+
+
+def test_a_folder_that_cannot_be_written_is_said_before_any_work(root, monkeypatch):
+    put(root, "a.png")
+    folder.check_writable(root, ["a.png"])
+
+    def refuse(**options):
+        raise OSError(30, "Read-only file system")
+
+    monkeypatch.setattr(folder.tempfile, "TemporaryFile", refuse)
+    with pytest.raises(
+        DataError, match=r"captions can't be written .*metadata.jsonl \(Read-only file system\).*data.folder="
+    ):
+        folder.check_writable(root, ["a.png"])
+
+
+def test_a_full_disk_loses_nothing(root, monkeypatch):
+    put(root, "a.png")
+    write(root / "metadata.jsonl", {"file_name": "z.png", "text": "mine"})
+    before = (root / "metadata.jsonl").read_bytes()
+
+    def full(descriptor):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("os.fsync", full)
+    with pytest.raises(RunError, match=r"No space left on device"):
+        folder.add_captions(root, {"a.png": "new"}, overwrite=False)
+    assert (root / "metadata.jsonl").read_bytes() == before
+    assert len(list(root.iterdir())) == 2
+
+
+def test_content_hashes_are_of_bytes_alone(root):
+    put(root, "a.png", "sub/b.png")
+    hashes = folder.content_hashes(root, ["a.png", "sub/b.png"])
+    assert hashes["a.png"] == hashes["sub/b.png"]
+    with pytest.raises(DataError, match=r"gone.png: can't be read"):
+        folder.content_hashes(root, ["gone.png"])

@@ -1,0 +1,159 @@
+"""Files: what is in them, where it stands, and what is wrong with them."""
+
+import json
+import random
+import re
+
+import pytest
+
+from finetune.data.text import readers
+from finetune.errors import DataError
+
+
+def rows(path):
+    return list(readers.read(path))
+
+
+def put(tmp_path, name, content):
+    path = tmp_path / name
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def test_missing_and_unknown_files_say_what_to_type(tmp_path):
+    with pytest.raises(DataError, match=r"there is no .*gone; name your conversations: data.file="):
+        readers.files_of(tmp_path / "gone")
+    with pytest.raises(DataError, match=r"files are read as .json, .jsonl.*data.file="):
+        readers.files_of(put(tmp_path, "a.docx", ""))
+    with pytest.raises(DataError, match=r"neither a folder saved by `datasets` nor one with .json"):
+        readers.files_of(tmp_path)
+
+
+@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 20])
+def test_json_arrays_read_alike_in_any_blocks(tmp_path, monkeypatch, block):
+    monkeypatch.setattr(readers, "BLOCK", block)
+    draw = random.Random(0)
+    texts = ["☃ü", '\\" \u2028', 'x"y', "💥", "\ttab", ""]
+    made = [{"a": draw.choice(texts) * draw.randrange(9), "b": [1.5, None, True]} for _ in range(20)]
+    for indent, ascii_ in ((None, True), (2, False)):
+        path = put(tmp_path, "a.json", json.dumps(made, indent=indent, ensure_ascii=ascii_))
+        assert [value for _, value in rows(path)] == made
+        lines = path.read_text().split("\n")
+        assert all(indent is None or lines[line - 1].strip() == "{" for line, _ in rows(path))
+
+
+@pytest.mark.parametrize("text", ['{"a": 1}\n{"a": 2}\n', '{\n "a": 1\n}\n{"a": 2}', '\ufeff[{"a": 1},\n{"a": 2}]\n'])
+def test_json_that_is_no_plain_array(tmp_path, text):
+    assert [value for _, value in rows(put(tmp_path, "a.json", text))] == [{"a": 1}, {"a": 2}]
+
+
+def test_empty_json(tmp_path):
+    assert rows(put(tmp_path, "a.json", " [ ] ")) == rows(put(tmp_path, "b.json", "")) == []
+
+
+@pytest.mark.parametrize("block", [1, 16, 1 << 20])
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('[{"a": 1},\n{"a": 2', r":2: is not JSON"),
+        ('[{"a": 1},\n\n{"a" 2}, {"b": "' + "x" * 99 + '"}]', r":3: is not JSON \(Expecting ':'"),
+        ('[{"a": 1},\n{"a": 2}', r":2: ends inside its array"),
+        ('[{"a": 1}\n{"a": 2}]', r":2: lacks a comma between two rows"),
+        ('[{"a": 1}]\n[]', r":2: goes on behind the end of its array"),
+        ("[" * 200_000, r"is (nested too deeply|not JSON)"),
+        ('[\n{"a": "un', r":2: is not JSON \(Unterminated string"),
+    ],
+)
+def test_broken_json_names_the_line(tmp_path, monkeypatch, block, text, message):
+    monkeypatch.setattr(readers, "BLOCK", block)
+    with pytest.raises(DataError, match=message):
+        rows(put(tmp_path, "a.json", text))
+
+
+def test_broken_json_lines_name_the_line_and_the_rest_is_read(tmp_path):
+    found = rows(put(tmp_path, "a.jsonl", '\ufeff{"a": "x\u2028y"}\r\n\n{"a": \n{"b": 1}\n' + "[" * 100_000))
+    assert [number for number, _ in found] == [1, 3, 4, 5]
+    assert found[0][1] == {"a": "x\u2028y"}
+    assert "a.jsonl:3: is not JSON (Expecting value, column 8); every line must be one object" in str(found[1][1])
+    assert "a.jsonl:5: is not JSON" in str(found[3][1])
+
+
+@pytest.mark.parametrize("block", [1, 5, 1 << 20])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
+def test_wrong_encodings_name_the_byte_and_the_line(tmp_path, monkeypatch, name, block):
+    monkeypatch.setattr(readers, "BLOCK", block)
+    head = {"a.jsonl": b'{"text": "\xc3\xbc"}\n{"text": "', "a.json": b'[{"text": "\xc3\xbc"},\n{"text": "'}.get(
+        name, b"text\n"
+    )
+    path = put(tmp_path, name, head + "Grüße".encode("latin-1") + b'"}')
+    message = rf"{name}:2: byte {len(head) + 2} is not UTF-8 \(0xfc\); save the file as UTF-8"
+    if name == "a.jsonl":  # the next line can still be found
+        assert re.search(message, str(rows(path)[1][1]))
+    else:
+        with pytest.raises(DataError, match=message):
+            rows(path)
+
+
+def test_utf16_is_named_at_its_first_byte(tmp_path):
+    [(_, error), *_] = rows(put(tmp_path, "a.jsonl", '{"a": 1}'.encode("utf-16")))
+    assert "a.jsonl:1: byte 0 is not UTF-8 (0xff)" in str(error)
+    with pytest.raises(DataError, match=r"a.json:1: byte 8 is not UTF-8"):
+        rows(put(tmp_path, "a.json", b'[{"a": "\xc3'))
+
+
+def test_csv_of_spreadsheets(tmp_path):
+    path = put(tmp_path, "a.csv", '\ufeffprompt;completion\r\n"a;\r\nb";"say ""x"""\r\n\r\nc;d\r\n')
+    assert rows(path) == [
+        (2, {"prompt": "a;\r\nb", "completion": 'say "x"'}), (5, {"prompt": "c", "completion": "d"})
+    ]  # fmt: skip
+    assert rows(put(tmp_path, "b.tsv", "a\tb\n1\t2,3\n")) == [(2, {"a": "1", "b": "2,3"})]
+    long = "x" * 300_000
+    assert rows(put(tmp_path, "c.csv", f"a,b\n{long},1\n"))[0][1]["a"] == long
+
+
+def test_broken_csv_names_the_line(tmp_path):
+    found = rows(put(tmp_path, "a.csv", "a,b\n1,2\n3\n4,5\n"))
+    assert found[0] == (2, {"a": "1", "b": "2"})
+    assert found[2] == (4, {"a": "4", "b": "5"})
+    assert "a.csv:3: has 1 cells for 2 columns; put double quotes" in str(found[1][1])
+    with pytest.raises(DataError, match=r"a.csv:3: is not CSV \(.*\); put double quotes"):
+        rows(put(tmp_path, "a.csv", 'a,b\n1,2\n"3"x,4\n'))
+
+
+def test_broken_parquet_and_saved_folders(tmp_path):
+    with pytest.raises(DataError, match=r"a.parquet: is no readable Parquet file"):
+        rows(put(tmp_path, "a.parquet", b"PAR1nothing"))
+    (tmp_path / "saved").mkdir()
+    (tmp_path / "saved" / "state.json").write_text("{}")
+    with pytest.raises(DataError, match=r"saved: can't be loaded by `datasets`"):
+        rows(tmp_path / "saved")
+
+
+def test_parts_of_a_saved_folder(tmp_path):
+    import datasets
+
+    part = datasets.Dataset.from_list([{"text": "a"}])
+    other = datasets.Dataset.from_list([{"text": "b"}])
+    for names, wanted in ((("test", "train"), "b"), (("only",), "a")):
+        path = tmp_path / "-".join(names)
+        datasets.DatasetDict(dict(zip(names, [part, other], strict=False))).save_to_disk(str(path))
+        assert rows(path) == [(1, {"text": wanted})]
+    datasets.DatasetDict({"a": part, "b": other}).save_to_disk(str(tmp_path / "two"))
+    with pytest.raises(DataError, match=r"has the parts a, b and none is called train; name one: data.file=.*two/PART"):
+        rows(tmp_path / "two")
+    assert rows(tmp_path / "two" / "b") == [(1, {"text": "b"})]
+
+
+def test_files_that_cannot_be_opened(tmp_path):
+    with pytest.raises(DataError, match=r"can't be read \(No such file"):
+        rows(tmp_path / "gone.jsonl")
+    with pytest.raises(DataError, match=r"can't be read \(No such file"):
+        readers.content_hash((tmp_path / "gone.jsonl",))
+
+
+def test_the_hash_is_of_content_not_of_names(tmp_path):
+    first, same, other = (
+        put(tmp_path, name, text) for name, text in (("a.json", "x"), ("b.json", "x"), ("c.json", "y"))
+    )
+    assert readers.content_hash((first,)) == readers.content_hash((same,)) != readers.content_hash((other,))
+    assert readers.content_hash((first, other)) != readers.content_hash((other, first))

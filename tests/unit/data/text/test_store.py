@@ -1,0 +1,349 @@
+"""A whole set: cached by content, in parallel, in constant memory, split and counted."""
+
+import json
+import os
+import pickle
+import random
+import subprocess
+import sys
+import threading
+
+import numpy as np
+import pytest
+
+from finetune.config.schema import LongRows
+from finetune.data.text import store, workers
+from finetune.data.text.formats import Conversation, Message, open_source
+from finetune.data.text.tokens import Chat, marked
+from finetune.errors import DataError, RunError
+from tests import chat_templates as templates
+from tests.chat_templates import tokenizer
+from tests.conftest import ROOT
+
+VOCABULARY = [f"word{number}" for number in range(300)]
+
+
+def turns(draw, words=12):
+    text = " ".join(draw.choice(VOCABULARY) for _ in range(words))
+    return {"messages": [{"role": "user", "content": f"What is {text}?"}, {"role": "assistant", "content": text}]}
+
+
+def save(path, values):
+    path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
+    return path
+
+
+@pytest.fixture
+def chat():
+    return Chat(tokenizer(templates.CHATML))
+
+
+@pytest.fixture
+def data(tmp_path):
+    draw = random.Random(0)
+    return save(tmp_path / "chat.jsonl", [turns(draw) for _ in range(60)])
+
+
+@pytest.fixture
+def prepare(tmp_path, chat):
+    def call(path, **options):
+        options = {"length": 256, "long_rows": LongRows.refuse, "workers": 1, "cache": tmp_path / "cache"} | options
+        return store.prepare(open_source(path), options.pop("chat", chat), **options)
+
+    return call
+
+
+def content(found):
+    return [(found[index].ids.tolist(), found[index].trained.tolist()) for index in range(len(found))]
+
+
+def test_rows_are_what_encoding_one_by_one_gives(prepare, data, chat):
+    found = prepare(data)
+    assert (len(found), found.cached, found.figures.conversations) == (60, False, 60)
+    for index, line in enumerate(data.read_text().splitlines()):
+        messages = tuple(Message(**turn) for turn in json.loads(line)["messages"])
+        alone = chat.encode(Conversation(messages, "f:1"))
+        assert found[index].ids.tolist() == alone.ids.tolist()
+        assert found[index].ids.dtype == np.uint32
+        assert found[index].trained.tolist() == alone.trained.tolist()
+        assert found.lengths[index] == len(alone.ids)
+        assert found.trained[index] == alone.trained.sum()
+        assert found.number(index) == index
+    assert "⟦" in marked(chat.tokenizer, found[0])
+    for bad in (60, -1):
+        with pytest.raises(IndexError):
+            found[bad]
+    again = pickle.loads(pickle.dumps(found))
+    assert content(again) == content(found)
+    assert len(pickle.dumps(found)) < 2000, "it travels as its folder"
+    [line] = found.figures.lines()
+    assert line.startswith(
+        f"60 conversations as 60 rows of {found.lengths.sum():,} tokens, {found.trained.sum():,} trained ("
+    )
+
+
+def test_the_cache_is_by_content(prepare, data, tmp_path):
+    first = prepare(data)
+    assert prepare(data).cached
+    moved = tmp_path / "elsewhere.jsonl"
+    moved.write_bytes(data.read_bytes())
+    os.utime(moved, (0, 0))
+    assert prepare(moved).cached, "neither path nor time counts"
+    assert content(prepare(moved)) == content(first)
+    changed = save(tmp_path / "changed.jsonl", [turns(random.Random(1))])
+    other = Chat(tokenizer(templates.CHATML, eos="<|im_end|>"))
+    assert not prepare(changed).cached
+    for options in ({"length": 300}, {"long_rows": LongRows.split}, {"skip_bad": True}, {"chat": other},
+                    {"chat": Chat(tokenizer(templates.PHI))}):  # fmt: skip
+        assert not prepare(data, **options).cached
+    folders = [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+    assert len(folders) == 7
+    assert all(path.name.startswith("rows-") for path in folders), "nothing half-made stays"
+
+
+@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in store.FILES), store.NOTES])
+@pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
+def test_damaged_caches_are_made_anew(prepare, data, name, damage):
+    first = content(prepare(data))
+    path = prepare(data).folder / name
+    whole = bytearray(path.read_bytes())
+    if damage == "gone":
+        path.unlink()
+    elif damage == "cut":
+        path.write_bytes(whole[:-1])
+    else:
+        whole[len(whole) // 2] ^= 255
+        path.write_bytes(whole)
+    again = prepare(data)
+    assert not again.cached
+    assert content(again) == first
+    assert prepare(data).cached
+
+
+def test_a_killed_run_leaves_nothing_that_counts(prepare, data, monkeypatch):
+    def fail(*_, **__):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr(store, "encode_stream", fail)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(data)
+    assert not prepare(data).cached
+
+
+def test_two_at_once_make_it_once(prepare, data):
+    found = []
+    threads = [threading.Thread(target=lambda: found.append(prepare(data))) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(item.cached for item in found) == [False, True, True, True]
+
+
+def test_processes_change_nothing(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "BATCH", 16)
+    monkeypatch.setattr(workers, "ALONE", 1)
+    draw = random.Random(2)
+    path = save(tmp_path / "many.jsonl", [turns(draw, draw.randrange(1, 40)) for _ in range(200)])
+    options = {"long_rows": LongRows.split, "length": 64}
+    alone = prepare(path, **options)
+    together = prepare(path, **options, workers=3, cache=tmp_path / "other")
+    assert not together.cached
+    for name in store.FILES:
+        assert (alone.folder / f"{name}.bin").read_bytes() == (together.folder / f"{name}.bin").read_bytes()
+    plain = [figures.__dict__ | {"seconds": 0} for figures in (alone.figures, together.figures)]
+    assert plain[0] == plain[1]
+
+
+def test_errors_of_other_processes_arrive(prepare, tmp_path, monkeypatch):
+    monkeypatch.setattr(workers, "BATCH", 4)
+    monkeypatch.setattr(workers, "ALONE", 1)
+    draw = random.Random(3)
+    path = save(tmp_path / "long.jsonl", [turns(draw, 500 if index == 21 else 5) for index in range(40)])
+    with pytest.raises(DataError, match=r"long.jsonl:22: has \d+ tokens, 256 fit"):
+        prepare(path, workers=2)
+    with monkeypatch.context() as patched:
+        patched.setattr(workers, "SERVE", "import sys; sys.exit(3)")
+        with pytest.raises(RunError, match=r"a tokenising process ended by itself \(exit code 3;.*data.workers=1"):
+            prepare(path, workers=2)
+    with monkeypatch.context() as patched:
+        odd = (
+            "import sys; sys.path[:0] = [sys.argv[1]]; import finetune.data.text.workers as e;"
+            "e._encode = None; e.serve()"
+        )
+        patched.setattr(workers, "SERVE", odd)
+        with pytest.raises(RunError, match=r"tokenising failed with TypeError"):
+            prepare(path, workers=2)
+
+
+def test_a_process_for_each_core(monkeypatch):
+    assert workers._cores() == len(os.sched_getaffinity(0))
+    monkeypatch.delattr(os, "sched_getaffinity")
+    assert workers._cores() == os.cpu_count()
+
+
+@pytest.mark.parametrize(
+    ("policy", "rows_", "lost"),
+    [("keep_end", 3, True), ("keep_start", 3, True), ("split", 5, False), ("drop", 2, True)],
+)
+def test_long_rows_by_choice_and_the_loss_is_told(prepare, tmp_path, policy, rows_, lost):
+    long = {"messages": [{"role": "user", "content": "hi!"}, {"role": "assistant", "content": "One two three. " * 40}]}
+    short = {"messages": [{"role": "user", "content": "hi!"}, {"role": "assistant", "content": "One two."}]}
+    path = save(tmp_path / "a.jsonl", [short, long, short])
+    found = prepare(path, length=64, long_rows=LongRows[policy])
+    assert (found.lengths <= 64).all()
+    assert (found.trained > 0).all()
+    assert (len(found) >= rows_, found.figures.long) == (True, 1)
+    assert found.number(len(found) - 1) == 2
+    assert found.figures.whole > found.figures.trained
+    if policy == "drop":
+        assert found.figures.lost == 1 - found.trained.sum() / found.figures.whole
+        assert found.figures.lost > 0.8
+    assert (found.figures.lost > 0.05) == lost
+    assert f"warning: 1 rows are over the length; {found.figures.lost:.2%} of trained tokens are lost" in str(
+        found.figures.lines()
+    )
+
+
+def test_bad_rows_left_out_are_counted_and_shown(prepare, tmp_path):
+    good = turns(random.Random(0))
+    system = {"messages": [{"role": "system", "content": "x"}, *good["messages"]]}
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(["{broken", json.dumps(good), json.dumps(system), json.dumps(good)]))
+    chat = Chat(tokenizer(templates.GEMMA))
+    with pytest.raises(DataError, match=r"a.jsonl:1: is not JSON"):
+        prepare(path, chat=chat)
+    found = prepare(path, chat=chat, skip_bad=True)
+    assert (found.figures.bad, found.figures.conversations, len(found)) == (2, 4, 2)
+    lines = "\n".join(found.figures.lines())
+    assert "warning: 2 unusable rows are left out, such as:" in lines
+    assert "a.jsonl:1: is not JSON" in lines
+    assert "a.jsonl:3: the chat template refuses it (System role not supported)" in lines
+    assert "data.skip_bad" not in lines  # it is on
+    assert found.number(1) == 2
+    assert found.duplicates() == 1
+
+
+def test_shortened_answers_and_control_tokens_are_told(prepare, tmp_path):
+    thought = {"role": "assistant", "content": "<think>Let me see.</think>\n\nblue </s>"}
+    ask = {"role": "user", "content": "hi!"}
+    path = save(tmp_path / "a.jsonl", [{"messages": [ask, thought, ask, {"role": "assistant", "content": "bye"}]}])
+    lines = prepare(path, chat=Chat(tokenizer(templates.QWEN3))).figures.lines()
+    assert lines[1:] == [
+        "warning: the chat template leaves out a part of 1 answers",
+        "warning: texts spell 1 control tokens, which are read as such",
+    ]
+
+
+def test_nothing_left_is_an_error(prepare, tmp_path, data):
+    with pytest.raises(
+        DataError, match=r"nothing is left of 60 rows: 0 are unusable, of 60 no trained token is within 8"
+    ):
+        prepare(data, length=8, long_rows=LongRows.keep_start)
+    gemma = Chat(tokenizer(templates.GEMMA))
+    bad = save(
+        tmp_path / "b.jsonl", [{"messages": [{"role": "system", "content": "x"}, *turns(random)["messages"]]}] * 2
+    )
+    with pytest.raises(
+        DataError, match=r"nothing is left of 2 rows: 2 are unusable.*System role not supported.*data.length"
+    ):
+        prepare(bad, chat=gemma, skip_bad=True)
+    assert not [path for path in (tmp_path / "cache").iterdir() if path.is_dir()]
+
+
+def test_an_unusable_cache_says_what_to_type(prepare, data, tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(DataError, match=r"cannot use the cache .*file/cache.*data.cache=FOLDER"):
+        prepare(data, cache=tmp_path / "file" / "cache")
+
+
+def test_the_split_is_by_content_and_stable(prepare, tmp_path):
+    draw = random.Random(4)
+    made = [turns(draw) for _ in range(400)]
+    small = prepare(save(tmp_path / "a.jsonl", made[:300]))
+    large = prepare(save(tmp_path / "b.jsonl", [*made[350:], *made[:350], *made[:100]]))
+
+    def held_out(found, share=0.1):
+        train, held = found.split(share)
+        assert sorted([*train, *held]) == list(range(len(found)))
+        return {tuple(found[index].ids.tolist()) for index in held}, {
+            tuple(found[index].ids.tolist()) for index in train
+        }
+
+    first, rest = held_out(small)
+    second, others = held_out(large)
+    assert 15 <= len(first) <= 50
+    assert first < second
+    assert not second & others, "equal conversations are on one side"
+    assert not rest & second
+    assert held_out(small, 0.0)[0] == set()
+    assert held_out(small, 0.1)[0] < held_out(small, 0.3)[0]
+    assert large.duplicates() == 100
+    assert small.duplicates() == 0
+
+
+def test_small_sets_and_sets_of_equals(prepare, tmp_path):
+    draw = random.Random(5)
+    assert len(prepare(save(tmp_path / "a.jsonl", [turns(draw) for _ in range(19)])).split(0.5)[1]) == 0
+    twenty = prepare(save(tmp_path / "b.jsonl", [turns(draw) for _ in range(20)]))
+    assert len(twenty.split(1e-9)[1]) == 1, "one is held out at least"
+    equals = prepare(save(tmp_path / "c.jsonl", [turns(draw)] * 30))
+    assert [len(part) for part in equals.split(0.5)] == [30, 0]
+    assert equals.leaked(0.5) == (0, 0)
+    assert equals.duplicates() == 29
+
+
+def test_pieces_of_a_row_are_on_one_side(prepare, tmp_path):
+    draw = random.Random(6)
+    path = save(tmp_path / "a.jsonl", [turns(draw, 40) for _ in range(60)])
+    found = prepare(path, length=64, long_rows=LongRows.split)
+    train, held = ({found.number(index) for index in part} for part in found.split(0.2))
+    assert held
+    assert not train & held
+    assert found.duplicates() == 0
+
+
+def test_near_duplicates_across_the_split_are_counted(prepare, tmp_path):
+    draw = random.Random(7)
+    made = [turns(draw, 40) for _ in range(200)]
+    near = json.loads(json.dumps(made))
+    for row in near:
+        row["messages"][0]["content"] += " Please tell me."
+    clean = prepare(save(tmp_path / "a.jsonl", made), length=1024)
+    assert clean.leaked(0.2) == (0, len(clean.split(0.2)[1]))
+    both = prepare(save(tmp_path / "b.jsonl", [*made, *near]), length=1024)
+    leaked, held_out = both.leaked(0.2)
+    train, held = (set(part.tolist()) for part in both.split(0.2))
+    true = sum((index + 200) % 400 in train for index in held)
+    assert held_out == len(held) > true > 40, "where a copy fell on the same side there is no leak"
+    assert 0.85 * true < leaked <= true
+
+
+def test_memory_does_not_grow_with_the_set(tmp_path):
+    """Peak memory of a fresh process, over a file of 5 MB and one of 30."""
+    draw = random.Random(8)
+    block = "".join(json.dumps(turns(draw) | {"note": "x" * 2000}) + "\n" for _ in range(500))
+    peaks = []
+    for times in (4, 24):
+        path = tmp_path / f"{times}.jsonl"
+        path.write_text(block * times)
+        script = (
+            "import re, sys, pathlib; from finetune.data.text import store; from tests import chat_templates as t\n"
+            "from finetune.data.text.tokens import Encoded, Chat\nimport numpy as np\n"
+            "chat = Chat(t.tokenizer(t.CHATML_MARKED)); ids = np.arange(90, dtype=np.uint32)\n"
+            "row = Encoded(ids, ids > 5)\n"
+            "Chat.encode_all = lambda self, rows: [row] * len(rows)  # the rest of the way is what is looked at\n"
+            "path = pathlib.Path(sys.argv[1])\n"
+            "found = store.prepare(store.formats.open_source(path), chat, cache=path.parent / 'cache', "
+            "length=128, long_rows=store.LongRows.refuse, workers=1)\n"
+            "peak = re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]\n"
+            "print(len(found), peak)"
+        )
+        output = subprocess.run(
+            [sys.executable, "-c", script, str(path)], cwd=ROOT, capture_output=True, text=True, check=True
+        )
+        count, peak = map(int, output.stdout.split())
+        assert count == 500 * times
+        peaks.append(peak / 1024)
+    assert peaks[1] - peaks[0] < 6, f"{peaks} MiB"

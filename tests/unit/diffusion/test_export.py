@@ -1,0 +1,148 @@
+"""Every dialect draws what was trained, and a file that doesn't is never handed out."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors import safe_open
+
+from finetune import hub
+from finetune.adapters import formats, lora
+from finetune.config.schema import Config, ModelConfig
+from finetune.diffusion import export as diffusion_export
+from finetune.diffusion.pipeline import load_adapter, load_backbone
+from finetune.errors import ExportError, ModelError
+from finetune.run.records import Dataset, Run
+from finetune.stages.export import _usage as usage
+from finetune.stages.export import export
+from finetune.stages.train import train
+
+
+@pytest.fixture(params=["attention", "wide"])
+def run(config: Config, make_dataset: Callable[..., Dataset], request: pytest.FixtureRequest) -> Run:
+    config.lora.targets = request.param
+    config.lora.alpha, config.trainer.ema_decay = 3.0, 0.9  # alpha != rank: converters like to mix them up
+    config.caption.trigger = "pixar style"
+    return train(config, make_dataset())
+
+
+def test_all_dialects_reproduce_the_trained_module(
+    config: Config, run: Run, capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = export(config, run)
+    assert "compared with the trained model: no difference (peft" in capsys.readouterr().err
+    assert set(adapter.differences) == {"peft", "diffusers", "kohya"}
+    assert all(difference <= 1e-5 for difference in adapter.differences.values())
+    folder = Path(adapter.folder)
+    with safe_open(folder / adapter.files["kohya"], framework="pt") as file:
+        metadata = file.metadata()
+        alphas = [float(file.get_tensor(name)) for name in file.keys() if name.endswith(".alpha")]  # noqa: SIM118
+    assert metadata["recipe"] == "tiny"
+    assert (metadata["rank"], metadata["alpha"]) == ("4", "3.0")
+    assert metadata["trigger_phrase"] == "pixar style"
+    assert metadata["training_hash"] == run.training_hash
+    assert set(alphas) == {3.0}
+    assert (folder / adapter.files["ema"]).is_file()
+    assert json.loads((folder / "peft" / "adapter_config.json").read_text())["lora_alpha"] == 3.0
+    assert "pixar style" in (folder / "README.md").read_text()
+
+
+def test_the_libraries_own_loaders_read_the_files(config: Config, run: Run, tiny_base: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+
+    adapter = export(config, run)
+    pipelines = []
+    for name in (adapter.files["diffusers"], adapter.files["kohya"]):
+        pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+        pipeline.load_lora_weights(adapter.folder, weight_name=name)
+        pipelines.append(pipeline)
+    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 16)
+    with torch.no_grad():
+        outputs = [pipe.unet(latents, torch.tensor([5]), encoder_hidden_states=text).sample for pipe in pipelines]
+        base = load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)(
+            latents, torch.tensor([5]), encoder_hidden_states=text
+        ).sample
+    assert torch.allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(outputs[0], base, atol=1e-4)
+
+
+def test_a_file_that_does_not_reproduce_the_module_fails_the_stage_and_leaves_the_old_adapter(
+    config: Config, run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(config, run)
+    before = sorted(path.name for path in Path(config.run_dir, "adapter").iterdir())
+    write = formats.save_kohya
+    monkeypatch.setattr(
+        formats, "save_kohya", lambda file, weights, part, alpha, metadata: write(file, weights, part, 4.0, metadata)
+    )
+    config.name = "renamed"  # no longer fresh
+    with pytest.raises(ExportError, match=r"kohya adapter .* does not reproduce the trained one.*export.tolerance"):
+        export(config, run)
+    assert sorted(path.name for path in Path(config.run_dir, "adapter").iterdir()) == before
+
+
+def test_an_untrained_adapter_is_reported(
+    config: Config, run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    unet = lora.inject(
+        load_backbone(config.model, torch.float32),
+        rank=4,
+        alpha=3.0,
+        dropout=0.0,
+        targets=config.model.lora_targets[config.lora.targets],
+        seed=0,
+    )
+    diffusion_export.write(config, run, lora.state(unet), None, tmp_path)
+    assert "changes the output by only 0.0e+00" in capsys.readouterr().err
+
+
+def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
+    config: Config, run: Run, tiny_base: Path, tmp_path: Path
+) -> None:
+    unet = load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)
+    with pytest.raises(ModelError, match=r"no adapter at .*sample.adapter="):
+        load_adapter(config.model, unet, tmp_path / "nowhere")
+    adapter = export(config, run)
+    peft = Path(adapter.folder) / "peft" / "adapter_model.safetensors"
+    peft.write_bytes(peft.read_bytes()[:100])
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged"):
+        load_adapter(config.model, unet, peft.parent)
+    from diffusers import UNet2DConditionModel
+
+    other = UNet2DConditionModel(
+        sample_size=8, block_out_channels=(8, 8), layers_per_block=1, cross_attention_dim=8, norm_num_groups=4,
+        down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"), up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
+        attention_head_dim=4,
+    )  # fmt: skip
+    for name in ("diffusers", "kohya"):
+        with pytest.raises(ModelError, match=r"does not fit this base"):
+            load_adapter(config.model, other, Path(adapter.folder) / adapter.files[name])
+
+
+@pytest.mark.parametrize("embedded", [True, False])
+def test_the_code_on_the_card_runs(
+    config: Config, run: Run, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+) -> None:
+    if embedded:
+        monkeypatch.setattr(hub, "EMBEDDED", tiny_base.parent)
+        config.model.base = f"embedded:{tiny_base.name}"
+    card = Path(export(config, run).folder, "README.md").read_text()
+    monkeypatch.chdir(config.run_dir)
+    names: dict[str, Any] = {}
+    exec(card.split("```python\n")[1].split("```")[0], names)
+    assert names["pipeline"].get_active_adapters()
+
+
+@pytest.mark.parametrize(
+    ("base", "loaded"),
+    [
+        ("a/b", 'load("a/b")'),
+        ("a/b@v2", 'load("a/b", revision="v2")'),
+        ("embedded:x", 'from finetune import hub\nload(str(hub.resolve("embedded:x")))'),
+    ],
+)
+def test_the_card_names_the_base_as_its_library_takes_it(base: str, loaded: str) -> None:
+    assert usage("load({base})", base) == loaded

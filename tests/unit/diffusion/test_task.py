@@ -1,0 +1,82 @@
+"""What an example sees depends on (seed, example, visit) alone; the loss weights are those of the paper."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+
+from finetune.config.schema import Config
+from finetune.diffusion.objectives import Denoising
+from finetune.diffusion.task import DiffusionTask, visit_seed
+from finetune.run.records import Dataset
+from tests.tiny_models import save_diffusion
+
+CPU = torch.device("cpu")
+
+
+def test_noise_and_timestep_do_not_depend_on_batch_or_order(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    dataset = make_dataset()
+    task = DiffusionTask(config, dataset, CPU)
+    examples = [example for example in dataset.examples() if example.bucket == (32, 32)][:3]
+    forward = task.collate([(example, 5) for example in examples])
+    backward = task.collate([(example, 5) for example in reversed(examples)])
+    for name, tensor in forward.tensors.items():
+        assert torch.equal(tensor, backward.tensors[name].flip(0))
+    assert not torch.equal(forward.tensors["noise"], task.collate([(e, 6) for e in examples]).tensors["noise"])
+
+
+def test_validation_repeats_exactly_and_names_noise_levels(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    dataset = make_dataset()
+    task = DiffusionTask(config, dataset, CPU)
+    first = task.validate(2)
+    torch.rand(5)
+    assert task.validate(1) == pytest.approx(first, rel=1e-5)
+    assert list(first) == ["mean", "t=100", "t=300", "t=500", "t=700", "t=900"]
+    assert first["mean"] == pytest.approx(sum(list(first.values())[1:]) / 5)
+
+
+@pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])
+def test_a_perfect_prediction_has_no_loss(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path_factory: pytest.TempPathFactory, prediction: str
+) -> None:
+    config.model.base = str(save_diffusion(tmp_path_factory.mktemp("base"), prediction_type=prediction))
+    config.loss.min_snr_gamma = 0
+    dataset = make_dataset()
+    task = DiffusionTask(config, dataset, CPU)
+    batch = task.collate([(next(dataset.examples()), 0)])
+    clean, noise, timesteps = (batch.tensors[name] for name in ("clean", "noise", "timesteps"))
+    assert isinstance(task.objective, Denoising)
+    alpha = task.objective.alphas_cumprod[timesteps].sqrt().view(-1, 1, 1, 1)
+    sigma = (1 - alpha**2).sqrt()
+    truth = {"epsilon": noise, "v_prediction": alpha * noise - sigma * clean, "sample": clean}[prediction]
+    task.model = lambda *_, **__: (truth,)  # type: ignore[assignment]
+    assert float(task.loss(batch)) == pytest.approx(0, abs=1e-9)
+    task.model = lambda *_, **__: (truth + 1,)  # type: ignore[assignment]
+    assert float(task.loss(batch)) > 0.01
+
+
+def test_caption_dropout_noise_offset_and_min_snr_are_used(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    dataset = make_dataset()
+    example = next(dataset.examples())
+    config.loss.caption_dropout = 0.999999
+    dropped = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
+    assert not dropped.tensors["text.embedding"].any()
+    config.loss.caption_dropout = 0.0
+    plain = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
+    assert plain.tensors["text.embedding"].any()
+    config.loss.noise_offset = 0.5
+    shifted = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
+    difference = shifted.tensors["noise"] - plain.tensors["noise"]
+    assert difference.std(dim=(2, 3)).max() < 1e-5
+    assert difference.abs().max() > 0.05
+
+
+def test_seeds_are_spread() -> None:
+    seeds = {visit_seed(seed, key, visit) for seed in range(5) for key in "abc" for visit in range(-1, 5)}
+    assert len(seeds) == 90

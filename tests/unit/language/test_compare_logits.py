@@ -1,0 +1,78 @@
+"""Figures about two models are those of their whole logits, whatever the chunks, and nothing hides in them."""
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from finetune.config.schema import ModelConfig
+from finetune.language import compare_logits
+from finetune.language.causal_lm import load_model
+
+CPU = torch.device("cpu")
+ROWS = [[5, 9, 40, 7], [33, 12, 61, 8, 90, 14, 3], [2]]
+
+
+@pytest.fixture
+def load(tiny_language: Path) -> Callable[[float], Any]:
+    """The tiny model with its embedding times a factor."""
+
+    def build(factor: float) -> Any:
+        model: Any = load_model(ModelConfig(kind="language", base=str(tiny_language)), torch.float32, CPU)
+        model.get_input_embeddings().weight.mul_(factor)
+        model.get_output_embeddings().weight.mul_(1 / factor)
+        return model
+
+    return build
+
+
+@pytest.mark.parametrize("chunk_bytes", [1, 1 << 13, 1 << 27])
+def test_the_figures_are_those_of_the_whole_logits(
+    load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch, chunk_bytes: int
+) -> None:
+    monkeypatch.setattr(compare_logits, "CHUNK_BYTES", chunk_bytes)
+    models = load(1.0), load(1.5)
+    with torch.no_grad():
+        ours, theirs = (torch.cat([model(torch.tensor([row])).logits[0] for row in ROWS]).double() for model in models)
+    found = compare_logits.compare(*(compare_logits.look(model, ROWS, CPU) for model in models), CPU)
+    assert found.relative == pytest.approx(float((theirs - ours).norm() / ours.norm()), rel=1e-5)
+    assert found.largest == pytest.approx(float((theirs - ours).abs().max()), rel=1e-5)
+    gain = ours.log_softmax(-1) - theirs.log_softmax(-1)
+    assert found.divergence == pytest.approx(float((ours.softmax(-1) * gain).sum(-1).mean()), rel=1e-4)
+    assert found.agreement == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()))
+
+
+def test_a_head_that_both_have_is_moved_once(load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of a large vocabulary it takes gigabytes of the card."""
+    view = compare_logits.look(load(1.0), ROWS, CPU)
+    copied = replace(view, head=replace(view.head, weight=view.head.weight.clone()))
+    bias = torch.ones(len(view.head.weight))
+    moved: list[Any] = []
+    real = compare_logits._moved
+    monkeypatch.setattr(compare_logits, "_moved", lambda head, device: moved.append(head) or real(head, device))
+    assert compare_logits.compare(view, copied, CPU).relative == 0
+    assert len(moved) == 1
+    for other in ({"weight": 2 * view.head.weight}, {"bias": bias}, {"scale": 2.0}, {"softcap": 1.0}):
+        moved.clear()
+        assert compare_logits.compare(view, replace(view, head=replace(view.head, **other)), CPU).relative > 0.01
+        assert len(moved) == 2
+
+
+def test_a_model_is_like_itself(load: Callable[[float], Any]) -> None:
+    view = compare_logits.look(load(1.0), ROWS, CPU)
+    assert compare_logits.compare(view, view, CPU) == compare_logits.Likeness(0.0, 0.0, 0.0, 1.0)
+
+
+def test_what_is_not_a_number_shows_in_every_figure(
+    load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compare_logits, "CHUNK_BYTES", 1)
+    view = compare_logits.look(load(1.0), ROWS, CPU)
+    broken = replace(view, states=view.states.clone())
+    broken.states[3, 0] = float("nan")
+    found = compare_logits.compare(view, broken, CPU)
+    assert all(math.isnan(figure) for figure in (found.relative, found.largest, found.divergence))

@@ -1,0 +1,313 @@
+"""Blocks in main memory: where they are when, that nothing else changes, and what only a card can show.
+
+On the CPU the part of the card is played by copies; what a stream would do later happens at once.
+"""
+
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import Accelerator
+from tests.unit.models import test_language as packs
+from torch import Tensor, nn
+
+from finetune.adapters import attach, formats, lora
+from finetune.config.schema import ModelConfig, Quantize
+from finetune.language import causal_lm
+from finetune.memory import block_offload, checkpointing, relief
+from finetune.memory.activation_offload import Kept
+from tests.tiny_language_models import save_language
+from tests.unit.memory.test_checkpointing import MODELS, adapted, gradients
+from tests.unit.memory.test_checkpointing import language as tiny_llama
+
+CPU = torch.device("cpu")
+TARGETS = ["q_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return save_language(tmp_path_factory.mktemp("llama"))
+
+
+def rings(model: nn.Module) -> block_offload.Ring:
+    """The ring of an offloaded model."""
+    block = next(module for module in model.modules() if getattr(module, checkpointing.BY_ITSELF, False))
+    return next(cell for cell in closed_over(block.forward) if isinstance(cell, block_offload.Ring))
+
+
+def closed_over(function: Any) -> list[Any]:
+    """What a function sees of those around it."""
+    return [cell.cell_contents for cell in function.__closure__]
+
+
+def watched(ring: block_offload.Ring, monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """Numbers of the blocks in the order in which they are fetched."""
+    fetched: list[int] = []
+    real = ring._fetch
+
+    def fetch(block: Any, slot: Any) -> None:
+        fetched.append(ring.order[block])
+        slot.buffer.fill_(255)  # NaN in every dtype: whoever still needs what lies there will notice
+        real(block, slot)
+
+    monkeypatch.setattr(ring, "_fetch", fetch)
+    return fetched
+
+
+def frozen(model: nn.Module) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in model.named_parameters() if not p.requires_grad}
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("share", [1, 2])
+@pytest.mark.parametrize("name", MODELS)
+def test_an_offloaded_model_has_the_same_gradients(
+    name: str, share: int, training: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    make, output, targets = MODELS[name]
+    model = adapted(make, targets).train(training)
+    expected, before = gradients(model, output), frozen(model)
+    with torch.no_grad():
+        drawn = output(model.eval())
+    block_offload.stream(model.train(training), block_offload.find(model)[::share], CPU)
+    checkpointing.recompute(model, 0)  # means 1 now
+    watched(rings(model), monkeypatch)
+    for _ in range(2):
+        with torch.no_grad():
+            assert torch.equal(output(model.eval()), drawn)
+        found = gradients(model.train(training), output)
+        assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    after = frozen(model)
+    assert after.keys() == before.keys()
+    assert all(torch.equal(after[key], before[key]) for key in before)
+
+
+def test_blocks_come_one_ahead_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+    _, output, targets = MODELS["llama"]
+    model = adapted(deep, targets)
+    block_offload.stream(model, block_offload.find(model), CPU)
+    ring = rings(model)
+    fetched = watched(ring, monkeypatch)
+    gradients(model, output)
+    assert fetched == [0, 1, 2, 3, 4, 5, 3, 2, 1, 0]  # at the turn the last two are still there
+    fetched.clear()
+    gradients(model, output)
+    assert fetched == [2, 3, 4, 5, 3, 2, 1, 0]  # and at the other turn the first two
+    fetched.clear()
+    with torch.no_grad():
+        output(model)
+        output(model)
+    assert fetched == [2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1][: len(fetched)]
+    assert len(fetched) == 10 + 1
+    assert len(ring.slots) == block_offload.SLOTS
+    largest = max(block.resting.numel() for block in ring.blocks)
+    assert sum(slot.buffer.nbytes for slot in ring.slots) == block_offload.SLOTS * largest
+
+
+def deep() -> nn.Module:
+    """Six layers."""
+    return tiny_llama(layers=6)
+
+
+def test_frozen_blocks_rest_in_one_piece_and_adapters_stay_out() -> None:
+    make, _, targets = MODELS["llama"]
+    model = adapted(make, targets)
+    block_offload.stream(model, block_offload.find(model), CPU)
+    for block in rings(model).blocks:
+        pointer, size = block.resting.data_ptr(), block.resting.nbytes
+        for name, parameter in block.module.named_parameters():
+            inside = pointer <= parameter.data_ptr() < pointer + size
+            assert inside == (".lora_" not in name), name
+
+
+@pytest.mark.parametrize("dora", [False, True])
+def test_4bit_blocks_move_with_their_scales(llama: Path, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    config = ModelConfig(kind="language", base=str(llama), quantize=Quantize.nf4)
+    kept, away = (causal_lm.load_model(config, torch.float32, CPU) for _ in range(2))
+    for model in (kept, away):
+        lora.inject(model, rank=4, alpha=8, dropout=0.1, targets=TARGETS, seed=0, dora=dora)
+        random = torch.Generator().manual_seed(0)
+        for parameter in lora.adapter_parameters(model):
+            parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
+    block_offload.stream(away, block_offload.find(away), CPU)
+    watched(rings(away), monkeypatch)
+    ring = rings(away)
+    ring.slots = ring.slots[:1]  # every block in the same buffer: what is kept from forward to backward is overwritten
+    output = MODELS["llama"][1]
+    found, expected = (gradients(model.train(), output) for model in (away, kept))
+    assert expected
+    assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
+    weight = away.get_submodule("model.layers.0.mlp.up_proj").weight
+    block = ring.blocks[0]
+    pointer, size = block.resting.data_ptr(), block.resting.nbytes
+    for tensor in (weight, weight.quant_state.absmax, weight.quant_state.state2.absmax):
+        assert pointer <= tensor.data_ptr() < pointer + size
+
+
+@pytest.mark.parametrize("limit", ["hardware.vram_gib", "what is free"])
+def test_as_many_blocks_stay_as_fit_evenly_spread(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], limit: str
+) -> None:
+    model, output = deep(), MODELS["llama"][1]
+    with torch.no_grad():
+        expected = output(model)
+    blocks = block_offload.find(model)
+    size = block_offload.weight_bytes(blocks[0])
+    room = (
+        int((block_offload.weight_bytes(model) - size) / block_offload.WEIGHTS_SHARE) + 9
+    )  # one too few, and two for the ring
+    free, vram_gib = (10**12, room / 2**30) if limit == "hardware.vram_gib" else (room, 0.0)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
+    capfd.readouterr()
+    block_offload.spread(model.requires_grad_(False), CPU, vram_gib)
+    away = [index for index, block in enumerate(blocks) if getattr(block, checkpointing.BY_ITSELF, False)]
+    assert away == [0, 2, 4]
+    assert capfd.readouterr().err == "model.offload: 0.0 of 0.0 GiB of weights stay in main memory\n"
+    assert Accelerator(cpu=True).verify_device_map(model)  # it won't move the model to the card as a whole
+    with torch.no_grad():
+        assert torch.equal(output(model), expected)
+
+
+def test_main_memory_comes_in_few_pieces_of_powers_of_two() -> None:
+    views = list(block_offload._memory([680] * 35, pin=False))
+    assert [view.numel() for view in views] == [680] * 35
+    pieces = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in views}
+    assert sorted(pieces.values()) == [1024, 1024, 2048, 4096, 16384]
+    starts = sorted(view.data_ptr() for view in views)
+    assert all(after - before >= 680 for before, after in itertools.pairwise(starts))
+
+
+def test_what_fits_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = MODELS["llama"][0]()
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**12, 10**12))
+    block_offload.spread(model, CPU, 0.0)
+    assert not checkpointing.by_itself(model)
+    assert not Accelerator(cpu=True).verify_device_map(model)
+
+
+def test_blocks_are_layers_transformer_blocks_and_residual_blocks() -> None:
+    kinds = {
+        name: {type(block).__name__ for block in block_offload.find(make())} for name, (make, _, _) in MODELS.items()
+    }
+    assert kinds == {
+        "unet": {"BasicTransformerBlock", "ResnetBlock2D", "Downsample2D", "Upsample2D"},
+        "transformer": {"JointTransformerBlock"},
+        "llama": {"LlamaDecoderLayer"},
+    }
+
+
+def test_measures_on_a_cpu_end_with_recomputing() -> None:
+    for make, _, _ in MODELS.values():
+        for recomputed, expected in ((0, ["trainer.checkpointing=1"]), (1, []), (2, ["trainer.checkpointing=1"])):
+            model = make()
+            kept = Kept(model, CPU, False)
+            assert list(relief.measures(model, ModelConfig(), recomputed, kept, CPU)) == expected
+            assert not kept.away
+
+
+def test_an_adapter_is_loaded_without_spreading_the_model_anew(llama: Path, tmp_path: Path) -> None:
+    """PEFT would move blocks that rest in main memory to wherever it thinks there is room."""
+    config = ModelConfig(kind="language", base=str(llama))
+    model: Any = causal_lm.load_model(config, torch.float32, CPU)
+    lora.inject(model, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
+    random = torch.Generator().manual_seed(0)
+    weights = {name: torch.randn(value.shape, generator=random) for name, value in lora.state(model).items()}
+    lora.load_state(model, weights, "here")
+    formats.save_peft(model, tmp_path, weights, str(llama))
+    with torch.no_grad():
+        expected = MODELS["llama"][1](model.eval())
+    away: Any = causal_lm.load_model(config, torch.float32, CPU)
+    block_offload.stream(away, block_offload.find(away), CPU)
+    places = dict(away.hf_device_map)
+    loaded = attach.attach(away, tmp_path)
+    assert not any(hasattr(module, "_hf_hook") for module in loaded.modules())
+    assert away.hf_device_map == places
+    with torch.no_grad():
+        assert torch.equal(MODELS["llama"][1](loaded), expected)
+
+
+# What only a card can show
+
+CARD = torch.device("cuda")
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("name", MODELS)
+def test_a_card_computes_the_same_with_blocks_in_main_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without TF32: with it a UNet's gradients differ by 1e-4 of their size from one run to the next, offload or not,
+    because cuDNN adds up in no fixed order and TF32 rounds what it gets."""
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    make, output, targets = MODELS[name]
+
+    def on_card(model: nn.Module) -> Tensor:
+        return output_on(model, output)
+
+    kept, away = (adapted(make, targets) for _ in range(2))
+    kept.to(CARD)
+    block_offload.stream(away, block_offload.find(away), CARD)
+    for _ in range(3):
+        with torch.no_grad():
+            assert torch.allclose(on_card(away.eval()), on_card(kept.eval()), rtol=1e-5, atol=1e-5)
+        found, expected = (gradients(model.train(), on_card) for model in (away, kept))
+        assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in zip(found, expected, strict=True))
+    for block in rings(away).blocks:
+        assert block.resting.is_pinned()
+        assert all(parameter.device == CPU for _, _, parameter in block.places)
+
+
+def output_on(model: nn.Module, output: Any) -> Tensor:
+    """`output` with its inputs, which it makes on the CPU, moved to the card."""
+
+    class Moved(nn.Module):
+        def forward(self, *args: Any, **kwargs: Any) -> Any:
+            def move(value: Any) -> Any:
+                return value.to(CARD) if isinstance(value, Tensor) else value
+
+            return model(*map(move, args), **{key: move(value) for key, value in kwargs.items()})
+
+    found: Tensor = output(Moved())
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4])
+def test_a_language_model_that_does_not_fit_has_its_blocks_in_main_memory(llama: Path, quantize: Quantize) -> None:
+    config = ModelConfig(kind="language", base=str(llama), quantize=quantize, offload=True)
+    model: Any = causal_lm.load_model(config, torch.bfloat16, CARD, vram_gib=1e-6)
+    weights = [layer.weight for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
+    assert all(weight.device == CPU and weight.is_pinned() for weight in weights)
+    assert model.device.type == causal_lm.head(model).weight.device.type == "cuda"
+    whole = causal_lm.load_model(ModelConfig(kind="language", base=str(llama), quantize=quantize), torch.bfloat16, CARD)
+    checkpointing.recompute(model, 0)
+    found, expected = (packs.gradients(packs.adapted(each, TARGETS)) for each in (model, whole))
+    assert packs.distance(found, expected) < 0.02
+
+
+@pytest.mark.gpu
+def test_blocks_in_main_memory_leave_the_card_free() -> None:
+    """A stack of 12 large layers: the resident model's weights alone are more than the offloaded one's peak."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    sizes = {"hidden_size": 1024, "intermediate_size": 4096, "num_hidden_layers": 12, "num_attention_heads": 8}
+
+    def peak(away: bool) -> tuple[int, list[Tensor]]:
+        torch.manual_seed(0)
+        model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, pad_token_id=0)).requires_grad_(False)
+        lora.inject(model, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
+        torch.cuda.empty_cache()
+        base = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        if away:
+            block_offload.stream(model, block_offload.find(model), CARD)
+        else:
+            model.to(CARD)
+        checkpointing.recompute(model, 1)
+        found = gradients(model.train(), lambda each: output_on(each, MODELS["llama"][1]))
+        return torch.cuda.max_memory_allocated() - base, found
+
+    (resident, expected), (offloaded, found) = peak(False), peak(True)
+    assert offloaded < resident / 3
+    assert all(bool(gradient.isfinite().all()) for gradient in expected)
+    assert all(torch.allclose(one, other, rtol=1e-3, atol=1e-3) for one, other in zip(found, expected, strict=True))

@@ -1,0 +1,278 @@
+"""Two processes of one run: what they tell one another, and that their steps are those of a single one."""
+
+import itertools
+import json
+import os
+import signal
+import socket
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.config.schema import Device, Precision
+from finetune.errors import DataError, FinetuneError, Interrupted, RunError
+from finetune.memory.device import pick_device
+from finetune.run import distributed
+from finetune.training.accelerator import build_accelerator, prepare
+from finetune.training.loop import Step, fit
+from finetune.training.oom import Ladder
+from finetune.training.reduction import share_start
+from finetune.training.signals import Stop, catch_stop
+from finetune.training.task import Batch, Visit
+from tests.conftest import Answer
+
+MICRO_BATCH = 2
+STEPS = (8, 5, 1, 4)  # examples of each step: even shares, uneven ones, none for the second process
+STOPPED = 3  # the step in which the second process gets a signal
+
+
+class Line:
+    """A task as small as can be: a line through points, of which every third counts twice."""
+
+    def __init__(self, short_of_memory: bool = False) -> None:
+        torch.manual_seed(1 + distributed.index())  # the first one's weights have to come to count
+        self.model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
+        self.unused = nn.Parameter(torch.ones(2))
+        self.short_of_memory = short_of_memory
+
+    def split(self, visits: Sequence[Visit], micro_batch: int) -> list[Sequence[Visit]]:
+        return [visits[first : first + micro_batch] for first in range(0, len(visits), micro_batch)]
+
+    def collate(self, visits: Sequence[Visit]) -> Batch:
+        points = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(key)) for key, _ in visits])
+        weights = torch.tensor([1 + (key % 3 == 0) for key, _ in visits])
+        names = tuple(str(key) for key, _ in visits)
+        return Batch({"x": points, "w": weights}, int(weights.sum()), names, units=len(visits), slots=len(visits))
+
+    def loss(self, batch: Batch) -> Tensor:
+        if self.short_of_memory and len(batch.names) > 1:
+            raise torch.OutOfMemoryError("out of memory")
+        error_B = (self.model(batch.tensors["x"]).squeeze(1) - 3).square()
+        return (error_B * batch.tensors["w"]).sum() / (not any(name == "666" for name in batch.names))
+
+
+def steps_of(line: Any, stop: Stop, *, dropout: bool = True, keys: Sequence[int] | None = None) -> Iterator[Step]:
+    """Each process on its share of STEPS, or of one step of these keys."""
+    accelerator = build_accelerator(Precision.fp32, torch.device("cpu"))
+    assert accelerator.num_processes == distributed.count()
+    if not dropout:
+        line.model[1].p = 0.0
+    optimizer = torch.optim.AdamW([*line.model.parameters(), line.unused], lr=0.1, eps=1e-3)
+    line.model, optimizer = prepare(accelerator, line.model, optimizer)
+    numbers = itertools.count()
+    planned = [keys] if keys else [[next(numbers) for _ in range(count)] for count in STEPS]
+
+    def mine() -> Iterator[list[Visit]]:
+        for number, step in enumerate(planned, 1):
+            if number == STOPPED and distributed.index() == 1:
+                os.kill(os.getpid(), signal.SIGTERM)
+            parts = line.split([(key, 0) for key in step], MICRO_BATCH)
+            yield list(itertools.chain(*parts[distributed.index() :: distributed.count()]))
+
+    yield from fit(
+        line,
+        mine(),
+        optimizer,
+        lambda _: 0.1,
+        accelerator,
+        ladder=Ladder(MICRO_BATCH, lambda: None, "try less"),
+        seed=0,
+        start=0,
+        clip_norm=1.0,
+        max_bad_steps=9,
+        stop=stop,
+    )
+
+
+def trained(dropout: bool = True, short_of_memory: bool = False) -> dict[str, Any]:
+    """What the steps were, and the weights after them."""
+    line = Line(short_of_memory)
+    seen: dict[str, Any] = {"loss": [], "units": [], "eased": [], "stopped": []}
+    with catch_stop() as stop:
+        for step in steps_of(line, stop, dropout=dropout):
+            seen["loss"].append(step.loss)
+            seen["units"].append(step.units)
+            seen["eased"].append(step.eased)
+            seen["stopped"].append(stop.number)
+    weights = [parameter.flatten().tolist() for parameter in line.model.parameters()]
+    return {**seen, "weights": weights, "unused": line.unused.tolist()}
+
+
+def refusal() -> str | None:
+    """Why a step is refused of which the second process has the bad example."""
+    return next(iter(steps_of(Line(), Stop(), keys=[1, 2, 666, 4]))).refused
+
+
+def broken() -> None:
+    """Steps of which the second process can't read an example, while the first one is in the reduction."""
+    line = Line()
+    if distributed.index() == 1:
+        line.collate = lambda visits: fail(1, DataError("no such picture"))()  # type: ignore[method-assign]
+    list(steps_of(line, Stop()))
+
+
+def told(work: Callable[[], object]) -> str:
+    """The error in which a run ends, as this process sees it."""
+    try:
+        with distributed.joined():
+            work()
+    except Exception as error:
+        return f"{type(error).__name__}: {error}"
+    return "no error"
+
+
+def fail(index: int, error: Exception) -> Callable[[], object]:
+    """Work in which one process fails, while the others are in a wait of one sort or another."""
+
+    def work() -> object:
+        if distributed.index() == index:
+            raise error
+        return distributed.gather(1)
+
+    return work
+
+
+def join(index: int, port: int) -> None:
+    """Say what a launcher would."""
+    os.environ |= {"RANK": str(index), "LOCAL_RANK": str(index), "WORLD_SIZE": "2"}
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    torch.set_num_threads(1)
+
+
+def take_part(index: int, port: int, folder: str) -> None:
+    """One of two processes; writes what it saw."""
+    join(index, port)
+    with distributed.joined():
+        seen: dict[str, Any] = {
+            "first": distributed.first(lambda: distributed.index()),
+            "gathered": distributed.gather(f"I am {index}"),
+            "trained": trained(),
+            "short of memory": trained(dropout=False, short_of_memory=index == 1),
+            "refused": refusal(),
+        }
+    seen["from the second"] = told(fail(1, DataError("a bad picture")))
+    seen["from the first"] = told(lambda: distributed.first(lambda: fail(0, FinetuneError("no disk"))()))
+    seen["odd"] = told(fail(0, Interrupted("by hand", 2)))
+    seen["in a step"] = told(broken)  # the last: the first process leaves a reduction unfinished
+    Path(folder, f"{index}.json").write_text(json.dumps(seen))
+
+
+def be_killed(index: int, port: int, folder: str) -> None:
+    """One of two processes, of which the second one ends without a word."""
+    join(index, port)
+    with distributed.joined():
+        build_accelerator(Precision.fp32, torch.device("cpu"))
+        share_start([nn.Parameter(torch.ones(2))])
+        if index == 1:
+            os._exit(0)
+        try:
+            share_start([nn.Parameter(torch.ones(2))])
+        except RunError as error:
+            Path(folder, "said").write_text(str(error))
+
+
+def free_port() -> int:
+    """One that nobody uses now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+        return port
+
+
+@pytest.fixture(scope="module")
+def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
+    """What each of two processes saw."""
+    folder = tmp_path_factory.mktemp("two")
+    torch.multiprocessing.spawn(take_part, (free_port(), str(folder)), nprocs=2)
+    return [json.loads((folder / f"{index}.json").read_text()) for index in range(2)]
+
+
+def test_the_first_works_for_all_and_everybody_is_heard(two: list[dict[str, Any]]) -> None:
+    assert [seen["first"] for seen in two] == [0, 0]
+    assert [seen["gathered"] for seen in two] == [["I am 0", "I am 1"]] * 2
+
+
+def test_an_error_in_one_is_raised_in_all(two: list[dict[str, Any]]) -> None:
+    for seen in two:
+        assert seen["from the second"] == "DataError: a bad picture"
+        assert seen["in a step"] == "DataError: no such picture"
+        assert seen["from the first"] == "FinetuneError: no disk"
+    assert two[0]["odd"] == "Interrupted: by hand"
+    assert two[1]["odd"] == "RuntimeError: Interrupted: by hand"  # its constructor's arguments are not kept
+
+
+def test_a_killed_process_ends_the_others_in_our_words(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(be_killed, (free_port(), str(tmp_path)), nprocs=2)
+    said = (tmp_path / "said").read_text()
+    assert said == "another process was killed; the same command goes on from the last checkpoint"
+
+
+def same(two: dict[str, Any], one: dict[str, Any]) -> None:
+    assert two["units"] == one["units"] == list(STEPS)
+    assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
+    for mine, whole in zip(two["weights"], one["weights"], strict=True):
+        assert mine == pytest.approx(whole, rel=1e-4, abs=1e-6)
+    assert two["unused"] == [1, 1]  # no gradient, and so no decay of weights either
+
+
+def test_two_take_the_steps_of_one_whatever_each_has_to_do(two: list[dict[str, Any]]) -> None:
+    one = trained()
+    for seen in two:
+        same(seen["trained"], one)
+    assert two[0]["trained"]["weights"] == two[1]["trained"]["weights"]
+
+
+def test_memory_that_runs_out_in_one_is_said_by_all_and_changes_nothing(two: list[dict[str, Any]]) -> None:
+    one = trained(dropout=False)  # whose masks are drawn for each micro-batch
+    for seen in two:
+        same(seen["short of memory"], one)
+        assert seen["short of memory"]["eased"] == [["micro-batch 1"], [], [], []]
+
+
+def test_a_signal_to_one_ends_all_after_the_same_step(two: list[dict[str, Any]]) -> None:
+    for seen in two:
+        assert seen["trained"]["stopped"] == [None, None, signal.SIGTERM, signal.SIGTERM]
+
+
+def test_a_refused_step_names_the_examples_of_all(two: list[dict[str, Any]]) -> None:
+    for seen in two:
+        assert seen["refused"].endswith("in fp32 on 1; 2; 666; 4")
+
+
+def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE_S", 0.0)
+    with pytest.raises(FinetuneError, match=r"process 0 waited 0 hours for another; start all of them anew"):
+        distributed.wait(lambda: False)
+
+
+@pytest.mark.parametrize("verb", ["export", "plan"])
+def test_other_verbs_refuse_and_only_the_first_says_so(
+    finetune_cli: Callable[..., Answer], workdir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
+) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    for index, lines in (("0", 1), ("1", 0)):
+        monkeypatch.setenv("RANK", index)
+        answer = finetune_cli(verb, "conf=pixar_style")
+        assert answer.code == 2
+        assert len(answer.errors) == lines
+        said = "error: several processes can only train; type this command without torchrun or accelerate"
+        assert answer.err.strip() == said * lines
+    assert not list(workdir.iterdir())
+
+
+def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    taken: list[int] = []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: taken[-1])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    assert pick_device(Device.auto) == torch.device("cuda", 1)
+    monkeypatch.setenv("LOCAL_RANK", "2")
+    with pytest.raises(FinetuneError, match="process 2 finds no card of its own; start as many as there are cards: 2"):
+        pick_device(Device.auto)

@@ -1,0 +1,294 @@
+"""Finding and loading models: from disk, damaged, and without a network."""
+
+import contextlib
+import json
+import os
+import shutil
+import socket
+import time
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune import hub
+from finetune.config.schema import ModelConfig
+from finetune.diffusion import single_file
+from finetune.errors import ModelError
+from finetune.language import causal_lm
+from tests.tiny_models import save_captioner, save_diffusion
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    return save_diffusion(tmp_path_factory.mktemp("model") / "tiny")
+
+
+@pytest.fixture
+def copy(pipeline, tmp_path):
+    return shutil.copytree(pipeline, tmp_path / "copy")
+
+
+@pytest.fixture
+def no_network(monkeypatch, tmp_path):
+    """An empty cache, and a name resolver that knows nobody."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", False)
+
+    def unknown(*arguments, **options):
+        raise socket.gaierror(-2, "Name or service not known")
+
+    monkeypatch.setattr(socket, "getaddrinfo", unknown)
+
+
+def unet(reference):
+    from diffusers import UNet2DConditionModel
+
+    return hub.load(UNet2DConditionModel, str(reference), subfolder="unet")
+
+
+def in_cache(pipeline, cache, name="someone/tiny", commit="c0ffee" * 6):
+    folder = cache / ("models--" + name.replace("/", "--"))
+    shutil.copytree(pipeline, folder / "snapshots" / commit)
+    (folder / "refs").mkdir()
+    (folder / "refs" / "main").write_text(commit)
+    return folder / "snapshots" / commit
+
+
+def test_a_local_folder_is_loaded_with_its_weights(pipeline):
+    weights = load_file(pipeline / "unet" / "diffusion_pytorch_model.safetensors")
+    loaded = unet(pipeline)
+    assert all(torch.equal(loaded.state_dict()[name], weight) for name, weight in weights.items())
+    assert hub.resolve(str(pipeline)) == pipeline
+
+
+def test_every_kind_of_part_can_be_loaded(pipeline):
+    from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline
+    from transformers import AutoTokenizer, CLIPTextModel, CLIPTokenizer
+
+    base = str(pipeline)
+    assert hub.load(CLIPTokenizer, base, subfolder="tokenizer")("a").input_ids
+    assert hub.load(AutoTokenizer, base, subfolder="tokenizer")("a").input_ids
+    assert hub.load(CLIPTextModel, base, subfolder="text_encoder", dtype=torch.float32)
+    assert hub.load(AutoencoderKL, base, subfolder="vae", torch_dtype=torch.float32)
+    assert hub.load(DDIMScheduler, base, subfolder="scheduler")
+    assert hub.load(StableDiffusionPipeline, base).unet
+
+
+def test_embedded_models_are_listed_where_one_is_missing(pipeline, tmp_path, monkeypatch):
+    shutil.copytree(pipeline, tmp_path / "embedded" / "diffusion")
+    (tmp_path / "embedded" / "unfinished").mkdir()
+    monkeypatch.setattr(hub, "EMBEDDED", tmp_path / "embedded")
+    assert hub.resolve("embedded:diffusion") == tmp_path / "embedded" / "diffusion"
+    for reference in ("embedded:difusion", "embedded:unfinished", "embedded:", "embedded:../embedded/diffusion"):
+        with pytest.raises(ModelError, match=r"there is no .*; this package carries: embedded:diffusion$"):
+            hub.resolve(reference)
+
+
+@pytest.mark.parametrize("reference", ["./gone", "/gone/away", "a/b/c", ""])
+def test_paths_that_do_not_exist(reference):
+    with pytest.raises(
+        ModelError,
+        match=r"no model folder .*model=embedded, model=embedded_language and caption=embedded come with the package",
+    ):
+        hub.resolve(reference)
+
+
+def test_a_folder_without_a_model_says_which_file_it_lacks(tmp_path, pipeline):
+    from transformers import AutoTokenizer
+
+    neither = r"holds no model_index\.json \(of a picture model\) and no config\.json \(of a language model"
+    for ask in (hub.local, lambda folder: hub.load(AutoTokenizer, folder), hub.config_folder):
+        with pytest.raises(ModelError, match=neither) as error:
+            ask(str(tmp_path))
+        assert "hf download" not in str(error.value)
+    (tmp_path / "config.json").write_text("{}")
+    hub.require(str(tmp_path))
+    with pytest.raises(ModelError, match=r"holds no model_index\.json \(of a picture model\); name the folder that"):
+        single_file.find(ModelConfig(base=str(tmp_path)))
+    (tmp_path / "config.json").unlink()
+    with pytest.raises(ModelError, match=r"holds no config\.json \(of a language model"):
+        causal_lm.architecture(ModelConfig(kind="language", base=str(tmp_path)))
+    hub.require("someone/tiny")  # which is none of this machine's
+
+
+def test_hub_unreachable_says_so_within_seconds(no_network):
+    start = time.monotonic()
+    for ask in (unet, hub.identity):
+        with pytest.raises(
+            ModelError, match=r"not on disk \(.*hub can't be reached .*hf download.*model=embedded"
+        ) as error:
+            ask("someone/tiny")
+        assert "\n" not in str(error.value)
+    assert time.monotonic() - start < 5
+
+
+def test_a_silent_network_is_given_up_on(no_network, monkeypatch):
+    monkeypatch.setattr(hub, "HUB_ANSWER_S", 0.2)
+    monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: time.sleep(1))
+    start = time.monotonic()
+    with pytest.raises(ModelError, match=r"hub can't be reached \(no answer within"):
+        unet("someone/tiny")
+    assert time.monotonic() - start < 0.9
+
+
+def test_offline_mode_is_respected(no_network, monkeypatch):
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(ModelError, match=r"hub can't be reached"):
+        unet("someone/tiny")
+
+
+@pytest.mark.parametrize(
+    ("kind", "message"),
+    [("GatedRepoError", "is gated: accept its licence"), ("RepositoryNotFoundError", "the hub has no public model")],
+)
+def test_refusals_of_the_hub(no_network, monkeypatch, kind, message):
+    import huggingface_hub.errors as errors
+
+    def refuse(*arguments, **options):
+        raise getattr(errors, kind).__new__(getattr(errors, kind))
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", refuse)
+    with pytest.raises(ModelError, match=message):
+        unet("someone/tiny")
+
+
+def test_a_cached_model_needs_no_network(pipeline, no_network, tmp_path):
+    snapshot = in_cache(pipeline, tmp_path / "hub")
+    assert hub.resolve("someone/tiny") == "someone/tiny"
+    assert unet("someone/tiny")
+    assert hub.identity("someone/tiny") == f"someone/tiny@{snapshot.name}"
+    assert hub.identity("someone/tiny", "vae") == f"someone/tiny@{snapshot.name}/vae"
+    assert hub.identity(f"someone/tiny@{snapshot.name}") == hub.identity("someone/tiny")
+    shutil.rmtree(snapshot / "unet")
+    with pytest.raises(ModelError, match=r"hub can't be reached"):
+        unet("someone/tiny")
+
+
+def test_identity_is_of_content_and_of_the_parts_asked_for(copy, pipeline, tmp_path):
+    assert hub.identity(str(copy)) == hub.identity(str(pipeline))
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    os.utime(file, (0, 0))
+    (copy / "README.md").write_text("new")
+    assert hub.identity(str(copy)) == hub.identity(str(pipeline))
+    weights = load_file(file)
+    name = next(iter(weights))
+    weights[name] = weights[name] + 1
+    save_file(weights, file, metadata={"format": "pt"})
+    assert hub.identity(str(copy)) != hub.identity(str(pipeline))
+    assert hub.identity(str(copy), "vae") == hub.identity(str(pipeline), "vae")
+    assert hub.identity(str(copy), "vae") != hub.identity(str(copy), "text_encoder*", "tokenizer*")
+    (copy / "vae" / "config.json").write_text(
+        json.dumps(json.loads((copy / "vae" / "config.json").read_text()) | {"x": 1})
+    )
+    assert hub.identity(str(copy), "vae") != hub.identity(str(pipeline), "vae")
+
+
+def test_identity_of_large_files_sees_every_region(copy, monkeypatch):
+    monkeypatch.setattr(hub, "WHOLE_FILE_BYTES", 1000)
+    monkeypatch.setattr(hub, "SAMPLED_BLOCK_BYTES", 512)
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    before = hub.identity(str(copy))
+    assert before == hub.identity(str(copy))
+    save_file({name: weight + 1 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert hub.identity(str(copy)) != before
+
+
+@pytest.mark.parametrize("kind", ["empty", "short", "long", "header", "text", "huge"])
+def test_damaged_weights_are_named(copy, kind):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    assert hub.damage(file) == ""
+    header = int.from_bytes(data[:8], "little")
+    file.write_bytes(
+        {
+            "empty": b"",
+            "short": data[:-100],
+            "long": data + b"more",
+            "header": data[:8] + b"\xff" * header + data[8 + header :],
+            "text": b"version https://git-lfs.github.com/spec/v1\n",
+            "huge": b"\xff" * 8 + data,
+        }[kind]
+    )
+    with pytest.raises(ModelError, match=rf"{file} is damaged \(.+\); copy or download it anew"):
+        unet(copy)
+
+
+def test_memory_that_runs_out_is_no_damage(pipeline, monkeypatch):
+    from diffusers import UNet2DConditionModel
+
+    def full(*_, **__):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 9.51 GiB")
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", full)
+    with pytest.raises(torch.OutOfMemoryError):
+        unet(pipeline)
+
+
+def test_missing_weights_are_not_made_up(copy):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["conv_in.weight"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"conv_in.weight|can't be loaded as UNet2DConditionModel"):
+        unet(copy)
+    from transformers import CLIPTextModel
+
+    file = copy / "text_encoder" / "model.safetensors"
+    weights = load_file(file)
+    lost = next(name for name in weights if "fc1.weight" in name)
+    del weights[lost]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(ModelError, match=r"lacks 1 weights of CLIPTextModel, first .*fc1.weight"):
+        hub.load(CLIPTextModel, str(copy), subfolder="text_encoder")
+
+
+def test_pickled_weights_are_refused(copy):
+    from transformers import CLIPTextModel
+
+    file = copy / "text_encoder" / "model.safetensors"
+    torch.save(load_file(file), file.with_name("pytorch_model.bin"))
+    file.unlink()
+    with pytest.raises(ModelError, match=r"text_encoder can't be loaded as CLIPTextModel: .*safetensors"):
+        hub.load(CLIPTextModel, str(copy), subfolder="text_encoder")
+    torch.save({}, copy / "unet" / "diffusion_pytorch_model.bin")
+    (copy / "unet" / "diffusion_pytorch_model.safetensors").unlink()
+    with pytest.raises(ModelError, match=r"unet can't be loaded as UNet2DConditionModel"):
+        unet(copy)
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder", "tokenizer"])
+def test_a_missing_part_is_named(copy, part):
+    from diffusers import AutoencoderKL, UNet2DConditionModel
+    from transformers import CLIPTextModel, CLIPTokenizer
+
+    loader = {"unet": UNet2DConditionModel, "vae": AutoencoderKL, "text_encoder": CLIPTextModel}.get(
+        part, CLIPTokenizer
+    )
+    shutil.rmtree(copy / part)
+    with pytest.raises(ModelError, match=rf"{part} can't be loaded as {loader.__name__}") as error:
+        hub.load(loader, str(copy), subfolder=part)
+    assert "\n" not in str(error.value)
+
+
+def test_code_that_comes_with_a_model_is_never_run(tmp_path):
+    from transformers import AutoTokenizer
+
+    folder = save_captioner(tmp_path / "captioner")
+    config = json.loads((folder / "tokenizer_config.json").read_text())
+    config["auto_map"] = {"AutoTokenizer": ["evil.Evil", None]}
+    config["tokenizer_class"] = "Evil"
+    (folder / "tokenizer_config.json").write_text(json.dumps(config))
+    (folder / "evil.py").write_text(f"open({str(tmp_path / 'ran')!r}, 'w')\nclass Evil: pass\n")
+    with contextlib.suppress(ModelError):  # refused or loaded without it: both will do
+        hub.load(AutoTokenizer, str(folder))
+    assert not (tmp_path / "ran").exists()
+
+
+def test_a_long_reason_is_cut_between_words(no_network, monkeypatch):
+    def fail(*arguments, **options):
+        raise OSError("unfortunately " * 20)
+
+    monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
+    with pytest.raises(ModelError, match=r"hub can't be reached \((unfortunately ){8}…\)"):
+        unet("someone/tiny")

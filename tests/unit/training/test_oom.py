@@ -1,0 +1,399 @@
+"""Running out of memory: the same steps in smaller portions, nothing lost, nothing counted twice."""
+
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from finetune import kinds
+from finetune.adapters import lora
+from finetune.config.schema import Config, Schedule
+from finetune.errors import OutOfMemory, is_out_of_memory
+from finetune.memory import activation_offload, checkpointing
+from finetune.memory.fallbacks import within_memory
+from finetune.run.records import Run
+from finetune.stages.train import train
+from finetune.training import checkpoint
+from finetune.training.oom import Ladder
+from finetune.training.task import Batch, Task, Visit
+from tests.unit.conftest import Setting
+
+FULL = "CUDA out of memory. Tried to allocate 20.00 MiB"
+
+
+class _Full(torch.autograd.Function):
+    """Runs out of memory in the backward pass."""
+
+    @staticmethod
+    def forward(ctx: Any, loss: Tensor) -> Tensor:
+        return loss.clone()
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> Any:
+        raise torch.OutOfMemoryError(FULL)
+
+
+@dataclass
+class Card:
+    """A card with room for so many examples; `fits` tells by (examples, step from 0, whether blocks are recomputed)."""
+
+    fits: Callable[[int, int, bool], bool]
+    where: str = "forward"
+    step: int = -1
+    recomputed: bool = False
+    losses: int = 0
+
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Card":
+        build = kinds.build_task
+        recompute = checkpointing.recompute
+
+        def spied(model: Any, every: int) -> None:
+            recompute(model, every)
+            self.recomputed = every == 1
+
+        def built(*arguments: Any) -> Task:
+            task = build(*arguments)
+            steps, loss = task.steps, task.loss
+
+            def counted(*, effective: int, start: int) -> Iterator[Sequence[Visit]]:
+                for number, visits in enumerate(steps(effective=effective, start=start), start):
+                    self.step = number
+                    yield visits
+
+            def limited(batch: Batch) -> Tensor:
+                found = loss(batch)
+                if not torch.is_grad_enabled():
+                    return found
+                self.losses += 1
+                if self.fits(len(batch.names), self.step, self.recomputed):
+                    return found
+                if self.where == "backward":
+                    full: Tensor = _Full.apply(found)
+                    return full
+                raise torch.OutOfMemoryError(FULL)
+
+            task.steps, task.loss = counted, limited  # type: ignore[method-assign]
+            return task
+
+        monkeypatch.setattr(kinds, "build_task", built)
+        monkeypatch.setattr(checkpointing, "recompute", spied)
+        return self
+
+
+def at_most(limit: int) -> Callable[[int, int, bool], bool]:
+    return lambda examples, step, recomputed: examples <= limit
+
+
+def adapter(run: Run) -> dict[str, Tensor]:
+    return checkpoint.load(Path(run.checkpoint)).adapter
+
+
+def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    assert a.keys() == b.keys()
+    return max(float((a[name] - b[name]).abs().max()) for name in a)
+
+
+def into(config: Config, folder: Path, micro_batch: int, accumulate: int) -> Config:
+    config.run_dir = str(folder)
+    config.trainer.micro_batch, config.trainer.accumulate = micro_batch, accumulate
+    config.optim.schedule = Schedule.constant  # a run that is cut short must not have other rates
+    return config
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+@pytest.mark.parametrize("limit", [1, 2])
+def test_a_run_that_runs_out_equals_one_with_smaller_micro_batches(
+    setting: Setting,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
+    where: str,
+    limit: int,
+) -> None:
+    """From the first step on: with dropout, bit for bit."""
+    config, dataset = setting.config, setting.dataset
+    config.lora.dropout = 0.2
+    small = train(into(config, tmp_path / "small", limit, 4 // limit), dataset)
+    card = Card(at_most(limit), where).install(monkeypatch)
+    capfd.readouterr()
+    run = train(into(config, tmp_path / "full", 4, 1), dataset)
+    said = capfd.readouterr().err
+    rungs = {1: "micro-batch 2, then micro-batch 1", 2: "micro-batch 2"}[limit]
+    assert f"step 1: memory ran out; going on with {rungs}; effective batch still 4\n" in said
+    assert said.count("memory ran out") == 1
+    assert difference(adapter(run), adapter(small)) == 0
+    assert (run.steps, run.items, run.skipped_steps) == (small.steps, small.items, 0)
+    assert run.last_loss == pytest.approx(small.last_loss, rel=1e-6)
+    assert (run.micro_batch, run.eased) == (limit, f"micro-batch {limit} instead of 4")
+    assert (small.micro_batch, small.eased) == (limit, "")
+    assert card.losses
+
+
+def test_gradients_of_the_failed_attempt_are_dropped(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    small = train(into(config, tmp_path / "small", 1, 4), dataset)
+    # The first micro-batch fits and leaves gradients, the second doesn't.
+    card = Card(lambda examples, step, _: examples == 1 or card.losses == 1).install(monkeypatch)
+    run = train(into(config, tmp_path / "full", 2, 2), dataset)
+    assert difference(adapter(run), adapter(small)) == 0
+
+
+@pytest.mark.parametrize("where", ["forward", "backward"])
+def test_memory_that_runs_out_in_the_middle_changes_nothing_but_rounding(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    config.optim.eps = 1e-3  # with 1e-8 Adam turns rounding of vanishing gradients into full steps
+    small = train(into(config, tmp_path / "small", 1, 4), dataset)
+    Card(lambda examples, step, _: examples == 1 or step < 2, where).install(monkeypatch)
+    run = train(into(config, tmp_path / "full", 4, 1), dataset)
+    assert difference(adapter(run), adapter(small)) <= 1e-6
+    assert max(float(weight.abs().max()) for weight in adapter(small).values()) > 1e-2
+    lines = (tmp_path / "full" / "metrics.jsonl").read_text().splitlines()
+    assert [line.count('"loss/step"') for line in lines].count(1) == 4
+    assert (run.items, run.micro_batch) == (small.items, 1)
+
+
+def test_a_resumed_run_stays_where_it_had_to_go(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Cut after memory ran out, so far that blocks are recomputed: the second leg is the same, bit for bit."""
+    config, dataset = setting.config, setting.dataset
+    config.lora.dropout = 0.2
+    Card(lambda examples, step, recomputed: (examples == 1 and recomputed) or step < 1).install(monkeypatch)
+    config.trainer.steps = 6
+    whole = train(into(config, tmp_path / "whole", 4, 1), dataset)
+    config.trainer.steps = 2
+    train(into(config, tmp_path / "legs", 4, 1), dataset)
+    state = checkpoint.load(tmp_path / "legs" / "checkpoints" / "step-000002").state
+    assert (state.micro_batch, state.measures) == (1, 1)
+    config.trainer.steps = 6
+    capfd.readouterr()
+    legs = train(config, dataset)
+    assert "memory ran out" not in capfd.readouterr().err
+    assert difference(adapter(whole), adapter(legs)) == 0
+    assert legs.items == whole.items
+    assert legs.eased == whole.eased == "micro-batch 1 instead of 4, trainer.checkpointing=1"
+
+
+def test_a_person_who_changes_the_settings_of_memory_is_heard(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    with monkeypatch.context() as patch:
+        Card(at_most(1)).install(patch)
+        config.trainer.steps = 2
+        train(into(config, tmp_path / "run", 4, 1), dataset)
+    config.trainer.steps = 4
+    again = train(into(config, tmp_path / "run", 2, 2), dataset)
+    assert (again.micro_batch, again.eased) == (2, "")
+
+
+def test_at_the_foot_of_the_ladder_it_says_what_was_tried_and_what_may_fit(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    Card(lambda examples, step, recomputed: step < 2).install(monkeypatch)
+    advice = {
+        "diffusion": r"try smaller pictures: model\.resolution=16, model\.quantize=nf4, or a smaller base model",
+        "language": r"try shorter rows: data\.length=96, model\.quantize=nf4, or a smaller base model",
+    }[config.model.kind]
+    words = r"^out of memory with micro-batch 1 instead of 4, trainer\.checkpointing=1; " + advice + "$"
+    with pytest.raises(OutOfMemory, match=words):
+        train(into(config, tmp_path / "run", 4, 1), dataset)
+    assert checkpoint.steps_on_disk(tmp_path / "run" / "checkpoints") == [2]  # and nothing that was done is lost
+
+
+def test_blocks_that_are_recomputed_already_are_no_measure(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    Card(lambda *_: False).install(monkeypatch)
+    setting.config.trainer.checkpointing = 1
+    with pytest.raises(OutOfMemory, match=r"^out of memory with micro-batch 1; try"):
+        train(into(setting.config, tmp_path / "run", 1, 4), setting.dataset)
+
+
+def shrinking(monkeypatch: pytest.MonkeyPatch, name: str, fits: Callable[[Any], bool]) -> None:
+    """A task whose `name` runs out of memory, in eval mode as it would, unless its first argument `fits`."""
+    build = kinds.build_task
+
+    def built(*arguments: Any) -> Task:
+        task = build(*arguments)
+        whole = getattr(task, name)
+
+        def limited(first: Any, *rest: Any) -> Any:
+            if fits(first):
+                return whole(first, *rest)
+            task.model.eval()
+            raise torch.OutOfMemoryError(FULL)
+
+        setattr(task, name, limited)
+        return task
+
+    monkeypatch.setattr(kinds, "build_task", built)
+
+
+def test_validation_shrinks_alone(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    config.lora.dropout = 0.2  # off in eval mode: a model left there would train another adapter
+    config.sample.prompts = ["a red robot", "a cat", "a boat"]
+    plain = train(into(config, tmp_path / "plain", 4, 1), dataset)
+    with monkeypatch.context() as patch:
+        shrinking(patch, "validate", lambda size: size <= 1)
+        capfd.readouterr()
+        run = train(into(config, tmp_path / "full", 4, 1), dataset)
+    said = capfd.readouterr().err
+    assert "step 0: memory ran out; validation by 2 at a time\nstep 0: memory ran out; validation by 1 at" in said
+    assert said.count("memory ran out") == 2  # once for all later validations
+    assert difference(adapter(run), adapter(plain)) == 0
+    assert run.best_validation == pytest.approx(plain.best_validation, rel=1e-5)
+    assert (run.micro_batch, run.eased) == (4, "")
+
+
+def test_no_room_for_one_preview_costs_the_preview_and_for_one_validation_the_run(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    with monkeypatch.context() as patch:
+        shrinking(patch, "sample", lambda _: False)
+        config.sample.every = 2
+        capfd.readouterr()
+        assert train(into(config, tmp_path / "run", 4, 1), dataset).steps == 4
+    assert capfd.readouterr().err.count("memory ran out even for a single preview; training goes on without\n") == 1
+    with monkeypatch.context() as patch:
+        shrinking(patch, "validate", lambda _: False)
+        with pytest.raises(OutOfMemory, match=r"^out of memory in validation, one example at a time; try "):
+            train(into(config, tmp_path / "other", 4, 1), dataset)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.OutOfMemoryError(FULL),
+        MemoryError(),
+        RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
+        RuntimeError("CUDA error: out of memory"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
+    ],
+)
+def test_every_way_to_run_out_is_known(error: Exception) -> None:
+    def fail() -> None:
+        raise error
+
+    dropped: list[bool] = []
+    assert within_memory(fail, drop=lambda: dropped.append(True)) is None
+    assert dropped
+    assert is_out_of_memory(error)
+
+
+def test_other_errors_pass() -> None:
+    with pytest.raises(RuntimeError, match="shapes differ"):
+        within_memory(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+
+
+def test_a_failed_attempt_holds_nothing_when_it_is_dropped() -> None:
+    """What the frames of the attempt held is gone by then: its traceback would keep it."""
+    held: list[weakref.ref[Tensor]] = []
+    gone: list[bool] = []
+
+    def fail() -> None:
+        activations = torch.zeros(3)
+        held.append(weakref.ref(activations))
+        raise torch.OutOfMemoryError(FULL)
+
+    within_memory(fail, drop=lambda: gone.append(held[0]() is None))
+    assert gone == [True]
+
+
+@pytest.mark.parametrize("every", [0, 1, 2])
+def test_activations_in_main_memory_give_the_same_gradients(
+    setting: Setting, every: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On the CPU main memory is another copy."""
+    config, dataset = setting.config, setting.dataset
+    config.lora.dropout, config.trainer.checkpointing = 0.2, every
+    monkeypatch.setattr(activation_offload, "WORTH_BYTES", 0)
+    moved: list[int] = []
+    real = torch.empty_like
+    task: Any = kinds.build_task(config, dataset, torch.device("cpu"))
+    task.model.train()
+    batch = task.collate(next(iter(task.steps(effective=2, start=0))))
+    found = []
+    for task.kept.away in (False, True):
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", lambda like, **rest: moved.append(like.nbytes) or real(like, **rest))
+            torch.manual_seed(3)
+            loss = task.loss(batch)
+        count = len(moved)
+        loss.backward()
+        found.append([parameter.grad.clone() for parameter in lora.adapter_parameters(task.model)])
+        task.model.zero_grad()
+    assert count > 0
+    resident, away = found
+    assert any(bool(gradient.any()) for gradient in resident)
+    assert all(torch.equal(one, other) for one, other in zip(resident, away, strict=True))
+
+
+def test_of_checkpointed_blocks_the_inputs_alone_go_to_main_memory_and_no_weights(
+    setting: Setting, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    monkeypatch.setattr(activation_offload, "WORTH_BYTES", 0)
+    away: dict[int, int] = {}
+    real = torch.empty_like
+    for every in (0, 1):
+        config.trainer.checkpointing = every
+        task: Any = kinds.build_task(config, dataset, torch.device("cpu"))
+        batch = task.collate(next(iter(task.steps(effective=2, start=0))))
+        frozen = {p.untyped_storage().data_ptr() for p in task.model.parameters() if not p.requires_grad}
+        moved: list[Tensor] = []
+        task.kept.away = True
+        with monkeypatch.context() as patch:
+            patch.setattr(torch, "empty_like", lambda like, into=moved, **rest: into.append(like) or real(like, **rest))
+            task.loss(batch)
+        assert not any(tensor.untyped_storage().data_ptr() in frozen for tensor in moved)
+        away[every] = sum(tensor.nbytes for tensor in moved)
+    assert 0 < away[1] < away[0] / 2
+
+
+def test_training_with_activations_in_main_memory(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    config.lora.dropout, config.trainer.offload_activations = 0.2, True
+    capfd.readouterr()
+    resident = train(into(config, tmp_path / "resident", 2, 2), dataset)
+    words = "trainer.offload_activations=true changes nothing without a CUDA card: all is in main memory anyway\n"
+    assert words in capfd.readouterr().err
+    entered: list[bool] = []
+
+    def spied(self: activation_offload.Kept) -> Any:
+        entered.append(True)
+        return activation_offload._away(self.model)
+
+    monkeypatch.setattr(activation_offload.Kept, "__call__", spied)
+    away = train(into(config, tmp_path / "away", 2, 2), dataset)
+    assert len(entered) >= 4 * 2  # pictures of different shapes need more micro-batches
+    assert difference(adapter(away), adapter(resident)) == 0
+
+
+def test_a_ladder_goes_down_from_what_failed_and_not_from_what_was_asked() -> None:
+    measures = iter(["one", "two"])
+    ladder = Ladder(64, lambda: next(measures, None), "try less")
+    assert ladder.summary == ""
+    assert ladder.descend(6) == "micro-batch 3"  # of 64 asked for, a bucket had 6 pictures
+    assert ladder.descend(3) == "micro-batch 1"
+    assert ladder.descend(1) == "one"
+    assert ladder.descend(1) == "two"
+    assert ladder.summary == "micro-batch 1 instead of 64, one, two"
+    with pytest.raises(OutOfMemory, match=r"^out of memory with micro-batch 1 instead of 64, one, two; try less$"):
+        ladder.descend(1)
