@@ -1,4 +1,4 @@
-"""LoRA fine-tuning from a folder of pictures to an adapter that is known to work.
+"""LoRA fine-tuning from a folder of images to an adapter that is known to work.
 
 The functions below are the commands of the command line, for Python and notebooks. Nothing heavy is imported until one
 of them is called.
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from finetune.config.schema import Config
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name first
-# Torch reads it before its first use of a card. A large model is loaded into one segment, and the smallest tensor that
+# Torch reads it before its first use of a GPU. A large model is loaded into one segment, and the smallest tensor that
 # stays there (a library's cache) keeps all of it from the next model: drawing with Qwen-Image in 4 bit, first tuned and
 # then plain, ran out of 24 GiB with 10 in use.
 if not any(name in os.environ for name in ALLOCATOR):

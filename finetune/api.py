@@ -42,12 +42,12 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     Raises Interrupted on SIGINT or SIGTERM after saving; the same call continues from there.
     """
     config = _config(recipe, overrides)
-    with distributed.joined(), rundir.held(config, owns_config=True) as folder:
+    with distributed.process_group(), rundir.held(config, owns_config=True) as folder:
         from finetune.stages import dataset, export, report, sample, train
 
-        _remark(config)
-        captions = distributed.first(lambda: _captions(config))
-        data = distributed.first(lambda: dataset.dataset(config, captions))
+        _warn_about_machine(config)
+        captions = distributed.on_first_rank(lambda: _captions(config))
+        data = distributed.on_first_rank(lambda: dataset.dataset(config, captions))
         run = train.train(config, data)
 
         def hand_out() -> Result:
@@ -56,28 +56,28 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
             samples = sample.sample(config, adapter)
             return Result(captions, data, run, adapter, samples, report.report(config))
 
-        return distributed.first(hand_out)
+        return distributed.on_first_rank(hand_out)
 
 
 def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
-    """Whether the run fits `hardware`, and how it is fastest; nothing is written and no card is needed.
+    """Whether the run fits `hardware`, and how it is fastest; nothing is written and no GPU is needed.
 
     Of one process: each of several takes as much. Raises ConfigError where several are to plan.
     """
     config = _config(recipe, overrides)
-    distributed.alone()
+    distributed.require_single_process()
     from finetune.stages.plan import plan
 
     return plan(config)
 
 
 def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
-    """Captions for every picture that has none, in the picture folder's metadata.jsonl."""
+    """Captions for every image that has none, in the image folder's metadata.jsonl."""
     config = _config(recipe, overrides)
     from finetune import kinds
 
     if not kinds.kind(config).captioned:
-        raise ConfigError(f"this recipe trains a {config.model.kind} model; only pictures have captions")
+        raise ConfigError(f"this recipe trains a {config.model.kind} model; only images have captions")
     with rundir.held(config):
         from finetune.stages.caption import caption
 
@@ -100,7 +100,7 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
         from finetune.stages.export import export
 
         run = _finished(folder)
-        _remark(config)
+        _warn_about_machine(config)
         return export(_as_trained(config, folder), run)
 
 
@@ -114,7 +114,7 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
         from finetune.stages.export import export
         from finetune.stages.sample import sample
 
-        _remark(config)
+        _warn_about_machine(config)
         run = None if config.sample.adapter else load_record(folder, "train", Run)
         trained = export(_as_trained(config, folder), run) if run else None
         own = as_dict(config)["sample"] == rundir.written_config(folder).get("sample")
@@ -122,7 +122,7 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
 
 
 def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
-    """report.html anew, from what the run folder holds."""
+    """report.html again, from what the run folder holds."""
     config = _config(recipe, overrides)
     with rundir.held(config) as folder:
         from finetune.stages.report import report
@@ -149,18 +149,18 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = Fal
     return config
 
 
-def _remark(config: Config) -> None:
+def _warn_about_machine(config: Config) -> None:
     """Say, before anything is loaded, what this machine can't do of what is asked."""
     if not config.model.offload:
         return
     from finetune.memory import block_offload
     from finetune.memory.device import pick_device
 
-    block_offload.remark(pick_device(config.hardware.device))
+    block_offload.warn_without_gpu(pick_device(config.hardware.device))
 
 
 def _captions(config: Config) -> CaptionSet | None:
-    """The stage's record, or None where the examples are no pictures."""
+    """The stage's record, or None where the examples are no images."""
     from finetune import kinds
 
     if not kinds.kind(config).captioned:

@@ -24,12 +24,12 @@ from finetune.run.progress import say
 
 COMMANDS = {
     "train": "the whole line: caption, dataset, training, export, samples, report",
-    "plan": "say whether the run fits the card, and the fastest settings that do",
-    "caption": "write a caption for every picture that has none",
-    "dataset": "read and encode pictures or conversations",
+    "plan": "say whether the run fits the GPU, and the fastest settings that do",
+    "caption": "write a caption for every image that has none",
+    "dataset": "read and encode images or conversations",
     "export": "write the trained adapter in every file format, checked",
     "sample": "draw or answer the recipe's prompts, base beside tuned",
-    "report": "write report.html anew from what the run folder holds",
+    "report": "write report.html again from what the run folder holds",
 }
 # Hydra's flags that make sense here; True: a value follows.
 FLAGS = {
@@ -95,7 +95,7 @@ def help_text() -> str:
     commands = rows(COMMANDS)
     listed = rows({name: recipes.title(path) for name, path in files.items()})
     return f"""\
-LoRA fine-tuning from pictures or conversations to a tested adapter.
+LoRA fine-tuning from images or conversations to a tested adapter.
 
 usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]  (or: python -m finetune …)
 
@@ -106,7 +106,7 @@ recipes (conf/*.yaml of the package and of the current folder)
 {listed}
 
 examples
-  finetune train conf=pixar_style data.folder=my/pictures name=mine
+  finetune train conf=pixar_style data.folder=my/images name=mine
   finetune train conf=pirate_chat data.file=my/conversations.jsonl name=mine
 
 main keys
@@ -160,7 +160,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
             raise SystemExit(_complain(error, debug)) from error  # ends a sweep as well
         except Exception as error:
             failures.append(_complain(error, debug))
-            if distributed.count() > 1:  # nobody knows what the others were in the middle of
+            if distributed.world_size() > 1:  # nobody knows what the others were in the middle of
                 raise SystemExit(failures[0]) from error
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
@@ -211,7 +211,7 @@ def _run_job(command: str, tree: Any, sweep: bool) -> None:
         config.run_dir = HydraConfig.get().runtime.output_dir
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
-    if distributed.index() == 0:
+    if distributed.rank() == 0:
         terminal.show(config, record, list(HydraConfig.get().overrides.task))
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))

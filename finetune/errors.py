@@ -2,9 +2,9 @@
 
     FinetuneError            1  anything else that was foreseen
     ├── ConfigError          2  a recipe, key or value
-    ├── DataError            3  pictures, captions, data folders
+    ├── DataError            3  images, captions, data folders
     ├── ModelError           4  a base model or adapter that can't be found, read or used
-    ├── OutOfMemory          5  the card (or the host) is too small for the settings
+    ├── OutOfMemory          5  the GPU (or the host) is too small for the settings
     ├── RunError             6  the run folder: in use, unwritable, full, changed, damaged
     ├── TrainingError        7  the optimisation itself failed (non-finite steps)
     ├── ExportError          8  an exported adapter does not reproduce the trained one
@@ -16,8 +16,8 @@ A message says what, where, what is allowed and what to type.
 import sys
 
 # What errors of other classes say: CUDA outside torch's allocator and CUDA's libraries, and torch's allocator on a CPU.
-CARD_IS_FULL = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
-HOST_IS_FULL = "DefaultCPUAllocator: can't allocate memory"
+GPU_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
+CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 
 
 class FinetuneError(Exception):
@@ -33,7 +33,7 @@ class ConfigError(FinetuneError):
 
 
 class DataError(FinetuneError):
-    """Pictures, captions or their folder are unusable."""
+    """Images, captions or their folder are unusable."""
 
     exit_code = 3
 
@@ -80,13 +80,13 @@ class Interrupted(FinetuneError):
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a card or the host ran out: in torch's allocator, in CUDA's libraries, in torch's on a CPU, in Python."""
-    return card_ran_out(error) or isinstance(error, MemoryError) or HOST_IS_FULL in str(error)
+    """Whether a GPU or the host ran out: in torch's allocator, in CUDA's libraries, in torch's on a CPU, in Python."""
+    return is_gpu_out_of_memory(error) or isinstance(error, MemoryError) or CPU_OUT_OF_MEMORY in str(error)
 
 
-def card_ran_out(error: BaseException) -> bool:
-    """Whether it was the card, so that the host may have room."""
+def is_gpu_out_of_memory(error: BaseException) -> bool:
+    """Whether it was the GPU, so that the host may have room."""
     torch = sys.modules.get("torch")  # whoever ran out of torch's memory has imported it
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
-    return any(words in str(error) for words in CARD_IS_FULL)
+    return any(words in str(error) for words in GPU_OUT_OF_MEMORY)

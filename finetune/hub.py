@@ -1,6 +1,6 @@
 """Where models come from: the package itself, a local folder, the Hugging Face cache, then the hub; and who they are.
 
-A picture model in a single file is `finetune.diffusion.single_file`.
+An image model in a single file is `finetune.diffusion.single_file`.
 
 Weights are read as safetensors only, no code that comes with a model is ever run, and a hub that doesn't answer is
 reported within seconds.
@@ -32,7 +32,7 @@ PICKLE_WAY_OUT = (  # weights_only runs no code
     'w = torch.load("{old}", map_location="cpu", weights_only=True); w = w.get("state_dict", w); '
     's.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, "{new}")\''
 )
-MODEL_FILES = {"model_index.json": "picture model", "config.json": "language model or captioner"}
+MODEL_FILES = {"model_index.json": "image model", "config.json": "language model or captioner"}
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
 
 
@@ -53,7 +53,7 @@ def resolve(reference: str) -> Path | str:
         return path
     if path.is_file():
         raise ModelError(
-            f"{reference} is a single file, which only picture models with a preset of their architecture are read "
+            f"{reference} is a single file, which only image models with a preset of their architecture are read "
             "from (model=sd15, model=sdxl, …); name the folder with its config files instead"
         )
     if not reference or reference.startswith((".", "/", "~")) or reference.count("/") > 1 + 2 * ("@" in reference):
@@ -83,14 +83,14 @@ def single_file(reference: str) -> Path | None:
             f".safetensors, or type: {PICKLE_WAY_OUT.format(old=path, new=path.with_suffix('.safetensors'))}"
         )
     if wrong := damage(path):
-        raise ModelError(f"{path} is damaged ({wrong}); copy or download it anew")
+        raise ModelError(f"{path} is damaged ({wrong}); copy or download it again")
     return path
 
 
 def require(reference: str, *names: str) -> None:
     """Raises ModelError if the reference is a local folder in which none of these files says what model is there.
 
-    names: `model_index.json` for picture models, `config.json` for language models and captioners; none given: either.
+    names: `model_index.json` for image models, `config.json` for language models and captioners; none given: either.
     """
     source, wanted = resolve(reference), names or MODEL_FILES
     if isinstance(source, Path) and not any((source / name).is_file() for name in wanted):
@@ -145,7 +145,7 @@ def load(loader: Any, reference: str, **options: Any) -> Any:
     return _attempt(loader, reference, name, wanted | ({"revision": commit} if commit else {}))
 
 
-def identity(reference: str, *parts: str) -> str:
+def content_hash(reference: str, *parts: str) -> str:
     """Who the model is, by content: equal for equal weights and configuration, whatever the path or time.
 
     parts: patterns of top-level names that count (`"vae"`, `"text_encoder*"`); none given: everything. A hub model is
@@ -162,7 +162,7 @@ def identity(reference: str, *parts: str) -> str:
         counts = file.suffix in (".json", ".txt", ".model", ".safetensors") and file.is_file()
         if counts and (not parts or any(fnmatch.fnmatchcase(relative.parts[0], part) for part in parts)):
             digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
-            hash_content(file, digest.update)
+            hash_file_content(file, digest.update)
     return f"sha256:{digest.hexdigest()}"
 
 
@@ -258,7 +258,7 @@ def _load(loader: Any, reference: str, source: Path | str, options: dict[str, An
         part = source / (options.get("subfolder") or "")
         for file in sorted(part.glob("*.safetensors") if _has_weights(loader) else part.rglob("*.safetensors")):
             if wrong := damage(file):
-                raise ModelError(f"{file} is damaged ({wrong}); copy or download it anew")
+                raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")
     loaded = loader.from_pretrained(str(source), **options)
     if not options.get("output_loading_info"):
         return loaded
@@ -332,7 +332,7 @@ def _is_model(folder: Path) -> bool:
     return any((folder / name).is_file() for name in MODEL_FILES)
 
 
-def hash_content(file: Path, update: Callable[[bytes], object]) -> None:
+def hash_file_content(file: Path, update: Callable[[bytes], object]) -> None:
     """Feed a file to a hash: all of it, or of a large one its safetensors header and samples of its weights."""
     size = file.stat().st_size
     with open(file, "rb") as stream:
@@ -363,7 +363,7 @@ def _quiet() -> Iterator[None]:
 
 
 @contextmanager
-def hushed() -> Iterator[None]:
+def quiet_libraries() -> Iterator[None]:
     """Diffusers and transformers say nothing below an error."""
     from diffusers.utils import logging as diffusers_log
     from transformers.utils import logging as transformers_log

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import Tensor, nn
 
     from finetune.config.schema import Config
-    from finetune.planning.tracer import Tracer, Way
+    from finetune.planning.tracer import PhaseOption, Tracer
     from finetune.training.task import Task
 
 
@@ -50,7 +50,7 @@ class Handout(Protocol):
     def write(
         self, config: Config, run: Run, weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, folder: Path
     ) -> tuple[dict[str, str], dict[str, float]]:
-        """Write the adapter in every dialect: files and, by dialect, the difference to the trained module."""
+        """Write the adapter in every format: files and, by format, the difference to the trained module."""
         ...
 
 
@@ -62,12 +62,12 @@ class Show(Protocol):
         ...
 
 
-class Sketch(Protocol):
+class MemoryModel(Protocol):
     """A kind's model without weights, its tensors fakes of `tracer`: what the memory plan traces."""
 
     unit: str
     """What throughput counts: images or tokens."""
-    units: int
+    count: int
     """Of them in one example."""
     model: nn.Module
     """With adapters injected."""
@@ -77,8 +77,8 @@ class Sketch(Protocol):
     notes: list[str]
     """What the traces assume or leave out, a line each."""
 
-    def recompute(self, every: int) -> None:
-        """As `trainer.checkpointing`, for every step from now on."""
+    def set_checkpointing(self, every: int) -> None:
+        """As `trainer.activation_checkpointing`, for every step from now on."""
         ...
 
     def inputs(self, micro_batch: int) -> Any:
@@ -94,21 +94,21 @@ class Sketch(Protocol):
         ...
 
     def offloaded(self) -> dict[str, float]:
-        """What `model.offload` changes on the card, bytes by name."""
+        """What `model.offload` changes on the GPU, bytes by name."""
         ...
 
-    def beside(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+    def training_phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """The worst moment of what a training does besides its steps, by name, in the ways that are tried in turn."""
         ...
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """The same of every phase but the steps of training."""
         ...
 
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of model. captioned: its examples are pictures that may need captions first."""
+    """One kind of model. captioned: its examples are images that may need captions first."""
 
     captioned: bool
     dataset: type[Dataset] | type[TextSet]
@@ -146,15 +146,15 @@ def build_task(config: Config, dataset: Any, device: torch.device) -> Task:
     return LanguageTask(config, dataset, device)
 
 
-def sketch(config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> Sketch:
-    """The model without weights. dtype: of the arithmetic; cuda: compute as a card does; room: bytes for the process.
+def memory_model(config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> MemoryModel:
+    """The model without weights. dtype: of the arithmetic; cuda: compute as a GPU does; room: bytes for the process.
 
     Raises ModelError for a base whose configuration isn't on this machine, ConfigError for what it can't do.
     """
     if config.model.kind == "diffusion":
-        from finetune.diffusion.memory_model import PictureSketch
+        from finetune.diffusion.memory_model import DiffusionMemoryModel
 
-        return PictureSketch(config, dtype, cuda=cuda, room=room)
-    from finetune.language.memory_model import LanguageSketch
+        return DiffusionMemoryModel(config, dtype, cuda=cuda, room=room)
+    from finetune.language.memory_model import LanguageMemoryModel
 
-    return LanguageSketch(config, dtype, cuda=cuda, room=room)
+    return LanguageMemoryModel(config, dtype, cuda=cuda, room=room)

@@ -17,7 +17,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune.config.schema import ModelConfig
-from finetune.diffusion.pipeline import Painter, load_adapter, load_backbone
+from finetune.diffusion.pipeline import ImageSampler, load_adapter, load_backbone
 from scripts.embedded.evaluate import content_figures, held_out_scenes, share
 from scripts.embedded.readers import load_reader, read
 from scripts.toyworld.captions import caption
@@ -51,19 +51,19 @@ def measure(adapter: Path, *, prompts: int, steps: int, guidance: float, trigger
     scenes = held_out_scenes(FIRST_SEED, prompts)
     jobs = [(f"{caption(scene)}, {trigger}", index) for index, scene in enumerate(scenes)]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    painter = Painter(BASE, [prompt for prompt, _ in jobs], "", device, torch.float32)
+    image_sampler = ImageSampler(BASE, [prompt for prompt, _ in jobs], "", device, torch.float32)
     figures = {}
     for name in ("base", "tuned"):
         backbone = load_backbone(BASE, torch.float32)
         backbone = (load_adapter(BASE, backbone, adapter) if name == "tuned" else backbone).to(device)
-        pictures = painter.draw(backbone, jobs, width=128, height=128, steps=steps, guidance=guidance)
-        figures[name] = shares(pictures, scenes)
+        images = image_sampler.generate(backbone, jobs, width=128, height=128, steps=steps, guidance=guidance)
+        figures[name] = shares(images, scenes)
     return figures
 
 
-def shares(pictures: Sequence[Any], scenes: Sequence[Scene]) -> dict[str, float]:
-    """What the readers make of PIL pictures of these scenes, as shares of all."""
-    images_N3PP = torch.stack([torch.from_numpy(np.asarray(picture).copy()).permute(2, 0, 1) for picture in pictures])
+def shares(images: Sequence[Any], scenes: Sequence[Scene]) -> dict[str, float]:
+    """What the readers make of PIL images of these scenes, as shares of all."""
+    images_N3PP = torch.stack([torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1) for image in images])
     style = read(load_reader(READERS / "style.safetensors"), images_N3PP)["style"]
     return {
         "pixar": share([label == "pixar" for label in style]),

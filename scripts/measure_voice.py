@@ -36,8 +36,8 @@ def main() -> None:
 
 def measure(adapter: Path, *, questions: int) -> dict[str, dict[str, float]]:
     """For base and tuned: shares of answers in the voice and with the right facts, perplexity of the right ones."""
-    asked = held_out_questions(questions, FIRST_SEED)
-    wanted = [pirate(question.turn.answer) for question in asked]
+    requested = held_out_questions(questions, FIRST_SEED)
+    wanted = [pirate(question.turn.answer) for question in requested]
     tokenizer = load_tokenizer(BASE)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     figures = {}
@@ -45,11 +45,13 @@ def measure(adapter: Path, *, questions: int) -> dict[str, dict[str, float]]:
     for name in ("base", "tuned"):
         if name == "tuned":
             model = load(model, adapter)
-        found = answer_figures(asked, answer(model, tokenizer, [question.messages for question in asked], batch=32))
+        found = answer_figures(
+            requested, answer(model, tokenizer, [question.messages for question in requested], batch=32)
+        )
         figures[name] = {
             "voice": found["pirate"],
             "fact": found["fact"],
-            "perplexity": perplexity(model, tokenizer, asked, wanted),
+            "perplexity": perplexity(model, tokenizer, requested, wanted),
         }
     return figures
 

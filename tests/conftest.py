@@ -1,4 +1,4 @@
-"""What every test may count on: no network, no card unless marked, a clean terminal."""
+"""What every test may count on: no network, no GPU unless marked, a clean terminal."""
 
 import gc
 import os
@@ -75,4 +75,4 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
     if not torch.cuda.is_available():
         for item in marked:
-            item.add_marker(pytest.mark.skip(reason="needs a CUDA card"))
+            item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))

@@ -1,4 +1,4 @@
-"""A tiny random pipeline of each family of picture models, built in code and saved in the ordinary layout."""
+"""A tiny random pipeline of each family of image models, built in code and saved in the ordinary layout."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -30,7 +30,7 @@ QWEN = {
 
 
 def save_family(folder: Path, kind: Family) -> ModelConfig:
-    """A saved pipeline of some 100,000 parameters for pictures of about 64x64, and the configuration that names it."""
+    """A saved pipeline of some 100,000 parameters for images of about 64x64, and the configuration that names it."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
         SAVERS[kind](folder)

@@ -36,7 +36,7 @@ WINDOW = 4  # tokens that a sliding layer sees
 def save_language(folder: Path, architecture: str = "llama", seed: int = 0) -> Path:
     """A language model of some 50,000 parameters and two layers, with a tokenizer that has a chat template.
 
-    architecture: a key of `CHATS`. gemma3 is the class with a picture encoder that the 4B model is released as.
+    architecture: a key of `CHATS`. gemma3 is the class with an image encoder that the 4B model is released as.
     """
     template, end, start, padding = CHATS[architecture]
     tokenizer = templates.tokenizer(template, eos=end, bos=start, pad=padding)
@@ -75,22 +75,22 @@ def _model(architecture: str, sizes: dict[str, Any]) -> Any:
             hf.Gemma2Config(**sizes, **half_sliding, query_pre_attn_scalar=8, final_logit_softcapping=2.0)
         )
     if architecture == "gemma3":
-        pictures = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
+        images = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2}
         return hf.Gemma3ForConditionalGeneration(
             hf.Gemma3Config(
                 text_config=sizes | half_sliding | {"query_pre_attn_scalar": 8},
-                vision_config=pictures | {"image_size": 28, "patch_size": 14},
+                vision_config=images | {"image_size": 28, "patch_size": 14},
                 mm_tokens_per_image=4,
             )
         )
     if architecture == "phi3":
-        stretched = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
+        extrapolated = {"rope_type": "longrope", "short_factor": [1.0] * 3, "long_factor": [2.0] * 3}
         return hf.Phi3ForCausalLM(
             hf.Phi3Config(
                 **sizes,
                 sliding_window=WINDOW**5,
                 original_max_position_embeddings=128,
-                rope_parameters=stretched | {"rope_theta": 1e4, "partial_rotary_factor": 0.75},
+                rope_parameters=extrapolated | {"rope_theta": 1e4, "partial_rotary_factor": 0.75},
             )
         )
     if architecture == "glm4":

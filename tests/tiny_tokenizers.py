@@ -1,4 +1,4 @@
-"""Tokenizers of single letters, of the kinds that picture models' text encoders have: no download, a file or two."""
+"""Tokenizers of single letters, of the kinds that image models' text encoders have: no download, a file or two."""
 
 import json
 from pathlib import Path

@@ -44,8 +44,8 @@ def attach(model: nn.Module, folder: Path) -> Any:
 
 @contextmanager
 def _placed(model: Any) -> Iterator[None]:
-    """Inside, PEFT doesn't see that some blocks rest in main memory: it would spread the model anew by its own rules,
-    and the card may be full."""
+    """Inside, PEFT doesn't see that some blocks rest in CPU memory: it would spread the model again by its own rules,
+    and the GPU may be full."""
     places = model.__dict__.pop("hf_device_map", None)
     try:
         yield
@@ -55,7 +55,7 @@ def _placed(model: Any) -> Iterator[None]:
 
 
 def place(model: nn.Module) -> None:
-    """Move adapters to the card, if there is any: PEFT puts one where its layer's weights are, be it main memory."""
+    """Move adapters to the GPU, if there is any: PEFT puts one where its layer's weights are, be it CPU memory."""
     device = next((weight.device for weight in model.parameters() if weight.device.type != "cpu"), torch.device("cpu"))
     for name, weight in model.named_parameters():
         if ".lora_" in name:

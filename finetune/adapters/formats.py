@@ -1,4 +1,4 @@
-"""The files that an adapter is handed out in and read from: PEFT folders and kohya-style safetensors."""
+"""The files that an adapter is exported in and read from: PEFT folders and kohya-style safetensors."""
 
 import copy
 import math
@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from finetune.adapters.lora import ADAPTER, starts
 from finetune.errors import ModelError
 
-# A language model taken out of one that also reads pictures has this attribute: where its layers are in the whole. An
-# adapter is handed out under the whole's names, which is what everybody else loads.
+# A language model taken out of one that also reads images has this attribute: where its layers are in the whole. An
+# adapter is exported under the whole's names, which is what everybody else loads.
 PART_OF, TEXT_MODEL = "part_of", "model."
 WITHIN = {r"^model\.language_model\.": TEXT_MODEL}
 OTHER_PARTS = r".*(vision|audio).*"  # of the whole, where layers have the same names

@@ -63,7 +63,7 @@ def inject(
             raise ModelError(
                 f"no layer of the base matches lora targets {list(targets)}; try another lora.targets"
             ) from error
-        # PEFT puts an adapter where its layer's weights are, and those of offloaded layers wait in main memory.
+        # PEFT puts an adapter where its layer's weights are, and those of offloaded layers wait in CPU memory.
         device = next((p.device for p in model.parameters() if p.device.type != "cpu"), torch.device("cpu"))
         if dora:
             _refuse_unreadable(model, device)
@@ -119,7 +119,7 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
-def live(model: nn.Module) -> dict[str, Tensor]:
+def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     """What is trained under PEFT's names (`…lora_A.weight`): the very tensors, not copies."""
     named = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
     return {_peft_name(name): parameter.detach() for name, parameter in named}
@@ -131,7 +131,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
     What is trained, and PiSSA's start (`…lora_A.initial`): no other machine, precision or number of threads would find
     quite the same one.
     """
-    everything = live(model) | starts(model)
+    everything = trainable_tensors(model) | starts(model)
     return {name: weight.float().cpu().clone().contiguous() for name, weight in sorted(everything.items())}
 
 
@@ -185,7 +185,7 @@ def _refuse_unreadable(model: nn.Module, device: torch.device) -> None:
     weights = [layer.get_base_layer().weight for _, layer in _layers(model)]
     if any(weight.device != device for weight in weights):
         raise ModelError(
-            "lora.dora=true needs all weights where it computes, and model.offload=true keeps some in main memory; "
+            "lora.dora=true needs all weights where it computes, and model.offload=true keeps some in CPU memory; "
             "set one of the two to false"
         )
     if device.type == "cpu" and any(_bits(weight) == 8 for weight in weights):  # PEFT drops their scales there

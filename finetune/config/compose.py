@@ -98,7 +98,7 @@ def refuse(found: Sequence[str]) -> None:
 
 
 def register() -> None:
-    """Put the schema, presets and recipes into Hydra's ConfigStore, anew: `./conf` follows the current folder.
+    """Put the schema, presets and recipes into Hydra's ConfigStore, again: `./conf` follows the current folder.
 
     Raises ConfigError that names every file that is not readable YAML.
     """

@@ -20,7 +20,7 @@ from finetune.config.schema import Config
 
 MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
 # Keys whose type alone doesn't say what to type; in 0.1 checkpointing was true or false.
-MEANT = {"trainer.checkpointing": "0 (none), 1 (every block) or n (every n-th block)"}
+MEANT = {"trainer.activation_checkpointing": "0 (none), 1 (every block) or n (every n-th block)"}
 
 
 @cache

@@ -10,8 +10,8 @@ def smaller(config: Config) -> str:
         micro_batch = trainer.micro_batch // 2
         accumulate = -(-trainer.micro_batch * trainer.accumulate // micro_batch)
         return f"try trainer.micro_batch={micro_batch} trainer.accumulate={accumulate}"
-    if trainer.checkpointing != 1:
-        return "try trainer.checkpointing=1"
+    if trainer.activation_checkpointing != 1:
+        return "try trainer.activation_checkpointing=1"
     return smallest(config)
 
 
@@ -20,7 +20,7 @@ def smallest(config: Config) -> str:
     model = config.model
     if model.kind == "diffusion":
         side = max(model.bucket_step, model.resolution // 2 // model.bucket_step * model.bucket_step)
-        less = f"smaller pictures: model.resolution={side}"
+        less = f"smaller images: model.resolution={side}"
     else:
         less = f"shorter rows: data.length={max(2, config.data.length // 2)}"
     quantised = ", model.quantize=nf4" if model.quantize is Quantize.none else ""

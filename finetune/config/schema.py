@@ -1,14 +1,14 @@
 """The configuration, typed: one docstring under every field says what it is, with its unit.
 
 Plain dataclasses without any heavy import: the CLI reads them before torch is loaded. YAML presets in `conf/`
-fill them, `finetune.config.validate` lists every problem at once. Keys marked `PICTURES` or `LANGUAGE` belong to that
+fill them, `finetune.config.validate` lists every problem at once. Keys marked `DIFFUSION` or `LANGUAGE` belong to that
 kind of model alone.
 """
 
 from dataclasses import dataclass, field
 from enum import Enum
 
-PICTURES = {"kind": "diffusion"}
+DIFFUSION = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
 
 
@@ -38,17 +38,17 @@ class Schedule(Enum):
 
 
 class Device(Enum):
-    """Where to compute; `auto` takes a CUDA card if there is one."""
+    """Where to compute; `auto` takes a CUDA GPU if there is one."""
 
     auto = "auto"
     cpu = "cpu"
     cuda = "cuda"
 
 
-class Dialect(Enum):
+class ExportFormat(Enum):
     """File formats of an exported adapter.
 
-    peft for every model, diffusers and kohya for picture models, merged (a whole model in 16 bit) and gguf (an adapter
+    peft for every model, diffusers and kohya for image models, merged (a whole model in 16 bit) and gguf (an adapter
     for llama.cpp) for language models.
     """
 
@@ -60,7 +60,7 @@ class Dialect(Enum):
 
 
 class Family(Enum):
-    """Architectures of picture models; sd is Stable Diffusion 1 and 2, sd3 also 3.5."""
+    """Architectures of image models; sd is Stable Diffusion 1 and 2, sd3 also 3.5."""
 
     sd = "sd"
     sdxl = "sdxl"
@@ -89,7 +89,7 @@ class LoraInit(Enum):
     loftq = "loftq"
 
 
-class Format(Enum):
+class ConversationFormat(Enum):
     """What the columns of a file of conversations mean."""
 
     auto = "auto"
@@ -110,16 +110,16 @@ class LongRows(Enum):
     refuse = "refuse"
 
 
-class Fit(Enum):
-    """How a run on a card finds settings that fit: the fastest that do, those of the recipe, tried out, or untried."""
+class Autotune(Enum):
+    """How a run on a GPU finds settings that fit: the fastest that do, those of the recipe, tried out, or untried."""
 
     auto = "auto"
-    asked = "asked"
+    check = "check"
     off = "off"
 
 
-class Kept(Enum):
-    """Which checkpoint is handed out: the last one, or the one of the lowest validation loss."""
+class CheckpointChoice(Enum):
+    """Which checkpoint is exported: the last one, or the one of the lowest validation loss."""
 
     last = "last"
     best = "best"
@@ -132,40 +132,40 @@ class ModelConfig:
     kind: str = "diffusion"
     """What is tuned; the key of `tasks.registry`."""
     base: str = "embedded:diffusion"
-    """`embedded:NAME` (comes with the package), a local folder, a picture model's .safetensors file, or a hub id."""
-    parts: str = field(default="", metadata=PICTURES)
+    """`embedded:NAME` (comes with the package), a local folder, an image model's .safetensors file, or a hub id."""
+    parts: str = field(default="", metadata=DIFFUSION)
     """Where what a base of a single file lacks comes from: a folder, or a hub id whose architecture is known."""
-    family: Family = field(default=Family.sd, metadata=PICTURES)
-    """Architecture of a picture model; its module is `finetune.diffusion.families`."""
+    family: Family = field(default=Family.sd, metadata=DIFFUSION)
+    """Architecture of an image model; its module is `finetune.diffusion.families`."""
     lora_targets: dict[str, list[str]] = field(default_factory=dict)
     """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
-    resolution: int = field(default=128, metadata=PICTURES)
+    resolution: int = field(default=128, metadata=DIFFUSION)
     """Side of the square whose area every bucket keeps, pixels."""
-    bucket_step: int = field(default=16, metadata=PICTURES)
+    bucket_step: int = field(default=16, metadata=DIFFUSION)
     """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
     quantize: Quantize = Quantize.none
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
     offload: bool = False
-    """Keep frozen blocks that don't fit `hardware.vram_gib` in main memory: slower, but it runs."""
+    """Keep frozen blocks that don't fit `hardware.vram_gib` in CPU memory: slower, but it runs."""
     added_tokens: list[str] = field(default_factory=list, metadata=LANGUAGE)
     """New control tokens; only their own rows of the embedding are trained."""
 
 
 @dataclass
 class DataConfig:
-    """The user's pictures or conversations."""
+    """The user's images or conversations."""
 
-    folder: str = field(default="", metadata=PICTURES)
-    """Folder of pictures, searched recursively."""
-    flip: bool = field(default=False, metadata=PICTURES)
-    """Also train on each picture mirrored; wrong where captions say left and right."""
-    max_pixels: int = field(default=178_956_970, metadata=PICTURES)
-    """Largest picture that is decoded, pixels (width x height); above it is bad. Pillow's own bomb limit."""
-    max_aspect: float = field(default=2.0, metadata=PICTURES)
-    """Longest side over shortest side of a bucket; longer pictures are cropped."""
+    folder: str = field(default="", metadata=DIFFUSION)
+    """Folder of images, searched recursively."""
+    flip: bool = field(default=False, metadata=DIFFUSION)
+    """Also train on each image mirrored; wrong where captions say left and right."""
+    max_pixels: int = field(default=178_956_970, metadata=DIFFUSION)
+    """Largest image that is decoded, pixels (width x height); above it is bad. Pillow's own bomb limit."""
+    max_aspect: float = field(default=2.0, metadata=DIFFUSION)
+    """Longest side over shortest side of a bucket; longer images are cropped."""
     file: str = field(default="", metadata=LANGUAGE)
     """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`."""
-    format: Format = field(default=Format.auto, metadata=LANGUAGE)
+    format: ConversationFormat = field(default=ConversationFormat.auto, metadata=LANGUAGE)
     """What the columns mean; auto recognises it and says so."""
     chat_template: str = field(default="", metadata=LANGUAGE)
     """Jinja template of conversations, or chatml; empty takes the tokenizer's own."""
@@ -178,7 +178,7 @@ class DataConfig:
     workers: int = field(default=0, metadata=LANGUAGE)
     """Processes that tokenise; 0 is one for each core."""
     skip_bad: bool = False
-    """Leave out unreadable pictures or rows with a warning instead of stopping."""
+    """Leave out unreadable images or rows with a warning instead of stopping."""
     validation_share: float = 0.1
     """Share of examples held out for the validation loss, chosen by content; sets under 20 hold out none."""
     cache: str = "outputs/.cache"
@@ -187,12 +187,12 @@ class DataConfig:
 
 @dataclass
 class CaptionConfig:
-    """Automatic captions for pictures that have none."""
+    """Automatic captions for images that have none."""
 
     model: str = "embedded:captioner"
     """A BLIP captioning model: `embedded:captioner`, a local folder or a hub id."""
     batch: int = 8
-    """Pictures captioned at once."""
+    """Images captioned at once."""
     max_new_tokens: int = 40
     """Longest caption, tokens."""
     num_beams: int = 1
@@ -202,7 +202,7 @@ class CaptionConfig:
     trigger: str = ""
     """Phrase put behind a generated caption, after a comma; prompts that contain it call the style up."""
     overwrite: bool = False
-    """Caption every picture anew. Captions written by hand are lost, so this is off."""
+    """Caption every image again. Captions written by hand are lost, so this is off."""
 
 
 @dataclass
@@ -233,7 +233,7 @@ class OptimConfig:
 
     name: Optimizer = Optimizer.adamw
     """adamw (fused where torch has it), adamw8bit (bitsandbytes; states in 8 bit) or paged_adamw8bit (in 8 bit, and in
-    main memory where the card is full)."""
+    CPU memory where the GPU is full)."""
     lr: float = 1e-4
     """Peak learning rate."""
     lora_plus: float = 1.0
@@ -261,14 +261,14 @@ class TrainerConfig:
     accumulate: int = 4
     """Micro-batches in one optimiser step; effective batch = micro_batch x accumulate x processes."""
     precision: Precision = Precision.auto
-    """fp32, bf16 or fp16 (with loss scaling); auto takes bf16 on a card that has it, else fp16, and fp32 on a CPU."""
+    """fp32, bf16 or fp16 (with loss scaling); auto takes bf16 on a GPU that has it, else fp16, and fp32 on a CPU."""
     clip_norm: float = 1.0
     """Largest gradient norm; 0 does not clip."""
     max_bad_steps: int = 5
     """Refused (non-finite) steps in a row after which the run stops."""
     save_every: int = 500
     """Steps between checkpoints; the last step always saves."""
-    keep: int = 2
+    keep_checkpoints: int = 2
     """Newest checkpoints kept; the best one is kept besides."""
     log_every: int = 10
     """Steps between log lines and TensorBoard points that need device work."""
@@ -276,13 +276,13 @@ class TrainerConfig:
     """Steps between validation losses; 0 turns them off."""
     ema_decay: float = 0.0
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
-    checkpointing: int = 0
+    activation_checkpointing: int = 0
     """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
-    fit: Fit = Fit.auto
-    """On a card: auto takes the fastest micro_batch, accumulate, checkpointing and model.offload that fit, with the
+    autotune: Autotune = Autotune.auto
+    """On a GPU: auto takes the fastest micro_batch, accumulate, checkpointing and model.offload that fit, with the
     same effective batch; asked keeps those given; both try the worst step before the first. off does neither."""
     offload_activations: bool = False
-    """Keep what backward needs in main memory: with checkpointing the inputs of blocks, without it all. Slower."""
+    """Keep what backward needs in CPU memory: with checkpointing the inputs of blocks, without it all. Slower."""
     patience: int = 0
     """Validations in a row without a better loss after which training stops early; 0 never stops."""
     restart: bool = False
@@ -293,11 +293,11 @@ class TrainerConfig:
 class LossConfig:
     """The diffusion loss."""
 
-    min_snr_gamma: float = field(default=5.0, metadata=PICTURES)
+    min_snr_gamma: float = field(default=5.0, metadata=DIFFUSION)
     """Cap of the signal-to-noise weighting (arXiv 2303.09556); 0 weights all noise levels alike."""
-    noise_offset: float = field(default=0.0, metadata=PICTURES)
-    """Size of a constant added to each channel's noise: lets very dark and bright pictures be learnt."""
-    caption_dropout: float = field(default=0.1, metadata=PICTURES)
+    noise_offset: float = field(default=0.0, metadata=DIFFUSION)
+    """Size of a constant added to each channel's noise: lets very dark and bright images be learnt."""
+    caption_dropout: float = field(default=0.1, metadata=DIFFUSION)
     """Share of examples trained with an empty caption, which guidance needs."""
 
 
@@ -308,36 +308,36 @@ class HardwareConfig:
     device: Device = Device.auto
     """auto, cpu or cuda."""
     vram_gib: float = 0.0
-    """Memory of the card that may be used, GiB; 0 is all of it."""
-    card: str = ""
-    """The card as its driver calls it: `plan` then needs none; empty reads the machine."""
+    """Memory of the GPU that may be used, GiB; 0 is all of it."""
+    gpu: str = ""
+    """The GPU as its driver calls it: `plan` then needs none; empty reads the machine."""
     bf16: bool = True
-    """Whether the card computes in bf16."""
+    """Whether the GPU computes in bf16."""
     tflops: float = 0.0
     """Peak of dense products in 16 bit with fp32 sums, TFLOP/s."""
     fp32_tflops: float = 0.0
     """Peak in fp32, TFLOP/s."""
     gb_per_s: float = 0.0
-    """Peak of the card's memory, GB/s."""
+    """Peak of the GPU's memory, GB/s."""
     pcie_gb_per_s: float = 20.0
-    """Between main memory and the card, GB/s: of PCIe 4.0 x16 two thirds of its peak."""
+    """Between CPU memory and the GPU, GB/s: of PCIe 4.0 x16 two thirds of its peak."""
 
 
 @dataclass
 class SampleConfig:
-    """Pictures drawn, or answers written, while training and at the end."""
+    """Images drawn, or answers written, while training and at the end."""
 
     adapter: str = ""
     """PEFT folder or LoRA file to draw with; empty takes the run's own."""
     prompts: list[str] = field(default_factory=list)
     """What to draw or to answer; each prompt for each seed. [] draws nothing, no previews either."""
-    negative: str = field(default="", metadata=PICTURES)
+    negative: str = field(default="", metadata=DIFFUSION)
     """What guidance leads away from."""
     seeds: list[int] = field(default_factory=lambda: [0, 1])
-    """One picture (or answer) per prompt and seed; base and tuned start from the same noise."""
-    steps: int = field(default=25, metadata=PICTURES)
+    """One image (or answer) per prompt and seed; base and tuned start from the same noise."""
+    steps: int = field(default=25, metadata=DIFFUSION)
     """Denoising steps."""
-    guidance: float = field(default=7.5, metadata=PICTURES)
+    guidance: float = field(default=7.5, metadata=DIFFUSION)
     """Classifier-free guidance scale (arXiv 2207.12598)."""
     max_new_tokens: int = field(default=128, metadata=LANGUAGE)
     """Longest answer, tokens."""
@@ -351,16 +351,18 @@ class SampleConfig:
 
 @dataclass
 class ExportConfig:
-    """What is handed out."""
+    """What is exported."""
 
-    dialects: list[Dialect] = field(default_factory=lambda: [Dialect.peft, Dialect.diffusers, Dialect.kohya])
+    formats: list[ExportFormat] = field(
+        default_factory=lambda: [ExportFormat.peft, ExportFormat.diffusers, ExportFormat.kohya]
+    )
     """File formats that are written, loaded back and compared."""
     tolerance: float = 1e-5
     """Largest relative difference (fp32) between an exported adapter and the trained module."""
     divergence: float = field(default=0.05, metadata=LANGUAGE)
     """Largest mean divergence (KL, nats a token) of a merged or quantised model from the trained one."""
-    checkpoint: Kept = Kept.last
-    """What is handed out: the last checkpoint, or the one of the lowest validation loss (best)."""
+    checkpoint: CheckpointChoice = CheckpointChoice.last
+    """What is exported: the last checkpoint, or the one of the lowest validation loss (best)."""
 
 
 @dataclass
@@ -375,11 +377,11 @@ class Config:
     """Folder of everything this run writes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    caption: CaptionConfig = field(default_factory=CaptionConfig, metadata=PICTURES)
+    caption: CaptionConfig = field(default_factory=CaptionConfig, metadata=DIFFUSION)
     lora: LoraConfig = field(default_factory=LoraConfig)
     optim: OptimConfig = field(default_factory=OptimConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
-    loss: LossConfig = field(default_factory=LossConfig, metadata=PICTURES)
+    loss: LossConfig = field(default_factory=LossConfig, metadata=DIFFUSION)
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)

@@ -1,10 +1,10 @@
 """Every problem of a configuration that can be seen without loading anything."""
 
-from finetune.config.schema import Config, Dialect, LoraInit, Quantize
+from finetune.config.schema import Config, ExportFormat, LoraInit, Quantize
 
-DIALECTS = {
-    "diffusion": (Dialect.peft, Dialect.diffusers, Dialect.kohya),
-    "language": (Dialect.peft, Dialect.merged, Dialect.gguf),
+EXPORT_FORMATS = {
+    "diffusion": (ExportFormat.peft, ExportFormat.diffusers, ExportFormat.kohya),
+    "language": (ExportFormat.peft, ExportFormat.merged, ExportFormat.gguf),
 }
 RECIPES = {"diffusion": "pixar_style", "language": "pirate_chat"}  # one to begin with
 
@@ -37,12 +37,14 @@ def check(config: Config) -> list[str]:
         )
     elif needed and missing:
         problems.append(f"{needed[0]} is not set; type {needed[0]}=…")
-    dialects = DIALECTS.get(config.model.kind, tuple(Dialect))
-    # Dialects and targets of a recipe for the other kind are wrong too, and one line about it is enough.
-    if not other and (foreign := [dialect.name for dialect in config.export.dialects if dialect not in dialects]):
+    formats = EXPORT_FORMATS.get(config.model.kind, tuple(ExportFormat))
+    # Format and targets of a recipe for the other kind are wrong too, and one line about it is enough.
+    if not other and (
+        foreign := [export_format.name for export_format in config.export.formats if export_format not in formats]
+    ):
         problems.append(
-            f"export.dialects={foreign[0]} is not for a {config.model.kind} model; "
-            f"it offers: {', '.join(dialect.name for dialect in dialects)}"
+            f"export.formats={foreign[0]} is not for a {config.model.kind} model; "
+            f"it offers: {', '.join(export_format.name for export_format in formats)}"
         )
     require(bool(config.run_dir.strip()), "run_dir", "must name a folder", repr(config.run_dir), "outputs/mine")
     for key, least, value, try_ in (
@@ -54,10 +56,10 @@ def check(config: Config) -> list[str]:
         ("trainer.accumulate", 1, trainer.accumulate, "4"),
         ("trainer.max_bad_steps", 1, trainer.max_bad_steps, "5"),
         ("trainer.save_every", 1, trainer.save_every, "500"),
-        ("trainer.keep", 1, trainer.keep, "2"),
+        ("trainer.keep_checkpoints", 1, trainer.keep_checkpoints, "2"),
         ("trainer.log_every", 1, trainer.log_every, "10"),
         ("trainer.validate_every", 0, trainer.validate_every, "100"),
-        ("trainer.checkpointing", 0, trainer.checkpointing, "1"),
+        ("trainer.activation_checkpointing", 0, trainer.activation_checkpointing, "1"),
         ("trainer.clip_norm", 0, trainer.clip_norm, "1.0"),
         ("optim.warmup_steps", 0, optim.warmup_steps, "100"),
         ("optim.weight_decay", 0, optim.weight_decay, "0.01"),
@@ -116,6 +118,6 @@ def check(config: Config) -> list[str]:
     if lora.init is LoraInit.loftq and config.model.quantize is not Quantize.nf4:
         problems.append("lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4")
     if config.model.offload and config.model.quantize is Quantize.int8:
-        problems.append("model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the card once used")
+        problems.append("model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the GPU once used")
     require(bool(sample.seeds), "sample.seeds", "must name at least one seed", sample.seeds, "[0,1]")
     return problems

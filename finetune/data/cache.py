@@ -36,7 +36,7 @@ class Cache:
         return self.folder / key[:2] / f"{key}.safetensors"
 
     def has(self, key: str) -> bool:
-        """Whether the entry is there and whole, by checksum; a damaged one is removed, to be made anew."""
+        """Whether the entry is there and whole, by checksum; a damaged one is removed, to be made again."""
         path = self.path(key)
         try:
             data = path.read_bytes()
@@ -63,7 +63,7 @@ class Cache:
         temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            # Not flushed to disk: after a power cut the checksum finds a half-written entry, and it is made anew.
+            # Not flushed to disk: after a power cut the checksum finds a half-written entry, and it is made again.
             temporary.write_bytes(data)
             os.replace(temporary, path)
         except OSError as error:
@@ -81,7 +81,7 @@ def read(path: Path) -> dict[str, Tensor]:
         with safe_open(path, framework="pt") as entry:
             return {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118 - not a dictionary
     except (OSError, SafetensorError) as error:
-        raise DataError(f"cached example {path} can't be read ({error}); the same command encodes it anew") from error
+        raise DataError(f"cached example {path} can't be read ({error}); the same command encodes it again") from error
 
 
 def missing(paths: Iterable[Path]) -> bool:

@@ -9,11 +9,11 @@ import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import TypeVar
 
-Visit = tuple[int, int]  # (index of the example, number of the epoch)
+Draw = tuple[int, int]  # (index of the example, number of the epoch)
 V = TypeVar("V")
 
 
-def steps(buckets: Sequence[Hashable], *, effective: int, seed: int, start: int = 0) -> Iterator[list[Visit]]:
+def steps(buckets: Sequence[Hashable], *, effective: int, seed: int, start: int = 0) -> Iterator[list[Draw]]:
     """The examples of each optimiser step, without end, from step `start` on.
 
     buckets: the bucket of each example. Within an epoch each bucket is shuffled and cut into chunks of `effective`;
@@ -29,27 +29,27 @@ def steps(buckets: Sequence[Hashable], *, effective: int, seed: int, start: int 
 def split(chunk: Sequence[V], bucket_of: Callable[[V], Hashable], micro_batch: int) -> list[list[V]]:
     """One step's examples as micro-batches, each of one bucket and at most `micro_batch` long."""
     grouped: dict[Hashable, list[V]] = {}
-    for visit in chunk:
-        grouped.setdefault(bucket_of(visit), []).append(visit)
+    for draw in chunk:
+        grouped.setdefault(bucket_of(draw), []).append(draw)
     return [
         group[first : first + micro_batch] for group in grouped.values() for first in range(0, len(group), micro_batch)
     ]
 
 
-def _steps(buckets: Sequence[Hashable], effective: int, seed: int) -> Iterator[list[Visit]]:
+def _steps(buckets: Sequence[Hashable], effective: int, seed: int) -> Iterator[list[Draw]]:
     members: dict[Hashable, list[int]] = {}
     for index, bucket in enumerate(buckets):
         members.setdefault(bucket, []).append(index)
-    carried: list[Visit] = []
+    carried: list[Draw] = []
     for epoch in itertools.count():
-        chunks: list[list[Visit]] = []
-        leftovers: list[Visit] = []
+        chunks: list[list[Draw]] = []
+        leftovers: list[Draw] = []
         for group in members.values():
             shuffled = sorted(group, key=lambda index: _draw(seed, epoch, index))
             whole = len(shuffled) - len(shuffled) % effective
             chunks += [[(index, epoch) for index in shuffled[i : i + effective]] for i in range(0, whole, effective)]
             leftovers += [(index, epoch) for index in shuffled[whole:]]
-        pool = carried + sorted(leftovers, key=lambda visit: _draw(seed, epoch, visit[0]))
+        pool = carried + sorted(leftovers, key=lambda draw: _draw(seed, epoch, draw[0]))
         whole = len(pool) - len(pool) % effective
         chunks += [pool[i : i + effective] for i in range(0, whole, effective)]
         carried = pool[whole:]

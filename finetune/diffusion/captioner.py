@@ -1,6 +1,6 @@
-"""Captions from pictures with BLIP (arXiv 2201.12086): the small one that comes with the package or any released one.
+"""Captions from images with BLIP (arXiv 2201.12086): the small one that comes with the package or any released one.
 
-B pictures, 3 colours, H×W the side that the captioner reads, T tokens.
+B images, 3 colours, H×W the side that the captioner reads, T tokens.
 """
 
 from collections.abc import Sequence
@@ -14,7 +14,7 @@ from finetune import hub
 
 
 class Captioner:
-    """A frozen BLIP captioning model with its tokenizer and picture processor.
+    """A frozen BLIP captioning model with its tokenizer and image processor.
 
     reference: `embedded:captioner`, a local folder or a hub id. dtype: of weights and pixels. Raises ModelError.
     """
@@ -32,7 +32,7 @@ class Captioner:
 
     @torch.no_grad()
     def caption(self, images: Sequence[Image.Image], max_new_tokens: int, num_beams: int) -> list[str]:
-        """One caption for each RGB picture, of at most `max_new_tokens` tokens; nothing is drawn at random."""
+        """One caption for each RGB image, of at most `max_new_tokens` tokens; nothing is drawn at random."""
         pixels_B3HW: Tensor = self.processor(images=list(images), return_tensors="pt").pixel_values
         ids_BT = self.model.generate(
             pixel_values=pixels_B3HW.to(self.device, self.dtype),

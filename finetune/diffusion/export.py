@@ -1,4 +1,4 @@
-"""Hand a diffusion adapter out in every dialect, and prove each file by loading it into a fresh base."""
+"""Export a diffusion adapter in every format, and prove each file by loading it into a fresh base."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from finetune import hub
 from finetune.adapters import formats, lora
-from finetune.config.schema import Config, Dialect, Quantize
+from finetune.config.schema import Config, ExportFormat, Quantize
 from finetune.diffusion.families import family
 from finetune.diffusion.families.base import MASK
 from finetune.diffusion.pipeline import load_adapter, load_backbone, save_adapter
 from finetune.errors import ExportError
 from finetune.memory import block_offload
-from finetune.memory.device import free, pick_device, pick_dtype, room
+from finetune.memory.device import pick_device, pick_dtype, release_memory, usable_bytes
 from finetune.run.progress import say
 from finetune.run.records import Run, hash_of
 
@@ -34,19 +34,19 @@ FP32_SHARE = 0.8  # of the memory for weights in fp32; the rest is for what they
 def write(
     config: Config, run: Run, weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, folder: Path
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Write the adapter into `folder` in each of `export.dialects`, and its average, if there is one, in diffusers'.
+    """Write the adapter into `folder` in each of `export.formats`, and its average, if there is one, in diffusers'.
 
-    Returns the files by dialect (relative to `folder`) and, by dialect, ‖loaded − trained‖ / ‖trained‖ of the
+    Returns the files by format (relative to `folder`) and, by format, ‖loaded − trained‖ / ‖trained‖ of the
     output in fp32 on fixed inputs. Raises ExportError if one is over `export.tolerance`.
     """
     device = pick_device(config.hardware.device)
     trained = _with_adapter(config, weights, device)
     files: dict[str, str] = {}
-    for dialect in config.export.dialects:
-        if dialect is Dialect.peft:
+    for export_format in config.export.formats:
+        if export_format is ExportFormat.peft:
             formats.save_peft(trained, folder / "peft", weights, config.model.base)
             files["peft"] = "peft"
-        elif dialect is Dialect.diffusers:
+        elif export_format is ExportFormat.diffusers:
             files["diffusers"] = save_adapter(config.model, trained, folder, weights).name
         else:
             file, names = folder / f"{config.name}.safetensors", family(config.model.family).KOHYA
@@ -55,23 +55,23 @@ def write(
         files["ema"] = save_adapter(config.model, trained, folder, averaged, EMA_FILE).name
     probe = _probe(config, device)
     reference = probe(trained)
-    del trained  # two of them don't fit every card
-    free()
+    del trained  # two of them don't fit every GPU
+    release_memory()
     effect = _relative(probe(_base(config, device)), reference)
     if effect <= config.export.tolerance:
         say(f"export: the adapter changes the output by only {effect:.1e}; was it trained long enough?")
     differences = {}
-    for dialect_name, file_name in files.items():
-        if dialect_name == "ema":
+    for format_name, file_name in files.items():
+        if format_name == "ema":
             continue
-        free()
+        release_memory()
         loaded = load_adapter(config.model, _base(config, device), folder / file_name)
-        differences[dialect_name] = _relative(probe(loaded), reference)
+        differences[format_name] = _relative(probe(loaded), reference)
         del loaded
-        if not differences[dialect_name] <= config.export.tolerance:  # NaN fails too
+        if not differences[format_name] <= config.export.tolerance:  # NaN fails too
             raise ExportError(
-                f"the {dialect_name} adapter {folder / file_name} does not reproduce the trained one: "
-                f"relative difference {differences[dialect_name]:.1e}, allowed {config.export.tolerance:.1e} "
+                f"the {format_name} adapter {folder / file_name} does not reproduce the trained one: "
+                f"relative difference {differences[format_name]:.1e}, allowed {config.export.tolerance:.1e} "
                 "(export.tolerance)"
             )
     return files, differences
@@ -86,12 +86,12 @@ def usage(config: Config) -> str:
 
 
 def _base(config: Config, device: torch.device) -> nn.Module:
-    """The base to compare on: in fp32, or where that doesn't fit the card, as it was trained on."""
+    """The base to compare on: in fp32, or where that doesn't fit the GPU, as it was trained on."""
     plain, vram_gib = config.model.quantize is Quantize.none, config.hardware.vram_gib
-    if plain and block_offload.wanted(config.model, device):  # what doesn't fit stays in main memory
+    if plain and block_offload.is_active(config.model, device):  # what doesn't fit stays in CPU memory
         return load_backbone(config.model, torch.float32, device, vram_gib=vram_gib)
     base = load_backbone(config.model, pick_dtype(config.trainer.precision, device), device, vram_gib=vram_gib)
-    fits = 4 * sum(weight.numel() for weight in base.parameters()) < FP32_SHARE * room(device, vram_gib)
+    fits = 4 * sum(weight.numel() for weight in base.parameters()) < FP32_SHARE * usable_bytes(device, vram_gib)
     return base.float() if plain and fits else base
 
 

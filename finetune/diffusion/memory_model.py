@@ -1,4 +1,4 @@
-"""A picture model without weights, for the memory plan: what a step and every other phase would hold on the card.
+"""An image model without weights, for the memory plan: what a step and every other phase would hold on the GPU.
 
 B images, C latent channels, h×w latent pixels, H×W pixels, T tokens of a caption, D text width.
 """
@@ -15,21 +15,21 @@ from finetune.config.schema import Config, Quantize
 from finetune.data.images import buckets
 from finetune.diffusion import encode, export, meta, single_file, task
 from finetune.diffusion.families import family
-from finetune.diffusion.families.base import AT_ONCE, TILE, frugal, spare
-from finetune.diffusion.pipeline import PAINTED_AT_ONCE, TEXTS_AT_ONCE
+from finetune.diffusion.families.base import MAX_BATCH_PIXELS, TILE, enable_tiling, is_tiled
+from finetune.diffusion.pipeline import IMAGE_BATCH, TEXT_BATCH
 from finetune.memory import block_offload, checkpointing
 from finetune.planning import meta as planning_meta
-from finetune.planning.tracer import Trace, Tracer, Way, optimizer_bytes
+from finetune.planning.tracer import PhaseOption, Trace, Tracer, optimizer_bytes
 
 # Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
 # on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
 WORKSPACE_GIB_PER_MEGAPIXEL = 1.9
 WORKSPACE_SEEN = ("AutoencoderKL", "AutoencoderKLFlux2")
 CLIP_TOKENS = 77
-ELSEWHERE, ONE = "in main memory, which is slower", "one picture at once"  # words of a `Way`
+ELSEWHERE, ONE = "in CPU memory, which is slower", "one image at once"  # words of a `PhaseOption`
 
 
-class PictureSketch:
+class DiffusionMemoryModel:
     """Traces what `DiffusionTask` and the stages around it run."""
 
     unit = "images"
@@ -42,16 +42,16 @@ class PictureSketch:
         single_file.find(config.model)  # which refuses one of another architecture
         self.objective = meta.objective(config.model)
         self.width, self.height = _largest_bucket(config)
-        self.vae = self.tracer.blank(meta.autoencoder(config.model))
+        self.vae = self.tracer.fakify(meta.autoencoder(config.model))
         self.latents = self._latents(self.width, self.height)
-        self.model = self.tracer.blank(self._adapted(dtype)).train()
-        self.notes = [f"pictures of {self.width}×{self.height}, the largest of this recipe's shapes"]
-        self.units = 1
+        self.model = self.tracer.fakify(self._adapted(dtype)).train()
+        self.notes = [f"images of {self.width}×{self.height}, the largest of this recipe's shapes"]
+        self.count = 1
         self.readings: dict[int, Trace] = {}  # of text encoders, by captions at once
 
-    def recompute(self, every: int) -> None:
-        """As `trainer.checkpointing`; offloading recomputes all."""
-        checkpointing.recompute(self.model, 1 if self.config.model.offload else every)
+    def set_checkpointing(self, every: int) -> None:
+        """As `trainer.activation_checkpointing`; offloading recomputes all."""
+        checkpointing.set_checkpointing(self.model, 1 if self.config.model.offload else every)
 
     def inputs(self, micro_batch: int) -> dict[str, Tensor]:
         """The tensors of a batch as `DiffusionTask.collate` makes them."""
@@ -69,31 +69,31 @@ class PictureSketch:
         return task.weighted(self.objective, predicted_BChw, batch, self.config.loss.min_snr_gamma)
 
     def offloaded(self) -> dict[str, float]:
-        """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
+        """What `model.offload` takes from the weights on the GPU, and the ring of blocks that come for it."""
         return self._offloaded(self.model)
 
-    def beside(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+    def training_phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Validation and previews."""
         states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
         states |= self.offloaded()
         if self.config.trainer.validate_every:
-            yield "validation", [Way(self._validation(micro_batch, states))]
+            yield "validation", [PhaseOption(self._validation(micro_batch, states))]
         if self.config.sample.prompts:
             yield "sampling", self._sampling(states)
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Every phase but the steps of training, by name."""
-        yield "captioning", [Way(self._captioning)]
+        yield "captioning", [PhaseOption(self._captioning)]
         yield "encoding texts", self._encoding_texts()
-        yield "encoding pictures", [Way(self._encoding_pictures)]
-        yield from self.beside(micro_batch)
+        yield "encoding images", [PhaseOption(self._encoding_images)]
+        yield from self.training_phases(micro_batch)
         yield "export", self._exporting()
 
     @cached_property
     def _captioning(self) -> Trace:
         settings = self.config.caption
         tracer = Tracer(self.tracer.dtype, like_cuda=self.tracer.like_cuda)
-        model: Any = tracer.blank(meta.captioner(settings.model, tracer.dtype))
+        model: Any = tracer.fakify(meta.captioner(settings.model, tracer.dtype))
         side, text = model.config.vision_config.image_size, model.config.text_config
         beams = settings.batch * settings.num_beams
 
@@ -101,7 +101,7 @@ class PictureSketch:
             pixels_B3HW = torch.empty(settings.batch, 3, side, side, dtype=tracer.dtype)
             seen = model.vision_model(pixel_values=pixels_B3HW).last_hidden_state
             seen = seen.repeat_interleave(settings.num_beams, dim=0)
-            layers = text.num_hidden_layers * 2  # keys and values of every token written, and of the picture
+            layers = text.num_hidden_layers * 2  # keys and values of every token written, and of the image
             _cache = [
                 torch.empty(beams, settings.max_new_tokens + seen.shape[1], text.hidden_size, dtype=tracer.dtype)
                 for _ in range(layers)
@@ -112,18 +112,18 @@ class PictureSketch:
 
         return tracer.run(model, work)
 
-    def _encoding_texts(self) -> Iterator[Way]:
+    def _encoding_texts(self) -> Iterator[PhaseOption]:
         """As `TextEncoder` goes about it."""
-        yield Way(self._reading(TEXTS_AT_ONCE))
+        yield PhaseOption(self._reading(TEXT_BATCH))
         if self.cuda:
-            yield Way(self._reading(1), "fewer captions at once")
-            yield Way(None, ELSEWHERE)
+            yield PhaseOption(self._reading(1), "fewer captions at once")
+            yield PhaseOption(None, ELSEWHERE)
 
     def _reading(self, captions: int) -> Trace:
         if captions in self.readings:
             return self.readings[captions]
         tracer = Tracer(torch.float32, like_cuda=self.tracer.like_cuda)
-        encoders = tracer.blank(meta.text_encoders(self.config.model))
+        encoders = tracer.fakify(meta.text_encoders(self.config.model))
         shapes = self.family.text_shapes(_config(self.model))
         longest = max(shape[0] for shape in shapes.values() if len(shape) == 2)
 
@@ -138,8 +138,8 @@ class PictureSketch:
         return self.readings[captions]
 
     @cached_property
-    def _encoding_pictures(self) -> Trace:
-        count = max(1, encode.PIXELS_AT_ONCE // (self.width * self.height))
+    def _encoding_images(self) -> Trace:
+        count = max(1, encode.PIXELS_PER_BATCH // (self.width * self.height))
         return self.tracer.run(
             self.vae, lambda: self.family.moments(self.vae, torch.empty(count, 3, self.height, self.width))
         )
@@ -152,18 +152,18 @@ class PictureSketch:
 
         return self._evaluated(self.model, work, states)
 
-    def _sampling(self, states: dict[str, float]) -> Iterator[Way]:
-        """Previews in training, where the optimiser is there too, as `Painter` goes about them."""
+    def _sampling(self, states: dict[str, float]) -> Iterator[PhaseOption]:
+        """Previews in training, where the optimiser is there too, as `ImageSampler` goes about them."""
         sample = self.config.sample
-        count = min(PAINTED_AT_ONCE, max(min(sample.previews, len(sample.prompts)), len(sample.seeds)))
-        yield Way(self._drawing(count, self.vae, states))
+        count = min(IMAGE_BATCH, max(min(sample.previews, len(sample.prompts)), len(sample.seeds)))
+        yield PhaseOption(self._drawing(count, self.vae, states))
         while self.cuda and count > 1:
             count //= 2
-            yield Way(self._drawing(count, self.vae, states), f"{count} pictures at once" if count > 1 else ONE)
+            yield PhaseOption(self._drawing(count, self.vae, states), f"{count} images at once" if count > 1 else ONE)
         if self.cuda and self.config.model.resolution > TILE:
-            thrifty = self.tracer.blank(meta.autoencoder(self.config.model))
-            spare(thrifty)
-            yield Way(self._drawing(1, thrifty, states), f"{ONE}, decoded in tiles")
+            thrifty = self.tracer.fakify(meta.autoencoder(self.config.model))
+            enable_tiling(thrifty)
+            yield PhaseOption(self._drawing(1, thrifty, states), f"{ONE}, decoded in tiles")
 
     def _drawing(self, count: int, vae: nn.Module, states: dict[str, float]) -> Trace:
         sample, side = self.config.sample, self.config.model.resolution
@@ -178,21 +178,21 @@ class PictureSketch:
                 rows = count * (2 if guided else 1)
                 timesteps_B = torch.zeros(rows, dtype=torch.long)
                 self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
-            self.family.pixels(vae, self.family.left(torch.empty(count, *latents)), side, side)
+            self.family.pixels(vae, self.family.pack_latents(torch.empty(count, *latents)), side, side)
 
         if self.cuda:
-            pixels = side * side * (count if count * side * side <= AT_ONCE else 1)
-            if frugal(vae):
+            pixels = side * side * (count if count * side * side <= MAX_BATCH_PIXELS else 1)
+            if is_tiled(vae):
                 pixels = min(pixels, TILE**2)
             states = states | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
             others = "" if self.family.VAE_CLASS in WORKSPACE_SEEN else " with other autoencoders"
             self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
         return self._evaluated(nn.ModuleList([self.model, vae]), work, states)
 
-    def _exporting(self) -> Iterator[Way]:
-        yield Way(self._export())
-        if self.cuda and self.config.model.quantize is Quantize.none:  # the others are on cards alone
-            yield Way(None, ELSEWHERE)
+    def _exporting(self) -> Iterator[PhaseOption]:
+        yield PhaseOption(self._export())
+        if self.cuda and self.config.model.quantize is Quantize.none:  # the others are on GPUs alone
+            yield PhaseOption(None, ELSEWHERE)
 
     def _export(self) -> Trace:
         """One model at a time: in fp32 where that fits or what doesn't is offloaded, else as it was trained."""
@@ -201,7 +201,7 @@ class PictureSketch:
         fits = offloaded or 4 * count < export.FP32_SHARE * self.room
         dtype = torch.float32 if plain and fits else self.tracer.dtype
         tracer = Tracer(dtype, like_cuda=self.cuda)
-        model = tracer.blank(self._adapted(dtype)).eval()
+        model = tracer.fakify(self._adapted(dtype)).eval()
         latents = (2, self.latents[0], export.PROBE_SIDE, export.PROBE_SIDE)
 
         def work() -> None:
@@ -213,9 +213,9 @@ class PictureSketch:
     def _offloaded(self, model: nn.Module) -> dict[str, float]:
         if not (self.config.model.offload and self.cuda):
             return {}
-        # diffusers quantises on the card, where the model takes room while its blocks are sent away.
+        # diffusers quantises on the GPU, where the model takes room while its blocks are sent away.
         there = 0 if self.config.model.quantize is Quantize.none else block_offload.weight_bytes(model)
-        return block_offload.planned(model, self.room - there)
+        return block_offload.planned_bytes(model, self.room - there)
 
     def _evaluated(self, model: nn.Module, work: Any, held: dict[str, float]) -> Trace:
         self.model.eval()

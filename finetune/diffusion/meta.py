@@ -27,7 +27,7 @@ def autoencoder(model: ModelConfig) -> nn.Module:
 
 
 def text_encoders(model: ModelConfig) -> nn.ModuleList:
-    """The text encoders of a picture model, in the dtypes that `diffusion.TextEncoder` gives them."""
+    """The text encoders of an image model, in the dtypes that `diffusion.TextEncoder` gives them."""
     import transformers
 
     found, kind = _config_folder(model), family(model.family)
@@ -62,7 +62,7 @@ def captioner(reference: str, dtype: torch.dtype) -> nn.Module:
 
 
 def _config_folder(model: ModelConfig) -> Path:
-    """The folder with the configuration of a picture model's parts,."""
+    """The folder with the configuration of an image model's parts,."""
     return hub.config_folder(model.base if hub.single_file(model.base) is None else model.parts or model.base)
 
 

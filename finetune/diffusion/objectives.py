@@ -1,4 +1,4 @@
-"""What a picture model learns to predict: the noise levels it is trained at, their inputs, targets and weights.
+"""What an image model learns to predict: the noise levels it is trained at, their inputs, targets and weights.
 
 B images, C latent channels, h×w latent pixels. Timesteps run from 0 (clean) to 1000 (noise) as released models count
 them: whole numbers of a table of noise levels, or any number in between for flow matching.
@@ -82,7 +82,7 @@ class Flow:
     """The velocity from clean latents to noise on a straight line (rectified flow, arXiv 2209.03003, 2403.03206).
 
     Timesteps are drawn logit-normally (arXiv 2403.03206, §3.1) and shifted as the base's scheduler shifts them, which
-    for some bases depends on the picture's size.
+    for some bases depends on the image's size.
     """
 
     def __init__(self, scheduler: Any, patch: int = IMAGE_PATCH) -> None:

@@ -17,49 +17,49 @@ from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.diffusion import single_file
 from finetune.diffusion.families import family
-from finetune.diffusion.families.base import TILE, Family, Text, spare
-from finetune.errors import ModelError, card_ran_out
+from finetune.diffusion.families.base import TILE, Family, Text, enable_tiling
+from finetune.errors import ModelError, is_gpu_out_of_memory
 from finetune.memory import block_offload, quantize
-from finetune.memory.device import free
-from finetune.memory.fallbacks import Portions, within_memory
+from finetune.memory.device import release_memory
+from finetune.memory.fallbacks import AdaptiveBatch, try_within_memory
 from finetune.run.progress import say
 
 CPU = torch.device("cpu")
-TEXTS_AT_ONCE, PAINTED_AT_ONCE = 32, 8
+TEXT_BATCH, IMAGE_BATCH = 32, 8
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
 class TextEncoder:
     """A base's frozen text encoders with their tokenizers.
 
-    Where they don't fit the card they read fewer captions at once, and at last work in main memory, which is slower.
+    Where they don't fit the GPU they read fewer captions at once, and at last work in CPU memory, which is slower.
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        self.family, self.portions = family(model.family), Portions(TEXTS_AT_ONCE, self._leave_the_card)
+        self.family, self.adaptive_batch = family(model.family), AdaptiveBatch(TEXT_BATCH, self._move_to_cpu)
         dtypes = {"default": torch.float32} | dict.fromkeys(self.family.LARGE_TEXT, torch.bfloat16)
         parts = dict.fromkeys((self.family.BACKBONE, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
-        if within_memory(lambda: self.pipeline.to(device), ran_out=card_ran_out) is None:
-            self.portions.measures.pop()()
+        if try_within_memory(lambda: self.pipeline.to(device), is_oom=is_gpu_out_of_memory) is None:
+            self.adaptive_batch.fallbacks.pop()()
 
     def encode(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         """Per text what the backbone reads, on the CPU; longer texts are cut to what the encoders read."""
-        return self.portions.each(self._read, texts)
+        return self.adaptive_batch.each(self._read, texts)
 
     @torch.no_grad()
     def _read(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        with hub.hushed():  # the libraries warn of each text that is cut; so do we, once and by file
+        with hub.quiet_libraries():  # the libraries warn of each text that is cut; so do we, once and by file
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
 
-    def _leave_the_card(self) -> None:
-        say("the text encoders don't fit the card: they work in main memory, which is slower")
+    def _move_to_cpu(self) -> None:
+        say("the text encoders don't fit the GPU: they work in CPU memory, which is slower")
         self.pipeline.to("cpu")
-        free()
+        release_memory()
 
-    def lost(self, text: str) -> str:
+    def truncated_tail(self, text: str) -> str:
         """The tail of `text` that the encoder never sees; empty if all of it fits."""
         tokenizer, room = self.family.reader(self.pipeline)
         room -= tokenizer.num_special_tokens_to_add()
@@ -76,7 +76,7 @@ class Vae:
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor) -> list[dict[str, Tensor]]:
-        """Per picture (values in -1 … 1) `{"mean", "std"}`, each (C, h, w) fp32 on the CPU.
+        """Per image (values in -1 … 1) `{"mean", "std"}`, each (C, h, w) fp32 on the CPU.
 
         Training draws new latents from them at each visit.
         """
@@ -87,20 +87,20 @@ class Vae:
         ]
 
 
-def base_identity(model: ModelConfig, *parts: str) -> str:
-    """Who the base is, by content; parts as for `hub.identity`. Raises ModelError."""
+def base_hash(model: ModelConfig, *parts: str) -> str:
+    """Who the base is, by content; parts as for `hub.content_hash`. Raises ModelError."""
     found = single_file.find(model)
-    return hub.identity(model.base, *parts) if found is None else single_file.identity(found, *parts)
+    return hub.content_hash(model.base, *parts) if found is None else single_file.content_hash(found, *parts)
 
 
-def text_identity(model: ModelConfig) -> str:
+def text_encoder_hash(model: ModelConfig) -> str:
     """Identity of the text encoders for cache keys, known without loading them."""
-    return base_identity(model, "text_encoder*", "tokenizer*")
+    return base_hash(model, "text_encoder*", "tokenizer*")
 
 
-def vae_identity(model: ModelConfig) -> str:
+def vae_hash(model: ModelConfig) -> str:
     """Identity of the autoencoder for cache keys, known without loading it."""
-    return base_identity(model, "vae")
+    return base_hash(model, "vae")
 
 
 def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
@@ -128,18 +128,18 @@ def load_backbone(
 ) -> nn.Module:
     """The base's frozen UNet or transformer, stored and placed as `model` says.
 
-    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the card, GiB,
-    that `model.offload` fills before it keeps blocks in main memory; 0 is all of it. Raises ModelError, also for a
-    quantised one on another device than a CUDA card.
+    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the GPU, GiB,
+    that `model.offload` fills before it keeps blocks in CPU memory; 0 is all of it. Raises ModelError, also for a
+    quantised one on another device than a CUDA GPU.
     """
     kind = family(model.family)
     options: dict[str, Any] = {"torch_dtype": dtype}
     if model.quantize is not Quantize.none:
         from diffusers import BitsAndBytesConfig
 
-        if device.type != "cuda":  # diffusers quantises on cards alone
+        if device.type != "cuda":  # diffusers quantises on GPUs alone
             raise ModelError(
-                f"model.quantize={model.quantize.name} of a picture model needs a CUDA card; try model.quantize=none"
+                f"model.quantize={model.quantize.name} of an image model needs a CUDA GPU; try model.quantize=none"
             )
         quantize.prove(model, dtype, device)
         settings = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
@@ -148,8 +148,8 @@ def load_backbone(
     backbone: nn.Module = _load(loader, model, kind.BACKBONE, **options)
     backbone.requires_grad_(False)
     quantize.prepare(backbone)
-    if block_offload.wanted(model, device):
-        block_offload.spread(backbone, device, vram_gib)
+    if block_offload.is_active(model, device):
+        block_offload.offload_to_fit(backbone, device, vram_gib)
         return backbone
     return backbone if model.quantize is not Quantize.none else backbone.to(device)
 
@@ -187,7 +187,7 @@ def save_adapter(
     """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
     kind = family(model.family)
     folder.mkdir(parents=True, exist_ok=True)
-    # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every picture. It goes by
+    # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every image. It goes by
     # the names in the file, and warns of exclusions that exclude none of those.
     settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
     _class(kind.PIPELINE).save_lora_weights(
@@ -203,7 +203,7 @@ def save_adapter(
 
 
 def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
-    """The backbone with an adapter in any dialect: a PEFT folder, or a diffusers or kohya-style safetensors file.
+    """The backbone with an adapter in any format: a PEFT folder, or a diffusers or kohya-style safetensors file.
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
@@ -227,8 +227,8 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
     return cast(nn.Module, backbone.eval())
 
 
-class Painter:
-    """Draws pictures with any backbone of one base.
+class ImageSampler:
+    """Draws images with any backbone of one base.
 
     Prompt embeddings and autoencoder are loaded once, the text encoders are dropped again. The same
     prompt and seed start from the same noise whatever the backbone, the batch or the device. Where memory runs out it
@@ -244,12 +244,12 @@ class Painter:
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
         del encoder
         self.negative, self.device, self.dtype = negative, device, dtype
-        self.portions = Portions(PAINTED_AT_ONCE, self._tile, doing="drawing")
+        self.adaptive_batch = AdaptiveBatch(IMAGE_BATCH, self._tile, doing="drawing")
         self.vae = load_vae_model(model)
         parts = dict.fromkeys((self.family.BACKBONE, *self.family.TEXT)) | {"vae": self.vae}
         self.pipeline = load_pipeline(model, parts)
 
-    def draw(
+    def generate(
         self,
         backbone: nn.Module,
         jobs: Sequence[tuple[str, int]],
@@ -259,20 +259,22 @@ class Painter:
         steps: int,
         guidance: float,
     ) -> list[Any]:
-        """One PIL picture for each (prompt, seed); prompts must be among those given at construction.
+        """One PIL image for each (prompt, seed); prompts must be among those given at construction.
 
-        Raises torch.OutOfMemoryError where one picture is too much, in tiles too.
+        Raises torch.OutOfMemoryError where one image is too much, in tiles too.
         """
-        if max(width, height) <= TILE:  # tiles would be the picture
-            self.portions.measures.clear()
-        return self.portions.each(lambda part: self._draw(backbone, part, width, height, steps, guidance), jobs)
+        if max(width, height) <= TILE:  # tiles would be the image
+            self.adaptive_batch.fallbacks.clear()
+        return self.adaptive_batch.each(
+            lambda part: self._generate(backbone, part, width, height, steps, guidance), jobs
+        )
 
     def _tile(self) -> None:
-        say("the card is too small for a picture; decoding in tiles")
-        spare(self.vae)
+        say("the GPU is too small for an image; decoding in tiles")
+        enable_tiling(self.vae)
 
     @torch.no_grad()
-    def _draw(
+    def _generate(
         self, backbone: nn.Module, jobs: Sequence[tuple[str, int]], width: int, height: int, steps: int, guidance: float
     ) -> list[Any]:
         pipeline = self.pipeline

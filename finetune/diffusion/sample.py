@@ -6,12 +6,12 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import Config
-from finetune.diffusion.pipeline import Painter, load_adapter, load_backbone
-from finetune.memory.device import free, pick_device, pick_dtype
+from finetune.diffusion.pipeline import ImageSampler, load_adapter, load_backbone
+from finetune.memory.device import pick_device, pick_dtype, release_memory
 from finetune.run.progress import progress
 from finetune.run.records import Sample
 
-CELL = 192  # pixels a picture takes in the grid, if it is smaller than that
+CELL = 192  # pixels an image takes in the grid, if it is smaller than that
 GAP = 8
 TEXT = 15  # font size of prompts and headings
 
@@ -25,10 +25,10 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
     sample = config.sample
     device = pick_device(config.hardware.device)
     dtype = pick_dtype(config.trainer.precision, device)
-    painter = Painter(config.model, sample.prompts, sample.negative, device, dtype)
+    image_sampler = ImageSampler(config.model, sample.prompts, sample.negative, device, dtype)
     jobs = [(prompt, seed) for prompt in sample.prompts for seed in sample.seeds]
     drawn: dict[str, list[Any]] = {}
-    with progress("sample", 2 * len(jobs), unit="pictures") as bar:
+    with progress("sample", 2 * len(jobs), unit="images") as bar:
         for kind in ("tuned", "base"):  # an adapter that can't be used is reported before anything is drawn
             backbone = load_backbone(config.model, dtype, device, vram_gib=config.hardware.vram_gib)
             if kind == "tuned":
@@ -37,12 +37,12 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
             for start in range(0, len(jobs), len(sample.seeds)):
                 part = jobs[start : start + len(sample.seeds)]
                 side = config.model.resolution
-                drawn[kind] += painter.draw(
+                drawn[kind] += image_sampler.generate(
                     backbone, part, width=side, height=side, steps=sample.steps, guidance=sample.guidance
                 )
                 bar.advance(len(part))
             del backbone
-            free()  # two of them don't fit every card
+            release_memory()  # two of them don't fit every GPU
     items = []
     for index, (prompt, seed) in enumerate(jobs):
         names = {kind: f"{index:03d}-seed{seed}-{kind}.png" for kind in drawn}
@@ -72,11 +72,11 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
 
 
 def grid(rows: Sequence[tuple[str, Sequence[tuple[Any, Any]]]]) -> Any:
-    """One picture: per prompt a line of text and its (base, tuned) pairs, each half named; two prompts side by side."""
+    """One image: per prompt a line of text and its (base, tuned) pairs, each half named; two prompts side by side."""
     from PIL import Image, ImageDraw, ImageFont
 
     font = ImageFont.load_default(TEXT)
-    cell = max(CELL, max(picture.width for _, pairs in rows for pair in pairs for picture in pair))
+    cell = max(CELL, max(image.width for _, pairs in rows for pair in pairs for image in pair))
     pairs_wide = max(len(pairs) for _, pairs in rows)
     columns = 2 if len(rows) > 1 else 1
     block = pairs_wide * (2 * cell + GAP) + GAP
@@ -88,9 +88,9 @@ def grid(rows: Sequence[tuple[str, Sequence[tuple[Any, Any]]]]) -> Any:
         left, top = GAP + (index % columns) * (block + GAP), GAP + (index // columns) * line
         pen.text((left, top), _fitting(prompt, font, block), fill="black", font=font)
         for number, pair in enumerate(pairs):
-            for half, (name, picture) in enumerate(zip(("base", "tuned"), pair, strict=True)):
+            for half, (name, image) in enumerate(zip(("base", "tuned"), pair, strict=True)):
                 x = left + number * (2 * cell + GAP) + half * cell
-                sheet.paste(picture.resize((cell, cell), Image.Resampling.LANCZOS), (x, top + 2 * TEXT + GAP))
+                sheet.paste(image.resize((cell, cell), Image.Resampling.LANCZOS), (x, top + 2 * TEXT + GAP))
                 pen.text((x + 2, top + TEXT + GAP - 2), name, fill="gray", font=font)
     return sheet
 
@@ -104,10 +104,10 @@ def _fitting(text: str, font: Any, width: int) -> str:
     return text + "…"
 
 
-def _save_png(picture: Any, file: Path, facts: dict[str, str]) -> None:
+def _save_png(image: Any, file: Path, facts: dict[str, str]) -> None:
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, value)
-    picture.save(file, pnginfo=info)
+    image.save(file, pnginfo=info)

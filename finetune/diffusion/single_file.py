@@ -1,4 +1,4 @@
-"""Picture models in one `.safetensors` file, as model sites hand them out; each part is read alone, when it is needed.
+"""Image models in one `.safetensors` file, as model sites hand them out; each part is read alone, when it is needed.
 
 Such a file has weights under their original names and no configuration. Configuration, tokenizers and whatever weights
 it lacks come from `model.parts`; of released models the package has the configuration, and of CLIP the tokenizer.
@@ -22,7 +22,7 @@ from finetune.errors import ModelError, is_out_of_memory
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
 VAE = ("first_stage_model.", "vae.")
-# Parts of the names of weights: of adapters in all dialects, and of 8-bit weights whose scale is stored beside them.
+# Parts of the names of weights: of adapters in all formats, and of 8-bit weights whose scale is stored beside them.
 ADAPTER_MARKS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "hada_w", "lokr_w")
 SCALE_MARKS = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 CLIP_MERGES = Path(__file__).parent / "tokenizers" / "clip" / "merges.txt"
@@ -61,7 +61,7 @@ def find(model: ModelConfig) -> SingleFile | None:
     """The file that `model.base` names; None for a folder, a hub id or an embedded model.
 
     Raises ModelError for a file that is damaged, no base, or a base of another architecture than the preset's, and for
-    a folder without a picture model.
+    a folder without an image model.
     """
     path = hub.single_file(model.base)
     if path is None:
@@ -88,7 +88,7 @@ def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     if "device_map" in options:
         options["device"] = options.pop("device_map")[""]
     try:
-        with hub.hushed():  # about casts that change nothing
+        with hub.quiet_libraries():  # about casts that change nothing
             built = _build(loader, found, part, **options)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
@@ -120,8 +120,8 @@ def complete(found: SingleFile, model: ModelConfig, given: dict[str, Any], dtype
     return filled
 
 
-def identity(found: SingleFile, *parts: str) -> str:
-    """Who the base is, by content, as `hub.identity` says it of others: of those parts, or of everything.
+def content_hash(found: SingleFile, *parts: str) -> str:
+    """Who the base is, by content, as `hub.content_hash` says it of others: of those parts, or of everything.
 
     Raises ModelError if a part that the file lacks is neither on disk nor on the hub.
     """
@@ -132,16 +132,16 @@ def identity(found: SingleFile, *parts: str) -> str:
         if not parts or any(fnmatchcase(part, pattern) for pattern in parts)
     ]
     digest = hashlib.sha256()
-    hub.hash_content(found.path, digest.update)
+    hub.hash_file_content(found.path, digest.update)
     for part in wanted:
-        if (beside := _beside(found, part)) is not None:
-            digest.update(hub.identity(str(beside)).encode())
+        if (training_phases := _beside(found, part)) is not None:
+            digest.update(hub.content_hash(str(training_phases)).encode())
     lacking = [part for part in wanted if "tokenizer" not in part and not _holds(found, part)]
     # Configuration and tokenizers of a released model are the same wherever they come from: no hub is asked for those.
     others = found.parts
     if lacking or isinstance(hub.resolve(found.parts), Path):
         with _borrowing(found, lacking):
-            others = hub.identity(found.parts, *parts)
+            others = hub.content_hash(found.parts, *parts)
     return f"sha256:{digest.hexdigest()}" + "".join(f"/{part}" for part in sorted(parts)) + f"+{others}"
 
 
@@ -281,8 +281,8 @@ def _not_quantised_yet() -> Iterator[None]:
 
 def _tokenizer(loader: Any, found: SingleFile, part: str) -> Any:
     """A tokenizer from beside the file, from `model.parts` if that is on disk, from the package, or from the hub."""
-    if (beside := _beside(found, part)) is not None:
-        return hub.load(loader, str(beside))
+    if (training_phases := _beside(found, part)) is not None:
+        return hub.load(loader, str(training_phases))
     folder = hub.local(found.parts)
     if loader.__name__ == "CLIPTokenizer" and not (folder and _is_tokenizer(folder / part)):
         return _clip_tokenizer(loader, found, part)

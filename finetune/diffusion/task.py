@@ -19,21 +19,21 @@ from finetune.data.cache import read
 from finetune.diffusion.families import family
 from finetune.diffusion.families.base import Family
 from finetune.diffusion.objectives import Objective
-from finetune.diffusion.pipeline import Painter, load_backbone, load_scheduler
+from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler
 from finetune.memory import activation_offload, checkpointing, relief
 from finetune.memory.device import pick_dtype
 from finetune.run import distributed
 from finetune.run.records import Dataset, Example
-from finetune.training.task import Batch, Visit
+from finetune.training.task import Batch, Draw
 
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
-VALIDATION_VISIT = -1  # a visit number that training never uses
+VALIDATION_EPOCH = -1  # a visit number that training never uses
 TEXT = "text."  # begins the names of a batch's tensors that the text encoders made
-PROBE = 16  # training pictures that stand in where nothing is held out, and the most that are validated on
+PROBE = 16  # training images that stand in where nothing is held out, and the most that are validated on
 
 
 class DiffusionTask:
-    """LoRA on the UNet or transformer of a picture model. `model` is it with adapters injected."""
+    """LoRA on the UNet or transformer of an image model. `model` is it with adapters injected."""
 
     unit = "images"
 
@@ -44,14 +44,14 @@ class DiffusionTask:
         self.empty_text = Path(dataset.empty_text)
         examples = list(dataset.examples())
         self.training = [example for example in examples if not example.held_out]
-        # Small sets hold nothing out: the same training pictures with fixed noise still compare from step to step.
+        # Small sets hold nothing out: the same training images with fixed noise still compare from step to step.
         self.validation = ([example for example in examples if example.held_out] or self.training)[:PROBE]
         self.size = len(self.training)
         self.family = family(config.model.family)
         self.objective = self.family.objective(load_scheduler(config.model))
-        self.painter = self._painter()
+        self.image_sampler = self._make_image_sampler()
         backbone: Any = load_backbone(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
-        checkpointing.recompute(backbone, config.trainer.checkpointing)
+        checkpointing.set_checkpointing(backbone, config.trainer.activation_checkpointing)
         self.model: nn.Module = lora.inject(
             backbone,
             rank=config.lora.rank,
@@ -60,40 +60,44 @@ class DiffusionTask:
             targets=config.model.lora_targets[config.lora.targets],
             seed=config.seed,
         )
-        self.kept = activation_offload.Kept(self.model, device, config.trainer.offload_activations)
-        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, self.kept, device)
+        self.activation_offload = activation_offload.ActivationOffload(
+            self.model, device, config.trainer.offload_activations
+        )
+        self.fallbacks = relief.gpu_fallbacks(
+            self.model, config.model, config.trainer.activation_checkpointing, self.activation_offload, device
+        )
         if config.lora.start_from:
             folder = formats.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, formats.read_peft_folder(folder), str(folder))
 
-    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
-        """The pictures of each step, each step's from as few buckets as possible."""
+    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
+        """The images of each step, each step's from as few buckets as possible."""
         buckets = [example.bucket for example in self.training]
         for chunk in order.steps(buckets, effective=effective, seed=self.config.seed, start=start):
             yield [(self.training[index], epoch) for index, epoch in chunk]
 
-    def split(self, visits: Sequence[Visit], micro_batch: int) -> Sequence[Sequence[Visit]]:
+    def split(self, draws: Sequence[Draw], micro_batch: int) -> Sequence[Sequence[Draw]]:
         """Micro-batches of one bucket each."""
-        return order.split(visits, lambda visit: visit[0].bucket, micro_batch)
+        return order.split(draws, lambda draw: draw[0].bucket, micro_batch)
 
-    def worst(self, micro_batch: int) -> Sequence[Visit]:
-        """The largest picture, over and over."""
+    def worst(self, micro_batch: int) -> Sequence[Draw]:
+        """The largest image, over and over."""
         return [(max(self.training, key=lambda example: math.prod(example.bucket)), 0)] * micro_batch
 
-    def collate(self, visits: Sequence[Visit]) -> Batch:
+    def collate(self, draws: Sequence[Draw]) -> Batch:
         """Latents drawn from the cached posterior, noise, timestep and caption (or none) of each visit."""
-        drawn = [self._draw(example, visit) for example, visit in visits]
+        drawn = [self._draw(example, draw) for example, draw in draws]
         return _batch(drawn)
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over images of the weighted mean squared error."""
-        with self.kept():
+        with self.activation_offload():
             predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
             return weighted(self.objective, predicted_BChw, batch.tensors, self.config.loss.min_snr_gamma)
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
-        """Mean squared error on fixed (picture, noise, timestep) triples: "mean" and "t=…" per noise level."""
+        """Mean squared error on fixed (image, noise, timestep) triples: "mean" and "t=…" per noise level."""
         training = self.model.training
         self.model.eval()
         result = {}
@@ -107,35 +111,35 @@ class DiffusionTask:
         return {"mean": sum(result.values()) / len(result), **result}
 
     def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
-        """One PIL picture per preview prompt, in the process that draws."""
+        """One PIL image per preview prompt, in the process that draws."""
         sample = self.config.sample
-        if self.painter is None:
+        if self.image_sampler is None:
             return []
         side = self.config.model.resolution
         jobs = [(prompt, seed) for prompt in prompts]
-        return self.painter.draw(
+        return self.image_sampler.generate(
             self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
         )
 
-    def relieve(self) -> str | None:
-        """Recompute every block, then keep what they need, and then all of them, in main memory."""
-        return next(self.measures, None)
+    def reduce_memory(self) -> str | None:
+        """Recompute every block, then keep what they need, and then all of them, in CPU memory."""
+        return next(self.fallbacks, None)
 
     def notes(self) -> dict[str, str]:
-        """None: the pictures and captions are in the report."""
+        """None: the images and captions are in the report."""
         return {}
 
-    def _painter(self) -> Painter | None:
-        """What draws previews. Made before the backbone is loaded, because text encoders may need the whole card."""
+    def _make_image_sampler(self) -> ImageSampler | None:
+        """What draws previews. Made before the backbone is loaded, because text encoders may need the whole GPU."""
         sample = self.config.sample
         prompts = sample.prompts[: sample.previews]
-        if not prompts or distributed.index():
+        if not prompts or distributed.rank():
             return None
-        return Painter(self.config.model, prompts, sample.negative, self.device, self.dtype)
+        return ImageSampler(self.config.model, prompts, sample.negative, self.device, self.dtype)
 
-    def _draw(self, example: Example, visit: int, timestep: float | None = None) -> dict[str, Any]:
+    def _draw(self, example: Example, draw: int, timestep: float | None = None) -> dict[str, Any]:
         """One training input; a given `timestep` replaces the drawn one and keeps the caption (validation)."""
-        random = torch.Generator().manual_seed(visit_seed(self.config.seed, example.key, visit))
+        random = torch.Generator().manual_seed(draw_seed(self.config.seed, example.key, draw))
         latents = read(Path(example.latents))
         mean_Chw, std_Chw = latents["mean"], latents["std"]
         clean_Chw = mean_Chw + std_Chw * torch.randn(mean_Chw.shape, generator=random)
@@ -154,9 +158,9 @@ class DiffusionTask:
         }
 
     def _fixed_batches(self, timestep: float, micro_batch: int) -> Iterator[Batch]:
-        visits = [(example, VALIDATION_VISIT) for example in self.validation]
-        for part in self.split(visits, micro_batch):
-            yield _batch([self._draw(example, visit, timestep) for example, visit in part])
+        draws = [(example, VALIDATION_EPOCH) for example in self.validation]
+        for part in self.split(draws, micro_batch):
+            yield _batch([self._draw(example, draw, timestep) for example, draw in part])
 
     def _errors(self, batch: Batch) -> Tensor:
         """Mean squared error of each image's prediction, (B,) fp32."""
@@ -187,9 +191,9 @@ def weighted(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str,
     return (errors(objective, predicted_BChw, tensors) * objective.weights(tensors["timesteps"], gamma)).sum()
 
 
-def visit_seed(seed: int, key: str, visit: int) -> int:
+def draw_seed(seed: int, key: str, draw: int) -> int:
     """A 63-bit seed for one visit of one example: the same whatever the order, the micro-batch or the process."""
-    digest = hashlib.sha256(f"{seed}/{key}/{visit}".encode()).digest()
+    digest = hashlib.sha256(f"{seed}/{key}/{draw}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 
@@ -197,4 +201,4 @@ def _batch(drawn: Sequence[dict[str, Any]]) -> Batch:
     tensors = {name: torch.stack([item[name] for item in drawn]) for name in ("clean", "noise")}
     tensors |= {TEXT + name: torch.stack([item["text"][name] for item in drawn]) for name in drawn[0]["text"]}
     tensors["timesteps"] = torch.tensor([item["timestep"] for item in drawn])
-    return Batch(tensors, len(drawn), tuple(item["name"] for item in drawn), units=len(drawn), slots=len(drawn))
+    return Batch(tensors, len(drawn), tuple(item["name"] for item in drawn), count=len(drawn), padded_count=len(drawn))

@@ -21,7 +21,7 @@ from finetune.language.losses import Head, logits
 from finetune.memory import block_offload, quantize
 from finetune.run.progress import say
 
-# Where models that also read pictures keep the language model, in releases before and since transformers 5.
+# Where models that also read images keep the language model, in releases before and since transformers 5.
 TEXT_PARTS = {r"^language_model\.model\.": "model.", r"^language_model\.lm_head\.": "lm_head.",
               r"^model\.language_model\.": "model."}  # fmt: skip
 # Relative difference of logits: rounding gives 1e-6 in fp32 and at most 0.051 in 16 bit (8 billion random weights in
@@ -52,20 +52,20 @@ def load_tokenizer(base: str, added: Sequence[str] = ()) -> Any:
 def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, vram_gib: float = 0.0) -> nn.Module:
     """The base as a frozen causal language model in eval mode, stored and placed as `model` says.
 
-    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the card, GiB,
-    that `model.offload` fills before it keeps blocks in main memory; 0 is all of it. Of a model that also reads
-    pictures, the language model alone. New control tokens begin at the mean of all others. Raises ModelError for a base
+    dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the GPU, GiB,
+    that `model.offload` fills before it keeps blocks in CPU memory; 0 is all of it. Of a model that also reads
+    images, the language model alone. New control tokens begin at the mean of all others. Raises ModelError for a base
     that is none, that can't be stored so, or whose hidden states or output layer are used in a way that isn't known
     here.
     """
     loader, config, options = architecture(model)
-    streamed = block_offload.wanted(model, device)
+    streamed = block_offload.is_active(model, device)
     if model.quantize is not Quantize.none:
         from transformers import BitsAndBytesConfig
 
         quantize.prove(model, dtype, device)
         options["quantization_config"] = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
-    with _hushed():
+    with _quiet_transformers():
         loaded = hub.load(
             loader, model.base, config=config, dtype=dtype, device_map={"": "cpu" if streamed else device}, **options
         )
@@ -77,42 +77,46 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
     loaded.requires_grad_(False).eval()
     quantize.prepare(loaded)
     if streamed:
-        block_offload.spread(loaded, device, vram_gib)
-    if device.type == "cuda" and varlen_attention.fits(loaded, dtype):
-        if varlen_attention.works(loaded, dtype, device):
-            varlen_attention.use(loaded)
+        block_offload.offload_to_fit(loaded, device, vram_gib)
+    if device.type == "cuda" and varlen_attention.supports(loaded, dtype):
+        if varlen_attention.self_test(loaded, dtype, device):
+            varlen_attention.enable(loaded)
         else:
-            say("torch's attention for packed rows doesn't work on this card; masks do, slower and with more memory")
+            say("torch's attention for packed rows doesn't work on this GPU; masks do, slower and with more memory")
     _prove(loaded, model.base, device)
     return cast(nn.Module, loaded)
 
 
-def hidden(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, segments_BL: Tensor | None) -> Tensor:
+def packed_hidden_states(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, segments_BL: Tensor | None) -> Tensor:
     """States behind the final norm (B, L, D), what `head` reads; adapters included, no key-value cache.
 
     positions_BL: from 0 in each segment, as in `Pack.positions`. segments_BL: as `Pack.segments`: a slot sees those of
-    its own segment that are not later (within the window, where a layer has one); on the CPU they spare the card a
+    its own segment that are not later (within the window, where a layer has one); on the CPU they spare the GPU a
     wait. None: a pack is one segment, whatever its positions. Raises ValueError where positions and segments disagree.
     """
     causal: Any = model
     if segments_BL is None:
-        seen: dict[str, Any] = {"attention_mask": torch.ones_like(ids_BL)}
-    elif varlen_attention.used(causal):
-        seen = varlen_attention.seen(ids_BL, varlen_attention.borders(segments_BL).to(ids_BL.device, non_blocking=True))
+        attention_kwargs: dict[str, Any] = {"attention_mask": torch.ones_like(ids_BL)}
+    elif varlen_attention.is_enabled(causal):
+        attention_kwargs = varlen_attention.attention_kwargs(
+            ids_BL, varlen_attention.cu_seqlens(segments_BL).to(ids_BL.device, non_blocking=True)
+        )
     else:
         # transformers reads the segments off the positions and builds every layer's mask, windows included.
         segments_BL = segments_BL.to(positions_BL.device)
         if not torch.equal(positions_BL.diff(dim=1) != 1, segments_BL.diff(dim=1) != 0):
-            raise ValueError("positions must count up within each segment and start anew in the next")
-        seen = {"attention_mask": None}
-    return states(model, ids_BL, positions_BL, seen)
+            raise ValueError("positions must count up within each segment and start again in the next")
+        attention_kwargs = {"attention_mask": None}
+    return hidden_states(model, ids_BL, positions_BL, attention_kwargs)
 
 
-def states(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, seen: dict[str, Any]) -> Tensor:
-    """`hidden` with the arguments that say what each slot sees."""
+def hidden_states(model: nn.Module, ids_BL: Tensor, positions_BL: Tensor, attention_kwargs: dict[str, Any]) -> Tensor:
+    """`packed_hidden_states` with the arguments that say what each slot sees."""
     causal: Any = model
     backbone: Any = causal.get_decoder()
-    found: Tensor = backbone(input_ids=ids_BL, position_ids=positions_BL, use_cache=False, **seen).last_hidden_state
+    found: Tensor = backbone(
+        input_ids=ids_BL, position_ids=positions_BL, use_cache=False, **attention_kwargs
+    ).last_hidden_state
     return found
 
 
@@ -164,8 +168,8 @@ def _no_language_model(base: str, kind: str) -> ModelError:
 
 
 @contextmanager
-def _hushed() -> Iterator[None]:
-    """No report of weights that are left out (those for pictures); `hub` reports missing ones."""
+def _quiet_transformers() -> Iterator[None]:
+    """No report of weights that are left out (those for images); `hub` reports missing ones."""
     from transformers.utils import logging as library
 
     before = library.get_verbosity()
@@ -202,7 +206,7 @@ def _prove(model: Any, base: str, device: torch.device) -> None:
     ids_1L = torch.tensor([[4, 5, 6, 7, 4, 5, 6]], device=device)
     positions_1L = torch.tensor([[0, 1, 2, 3, 0, 1, 2]], device=device)
     with torch.no_grad():
-        states_LD = hidden(model, ids_1L, positions_1L, torch.tensor([[0, 0, 0, 0, 1, 1, 1]]))[0]
+        states_LD = packed_hidden_states(model, ids_1L, positions_1L, torch.tensor([[0, 0, 0, 0, 1, 1, 1]]))[0]
         alone_LV = model(input_ids=ids_1L[:, :3], use_cache=False).logits[0].float()
         packed_LV = logits(head(model), states_LD)
     noise = FP32_NOISE if model.dtype == torch.float32 and not hasattr(model, "hf_quantizer") else HALF_NOISE

@@ -11,15 +11,15 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.language.causal_lm import head, hidden
+from finetune.language.causal_lm import head, packed_hidden_states
 from finetune.language.losses import Head, logits
 
 CHUNK_BYTES = 1 << 27  # of one model's fp32 logits; about five of it are alive at once
 
 
 @dataclass(frozen=True, eq=False)
-class View:
-    """What a model makes of the rows, in main memory: states before the head (N, D) in fp32, and the head.
+class ModelOutputs:
+    """What a model makes of the rows, in CPU memory: states before the head (N, D) in fp32, and the head.
 
     The logits follow from it, and are larger by V / D: 17 GB for 32,000 tokens and 128,000 entries.
     """
@@ -29,7 +29,7 @@ class View:
 
 
 @dataclass(frozen=True)
-class Likeness:
+class LogitDifference:
     """A model compared with a reference over all tokens.
 
     relative: ‖logits − reference‖ / ‖reference‖. largest: max |Δlogit|. divergence: mean KL(reference ‖ model), nats a
@@ -43,20 +43,20 @@ class Likeness:
 
 
 @torch.no_grad()
-def look(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> View:
+def model_outputs(model: Any, rows: Sequence[Sequence[int]], device: torch.device) -> ModelOutputs:
     """Each row (L token ids) alone through a model on `device`, in eval mode and in the model's own arithmetic."""
     model.eval()
     states = []
     for row in rows:
         ids_1L = torch.tensor([list(row)], device=device)
         positions_1L = torch.arange(ids_1L.shape[1], device=device)[None]
-        states.append(hidden(model, ids_1L, positions_1L, None)[0].float().cpu())
-    return View(torch.cat(states), _moved(head(model), torch.device("cpu")))
+        states.append(packed_hidden_states(model, ids_1L, positions_1L, None)[0].float().cpu())
+    return ModelOutputs(torch.cat(states), _moved(head(model), torch.device("cpu")))
 
 
 @torch.no_grad()
-def compare(reference: View, other: View, device: torch.device) -> Likeness:
-    """How like the reference the other model is; the logits are made anew on `device`, a chunk at a time, in fp32."""
+def compare(reference: ModelOutputs, other: ModelOutputs, device: torch.device) -> LogitDifference:
+    """How like the reference the other model is; the logits are made again on `device`, a chunk at a time, in fp32."""
     heads = [_moved(reference.head, device)]
     same_head = _equal(reference.head, other.head)  # as nearly always; a large vocabulary's takes 2 GiB in fp32
     heads.append(heads[0] if same_head else _moved(other.head, device))
@@ -77,7 +77,7 @@ def compare(reference: View, other: View, device: torch.device) -> Likeness:
             )
         )
     count = len(reference.states)
-    return Likeness((apart / size) ** 0.5, float(largest), divergence / count, same / count)
+    return LogitDifference((apart / size) ** 0.5, float(largest), divergence / count, same / count)
 
 
 def _equal(one: Head, other: Head) -> bool:

@@ -1,6 +1,6 @@
-"""Hand a language adapter out in every dialect, and prove each against the trained model on held-out rows.
+"""Export a language adapter in every format, and prove each against the trained model on held-out rows.
 
-Models are compared in fp32, one at a time on the device; merging holds another one, in 16 bit, in main memory.
+Models are compared in fp32, one at a time on the device; merging holds another one, in 16 bit, in CPU memory.
 """
 
 import hashlib
@@ -18,17 +18,17 @@ from torch import Tensor, nn
 
 from finetune import hub
 from finetune.adapters import attach, formats, lora
-from finetune.config.schema import Config, Dialect, Quantize
+from finetune.config.schema import Config, ExportFormat, Quantize
 from finetune.data.text.store import reopen
 from finetune.data.text.tokens import Chat
 from finetune.errors import DataError, ExportError
 from finetune.language import gguf_file
 from finetune.language.causal_lm import load_model
-from finetune.language.compare_logits import Likeness, compare, look
+from finetune.language.compare_logits import LogitDifference, compare, model_outputs
 from finetune.language.merge import merge
 from finetune.language.task import inject
 from finetune.language.tokenize import chat_of
-from finetune.memory.device import free, pick_device
+from finetune.memory.device import pick_device, release_memory
 from finetune.run.atomic import write_atomically
 from finetune.run.progress import say
 from finetune.run.records import Run, TextSet, load_record
@@ -46,10 +46,10 @@ model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), 
 def write(
     config: Config, run: Run, weights: dict[str, Tensor], averaged: dict[str, Tensor] | None, folder: Path
 ) -> tuple[dict[str, str], dict[str, float]]:
-    """Write the adapter into `folder` in each of `export.dialects`, its average, if there is one, as a PEFT folder, and
-    `comparison.json`: how like the trained model the base and each dialect are.
+    """Write the adapter into `folder` in each of `export.formats`, its average, if there is one, as a PEFT folder, and
+    `comparison.json`: how like the trained model the base and each format are.
 
-    Returns the files by dialect (relative to `folder`), and by dialect the relative difference of the logits (peft) or
+    Returns the files by format (relative to `folder`), and by format the relative difference of the logits (peft) or
     of the weights' updates (gguf), or the mean KL in nats a token (merged). Raises ExportError if one is over
     `export.tolerance`, or the last over `export.divergence`; ConfigError as `refuse` does.
     """
@@ -60,40 +60,40 @@ def write(
 
     trained = inject(config, _fp32(config, device), chat.tokenizer)
     lora.load_state(trained, weights, "the checkpoint")
-    reference = look(trained, rows, device)
+    reference = model_outputs(trained, rows, device)
     _save_peft(config, trained, peft, weights, chat)
     if averaged is not None:
         _save_peft(config, trained, folder / "peft_ema", averaged, chat)
     del trained
-    free()
+    release_memory()
 
-    def measure(model: nn.Module) -> Likeness:
-        return compare(reference, look(model, rows, device), device)
+    def measure(model: nn.Module) -> LogitDifference:
+        return compare(reference, model_outputs(model, rows, device), device)
 
     fresh = _fp32(config, device)
     models = {"base": measure(fresh), "peft": measure(load(fresh, peft))}
     del fresh
-    free()
+    release_memory()
     if models["base"].relative <= export.tolerance:
         say(
             f"export: the adapter changes the logits by only {models['base'].relative:.1e}; was it trained long enough?"
         )
     differences = {"peft": _checked(peft, models["peft"].relative, export.tolerance, "tolerance")}
-    if Dialect.merged in export.dialects:
+    if ExportFormat.merged in export.formats:
         models |= _write_merged(config, base, chat, peft, merged, measure, device)
         differences["merged"] = _checked(merged, models["merged"].divergence, export.divergence, "divergence")
-    if Dialect.gguf in export.dialects:
+    if ExportFormat.gguf in export.formats:
         gguf_file.write(gguf, peft, base.get_text_config(), config.name)
         difference = gguf_file.difference(gguf, peft, base.get_text_config())
         differences["gguf"] = _checked(gguf, difference, export.tolerance, "tolerance")
-    if Dialect.peft not in export.dialects:
+    if ExportFormat.peft not in export.formats:
         shutil.rmtree(peft)
         del differences["peft"]
     facts = {"rows": len(rows), "tokens": sum(map(len, rows)), "source": source, "gguf": differences.get("gguf")}
-    facts["models"] = {name: asdict(likeness) for name, likeness in models.items()}
+    facts["models"] = {name: asdict(difference_) for name, difference_ in models.items()}
     write_atomically(folder / "comparison.json", json.dumps(facts, indent=2) + "\n")
     places = {"peft": peft, "merged": merged, "gguf": gguf}
-    files = {dialect: places[dialect].name for dialect in differences}
+    files = {export_format: places[export_format].name for export_format in differences}
     return files | ({"ema": "peft_ema"} if averaged is not None else {}), differences
 
 
@@ -103,11 +103,11 @@ def usage(config: Config) -> str:
 
 
 def refuse(config: Config) -> Any:
-    """The base's configuration. Raises ConfigError if one of `export.dialects` can't be had for it: ask early."""
+    """The base's configuration. Raises ConfigError if one of `export.formats` can't be had for it: ask early."""
     from transformers import AutoConfig
 
     base = hub.load(AutoConfig, config.model.base)
-    if Dialect.gguf in config.export.dialects:
+    if ExportFormat.gguf in config.export.formats:
         gguf_file.require(base.get_text_config(), dora=config.lora.dora, added_tokens=bool(config.model.added_tokens))
     return base
 
@@ -145,7 +145,7 @@ def _rows(config: Config, chat: Chat) -> tuple[list[list[int]], str]:
 def _fp32(config: Config, device: torch.device, **changes: Any) -> nn.Module:
     """The base in fp32, with `changes` of `config.model`; a quantised one stays so and computes in fp32.
 
-    In fp32 a base may not fit the card that it was trained on in 16 bit: then layers wait in main memory.
+    In fp32 a base may not fit the GPU that it was trained on in 16 bit: then layers wait in CPU memory.
     """
     model = replace(config.model, **changes)
     if device.type == "cuda" and model.quantize is Quantize.none and not config.lora.dora:  # which needs all at hand
@@ -174,9 +174,9 @@ def _write_merged(
     chat: Chat,
     peft: Path,
     merged: Path,
-    measure: Callable[[nn.Module], Likeness],
+    measure: Callable[[nn.Module], LogitDifference],
     device: torch.device,
-) -> dict[str, Likeness]:
+) -> dict[str, LogitDifference]:
     """Write a whole model in 16 bit: under "merged" what it is like, and under other names what else was tried.
 
     A quantised base offers two ways: into the original weights, or into the dequantised ones that the adapter was
@@ -193,21 +193,21 @@ def _write_merged(
         model.save_pretrained(folder)
         _save_tokenizer(config, chat, folder)
         del model, stored
-        free()
+        release_memory()
         tried[name] = (folder, measure(_fp32(config, device, base=str(folder), quantize=Quantize.none)))
-        free()
+        release_memory()
     best = min(tried, key=lambda name: (math.isnan(tried[name][1].divergence), tried[name][1].divergence))
-    for name, (folder, likeness) in tried.items():
-        say(f"export: {name}: {likeness.divergence:.2e} nats a token (KL){', kept' if name == best else ''}")
+    for name, (folder, difference_) in tried.items():
+        say(f"export: {name}: {difference_.divergence:.2e} nats a token (KL){', kept' if name == best else ''}")
         if name == best:
             folder.rename(merged)
         else:
             shutil.rmtree(folder)
     found = {"merged": tried[best][1]}
     if quantised:
-        found |= {name: likeness for name, (_, likeness) in tried.items()}
+        found |= {name: difference_ for name, (_, difference_) in tried.items()}
         again = measure(_fp32(config, device, base=str(merged)))  # as it will often be used
-        free()
+        release_memory()
         found[f"merged, in {config.model.quantize.value} again"] = again
     return found
 

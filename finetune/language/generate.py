@@ -11,25 +11,25 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ModelError
-from finetune.memory.fallbacks import Portions
+from finetune.memory.fallbacks import AdaptiveBatch
 from finetune.run.records import hash_of
 
-WRITTEN_AT_ONCE = 8
+ANSWER_BATCH = 8
 
 
-class Writer:
+class TextGenerator:
     """Writes answers with any model of one base.
 
     The random numbers of an answer follow from its prompt and seed alone, whatever the model, the batch or the device.
-    Where the card is too small it writes fewer at once.
+    Where the GPU is too small it writes fewer at once.
     """
 
     def __init__(self, tokenizer: Any, ends: Sequence[int], device: torch.device, dtype: torch.dtype) -> None:
         """ends: ids that end an answer. dtype: of the arithmetic; anything but fp32 is autocast."""
         self.tokenizer, self.ends, self.device, self.dtype = tokenizer, tuple(ends), device, dtype
-        self.portions = Portions(WRITTEN_AT_ONCE, doing="writing")
+        self.adaptive_batch = AdaptiveBatch(ANSWER_BATCH, doing="writing")
 
-    def write(
+    def generate(
         self,
         model: nn.Module,
         jobs: Sequence[tuple[Sequence[int], int]],
@@ -58,7 +58,7 @@ class Writer:
             pad_token_id=self.ends[0],
         )
         try:
-            return self.portions.each(partial(self._answers, causal, temperature), jobs)
+            return self.adaptive_batch.each(partial(self._answers, causal, temperature), jobs)
         finally:
             causal.generation_config = own
             causal.train(training)

@@ -35,7 +35,7 @@ ARCHITECTURES = {
     "qwen3": ("qwen3", False),
     "smollm3": ("smollm3", True),
 }
-OTHERWISE = "leave gguf out, as in export.dialects=[peft,merged]; llama.cpp's own converter reads the merged folder"
+OTHERWISE = "leave gguf out, as in export.formats=[peft,merged]; llama.cpp's own converter reads the merged folder"
 
 
 @dataclass(frozen=True)
@@ -51,15 +51,15 @@ class Pair:
 def require(base: Any, *, dora: bool = False, added_tokens: bool = False) -> None:
     """Raises ConfigError if an adapter for this base (transformers' configuration of it) can't become a GGUF file."""
     if find_spec("gguf") is None:
-        raise ConfigError(f"export.dialects names gguf, which needs: pip install finetune[gguf]; or {OTHERWISE}")
+        raise ConfigError(f"export.formats names gguf, which needs: pip install finetune[gguf]; or {OTHERWISE}")
     if base.model_type not in ARCHITECTURES:
         raise ConfigError(
-            f"export.dialects names gguf, which is there for {', '.join(ARCHITECTURES)}, not for {base.model_type}; "
+            f"export.formats names gguf, which is there for {', '.join(ARCHITECTURES)}, not for {base.model_type}; "
             f"{OTHERWISE}"
         )
     if dora or added_tokens:
         what = "lora.dora=true has magnitudes" if dora else "model.added_tokens have rows of their own"
-        raise ConfigError(f"export.dialects names gguf, but {what}, which a GGUF adapter can't hold; {OTHERWISE}")
+        raise ConfigError(f"export.formats names gguf, but {what}, which a GGUF adapter can't hold; {OTHERWISE}")
 
 
 def write(file: Path, adapter: Path, base: Any, name: str) -> None:

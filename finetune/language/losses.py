@@ -19,7 +19,7 @@ CHUNK_BYTES = 128 * 2**20
 """Size of one chunk's fp32 logits; two such buffers are alive at once, three with a softcap.
 
 Smaller chunks read the weight more often: 660 tokens forward and backward at D = 512, V = 152k in fp32 took one core
-of a CPU 5.2 s with 16 MiB, 3.2 s with 64, 2.9 s with 128 and 2.9 s with 256. Not measured on a card."""
+of a CPU 5.2 s with 16 MiB, 3.2 s with 64, 2.9 s with 128 and 2.9 s with 256. Not measured on a GPU."""
 
 
 @dataclass(frozen=True)
@@ -74,9 +74,9 @@ def summed_cross_entropy(hidden_ND: Tensor, head: Head, targets_N: Tensor) -> Te
         this, 32 MiB a chunk                       2.1 s, 118 MiB         1.2 s, 101 MiB
 
     torch's function (2.13 on) also adds up in bf16 if the states are bf16 (29568 nats where 30258 were right), wants
-    states and weight in one dtype, and knows neither softcap nor scale. Liger's kernel, which needs a card and was not
+    states and weight in one dtype, and knows neither softcap nor scale. Liger's kernel, which needs a GPU and was not
     timed, passes over a chunk fewer times, but knows no scale, shrinks the chunk to about N·D/V tokens, waits for the
-    card in both passes and scales its gradient in place, so that a second backward pass is wrong.
+    GPU in both passes and scales its gradient in place, so that a second backward pass is wrong.
     """
     if torch.is_grad_enabled() and any(part is not None and part.requires_grad for part in (head.weight, head.bias)):
         return _recomputed(hidden_ND, head, targets_N)
@@ -109,7 +109,7 @@ class _SummedCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> tuple[Tensor, None, None, None]:
         (gradient_ND,) = ctx.saved_tensors
         # A 0-dim factor would be rounded to the gradient's dtype first: fp16 loss scales from 65536 up become infinite.
-        # `out` spares a card the fp32 product.
+        # `out` spares a GPU the fp32 product.
         scaled_ND = torch.mul(gradient_ND, upstream.reshape(1, 1), out=torch.empty_like(gradient_ND))
         return scaled_ND, None, None, None
 

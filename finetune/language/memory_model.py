@@ -1,4 +1,4 @@
-"""A language model without weights, for the memory plan: what a step and every other phase would hold on the card.
+"""A language model without weights, for the memory plan: what a step and every other phase would hold on the GPU.
 
 B packs, L slots of a pack, D hidden channels, V vocabulary entries.
 """
@@ -13,18 +13,18 @@ from torch import Tensor, nn
 from finetune.adapters import lora
 from finetune.config.schema import Config, LoraInit, Quantize
 from finetune.language import causal_lm, compare_logits, meta, varlen_attention
-from finetune.language.generate import WRITTEN_AT_ONCE
+from finetune.language.generate import ANSWER_BATCH
 from finetune.language.losses import logits, summed_cross_entropy
 from finetune.language.task import check_length, inject
 from finetune.memory import block_offload, checkpointing
 from finetune.planning import meta as planning_meta
-from finetune.planning.tracer import Trace, Tracer, Way, optimizer_bytes
+from finetune.planning.tracer import PhaseOption, Trace, Tracer, optimizer_bytes
 
 TEMPLATE_TOKENS = 64  # what a chat template puts around a prompt, generously
 COPIES = 5  # of a chunk's logits in `compare_logits.compare`
 
 
-class LanguageSketch:
+class LanguageMemoryModel:
     """Traces what `LanguageTask` and the stages around it run."""
 
     unit = "tokens"
@@ -34,19 +34,19 @@ class LanguageSketch:
         self.config, self.cuda, self.room = config, cuda, room
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.notes = ["every token of a row counts as trained, the most there can be"]
-        self.model = self.tracer.blank(self._adapted(dtype)).train()
+        self.model = self.tracer.fakify(self._adapted(dtype)).train()
         check_length(config, self.model)
-        self.packed = cuda and varlen_attention.fits(self.model, dtype)
+        self.packed = cuda and varlen_attention.supports(self.model, dtype)
         if self.packed:
-            varlen_attention.use(self.model)
+            varlen_attention.enable(self.model)
         self.notes.append(f"attention: {'torch varlen_attn (flash)' if self.packed else 'sdpa with a mask'}")
         if config.model.quantize is not Quantize.none:
             self.notes.append("quantised layers are stood in for: stored bytes, and a copy of the weights a product")
-        self.units = config.data.length
+        self.count = config.data.length
 
-    def recompute(self, every: int) -> None:
-        """As `trainer.checkpointing`; offloading recomputes all."""
-        checkpointing.recompute(self.model, 1 if self.config.model.offload else every)
+    def set_checkpointing(self, every: int) -> None:
+        """As `trainer.activation_checkpointing`; offloading recomputes all."""
+        checkpointing.set_checkpointing(self.model, 1 if self.config.model.offload else every)
 
     def inputs(self, micro_batch: int) -> dict[str, Any]:
         """Rows as `LanguageTask.collate` makes them, each of one conversation."""
@@ -56,14 +56,14 @@ class LanguageSketch:
         trained_BL = torch.ones(shape, dtype=torch.bool)
         seen: dict[str, Any]
         if self.packed:
-            seen = varlen_attention.seen(ids_BL, torch.zeros(micro_batch + 1, dtype=torch.int32))
+            seen = varlen_attention.attention_kwargs(ids_BL, torch.zeros(micro_batch + 1, dtype=torch.int32))
         else:
             seen = {"attention_mask": torch.ones(micro_batch, 1, shape[1], shape[1], dtype=torch.bool)}
         return {"ids": ids_BL, "positions": positions_BL, "seen": seen, "others": (segments_BL, trained_BL)}
 
     def forward(self, batch: dict[str, Any]) -> Tensor:
         """States behind the final norm."""
-        return causal_lm.states(self.model, batch["ids"], batch["positions"], batch["seen"])
+        return causal_lm.hidden_states(self.model, batch["ids"], batch["positions"], batch["seen"])
 
     def loss(self, states_BLD: Tensor, batch: dict[str, Any]) -> Tensor:
         """The sum over all tokens but each row's first."""
@@ -71,23 +71,23 @@ class LanguageSketch:
         return summed_cross_entropy(hidden_ND, causal_lm.head(self.model), targets_N)
 
     def offloaded(self) -> dict[str, float]:
-        """What `model.offload` takes from the weights on the card, and the ring of blocks that come for it."""
-        return block_offload.planned(self.model, self.room) if self.config.model.offload and self.cuda else {}
+        """What `model.offload` takes from the weights on the GPU, and the ring of blocks that come for it."""
+        return block_offload.planned_bytes(self.model, self.room) if self.config.model.offload and self.cuda else {}
 
-    def beside(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+    def training_phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Validation and previews."""
         states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
         held = states | self.offloaded()
         if self.config.trainer.validate_every:
-            yield "validation", [Way(self._evaluated(lambda: self._validate(micro_batch), held))]
+            yield "validation", [PhaseOption(self._evaluated(lambda: self._validate(micro_batch), held))]
         if self.config.sample.prompts:
-            yield "sampling", [Way(self._evaluated(self._write, held))]
+            yield "sampling", [PhaseOption(self._evaluated(self._write, held))]
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[Way]]]:
+    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Every phase but the steps of training, by name."""
-        yield from self.beside(micro_batch)
-        slow = "in main memory, which may take hours; 'export.dialects=[peft]' compares least"
-        yield "export", [Way(self._export()), *([Way(None, slow)] if self.cuda else [])]
+        yield from self.training_phases(micro_batch)
+        slow = "in CPU memory, which may take hours; 'export.formats=[peft]' compares least"
+        yield "export", [PhaseOption(self._export()), *([PhaseOption(None, slow)] if self.cuda else [])]
 
     def _validate(self, micro_batch: int) -> None:
         with self.tracer.autocast():
@@ -100,7 +100,7 @@ class LanguageSketch:
         model: Any = self.model
         # No tokenizer here: a token is at least a byte.
         longest = max(len(prompt.encode()) for prompt in sample.prompts) + TEMPLATE_TOKENS + sample.max_new_tokens
-        rows = min(WRITTEN_AT_ONCE, len(sample.prompts))
+        rows = min(ANSWER_BATCH, len(sample.prompts))
         longest = min(longest, model.config.get_text_config().max_position_embeddings)
         with self.tracer.autocast():
             mask = torch.ones(rows, 1, longest, longest, dtype=torch.bool)
@@ -118,9 +118,9 @@ class LanguageSketch:
             self.model.train()
 
     def _export(self) -> Trace:
-        """Comparing two models in fp32: one of them on the card, and their head, or both where new tokens change it."""
+        """Comparing two models in fp32: one of them on the GPU, and their head, or both where new tokens change it."""
         tracer = Tracer(torch.float32, like_cuda=self.cuda)
-        model: Any = tracer.blank(self._adapted(torch.float32)).eval()
+        model: Any = tracer.fakify(self._adapted(torch.float32)).eval()
         over = block_offload.weight_bytes(model) - block_offload.WEIGHTS_SHARE * self.room
         # As `text_handout` does: what isn't quantised is offloaded.
         streamed = self.cuda and self.config.model.quantize is Quantize.none and not self.config.lora.dora
@@ -130,7 +130,7 @@ class LanguageSketch:
             length = self.config.data.length
             ids_1L = torch.zeros(1, length, dtype=torch.long)
             mask = torch.ones(1, 1, length, length, dtype=torch.bool)
-            states_LD = causal_lm.states(model, ids_1L, torch.zeros_like(ids_1L), {"attention_mask": mask})[0]
+            states_LD = causal_lm.hidden_states(model, ids_1L, torch.zeros_like(ids_1L), {"attention_mask": mask})[0]
             head = causal_lm.head(model)
             if self.cuda:
                 _moved = [torch.empty_like(head.weight) for _ in range(2 if self.config.model.added_tokens else 1)]

@@ -50,7 +50,7 @@ def _fold(name: str, layer: Any, weight: nn.Parameter, start: Tensor | None) -> 
     if not torch.isfinite(weight.data).all():
         raise ExportError(
             f"merged into {name}, the adapter gives weights that are not finite in {dtype}; "
-            "leave merged out of export.dialects, or train anew with a smaller optim.lr"
+            "leave merged out of export.formats, or train again with a smaller optim.lr"
         )
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from finetune.config.schema import Config
 from finetune.language import causal_lm, export
-from finetune.language.generate import WRITTEN_AT_ONCE, Writer
+from finetune.language.generate import ANSWER_BATCH, TextGenerator
 from finetune.language.tokenize import chat_of
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.reporting.texts import by_prompt
@@ -31,23 +31,25 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answer
     device = pick_device(config.hardware.device)
     dtype = pick_dtype(config.trainer.precision, device)
     chat = chat_of(config)
-    writer = Writer(chat.tokenizer, chat.ends(), device, dtype)
+    generator = TextGenerator(chat.tokenizer, chat.ends(), device, dtype)
     seeds = sample.seeds if sample.temperature else sample.seeds[:1]
-    asked = [(prompt, seed) for prompt in sample.prompts for seed in seeds]
-    jobs = [(chat.prompt_ids(prompt), seed) for prompt, seed in asked]
+    requested = [(prompt, seed) for prompt in sample.prompts for seed in seeds]
+    jobs = [(chat.prompt_ids(prompt), seed) for prompt, seed in requested]
     written: dict[str, list[str]] = {"base": [], "tuned": []}
     model = causal_lm.load_model(config.model, dtype, device, vram_gib=config.hardware.vram_gib)
     with progress("sample", 2 * len(jobs), unit="answers") as bar:
         for kind, texts in written.items():
             if kind == "tuned":
                 model = export.load(model, adapter)
-            for start in range(0, len(jobs), WRITTEN_AT_ONCE):
-                part = jobs[start : start + WRITTEN_AT_ONCE]  # a progress bar moves after each
-                texts += writer.write(model, part, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature)
+            for start in range(0, len(jobs), ANSWER_BATCH):
+                part = jobs[start : start + ANSWER_BATCH]  # a progress bar moves after each
+                texts += generator.generate(
+                    model, part, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature
+                )
                 bar.advance(len(part))
     items = tuple(
         Answer(prompt, seed, base, tuned)
-        for (prompt, seed), base, tuned in zip(asked, written["base"], written["tuned"], strict=True)
+        for (prompt, seed), base, tuned in zip(requested, written["base"], written["tuned"], strict=True)
     )
     settings = {
         "max_new_tokens": sample.max_new_tokens,

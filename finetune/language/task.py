@@ -15,16 +15,16 @@ from torch import Tensor, nn
 from finetune.adapters import formats, lora
 from finetune.config.schema import Config
 from finetune.data.text import packing, store
-from finetune.data.text.tokens import marked
+from finetune.data.text.tokens import preview_row
 from finetune.errors import ConfigError, ModelError
 from finetune.language import causal_lm
-from finetune.language.generate import Writer
+from finetune.language.generate import TextGenerator
 from finetune.language.losses import summed_cross_entropy
 from finetune.language.tokenize import chat_of
 from finetune.memory import activation_offload, checkpointing, relief
 from finetune.memory.device import pick_dtype
 from finetune.run.records import TextSet
-from finetune.training.task import Batch, Visit
+from finetune.training.task import Batch, Draw
 
 VALIDATION_ROWS = 256  # the most that are validated on
 LEAK_ROWS = 16  # of a pack that are compared; a pack of 32,768 tokens may hold hundreds
@@ -49,18 +49,22 @@ class LanguageTask:
         self.size = len(self.training)
         model: Any = causal_lm.load_model(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
         check_length(config, model)
-        checkpointing.recompute(model, config.trainer.checkpointing)
+        checkpointing.set_checkpointing(model, config.trainer.activation_checkpointing)
         self.model: nn.Module = inject(config, model, self.chat.tokenizer)
-        self.kept = activation_offload.Kept(self.model, device, config.trainer.offload_activations)
-        self.measures = relief.measures(self.model, config.model, config.trainer.checkpointing, self.kept, device)
+        self.activation_offload = activation_offload.ActivationOffload(
+            self.model, device, config.trainer.offload_activations
+        )
+        self.fallbacks = relief.gpu_fallbacks(
+            self.model, config.model, config.trainer.activation_checkpointing, self.activation_offload, device
+        )
         if config.lora.start_from:
             folder = formats.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, formats.read_peft_folder(folder), str(folder))
-        self.writer = Writer(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
+        self.generator = TextGenerator(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
 
-    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
+    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
         """The packs of each step as (rows, epoch)."""
         lengths = self.rows.lengths[self.training]
         data = self.config.data
@@ -70,28 +74,28 @@ class LanguageTask:
         for step in planned:
             yield [(tuple(int(self.training[index]) for index in pack), epoch) for pack, epoch in step]
 
-    def split(self, visits: Sequence[Visit], micro_batch: int) -> Sequence[Sequence[Visit]]:
+    def split(self, draws: Sequence[Draw], micro_batch: int) -> Sequence[Sequence[Draw]]:
         """Micro-batches in the order of the plan: all packs have one length."""
-        return [visits[first : first + micro_batch] for first in range(0, len(visits), micro_batch)]
+        return [draws[first : first + micro_batch] for first in range(0, len(draws), micro_batch)]
 
-    def worst(self, micro_batch: int) -> Sequence[Visit]:
+    def worst(self, micro_batch: int) -> Sequence[Draw]:
         """The pack of the first ones with most trained tokens, over and over; without packing the longest row."""
         if self.config.data.packing:
             first = next(iter(self.steps(effective=PACKS_SEEN, start=0)))
-            return [max(first, key=lambda visit: self.collate([visit]).items)] * micro_batch
+            return [max(first, key=lambda draw: self.collate([draw]).items)] * micro_batch
         longest = self.training[int(self.rows.lengths[self.training].argmax())]
         return [((int(longest),), 0)] * micro_batch
 
-    def collate(self, visits: Sequence[Visit]) -> Batch:
+    def collate(self, draws: Sequence[Draw]) -> Batch:
         """Packs of the rows that each visit names."""
-        return self._batch([pack for pack, _ in visits])
+        return self._batch([pack for pack, _ in draws])
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over trained tokens of the cross entropy, in fp32."""
         tensors = batch.tensors
         ids_BL, wanted_BL = tensors["ids"], tensors["trained"][:, 1:]
-        with self.kept():
-            hidden_BLD = causal_lm.hidden(self.model, ids_BL, tensors["positions"], tensors["segments"])
+        with self.activation_offload():
+            hidden_BLD = causal_lm.packed_hidden_states(self.model, ids_BL, tensors["positions"], tensors["segments"])
             head = causal_lm.head(self.model)
             return summed_cross_entropy(hidden_BLD[:, :-1][wanted_BL], head, ids_BL[:, 1:][wanted_BL])
 
@@ -123,20 +127,20 @@ class LanguageTask:
             for job, tuned in zip(jobs, self._answers(jobs), strict=True)
         ]
 
-    def relieve(self) -> str | None:
-        """Recompute every block, then keep what they need, and then all of them, in main memory."""
-        return next(self.measures, None)
+    def reduce_memory(self) -> str | None:
+        """Recompute every block, then keep what they need, and then all of them, in CPU memory."""
+        return next(self.fallbacks, None)
 
     def notes(self) -> dict[str, str]:
         """One real row with its trained tokens in ⟦ ⟧, so that a wrong mask is seen at once."""
-        row = marked(self.chat.tokenizer, self.rows[int(self.training[0])])
+        row = preview_row(self.chat.tokenizer, self.rows[int(self.training[0])])
         return {"trained tokens": "\n".join("    " + line for line in row.splitlines())}
 
     def _answers(self, jobs: Sequence[tuple[str, int]]) -> list[str]:
         sample = self.config.sample
-        asked = [(self.chat.prompt_ids(prompt), seed) for prompt, seed in jobs]
-        return self.writer.write(
-            self.model, asked, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature
+        requested = [(self.chat.prompt_ids(prompt), seed) for prompt, seed in jobs]
+        return self.generator.generate(
+            self.model, requested, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature
         )
 
     def _batch(self, packs: Sequence[tuple[int, ...]], length: int | None = None) -> Batch:
@@ -156,9 +160,9 @@ class LanguageTask:
             tensors,
             items=int(tensors["trained"].sum()),
             names=names,
-            units=sum(pack.real for pack in built),
-            slots=tensors["ids"].numel(),
-            shaping=frozenset({"segments"}),
+            count=sum(pack.tokens for pack in built),
+            padded_count=tensors["ids"].numel(),
+            cpu_tensors=frozenset({"segments"}),
         )
 
     def _together(self, rows: Sequence[int]) -> int:

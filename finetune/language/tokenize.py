@@ -7,7 +7,7 @@ from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.data.text import formats, packing, readers, store
 from finetune.data.text.formats import Source
-from finetune.data.text.tokens import Chat, marked
+from finetune.data.text.tokens import Chat, preview_row
 from finetune.errors import DataError
 from finetune.language.causal_lm import load_tokenizer
 from finetune.run.progress import say
@@ -22,7 +22,7 @@ def chat_of(config: Config) -> Chat:
 def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     """The files by content, the tokenizer with its template, and every setting of the data."""
     files = readers.files_of(Path(config.data.file))
-    return [readers.content_hash(files), chat_of(config).identity, as_dict(config)["data"], config.seed]
+    return [readers.content_hash(files), chat_of(config).content_hash, as_dict(config)["data"], config.seed]
 
 
 def complete(record: TextSet) -> bool:
@@ -41,11 +41,11 @@ def figures(record: TextSet) -> dict[str, float | int | str | None]:
         "validation": record.validation,
         "tokens": record.tokens,
         "trained_tokens": record.trained,
-        "lost_share": record.lost,
+        "lost_share": record.truncated_share,
         "packs": record.packs,
-        "filled_share": record.real,
-        "trained_share": record.learnt,
-        "near_duplicates": record.leaked,
+        "filled_share": record.fill_share,
+        "trained_share": record.trained_share,
+        "near_duplicates": record.near_duplicates,
         "unusable": record.bad,
     }
 
@@ -70,9 +70,10 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     for line in found.figures.lines():
         say(f"dataset: {line}")
     train, held_out = found.split(data.validation_share)
-    leaked, _ = found.leaked(data.validation_share)
-    if leaked:
-        say(f"warning: {leaked:,} of {len(held_out):,} held-out conversations nearly equal one that is trained on")
+    near_duplicates, _ = found.near_duplicates(data.validation_share)
+    if near_duplicates:
+        of_all = f"{near_duplicates:,} of {len(held_out):,}"
+        say(f"warning: {of_all} held-out conversations nearly equal one that is trained on")
     if doubled := found.duplicates():
         say(f"warning: {doubled:,} conversations are there more than once")
     lengths, trained = found.lengths[train], found.trained[train]
@@ -86,12 +87,12 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
         validation=len(held_out),
         tokens=found.figures.tokens,
         trained=found.figures.trained,
-        lost=found.figures.lost,
+        truncated_share=found.figures.truncated_share,
         packs=fill.packs,
-        real=fill.real / fill.slots,
-        learnt=fill.trained / fill.slots,
-        marked=marked(chat.tokenizer, found[int(train[0])]),
-        leaked=leaked,
+        fill_share=fill.tokens / fill.capacity,
+        trained_share=fill.trained / fill.capacity,
+        preview=preview_row(chat.tokenizer, found[int(train[0])]),
+        near_duplicates=near_duplicates,
         bad=found.figures.bad,
         cached=found.cached,
     )

@@ -13,7 +13,7 @@ HALF = (torch.float16, torch.bfloat16)
 NOISE = 0.05  # relative difference of one attention in 16 bit: rounding gives about 0.01, a row that sees another more
 
 
-def fits(model: Any, dtype: torch.dtype) -> bool:
+def supports(model: Any, dtype: torch.dtype) -> bool:
     """Whether attention for rows of many lengths is all that this model's attention does."""
     config = model.config
     return bool(
@@ -26,8 +26,8 @@ def fits(model: Any, dtype: torch.dtype) -> bool:
 
 
 @torch.enable_grad()
-def works(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
-    """Whether torch's kernel gives what plain attention gives, gradients too, for heads of this size on this card."""
+def self_test(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether torch's kernel gives what plain attention gives, gradients too, for heads of this size on this GPU."""
     config = model.config
     channels = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     segments_L = torch.tensor([0, 0, 0, 0, 0, 1, 1, 1], device=device)
@@ -40,7 +40,7 @@ def works(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
             plain = nn.functional.scaled_dot_product_attention(query, key, value, attn_mask=seen_LL)
             packed_BLHE, _ = attention(
                 nn.Module(), query, key, value, None, scaling=channels**-0.5, sliding_window=window,
-                cu_seq_lens_q=borders(segments_L[None]), max_length_q=8,
+                cu_seq_lens_q=cu_seqlens(segments_L[None]), max_length_q=8,
             )  # fmt: skip
             found, expected = (
                 torch.cat([output, *torch.autograd.grad(output, (query, key, value), random[3])])
@@ -48,12 +48,12 @@ def works(model: Any, dtype: torch.dtype, device: torch.device) -> bool:
             )
             if not (found - expected).norm() <= NOISE * expected.norm():
                 return False
-    except RuntimeError:  # no kernel for this card or size of heads
+    except RuntimeError:  # no kernel for this GPU or size of heads
         return False
     return True
 
 
-def use(model: Any) -> None:
+def enable(model: Any) -> None:
     """Have the model attend with `attention` from now on."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
@@ -63,20 +63,20 @@ def use(model: Any) -> None:
     model.set_attn_implementation(NAME)
 
 
-def used(model: Any) -> bool:
-    """Whether `use` was called on the model."""
+def is_enabled(model: Any) -> bool:
+    """Whether `enable` was called on the model."""
     return bool(model.config._attn_implementation == NAME)
 
 
-def seen(ids_BL: Tensor, borders_G: Tensor) -> dict[str, Any]:
-    """What a model that uses `attention` is called with, besides ids and positions. borders_G: as from `borders`."""
+def attention_kwargs(ids_BL: Tensor, cu_seqlens_G: Tensor) -> dict[str, Any]:
+    """What a model that uses `attention` is called with besides ids and positions. cu_seqlens_G: from `cu_seqlens`."""
     # An empty mask: transformers builds none of its own, and attention that knows no borders fails on it.
     given: dict[str, Any] = {"attention_mask": ids_BL.new_zeros((1, 1, 0, 0), dtype=torch.bool)}
-    given |= {"cu_seq_lens_q": borders_G, "cu_seq_lens_k": borders_G}
+    given |= {"cu_seq_lens_q": cu_seqlens_G, "cu_seq_lens_k": cu_seqlens_G}
     return given | dict.fromkeys(("max_length_q", "max_length_k"), ids_BL.shape[1])
 
 
-def borders(segments_BL: Tensor) -> Tensor:
+def cu_seqlens(segments_BL: Tensor) -> Tensor:
     """Where segments begin in the packs laid end to end, and the last one ends: (G+1,) int32."""
     starts_BL = torch.ones_like(segments_BL, dtype=torch.bool)
     starts_BL[:, 1:] = segments_BL.diff(dim=1) != 0
@@ -97,7 +97,7 @@ def attention(
     max_length_q: int = 0,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """Attention within segments (B, L, H, E) where `hidden` gives their borders; anywhere else transformers' own."""
+    """Attention within segments (B, L, H, E) where cu_seqlens are given; anywhere else transformers' own."""
     from torch.nn.attention import varlen
     from transformers.integrations.sdpa_attention import sdpa_attention_forward
 

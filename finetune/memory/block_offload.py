@@ -1,8 +1,8 @@
-"""Frozen blocks in main memory: copied to the card ahead of their use, and never back.
+"""Frozen blocks in CPU memory: copied to the GPU ahead of their use, and never back.
 
-All blocks share a small ring of buffers on the card. While one block computes, the next one is on its way on a stream
+All blocks share a small ring of buffers on the GPU. While one block computes, the next one is on its way on a stream
 of its own: ahead in the forward pass, backwards in the backward pass. Between the two a block's weights are gone, so
-every block is recomputed in backward. Adapters and all that is not in a block stay on the card.
+every block is recomputed in backward. Adapters and all that is not in a block stay on the GPU.
 """
 
 import copy
@@ -20,66 +20,66 @@ from finetune.config.schema import ModelConfig
 from finetune.memory import checkpointing
 from finetune.run.progress import say
 
-WEIGHTS_SHARE = 0.6  # of the card for weights where blocks are offloaded; the rest is for activations and adapters
-SLOTS = 2  # buffers in the ring: one computes, one fills; a third would only help where copies outlast some blocks
+WEIGHTS_SHARE = 0.6  # of the GPU for weights where blocks are offloaded; the rest is for activations and adapters
+RING_SLOTS = 2  # buffers in the ring: one computes, one fills; a third would only help where copies outlast some blocks
 ALIGNMENT = 256  # bytes; what CUDA's allocator gives, and every dtype can be viewed at
 SCALES = ("absmax", "code", "offset")  # tensors of bitsandbytes' QuantState, and of its `state2`
 
 
-def wanted(model: ModelConfig, device: torch.device) -> bool:
-    """Whether `model.offload` asks for it and there is a card that it could relieve."""
+def is_active(model: ModelConfig, device: torch.device) -> bool:
+    """Whether `model.offload` asks for it and there is a GPU that it could relieve."""
     return model.offload and device.type == "cuda"
 
 
-def remark(device: torch.device) -> None:
+def warn_without_gpu(device: torch.device) -> None:
     """Say where `model.offload=true` is in vain. For a whole command, which may load the base a dozen times."""
     if device.type != "cuda":
-        say("model.offload=true changes nothing without a CUDA card: every layer is in main memory anyway")
+        say("model.offload=true changes nothing without a CUDA GPU: every layer is in CPU memory anyway")
 
 
-def spread(model: nn.Module, device: torch.device, vram_gib: float) -> None:
-    """Move a model from main memory to a card, but for the blocks that don't fit.
+def offload_to_fit(model: nn.Module, device: torch.device, vram_gib: float) -> None:
+    """Move a model from CPU memory to a GPU, but for the blocks that don't fit.
 
-    vram_gib: memory of the card that may be used, GiB; 0 is what is free.
+    vram_gib: memory of the GPU that may be used, GiB; 0 is what is free.
     """
     free = torch.cuda.mem_get_info(device)[0]
     ours = vram_gib * 2**30 - torch.cuda.memory_allocated(device)  # two models may have to be there at once
-    away, _ = resting(model, min(ours, free) if vram_gib else free)
+    away, _ = offloaded_blocks(model, min(ours, free) if vram_gib else free)
     stream(model, away, device)
 
 
-def resting(model: nn.Module, card: float) -> tuple[list[nn.Module], int]:
-    """The blocks that wait in main memory, and bytes of the ring that they come to. card: bytes of it."""
-    room = WEIGHTS_SHARE * card
+def offloaded_blocks(model: nn.Module, gpu: float) -> tuple[list[nn.Module], int]:
+    """The blocks that wait in CPU memory, and bytes of the ring that they come to. gpu: bytes of it."""
+    room = WEIGHTS_SHARE * gpu
     blocks = find(model)
     sizes = [frozen_bytes(block) for block in blocks]
     room -= weight_bytes(model) - sum(sizes)
     if sum(sizes) <= room:
         return [], 0
-    ring = SLOTS * max(sizes, default=0)
+    ring = RING_SLOTS * max(sizes, default=0)
     room -= ring
     kept = next((count for count in range(len(blocks), 0, -1) if sum(sorted(sizes)[-count:]) <= room), 0)
-    # Those that stay on the card are spread evenly: while they compute, the next one away has more time to arrive.
+    # Those that stay on the GPU are spread evenly: while they compute, the next one away has more time to arrive.
     away = len(blocks) - kept
     return [blocks[index * len(blocks) // away] for index in range(away)], ring
 
 
-def planned(model: nn.Module, card: float) -> dict[str, float]:
-    """What `spread` changes on a card of that many bytes: of the weights, and the ring of blocks. For memory plans."""
-    away, ring = resting(model, card)
+def planned_bytes(model: nn.Module, gpu: float) -> dict[str, float]:
+    """For memory plans: bytes that `offload_to_fit` takes from the weights on a GPU of `gpu` bytes, and its ring's."""
+    away, ring = offloaded_blocks(model, gpu)
     return {"weights": -float(sum(map(frozen_bytes, away))), "ring of blocks": float(ring)}
 
 
 def stream(model: Any, away: Sequence[nn.Module], device: torch.device) -> None:
-    """Keep the frozen weights of the blocks `away` in main memory, and all else of the model on `device`."""
+    """Keep the frozen weights of the blocks `away` in CPU memory, and all else of the model on `device`."""
     whole = weight_bytes(model)
     blocks = [_Block(block) for block in away]
     for block, memory in zip(blocks, _memory([block.size for block in blocks], device.type == "cuda"), strict=True):
-        block.rest_in(memory)
+        block.move_to_cpu(memory)
     ring = Ring(blocks, device)
-    resting = {id(parameter) for block in ring.blocks for _, _, parameter in block.places}
+    offloaded_blocks = {id(parameter) for block in ring.blocks for _, _, parameter in block.places}
     for module in model.modules():  # adapters are modules of their own
-        if not any(id(parameter) in resting for parameter in module.parameters(recurse=False)):
+        if not any(id(parameter) in offloaded_blocks for parameter in module.parameters(recurse=False)):
             module._apply(lambda tensor: tensor.to(device), recurse=False)
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -88,8 +88,8 @@ def stream(model: Any, away: Sequence[nn.Module], device: torch.device) -> None:
     names = [name for name, module in model.named_modules() if module in set(away)]
     if names:  # tells Accelerate to leave it so
         model.hf_device_map = {"": device} | dict.fromkeys(names, "cpu")
-    held = sum(block.resting.nbytes for block in ring.blocks) / 2**30
-    say(f"model.offload: {held:.1f} of {whole / 2**30:.1f} GiB of weights stay in main memory")
+    held = sum(block.offloaded_blocks.nbytes for block in ring.blocks) / 2**30
+    say(f"model.offload: {held:.1f} of {whole / 2**30:.1f} GiB of weights stay in CPU memory")
 
 
 def find(model: nn.Module) -> list[nn.Module]:
@@ -100,22 +100,22 @@ def find(model: nn.Module) -> list[nn.Module]:
     from transformers.modeling_layers import GradientCheckpointingLayer
 
     found: dict[nn.Module, None] = {}
-    for guard in checkpointing.guards(model):
+    for guard in checkpointing.checkpointable(model):
         for part in guard.children():
             for block in part if isinstance(part, nn.ModuleList) else ():
-                if isinstance(block, GradientCheckpointingLayer) or not checkpointing.guards(block):
+                if isinstance(block, GradientCheckpointingLayer) or not checkpointing.checkpointable(block):
                     found[block] = None
     inner = {module for block in found for module in block.modules() if module is not block}
     return [block for block in found if block not in inner]
 
 
 class _Block:
-    """A block's frozen weights: `resting`, one flat tensor of `size` bytes, of which its parameters are views.
+    """A block's frozen weights: `offloaded_blocks`, one flat tensor of `size` bytes, of which its parameters are views.
 
     places: the modules with the names of their parameters, and those parameters.
     """
 
-    resting: Tensor
+    offloaded_blocks: Tensor
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -130,9 +130,9 @@ class _Block:
             self.offsets.append(self.size)
             self.size += -(-tensor.nbytes // ALIGNMENT) * ALIGNMENT
 
-    def rest_in(self, memory: Tensor) -> None:
-        """Copy the weights to main memory, which is their place from now on."""
-        self.resting = memory
+    def move_to_cpu(self, memory: Tensor) -> None:
+        """Copy the weights to CPU memory, which is their place from now on."""
+        self.offloaded_blocks = memory
         tensors = self._now()
         views = self._views(memory, tensors)
         for view, tensor in zip(views, tensors, strict=True):
@@ -183,9 +183,9 @@ class Ring:
     The order of the blocks is the one in which the first pass meets them.
     """
 
-    def __init__(self, blocks: Sequence[_Block], device: torch.device, slots: int = SLOTS) -> None:
+    def __init__(self, blocks: Sequence[_Block], device: torch.device, slots: int = RING_SLOTS) -> None:
         self.blocks = list(blocks)
-        size = max((block.resting.numel() for block in blocks), default=0)
+        size = max((block.offloaded_blocks.numel() for block in blocks), default=0)
         cuda: Any = torch.cuda if device.type == "cuda" else None
         self.device, self.stream = device, cuda and cuda.Stream(device)
         self.slots = [
@@ -241,19 +241,19 @@ class Ring:
 
     def _fetch(self, block: _Block, slot: _Slot) -> None:
         """Copy a block to its slot as soon as everything that was queued so far is done with what lies there."""
-        target = slot.buffer[: block.resting.numel()]
+        target = slot.buffer[: block.offloaded_blocks.numel()]
         slot.holds = block
         if self.stream is None:
-            target.copy_(block.resting)
+            target.copy_(block.offloaded_blocks)
             return
         self.stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(self.stream):
-            target.copy_(block.resting, non_blocking=True)
+            target.copy_(block.offloaded_blocks, non_blocking=True)
             slot.ready.record(self.stream)
 
 
 def _memory(sizes: Sequence[int], pin: bool) -> Iterator[Tensor]:
-    """Main memory of so many bytes each. Pinned memory comes in powers of two, so blocks share pieces of such sizes."""
+    """CPU memory of so many bytes each. Pinned memory comes in powers of two, so blocks share pieces of such sizes."""
     left, piece = sum(sizes), torch.empty(0, dtype=torch.uint8)
     for size in sizes:
         if size > piece.numel():
@@ -267,7 +267,7 @@ def _wrap(block: _Block, ring: Ring) -> None:
     """Have a block compute with its weights in the ring, and be recomputed in backward.
 
     By the time that backward reaches a block, it has queued all of the blocks behind it (autograd goes strictly by the
-    order of the forward pass), so their buffers may be filled anew.
+    order of the forward pass), so their buffers may be filled again.
     """
     module: Any = block.module
     forward: Callable[..., Any] = module.forward
@@ -284,11 +284,11 @@ def _wrap(block: _Block, ring: Ring) -> None:
         inputs = (*args, *kwargs.values())
         if not torch.is_grad_enabled():
             return held(*inputs)
-        # Without names: by its unnamed inputs alone torch knows on which card dropout must draw the same again.
+        # Without names: by its unnamed inputs alone torch knows on which GPU dropout must draw the same again.
         return checkpoint(held, *inputs, use_reentrant=False, context_fn=contexts)
 
     module.forward = streamed
-    setattr(module, checkpointing.BY_ITSELF, True)
+    setattr(module, checkpointing.SELF_CHECKPOINTING, True)
 
 
 def _tensors(parameter: Any) -> list[Tensor]:

@@ -13,32 +13,34 @@ from torch.utils.checkpoint import checkpoint
 
 from finetune.errors import ModelError
 
-BY_ITSELF = "recomputed_by_itself"  # attribute of a block that needs nobody to recompute it
+SELF_CHECKPOINTING = "recomputed_by_itself"  # attribute of a block that needs nobody to recompute it
 
 
-def recompute(model: nn.Module, every: int) -> None:
+def set_checkpointing(model: nn.Module, every: int) -> None:
     """Recompute every `every`-th block in backward: 1 is each block, 0 none, 2 the first, third, fifth …
 
     Blocks count in the order in which a forward pass meets them. Gradients stay as they are, bit for bit: the random
     numbers of dropout are drawn again. Raises ModelError for a model without such blocks.
     """
-    if by_itself(model):
-        every = 1  # a model that has to keep blocks in main memory has no room for activations
-    found = guards(model)
+    if has_self_checkpointing(model):
+        every = 1  # a model that has to keep blocks in CPU memory has no room for activations
+    found = checkpointable(model)
     if every and not found:
-        raise ModelError(f"{type(model).__name__} has no blocks that can be recomputed; try trainer.checkpointing=0")
+        raise ModelError(
+            f"{type(model).__name__} has no blocks that can be recomputed; try trainer.activation_checkpointing=0"
+        )
     chosen = _Every(every)
     for module in found:
         module.gradient_checkpointing = every > 0
         module._gradient_checkpointing_func = chosen
 
 
-def by_itself(model: nn.Module) -> bool:
-    """Whether some blocks recompute themselves, as those in main memory do."""
-    return any(getattr(module, BY_ITSELF, False) for module in model.modules())
+def has_self_checkpointing(model: nn.Module) -> bool:
+    """Whether some blocks recompute themselves, as those in CPU memory do."""
+    return any(getattr(module, SELF_CHECKPOINTING, False) for module in model.modules())
 
 
-def guards(model: nn.Module) -> list[Any]:
+def checkpointable(model: nn.Module) -> list[Any]:
     """The modules whose flag decides whether blocks are recomputed; none in a model that can't do it."""
     return [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
 
@@ -53,7 +55,7 @@ class _Every:
     def __call__(self, function: Callable[..., Any], *inputs: Any) -> Any:
         block = _block(function)
         number = self.numbers.setdefault(block, len(self.numbers))
-        if number % self.every or getattr(block, BY_ITSELF, False):
+        if number % self.every or getattr(block, SELF_CHECKPOINTING, False):
             return function(*inputs)
         return checkpoint(function, *inputs, use_reentrant=False)
 

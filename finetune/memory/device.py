@@ -11,22 +11,22 @@ from finetune.run import distributed
 
 
 def pick_device(wanted: Device) -> torch.device:
-    """The device to compute on. Raises ConfigError if CUDA is asked for and not there, or too few cards are."""
+    """The device to compute on. Raises ConfigError if CUDA is asked for and not there, or too few GPUs are."""
     if wanted is Device.cpu:
         return torch.device("cpu")
     if torch.cuda.is_available():
-        return torch.device("cuda", _own_card())
+        return torch.device("cuda", _own_gpu())
     if wanted is Device.cuda:
-        raise ConfigError("hardware.device=cuda, but this torch finds no CUDA card; try hardware.device=auto")
+        raise ConfigError("hardware.device=cuda, but this torch finds no CUDA GPU; try hardware.device=auto")
     return torch.device("cpu")
 
 
-def _own_card() -> int:
-    """The number of the card to use: of several processes on one machine, each has its own."""
-    if distributed.count() > 1:
-        local, cards = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
-        if local >= cards:
-            raise ConfigError(f"process {local} finds no card of its own; start as many as there are cards: {cards}")
+def _own_gpu() -> int:
+    """The number of the GPU to use: of several processes on one machine, each has its own."""
+    if distributed.world_size() > 1:
+        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        if local >= gpus:
+            raise ConfigError(f"process {local} finds no GPU of its own; start as many as there are GPUs: {gpus}")
         torch.cuda.set_device(local)
     return torch.cuda.current_device()
 
@@ -38,7 +38,7 @@ def pick_precision(wanted: Precision, device: torch.device) -> Precision:
             return Precision.fp32
         return Precision.bf16 if torch.cuda.is_bf16_supported(including_emulation=False) else Precision.fp16
     if wanted is Precision.fp16 and device.type == "cpu":
-        raise ConfigError("trainer.precision=fp16 needs a CUDA card; on a CPU try trainer.precision=fp32")
+        raise ConfigError("trainer.precision=fp16 needs a CUDA GPU; on a CPU try trainer.precision=fp32")
     return wanted
 
 
@@ -48,7 +48,7 @@ def pick_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
     return dtypes[pick_precision(wanted, device)]
 
 
-def free(*holders: dict[str, Any]) -> None:
+def release_memory(*holders: dict[str, Any]) -> None:
     """Give cached device memory back after frozen models were dropped; `holders` are emptied first."""
     import gc
 
@@ -60,14 +60,14 @@ def free(*holders: dict[str, Any]) -> None:
 
 
 def limit_memory(device: torch.device, vram_gib: float) -> None:
-    """Let this process take at most `vram_gib` GiB of the card; 0 is no limit."""
+    """Let this process take at most `vram_gib` GiB of the GPU; 0 is no limit."""
     if device.type == "cuda" and vram_gib:
         total = torch.cuda.get_device_properties(device).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, vram_gib * 2**30 / total), device)
 
 
-def room(device: torch.device, vram_gib: float) -> float:
-    """Bytes that a process may take in all: of the card (`vram_gib` GiB of it, 0 is all), or of main memory."""
+def usable_bytes(device: torch.device, vram_gib: float) -> float:
+    """Bytes that a process may take in all: of the GPU (`vram_gib` GiB of it, 0 is all), or of CPU memory."""
     if device.type != "cuda":
         import psutil
 
@@ -76,19 +76,19 @@ def room(device: torch.device, vram_gib: float) -> float:
     return min(vram_gib * 2**30, total) if vram_gib else total
 
 
-def forget_peak(device: torch.device) -> None:
+def reset_peak(device: torch.device) -> None:
     """Let `peak_gib` count from now on; a CPU's resident set can't."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
 
 
-def card_gib(device: torch.device) -> float:
-    """Memory of the card in all, GiB; 0 without one."""
+def gpu_gib(device: torch.device) -> float:
+    """Memory of the GPU in all, GiB; 0 without one."""
     return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else 0.0
 
 
 def peak_gib(device: torch.device) -> float:
-    """Most memory that was in use so far, GiB: the allocator's on a card, the process's resident set on a CPU."""
+    """Most memory that was in use so far, GiB: the allocator's on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device) / 2**30
     import resource

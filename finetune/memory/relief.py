@@ -7,24 +7,28 @@ from torch import nn
 
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.memory import block_offload, checkpointing
-from finetune.memory.activation_offload import Kept
+from finetune.memory.activation_offload import ActivationOffload
 
 
-def measures(
-    model: nn.Module, settings: ModelConfig, recomputed: int, kept: Kept, device: torch.device
+def gpu_fallbacks(
+    model: nn.Module,
+    settings: ModelConfig,
+    checkpointed: int,
+    activation_offload: ActivationOffload,
+    device: torch.device,
 ) -> Iterator[str]:
     """Take the next measure at each `next`, and name the setting that would have been the same from the start.
 
-    recomputed: `trainer.checkpointing` as it is.
+    recomputed: `trainer.activation_checkpointing` as it is.
     """
-    streamed = checkpointing.by_itself(model)  # in main memory, so every block is recomputed already
-    if not streamed and recomputed != 1 and checkpointing.guards(model):
-        checkpointing.recompute(model, 1)
-        yield "trainer.checkpointing=1"
+    streamed = checkpointing.has_self_checkpointing(model)  # in CPU memory, so every block is recomputed already
+    if not streamed and checkpointed != 1 and checkpointing.checkpointable(model):
+        checkpointing.set_checkpointing(model, 1)
+        yield "trainer.activation_checkpointing=1"
     if device.type != "cuda":
         return
-    if not kept.away:
-        kept.away = True
+    if not activation_offload.enabled:
+        activation_offload.enabled = True
         yield "trainer.offload_activations=true"
     if streamed or settings.quantize is Quantize.int8:
         return

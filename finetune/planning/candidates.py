@@ -1,7 +1,7 @@
 """The settings that train the same thing, from the fastest to the most frugal, and the first of them that fits.
 
 What a setting may change: how an effective batch is cut into micro-batches, which blocks are recomputed, and whether
-weights wait in main memory. Nothing here changes what is learnt.
+weights wait in CPU memory. Nothing here changes what is learnt.
 """
 
 import math
@@ -14,12 +14,12 @@ import torch
 from finetune import kinds
 from finetune.adapters import lora
 from finetune.config.schema import Config, Optimizer, Precision, Quantize
-from finetune.kinds import Sketch
+from finetune.kinds import MemoryModel
 from finetune.memory import activation_offload
 from finetune.planning import speed
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.plan import Setting
-from finetune.planning.tracer import Trace, Way, optimizer_bytes, stretched
+from finetune.planning.tracer import PhaseOption, Trace, extrapolated, optimizer_bytes
 
 TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because its reshaped tensors need no copy
 DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
@@ -31,29 +31,31 @@ PINNED = 2  # times its size is the most that a tensor takes in pinned memory, w
 WORKSPACES_GIB = 0.1  # of cuBLAS and cuDNN in training steps; assumed
 
 
-class Ladder:
+class Candidates:
     """Settings of one configuration on one machine; each level of recomputing is traced when it is first asked for."""
 
     def __init__(self, config: Config, machine: Machine) -> None:
         """Raises ModelError for a base without a configuration, ConfigError for what the base or the machine can't."""
         self.config, self.machine = config, machine
         self.precision = machine.precision(config.trainer.precision)
-        self.sketch: Sketch = kinds.sketch(config, DTYPES[self.precision], cuda=machine.cuda, room=_room(machine))
+        self.memory_model: MemoryModel = kinds.memory_model(
+            config, DTYPES[self.precision], cuda=machine.cuda, room=_room(machine)
+        )
         self.effective = config.trainer.micro_batch * config.trainer.accumulate
-        trained = lora.adapter_parameters(self.sketch.model)
-        self.held = {"optimiser": optimizer_bytes(trained, config.optim.name)} | self.sketch.offloaded()
+        trained = lora.adapter_parameters(self.memory_model.model)
+        self.held = {"optimiser": optimizer_bytes(trained, config.optim.name)} | self.memory_model.offloaded()
         if config.trainer.ema_decay:
             self.held["averaged adapter"] = sum(parameter.nbytes for parameter in trained)
         self.traces: dict[tuple[int, bool], list[Trace]] = {}  # by level, of the micro-batches TRACED
 
-    def on(self, machine: Machine) -> "Ladder":
+    def on(self, machine: Machine) -> "Candidates":
         """The same settings on another machine; where only memory and speed differ, what was traced stays known."""
         precision = machine.precision(self.config.trainer.precision)
         if self.config.model.offload or (machine.cuda, precision) != (self.machine.cuda, self.precision):
-            return Ladder(self.config, machine)
+            return Candidates(self.config, machine)
         other = copy(self)
-        other.machine, other.sketch = machine, copy(self.sketch)
-        other.sketch.room = _room(machine)
+        other.machine, other.memory_model = machine, copy(self.memory_model)
+        other.memory_model.room = _room(machine)
         return other
 
     def level(self, checkpointing: int, away: bool = False) -> list[Setting]:
@@ -74,14 +76,14 @@ class Ladder:
             offload_activations=away,
             offload=self.config.model.offload,
             seconds=accumulate * once,
-            units=self.effective * self.sketch.units,
+            count=self.effective * self.memory_model.count,
             parts=parts(trace, self.machine),
         )
 
     def waiting(self, setting: Setting) -> dict[str, float]:
-        """GiB that wait in main memory for their turn in a training step, by what they are; at most."""
+        """GiB that wait in CPU memory for their turn in a training step, by what they are; at most."""
         trace = self._trace(setting.micro_batch, setting.checkpointing, setting.offload_activations)
-        paged = self.config.optim.name is Optimizer.paged_adamw8bit  # where the card is full
+        paged = self.config.optim.name is Optimizer.paged_adamw8bit  # where the GPU is full
         sizes = {
             "blocks": -self.held.get("weights", 0.0),
             "activations": PINNED * trace.away,
@@ -98,18 +100,18 @@ class Ladder:
         known = (checkpointing, away) in self.traces  # by whoever chose this setting; a start needn't wait for another
         step = (self._trace if known else self.step)(micro_batch, checkpointing, away)
         found = [_tensors_gib(parts(step, self.machine))]
-        for _, ways in self.sketch.beside(micro_batch):
+        for _, ways in self.memory_model.training_phases(micro_batch):
             held, _, others = self._taken(ways)
             found.append(_room(self.machine) / GIB if others else _tensors_gib(held))  # what doesn't fit is tried first
         return max(found)
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, float, str]]:
         """Every other phase: its name, GiB at its worst moment, and in which way it is done, if there are several."""
-        for name, ways in self.sketch.phases(micro_batch):
+        for name, ways in self.memory_model.phases(micro_batch):
             held, words, _ = self._taken(ways)
             yield name, sum(held.values()), words
 
-    def _taken(self, ways: Iterable[Way]) -> tuple[dict[str, float], str, int]:
+    def _taken(self, ways: Iterable[PhaseOption]) -> tuple[dict[str, float], str, int]:
         """What the first way that fits holds, its words, and how many came before; of the last one where none does."""
         held, words, before = {}, "", -1
         for way in ways:
@@ -121,34 +123,39 @@ class Ladder:
 
     def step(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
         """One step, traced at this very size."""
-        self.sketch.recompute(checkpointing)
+        self.memory_model.set_checkpointing(checkpointing)
         return self._step(micro_batch, away)
 
     def _trace(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
         key = checkpointing, away
         if key not in self.traces:
-            self.sketch.recompute(checkpointing)
+            self.memory_model.set_checkpointing(checkpointing)
             sizes = TRACED if self.effective > 1 else (1,)
             self.traces[key] = [self._step(size, away) for size in sizes]
         found = self.traces[key]
-        return found[0] if self.effective == 1 else stretched(found[0], found[1], TRACED, micro_batch)
+        return found[0] if self.effective == 1 else extrapolated(found[0], found[1], TRACED, micro_batch)
 
     def _step(self, micro_batch: int, away: bool = False) -> Trace:
-        sketch = self.sketch
+        memory_model = self.memory_model
         worth = activation_offload.WORTH_BYTES if away else math.inf
-        return sketch.tracer.step(
-            sketch.model, lambda: sketch.inputs(micro_batch), sketch.forward, sketch.loss, held=self.held, away=worth
+        return memory_model.tracer.step(
+            memory_model.model,
+            lambda: memory_model.inputs(micro_batch),
+            memory_model.forward,
+            memory_model.loss,
+            held=self.held,
+            away=worth,
         )
 
     def _fetching_s(self) -> float:
-        """Weights that wait in main memory come twice in each micro-batch, forward and to recompute, while others work.
+        """Weights that wait in CPU memory come twice in each micro-batch, forward and to recompute, while others work.
 
-        FLUX.1 with all of them on the card took 4 % less (docs/memory.md).
+        FLUX.1 with all of them on the GPU took 4 % less (docs/memory.md).
         """
         return 2 * self._copy_s(max(0.0, -self.held.get("weights", 0.0)))
 
     def _copy_s(self, size: float) -> float:
-        """Of so many bytes from main memory to the card, or back."""
+        """Of so many bytes from CPU memory to the GPU, or back."""
         return size / (self.machine.pcie_gb_per_s * 1e9)
 
 
@@ -176,7 +183,7 @@ def _tensors_gib(held: Mapping[str, float]) -> float:
     return sum(gib for name, gib in held.items() if name not in OUTSIDE)
 
 
-def quickest(settings: Sequence[Setting], budget_gib: float) -> Setting | None:
+def fastest(settings: Sequence[Setting], budget_gib: float) -> Setting | None:
     """The fastest that fits; of equals the most frugal. None if none fits."""
     fitting = [setting for setting in settings if setting.gib <= budget_gib]
     return min(fitting, key=lambda setting: (setting.seconds, setting.gib), default=None)

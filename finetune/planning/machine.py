@@ -14,18 +14,18 @@ from finetune.memory.device import pick_device
 
 GIB = 2.0**30
 CUDA_CONTEXT_GIB = 0.5
-"""Memory of a process on the card outside torch's allocator: 0.4 to 0.6 GiB with CUDA 12 and 13's libraries loaded."""
+"""Memory of a process on the GPU outside torch's allocator: 0.4 to 0.6 GiB with CUDA 12 and 13's libraries loaded."""
 PYTHON_GIB = 0.6  # of a process with torch, diffusers or transformers imported, before any tensor; assumed
 TRIAL_SIDE = 768  # of the matrices whose product measures a CPU, numbers
-UNKNOWN_TFLOPS, UNKNOWN_GB_PER_S = 100.0, 1000.0  # of a card that no preset knows: seconds then only compare
+UNKNOWN_TFLOPS, UNKNOWN_GB_PER_S = 100.0, 1000.0  # of a GPU that no preset knows: seconds then only compare
 
 
 @dataclass(frozen=True)
 class Machine:
-    """vram_gib: what a process may take, of the card or of main memory. context_gib: of it outside all tensors.
+    """vram_gib: what a process may take, of the GPU or of CPU memory. context_gib: of it outside all tensors.
 
-    tflops: dense products in 16 bit and in fp32, peak on a card, measured on a CPU. known: whether speeds are facts.
-    main_gib: main memory beside a card that is free now; None where nobody knows, or there is no other.
+    tflops: dense products in 16 bit and in fp32, peak on a GPU, measured on a CPU. known: whether speeds are facts.
+    main_gib: CPU memory beside a GPU that is free now; None where nobody knows, or there is no other.
     """
 
     name: str
@@ -39,36 +39,36 @@ class Machine:
     pcie_gb_per_s: float
     known: bool
     words: str = ""
-    main_gib: float | None = None
+    cpu_gib: float | None = None
 
     def precision(self, wanted: Precision) -> Precision:
         """`auto` resolved. Raises ConfigError for arithmetic that the machine doesn't have."""
         if wanted is Precision.auto:
             return (Precision.bf16 if self.bf16 else Precision.fp16) if self.cuda else Precision.fp32
         if wanted is Precision.fp16 and not self.cuda:
-            raise ConfigError("trainer.precision=fp16 needs a CUDA card; on a CPU try trainer.precision=fp32")
+            raise ConfigError("trainer.precision=fp16 needs a CUDA GPU; on a CPU try trainer.precision=fp32")
         return wanted
 
 
 def read(hardware: HardwareConfig) -> Machine:
-    """The machine of a configuration: a preset with a card's name needs no card; anything else is read here.
+    """The machine of a configuration: a preset with a GPU's name needs no GPU; anything else is read here.
 
-    Raises ConfigError if CUDA is asked for without a card's name and there is none.
+    Raises ConfigError if CUDA is asked for without a GPU's name and there is none.
     """
-    if hardware.card:
+    if hardware.gpu:
         return _preset(hardware)
     device = pick_device(hardware.device)
-    return _card(hardware) if device.type == "cuda" else _cpu(hardware)
+    return _gpu(hardware) if device.type == "cuda" else _cpu(hardware)
 
 
 def _preset(hardware: HardwareConfig) -> Machine:
     for key in ("vram_gib", "tflops", "fp32_tflops", "gb_per_s", "pcie_gb_per_s"):
         if getattr(hardware, key) <= 0:
             raise ConfigError(
-                f"hardware.{key} must be above 0 where hardware.card is set; try a preset such as hardware=rtx4090"
+                f"hardware.{key} must be above 0 where hardware.gpu is set; try a preset such as hardware=rtx4090"
             )
     return Machine(
-        hardware.card,
+        hardware.gpu,
         hardware.device is not Device.cpu,
         hardware.vram_gib,
         CUDA_CONTEXT_GIB,
@@ -81,8 +81,8 @@ def _preset(hardware: HardwareConfig) -> Machine:
     )
 
 
-def _card(hardware: HardwareConfig) -> Machine:
-    """The card of this machine: its free memory now, and the speeds of the preset that bears its name."""
+def _gpu(hardware: HardwareConfig) -> Machine:
+    """The GPU of this machine: its free memory now, and the speeds of the preset that bears its name."""
     import psutil
     import torch
 
@@ -102,12 +102,12 @@ def _card(hardware: HardwareConfig) -> Machine:
         facts.get("pcie_gb_per_s", hardware.pcie_gb_per_s),
         known=bool(facts),
         words=f"{free:.1f} of {total:.1f} GiB free now",
-        main_gib=psutil.virtual_memory().available / GIB,
+        cpu_gib=psutil.virtual_memory().available / GIB,
     )
 
 
 def _cpu(hardware: HardwareConfig) -> Machine:
-    """This machine's processor: main memory that is free now, and its speed in a trial of a few milliseconds."""
+    """This machine's processor: CPU memory that is free now, and its speed in a trial of a few milliseconds."""
     import psutil
 
     free = psutil.virtual_memory().available / GIB
@@ -129,10 +129,10 @@ def _cpu(hardware: HardwareConfig) -> Machine:
 
 
 def _facts(name: str) -> dict[str, Any]:
-    """The preset of a card, by the name that its driver gives."""
+    """The preset of a GPU, by the name that its driver gives."""
     for path in recipes.preset_files()["hardware"].values():
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))
-        if preset.get("card") == name:
+        if preset.get("gpu") == name:
             return dict(preset)
     return {}
 

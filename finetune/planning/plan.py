@@ -1,11 +1,11 @@
-"""What `finetune plan` hands back: which settings a card takes, which are fastest, and where the memory goes."""
+"""What `finetune plan` hands back: which settings a GPU takes, which are fastest, and where the memory goes."""
 
 from dataclasses import dataclass, field
 
 KEYS = {
     "micro_batch": "trainer.micro_batch",
     "accumulate": "trainer.accumulate",
-    "checkpointing": "trainer.checkpointing",
+    "checkpointing": "trainer.activation_checkpointing",
     "offload_activations": "trainer.offload_activations",
     "offload": "model.offload",
 }
@@ -17,7 +17,7 @@ class Setting:
     """One way to train the same thing. seconds: of one optimiser step, an estimate; parts: GiB at the worst moment.
 
     checkpointing: 0 none, 1 every block, n every n-th. offload_activations, offload: what backward needs, and whole
-    blocks, in main memory. units: images, or slots of a row, in one optimiser step.
+    blocks, in CPU memory. units: images, or slots of a row, in one optimiser step.
     """
 
     micro_batch: int
@@ -26,7 +26,7 @@ class Setting:
     offload_activations: bool
     offload: bool
     seconds: float
-    units: int
+    count: int
     parts: dict[str, float]
 
     @property
@@ -47,24 +47,24 @@ class Plan:
 
     chosen: the fastest setting that fits, None if none does. asked: the recipe's own. others: the next best that fit,
     fastest first. phases: GiB of each phase at its worst moment, "training" among them, for `chosen` (or the most
-    frugal setting); main_gib: of main memory besides a card, at most, by what is done, the most first. problems: what
+    frugal setting); main_gib: of CPU memory besides a GPU, at most, by what is done, the most first. problems: what
     doesn't fit, a line each that ends in what would. notes: what the figures rest on.
     """
 
     name: str
     base: str
-    card: str
+    gpu: str
     budget_gib: float
     precision: str
     quantize: str
     unit: str
     chosen: Setting | None
-    asked: Setting
+    requested: Setting
     others: tuple[Setting, ...]
     phases: dict[str, float]
     problems: tuple[str, ...]
     notes: tuple[str, ...]
-    main_gib: dict[str, float] = field(default_factory=dict)
+    cpu_gib: dict[str, float] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:

@@ -38,7 +38,7 @@ class Shapes:
         self.known: dict[Any, _Results | None] = {}
 
     def run(self, function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
-        """What `function(*args, **kwargs)` gives, made anew from shapes where they were met before, and what it is
+        """What `function(*args, **kwargs)` gives, made again from shapes where they were met before, and what it is
         known by: function, shapes, and all else that it was given."""
         given: list[Tensor] = []
         key = (function, _key(args, given), _key(tuple(kwargs.items()), given) if kwargs else ())

@@ -1,8 +1,8 @@
 """How long a step takes: an estimate from the arithmetic and the bytes of its kernels.
 
-A kernel waits for arithmetic or for memory, whichever takes longer at a stated share of the card's peak; besides, each
-costs its start. A step takes as long as its kernels on the card, or as the host needs to launch them. The constants
-were set by thirteen trainings on an H200 (docs/memory.md, where each is compared), of pictures and of language, most of
+A kernel waits for arithmetic or for memory, whichever takes longer at a stated share of the GPU's peak; besides, each
+costs its start. A step takes as long as its kernels on the GPU, or as the host needs to launch them. The constants
+were set by thirteen trainings on an H200 (docs/memory.md, where each is compared), of images and of language, most of
 which waited for the host: seconds compare settings well, and are right to about a fifth there.
 """
 
@@ -10,11 +10,11 @@ from finetune.config.schema import Precision
 from finetune.planning.machine import Machine
 from finetune.planning.tracer import Trace
 
-EFFICIENCY = 0.6  # of a card's peaks, of arithmetic and of memory
+EFFICIENCY = 0.6  # of a GPU's peaks, of arithmetic and of memory
 CPU_EFFICIENCY = 0.5
-"""Of what a CPU does in one large product and one long copy: the two examples reach 0.42 (pictures) and 0.63
+"""Of what a CPU does in one large product and one long copy: the two examples reach 0.42 (images) and 0.63
 (conversations) of it on two cores of an AMD EPYC."""
-KERNEL_S = 4.2e-6  # on the card, of each kernel
+KERNEL_S = 4.2e-6  # on the GPU, of each kernel
 LAUNCH_S = 37e-6  # on the host, of each kernel, with Python, autograd and autocast around it
 
 
@@ -36,7 +36,7 @@ def explained(machine: Machine, precision: Precision) -> str:
         return f"seconds are an estimate: counted arithmetic and bytes at {CPU_EFFICIENCY:.0%} of the {rates}"
     tflops = machine.fp32_tflops if precision is Precision.fp32 else machine.tflops
     rates = f"{EFFICIENCY:.0%} of {tflops:.0f} TFLOP/s and {machine.gb_per_s:.0f} GB/s"
-    known = "" if machine.known else " (assumed: no preset knows this card, so compare, don't trust)"
+    known = "" if machine.known else " (assumed: no preset knows this GPU, so compare, don't trust)"
     return (
         f"seconds are an estimate: counted arithmetic and bytes at {rates}{known}, {KERNEL_S * 1e6:.0f} µs a kernel, "
         f"at least {LAUNCH_S * 1e6:.0f} µs a launch"

@@ -1,4 +1,4 @@
-"""How much memory a step takes and how much work it is, read off a machine that has no card and no weights.
+"""How much memory a step takes and how much work it is, read off a machine that has no GPU and no weights.
 
 A module's tensors become fakes, which have a shape and a dtype and nothing in them. Forward and backward then run as
 they would, and each operation that reaches torch's dispatcher is noted: the bytes alive at that moment (of distinct
@@ -60,7 +60,7 @@ class Kernel:
 class Trace:
     """One run of a module. held: bytes that were there before, by name ("weights", …); kernels in the order of launch.
 
-    `live` of a kernel counts what is held as well. away: bytes that waited in main memory from forward to backward.
+    `live` of a kernel counts what is held as well. away: bytes that waited in CPU memory from forward to backward.
     """
 
     held: Mapping[str, float]
@@ -84,22 +84,22 @@ class Trace:
 
 
 @dataclass(frozen=True)
-class Way:
-    """One way to do something. words: what sets it apart from those that take more. trace: None if it needs no card."""
+class PhaseOption:
+    """One way to do something. words: what sets it apart from those that take more. trace: None if it needs no GPU."""
 
     trace: Trace | None
     words: str = ""
 
 
 class Tracer:
-    """Makes fakes of modules and runs them. dtype: of autocast; fp32 is none. like_cuda: imitate a card's autocast."""
+    """Makes fakes of modules and runs them. dtype: of autocast; fp32 is none. like_cuda: imitate a GPU's autocast."""
 
     def __init__(self, dtype: torch.dtype, *, like_cuda: bool) -> None:
         self.dtype, self.like_cuda = dtype, like_cuda
         self.mode = FakeTensorMode(allow_non_fake_inputs=True)
         self.shapes = Shapes(self.mode)
 
-    def blank(self, module: nn.Module) -> nn.Module:
+    def fakify(self, module: nn.Module) -> nn.Module:
         """The same module with fakes in place of its tensors; what was shared stays shared."""
         made: dict[int, Tensor] = {}
         with self.mode:
@@ -124,7 +124,7 @@ class Tracer:
 
         `loss` is a function of its own, so that what it allocates can be told apart. held: further bytes that are there
         all the time, by name. away: of how many bytes on a tensor that backward needs waits in
-        main memory.
+        CPU memory.
         """
         trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
         with self._running(model, held) as meter:
@@ -185,7 +185,7 @@ class Tracer:
                 gc.enable()
 
 
-def stretched(one: Trace, two: Trace, micro_batches: tuple[int, int], wanted: int) -> Trace:
+def extrapolated(one: Trace, two: Trace, micro_batches: tuple[int, int], wanted: int) -> Trace:
     """The trace of another micro-batch, from those of two.
 
     A kernel's figures are linear in the micro-batch, so each is drawn on from its own two. Where the two runs launch
@@ -281,7 +281,7 @@ def _in_fp32(function: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 
 def _dropout(input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:  # noqa: A002
-    """The CPU keeps a mask of the input's dtype, a card one byte a number."""
+    """The CPU keeps a mask of the input's dtype, a GPU one byte a number."""
     return torch.native_dropout(input, p, True)[0] if training and p else input
 
 

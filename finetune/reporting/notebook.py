@@ -1,6 +1,6 @@
 """How records look in a notebook: thumbnails, tables and curves as HTML that is complete in itself.
 
-The report is put together from the same pieces. Whatever lies in a picture folder may be damaged or gone by the time a
+The report is put together from the same pieces. Whatever lies in an image folder may be damaged or gone by the time a
 record is shown, so nothing here raises for a missing file.
 """
 
@@ -11,22 +11,22 @@ from finetune.planning.plan import Plan
 from finetune.reporting import curves, plan_tables
 from finetune.reporting.tables import adapter_rows, plural, run_rows, table_html
 from finetune.reporting.texts import SPACED, answers_table, by_prompt, marked_html, text_set_rows
-from finetune.reporting.thumbnails import picture_html
+from finetune.reporting.thumbnails import image_html
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Run, Samples, TextSet
 
 MOST_ROWS = 60  # captions shown; the rest is counted
 THUMBNAIL = 96  # pixels
-GRID_SIDE = 1600  # pixels: two prompts beside one another, four small pictures each
+GRID_SIDE = 1600  # pixels: two prompts beside one another, four small images each
 
 
 def captions_html(captions: CaptionSet) -> str:
     """Thumbnails beside captions."""
     generated = sum(item.source == "generated" for item in captions.items)
     rows = [
-        [picture_html(Path(captions.folder) / item.file, THUMBNAIL, item.file), *map(escape, (item.text, item.source))]
+        [image_html(Path(captions.folder) / item.file, THUMBNAIL, item.file), *map(escape, (item.text, item.source))]
         for item in captions.items[:MOST_ROWS]
     ]
-    parts = [f"<b>{plural(len(captions.items), 'picture')}</b> in {escape(captions.folder)}", f"{generated} captioned"]
+    parts = [f"<b>{plural(len(captions.items), 'image')}</b> in {escape(captions.folder)}", f"{generated} captioned"]
     if captions.skipped:
         parts.append(f"{len(captions.skipped)} unreadable and left out")
     more = _more(len(captions.items), "metadata.jsonl")
@@ -48,7 +48,7 @@ def dataset_html(dataset: Dataset) -> str:
 
 def text_set_html(texts: TextSet) -> str:
     """What became of the conversations, and one of them as the model sees it."""
-    row = f"<p>One row, its trained tokens highlighted:</p>{marked_html(texts.marked)}" if texts.marked else ""
+    row = f"<p>One row, its trained tokens highlighted:</p>{marked_html(texts.preview)}" if texts.preview else ""
     return table_html(("data set", ""), text_set_rows(texts)) + row
 
 
@@ -63,14 +63,14 @@ def adapter_html(adapter: Adapter) -> str:
     """The exported files and how far each is from the trained module."""
     trigger = f", trigger phrase <b>{escape(adapter.trigger)}</b>" if adapter.trigger else ""
     head = f"<p><b>Adapter</b> for {escape(adapter.base)} in {escape(adapter.folder)}{trigger}</p>"
-    return head + table_html(("dialect", "file", "size", "difference to the trained module"), adapter_rows(adapter))
+    return head + table_html(("format", "file", "size", "difference to the trained module"), adapter_rows(adapter))
 
 
 def samples_html(samples: Samples) -> str:
     """The grid of base beside tuned; nothing where nothing was drawn."""
     if not samples.page:
         return ""
-    return picture_html(Path(samples.grid), GRID_SIDE, "base beside tuned, a prompt at a time")
+    return image_html(Path(samples.grid), GRID_SIDE, "base beside tuned, a prompt at a time")
 
 
 def answers_html(answers: Answers) -> str:
@@ -83,7 +83,7 @@ def answers_html(answers: Answers) -> str:
 
 
 def plan_html(plan: Plan) -> str:
-    """Settings, memory and phases beside the card's budget."""
+    """Settings, memory and phases beside the GPU's budget."""
     settings = [[escape(name), *map(escape, row)] for name, row in plan_tables.choices(plan)]
     parts = [
         table_html(("plan", ""), [[escape(name), escape(value)] for name, value in plan_tables.facts(plan)]),

@@ -39,7 +39,7 @@ R = TypeVar("R")
 
 @dataclass(frozen=True)
 class Found:
-    """What a run folder holds: receipts by stage, the values of config.yaml and its text, curves, pictures or answers.
+    """What a run folder holds: receipts by stage, the values of config.yaml and its text, curves, images or answers.
 
     drawn: how these were made, as far as samples.jsonl says.
     """
@@ -59,7 +59,7 @@ class Found:
         return from_plain(kind, receipt.record) if receipt else None
 
     def dataset(self) -> Dataset | TextSet | None:
-        """The data set's record, of pictures or of conversations."""
+        """The data set's record, of images or of conversations."""
         receipt = self.receipts.get("dataset")
         if receipt and "rows" in receipt.record:
             return self.record("dataset", TextSet)
@@ -69,7 +69,7 @@ class Found:
 def page(found: Found) -> str:
     """The whole page."""
     sections = [
-        ("pictures", "Base against tuned", _pictures(found)),
+        ("images", "Base against tuned", _images(found)),
         ("answers", "Base against tuned", _answers(found)),
         ("curves", "Curves", _curves(found)),
         ("captions", "Captions", _captions(found)),
@@ -131,8 +131,8 @@ def _verdict(found: Found, run: Run | None) -> str:
         f"Training took {duration(run.seconds)} at {rate(run.items_per_s)} {run.unit} a second, "
         f"with at most {run.peak_gib:.2f} GiB of memory."
     )
-    if run.eased:
-        sentences.append(f"Memory ran out; the same steps went on with {run.eased}.")
+    if run.oom_fallbacks:
+        sentences.append(f"Memory ran out; the same steps went on with {run.oom_fallbacks}.")
     if run.skipped_steps:
         sentences.append(f"{plural(run.skipped_steps, 'step')} had a loss or gradient that was not finite: refused.")
     return " ".join(sentences)
@@ -141,7 +141,7 @@ def _verdict(found: Found, run: Run | None) -> str:
 def _validated_on(dataset: Dataset | TextSet | None) -> str:
     if dataset is None:
         return "On held-out examples"
-    things = "conversations" if isinstance(dataset, TextSet) else "pictures"
+    things = "conversations" if isinstance(dataset, TextSet) else "images"
     if dataset.validation:
         return f"On held-out {things}"
     return f"On training {things}" + ("" if isinstance(dataset, TextSet) else " with fixed noise")
@@ -176,7 +176,7 @@ def _tiles(found: Found, run: Run | None) -> str:
     return f'<dl class="tiles">{cells}</dl>'
 
 
-def _pictures(found: Found) -> str:
+def _images(found: Found) -> str:
     """Per prompt its pairs, base on the left."""
     folder, shown = found.folder / "samples", found.samples[:MOST_PAIRS]
     files = [folder / name for sample in shown for name in (sample.base_file, sample.file)]
@@ -198,16 +198,16 @@ def _pictures(found: Found) -> str:
 
 def _half(kind: str, uri: str | None, sample: Sample) -> str:
     alt = escape(f"{kind}: {sample.prompt}, seed {sample.seed}", quote=True)
-    picture = f'<img src="{uri}" alt="{alt}">' if uri else "<em>picture is gone</em>"
-    return f'<div class="{kind}">{picture}<span>{kind}</span></div>'
+    image = f'<img src="{uri}" alt="{alt}">' if uri else "<em>image is gone</em>"
+    return f'<div class="{kind}">{image}<span>{kind}</span></div>'
 
 
 def _how_drawn(found: Found) -> str:
     """The drawing's settings, which the sample stage leaves in each PNG."""
     note = "The same prompt, seed and noise, without and with the adapter"
     try:
-        with Image.open(found.folder / "samples" / found.samples[0].file) as picture:
-            facts = {key: str(value) for key, value in picture.info.items()}
+        with Image.open(found.folder / "samples" / found.samples[0].file) as image:
+            facts = {key: str(value) for key, value in image.info.items()}
     except OSError:
         return note + "."
     if "steps" in facts and "guidance" in facts:
@@ -269,21 +269,21 @@ def _captions(found: Found) -> str:
         return ""
     root, shown = Path(captions.folder), captions.items[:MOST_CAPTIONS]
     uris = fitting([root / item.file for item in shown], CAPTION_SIDES, CAPTION_BUDGET_BYTES)
-    cards = []
+    gpus = []
     for item in shown:
         uri = uris[root / item.file]
-        picture = f'<img src="{uri}" alt="">' if uri else '<span class="gone">gone</span>'
-        cards.append(
-            f'<li>{picture}<div><p>{escape(item.text)}</p><p class="note"><span class="chip {escape(item.source)}">'
+        image = f'<img src="{uri}" alt="">' if uri else '<span class="gone">gone</span>'
+        gpus.append(
+            f'<li>{image}<div><p>{escape(item.text)}</p><p class="note"><span class="chip {escape(item.source)}">'
             f"{escape(item.source)}</span> {escape(item.file)}</p></div></li>"
         )
     generated = sum(item.source == "generated" for item in captions.items)
     note = (
-        f"{plural(len(captions.items), 'picture')} from {escape(captions.folder)}; "
+        f"{plural(len(captions.items), 'image')} from {escape(captions.folder)}; "
         f"{generated} captioned by the model, {len(captions.items) - generated} by the user."
     )
-    return f'<p class="note">{note}</p><ul class="captions">{"".join(cards)}</ul>' + _more(
-        len(captions.items) - len(shown), "caption", "metadata.jsonl of the picture folder"
+    return f'<p class="note">{note}</p><ul class="captions">{"".join(gpus)}</ul>' + _more(
+        len(captions.items) - len(shown), "caption", "metadata.jsonl of the image folder"
     )
 
 
@@ -293,10 +293,10 @@ def _conversations(found: Found) -> str:
     if not isinstance(texts, TextSet):
         return ""
     row = ""
-    if texts.marked:
+    if texts.preview:
         row = (
             '<p class="note">One row as the model sees it. Only the <mark>highlighted</mark> tokens are trained; the '
-            f"rest is what they follow from.</p>{marked_html(texts.marked)}"
+            f"rest is what they follow from.</p>{marked_html(texts.preview)}"
         )
     return _wide(table_html(("data set", ""), text_set_rows(texts))) + row
 
@@ -328,7 +328,7 @@ def _adapter(found: Found) -> str:
     if adapter is None:
         return ""
     trigger = f" Put <b>{escape(adapter.trigger)}</b> into the prompt to call it up." if adapter.trigger else ""
-    head = ("dialect", "file", "size", "difference to the trained module")
+    head = ("format", "file", "size", "difference to the trained module")
     return f'<p class="note">In {escape(adapter.folder)}.{trigger}</p>{_wide(table_html(head, adapter_rows(adapter)))}'
 
 

@@ -34,12 +34,12 @@ def run_rows(run: Run) -> list[list[str]]:
         ["training time", duration(run.seconds)],
         ["speed", f"{rate(run.items_per_s)} {run.unit}/s"],
         ["peak memory", f"{run.peak_gib:.2f} GiB"],
-        *([["memory of training", run.fit]] if run.fit else []),
+        *([["memory of training", run.memory_summary]] if run.memory_summary else []),
         ["batch", run.batch],
         ["trained parameters", f"{run.trainable:,} of {run.total:,} ({share:.2%})"],
     ]
-    if run.eased:
-        rows.append(["memory ran out; went on with", run.eased])
+    if run.oom_fallbacks:
+        rows.append(["memory ran out; went on with", run.oom_fallbacks])
     if run.slow_steps:
         rows.append(["slow steps", f"{run.slow_steps:,} (three times as long as those before, or longer)"])
     if run.skipped_steps:
@@ -48,28 +48,28 @@ def run_rows(run: Run) -> list[list[str]]:
 
 
 def adapter_rows(adapter: Adapter) -> list[list[str]]:
-    """Dialect, file, size, difference."""
+    """Format, file, size, difference."""
     return [
         [
-            escape(dialect),
+            escape(export_format),
             escape(name),
             file_size(Path(adapter.folder) / name),
-            difference(dialect, adapter.differences),
+            difference(export_format, adapter.differences),
         ]
-        for dialect, name in adapter.files.items()
+        for export_format, name in adapter.files.items()
     ]
 
 
-def difference(dialect: str, differences: Mapping[str, float]) -> str:
+def difference(export_format: str, differences: Mapping[str, float]) -> str:
     """How far a handed-out file is from the trained model: relative, or in nats a token for a merged model."""
-    if dialect not in differences:
+    if export_format not in differences:
         return "average of the weights"
-    unit = " nats a token (KL)" if dialect == "merged" else ""
-    return f"{differences[dialect]:.1e}{unit}" if differences[dialect] else "no difference"
+    unit = " nats a token (KL)" if export_format == "merged" else ""
+    return f"{differences[export_format]:.1e}{unit}" if differences[export_format] else "no difference"
 
 
 def plural(count: int, thing: str) -> str:
-    """ "1 picture", "2 pictures"."""
+    """ "1 image", "2 images"."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 

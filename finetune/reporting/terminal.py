@@ -40,7 +40,7 @@ def _line(record: Any) -> str:
         generated = sum(item.source == "generated" for item in record.items)
         bad = f", {len(record.skipped)} skipped" if record.skipped else ""
         where = Path(record.folder) / "metadata.jsonl"
-        return f"captions: {len(record.items)} pictures, {generated} by the model{bad}; correct them in {where}"
+        return f"captions: {len(record.items)} images, {generated} by the model{bad}; correct them in {where}"
     if isinstance(record, Dataset):
         buckets = ", ".join(f"{name} ({count})" for name, count in record.buckets.items())
         return f"dataset: {record.train} to train, {record.validation} held out; {buckets}"
@@ -74,10 +74,10 @@ def _table(config: Config, result: Result, recipe: str) -> None:
         "speed", f"{run.items_per_s:,.1f} {run.unit}/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB"
     )
     table.add_row("batch", run.batch)
-    if run.fit:
-        table.add_row("training", run.fit)
-    if run.eased:
-        table.add_row("memory", f"ran out; went on with {run.eased}")
+    if run.memory_summary:
+        table.add_row("training", run.memory_summary)
+    if run.oom_fallbacks:
+        table.add_row("memory", f"ran out; went on with {run.oom_fallbacks}")
     table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f} (first step → mean of the last 10 %)")
     if run.first_validation is not None and run.best_validation is not None:
         at = f" at step {run.best_step}" if run.best_step is not None else ""

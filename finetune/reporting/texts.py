@@ -29,15 +29,19 @@ def text_set_rows(texts: TextSet) -> list[list[str]]:
         ["rows held out", f"{texts.validation:,}"],
         ["tokens", f"{texts.tokens:,}"],
         ["trained tokens", f"{texts.trained:,} ({share:.1%})"],
-        ["an epoch", f"{plural(texts.packs, 'pack')}, {texts.real:.1%} filled, {texts.learnt:.1%} with trained tokens"],
+        [
+            "an epoch",
+            f"{plural(texts.packs, 'pack')}, {texts.fill_share:.1%} filled, "
+            f"{texts.trained_share:.1%} with trained tokens",
+        ],
         ["encoded", "earlier, found in the cache" if texts.cached else "now"],
     ]
-    if texts.lost:
-        rows.append(["trained tokens lost to the length", f"{texts.lost:.2%}"])
+    if texts.truncated_share:
+        rows.append(["trained tokens lost to the length", f"{texts.truncated_share:.2%}"])
     if texts.bad:
         rows.append(["unusable rows that were left out", f"{texts.bad:,}"])
-    if texts.leaked:
-        rows.append(["held-out conversations that nearly equal a trained one", f"{texts.leaked:,}"])
+    if texts.near_duplicates:
+        rows.append(["held-out conversations that nearly equal a trained one", f"{texts.near_duplicates:,}"])
     return rows
 
 

@@ -1,4 +1,4 @@
-"""Pictures as data URIs: upright, on white, no larger than they are shown."""
+"""Images as data URIs: upright, on white, no larger than they are shown."""
 
 import base64
 import io
@@ -12,8 +12,8 @@ LOSSLESS_SIDE = 160  # pixels; up to here a PNG is small, and JPEG would show it
 JPEG_QUALITY = 86
 
 
-def picture_html(file: Path, side: int, described: str) -> str:
-    """An <img> with the picture inside, or what is missing in words."""
+def image_html(file: Path, side: int, described: str) -> str:
+    """An <img> with the image inside, or what is missing in words."""
     uri = data_uri(file, side)
     if uri is None:
         return f"<em>{escape(file.name)} can't be shown</em>"
@@ -21,24 +21,24 @@ def picture_html(file: Path, side: int, described: str) -> str:
 
 
 def data_uri(file: Path, side: int) -> str | None:
-    """The picture, upright and at most `side` pixels wide and high, as a data URI; None if it can't be read."""
+    """The image, upright and at most `side` pixels wide and high, as a data URI; None if it can't be read."""
     try:
         with Image.open(file) as opened:
             opened.draft("RGB", (side, side))  # JPEGs are decoded at a reduced size: ten times as fast
-            picture = _on_white(ImageOps.exif_transpose(opened))
+            image = _on_white(ImageOps.exif_transpose(opened))
     except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
         return None
-    kind = "png" if max(picture.size) <= min(side, LOSSLESS_SIDE) else "jpeg"
-    picture.thumbnail((side, side), Image.Resampling.LANCZOS)
+    kind = "png" if max(image.size) <= min(side, LOSSLESS_SIDE) else "jpeg"
+    image.thumbnail((side, side), Image.Resampling.LANCZOS)
     stream = io.BytesIO()
-    picture.save(stream, kind, quality=JPEG_QUALITY, optimize=True)
+    image.save(stream, kind, quality=JPEG_QUALITY, optimize=True)
     return f"data:image/{kind};base64,{base64.b64encode(stream.getvalue()).decode()}"
 
 
 def fitting(files: Sequence[Path], sides: Sequence[int], budget_bytes: int) -> dict[Path, str | None]:
-    """Every picture as a data URI, all of them at the largest of `sides` with which they fit the budget together.
+    """Every image as a data URI, all of them at the largest of `sides` with which they fit the budget together.
 
-    Where not even the smallest does, pictures are left out (None) from the first that is too much.
+    Where not even the smallest does, images are left out (None) from the first that is too much.
     """
     for side in sides:
         uris = {file: data_uri(file, side) for file in files}
@@ -52,11 +52,11 @@ def fitting(files: Sequence[Path], sides: Sequence[int], budget_bytes: int) -> d
     return uris
 
 
-def _on_white(picture: Image.Image) -> Image.Image:
+def _on_white(image: Image.Image) -> Image.Image:
     """8-bit RGB: 16 bits scaled down, transparency on white."""
-    if picture.mode.startswith("I"):
-        picture = picture.convert("F").point(lambda value: value / 257).convert("L")  # 65535 / 255 = 257
-    if picture.mode not in ("RGBA", "LA", "PA") and "transparency" not in picture.info:
-        return picture.convert("RGB")
-    seen = picture.convert("RGBA")
+    if image.mode.startswith("I"):
+        image = image.convert("F").point(lambda value: value / 257).convert("L")  # 65535 / 255 = 257
+    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
+        return image.convert("RGB")
+    seen = image.convert("RGBA")
     return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")

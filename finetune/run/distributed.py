@@ -1,7 +1,7 @@
 """Several processes of one run, as torchrun and accelerate start them: who speaks, who waits, how errors travel.
 
 The first process does alone what is done once a run, and the others wait for what it returns. What fails in one of them
-is raised in all. Both go through torch's key-value store, which needs no card and waits as long as a stage takes.
+is raised in all. Both go through torch's key-value store, which needs no GPU and waits as long as a stage takes.
 """
 
 import atexit
@@ -16,75 +16,75 @@ from typing import Any, TypeVar
 from finetune.errors import ConfigError, RunError
 
 T = TypeVar("T")
-PATIENCE_S = 24 * 3600.0  # captions of a large folder take hours, in which the other processes only wait
-LOOK_EVERY_S = 0.2  # for errors of the others
+TIMEOUT_S = 24 * 3600.0  # captions of a large folder take hours, in which the other processes only wait
+POLL_ERRORS_S = 0.2  # for errors of the others
 LONGEST_PAUSE_S = 0.01  # short against a step, which ends in such a wait
 ERROR, LEFT = "error", "left"
 
 
-def count() -> int:
+def world_size() -> int:
     """How many processes this run has; 1 without a launcher."""
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-def index() -> int:
+def rank() -> int:
     """This process among them, from 0."""
-    return int(os.environ.get("RANK", "0")) if count() > 1 else 0
+    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
 
 
-def alone() -> None:
+def require_single_process() -> None:
     """Raises ConfigError where several processes are to do what one does."""
-    if count() > 1:
+    if world_size() > 1:
         raise ConfigError("several processes can only train; type this command without torchrun or accelerate")
 
 
 @contextmanager
-def joined() -> Iterator[None]:
+def process_group() -> Iterator[None]:
     """Inside, the processes work on one run together. An error in one is raised in all; the first one leaves first.
 
     So its line about an error is on the screen before a launcher sees another process fail and ends them all.
     """
-    global _talk
-    if count() == 1:
+    global _channel
+    if world_size() == 1:
         yield
         return
-    _talk = talk = _Talk(next(_runs))
+    _channel = channel = _Channel(next(_runs))
     atexit.register(_disband)
     try:
         yield
     except BaseException as error:
         atexit.unregister(_disband)  # nobody knows what the others are in the middle of
-        talk.tell(error)
+        channel.tell(error)
         raise
     finally:
-        if index() == 0:
-            talk.put(LEFT, True)
+        if rank() == 0:
+            channel.put(LEFT, True)
         else:
             with suppress(RuntimeError):  # without a launcher's store the first process takes its own along
-                _until(lambda: talk.has(LEFT))
+                _until(lambda: channel.has(LEFT))
 
 
-def first(work: Callable[[], T]) -> T:
+def on_first_rank(work: Callable[[], T]) -> T:
     """What `work` returns in the first process, in every process: the others wait for it and get a copy."""
-    if count() == 1:
+    if world_size() == 1:
         return work()
-    key = _talk.number()
-    if index() == 0:
-        _talk.put(key, work())
-    wait(lambda: _talk.has(key))
-    result: T = _talk.get(key)
+    key = _channel.number()
+    if rank() == 0:
+        _channel.put(key, work())
+    wait(lambda: _channel.has(key))
+    result: T = _channel.get(key)
     return result
 
 
 def gather(value: T) -> list[T]:
     """What every process says, in their order, in every process."""
-    if count() == 1:
+    if world_size() == 1:
         return [value]
-    number = _talk.number()
-    keys = [f"{number}/{process}" for process in range(count())]
-    _talk.put(keys[index()], value)
-    wait(lambda: all(map(_talk.has, keys)))
-    return [_talk.get(key) for key in keys]
+    number = _channel.number()
+    keys = [f"{number}/{process}" for process in range(world_size())]
+    _channel.put(keys[rank()], value)
+    wait(lambda: all(map(_channel.has, keys)))
+    return [_channel.get(key) for key in keys]
 
 
 def wait(done: Callable[[], bool]) -> None:
@@ -92,8 +92,8 @@ def wait(done: Callable[[], bool]) -> None:
 
     def heard() -> None:
         # Who fails after its part is done ends nobody's wait for that part.
-        if _talk.has(ERROR) and not done():
-            raise _talk.get(ERROR)
+        if _channel.has(ERROR) and not done():
+            raise _channel.get(ERROR)
 
     _until(done, heard)
 
@@ -104,16 +104,16 @@ def _until(done: Callable[[], bool], now_and_then: Callable[[], None] = lambda: 
     pause = LONGEST_PAUSE_S / 128
     while not done():
         now = time.monotonic()
-        if now - looked >= LOOK_EVERY_S:
+        if now - looked >= POLL_ERRORS_S:
             looked = now
             now_and_then()
-        if now - began > PATIENCE_S:
-            raise RunError(f"process {index()} waited {PATIENCE_S / 3600:g} hours for another; start all of them anew")
+        if now - began > TIMEOUT_S:
+            raise RunError(f"process {rank()} waited {TIMEOUT_S / 3600:g} hours for another; start all of them again")
         time.sleep(pause)
         pause = min(2 * pause, LONGEST_PAUSE_S)
 
 
-class _Talk:
+class _Channel:
     """What the processes of one run tell one another. All take numbers in the same order, so that they agree."""
 
     def __init__(self, run: int) -> None:
@@ -145,7 +145,7 @@ class _Talk:
 
 
 _runs = itertools.count()
-_talk: _Talk
+_channel: _Channel
 
 
 def _portable(error: BaseException) -> BaseException:

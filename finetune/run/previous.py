@@ -1,4 +1,4 @@
-"""What an earlier run in the folder left: the pictures it was trained on, by name, and a way to set it aside."""
+"""What an earlier run in the folder left: the images it was trained on, by name, and a way to set it aside."""
 
 import itertools
 import json
@@ -26,10 +26,10 @@ OUTPUTS = (
 NAMED = 3  # file names in a message; the rest is counted
 
 
-def note(run_dir: Path, dataset: Dataset | TextSet) -> None:
+def save_summary(run_dir: Path, dataset: Dataset | TextSet) -> None:
     """Write down what a run begins with, so that a later one can be told what has changed since."""
     if isinstance(dataset, Dataset):
-        write_atomically(run_dir / TRAINED_ON, json.dumps(_pictures(dataset), ensure_ascii=False) + "\n")
+        write_atomically(run_dir / TRAINED_ON, json.dumps(_images(dataset), ensure_ascii=False) + "\n")
 
 
 def changes(run_dir: Path, dataset: Dataset | TextSet) -> str:
@@ -41,8 +41,8 @@ def changes(run_dir: Path, dataset: Dataset | TextSet) -> str:
         before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
     except ValueError:  # only names are lost
         return f"other {dataset.content_name}"
-    found = list(_differences(before, _pictures(dataset)))
-    return ", ".join(found) or "pictures are cut, mirrored or held out in another way"
+    found = list(_differences(before, _images(dataset)))
+    return ", ".join(found) or "images are cut, mirrored or held out in another way"
 
 
 def set_aside(run_dir: Path) -> None:
@@ -61,8 +61,8 @@ def set_aside(run_dir: Path) -> None:
     say(f"train: the earlier run is now in {target}")
 
 
-def _pictures(dataset: Dataset) -> dict[str, list[str]]:
-    """File -> its caption, and the key of the picture as it is cut."""
+def _images(dataset: Dataset) -> dict[str, list[str]]:
+    """File -> its caption, and the key of the image as it is cut."""
     return {example.file: [example.caption, example.key] for example in dataset.examples() if not example.flipped}
 
 
@@ -70,9 +70,9 @@ def _differences(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) 
     both = before.keys() & now.keys()
     for thing, how, files in (
         ("caption", "changed", {file for file in both if before[file][0] != now[file][0]}),
-        ("picture", "changed", {file for file in both if before[file][1] != now[file][1]}),
-        ("picture", "added", now.keys() - before.keys()),
-        ("picture", "removed", before.keys() - now.keys()),
+        ("image", "changed", {file for file in both if before[file][1] != now[file][1]}),
+        ("image", "added", now.keys() - before.keys()),
+        ("image", "removed", before.keys() - now.keys()),
     ):
         if files:
             more = f" and {len(files) - NAMED:,} more" if len(files) > NAMED else ""

@@ -24,7 +24,7 @@ class Progress(Protocol):
 @contextmanager
 def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Progress]:
     """A progress display for `total` units, `done` of which were finished earlier."""
-    if sys.stderr.isatty() and distributed.index() == 0:
+    if sys.stderr.isatty() and distributed.rank() == 0:
         with _bar(title, total, unit, done) as shown:
             yield shown
     else:
@@ -35,7 +35,7 @@ def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Pr
 
 def say(line: str) -> None:
     """One line for the person at the terminal."""
-    if distributed.index():
+    if distributed.rank():
         return
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

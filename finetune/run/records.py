@@ -24,7 +24,7 @@ METRICS = "metrics.jsonl"  # the run's curves, one JSON line per logged step
 
 @dataclass(frozen=True)
 class Caption:
-    """One picture's caption. `source`: "user" (was there before) or "generated"."""
+    """One image's caption. `source`: "user" (was there before) or "generated"."""
 
     file: str
     text: str
@@ -33,7 +33,7 @@ class Caption:
 
 @dataclass(frozen=True)
 class CaptionSet:
-    """Every picture of a folder with its caption; `file` is relative to `folder`."""
+    """Every image of a folder with its caption; `file` is relative to `folder`."""
 
     folder: str
     items: tuple[Caption, ...]
@@ -49,7 +49,7 @@ class CaptionSet:
 class Example:
     """One encoded example.
 
-    key: content hash of picture bytes and geometry; the seed of its noise.
+    key: content hash of image bytes and geometry; the seed of its noise.
     bucket: width, height in pixels. crop: left, top, width, height in the upright original, pixels.
     latents, text: files in the cache. held_out: in the validation part, never trained on.
     """
@@ -67,9 +67,9 @@ class Example:
 
 @dataclass(frozen=True)
 class Dataset:
-    """Encoded examples: `index` is a JSON-lines file, one `Example` a line, read anew at each iteration.
+    """Encoded examples: `index` is a JSON-lines file, one `Example` a line, read again at each iteration.
 
-    buckets: "WxH" -> examples. empty_text: the encoded empty caption. upscaled: pictures smaller than their bucket.
+    buckets: "WxH" -> examples. empty_text: the encoded empty caption. upscaled: images smaller than their bucket.
     encoded, cached: cache entries that were made and that were there already.
     """
 
@@ -81,7 +81,7 @@ class Dataset:
     upscaled: int = 0
     encoded: int = 0
     cached: int = 0
-    content_name: ClassVar[str] = "pictures and captions"
+    content_name: ClassVar[str] = "images and captions"
 
     @property
     def content(self) -> str:
@@ -117,12 +117,12 @@ class TextSet:
     validation: int
     tokens: int
     trained: int
-    lost: float
+    truncated_share: float
     packs: int
-    real: float
-    learnt: float
-    marked: str
-    leaked: int
+    fill_share: float
+    trained_share: float
+    preview: str
+    near_duplicates: int
     bad: int
     cached: bool
     content_name: ClassVar[str] = "conversations and template"
@@ -135,15 +135,15 @@ class TextSet:
 
 @dataclass(frozen=True)
 class Run:
-    """A finished training run. Seconds count training steps only; losses are means per picture or trained token.
+    """A finished training run. Seconds count training steps only; losses are means per image or trained token.
 
     first_loss: of the first step. last_loss: mean over the last 10 % of the steps.
     checkpoint: the last one's folder. unit, items: what was trained on, "images" or "tokens", and how many.
     micro_batch: examples in one forward pass at the end. effective: in one optimiser step, of all processes; 0 in
     records from before that was noted. eased: what gave way because memory ran out, empty if nothing.
     peak_gib: the most that this process held so far. planned_gib, probed_gib, measured_gib: the most in this training
-    with its validation and previews, by the plan, after trying its worst step, and at the end; None without a card or
-    with trainer.fit=off. slow_steps: that took much longer than those before, several in a row.
+    with its validation and previews, by the plan, after trying its worst step, and at the end; None without a GPU or
+    with trainer.autotune=off. slow_steps: that took much longer than those before, several in a row.
     """
 
     folder: str
@@ -163,9 +163,9 @@ class Run:
     skipped_steps: int
     training_hash: str
     micro_batch: int = 0
-    eased: str = ""
+    oom_fallbacks: str = ""
     planned_gib: float | None = None
-    probed_gib: float | None = None
+    dry_run_gib: float | None = None
     measured_gib: float | None = None
     slow_steps: int = 0
     effective: int = 0
@@ -186,9 +186,9 @@ class Run:
         return self.items / self.seconds if self.seconds else 0.0
 
     @property
-    def fit(self) -> str:
+    def memory_summary(self) -> str:
         """What training was to take and took, for people; empty where nobody asked the plan."""
-        figures = {"planned": self.planned_gib, "tried out": self.probed_gib, "measured": self.measured_gib}
+        figures = {"planned": self.planned_gib, "tried out": self.dry_run_gib, "measured": self.measured_gib}
         return ", ".join(f"{gib:.2f} GiB {name}" for name, gib in figures.items() if gib is not None)
 
     def _repr_html_(self) -> str:
@@ -199,7 +199,7 @@ class Run:
 
 @dataclass(frozen=True)
 class Adapter:
-    """An exported adapter: dialect -> file or folder, and dialect -> relative difference to the trained module."""
+    """An exported adapter: format -> file or folder, and format -> relative difference to the trained module."""
 
     folder: str
     files: dict[str, str]
@@ -215,7 +215,7 @@ class Adapter:
 
 @dataclass(frozen=True)
 class Sample:
-    """One picture: `file` is tuned, `base_file` the untuned base from the same prompt, seed and noise."""
+    """One image: `file` is tuned, `base_file` the untuned base from the same prompt, seed and noise."""
 
     prompt: str
     seed: int
@@ -225,7 +225,7 @@ class Sample:
 
 @dataclass(frozen=True)
 class Samples:
-    """Drawn pictures and the grid that shows base beside tuned; all empty where there were no prompts."""
+    """Drawn images and the grid that shows base beside tuned; all empty where there were no prompts."""
 
     folder: str
     grid: str

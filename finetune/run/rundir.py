@@ -34,8 +34,8 @@ def held(config: Config, owns_config: bool = False) -> Iterator[Path]:
     """
     folder = Path(config.run_dir)
     if not owns_config:
-        distributed.alone()
-    if distributed.index():
+        distributed.require_single_process()
+    if distributed.rank():
         with _explained(config):
             yield folder
         return
@@ -63,7 +63,7 @@ def written_config(folder: Path) -> dict[str, Any]:
     try:
         return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.exists() else {}
     except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} is damaged; the same `train` command writes it anew") from error
+        raise RunError(f"{file} is damaged; the same `train` command writes it again") from error
 
 
 def _has_training_state(folder: Path) -> bool:

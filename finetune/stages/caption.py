@@ -1,4 +1,4 @@
-"""Captions for the pictures that have none, from BLIP, into the folder's `metadata.jsonl`."""
+"""Captions for the images that have none, from BLIP, into the folder's `metadata.jsonl`."""
 
 import time
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from finetune.config.schema import CaptionConfig, Config
 from finetune.data.images import decode, folder
 from finetune.diffusion.captioner import Captioner
 from finetune.errors import DataError
-from finetune.memory.device import free, pick_device, pick_dtype
+from finetune.memory.device import pick_device, pick_dtype, release_memory
 from finetune.run.progress import progress, say
 from finetune.run.records import Caption, CaptionSet, hash_of, load_record, save_receipt
 
@@ -17,32 +17,32 @@ STAGE = "caption"
 
 
 def caption(config: Config) -> CaptionSet:
-    """Every picture of `data.folder` with its caption; pictures without one are captioned, batch by batch.
+    """Every image of `data.folder` with its caption; images without one are captioned, batch by batch.
 
-    A caption that is there is kept unless `caption.overwrite`. Interrupted, it goes on with the next picture. Raises
-    DataError for a folder without pictures, one that can't be written, and unreadable pictures (all of them named at
+    A caption that is there is kept unless `caption.overwrite`. Interrupted, it goes on with the next image. Raises
+    DataError for a folder without images, one that can't be written, and unreadable images (all of them named at
     once; left out with a warning under `data.skip_bad`), ModelError if the captioner can't be loaded.
     """
     start = time.monotonic()
     root, run_dir = Path(config.data.folder), Path(config.run_dir)
-    files = folder.pictures(root)
+    files = folder.images(root)
     hashes = folder.content_hashes(root, files)
     there = folder.captions(root, files)
-    if other := folder.outvoted(root, there):
+    if other := folder.overridden_sidecars(root, there):
         say(
-            f"warning: {len(other)} pictures have a .txt that {folder.METADATA} outvotes, first {other[0]}; "
-            "to take the .txt delete the picture's line there"
+            f"warning: {len(other)} images have a .txt that {folder.METADATA} outvotes, first {other[0]}; "
+            "to take the .txt delete the image's line there"
         )
     if fresh := load_record(run_dir, STAGE, CaptionSet, input_hash=_input_hash(config, hashes, there)):
         say(f"{STAGE}: fresh")
         return fresh
     if other := folder.unread(root):
-        say(f"warning: {len(other)} pictures are in formats that can't be read and are left out, first {other[0]}")
+        say(f"warning: {len(other)} images are in formats that can't be read and are left out, first {other[0]}")
     broken = decode.unreadable(root, files, config.data.max_pixels)
     decode.report_bad(list(broken.values()), skip=config.data.skip_bad)
     files = [file for file in files if file not in broken]
     if not files:
-        raise DataError(f"{root} has no readable picture left; try data.folder=path/to/pictures")
+        raise DataError(f"{root} has no readable image left; try data.folder=path/to/images")
     todo = [file for file in files if config.caption.overwrite or file not in there]
     if todo:
         folder.check_writable(root, todo)
@@ -57,21 +57,21 @@ def caption(config: Config) -> CaptionSet:
         input_hash=_input_hash(config, hashes, there),
         seconds=seconds,
         figures={
-            "pictures": len(files),
+            "images": len(files),
             "generated": len(todo),
             "skipped": len(broken),
-            "pictures_per_s": round(len(todo) / seconds, 3) if todo else 0.0,
+            "images_per_s": round(len(todo) / seconds, 3) if todo else 0.0,
         },
     )
     return record
 
 
 def _generate(config: Config, root: Path, todo: Sequence[str]) -> None:
-    """Caption pictures and write each batch at once, so that a kill loses one batch."""
+    """Caption images and write each batch at once, so that a kill loses one batch."""
     settings = config.caption
     device = pick_device(config.hardware.device)
     captioner = Captioner(settings.model, device, pick_dtype(config.trainer.precision, device))
-    with progress(STAGE, len(todo), unit="pictures") as bar:
+    with progress(STAGE, len(todo), unit="images") as bar:
         for first in range(0, len(todo), settings.batch):
             batch = todo[first : first + settings.batch]
             opened = [decode.open_rgb(root / file, config.data.max_pixels) for file in batch]
@@ -80,7 +80,7 @@ def _generate(config: Config, root: Path, todo: Sequence[str]) -> None:
             folder.add_captions(root, worded, overwrite=settings.overwrite)
             bar.advance(len(batch), worded[batch[-1]])
     del captioner
-    free()
+    release_memory()
 
 
 def wording(text: str, settings: CaptionConfig) -> str:

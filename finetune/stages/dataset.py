@@ -1,4 +1,4 @@
-"""Captioned pictures or conversations -> encoded examples in the cache."""
+"""Captioned images or conversations -> encoded examples in the cache."""
 
 import time
 from pathlib import Path
@@ -14,7 +14,7 @@ STAGE = "dataset"
 def dataset(config: Config, captions: CaptionSet | None) -> Dataset | TextSet:
     """Every example encoded; what the cache has is not encoded again.
 
-    Raises DataError for unreadable pictures or rows, ModelError if an encoder can't be loaded.
+    Raises DataError for unreadable images or rows, ModelError if an encoder can't be loaded.
     """
     start = time.monotonic()
     run_dir = Path(config.run_dir)

@@ -1,4 +1,4 @@
-"""Export the trained adapter in every dialect, each one proven against the trained module."""
+"""Export the trained adapter in every format, each one proven against the trained module."""
 
 import shutil
 import time
@@ -9,10 +9,10 @@ from typing import TypeVar
 
 from finetune import kinds
 from finetune.config.describe import as_dict
-from finetune.config.schema import Config, Device, Kept, Precision, Quantize
-from finetune.errors import card_ran_out
-from finetune.memory.device import free, pick_device
-from finetune.memory.fallbacks import within_memory
+from finetune.config.schema import CheckpointChoice, Config, Device, Precision, Quantize
+from finetune.errors import is_gpu_out_of_memory
+from finetune.memory.device import pick_device, release_memory
+from finetune.memory.fallbacks import try_within_memory
 from finetune.reporting.tables import difference
 from finetune.run.atomic import replace_folder
 from finetune.run.progress import say
@@ -23,7 +23,7 @@ T = TypeVar("T")
 
 
 def export(config: Config, run: Run) -> Adapter:
-    """Write `adapter/`: all dialects, or none if one does not reproduce the trained module (ExportError)."""
+    """Write `adapter/`: all formats, or none if one does not reproduce the trained module (ExportError)."""
     run_dir = Path(config.run_dir)
     folder = run_dir / "adapter"
     settings = as_dict(config)
@@ -33,7 +33,7 @@ def export(config: Config, run: Run) -> Adapter:
         say("export: fresh")
         return record
     start = time.monotonic()
-    free()  # what the stage before left on the card
+    release_memory()  # what the stage before left on the GPU
     trained = checkpoint.load(_chosen(config, run))
     with replace_folder(folder) as temporary:
         handout = kinds.kind(config).handout
@@ -41,7 +41,7 @@ def export(config: Config, run: Run) -> Adapter:
             config, temporary, lambda here: handout.write(here, run, trained.adapter, trained.averaged, temporary)
         )
         (temporary / "README.md").write_text(
-            _card(config, run, files, differences, handout.usage(config)), encoding="utf-8"
+            _gpu(config, run, files, differences, handout.usage(config)), encoding="utf-8"
         )
     record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
     save_receipt(
@@ -50,7 +50,7 @@ def export(config: Config, run: Run) -> Adapter:
         record,
         input_hash=input_hash,
         seconds=time.monotonic() - start,
-        figures={f"{dialect} difference": value for dialect, value in differences.items()},
+        figures={f"{export_format} difference": value for export_format, value in differences.items()},
     )
     by_difference: dict[str, list[str]] = {}
     for name in differences:
@@ -61,14 +61,14 @@ def export(config: Config, run: Run) -> Adapter:
 
 
 def _within_memory(config: Config, folder: Path, write: Callable[[Config], T]) -> T:
-    """What `write` returns: on the card, and where that is too small, in main memory."""
+    """What `write` returns: on the GPU, and where that is too small, in CPU memory."""
     on_cards_alone = config.model.kind == "diffusion" and config.model.quantize is not Quantize.none  # in diffusers
     if on_cards_alone or pick_device(config.hardware.device).type == "cpu":
         return write(config)
-    found = within_memory(lambda: write(config), ran_out=card_ran_out)
+    found = try_within_memory(lambda: write(config), is_oom=is_gpu_out_of_memory)
     if found is not None:
         return found
-    say("export: the card is too small; models are compared in main memory, which may take hours for large ones")
+    say("export: the GPU is too small; models are compared in CPU memory, which may take hours for large ones")
     for path in folder.iterdir():
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     hardware = replace(config.hardware, device=Device.cpu)
@@ -76,17 +76,18 @@ def _within_memory(config: Config, folder: Path, write: Callable[[Config], T]) -
 
 
 def _chosen(config: Config, run: Run) -> Path:
-    """The checkpoint that is handed out; the last one where none was validated."""
+    """The checkpoint that is exported; the last one where none was validated."""
     last = Path(run.checkpoint)
-    if config.export.checkpoint is Kept.last or run.best_step is None:
+    if config.export.checkpoint is CheckpointChoice.last or run.best_step is None:
         return last
     return checkpoint.at(last.parent, run.best_step)
 
 
-def _card(config: Config, run: Run, files: dict[str, str], differences: dict[str, float], usage: str) -> str:
+def _gpu(config: Config, run: Run, files: dict[str, str], differences: dict[str, float], usage: str) -> str:
     """The model card: what it is, how it was made, how to load it."""
     rows = "\n".join(
-        f"| {dialect} | `{name}` | {difference(dialect, differences)} |" for dialect, name in files.items()
+        f"| {export_format} | `{name}` | {difference(export_format, differences)} |"
+        for export_format, name in files.items()
     )
     trigger = (
         f"Put **{config.caption.trigger}** into the prompt to call the style up.\n" if config.caption.trigger else ""
@@ -100,7 +101,7 @@ tags: [lora, finetune]
 LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets}) for `{config.model.base}`, \
 {run.steps} steps, loss {run.first_loss:.4f} -> {run.last_loss:.4f}.
 {trigger}
-| dialect | file | difference to the trained model |
+| format | file | difference to the trained model |
 |---|---|---|
 {rows}
 

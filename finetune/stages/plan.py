@@ -1,10 +1,10 @@
-"""Say before anything starts whether a run fits the card, and how it is fastest."""
+"""Say before anything starts whether a run fits the GPU, and how it is fastest."""
 
 from collections.abc import Iterable, Iterator, Sequence
 
 from finetune.config.schema import Config
 from finetune.planning import host_memory, speed
-from finetune.planning.candidates import Ladder, thriftier
+from finetune.planning.candidates import Candidates, thriftier
 from finetune.planning.choice import Choice, choose
 from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
@@ -13,8 +13,8 @@ from finetune.reporting.tables import duration
 OTHERS = 3  # alternatives shown
 REMEDIES = {
     "captioning": "caption.batch=1, or finetune caption with these settings and hardware=cpu first",
-    "encoding texts": "more main memory, or a base with smaller text encoders",
-    "encoding pictures": "finetune dataset with these settings and hardware=cpu first",
+    "encoding texts": "more CPU memory, or a base with smaller text encoders",
+    "encoding images": "finetune dataset with these settings and hardware=cpu first",
     "validation": "trainer.validate_every=0",
     "sampling": "'sample.prompts=[]', and finetune sample with prompts and hardware=cpu after the training",
     "export": "finetune export with these settings and hardware=cpu, after the training",
@@ -34,42 +34,44 @@ def plan(config: Config) -> Plan:
 
 def plans(config: Config, machines: Iterable[Machine]) -> Iterator[Plan]:
     """The same for several machines: what is traced for one is known for the next."""
-    ladder: Ladder | None = None
+    candidates: Candidates | None = None
     for machine in machines:
-        ladder = ladder.on(machine) if ladder else Ladder(config, machine)
-        yield _planned(config, choose(ladder))
+        candidates = candidates.on(machine) if candidates else Candidates(config, machine)
+        yield _planned(config, choose(candidates))
 
 
 def _planned(config: Config, choice: Choice) -> Plan:
-    ladder, chosen, best = choice.ladder, choice.chosen, choice.best
-    machine = ladder.machine
-    asked = config.trainer
-    others = list(ladder.phases(best.micro_batch))
+    candidates, chosen, best = choice.candidates, choice.chosen, choice.best
+    machine = candidates.machine
+    requested = config.trainer
+    others = list(candidates.phases(best.micro_batch))
     phases = {"training": best.gib} | {name: gib for name, gib, _ in others}
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
-    main_gib = host_memory.moments(config, ladder, best, {name for name, gib in phases.items() if not gib})
+    cpu_gib = host_memory.peaks(config, candidates, best, {name for name, gib in phases.items() if not gib})
     return Plan(
         name=config.name,
         base=config.model.base,
-        card=", ".join(filter(None, [machine.name, machine.words])),
+        gpu=", ".join(filter(None, [machine.name, machine.words])),
         budget_gib=machine.vram_gib,
-        precision=ladder.precision.name,
+        precision=candidates.precision.name,
         quantize=config.model.quantize.name,
-        unit=ladder.sketch.unit,
+        unit=candidates.memory_model.unit,
         chosen=chosen,
-        asked=ladder.setting(asked.micro_batch, asked.checkpointing, asked.offload_activations),
+        requested=candidates.setting(
+            requested.micro_batch, requested.activation_checkpointing, requested.offload_activations
+        ),
         others=_others(choice.tried, chosen, machine.vram_gib),
         phases=phases,
         problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),
         notes=(
-            speed.explained(machine, ladder.precision),
-            _whole(best, asked.steps),
-            *ladder.sketch.notes,
+            speed.explained(machine, candidates.precision),
+            _whole(best, requested.steps),
+            *candidates.memory_model.notes,
             *(f"{name}: {words}" for name, _, words in others if words),
             _unread(config),
-            *host_memory.warning(config, main_gib, machine.main_gib),
+            *host_memory.warning(config, cpu_gib, machine.cpu_gib),
         ),
-        main_gib=main_gib,
+        cpu_gib=cpu_gib,
     )
 
 
@@ -93,6 +95,6 @@ def _problem(config: Config, machine: Machine, phase: str, gib: float) -> str:
     if phase != "training":
         return f"{line}; try {REMEDIES[phase]}"
     for words, changed in thriftier(config):
-        if Ladder(changed, machine).least_gib() <= machine.vram_gib:
+        if Candidates(changed, machine).least_gib() <= machine.vram_gib:
             return f"{line}; {words} would fit"
     return f"{line}, and nothing that this program can change makes it fit; try a smaller base model"

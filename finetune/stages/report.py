@@ -1,6 +1,6 @@
-"""One self-contained page about a run: pictures inside, curves as SVG, no script, nothing fetched.
+"""One self-contained page about a run: images inside, curves as SVG, no script, nothing fetched.
 
-Everything comes from what lies in the run folder (and the pictures that it names); what is missing is left out.
+Everything comes from what lies in the run folder (and the images that it names); what is missing is left out.
 """
 
 import json

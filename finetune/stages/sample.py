@@ -9,14 +9,14 @@ from finetune.adapters import formats
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.errors import ModelError
-from finetune.memory.device import free
+from finetune.memory.device import release_memory
 from finetune.run.atomic import replace_folder
 from finetune.run.progress import say
 from finetune.run.records import Adapter, Answers, Samples, hash_of, load_record, save_receipt
 
 
 def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samples | Answers:
-    """Write `samples/`: all pairs on one page (a grid of pictures, or answers), `samples.jsonl`, each picture alone.
+    """Write `samples/`: all pairs on one page (a grid of images, or answers), `samples.jsonl`, each image alone.
 
     own: the settings are those of the run. Others get a folder below `samples_more/`, named by what decides them: what
     the run has drawn stays, fresh and in its report.
@@ -39,7 +39,7 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
         say("sample: fresh")
         return record
     start = time.monotonic()
-    free()  # what the stage before left on the card
+    release_memory()  # what the stage before left on the GPU
     with replace_folder(folder) as temporary:
         page, items = kind.show.draw(config, path, temporary)
     record = kind.samples(str(folder), str(folder / page), items)  # type: ignore[arg-type]
@@ -75,7 +75,7 @@ def _path(config: Config, adapter: Adapter | None) -> Path:
 
 
 def _hash(path: Path) -> str:
-    """Content of an adapter, whatever its dialect; a path that isn't there is left to the loader to report."""
+    """Content of an adapter, whatever its format; a path that isn't there is left to the loader to report."""
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
     digest = hashlib.sha256()
     for file in files:

@@ -8,7 +8,7 @@ from finetune import hub, kinds
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
-from finetune.memory.device import forget_peak, limit_memory, peak_gib, pick_device, pick_precision
+from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import distributed, previous
 from finetune.run.progress import say
@@ -16,7 +16,7 @@ from finetune.run.records import Dataset, Run, TextSet, hash_of, load_record, sa
 from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.signals import catch_stop
-from finetune.training.trainer import Session, flat
+from finetune.training.trainer import Trainer, flat
 
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 
@@ -24,13 +24,13 @@ OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 i
 def train(config: Config, dataset: Dataset | TextSet) -> Run:
     """Train to `config.trainer.steps`, or until it no longer helps (`trainer.patience`), from the newest checkpoint.
 
-    Raises RunError if an earlier run in the folder was trained with other settings or pictures (they are listed) or a
+    Raises RunError if an earlier run in the folder was trained with other settings or images (they are listed) or a
     checkpoint is damaged, TrainingError after too many non-finite steps, Interrupted after a signal (state saved).
     """
     run_dir = Path(config.run_dir)
     folder = run_dir / "checkpoints"
     if config.trainer.restart:
-        distributed.first(lambda: previous.set_aside(run_dir))
+        distributed.on_first_rank(lambda: previous.set_aside(run_dir))
     identity = _identity(config, dataset)
     input_hash = hash_of(identity, config.trainer.steps)
     record = load_record(run_dir, "train", Run, input_hash=input_hash)
@@ -39,35 +39,35 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         return record
 
     resumed = _resume(folder, identity, config.trainer.steps, dataset)
-    if resumed is None and distributed.index() == 0:
-        previous.note(run_dir, dataset)
+    if resumed is None and distributed.rank() == 0:
+        previous.save_summary(run_dir, dataset)
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
-    asked = choice.settings(config) | {"fit": config.trainer.fit.name}
+    requested = choice.settings(config) | {"fit": config.trainer.autotune.name}
     planned_gib, before = None, peak_gib(device)
-    rehearsed = False
-    if resumed and resumed.state.asked == asked:
+    dry_run_first = False
+    if resumed and resumed.state.requested == requested:
         config = choice.with_settings(config, **resumed.state.taken)
-    elif rehearsed := choice.needed(config, device):
-        config, planned_gib = distributed.first(partial(choice.settle, config))  # the same for all
-    forget_peak(device)
+    elif dry_run_first := choice.is_needed(config, device):
+        config, planned_gib = distributed.on_first_rank(partial(choice.choose_settings, config))  # the same for all
+    reset_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
         say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
     task = kinds.build_task(config, dataset, device)
-    run = Session(config, task, accelerator, identity, resumed, asked, rehearsed, planned_gib, before)
+    run = Trainer(config, task, accelerator, identity, resumed, requested, dry_run_first, planned_gib, before)
     with catch_stop() as stop:
         try:
             for step in run.steps(stop):
                 run.note(step)
                 if stop.number is not None:
-                    distributed.first(run.save)
-                    then = "hands out what was trained" if step.number == config.trainer.steps else "goes on from there"
+                    distributed.on_first_rank(run.save)
+                    then = "exports what was trained" if step.number == config.trainer.steps else "goes on from there"
                     raise Interrupted(
                         f"stopped by signal {stop.number} after step {step.number}; the same command {then}",
                         stop.number,
                     )
-            record = distributed.first(lambda: run.finish(input_hash))
+            record = distributed.on_first_rank(lambda: run.finish(input_hash))
         finally:
             run.close()
     figures: dict[str, float | int | str | None] = {
@@ -76,10 +76,10 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         "micro_batch": record.micro_batch,
         "effective_batch": record.effective,
         "processes": record.processes,
-        "eased": record.eased,
+        "eased": record.oom_fallbacks,
         "peak_gib": record.peak_gib,
         "planned_gib": record.planned_gib,
-        "probed_gib": record.probed_gib,
+        "probed_gib": record.dry_run_gib,
         "measured_gib": record.measured_gib,
         "first_loss": record.first_loss,
         "last_loss": record.last_loss,
@@ -88,7 +88,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         "skipped_steps": record.skipped_steps,
         "slow_steps": record.slow_steps,
     }
-    if distributed.index() == 0:
+    if distributed.rank() == 0:
         save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
     return record
 
@@ -104,7 +104,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "seed": settings["seed"],
         **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},
         "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
-        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * distributed.count(),
+        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * distributed.world_size(),
         dataset.content_name: dataset.content,
     }
     return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
@@ -126,7 +126,7 @@ def _resume(
         for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
         if before.get(key) != identity.get(key)
     ]
-    advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start anew"
+    advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
         raise RunError(f"{folder.parent} was trained with other settings ({'; '.join(changed)}); {advice}")
     if found[-1] > steps:

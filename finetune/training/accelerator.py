@@ -10,7 +10,7 @@ from torch import nn
 
 from finetune.config.schema import Precision
 from finetune.run import distributed
-from finetune.training.reduction import share_start
+from finetune.training.reduction import broadcast_start
 
 
 def build_accelerator(precision: Precision, device: torch.device) -> Accelerator:
@@ -19,7 +19,7 @@ def build_accelerator(precision: Precision, device: torch.device) -> Accelerator
     Accelerate keeps its settings in global state: it is reset here, so that a second run in the same process gets
     its own. cuDNN's attention is switched off for the process; flash attention takes its place.
     """
-    # Its backward pass gives NaN for some shapes in 16 bit on Hopper cards, where torch prefers it: for those of
+    # Its backward pass gives NaN for some shapes in 16 bit on Hopper GPUs, where torch prefers it: for those of
     # FLUX.1 (tests/gpu/test_training.py), and see github.com/pytorch/pytorch/issues/196678. It was twice as fast on an
     # H200 (1.7 ms against 3.2, forward and backward at 1024 px).
     torch.backends.cuda.enable_cudnn_sdp(False)
@@ -27,7 +27,7 @@ def build_accelerator(precision: Precision, device: torch.device) -> Accelerator
     GradientState._reset_state()
     mixed = "no" if precision is Precision.fp32 else precision.name
     # The other processes are inside a reduction while the first one validates, draws or saves.
-    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=distributed.PATIENCE_S))
+    patience = InitProcessGroupKwargs(timeout=timedelta(seconds=distributed.TIMEOUT_S))
     return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patience])
 
 
@@ -36,5 +36,5 @@ def prepare(
 ) -> tuple[nn.Module, Any]:  # Accelerate's optimiser, half-typed
     """Model and optimiser under the accelerator's precision, with the same adapters in every process."""
     prepared = accelerator.prepare_model(model, evaluation_mode=True)  # else wrapped in DDP: the loop sums gradients
-    share_start([parameter for group in optimizer.param_groups for parameter in group["params"]])
+    broadcast_start([parameter for group in optimizer.param_groups for parameter in group["params"]])
     return prepared, accelerator.prepare(optimizer)

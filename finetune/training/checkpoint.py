@@ -39,7 +39,7 @@ class TrainState:
 
     step: int
     identity: dict[str, Any]
-    units: int
+    count: int
     seconds: float
     first_loss: float
     smoothed_loss: float
@@ -49,12 +49,12 @@ class TrainState:
     waited: int
     skipped_steps: int
     scaler: dict[str, Any] | None
-    asked: dict[str, Any] = field(default_factory=dict)
+    requested: dict[str, Any] = field(default_factory=dict)
     taken: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 0
-    measures: int = 0
+    fallbacks: int = 0
     planned_gib: float | None = None
-    probed_gib: float | None = None
+    dry_run_gib: float | None = None
     slow_steps: int = 0
 
 

@@ -28,7 +28,7 @@ def build_optimizer(
     }
     if optim.name is not Optimizer.adamw:
         if first.device.type != "cuda":
-            raise ConfigError(f"optim.name={optim.name.name} needs a CUDA card; on a CPU try optim=adamw")
+            raise ConfigError(f"optim.name={optim.name.name} needs a CUDA GPU; on a CPU try optim=adamw")
         import bitsandbytes
 
         paged = optim.name is Optimizer.paged_adamw8bit

@@ -14,7 +14,7 @@ from finetune.run import distributed
 
 
 @dataclass(frozen=True)
-class Share:
+class StepTotals:
     """What one process, or all of them, made of a step.
 
     loss: summed over `items`. units, slots: as in `Batch`. news: processes that have something to tell.
@@ -22,15 +22,15 @@ class Share:
 
     loss: float
     items: int
-    units: int
-    slots: int
-    news: int = 0
+    count: int
+    padded_count: int
+    flagged_ranks: int = 0
 
 
-HEAD = len(astuple(Share(0.0, 0, 0, 0)))
+HEAD = len(astuple(StepTotals(0.0, 0, 0, 0)))
 
 
-def combine(parameters: Sequence[nn.Parameter], mine: Share) -> Share:
+def all_reduce_step(parameters: Sequence[nn.Parameter], mine: StepTotals) -> StepTotals:
     """The sum of all processes' shares; `.grad` of their means over own items becomes the mean over all items.
 
     Raises the error of a process that can't take part any more.
@@ -47,21 +47,21 @@ def combine(parameters: Sequence[nn.Parameter], mine: Share) -> Share:
             torch.mul(parameter.grad.flatten(), mine.items, out=part)
     _sum(flat)
     loss, *counts = head.tolist()
-    items, units, slots, news = map(round, counts)
+    items, count, padded_count, flagged_ranks = map(round, counts)
     # A parameter that no process has a gradient of must not get one: zeros would count in an optimiser's state.
     for parameter, part, trained in zip(parameters, parts, trained_P.tolist(), strict=True):
         if trained:
             parameter.grad = part.div_(items).view_as(parameter).to(parameter.dtype)
-    return Share(loss, items, units, slots, news)
+    return StepTotals(loss, items, count, padded_count, flagged_ranks)
 
 
 @torch.no_grad()
-def share_start(parameters: Sequence[nn.Parameter]) -> None:
+def broadcast_start(parameters: Sequence[nn.Parameter]) -> None:
     """Give every process the first one's weights: equal starts and equal gradients keep them equal to the end."""
-    if distributed.count() == 1:
+    if distributed.world_size() == 1:
         return
     flat = torch.cat([parameter.flatten() for parameter in parameters])
-    if distributed.index():
+    if distributed.rank():
         flat.zero_()
     _sum(flat)
     parts = torch.split(flat, [parameter.numel() for parameter in parameters])

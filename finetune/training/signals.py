@@ -35,7 +35,7 @@ def catch_stop() -> Iterator[Stop]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         stop.noted = number
-        if distributed.count() == 1:
+        if distributed.world_size() == 1:
             stop.number = number
             signal.signal(number, before[signal.Signals(number)])
 

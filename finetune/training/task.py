@@ -7,29 +7,29 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-Visit = tuple[Any, int]  # (an example: whatever the task's `collate` takes, the number of the visit)
+Draw = tuple[Any, int]  # (an example: whatever the task's `collate` takes, the number of the visit)
 
 
 @dataclass(frozen=True)
 class Batch:
     """What one forward pass takes.
 
-    items: how many things the loss sums over (pictures or trained tokens); names: one description per example, for
-    messages ("003.jpg at timestep 871"). units: what throughput counts (pictures, or tokens that are not padding);
-    slots: the same with padding. shaping: names of tensors that stay on the CPU, where reading them makes no card wait.
+    items: how many things the loss sums over (images or trained tokens); names: one description per example, for
+    messages ("003.jpg at timestep 871"). units: what throughput counts (images, or tokens that are not padding);
+    slots: the same with padding. shaping: names of tensors that stay on the CPU, where reading them makes no GPU wait.
     """
 
     tensors: dict[str, Tensor]
     items: int
     names: tuple[str, ...]
-    units: int
-    slots: int
-    shaping: frozenset[str] = frozenset()
+    count: int
+    padded_count: int
+    cpu_tensors: frozenset[str] = frozenset()
 
     def to(self, device: torch.device) -> "Batch":
         """The same batch on another device."""
         moved = {
-            key: value if key in self.shaping else value.to(device, non_blocking=True)
+            key: value if key in self.cpu_tensors else value.to(device, non_blocking=True)
             for key, value in self.tensors.items()
         }
         return replace(self, tensors=moved)
@@ -44,19 +44,19 @@ class Task(Protocol):
     size: int
     """Examples to train on."""
 
-    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Visit]]:
+    def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
         """The `effective` visits of each optimiser step, without end, from step `start` on."""
         ...
 
-    def split(self, visits: Sequence[Visit], micro_batch: int) -> Sequence[Sequence[Visit]]:
+    def split(self, draws: Sequence[Draw], micro_batch: int) -> Sequence[Sequence[Draw]]:
         """Visits as micro-batches of at most that many, each of one shape."""
         ...
 
-    def worst(self, micro_batch: int) -> Sequence[Visit]:
+    def worst(self, micro_batch: int) -> Sequence[Draw]:
         """The micro-batch of that many that takes most memory."""
         ...
 
-    def collate(self, visits: Sequence[Visit]) -> Batch:
+    def collate(self, draws: Sequence[Draw]) -> Batch:
         """Examples with their visit numbers -> one batch; all randomness comes from (seed, example key, visit)."""
         ...
 
@@ -69,10 +69,10 @@ class Task(Protocol):
         ...
 
     def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
-        """One preview for each prompt: a PIL picture, or a text."""
+        """One preview for each prompt: a PIL image, or a text."""
         ...
 
-    def relieve(self) -> str | None:
+    def reduce_memory(self) -> str | None:
         """Take the next measure that spends time for memory, and name it as a setting; None when none is left."""
         ...
 

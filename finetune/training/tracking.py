@@ -12,11 +12,11 @@ from finetune.run.atomic import write_atomically
 from finetune.run.records import METRICS
 
 GIB = 2**30
-FULL_GIB = 0.3  # free on a card that has nothing left to give
-OVERHEAD_GIB = 1.5  # of a card, used by its driver and this process's CUDA context; assumed, generously
+FULL_GIB = 0.3  # free on a GPU that has nothing left to give
+OVERHEAD_GIB = 1.5  # of a GPU, used by its driver and this process's CUDA context; assumed, generously
 SLOWDOWNS = 0x8 | 0x20 | 0x40 | 0x80
 """NVML's clock event reasons HwSlowdown, SwThermalSlowdown, HwThermalSlowdown, HwPowerBrakeSlowdown (nvml.h). Not
-SwPowerCap: a card at work is always at its power limit."""
+SwPowerCap: a GPU at work is always at its power limit."""
 
 
 class Tracker:
@@ -30,7 +30,7 @@ class Tracker:
         self._forget_after(start)
         # purge_step hides the points that a killed run wrote after its last checkpoint
         self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
-        self.card = _Card(device)
+        self.gpu = _Gpu(device)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points at `step`; the tag's part before "/" is TensorBoard's section."""
@@ -45,7 +45,7 @@ class Tracker:
         self.board.add_text(tag, text, step)
 
     def previews(self, step: int, previews: Mapping[str, Any]) -> None:
-        """PIL pictures or texts by tag."""
+        """PIL images or texts by tag."""
         import numpy as np
 
         for tag, preview in previews.items():
@@ -63,11 +63,11 @@ class Tracker:
 
     def hardware(self) -> dict[str, float]:
         """Memory in use, and utilisation and power where NVML answers."""
-        return {"system/memory_gib": memory_gib(self.device), **self.card.read()}
+        return {"system/memory_gib": memory_gib(self.device), **self.gpu.read()}
 
-    def burdens(self) -> list[str]:
-        """What else weighs on the card now, for people, as far as NVML says."""
-        return self.card.burdens()
+    def throttle_reasons(self) -> list[str]:
+        """What else weighs on the GPU now, for people, as far as NVML says."""
+        return self.gpu.throttle_reasons()
 
     def close(self) -> None:
         """Flush and close the event file."""
@@ -81,8 +81,8 @@ class Tracker:
         write_atomically(self.file, "".join(line + "\n" for line in kept) if step else "")
 
 
-class _Card:
-    """NVML readings of the card in use; nothing on machines without."""
+class _Gpu:
+    """NVML readings of the GPU in use; nothing on machines without."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -111,7 +111,7 @@ class _Card:
         except pynvml.NVMLError:  # some virtual machines answer only in part
             return {}
 
-    def burdens(self) -> list[str]:
+    def throttle_reasons(self) -> list[str]:
         if self.handle is None:
             return []
         import pynvml
@@ -133,7 +133,7 @@ class _Card:
 
 
 def memory_gib(device: torch.device) -> float:
-    """Memory in use now, GiB: the allocator's on a card, the process's resident set on a CPU."""
+    """Memory in use now, GiB: the allocator's on a GPU, the process's resident set on a CPU."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device) / GIB
     import psutil

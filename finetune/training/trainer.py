@@ -15,8 +15,8 @@ from finetune.config.describe import as_dict
 from finetune.config.hints import smallest
 from finetune.config.schema import Config
 from finetune.errors import OutOfMemory
-from finetune.memory.device import card_gib, peak_gib
-from finetune.memory.fallbacks import within_memory
+from finetune.memory.device import gpu_gib, peak_gib
+from finetune.memory.fallbacks import try_within_memory
 from finetune.planning.choice import settings
 from finetune.reporting import curves
 from finetune.run import distributed
@@ -26,12 +26,12 @@ from finetune.training import checkpoint
 from finetune.training.accelerator import prepare
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
-from finetune.training.loop import Step, fit, rehearse
-from finetune.training.oom import Ladder
+from finetune.training.loop import Step, dry_run, fit
+from finetune.training.oom import OomFallbacks
 from finetune.training.optim import build_optimizer, learning_rate, load_state
-from finetune.training.pace import Pace, likely
+from finetune.training.pace import Pace, slowdown_hint
 from finetune.training.signals import Stop
-from finetune.training.task import Task, Visit
+from finetune.training.task import Draw, Task
 from finetune.training.tracking import Tracker
 
 SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
@@ -40,7 +40,7 @@ LAST_SHARE = 0.1
 
 
 @dataclass
-class Session:
+class Trainer:
     """One run in progress: the state that checkpoints store and curves show.
 
     config: with the settings of memory that were taken; asked: those that were given. rehearsed: whether the worst step
@@ -52,8 +52,8 @@ class Session:
     accelerator: Accelerator
     identity: dict[str, Any]
     resumed: checkpoint.Checkpoint | None
-    asked: dict[str, Any]
-    rehearsed: bool
+    requested: dict[str, Any]
+    dry_run_first: bool
     planned_gib: float | None
     peak_gib: float
 
@@ -63,35 +63,35 @@ class Session:
         self.folder = self.run_dir / "checkpoints"
         optimizer = build_optimizer(lora.parameter_groups(self.task.model, config.optim.lora_plus), config.optim)
         self.ema: Ema | None = None
-        self.ladder = Ladder(config.trainer.micro_batch, self.task.relieve, smallest(config))
+        self.fallbacks = OomFallbacks(config.trainer.micro_batch, self.task.reduce_memory, smallest(config))
         if self.resumed is None:
             self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, 0, None)
         else:
             self.state = self.resumed.state
             lora.load_state(self.task.model, self.resumed.adapter, str(self.resumed.folder))
             load_state(optimizer, self.resumed.optimizer)
-            if self.state.asked == self.asked:  # else the person has thought about memory again
-                self.ladder.restore(self.state.micro_batch, self.state.measures)
+            if self.state.requested == self.requested:  # else the person has thought about memory again
+                self.fallbacks.restore(self.state.micro_batch, self.state.fallbacks)
             if self.resumed.ema is not None:
                 self.ema = Ema.restore(config.trainer.ema_decay, self.resumed.ema, self.accelerator.device)
             say(f"train: going on from step {self.state.step}")
         if config.trainer.ema_decay and self.ema is None:
-            self.ema = Ema(config.trainer.ema_decay, lora.live(self.task.model))
+            self.ema = Ema(config.trainer.ema_decay, lora.trainable_tensors(self.task.model))
         self.task.model, self.optimizer = prepare(self.accelerator, self.task.model, optimizer)
         if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
-        if distributed.index() == 0:  # only the first process writes
+        if distributed.rank() == 0:  # only the first process writes
             self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
         self.pace, self.told = Pace(self.state.slow_steps), False
-        self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
-        self.previewing, self.validated_at_once = True, config.trainer.micro_batch
+        self.pending_seconds, self.pending_count, self.pending_padded_count = 0.0, 0, 0
+        self.previewing, self.validation_batch = True, config.trainer.micro_batch
 
     def steps(self, stop: Stop) -> Iterator[Step]:
         """Every remaining optimiser step, with a progress bar. stop: of a signal, on which several processes agree."""
         config, trainer = self.config, self.config.trainer
         trainable, total = lora.counts(self.task.model)
         say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {self.task.size:,} examples")
-        with self._rehearsal():
+        with self._dry_run():
             if self.state.step == 0:
                 self._texts()
                 self._validate()
@@ -101,11 +101,11 @@ class Session:
         with progress("train", trainer.steps, unit="steps", done=self.state.step) as bar:
             for step in fit(
                 self.task,
-                self._visits(),
+                self._draws(),
                 self.optimizer,
                 lambda number: learning_rate(config.optim, number, trainer.steps),
                 self.accelerator,
-                ladder=self.ladder,
+                fallbacks=self.fallbacks,
                 seed=config.seed,
                 start=self.state.step,
                 clip_norm=trainer.clip_norm,
@@ -126,28 +126,28 @@ class Session:
     def note(self, step: Step) -> None:
         """Take one step into the state and do what is due after it."""
         trainer, state = self.config.trainer, self.state
-        if step.eased:
-            tried = ", then ".join(step.eased)
+        if step.oom_fallbacks:
+            tried = ", then ".join(step.oom_fallbacks)
             say(f"step {step.number}: memory ran out; going on with {tried}; effective batch still {self._effective()}")
-        if step.refused:
-            say(f"step {step.number} refused: {step.refused}")
+        if step.skip_reason:
+            say(f"step {step.number} refused: {step.skip_reason}")
             self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
         else:
-            first = state.units == 0
+            first = state.count == 0
             smoothed = step.loss if first else SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * step.loss
             self.state = replace(
                 state,
                 step=step.number,
-                units=state.units + step.units,
+                count=state.count + step.count,
                 seconds=state.seconds + step.seconds,
                 first_loss=step.loss if first else state.first_loss,
                 smoothed_loss=smoothed,
             )
             if self.ema:
-                self.ema.update(lora.live(self.task.model))
-        if self.pace.note(step) and not self.told and distributed.index() == 0:
+                self.ema.update(lora.trainable_tensors(self.task.model))
+        if self.pace.note(step) and not self.told and distributed.rank() == 0:
             self.told = True
-            why = likely(self.tracker.burdens(), card_gib(self.accelerator.device))
+            why = slowdown_hint(self.tracker.throttle_reasons(), gpu_gib(self.accelerator.device))
             say(f"step {step.number}: steps take {self.pace.times:.1f} times as long as before; {why}")
         self._log(step)
         due = step.number == trainer.steps or step.number % trainer.save_every == 0
@@ -162,18 +162,18 @@ class Session:
     def save(self) -> Path:
         """Write a checkpoint of this very step and delete those no longer kept."""
         scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        ladder = self.ladder
+        fallbacks = self.fallbacks
         self.state = replace(
             self.state,
             scaler=scaler,
-            asked=self.asked,
+            requested=self.requested,
             taken=settings(self.config),
-            micro_batch=ladder.micro_batch,
-            measures=len(ladder.measures),
+            micro_batch=fallbacks.micro_batch,
+            fallbacks=len(fallbacks.applied),
             slow_steps=self.pace.slow,
         )
         path = checkpoint.at(self.folder, self.state.step)
-        if distributed.index() == 0:
+        if distributed.rank() == 0:
             checkpoint.save(
                 self.folder,
                 self.state,
@@ -181,7 +181,7 @@ class Session:
                 self.optimizer.optimizer.state_dict(),
                 self.ema.state() if self.ema else None,
             )
-            checkpoint.prune(self.folder, self.config.trainer.keep, [self.state.best_step])
+            checkpoint.prune(self.folder, self.config.trainer.keep_checkpoints, [self.state.best_step])
         return path
 
     def finish(self, training_hash: str) -> Run:
@@ -200,19 +200,19 @@ class Session:
             best_validation=state.best_validation,
             best_step=state.best_step,
             unit=self.task.unit,
-            items=state.units,
+            items=state.count,
             seconds=state.seconds,
             peak_gib=max(self.peak_gib, peak_gib(self.accelerator.device)),
             skipped_steps=state.skipped_steps,
             slow_steps=self.pace.slow,
             training_hash=training_hash,
-            micro_batch=self.ladder.micro_batch,
+            micro_batch=self.fallbacks.micro_batch,
             effective=self._effective(),
-            processes=distributed.count(),
-            eased=self.ladder.summary,
+            processes=distributed.world_size(),
+            oom_fallbacks=self.fallbacks.summary,
             planned_gib=state.planned_gib,
-            probed_gib=state.probed_gib,
-            measured_gib=None if state.probed_gib is None else peak_gib(self.accelerator.device),
+            dry_run_gib=state.dry_run_gib,
+            measured_gib=None if state.dry_run_gib is None else peak_gib(self.accelerator.device),
         )
         figures = {
             "final/loss": run.last_loss,
@@ -226,32 +226,34 @@ class Session:
 
     def close(self) -> None:
         """Flush the curves."""
-        if distributed.index() == 0:
+        if distributed.rank() == 0:
             self.tracker.close()
 
     @contextmanager
-    def _rehearsal(self) -> Iterator[None]:
-        """Inside, the card holds all that it will after the first step, whose worst case was tried and undone."""
-        if not self.rehearsed:
+    def _dry_run(self) -> Iterator[None]:
+        """Inside, the GPU holds all that it will after the first step, whose worst case was tried and undone."""
+        if not self.dry_run_first:
             yield
             return
         checked = "fit: " + " ".join(f"{key}={str(value).lower()}" for key, value in settings(self.config).items())
         planned = "" if self.planned_gib is None else f"; {self.planned_gib:.1f} GiB planned"
         say(f"{checked}{planned}; trying the worst step")
-        spare = build_optimizer(lora.parameter_groups(self.task.model, self.config.optim.lora_plus), self.config.optim)
-        eased = rehearse(
+        enable_tiling = build_optimizer(
+            lora.parameter_groups(self.task.model, self.config.optim.lora_plus), self.config.optim
+        )
+        oom_fallbacks = dry_run(
             self.task,
-            spare,
+            enable_tiling,
             self.accelerator,
-            ladder=self.ladder,
+            fallbacks=self.fallbacks,
             micro_batches=min(2, self.config.trainer.accumulate),
         )
-        if eased:
-            say(f"fit: it did not fit; starting with {', then '.join(eased)}; same effective batch")
+        if oom_fallbacks:
+            say(f"fit: it did not fit; starting with {', then '.join(oom_fallbacks)}; same effective batch")
         yield
-        probed = peak_gib(self.accelerator.device)
-        say(f"fit: {probed:.1f} GiB taken")
-        self.state = replace(self.state, planned_gib=self.planned_gib, probed_gib=probed)
+        dry_run_gib = peak_gib(self.accelerator.device)
+        say(f"fit: {dry_run_gib:.1f} GiB taken")
+        self.state = replace(self.state, planned_gib=self.planned_gib, dry_run_gib=dry_run_gib)
 
     def _last_loss(self) -> float:
         steps = self.state.step
@@ -260,20 +262,20 @@ class Session:
         ]
         return sum(losses) / len(losses) if losses else self.state.smoothed_loss
 
-    def _visits(self) -> Iterator[Sequence[Visit]]:
+    def _draws(self) -> Iterator[Sequence[Draw]]:
         """This process's visits of every remaining step: every so many-th of the micro-batches that one would take."""
-        trainer, several = self.config.trainer, distributed.count()
+        trainer, several = self.config.trainer, distributed.world_size()
         chunks = self.task.steps(effective=self._effective(), start=self.state.step)
         for chunk in itertools.islice(chunks, trainer.steps - self.state.step):
             parts = self.task.split(chunk, trainer.micro_batch)
-            yield chunk if several == 1 else list(itertools.chain(*parts[distributed.index() :: several]))
+            yield chunk if several == 1 else list(itertools.chain(*parts[distributed.rank() :: several]))
 
     def _effective(self) -> int:
         """Examples in one optimiser step of all processes."""
-        return self.config.trainer.micro_batch * self.config.trainer.accumulate * distributed.count()
+        return self.config.trainer.micro_batch * self.config.trainer.accumulate * distributed.world_size()
 
     def _log(self, step: Step) -> None:
-        if distributed.index():
+        if distributed.rank():
             return
         values = {
             "loss/step": step.loss,
@@ -283,24 +285,24 @@ class Session:
             "train/skipped_steps": float(self.state.skipped_steps),
         }
         self.pending_seconds += step.seconds
-        self.pending_units += step.units
-        self.pending_slots += step.slots
+        self.pending_count += step.count
+        self.pending_padded_count += step.padded_count
         if step.number % self.config.trainer.log_every == 0 or step.number == self.config.trainer.steps:
-            values[f"train/{self.task.unit}_per_s"] = self.pending_units / self.pending_seconds
-            if self.pending_slots > self.pending_units:
-                values["train/padding"] = 1 - self.pending_units / self.pending_slots
+            values[f"train/{self.task.unit}_per_s"] = self.pending_count / self.pending_seconds
+            if self.pending_padded_count > self.pending_count:
+                values["train/padding"] = 1 - self.pending_count / self.pending_padded_count
             values |= self.tracker.hardware()
-            self.pending_seconds, self.pending_units, self.pending_slots = 0.0, 0, 0
+            self.pending_seconds, self.pending_count, self.pending_padded_count = 0.0, 0, 0
         self.tracker.scalars(step.number, values)
 
     def _validate(self, *, may_be_best: bool = False) -> None:
         if not self.config.trainer.validate_every:
             return
         # By one process for all: whether to stop early must not hang on how two of them round.
-        losses = distributed.first(self._validated)
+        losses = distributed.on_first_rank(self._validated)
         if losses is None:
             raise OutOfMemory(f"out of memory in validation, one example at a time; {smallest(self.config)}")
-        if distributed.index() == 0:
+        if distributed.rank() == 0:
             self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
         state, mean = self.state, losses["mean"]
         if state.first_validation is None:
@@ -313,9 +315,9 @@ class Session:
     def _preview(self) -> None:
         sample = self.config.sample
         prompts = sample.prompts[: sample.previews]
-        if not prompts or not self.previewing or distributed.index():
+        if not prompts or not self.previewing or distributed.rank():
             return
-        previews = within_memory(partial(self.task.sample, prompts, sample.seeds[0]), drop=self._back())
+        previews = try_within_memory(partial(self.task.sample, prompts, sample.seeds[0]), drop=self._back())
         if previews is None:
             self.previewing = False
             say(f"step {self.state.step}: memory ran out even for a single preview; training goes on without")
@@ -328,9 +330,9 @@ class Session:
 
     def _validated(self) -> dict[str, float] | None:
         """Losses of so many examples at once as memory has room for; None if not even for one."""
-        size = min(self.validated_at_once, self.ladder.micro_batch)
-        while (done := within_memory(partial(self.task.validate, size), drop=self._back())) is None and size > 1:
-            self.validated_at_once = size = size // 2
+        size = min(self.validation_batch, self.fallbacks.micro_batch)
+        while (done := try_within_memory(partial(self.task.validate, size), drop=self._back())) is None and size > 1:
+            self.validation_batch = size = size // 2
             say(f"step {self.state.step}: memory ran out; validation by {size} at a time")
         return done
 
@@ -339,7 +341,7 @@ class Session:
         return partial(self.task.model.train, self.task.model.training)
 
     def _texts(self) -> None:
-        if distributed.index():
+        if distributed.rank():
             return
         lines = "\n".join(f"    {key}: {value}" for key, value in flat(as_dict(self.config)).items())
         self.tracker.text("configuration", lines)

@@ -1,14 +1,14 @@
-"""What training takes: each case once through the real `train` command, at full size, on a card capped to its budget.
+"""What training takes: each case once through the real `train` command, at full size, on a GPU capped to its budget.
 
     python -m scripts.bench.memory --cases sdxl-4,flux1-nf4 --work /tmp/bench --out results.jsonl
 
 builds the bases with random weights (kept in WORK until their last case is done), trains a few steps, and appends one
 JSON line a case: measured GiB, seconds, hardware, versions, date. Cases that ran out of memory are lines too. With
---alone, where nothing else uses the card meanwhile, it holds the speed of the steps as well.
+--alone, where nothing else uses the GPU meanwhile, it holds the speed of the steps as well.
 
     python -m scripts.bench.memory --plan results.jsonl
 
-needs no card: it adds what the memory plan says of each case, and writes the table docs/memory.md.
+needs no GPU: it adds what the memory plan says of each case, and writes the table docs/memory.md.
 """
 
 import argparse
@@ -29,20 +29,20 @@ import torch
 from finetune.reporting import curves
 
 if TYPE_CHECKING:
-    from finetune.planning.candidates import Ladder
+    from finetune.planning.candidates import Candidates
 
 ROOT = Path(__file__).resolve().parents[2]
-PICTURES, CONVERSATIONS = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
+DIFFUSION, CONVERSATIONS = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
 STEPS = 8
 WARM_UP = 3  # steps in which libraries choose their kernels and the allocator grows
-CARD = "h200"  # the hardware preset of the card that the committed lines were measured on
+GPU = "h200"  # the hardware preset of the GPU that the committed lines were measured on
 COMMON = (
     f"trainer.steps={STEPS}",
     f"trainer.save_every={STEPS}",
     f"trainer.validate_every={STEPS}",
     "trainer.log_every=1",
-    "trainer.fit=asked",
-    "export.dialects=[peft]",
+    "trainer.autotune=asked",
+    "export.formats=[peft]",
     "sample.previews=1",
     "sample.seeds=[0]",
 )
@@ -63,7 +63,7 @@ to the budget (torch {torch}, {date}): a few steps with validation and a preview
 All GiB are the most that torch's allocator gives out in training: *planned* by the traces of `finetune plan`
 (which adds the CUDA context and the allocator's slack), *tried out* after the worst step before the first, with
 the first validation and preview, and *measured* at the end. Text encoders were shortened to a few layers;
-several cases ran side by side on the card, which changes seconds (not shown here) and not bytes.
+several cases ran side by side on the GPU, which changes seconds (not shown here) and not bytes.
 
 | base | settings | budget GiB | planned | tried out | measured | plan against measured |
 |---|---|---|---|---|---|---|
@@ -77,15 +77,15 @@ nothing was fitted.
 
 ## Speed, planned and measured
 
-The same command where nothing else used the card: units a second in the median of the steps after the first {warm_up},
-and what the plan says of this card with the same settings. The plan's rates were set by these rows, so this shows how
-well a few constants describe them, and no more; on other cards it was not tried.
+The same command where nothing else used the GPU: units a second in the median of the steps after the first {warm_up},
+and what the plan says of this GPU with the same settings. The plan's rates were set by these rows, so this shows how
+well a few constants describe them, and no more; on other GPUs it was not tried.
 
 | base | settings | unit | planned a second | measured | plan against measured |
 |---|---|---|---|---|---|
 {speeds}
 
-Measured by `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a card; the planned figures and
+Measured by `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a GPU; the planned figures and
 this page by `python -m scripts.bench.memory --plan FILE` on any. The lines are in `scripts/bench/memory.jsonl`.
 """
 
@@ -100,11 +100,11 @@ class Case:
     overrides: tuple[str, ...]
 
     @property
-    def pictures(self) -> bool:
+    def images(self) -> bool:
         return any(override.startswith("model.resolution") for override in self.overrides)
 
 
-def picture(name: str, preset: str, side: int, micro_batch: int, *more: str, vram_gib: float = 24.0) -> Case:
+def image(name: str, preset: str, side: int, micro_batch: int, *more: str, vram_gib: float = 24.0) -> Case:
     own = (f"model.resolution={side}", f"trainer.micro_batch={micro_batch}", "trainer.accumulate=1")
     return Case(name, preset, vram_gib, (*own, *more))
 
@@ -114,30 +114,30 @@ def language(name: str, preset: str, length: int, quantize: str, *more: str, vra
     return Case(name, preset, vram_gib, (*own, *more))
 
 
-RECOMPUTE, NF4, AWAY = "trainer.checkpointing=1", "model.quantize=nf4", "model.offload=true"
+RECOMPUTE, NF4, AWAY = "trainer.activation_checkpointing=1", "model.quantize=nf4", "model.offload=true"
 CASES = (
-    picture("sd15-512-16", "sd15", 512, 16),
-    picture("sd15-512-4", "sd15", 512, 4),
-    picture("sd15-512-32", "sd15", 512, 32, RECOMPUTE),
-    picture("sd15-768-4", "sd15", 768, 4),
-    picture("sd21-768-2", "sd21", 768, 2),
-    picture("sdxl-1024-4", "sdxl", 1024, 4, RECOMPUTE),
-    picture("sdxl-1024-1", "sdxl", 1024, 1),
-    picture("sdxl-1024-1-12gb", "sdxl", 1024, 1, RECOMPUTE, vram_gib=12.0),
-    picture("sdxl-768-2", "sdxl", 768, 2),
-    picture("sd35-1024-1", "sd35_medium", 1024, 1, RECOMPUTE),
-    picture("sd35-1024-1-8gb", "sd35_medium", 1024, 1, RECOMPUTE, AWAY, vram_gib=8.0),
-    picture("sd35-512-4", "sd35_medium", 512, 4),
-    picture("flux1-1024-nf4", "flux1_dev", 1024, 1, RECOMPUTE, NF4),
-    picture("flux1-1024-nf4-10gb", "flux1_dev", 1024, 1, RECOMPUTE, NF4, AWAY, vram_gib=10.0),
-    picture("flux1-1024-48gb", "flux1_dev", 1024, 1, RECOMPUTE, "model.quantize=none", vram_gib=44.0),
-    picture("flux1-512-nf4", "flux1_dev", 512, 2, RECOMPUTE, NF4),
-    picture("flux2-klein-1024", "flux2_klein", 1024, 1, RECOMPUTE),
-    picture("flux2-klein-512", "flux2_klein", 512, 4, RECOMPUTE),
-    picture("z-image-1024", "z_image", 1024, 1, RECOMPUTE),
-    picture("z-image-512", "z_image", 512, 2, RECOMPUTE),
-    picture("qwen-image-1024-nf4", "qwen_image", 1024, 1, RECOMPUTE, NF4),
-    picture("qwen-image-1024-nf4-16gb", "qwen_image", 1024, 1, RECOMPUTE, NF4, AWAY, vram_gib=16.0),
+    image("sd15-512-16", "sd15", 512, 16),
+    image("sd15-512-4", "sd15", 512, 4),
+    image("sd15-512-32", "sd15", 512, 32, RECOMPUTE),
+    image("sd15-768-4", "sd15", 768, 4),
+    image("sd21-768-2", "sd21", 768, 2),
+    image("sdxl-1024-4", "sdxl", 1024, 4, RECOMPUTE),
+    image("sdxl-1024-1", "sdxl", 1024, 1),
+    image("sdxl-1024-1-12gb", "sdxl", 1024, 1, RECOMPUTE, vram_gib=12.0),
+    image("sdxl-768-2", "sdxl", 768, 2),
+    image("sd35-1024-1", "sd35_medium", 1024, 1, RECOMPUTE),
+    image("sd35-1024-1-8gb", "sd35_medium", 1024, 1, RECOMPUTE, AWAY, vram_gib=8.0),
+    image("sd35-512-4", "sd35_medium", 512, 4),
+    image("flux1-1024-nf4", "flux1_dev", 1024, 1, RECOMPUTE, NF4),
+    image("flux1-1024-nf4-10gb", "flux1_dev", 1024, 1, RECOMPUTE, NF4, AWAY, vram_gib=10.0),
+    image("flux1-1024-48gb", "flux1_dev", 1024, 1, RECOMPUTE, "model.quantize=none", vram_gib=44.0),
+    image("flux1-512-nf4", "flux1_dev", 512, 2, RECOMPUTE, NF4),
+    image("flux2-klein-1024", "flux2_klein", 1024, 1, RECOMPUTE),
+    image("flux2-klein-512", "flux2_klein", 512, 4, RECOMPUTE),
+    image("z-image-1024", "z_image", 1024, 1, RECOMPUTE),
+    image("z-image-512", "z_image", 512, 2, RECOMPUTE),
+    image("qwen-image-1024-nf4", "qwen_image", 1024, 1, RECOMPUTE, NF4),
+    image("qwen-image-1024-nf4-16gb", "qwen_image", 1024, 1, RECOMPUTE, NF4, AWAY, vram_gib=16.0),
     language("llama2-7b-2048-bf16", "llama2_7b", 2048, "none", RECOMPUTE),
     language("llama2-7b-2048-bf16-10gb", "llama2_7b", 2048, "none", RECOMPUTE, AWAY, vram_gib=10.0),
     language("llama2-7b-2048-nf4", "llama2_7b", 2048, "nf4"),
@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="bases and run folders")
     parser.add_argument("--out", type=Path, help="JSON lines, appended to")
     parser.add_argument("--seconds", type=float, default=240.0, help="at most, for one case")
-    parser.add_argument("--alone", action="store_true", help="nothing else uses the card: note the speed")
+    parser.add_argument("--alone", action="store_true", help="nothing else uses the GPU: note the speed")
     parser.add_argument("--plan", type=Path, metavar="FILE", help="add the plan's figures to these results")
     given = parser.parse_args()
     if given.plan:
@@ -194,7 +194,7 @@ def measure(case: Case, work: Path, seconds: float, *, alone: bool) -> dict[str,
     if not base.exists():
         build(case.preset, base, device)
     run = work / "runs" / case.name
-    words = command(case, base, run, work / "pictures")
+    words = command(case, base, run, work / "images")
     began = time.monotonic()
     try:
         done = subprocess.run(
@@ -220,15 +220,15 @@ def measure(case: Case, work: Path, seconds: float, *, alone: bool) -> dict[str,
     return line
 
 
-def command(case: Case, base: Path, run: Path, pictures: Path) -> list[str]:
+def command(case: Case, base: Path, run: Path, images: Path) -> list[str]:
     """What follows `finetune train`."""
     shared = [f"model={case.preset}", f"model.base={base}", f"run_dir={run}", f"hardware.vram_gib={case.vram_gib}"]
-    if case.pictures:
-        if not pictures.exists():
-            pictures.mkdir(parents=True)
-            for file in sorted(PICTURES.glob("*.jpg"))[:8]:
-                shutil.copy(file, pictures)
-        return ["conf=pixar_style", *shared, f"data.folder={pictures}", *COMMON, *PICTURE, *case.overrides]
+    if case.images:
+        if not images.exists():
+            images.mkdir(parents=True)
+            for file in sorted(DIFFUSION.glob("*.jpg"))[:8]:
+                shutil.copy(file, images)
+        return ["conf=pixar_style", *shared, f"data.folder={images}", *COMMON, *PICTURE, *case.overrides]
     return ["conf=pirate_chat", *shared, f"data.file={CONVERSATIONS}", *COMMON, *LANGUAGE, *case.overrides]
 
 
@@ -256,50 +256,50 @@ def add_plans(results: Path, page: Path) -> None:
     lines = [json.loads(line) for line in results.read_text().splitlines()]
     for line in lines:
         if "measured_gib" in line:
-            ladder, setting = sketched(chosen_cases([line["name"]])[0])
-            line["planned_gib"] = planned_gib(ladder, setting)
-            line["planned_a_second"] = planned_a_second(ladder, setting)
+            candidates, setting = candidates_for(chosen_cases([line["name"]])[0])
+            line["planned_gib"] = planned_gib(candidates, setting)
+            line["planned_a_second"] = planned_a_second(candidates, setting)
     results.write_text("".join(json.dumps(line) + "\n" for line in lines))
     page.write_text(table(lines))
 
 
-def sketched(case: Case) -> tuple["Ladder", tuple[int, int, bool]]:
-    """The plan of what a case ran on the card, and which setting that was.
+def candidates_for(case: Case) -> tuple["Candidates", tuple[int, int, bool]]:
+    """The plan of what a case ran on the GPU, and which setting that was.
 
     Texts were encoded by shortened encoders, and what lies outside torch's allocator was not measured: neither counts.
     """
     from finetune.config import compose
-    from finetune.planning.candidates import Ladder
+    from finetune.planning.candidates import Candidates
     from finetune.planning.machine import read
 
-    words = command(case, Path("base"), Path("run"), PICTURES)
+    words = command(case, Path("base"), Path("run"), DIFFUSION)
     kept = [word for word in words if not word.startswith(("model.base=", "hardware."))]
     # Validation is a step without what that keeps for backward, and so is a sentence that is no longer than a row.
-    kept += ["trainer.validate_every=0", *([] if case.pictures else ["sample.prompts=[]"])]
+    kept += ["trainer.validate_every=0", *([] if case.images else ["sample.prompts=[]"])]
     config = compose.load(
-        kept[0].removeprefix("conf="), [*kept[1:], f"hardware={CARD}", f"hardware.vram_gib={case.vram_gib}"]
+        kept[0].removeprefix("conf="), [*kept[1:], f"hardware={GPU}", f"hardware.vram_gib={case.vram_gib}"]
     )
     trainer = config.trainer
-    setting = trainer.micro_batch, trainer.checkpointing, trainer.offload_activations
-    return Ladder(config, read(config.hardware)), setting
+    setting = trainer.micro_batch, trainer.activation_checkpointing, trainer.offload_activations
+    return Candidates(config, read(config.hardware)), setting
 
 
-def planned_gib(ladder: "Ladder", setting: tuple[int, int, bool]) -> float:
+def planned_gib(candidates: "Candidates", setting: tuple[int, int, bool]) -> float:
     """GiB of tensors at the worst moment, as the plan traces it."""
-    return ladder.tensors_gib(*setting)
+    return candidates.tensors_gib(*setting)
 
 
-def planned_a_second(ladder: "Ladder", setting: tuple[int, int, bool]) -> float:
+def planned_a_second(candidates: "Candidates", setting: tuple[int, int, bool]) -> float:
     """Images, or slots of rows, as the plan estimates."""
-    step = ladder.setting(*setting)
-    return step.units / step.seconds
+    step = candidates.setting(*setting)
+    return step.count / step.seconds
 
 
 def table(lines: Sequence[dict[str, Any]]) -> str:
     """docs/memory.md."""
     done = [line for line in lines if "planned_gib" in line]
     errors = sorted(abs(line["planned_gib"] / line["measured_gib"] - 1) for line in done)
-    probed = sorted(abs(line["probed_gib"] / line["measured_gib"] - 1) for line in done)
+    dry_run_gib = sorted(abs(line["probed_gib"] / line["measured_gib"] - 1) for line in done)
     failed = [line for line in lines if line["exit_code"]]
     ends = "; ".join(f"`{line['name']}` ({OUTCOMES.get(line['exit_code'], line['exit_code'])})" for line in failed)
     return PAGE.format(
@@ -310,8 +310,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         speeds="\n".join(speed_row(line) for line in done if "a_second" in line),
         median=100 * errors[len(errors) // 2],
         worst=100 * errors[-1],
-        probed_median=100 * probed[len(probed) // 2],
-        probed_worst=100 * probed[-1],
+        probed_median=100 * dry_run_gib[len(dry_run_gib) // 2],
+        probed_worst=100 * dry_run_gib[-1],
         count=len(lines),
         failed=f"{len(failed)} did not end well: {ends}." if failed else "none ran out of memory.",
         warm_up=WARM_UP,
@@ -327,7 +327,7 @@ def row(line: dict[str, Any]) -> str:
 
 def speed_row(line: dict[str, Any]) -> str:
     """One case of the table of speeds."""
-    unit = "images" if chosen_cases([line["name"]])[0].pictures else "tokens"
+    unit = "images" if chosen_cases([line["name"]])[0].images else "tokens"
     rates = [f"{line[name]:,.{1 if line['a_second'] < 100 else 0}f}" for name in ("planned_a_second", "a_second")]
     error = 100 * (line["planned_a_second"] / line["a_second"] - 1)
     return "| " + " | ".join([f"`{line['preset']}`", settings(line), unit, *rates, f"{error:+.0f} %"]) + " |"

@@ -108,7 +108,7 @@ def contents(*folders: Path) -> dict[str, str]:
 
 
 def captions(folder: Path) -> dict[str, str]:
-    """The rows of a picture folder's metadata.jsonl; empty where there is none yet."""
+    """The rows of an image folder's metadata.jsonl; empty where there is none yet."""
     file = folder / "metadata.jsonl"
     lines = file.read_text(encoding="utf-8").splitlines() if file.exists() else []
     return {row["file_name"]: row["text"] for row in map(json.loads, lines)}

@@ -1,4 +1,4 @@
-"""What end-to-end tests share: a tiny base model, a few pictures, and settings with which a run takes a second."""
+"""What end-to-end tests share: a tiny base model, a few images, and settings with which a run takes a second."""
 
 import contextlib
 import shutil
@@ -23,14 +23,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def shared_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Encoded pictures, keyed by content: every test may use the same."""
+    """Encoded images, keyed by content: every test may use the same."""
     return tmp_path_factory.mktemp("cache")
 
 
 @pytest.fixture
-def pictures(workdir: Path) -> Path:
-    """Four pictures in the current folder, each with a caption."""
-    return paint(workdir / "pictures")
+def images(workdir: Path) -> Path:
+    """Four images in the current folder, each with a caption."""
+    return paint(workdir / "images")
 
 
 def paint(folder: Path) -> Path:
@@ -42,8 +42,8 @@ def paint(folder: Path) -> Path:
 
 
 @pytest.fixture
-def small(tiny_base: Path, shared_cache: Path, pictures: Path) -> list[str]:
-    """The recipe on the tiny base: two steps, two pictures."""
+def small(tiny_base: Path, shared_cache: Path, images: Path) -> list[str]:
+    """The recipe on the tiny base: two steps, two images."""
     return settings(tiny_base, shared_cache)
 
 
@@ -51,7 +51,7 @@ def settings(base: Path, cache: Path) -> list[str]:
     return [
         "conf=pixar_style",
         *(f"model.base={base}", "model.resolution=32", "model.bucket_step=16", "hardware.device=cpu"),
-        *("data.folder=pictures", f"data.cache={cache}", "run_dir=run", "optim.warmup_steps=0"),
+        *("data.folder=images", f"data.cache={cache}", "run_dir=run", "optim.warmup_steps=0"),
         *("lora.rank=4", "lora.targets=attention", "optim.lr=1e-3"),
         *("trainer.steps=2", "trainer.micro_batch=2", "trainer.save_every=1", "trainer.validate_every=2"),
         *("sample.steps=1", "sample.seeds=[0]", "sample.previews=0", 'sample.prompts=["a red wall, pixar style"]'),
@@ -62,7 +62,7 @@ def settings(base: Path, cache: Path) -> list[str]:
 def finished(tiny_base: Path, shared_cache: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder in which that recipe was run to its end."""
     work = tmp_path_factory.mktemp("finished")
-    paint(work / "pictures")
+    paint(work / "images")
     recipe, *overrides = settings(tiny_base, shared_cache)
     with contextlib.chdir(work):
         finetune.train(recipe.removeprefix("conf="), overrides)
@@ -70,7 +70,7 @@ def finished(tiny_base: Path, shared_cache: Path, tmp_path_factory: pytest.TempP
 
 
 @pytest.fixture
-def trained(finished: Path, pictures: Path) -> Path:
-    """The run folder of a finished run, with its pictures, in the current folder."""
-    shutil.copytree(finished, pictures.parent, dirs_exist_ok=True)
+def trained(finished: Path, images: Path) -> Path:
+    """The run folder of a finished run, with its images, in the current folder."""
+    shutil.copytree(finished, images.parent, dirs_exist_ok=True)
     return Path("run")

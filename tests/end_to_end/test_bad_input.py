@@ -27,7 +27,7 @@ DROP = "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, n) for n in (1, 2)]
 ORDINARY = (sys.executable, "-c", DROP)
 
 
-def refused(answer: Any, code: int, *said: Sequence[str] | str) -> None:
+def skip_reason(answer: Any, code: int, *said: Sequence[str] | str) -> None:
     """The exit code, and one line for each problem that holds all its words; nothing else went wrong."""
     expected = [[words] if isinstance(words, str) else words for words in said]
     lines = [line for line in answer.err.splitlines() if line.startswith("error: ")]
@@ -70,25 +70,25 @@ def untouched(*folders: Path) -> Iterator[None]:
 )
 def test_bad_configuration(workdir: Path, words: list[str], said: list[str]) -> None:
     (workdir / "here").mkdir()
-    refused(command.run("train", *words, cwd=workdir / "here"), ConfigError.exit_code, *said)
+    skip_reason(command.run("train", *words, cwd=workdir / "here"), ConfigError.exit_code, *said)
     assert list((workdir / "here").iterdir()) == []
 
 
-# -- pictures --------------------------------------------------------------------------------------------------------
+# -- images --------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
     ("made", "said"),
     [
-        ((), ["there is no folder other", "data.folder=path/to/pictures"]),
-        (("other/",), ["other is empty", "data.folder=path/to/pictures"]),
+        ((), ["there is no folder other", "data.folder=path/to/images"]),
+        (("other/",), ["other is empty", "data.folder=path/to/images"]),
         (
             ("other/notes.doc", "other/a.docx"),
-            ["other has no pictures (found: 1 .doc, 1 .docx)", ".jpg .jpeg", "data."],
+            ["other has no images (found: 1 .doc, 1 .docx)", ".jpg .jpeg", "data."],
         ),
         (("other",), ["other is a file", "data.folder=."]),
     ],
-    ids=["missing", "empty", "no pictures", "a file"],
+    ids=["missing", "empty", "no images", "a file"],
 )
 def test_a_folder_without_pictures(
     finetune_cli: Cli, workdir: Path, small: list[str], made: tuple[str, ...], said: list[str]
@@ -98,7 +98,7 @@ def test_a_folder_without_pictures(
         (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
         if not name.endswith("/"):
             path.write_text("words")
-    refused(finetune_cli("train", *small, "data.folder=other"), DataError.exit_code, said)
+    skip_reason(finetune_cli("train", *small, "data.folder=other"), DataError.exit_code, said)
     if made:
         assert not list((workdir / "other").glob("metadata.jsonl"))
 
@@ -114,26 +114,26 @@ def huge(side: int) -> bytes:
     return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", rows) + chunk(b"IEND", b"")
 
 
-def test_bad_pictures_are_all_named_and_may_be_skipped(finetune_cli: Cli, pictures: Path, small: list[str]) -> None:
+def test_bad_pictures_are_all_named_and_may_be_skipped(finetune_cli: Cli, images: Path, small: list[str]) -> None:
     noise = Image.effect_noise((256, 256), 90)
-    noise.save(pictures / "truncated.jpg")
-    (pictures / "truncated.jpg").write_bytes((pictures / "truncated.jpg").read_bytes()[:9000])
-    (pictures / "corrupt.png").write_bytes(b"these are words, not pixels")
-    (pictures / "empty.webp").write_bytes(b"")
-    (pictures / "huge.png").write_bytes(huge(30_000))
-    with untouched(pictures):
-        refused(
+    noise.save(images / "truncated.jpg")
+    (images / "truncated.jpg").write_bytes((images / "truncated.jpg").read_bytes()[:9000])
+    (images / "corrupt.png").write_bytes(b"these are words, not pixels")
+    (images / "empty.webp").write_bytes(b"")
+    (images / "huge.png").write_bytes(huge(30_000))
+    with untouched(images):
+        skip_reason(
             finetune_cli("train", *small),
             DataError.exit_code,
-            ["4 unreadable pictures", "data.skip_bad=true"],
-            ["corrupt.png", "is not a picture"],
+            ["4 unreadable images", "data.skip_bad=true"],
+            ["corrupt.png", "is not an image"],
             ["empty.webp", "is empty (0 bytes)"],
             ["huge.png", "30000 x 30000 pixels", "data.max_pixels=900000000"],
             ["truncated.jpg", "is truncated"],
         )
         skipping = finetune_cli("train", *small, "data.skip_bad=true")
     assert skipping.code == 0, skipping.err
-    warned = [line for line in skipping.errors if line.startswith("warning: left out pictures/")]
+    warned = [line for line in skipping.errors if line.startswith("warning: left out images/")]
     assert [line.split(":")[1].split("/")[1] for line in warned] == [
         *("corrupt.png", "empty.webp", "huge.png", "truncated.jpg")
     ]
@@ -141,14 +141,14 @@ def test_bad_pictures_are_all_named_and_may_be_skipped(finetune_cli: Cli, pictur
     assert [json.loads(line)["file"] for line in lines] == ["blue.png", "green.png", "red.png", "white.png"]
 
 
-def test_one_picture_only_is_trained_on_with_a_warning(finetune_cli: Cli, pictures: Path, small: list[str]) -> None:
+def test_one_picture_only_is_trained_on_with_a_warning(finetune_cli: Cli, images: Path, small: list[str]) -> None:
     for name in ("green", "blue", "white"):
-        (pictures / f"{name}.png").unlink()
-        (pictures / f"{name}.txt").unlink()
-    with untouched(pictures):
+        (images / f"{name}.png").unlink()
+        (images / f"{name}.txt").unlink()
+    with untouched(images):
         answer = finetune_cli("train", *small)
     assert answer.code == 0, answer.err
-    assert [line for line in answer.errors if line.startswith("warning: only one picture; ")]
+    assert [line for line in answer.errors if line.startswith("warning: only one image; ")]
     assert Path("run/adapter/pixar_style.safetensors").exists()
 
 
@@ -158,25 +158,25 @@ def test_one_picture_only_is_trained_on_with_a_warning(finetune_cli: Cli, pictur
 @pytest.mark.parametrize(
     ("name", "text"), [("red.txt", "ein grüner Würfel"), ("metadata.jsonl", '{"file_name": "red.png", "text": "ü"}')]
 )
-def test_captions_that_are_not_utf8(finetune_cli: Cli, pictures: Path, small: list[str], name: str, text: str) -> None:
+def test_captions_that_are_not_utf8(finetune_cli: Cli, images: Path, small: list[str], name: str, text: str) -> None:
     data = text.encode("latin-1")
-    (pictures / name).write_bytes(data)
+    (images / name).write_bytes(data)
     at = data.index(b"\xfc")
-    with untouched(pictures):
-        refused(
+    with untouched(images):
+        skip_reason(
             finetune_cli("train", *small),
             DataError.exit_code,
-            [f"pictures/{name}: byte {at} is not UTF-8 (0xfc)", "save the file as UTF-8"],
+            [f"images/{name}: byte {at} is not UTF-8 (0xfc)", "save the file as UTF-8"],
         )
 
 
 def test_a_caption_that_is_too_long_is_warned_about_with_what_is_lost(
-    finetune_cli: Cli, pictures: Path, small: list[str]
+    finetune_cli: Cli, images: Path, small: list[str]
 ) -> None:
     text = "a red wall, pixar style, " + " ".join(f"brick{number}" for number in range(40))
-    (pictures / "red.txt").write_text(text)
+    (images / "red.txt").write_text(text)
     for _ in range(2):  # also where nothing is left to encode
-        with untouched(pictures):
+        with untouched(images):
             answer = finetune_cli("dataset", *small)
         assert answer.code == 0, answer.err
         found = re.findall(
@@ -200,28 +200,28 @@ def rights() -> None:
 
 
 @pytest.mark.usefixtures("rights")
-def test_a_read_only_output_folder(workdir: Path, pictures: Path, small: list[str]) -> None:
+def test_a_read_only_output_folder(workdir: Path, images: Path, small: list[str]) -> None:
     closed = workdir / "closed"
     closed.mkdir(mode=0o555)
-    with untouched(pictures):
+    with untouched(images):
         answer = command.run("train", *small, "run_dir=closed/run", cwd=workdir, before=ORDINARY)
-    refused(answer, RunError.exit_code, ["run folder closed/run (Permission denied)", "run_dir=PATH"])
+    skip_reason(answer, RunError.exit_code, ["run folder closed/run (Permission denied)", "run_dir=PATH"])
     assert list(closed.iterdir()) == []
 
 
 @pytest.mark.usefixtures("rights")
-def test_a_read_only_folder_of_pictures_without_captions(workdir: Path, pictures: Path, small: list[str]) -> None:
-    (pictures / "red.txt").unlink()
-    pictures.chmod(0o555)
+def test_a_read_only_folder_of_pictures_without_captions(workdir: Path, images: Path, small: list[str]) -> None:
+    (images / "red.txt").unlink()
+    images.chmod(0o555)
     try:
-        with untouched(pictures):
+        with untouched(images):
             answer = command.run("train", *small, cwd=workdir, before=ORDINARY)
     finally:
-        pictures.chmod(0o755)
-    refused(
+        images.chmod(0o755)
+    skip_reason(
         answer,
         DataError.exit_code,
-        ["captions can't be written to pictures/metadata.jsonl (Permission denied)", "chmod u+w", "data.folder=COPY"],
+        ["captions can't be written to images/metadata.jsonl (Permission denied)", "chmod u+w", "data.folder=COPY"],
     )
 
 
@@ -253,7 +253,7 @@ for share in shares:
 """
 
 
-def test_a_full_disk_loses_nothing_wherever_it_strikes(workdir: Path, pictures: Path, small: list[str]) -> None:
+def test_a_full_disk_loses_nothing_wherever_it_strikes(workdir: Path, images: Path, small: list[str]) -> None:
     own = ["unshare", "--user", "--map-root-user", "--mount"]
     (workdir / "disk").mkdir()
     tried = [*own, "mount", "-t", "tmpfs", "-o", "size=16k", "tmpfs", "disk"]
@@ -267,7 +267,7 @@ def test_a_full_disk_loses_nothing_wherever_it_strikes(workdir: Path, pictures: 
         0.75,
         0.95,
     ]  # in the data set, training, its last checkpoint, export, samples, report
-    words = ["train", *small, "run_dir=disk/run", "export.dialects=[peft]"]
+    words = ["train", *small, "run_dir=disk/run", "export.formats=[peft]"]
     ended = subprocess.run(
         [*own, sys.executable, "-c", ON_SMALL_DISKS, json.dumps(shares), json.dumps(words)],
         cwd=workdir,
@@ -290,14 +290,14 @@ def test_a_full_disk_loses_nothing_wherever_it_strikes(workdir: Path, pictures: 
 
 
 def test_a_run_folder_in_use_by_another_process(
-    finetune_cli: Cli, workdir: Path, pictures: Path, small: list[str]
+    finetune_cli: Cli, workdir: Path, images: Path, small: list[str]
 ) -> None:
     other = command.start("dataset", *small, cwd=workdir)
     other.wait_for("the lock", (workdir / "run" / ".lock.json").exists)
     other.send(signal.SIGSTOP)  # however long the question takes
     try:
-        with untouched(pictures, workdir / "run"):
-            refused(
+        with untouched(images, workdir / "run"):
+            skip_reason(
                 finetune_cli("train", *small),
                 RunError.exit_code,
                 [f"run is in use by process {other.process.pid} since 20", "wait for it", "run_dir=PATH"],
@@ -312,11 +312,11 @@ def test_a_run_folder_in_use_by_another_process(
 
 
 def test_going_on_with_another_configuration_lists_what_changed(
-    finetune_cli: Cli, pictures: Path, small: list[str], trained: Path
+    finetune_cli: Cli, images: Path, small: list[str], trained: Path
 ) -> None:
-    with untouched(pictures, trained / "checkpoints", trained / "adapter", trained / "samples"):
+    with untouched(images, trained / "checkpoints", trained / "adapter", trained / "samples"):
         changed = finetune_cli("train", *small, "lora.rank=2", "optim.lr=0.5", "seed=7", "trainer.steps=3")
-        refused(
+        skip_reason(
             changed,
             RunError.exit_code,
             [
@@ -325,21 +325,21 @@ def test_going_on_with_another_configuration_lists_what_changed(
                 "trainer.restart=true",
             ],
         )
-        (pictures / "red.txt").write_text("a crimson wall, pixar style")
+        (images / "red.txt").write_text("a crimson wall, pixar style")
         recaptioned = finetune_cli("train", *small)
-        (pictures / "red.txt").write_text("a red wall, pixar style")
-        refused(recaptioned, RunError.exit_code, ["1 caption changed: red.png", "trainer.restart=true"])
+        (images / "red.txt").write_text("a red wall, pixar style")
+        skip_reason(recaptioned, RunError.exit_code, ["1 caption changed: red.png", "trainer.restart=true"])
     assert finetune_cli("train", *small, "trainer.steps=3").code == 0  # more steps are no other run
 
 
 def test_a_damaged_checkpoint_is_named_and_the_advice_works(
-    finetune_cli: Cli, pictures: Path, small: list[str], trained: Path
+    finetune_cli: Cli, images: Path, small: list[str], trained: Path
 ) -> None:
     newest = trained / "checkpoints" / "step-000002"
     file = newest / "optimizer.pt"
     file.write_bytes(file.read_bytes()[:-100])
-    with untouched(pictures, trained / "checkpoints", trained / "adapter"):
-        refused(
+    with untouched(images, trained / "checkpoints", trained / "adapter"):
+        skip_reason(
             finetune_cli("train", *small, "trainer.steps=3"),
             RunError.exit_code,
             ["checkpoint run/checkpoints/step-000002 is damaged (optimizer.pt ", "delete that folder"],
@@ -354,25 +354,25 @@ def test_a_damaged_checkpoint_is_named_and_the_advice_works(
     "name", ["peft/adapter_model.safetensors", "peft/adapter_config.json", "pixar_style.safetensors"]
 )
 def test_a_damaged_adapter_is_named(
-    finetune_cli: Cli, pictures: Path, small: list[str], trained: Path, name: str
+    finetune_cli: Cli, images: Path, small: list[str], trained: Path, name: str
 ) -> None:
     file = trained / "adapter" / name
     file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
     given = file.parent if name.startswith("peft") else file
-    with untouched(pictures, trained / "samples", trained / "checkpoints"):
-        refused(
+    with untouched(images, trained / "samples", trained / "checkpoints"):
+        skip_reason(
             finetune_cli("sample", *small, f"sample.adapter={given}"),
             ModelError.exit_code,
             [f"run/adapter/{name} is damaged", "export it again"],
         )
 
 
-def test_a_model_that_is_nowhere_names_the_embedded_one(workdir: Path, pictures: Path, small: list[str]) -> None:
+def test_a_model_that_is_nowhere_names_the_embedded_one(workdir: Path, images: Path, small: list[str]) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workdir / "hub"), "HF_HUB_OFFLINE": "0"}
     words = [word for word in small if not word.startswith("model.")]
-    with untouched(pictures):
+    with untouched(images):
         answer = command.run("train", *words, "model=sd15", cwd=workdir, **nowhere)
-    refused(
+    skip_reason(
         answer,
         ModelError.exit_code,
         ["stable-diffusion-v1-5/stable-diffusion-v1-5 is not on disk", "hub can't be reached", "model=embedded"],

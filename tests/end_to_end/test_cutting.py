@@ -17,12 +17,12 @@ from tests.end_to_end import command
 
 pytestmark = pytest.mark.slow
 
-PICTURES = 20  # the fewest of which some are held out for validation
+DIFFUSION = 20  # the fewest of which some are held out for validation
 STEPS = 9
 # Steps of a tenth of a second on the embedded model, so that a signal meets a step in progress.
 TRAINING = [
     "conf=pixar_style",
-    *("model.resolution=64", "export.dialects=[peft]"),
+    *("model.resolution=64", "export.formats=[peft]"),
     *(f"trainer.steps={STEPS}", "trainer.save_every=3", "trainer.validate_every=6", "trainer.ema_decay=0.9"),
     *("trainer.micro_batch=2", "trainer.accumulate=2", "optim.warmup_steps=2", "hardware.device=cpu"),
     *("sample.previews=0", "sample.steps=1", "sample.seeds=[0]", 'sample.prompts=["a red cat, pixar style"]'),
@@ -31,13 +31,13 @@ TRAINING = [
 
 @pytest.fixture(scope="module")
 def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A working folder with some of the example pictures and their true captions."""
+    """A working folder with some of the example images and their true captions."""
     work = tmp_path_factory.mktemp("cutting") / "work"
     data = work / "datasets" / "pixar_style"
-    copy_pictures(data, PICTURES)
+    copy_pictures(data, DIFFUSION)
     rows = [
-        {"file_name": picture.name, "text": f"{caption(scene)}, pixar style"}
-        for picture, scene in zip(sorted(data.glob("*.jpg")), dataset_scenes(40), strict=False)
+        {"file_name": image.name, "text": f"{caption(scene)}, pixar style"}
+        for image, scene in zip(sorted(data.glob("*.jpg")), dataset_scenes(40), strict=False)
     ]
     (data / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return work
@@ -45,8 +45,8 @@ def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def copy_pictures(folder: Path, count: int) -> None:
     folder.mkdir(parents=True)
-    for picture in sorted((ROOT / "datasets" / "pixar_style").glob("*.jpg"))[:count]:
-        shutil.copy(picture, folder)
+    for image in sorted((ROOT / "datasets" / "pixar_style").glob("*.jpg"))[:count]:
+        shutil.copy(image, folder)
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -104,9 +104,9 @@ def test_a_run_cut_by_a_signal_and_by_kill_gives_the_very_same_adapter(captioned
 
 def test_captioning_cut_by_ctrl_c_and_by_kill_captions_nothing_twice(tmp_path: Path) -> None:
     work, count = tmp_path / "work", 16
-    data = work / "pictures"
+    data = work / "images"
     copy_pictures(data, count)
-    words = ["caption", "conf=pixar_style", "data.folder=pictures", "caption.batch=1"]
+    words = ["caption", "conf=pixar_style", "data.folder=images", "caption.batch=1"]
     kept: dict[str, str] = {}
     for number, code in ((signal.SIGINT, 130), (signal.SIGKILL, -9)):
         running, there = command.start(*words, cwd=work), len(kept)
@@ -125,7 +125,7 @@ def test_captioning_cut_by_ctrl_c_and_by_kill_captions_nothing_twice(tmp_path: P
     last = command.run(*words, cwd=work)
     assert last.code == 0, last.err
     left = count - len(kept)
-    assert [line for line in last.err.splitlines() if line.startswith(f"caption: {left}/{left} pictures")]
+    assert [line for line in last.err.splitlines() if line.startswith(f"caption: {left}/{left} images")]
     texts = command.captions(data)
     assert len(texts) == count
     assert texts.items() >= kept.items()

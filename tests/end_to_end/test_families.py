@@ -1,4 +1,4 @@
-"""Every family of picture models from a folder of pictures to an adapter that others read, on tiny models."""
+"""Every family of image models from a folder of images to an adapter that others read, on tiny models."""
 
 import copy
 from pathlib import Path
@@ -9,7 +9,7 @@ from PIL import Image
 
 import finetune
 from finetune.adapters import formats
-from finetune.config.schema import Config, Device, Dialect, Family, Precision
+from finetune.config.schema import Config, Device, ExportFormat, Family, Precision
 from finetune.diffusion import export, pipeline
 from finetune.diffusion.families import family
 from finetune.errors import Interrupted
@@ -25,14 +25,14 @@ UNREAD = {Family.sd3, Family.flux2}  # diffusers leaves every layer of their koh
 
 @pytest.fixture(scope="module", params=list(Family), ids=lambda kind: kind.name)
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
-    """A run of three steps on four pictures of two shapes."""
+    """A run of three steps on four images of two shapes."""
     folder = tmp_path_factory.mktemp(request.param.name)
     config = Config(name="tiny", run_dir=str(folder / "run"), model=save_family(folder / "base", request.param))
-    (folder / "pictures").mkdir()
+    (folder / "images").mkdir()
     for number, colour in enumerate(("red", "green", "blue", "white")):
-        Image.new("RGB", (64, 64) if number % 2 else (96, 64), colour).save(folder / "pictures" / f"{colour}.png")
-        (folder / "pictures" / f"{colour}.txt").write_text("a wall " + "painted " * number + colour)
-    config.data.folder, config.data.cache = str(folder / "pictures"), str(folder / "cache")
+        Image.new("RGB", (64, 64) if number % 2 else (96, 64), colour).save(folder / "images" / f"{colour}.png")
+        (folder / "images" / f"{colour}.txt").write_text("a wall " + "painted " * number + colour)
+    config.data.folder, config.data.cache = str(folder / "images"), str(folder / "cache")
     config.lora.rank, config.lora.alpha = 2, 3.0  # alpha != rank: converters like to mix them up
     config.optim.lr, config.optim.warmup_steps = 1e-2, 0
     config.trainer.precision, config.hardware.device = Precision.fp32, Device.cpu
@@ -50,12 +50,12 @@ def result(config: Config) -> Result:
 
 def test_a_folder_of_pictures_becomes_an_adapter_and_samples(config: Config, result: Result) -> None:
     assert result.run.steps == 3
-    assert set(result.adapter.files) == {dialect.name for dialect in config.export.dialects}
+    assert set(result.adapter.files) == {export_format.name for export_format in config.export.formats}
     assert all(difference <= 1e-5 for difference in result.adapter.differences.values())
     for sample in result.samples.items:
         for name in (sample.file, sample.base_file):
-            with Image.open(Path(result.samples.folder) / name) as picture:
-                assert picture.size == (64, 64)
+            with Image.open(Path(result.samples.folder) / name) as image:
+                assert image.size == (64, 64)
     assert (Path(result.samples.folder) / result.samples.grid).is_file()
 
 
@@ -63,7 +63,7 @@ def test_a_run_that_was_cut_gives_the_same_adapter(config: Config, result: Resul
     if config.model.family not in CUT:
         pytest.skip("a UNet and a transformer show it: what a run goes on with knows no family")
     cut = copy.deepcopy(config)
-    cut.run_dir, cut.export.dialects = str(tmp_path / "cut"), [Dialect.peft]
+    cut.run_dir, cut.export.formats = str(tmp_path / "cut"), [ExportFormat.peft]
     with cutting.cut(1), pytest.raises(Interrupted):
         finetune.train(cut)
     continued = finetune.train(cut)
@@ -72,14 +72,20 @@ def test_a_run_that_was_cut_gives_the_same_adapter(config: Config, result: Resul
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize("dialect", [Dialect.diffusers, Dialect.kohya], ids=lambda dialect: dialect.name)
-def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, dialect: Dialect) -> None:
-    kind, folder, name = family(config.model.family), Path(result.adapter.folder), result.adapter.files[dialect.name]
+@pytest.mark.parametrize(
+    "format", [ExportFormat.diffusers, ExportFormat.kohya], ids=lambda export_format: export_format.name
+)
+def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, export_format: ExportFormat) -> None:
+    kind, folder, name = (
+        family(config.model.family),
+        Path(result.adapter.folder),
+        result.adapter.files[export_format.name],
+    )
     parts = dict.fromkeys((*kind.TEXT, "vae"))
     loaded_into = pipeline.load_pipeline(config.model, parts)
     backbone = getattr(loaded_into, kind.BACKBONE)
     loaded_into.load_lora_weights(folder, weight_name=name)
-    if dialect is Dialect.kohya and config.model.family in UNREAD:
+    if export_format is ExportFormat.kohya and config.model.family in UNREAD:
         assert not any("lora" in name for name, _ in backbone.named_parameters())
         return
     probe = export._probe(config, torch.device("cpu"))

@@ -36,7 +36,7 @@ from tests.end_to_end.command import Finished
 
 pytestmark = pytest.mark.slow
 
-PICTURES = 40
+DIFFUSION = 40
 TRIGGER = "pixar style"
 # The recipe's own settings but for these: half of its steps bring the style with room to spare (a third do not), and
 # what is drawn in fewer steps is read as well. Whole it takes three minutes of a core.
@@ -46,11 +46,11 @@ FIGURE_PROMPTS = 16
 
 @dataclass(frozen=True)
 class First:
-    """The first command in a folder of its own that holds the example pictures and nothing else."""
+    """The first command in a folder of its own that holds the example images and nothing else."""
 
     work: Path
     ended: Finished
-    pictures: dict[str, str]
+    images: dict[str, str]
     asked_hub: int
 
     @property
@@ -74,8 +74,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> First:
     work = tmp_path_factory.mktemp("first") / "work"
     data = work / "datasets" / "pixar_style"
     data.mkdir(parents=True)
-    for picture in sorted((ROOT / "datasets" / "pixar_style").glob("*.jpg")):
-        shutil.copy(picture, data)
+    for image in sorted((ROOT / "datasets" / "pixar_style").glob("*.jpg")):
+        shutil.copy(image, data)
     before = command.contents(data)
     visitors: list[Any] = []
     with socket.create_server(("127.0.0.1", 0)) as hub:
@@ -84,8 +84,8 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> First:
         # No model hub but this one, which would notice; an empty cache, so that nothing of this machine's can help.
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(work.parent / "hub"), "HF_HUB_OFFLINE": "0"}
         ended = command.run("train", "conf=pixar_style", *SHORT, cwd=work, **environment)
-        asked = len(visitors)
-    return First(work, ended, before, asked)
+        requested = len(visitors)
+    return First(work, ended, before, requested)
 
 
 def _hang_up_on_everyone(server: socket.socket, visitors: list[Any]) -> None:
@@ -122,8 +122,8 @@ def test_no_hub_is_asked(first: First) -> None:
 
 
 def test_the_pictures_are_untouched_and_nothing_else_is_made(first: First) -> None:
-    kept = {path: content for path, content in command.contents(first.data).items() if path in first.pictures}
-    assert kept == first.pictures
+    kept = {path: content for path, content in command.contents(first.data).items() if path in first.images}
+    assert kept == first.images
     assert {path.name for path in first.data.iterdir() if path.suffix != ".jpg"} == {"metadata.jsonl"}
     assert {path.name for path in first.work.iterdir()} == {"datasets", "outputs"}
     assert {path.name for path in (first.work / "outputs").iterdir()} == {"pixar_style", ".cache"}
@@ -131,13 +131,13 @@ def test_the_pictures_are_untouched_and_nothing_else_is_made(first: First) -> No
 
 def test_every_long_step_shows_its_progress_in_plain_lines(first: First) -> None:
     steps = first.config["trainer"]["steps"]
-    pictures = 2 * len(first.config["sample"]["prompts"]) * len(first.config["sample"]["seeds"])
+    images = 2 * len(first.config["sample"]["prompts"]) * len(first.config["sample"]["seeds"])
     for done in (
-        f"caption: {PICTURES}/{PICTURES} pictures, ",
-        f"captions: {PICTURES + 1}/{PICTURES + 1} captions, ",  # and the empty one
-        f"pictures: {PICTURES}/{PICTURES} pictures, ",
+        f"caption: {DIFFUSION}/{DIFFUSION} images, ",
+        f"captions: {DIFFUSION + 1}/{DIFFUSION + 1} captions, ",  # and the empty one
+        f"images: {DIFFUSION}/{DIFFUSION} images, ",
         f"train: {steps}/{steps} steps, ",
-        f"sample: {pictures}/{pictures} pictures, ",
+        f"sample: {images}/{images} images, ",
     ):
         assert [line for line in first.ended.err.splitlines() if line.startswith(done)], done
     run = first.record("train", Run)
@@ -167,15 +167,15 @@ def test_the_table_says_what_was_done_in_eighty_columns(first: First) -> None:
 
 def test_every_picture_has_a_true_caption_with_the_trigger_phrase_behind(first: First) -> None:
     texts = command.captions(first.data)
-    assert list(texts) == [f"{number:03d}.jpg" for number in range(1, PICTURES + 1)]
+    assert list(texts) == [f"{number:03d}.jpg" for number in range(1, DIFFUSION + 1)]
     wrong = {}
-    for (name, text), scene in zip(texts.items(), dataset_scenes(PICTURES), strict=True):
+    for (name, text), scene in zip(texts.items(), dataset_scenes(DIFFUSION), strict=True):
         assert text.endswith(f", {TRIGGER}")
         assert text.count(TRIGGER) == 1
         said = [(mention.kind, mention.colour) for mention in read_caption(text).things]
         if said != [(thing.kind, thing.colour) for thing in scene.things]:
             wrong[name] = text
-    assert len(wrong) <= PICTURES // 10, wrong  # the captioner is good for 90 % of unseen pictures in this style
+    assert len(wrong) <= DIFFUSION // 10, wrong  # the captioner is good for 90 % of unseen images in this style
     sources = {item.source for item in first.record("caption", CaptionSet).items}
     assert sources == {"generated"}
 
@@ -220,9 +220,9 @@ def test_the_configuration_is_the_one_that_python_gives(first: First, tmp_path: 
 def test_the_data_set_holds_every_picture_once(first: First) -> None:
     record = first.record("dataset", Dataset)
     lines = [json.loads(line) for line in (first.run_dir / "dataset.jsonl").read_text().splitlines()]
-    assert [line["file"] for line in lines] == [f"{number:03d}.jpg" for number in range(1, PICTURES + 1)]
+    assert [line["file"] for line in lines] == [f"{number:03d}.jpg" for number in range(1, DIFFUSION + 1)]
     assert sum(line["held_out"] for line in lines) == record.validation > 0
-    assert record.train + record.validation == PICTURES
+    assert record.train + record.validation == DIFFUSION
     assert {line["file"]: line["caption"] for line in lines} == command.captions(first.data)
 
 
@@ -339,10 +339,10 @@ def test_previews_are_there_at_the_first_and_the_last_step(first: First, events:
     prompts = sample["prompts"][: sample["previews"]]
     assert events.Tags()["images"] == [f"samples/{index}: {prompt}" for index, prompt in enumerate(prompts)]
     for tag in events.Tags()["images"]:
-        pictures = events.Images(tag)
-        assert {pictures[0].step, pictures[-1].step} == {0, first.config["trainer"]["steps"]}
-        assert {(picture.width, picture.height) for picture in pictures} == {(resolution, resolution)}
-        assert pictures[0].encoded_image_string != pictures[-1].encoded_image_string
+        images = events.Images(tag)
+        assert {images[0].step, images[-1].step} == {0, first.config["trainer"]["steps"]}
+        assert {(image.width, image.height) for image in images} == {(resolution, resolution)}
+        assert images[0].encoded_image_string != images[-1].encoded_image_string
 
 
 def test_configuration_and_hparams_are_there(first: First, events: EventAccumulator) -> None:
@@ -358,7 +358,7 @@ def test_configuration_and_hparams_are_there(first: First, events: EventAccumula
         assert events.Scalars(f"final/{tag}")[-1].value == pytest.approx(value, rel=1e-4)
 
 
-# -- pictures and page -----------------------------------------------------------------------------------------------
+# -- images and page -----------------------------------------------------------------------------------------------
 
 
 def test_every_sample_carries_what_it_was_drawn_with(first: First) -> None:
@@ -372,9 +372,9 @@ def test_every_sample_carries_what_it_was_drawn_with(first: First) -> None:
     assert [from_plain(Sample, line) for line in lines] == list(items)
     for item in items:
         for file, adapter in ((item.file, "outputs/pixar_style/adapter/peft"), (item.base_file, "")):
-            with Image.open(folder / file) as picture:
-                assert picture.size == (resolution, resolution)
-                facts = picture.info
+            with Image.open(folder / file) as image:
+                assert image.size == (resolution, resolution)
+                facts = image.info
             assert facts["prompt"] == item.prompt
             assert facts["seed"] == str(item.seed)
             assert facts["steps"] == str(sample["steps"])
@@ -396,8 +396,8 @@ def test_the_grid_shows_base_beside_tuned(first: First) -> None:
         for place, name in enumerate((item.base_file, item.file)):
             left, top = GAP + place * CELL, 2 * GAP + 2 * TEXT
             shown = grid.crop((left, top, left + CELL, top + CELL))
-            with Image.open(folder / name) as picture:
-                assert shown.tobytes() == picture.resize((CELL, CELL), Image.Resampling.LANCZOS).tobytes()
+            with Image.open(folder / name) as image:
+                assert shown.tobytes() == image.resize((CELL, CELL), Image.Resampling.LANCZOS).tobytes()
 
 
 class Links(HTMLParser):
@@ -423,9 +423,9 @@ def test_the_report_is_one_page_that_fetches_nothing(first: First) -> None:
     assert outside == []
     assert not {"script", "link", "iframe", "object", "embed"} & set(page.tags)
     assert not re.findall(r"url\(|@import", html)
-    pictures = [value for name, value in page.found if name == "src"]
+    images = [value for name, value in page.found if name == "src"]
     pairs = len(first.config["sample"]["prompts"]) * len(first.config["sample"]["seeds"])
-    assert len(pictures) >= 2 * pairs + PICTURES  # base and tuned, and every captioned picture
+    assert len(images) >= 2 * pairs + DIFFUSION  # base and tuned, and every captioned image
     assert page.tags.count("svg") >= 3
     for words in (
         "pixar_style",
@@ -441,7 +441,7 @@ def test_the_report_is_one_page_that_fetches_nothing(first: First) -> None:
 
 def test_the_same_command_again_finds_everything_fresh(first: First) -> None:
     def state() -> dict[str, str]:
-        own = {"report.html", "report.json"}  # the page is written anew: it takes a second and may be out of date
+        own = {"report.html", "report.json"}  # the page is written again: it takes a second and may be out of date
         return {
             path: content for path, content in command.contents(first.run_dir).items() if Path(path).name not in own
         }

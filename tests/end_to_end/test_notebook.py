@@ -14,7 +14,7 @@ from tests.tiny_language_models import save_language
 from tests.tiny_models import save_diffusion
 from tests.unit.conftest import conversations
 
-PICTURES, CHAT = ROOT / "scripts" / "retrain.ipynb", ROOT / "scripts" / "retrain_chat.ipynb"
+DIFFUSION, CHAT = ROOT / "scripts" / "retrain.ipynb", ROOT / "scripts" / "retrain_chat.ipynb"
 TIME_LIMIT_S = 300
 
 
@@ -22,9 +22,9 @@ def draw(folder: Path, count: int, colour: str) -> None:
     """Discs on white, each with its caption: no captioner is needed."""
     folder.mkdir()
     for number in range(count):
-        picture = Image.new("RGB", (64, 64), "white")
-        ImageDraw.Draw(picture).ellipse((8, 8, 30 + number, 30 + number), fill=colour)
-        picture.save(folder / f"{colour}-{number}.png")
+        image = Image.new("RGB", (64, 64), "white")
+        ImageDraw.Draw(image).ellipse((8, 8, 30 + number, 30 + number), fill=colour)
+        image.save(folder / f"{colour}-{number}.png")
         (folder / f"{colour}-{number}.txt").write_text(f"a {colour} disc, pixar style")
 
 
@@ -32,7 +32,7 @@ def small(tmp_path: Path) -> list[str]:
     """Settings with which the recipe takes seconds."""
     settings = [f"data.folder={tmp_path / 'first'}", f"data.cache={tmp_path / 'cache'}", "hardware.device=cpu"]
     settings += ["trainer.steps=3", "trainer.micro_batch=2", "trainer.validate_every=2", "optim.warmup_steps=0"]
-    settings += ["sample.steps=1", "sample.seeds=[0]", "sample.previews=0", "export.dialects=[peft,diffusers]"]
+    settings += ["sample.steps=1", "sample.seeds=[0]", "sample.previews=0", "export.formats=[peft,diffusers]"]
     settings += ['\'sample.prompts=["a red disc, pixar style","a blue disc, pixar style"]\'']
     settings += [f"model.base={save_diffusion(tmp_path / 'tiny')}", "model.resolution=32", "model.bucket_step=16"]
     return settings
@@ -59,7 +59,7 @@ def test_retraining_a_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     settings = f"data.file={tmp_path / 'first.jsonl'} data.cache={tmp_path / 'cache'} hardware.device=cpu"
     settings += f" model.base={save_language(tmp_path / 'tiny')} data.length=192 data.workers=1"
     settings += " trainer.steps=4 trainer.micro_batch=1 trainer.save_every=2 trainer.validate_every=2 sample.previews=0"
-    settings += " export.dialects=[peft] sample.max_new_tokens=8"
+    settings += " export.formats=[peft] sample.max_new_tokens=8"
     for name, value in {"ADDED": tmp_path / "more.jsonl", "STEPS": 4, "OVERRIDES": settings}.items():
         monkeypatch.setenv(f"RETRAIN_{name}", str(value))
     html = outputs(execute(CHAT, tmp_path), "text/html")
@@ -82,7 +82,7 @@ def executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     draw(tmp_path / "more", 3, "blue")
     for name, value in {"PICTURES": tmp_path / "more", "STEPS": 4, "OVERRIDES": " ".join(small(tmp_path))}.items():
         monkeypatch.setenv(f"RETRAIN_{name}", str(value))
-    return execute(PICTURES, tmp_path)
+    return execute(DIFFUSION, tmp_path)
 
 
 @pytest.mark.slow
@@ -104,13 +104,13 @@ def test_retraining(executed: Any, tmp_path: Path) -> None:
         assert (best / file).read_bytes() == (out / better / "adapter" / file).read_bytes()
     assert f"{min(losses[0], losses[-1]):.5f} against" in (best / "WHY.md").read_text()
     html = outputs(executed, "text/html")
-    assert "7 pictures" in html
+    assert "7 images" in html
     assert "Training loss" in html
     assert "old adapter" in html
     assert html.count("a blue disc, pixar style<br>seed 0") == 1
 
 
-@pytest.mark.parametrize("notebook", [PICTURES, CHAT], ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", [DIFFUSION, CHAT], ids=lambda path: path.stem)
 def test_the_notebooks_are_stored_without_outputs(notebook: Path) -> None:
     cells = nbformat.read(notebook, as_version=4).cells
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]

@@ -61,15 +61,15 @@ def test_the_table_fits_eighty_columns_and_speaks_of_tokens(talk: Talk) -> None:
     assert re.search(r"[\d,.]+ tokens/s", table)
     assert "answers" in table
     assert "images" not in talk.ended.out + talk.ended.err
-    assert "picture" not in talk.ended.out + talk.ended.err
+    assert "image" not in talk.ended.out + talk.ended.err
 
 
 def test_every_stage_leaves_its_record(talk: Talk) -> None:
     texts, run = talk.record("dataset", TextSet), talk.record("train", Run)
     assert texts.train + texts.validation == 200
     assert texts.validation > 0
-    assert texts.lost == 0.0
-    assert texts.real > 0.9
+    assert texts.truncated_share == 0.0
+    assert texts.fill_share > 0.9
     assert run.unit == "tokens"
     assert run.best_validation < 0.5 * run.first_validation
     differences = talk.record("export", Adapter).differences
@@ -120,7 +120,7 @@ def test_the_same_command_again_finds_everything_fresh(talk: Talk) -> None:
 def test_only_pictures_are_captioned(talk: Talk) -> None:
     ended = command.run("caption", "conf=pirate_chat", cwd=talk.work)
     assert ended.code == 2
-    assert ended.err.splitlines() == ["error: this recipe trains a language model; only pictures have captions"]
+    assert ended.err.splitlines() == ["error: this recipe trains a language model; only images have captions"]
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A base in a single file goes all the way: trained, cut, continued, handed out and drawn with, as from its folder."""
+"""A base in a single file goes all the way: trained, cut, continued, exported and drawn with, as from its folder."""
 
 import copy
 from dataclasses import replace
@@ -10,7 +10,7 @@ from PIL import Image
 
 import finetune
 from finetune.adapters import formats
-from finetune.config.schema import Config, Device, Dialect, Family, Precision
+from finetune.config.schema import Config, Device, ExportFormat, Family, Precision
 from finetune.errors import Interrupted
 from tests import cutting
 from tests.single_files import save_single_file
@@ -23,11 +23,11 @@ torch.set_num_threads(1)
 def config(tmp_path: Path) -> Config:
     model = save_family(tmp_path / "base", Family.sd)
     config = Config(name="tiny", run_dir=str(tmp_path / "folder"), model=replace(model, resolution=32))
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for colour in ("red", "green"):
-        Image.new("RGB", (32, 32), colour).save(tmp_path / "pictures" / f"{colour}.png")
-        (tmp_path / "pictures" / f"{colour}.txt").write_text(f"a {colour} wall")
-    config.data.folder, config.data.cache = str(tmp_path / "pictures"), str(tmp_path / "cache")
+        Image.new("RGB", (32, 32), colour).save(tmp_path / "images" / f"{colour}.png")
+        (tmp_path / "images" / f"{colour}.txt").write_text(f"a {colour} wall")
+    config.data.folder, config.data.cache = str(tmp_path / "images"), str(tmp_path / "cache")
     config.lora.rank, config.optim.lr, config.optim.warmup_steps = 2, 1e-2, 0
     config.trainer.precision, config.hardware.device = Precision.fp32, Device.cpu
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 3, 2, 1
@@ -37,14 +37,14 @@ def config(tmp_path: Path) -> Config:
 
 
 def test_a_run_from_a_file_is_the_run_from_its_folder(config: Config, tmp_path: Path) -> None:
-    every = config.export.dialects
-    config.export.dialects = [Dialect.peft]
+    every = config.export.formats
+    config.export.formats = [ExportFormat.peft]
     whole = finetune.train(config)
     file = save_single_file(tmp_path / "base", tmp_path / "base.safetensors", Family.sd)
     for weights in (tmp_path / "base").rglob("*.safetensors"):
         weights.unlink()  # configuration and tokenizer stay
     single = copy.deepcopy(config)
-    single.run_dir, single.export.dialects = str(tmp_path / "file"), every
+    single.run_dir, single.export.formats = str(tmp_path / "file"), every
     single.model = replace(config.model, base=str(file), parts=str(tmp_path / "base"))
     with cutting.cut(1), pytest.raises(Interrupted):
         finetune.train(single)
@@ -61,6 +61,6 @@ def test_a_run_from_a_file_is_the_run_from_its_folder(config: Config, tmp_path: 
                 for samples, item in ((result, one), (whole, other))
             )
             assert drawn == wanted
-    card = (Path(result.adapter.folder) / "README.md").read_text()
-    assert f'pipeline = StableDiffusionPipeline.from_single_file("{file}")' in card
+    gpu = (Path(result.adapter.folder) / "README.md").read_text()
+    assert f'pipeline = StableDiffusionPipeline.from_single_file("{file}")' in gpu
     assert finetune.train(single).run == result.run  # every stage is fresh

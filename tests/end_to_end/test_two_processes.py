@@ -47,11 +47,11 @@ def assert_close(ours: dict[str, torch.Tensor], theirs: dict[str, torch.Tensor])
 
 
 def test_stopped_in_two_and_finished_in_one_it_is_the_adapter_of_one(
-    small: Sequence[str], pictures: Path, finetune_cli: Callable[..., Answer]
+    small: Sequence[str], images: Path, finetune_cli: Callable[..., Answer]
 ) -> None:
-    Image.new("RGB", (96, 64), "brown").save(pictures / "brown.png")  # a bucket of its own: shares are uneven
-    (pictures / "brown.txt").write_text("a brown wall, pixar style")
-    work = pictures.parent
+    Image.new("RGB", (96, 64), "brown").save(images / "brown.png")  # a bucket of its own: shares are uneven
+    (images / "brown.txt").write_text("a brown wall, pixar style")
+    work = images.parent
     settings = [*small, f"trainer.steps={STEPS}", f"trainer.save_every={STEPS}", "trainer.validate_every=0"]
     settings += [
         "optim.eps=1e-3",
@@ -84,7 +84,7 @@ def test_torchrun_trains_a_language_model_as_one_process_does(
         *("conf=pirate_chat", f"model.base={base}", f"data.file={tmp_path}/chats.jsonl", "data.length=192"),
         *("trainer.micro_batch=1", "trainer.steps=4", "trainer.save_every=2", "trainer.validate_every=2"),
         *("optim.warmup_steps=0", "optim.eps=1e-3", "lora.dropout=0.1", "hardware.device=cpu"),
-        *("sample.max_new_tokens=2", "sample.prompts=[hello]", "export.dialects=[peft]"),
+        *("sample.max_new_tokens=2", "sample.prompts=[hello]", "export.formats=[peft]"),
     ]
     work = tmp_path / "work"
     work.mkdir()
@@ -99,10 +99,10 @@ def test_torchrun_trains_a_language_model_as_one_process_does(
     assert dict(losses(work / "two")) == pytest.approx(dict(losses(work / "one")), rel=1e-5)
 
 
-def test_an_error_of_the_first_is_said_once_and_ends_both(small: Sequence[str], pictures: Path) -> None:
-    shutil.rmtree(pictures)
-    first, second = (running.finish() for running in started(pictures.parent, *small))
+def test_an_error_of_the_first_is_said_once_and_ends_both(small: Sequence[str], images: Path) -> None:
+    shutil.rmtree(images)
+    first, second = (running.finish() for running in started(images.parent, *small))
     assert (first.code, second.code) == (3, 3)
     assert len(first.errors) == 1
     assert (second.out, second.err) == ("", "")
-    assert not (pictures.parent / "run").exists()
+    assert not (images.parent / "run").exists()

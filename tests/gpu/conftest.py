@@ -1,4 +1,4 @@
-"""The fixtures of the unit tests, for the card."""
+"""The fixtures of the unit tests, for the GPU."""
 
 from tests.unit.conftest import config, language_config, make_dataset, setting, tiny_base, tiny_language
 

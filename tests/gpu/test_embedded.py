@@ -1,4 +1,4 @@
-"""The models that come with the package, trained and asked on a card in 16 bit: what fp32 on a CPU does, they do."""
+"""The models that come with the package, trained and asked on a GPU in 16 bit: what fp32 on a CPU does, they do."""
 
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,7 @@ from safetensors.torch import load_file
 import finetune
 from finetune import kinds
 from finetune.config.schema import Config, ModelConfig, Precision, Quantize
-from finetune.diffusion.pipeline import Painter, load_backbone
+from finetune.diffusion.pipeline import ImageSampler, load_backbone
 from finetune.memory.device import pick_device
 from finetune.training.accelerator import build_accelerator
 from scripts import measure_style
@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.gpu
 
-PICTURES, TALK = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
+DIFFUSION, TALK = ROOT / "datasets" / "pixar_style", ROOT / "datasets" / "pirate_chat" / "conversations.jsonl"
 HELD_OUT = 16  # examples whose losses are compared
 UNLIKE_FP32 = {(Precision.bf16, Quantize.none): 2e-2, (Precision.fp16, Quantize.none): 5e-3}
 NF4_LOSS = 0.25  # relative: four bits of a small model lose a good deal
@@ -33,11 +33,11 @@ def settings(tmp_path: Path, *more: str) -> list[str]:
 
 
 @pytest.fixture
-def pictures(tmp_path: Path) -> list[str]:
-    """Half of the example pictures."""
-    folder = tmp_path / "pictures"
+def images(tmp_path: Path) -> list[str]:
+    """Half of the example images."""
+    folder = tmp_path / "images"
     folder.mkdir()
-    for file in sorted(PICTURES.glob("*.jpg"))[:20]:
+    for file in sorted(DIFFUSION.glob("*.jpg"))[:20]:
         (folder / file.name).write_bytes(file.read_bytes())
     return settings(tmp_path, f"data.folder={folder}")
 
@@ -57,18 +57,18 @@ def losses(config: Config, data: Any, precision: Precision, quantize: Quantize) 
     device = pick_device(config.hardware.device)
     task = kinds.build_task(config, data, device)
     accelerator = build_accelerator(precision, device)
-    visits = next(iter(task.steps(effective=HELD_OUT, start=0)))
+    draws = next(iter(task.steps(effective=HELD_OUT, start=0)))
     found = []
-    for visit in visits:
-        batch = task.collate([visit]).to(device)
+    for draw in draws:
+        batch = task.collate([draw]).to(device)
         with torch.no_grad(), accelerator.autocast():
             found.append(float(task.loss(batch)) / batch.items)
     return found
 
 
 @pytest.mark.parametrize(("precision", "quantize"), list(UNLIKE_FP32))
-def test_losses_of_pictures_follow_fp32(pictures: list[str], precision: Precision, quantize: Quantize) -> None:
-    config, data = loaded("pixar_style", pictures)
+def test_losses_of_pictures_follow_fp32(images: list[str], precision: Precision, quantize: Quantize) -> None:
+    config, data = loaded("pixar_style", images)
     expected = losses(config, data, Precision.fp32, Quantize.none)
     found = losses(config, data, precision, quantize)
     assert np.mean(found) == pytest.approx(np.mean(expected), rel=UNLIKE_FP32[precision, quantize])
@@ -88,10 +88,10 @@ def test_losses_of_conversations_follow_fp32(talk: list[str], precision: Precisi
 
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
 def test_a_style_trained_in_16_bit_on_a_card_is_the_style(
-    pictures: list[str], tmp_path: Path, precision: Precision
+    images: list[str], tmp_path: Path, precision: Precision
 ) -> None:
-    """The whole line: captions, encoding, training, export and samples on the card, and what readers see in the end."""
-    result = finetune.train("pixar_style", [*pictures, f"trainer.precision={precision.name}"])
+    """The whole line: captions, encoding, training, export and samples on the GPU, and what readers see in the end."""
+    result = finetune.train("pixar_style", [*images, f"trainer.precision={precision.name}"])
     assert result.captions is not None
     read = [[(said.kind, said.colour) for said in read_caption(item.text).things] for item in result.captions.items]
     true = [[(thing.kind, thing.colour) for thing in scene.things] for scene in dataset_scenes(40)[:20]]
@@ -112,9 +112,11 @@ def test_samples_in_16_bit_show_what_was_asked_for(dtype: torch.dtype) -> None:
     base, device = ModelConfig(base="embedded:diffusion"), torch.device("cuda")
     scenes = held_out_scenes(measure_style.FIRST_SEED, 24)
     jobs = [(caption(scene), index) for index, scene in enumerate(scenes)]
-    painter = Painter(base, [prompt for prompt, _ in jobs], "", device, dtype)
+    image_sampler = ImageSampler(base, [prompt for prompt, _ in jobs], "", device, dtype)
     backbone = load_backbone(base, dtype, device)
-    found = measure_style.shares(painter.draw(backbone, jobs, width=128, height=128, steps=20, guidance=2.0), scenes)
+    found = measure_style.shares(
+        image_sampler.generate(backbone, jobs, width=128, height=128, steps=20, guidance=2.0), scenes
+    )
     assert found["flat"] >= 0.95
     assert min(found["thing"], found["colour"]) >= 0.9
 

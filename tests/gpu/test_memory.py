@@ -1,4 +1,4 @@
-"""What only a card can show: that memory really runs out, and that the levers really save some."""
+"""What only a GPU can show: that memory really runs out, and that the levers really save some."""
 
 import subprocess
 import sys
@@ -9,17 +9,17 @@ import psutil
 import pytest
 import torch
 
-from finetune.config.schema import Config, Device, Fit, OptimConfig, Optimizer, Precision
+from finetune.config.schema import Autotune, Config, Device, OptimConfig, Optimizer, Precision
 from finetune.memory import block_offload
 from finetune.run.records import Dataset, Run
 from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.loop import Step
 from finetune.training.optim import build_optimizer, load_state
-from finetune.training.trainer import Session
+from finetune.training.trainer import Trainer
 from tests.conftest import ROOT
 from tests.unit.conftest import Setting
-from tests.unit.training.test_oom import Card
+from tests.unit.training.test_oom import Gpu
 
 pytestmark = pytest.mark.gpu
 
@@ -32,11 +32,11 @@ def _same_sums(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def crowded(config: Config) -> Config:
-    """Two steps of 256 pictures in one forward pass of each bucket, on the card and nothing else."""
+    """Two steps of 256 images in one forward pass of each bucket, on the GPU and nothing else."""
     config.hardware.device, config.trainer.precision = Device.cuda, Precision.fp32
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 2, 256, 1
     config.trainer.validate_every, config.sample.previews, config.optim.eps = 0, 0, 1e-3
-    config.trainer.fit = Fit.off
+    config.trainer.autotune = Autotune.off
     return config
 
 
@@ -60,8 +60,8 @@ def test_a_card_that_is_squeezed_trains_the_same_adapter(
         squeezed = train(crowded, dataset)
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
-    assert roomy.eased == ""
-    assert squeezed.eased.startswith("micro-batch ")
+    assert roomy.oom_fallbacks == ""
+    assert squeezed.oom_fallbacks.startswith("micro-batch ")
     assert "step 1: memory ran out; going on with micro-batch " in capfd.readouterr().err
     assert (squeezed.steps, squeezed.items) == (roomy.steps, roomy.items) == (2, 512)
     one, other = (checkpoint.load(Path(run.checkpoint)).adapter for run in (roomy, squeezed))
@@ -76,10 +76,10 @@ def alike(one: Run, other: Run) -> bool:
 
 @pytest.fixture
 def on_card(setting: Setting) -> Setting:
-    """A run of either kind on the card."""
+    """A run of either kind on the GPU."""
     config = setting.config
     config.hardware.device, config.trainer.precision, config.optim.eps = Device.cuda, Precision.fp32, 1e-3
-    config.trainer.fit = Fit.off
+    config.trainer.autotune = Autotune.off
     return setting
 
 
@@ -96,7 +96,7 @@ def test_blocks_in_main_memory_train_draw_and_resume_as_on_the_card(
     config.trainer.steps = 4
     away = train(config, dataset)
     config.run_dir, config.model.offload = str(tmp_path / "constant"), False
-    assert "stay in main memory" in capfd.readouterr().err
+    assert "stay in CPU memory" in capfd.readouterr().err
     assert alike(away, train(config, dataset))
     assert resident.steps == away.steps == 4
 
@@ -110,11 +110,11 @@ def test_the_last_rung_keeps_blocks_in_main_memory(
     away: list[bool] = []
     stream = block_offload.stream
     monkeypatch.setattr(block_offload, "stream", lambda *arguments: (stream(*arguments), away.append(True)))
-    Card(lambda *_: bool(away), "backward").install(monkeypatch)
+    Gpu(lambda *_: bool(away), "backward").install(monkeypatch)
     config.run_dir = str(tmp_path / "full")
     full = train(config, dataset)
-    measures = "trainer.checkpointing=1, trainer.offload_activations=true, model.offload=true"
-    assert full.eased == f"micro-batch 1 instead of 2, {measures}"
+    fallbacks = "trainer.activation_checkpointing=1, trainer.offload_activations=true, model.offload=true"
+    assert full.oom_fallbacks == f"micro-batch 1 instead of 2, {fallbacks}"
     assert alike(full, roomy)
 
 
@@ -156,11 +156,11 @@ def test_paged_states_are_paged_again_after_a_checkpoint(tmp_path: Path) -> None
     assert torch.equal(parameter, again)
 
 
-@pytest.mark.parametrize("fit", [Fit.auto, Fit.asked])
+@pytest.mark.parametrize("fit", [Autotune.auto, Autotune.check])
 def test_what_was_planned_and_tried_out_is_what_training_takes(
-    crowded: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, fit: Fit
+    crowded: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, fit: Autotune
 ) -> None:
-    crowded.trainer.fit, crowded.trainer.validate_every, crowded.sample.previews = fit, 1, 1
+    crowded.trainer.autotune, crowded.trainer.validate_every, crowded.sample.previews = fit, 1, 1
     crowded.trainer.accumulate = 2
     dataset = make_dataset()
     runs = []
@@ -168,11 +168,11 @@ def test_what_was_planned_and_tried_out_is_what_training_takes(
         crowded.run_dir = str(tmp_path / name)
         runs.append(train(crowded, dataset))
     _, run = runs
-    assert run.eased == ""
-    assert run.probed_gib is not None
+    assert run.oom_fallbacks == ""
+    assert run.dry_run_gib is not None
     assert run.planned_gib is not None  # libraries' workspaces are most of what this small model takes
-    assert 0 < run.planned_gib < run.probed_gib
-    assert run.measured_gib == pytest.approx(run.probed_gib, rel=0.02)
+    assert 0 < run.planned_gib < run.dry_run_gib
+    assert run.measured_gib == pytest.approx(run.dry_run_gib, rel=0.02)
 
 
 def test_a_squeezed_card_is_seen_before_the_first_step(
@@ -180,7 +180,7 @@ def test_a_squeezed_card_is_seen_before_the_first_step(
 ) -> None:
     """The plan counts what is free; the limit of a process is something that it doesn't know of."""
     dataset = make_dataset()
-    crowded.trainer.fit, crowded.run_dir = Fit.asked, str(tmp_path / "roomy")
+    crowded.trainer.autotune, crowded.run_dir = Autotune.check, str(tmp_path / "roomy")
     roomy = train(crowded, dataset)
     torch.cuda.empty_cache()
     assert roomy.measured_gib is not None
@@ -201,21 +201,21 @@ def test_a_squeezed_card_is_seen_before_the_first_step(
 def test_a_long_run_holds_as_much_at_its_end_as_at_its_beginning(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """2,000 steps with validation, previews and checkpoints now and then: the card's memory, and the process's own."""
+    """2,000 steps with validation, previews and checkpoints now and then: the GPU's memory, and the process's own."""
     config = setting.config
     config.hardware.device, config.trainer.steps, config.run_dir = Device.cuda, 2000, str(tmp_path / "long")
     config.trainer.save_every, config.trainer.validate_every, config.sample.every = 500, 100, 500
     config.trainer.log_every, config.lora.dropout = 10, 0.1
     held: dict[int, tuple[int, int, int]] = {}
-    note = Session.note
+    note = Trainer.note
 
-    def watched(session: Session, step: Step) -> None:
+    def watched(session: Trainer, step: Step) -> None:
         note(session, step)
         if step.number in (50, 950, 1950):  # at the beginning the allocator and the libraries still grow
             resident = psutil.Process().memory_info().rss
             held[step.number] = torch.cuda.memory_allocated(), torch.cuda.memory_reserved(), resident
 
-    monkeypatch.setattr(Session, "note", watched)
+    monkeypatch.setattr(Trainer, "note", watched)
     train(config, setting.dataset)
     (allocated, reserved, _), (_, _, middle), (allocated_end, reserved_end, end) = (held[at] for at in (50, 950, 1950))
     assert allocated_end == pytest.approx(allocated, rel=0.01)

@@ -1,4 +1,4 @@
-"""What only a card can show: 16-bit arithmetic, the loss scaler, 8-bit optimiser states, resuming, NVML."""
+"""What only a GPU can show: 16-bit arithmetic, the loss scaler, 8-bit optimiser states, resuming, NVML."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -19,20 +19,20 @@ from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.loop import fit
 from finetune.training.tracking import Tracker
-from tests.unit.training.steps import ladder, prepared
+from tests.unit.training.steps import fallbacks, prepared
 
 pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
 def on_card(config: Config) -> Config:
-    """The tiny run of the unit tests, on the card."""
+    """The tiny run of the unit tests, on the GPU."""
     config.hardware.device = Device.cuda
     return config
 
 
 def losses(config: Config, dataset: Dataset, precision: Precision) -> list[float]:
-    """Loss of every training picture, one by one, with a freshly injected adapter."""
+    """Loss of every training image, one by one, with a freshly injected adapter."""
     config.trainer.precision = precision
     device = pick_device(Device.cuda)
     task = DiffusionTask(config, dataset, device)
@@ -94,9 +94,9 @@ def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dat
 
     collate = task.collate
 
-    def overflowing(visits):
-        batch = collate(visits)
-        if visits[0][1] == 0:
+    def overflowing(draws):
+        batch = collate(draws)
+        if draws[0][1] == 0:
             batch.tensors["clean"].fill_(float("inf"))
         return batch
 
@@ -109,7 +109,7 @@ def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dat
         optimizer,
         lambda _: 1e-2,
         accelerator,
-        ladder=ladder(task, on_card),
+        fallbacks=fallbacks(task, on_card),
         seed=0,
         start=0,
         clip_norm=1.0,
@@ -118,8 +118,8 @@ def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dat
         steps.append(step)
         if step.number == 1:
             assert all(torch.equal(weight, before[name]) for name, weight in lora.state(task.model).items())
-    assert [step.refused is not None for step in steps] == [True, False, False]
-    assert "in fp16 on 000.png" in str(steps[0].refused)
+    assert [step.skip_reason is not None for step in steps] == [True, False, False]
+    assert "in fp16 on 000.png" in str(steps[0].skip_reason)
     assert accelerator.scaler.get_scale() < scale
     assert not all(torch.equal(weight, before[name]) for name, weight in lora.state(task.model).items())
 

@@ -87,9 +87,9 @@ def test_the_wheels_own_files_are_used(program: Path, tmp_path: Path) -> None:
 
 def test_a_recipe_of_ones_own_beside_the_wheel(program: Path, tmp_path: Path) -> None:
     (tmp_path / "conf").mkdir()
-    (tmp_path / "conf/mine.yaml").write_text("defaults:\n  - pixar_style\ndata:\n  folder: pictures\n")
+    (tmp_path / "conf/mine.yaml").write_text("defaults:\n  - pixar_style\ndata:\n  folder: images\n")
     shown = yaml.safe_load(run(program, "train", "conf=mine", "--cfg", "job", cwd=tmp_path))
-    assert (shown["name"], shown["data"]["folder"]) == ("mine", "pictures")
+    assert (shown["name"], shown["data"]["folder"]) == ("mine", "images")
 
 
 def test_completion_from_a_foreign_folder(program: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

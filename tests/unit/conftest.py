@@ -1,4 +1,4 @@
-"""A picture and a language task on tiny models, with hand-made data."""
+"""An image and a language task on tiny models, with hand-made data."""
 
 import json
 from collections.abc import Callable
@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config.schema import Config, Device, Dialect, Precision
+from finetune.config.schema import Config, Device, ExportFormat, Precision
 from finetune.data.cache import Cache
 from finetune.language import tokenize
 from finetune.run.records import Dataset, Example, TextSet
@@ -33,14 +33,14 @@ def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def config(tmp_path: Path, tiny_base: Path) -> Config:
     """A run of a few steps on the CPU, without dropout."""
-    return picture_config(tmp_path, tiny_base)
+    return image_config(tmp_path, tiny_base)
 
 
-def picture_config(tmp_path: Path, tiny_base: Path) -> Config:
+def image_config(tmp_path: Path, tiny_base: Path) -> Config:
     config = Config(name="tiny", run_dir=str(tmp_path / "run"))
     config.model.base, config.model.resolution, config.model.bucket_step = str(tiny_base), 32, 16
     config.model.lora_targets = TARGETS
-    config.data.folder, config.data.cache = str(tmp_path / "pictures"), str(tmp_path / "cache")
+    config.data.folder, config.data.cache = str(tmp_path / "images"), str(tmp_path / "cache")
     config.lora.rank, config.lora.dropout = 4, 0.0
     config.optim.lr, config.optim.warmup_steps = 1e-2, 2
     config.trainer.precision, config.hardware.device = Precision.fp32, Device.cpu
@@ -69,7 +69,7 @@ def make_dataset(tmp_path: Path) -> Callable[..., Dataset]:
                 Example(
                     key=key,
                     file=f"{index:03d}.png",
-                    caption=f"picture {index}",
+                    caption=f"image {index}",
                     bucket=bucket,
                     crop=(0, 0, *bucket),
                     flipped=False,
@@ -125,7 +125,7 @@ def talking_config(tmp_path: Path, tiny_language: Path) -> Config:
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 4, 2, 2
     config.trainer.save_every, config.trainer.validate_every, config.trainer.log_every = 2, 2, 1
     config.sample.prompts, config.sample.seeds, config.sample.max_new_tokens = ["How many cats?"], [0], 4
-    config.export.dialects = [Dialect.peft]
+    config.export.formats = [ExportFormat.peft]
     return config
 
 

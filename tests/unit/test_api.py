@@ -150,7 +150,7 @@ def test_an_adapter_keeps_the_name_and_the_trigger_of_its_run(
     assert [(config.name, config.caption.trigger) for config in seen] == [("mine", "mine style")]
     assert seen[0].export.tolerance == 1e-3
     Path("run/config.yaml").write_text("a: [")
-    with pytest.raises(RunError, match=r"run/config.yaml is damaged; the same `train` command writes it anew"):
+    with pytest.raises(RunError, match=r"run/config.yaml is damaged; the same `train` command writes it again"):
         getattr(finetune, verb)("smoke", ["run_dir=run"])
 
 
@@ -161,7 +161,7 @@ def test_offload_without_a_card_is_said_once_to_change_nothing(
     plain.model.offload, plain.hardware.device = True, Device.cpu
     finished(plain)
     getattr(finetune, verb)(plain)
-    line = "model.offload=true changes nothing without a CUDA card: every layer is in main memory anyway\n"
+    line = "model.offload=true changes nothing without a CUDA GPU: every layer is in CPU memory anyway\n"
     assert capfd.readouterr().err.count(line) == 1
     plain.model.offload = False
     getattr(finetune, verb)(plain)
@@ -300,11 +300,11 @@ def _failing(number: int) -> Callable[..., Any]:
     ("overrides", "advice"),
     [
         (["trainer.micro_batch=6", "trainer.accumulate=2"], "try trainer.micro_batch=3 trainer.accumulate=4"),
-        (["trainer.micro_batch=1"], "try trainer.checkpointing=1"),
-        (["trainer.micro_batch=1", "trainer.checkpointing=2"], "try trainer.checkpointing=1"),
+        (["trainer.micro_batch=1"], "try trainer.activation_checkpointing=1"),
+        (["trainer.micro_batch=1", "trainer.activation_checkpointing=2"], "try trainer.activation_checkpointing=1"),
         (
-            ["trainer.micro_batch=1", "trainer.checkpointing=1"],
-            "try smaller pictures: model.resolution=64, model.quantize=nf4, or a smaller base model",
+            ["trainer.micro_batch=1", "trainer.activation_checkpointing=1"],
+            "try smaller images: model.resolution=64, model.quantize=nf4, or a smaller base model",
         ),
     ],
 )

@@ -58,8 +58,8 @@ def test_help_fits_a_terminal(finetune_cli: Cli) -> None:
 
 def test_help_shows_each_recipes_first_comment_line(finetune_cli: Cli, workdir: Path) -> None:
     (workdir / "conf").mkdir()
-    (workdir / "conf" / "mine.yaml").write_text("# Pictures of my garden.\nseed: 3\n")
-    assert re.search(r"^  mine +Pictures of my garden\.$", finetune_cli("--help").out, re.MULTILINE)
+    (workdir / "conf" / "mine.yaml").write_text("# Images of my garden.\nseed: 3\n")
+    assert re.search(r"^  mine +Images of my garden\.$", finetune_cli("--help").out, re.MULTILINE)
 
 
 def test_help_imports_neither_torch_nor_hydra() -> None:
@@ -83,7 +83,7 @@ def test_every_key_is_shown_with_its_value_and_meaning(finetune_cli: Cli, first:
     texts = describe.meanings()
     assert texts.keys() == describe.leaf_types().keys()
     assert lines[lines.index("lora.rank=7") + 1] == "    " + texts["lora.rank"]
-    assert "sample.guidance=7.5" not in lines  # a setting of picture models
+    assert "sample.guidance=7.5" not in lines  # a setting of image models
 
 
 @pytest.mark.parametrize("words", ["--cfg job train conf=smoke", "--cfg job conf=smoke train"])
@@ -157,8 +157,8 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
             ],
         ),
         (
-            ["train", "conf=pixar_style", "trainer.checkpointing=true"],
-            ["trainer.checkpointing must be 0 (none), 1 (every block) or n (every n-th block), got True"],
+            ["train", "conf=pixar_style", "trainer.activation_checkpointing=true"],
+            ["trainer.activation_checkpointing must be 0 (none), 1 (every block) or n (every n-th block), got True"],
         ),
         (["train", "conf=pixar_style", "lora=r33"], ["no lora preset called 'r33'; did you mean r32?"]),
         (["train", "conf=pixar_style", "lora.rank=1,2"], ["lora.rank got several values (1,2)"]),
@@ -320,13 +320,13 @@ def test_multirun_goes_on_after_a_failure_and_reports_it(
     def caption(config: Config) -> None:
         seen.append(config.seed)
         if config.seed == 1:
-            raise errors.DataError("no pictures")
+            raise errors.DataError("no images")
 
     monkeypatch.setattr(api, "caption", caption)
     monkeypatch.setattr(terminal, "show", lambda *_: None)
     answer = finetune_cli("caption", "conf=smoke", "seed=1,2", "-m")
     assert (seen, answer.code) == ([1, 2], 3)
-    assert "error: no pictures" in answer.errors
+    assert "error: no images" in answer.errors
 
 
 def test_multirun_stops_at_an_interruption(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -438,7 +438,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     [
         (
             CaptionSet("pics", (Caption("a.jpg", "a", "generated"), Caption("b.jpg", "b", "user"))),
-            "2 pictures, 1 by the",
+            "2 images, 1 by the",
         ),
         (Dataset("i", 9, 1, {"128x128": 10}, "e"), "9 to train, 1 held out; 128x128 (10)"),
         (Adapter("out/adapter", {"peft": "peft"}, {}, "base", ""), "adapter: out/adapter (peft)"),
@@ -482,8 +482,8 @@ def test_misspelt_keys_wrong_types_and_wrong_values_are_named_at_once(finetune_c
 def planned(**changes: Any) -> Plan:
     fast = Setting(2, 4, 0, False, False, 0.25, 8, {"weights": 5.0, "activations": 10.0, "CUDA context": 0.5})
     own = Setting(8, 1, 0, False, False, 0.5, 8, {"weights": 5.0, "activations": 40.0})
-    phases = {"training": fast.gib, "encoding pictures": 3.0, "export": 7.25}
-    found = Plan("smoke", "a/base", "a card", 23.5, "bf16", "none", "images", fast, own, (), phases, (), ("x" * 150,))
+    phases = {"training": fast.gib, "encoding images": 3.0, "export": 7.25}
+    found = Plan("smoke", "a/base", "a GPU", 23.5, "bf16", "none", "images", fast, own, (), phases, (), ("x" * 150,))
     return replace(found, **changes)
 
 
@@ -491,16 +491,17 @@ def test_plan_prints_a_table_of_80_columns_and_what_to_type(
     finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(api, "plan", lambda config: planned(main_gib={"export": 46.04, "training": 3.0}))
-    answer = finetune_cli("plan", "conf=smoke", "data.folder=pictures", "trainer.micro_batch=8", "trainer.accumulate=1")
+    monkeypatch.setattr(api, "plan", lambda config: planned(cpu_gib={"export": 46.04, "training": 3.0}))
+    answer = finetune_cli("plan", "conf=smoke", "data.folder=images", "trainer.micro_batch=8", "trainer.accumulate=1")
     assert answer.code == 0, answer.err
     for word in ("weights", "CUDA context", "phases", "export", "fastest", "own, too large", "32.0", "15.50"):
         assert word in answer.out
-    assert "main memory  at most 46.0 GiB for export, 3.0 GiB for training" in answer.out
+    assert "CPU memory  at most 46.0 GiB for export, 3.0 GiB for training" in answer.out
     table, command = answer.out.split("next\n")
     assert max(map(len, table.splitlines())) <= 80
     assert command.strip().endswith(
-        "train conf=smoke data.folder=pictures trainer.micro_batch=2 trainer.accumulate=4 trainer.checkpointing=0"
+        "train conf=smoke data.folder=images trainer.micro_batch=2 trainer.accumulate=4 "
+        "trainer.activation_checkpointing=0"
     )
     assert not (workdir / "outputs").exists()
 
@@ -508,7 +509,7 @@ def test_plan_prints_a_table_of_80_columns_and_what_to_type(
 def test_plan_says_in_one_line_and_an_exit_code_that_nothing_fits(
     finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    problem = "training needs 30.0 GiB at least, and a card has 23.5; model.resolution=512 would fit"
+    problem = "training needs 30.0 GiB at least, and a GPU has 23.5; model.resolution=512 would fit"
     monkeypatch.setattr(api, "plan", lambda config: planned(chosen=None, problems=(problem,)))
     answer = finetune_cli("plan", "conf=smoke")
     assert answer.code == errors.OutOfMemory.exit_code == 5

@@ -97,14 +97,14 @@ def test_paths_that_do_not_exist(reference):
 def test_a_folder_without_a_model_says_which_file_it_lacks(tmp_path, pipeline):
     from transformers import AutoTokenizer
 
-    neither = r"holds no model_index\.json \(of a picture model\) and no config\.json \(of a language model"
+    neither = r"holds no model_index\.json \(of an image model\) and no config\.json \(of a language model"
     for ask in (hub.local, lambda folder: hub.load(AutoTokenizer, folder), hub.config_folder):
         with pytest.raises(ModelError, match=neither) as error:
             ask(str(tmp_path))
         assert "hf download" not in str(error.value)
     (tmp_path / "config.json").write_text("{}")
     hub.require(str(tmp_path))
-    with pytest.raises(ModelError, match=r"holds no model_index\.json \(of a picture model\); name the folder that"):
+    with pytest.raises(ModelError, match=r"holds no model_index\.json \(of an image model\); name the folder that"):
         single_file.find(ModelConfig(base=str(tmp_path)))
     (tmp_path / "config.json").unlink()
     with pytest.raises(ModelError, match=r"holds no config\.json \(of a language model"):
@@ -114,7 +114,7 @@ def test_a_folder_without_a_model_says_which_file_it_lacks(tmp_path, pipeline):
 
 def test_hub_unreachable_says_so_within_seconds(no_network):
     start = time.monotonic()
-    for ask in (unet, hub.identity):
+    for ask in (unet, hub.content_hash):
         with pytest.raises(
             ModelError, match=r"not on disk \(.*hub can't be reached .*hf download.*model=embedded"
         ) as error:
@@ -157,41 +157,41 @@ def test_a_cached_model_needs_no_network(pipeline, no_network, tmp_path):
     snapshot = in_cache(pipeline, tmp_path / "hub")
     assert hub.resolve("someone/tiny") == "someone/tiny"
     assert unet("someone/tiny")
-    assert hub.identity("someone/tiny") == f"someone/tiny@{snapshot.name}"
-    assert hub.identity("someone/tiny", "vae") == f"someone/tiny@{snapshot.name}/vae"
-    assert hub.identity(f"someone/tiny@{snapshot.name}") == hub.identity("someone/tiny")
+    assert hub.content_hash("someone/tiny") == f"someone/tiny@{snapshot.name}"
+    assert hub.content_hash("someone/tiny", "vae") == f"someone/tiny@{snapshot.name}/vae"
+    assert hub.content_hash(f"someone/tiny@{snapshot.name}") == hub.content_hash("someone/tiny")
     shutil.rmtree(snapshot / "unet")
     with pytest.raises(ModelError, match=r"hub can't be reached"):
         unet("someone/tiny")
 
 
 def test_identity_is_of_content_and_of_the_parts_asked_for(copy, pipeline, tmp_path):
-    assert hub.identity(str(copy)) == hub.identity(str(pipeline))
+    assert hub.content_hash(str(copy)) == hub.content_hash(str(pipeline))
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     os.utime(file, (0, 0))
     (copy / "README.md").write_text("new")
-    assert hub.identity(str(copy)) == hub.identity(str(pipeline))
+    assert hub.content_hash(str(copy)) == hub.content_hash(str(pipeline))
     weights = load_file(file)
     name = next(iter(weights))
     weights[name] = weights[name] + 1
     save_file(weights, file, metadata={"format": "pt"})
-    assert hub.identity(str(copy)) != hub.identity(str(pipeline))
-    assert hub.identity(str(copy), "vae") == hub.identity(str(pipeline), "vae")
-    assert hub.identity(str(copy), "vae") != hub.identity(str(copy), "text_encoder*", "tokenizer*")
+    assert hub.content_hash(str(copy)) != hub.content_hash(str(pipeline))
+    assert hub.content_hash(str(copy), "vae") == hub.content_hash(str(pipeline), "vae")
+    assert hub.content_hash(str(copy), "vae") != hub.content_hash(str(copy), "text_encoder*", "tokenizer*")
     (copy / "vae" / "config.json").write_text(
         json.dumps(json.loads((copy / "vae" / "config.json").read_text()) | {"x": 1})
     )
-    assert hub.identity(str(copy), "vae") != hub.identity(str(pipeline), "vae")
+    assert hub.content_hash(str(copy), "vae") != hub.content_hash(str(pipeline), "vae")
 
 
 def test_identity_of_large_files_sees_every_region(copy, monkeypatch):
     monkeypatch.setattr(hub, "WHOLE_FILE_BYTES", 1000)
     monkeypatch.setattr(hub, "SAMPLED_BLOCK_BYTES", 512)
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
-    before = hub.identity(str(copy))
-    assert before == hub.identity(str(copy))
+    before = hub.content_hash(str(copy))
+    assert before == hub.content_hash(str(copy))
     save_file({name: weight + 1 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
-    assert hub.identity(str(copy)) != before
+    assert hub.content_hash(str(copy)) != before
 
 
 @pytest.mark.parametrize("kind", ["empty", "short", "long", "header", "text", "huge"])
@@ -210,7 +210,7 @@ def test_damaged_weights_are_named(copy, kind):
             "huge": b"\xff" * 8 + data,
         }[kind]
     )
-    with pytest.raises(ModelError, match=rf"{file} is damaged \(.+\); copy or download it anew"):
+    with pytest.raises(ModelError, match=rf"{file} is damaged \(.+\); copy or download it again"):
         unet(copy)
 
 

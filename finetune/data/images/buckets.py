@@ -1,4 +1,4 @@
-"""Aspect-ratio buckets: few picture shapes of about one area, so that pictures keep theirs and batches are full."""
+"""Aspect-ratio buckets: few image shapes of about one area, so that images keep theirs and batches are full."""
 
 import math
 from collections.abc import Sequence
@@ -34,7 +34,7 @@ def nearest(width: int, height: int, buckets: Sequence[Bucket]) -> Bucket:
 
 
 def centre_crop(width: int, height: int, bucket: Bucket) -> tuple[int, int, int, int]:
-    """The largest centred part (left, top, width, height) of the bucket's shape, in the picture's own pixels."""
+    """The largest centred part (left, top, width, height) of the bucket's shape, in the image's own pixels."""
     scale = max(bucket[0] / width, bucket[1] / height)
     crop_width = min(width, max(1, round(bucket[0] / scale)))
     crop_height = min(height, max(1, round(bucket[1] / scale)))
@@ -42,5 +42,5 @@ def centre_crop(width: int, height: int, bucket: Bucket) -> tuple[int, int, int,
 
 
 def upscales(width: int, height: int, bucket: Bucket) -> bool:
-    """Whether filling the bucket enlarges the picture: its pixels are then invented."""
+    """Whether filling the bucket enlarges the image: its pixels are then invented."""
     return width < bucket[0] or height < bucket[1]

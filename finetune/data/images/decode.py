@@ -1,6 +1,6 @@
-"""Pictures from disk as upright 8-bit RGB, whatever they are stored as, and cut to a bucket.
+"""Images from disk as upright 8-bit RGB, whatever they are stored as, and cut to a bucket.
 
-No decoder is run before the size is known to be allowed, and only decoders of ordinary picture formats are ever used.
+No decoder is run before the size is known to be allowed, and only decoders of ordinary image formats are ever used.
 """
 
 import io
@@ -29,14 +29,14 @@ _pillow_limit = threading.Lock()
 
 @dataclass(frozen=True)
 class Measure:
-    """A picture's upright width and height in pixels."""
+    """An image's upright width and height in pixels."""
 
     width: int
     height: int
 
 
 def open_rgb(path: Path, max_pixels: int) -> Image.Image:
-    """The picture upright in RGB, 8 bits: rotated as EXIF says, colour profile applied, transparency on white, 16 bits
+    """The image upright in RGB, 8 bits: rotated as EXIF says, colour profile applied, transparency on white, 16 bits
     scaled down, first frame of an animation.
 
     Raises DataError naming the file and the reason if it is missing, empty, corrupt, truncated, or has more than
@@ -74,8 +74,8 @@ def check(path: Path, max_pixels: int) -> None:
         raise DataError(f"{path}: {_reason(error)}") from error
 
 
-def fit(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, tuple[int, int, int, int]]:
-    """The centre of an upright picture resized to a bucket, and that crop (left, top, width, height) in its own pixels.
+def resize_and_crop(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, tuple[int, int, int, int]]:
+    """The centre of an upright image resized to a bucket, and that crop (left, top, width, height) in its own pixels.
 
     Lanczos over the whole area that an output pixel covers, so that reducing doesn't alias.
     """
@@ -85,13 +85,13 @@ def fit(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, tuple[int, int
 
 
 def report_bad(problems: Sequence[str], *, skip: bool) -> None:
-    """All unreadable pictures at once: a warning each if they may be skipped. Raises DataError otherwise."""
+    """All unreadable images at once: a warning each if they may be skipped. Raises DataError otherwise."""
     if not problems:
         return
     if not skip:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise DataError(
-            f"{len(problems)} unreadable pictures; mend or remove them, or skip them with data.skip_bad=true:{listed}"
+            f"{len(problems)} unreadable images; fix or remove them, or skip them with data.skip_bad=true:{listed}"
         )
     for problem in problems:
         say(f"warning: left out {problem}")
@@ -143,7 +143,7 @@ def _open(path: Path, stream: BinaryIO, max_pixels: int) -> Image.Image:
 
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
-        return f"is not a picture in any of these formats: {', '.join(FORMATS)}"
+        return f"is not an image in any of these formats: {', '.join(FORMATS)}"
     text = " ".join(str(error).split())
     if "truncated" in text:
         return f"is truncated ({text}); the rest of the file is missing"
@@ -153,7 +153,7 @@ def _reason(error: Exception) -> str:
 def _orientation(image: Image.Image) -> int:
     try:
         return int(image.getexif().get(ORIENTATION, 1))
-    except Exception:  # a broken EXIF block doesn't make the picture unusable
+    except Exception:  # a broken EXIF block doesn't make the image unusable
         return 1
 
 

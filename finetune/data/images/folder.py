@@ -1,5 +1,5 @@
-"""A folder of pictures and their captions: `metadata.jsonl` as imagefolder of the `datasets` library reads it, or a
-`.txt` beside a picture.
+"""A folder of images and their captions: `metadata.jsonl` as imagefolder of the `datasets` library reads it, or a
+`.txt` beside an image.
 
 Only names and texts are read here; nothing is decoded.
 """
@@ -41,14 +41,14 @@ class Row:
     number: int
 
 
-def pictures(folder: Path) -> list[str]:
-    """Every picture below a folder, as sorted paths relative to it with forward slashes.
+def images(folder: Path) -> list[str]:
+    """Every image below a folder, as sorted paths relative to it with forward slashes.
 
     Hidden files and folders are left out, as imagefolder does. Raises DataError if the folder is missing, empty or
-    without pictures.
+    without images.
     """
     if not str(folder) or not folder.exists():
-        raise DataError(f"there is no folder {folder}; name the folder of your pictures: data.folder=path/to/pictures")
+        raise DataError(f"there is no folder {folder}; name the folder of your images: data.folder=path/to/images")
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; name the folder that holds it: data.folder={folder.parent}")
     found = sorted(path for path in _listed(folder) if Path(path).suffix.lower() in EXTENSIONS)
@@ -56,21 +56,21 @@ def pictures(folder: Path) -> list[str]:
         return found
     others = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
     if not others:
-        raise DataError(f"{folder} is empty; put pictures into it or name another folder: data.folder=path/to/pictures")
+        raise DataError(f"{folder} is empty; put images into it or name another folder: data.folder=path/to/images")
     seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
     raise DataError(
-        f"{folder} has no pictures (found: {seen}); readable are {' '.join(EXTENSIONS)}; "
-        "put pictures into it or name another folder: data.folder=path/to/pictures"
+        f"{folder} has no images (found: {seen}); readable are {' '.join(EXTENSIONS)}; "
+        "put images into it or name another folder: data.folder=path/to/images"
     )
 
 
 def unread(folder: Path) -> list[str]:
-    """Files that look like pictures but are in formats that can't be read here (HEIC, SVG, camera raw, …)."""
+    """Files that look like images but are in formats that can't be read here (HEIC, SVG, camera raw, …)."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in UNREAD)
 
 
 def captions(folder: Path, files: Sequence[str]) -> dict[str, str]:
-    """The captions that are there, picture -> text: from `metadata.jsonl` (here or below), else from the `.txt`.
+    """The captions that are there, image -> text: from `metadata.jsonl` (here or below), else from the `.txt`.
 
     Blank texts count as none. Raises DataError for texts that aren't UTF-8, broken or contradictory metadata lines.
     """
@@ -86,12 +86,12 @@ def captions(folder: Path, files: Sequence[str]) -> dict[str, str]:
             elif text := (row.values.get("text") or "").strip():
                 found[file] = text
     if strangers:
-        say(f"warning: {METADATA} of {folder} names {len(strangers)} pictures that aren't there, first {strangers[0]}")
+        say(f"warning: {METADATA} of {folder} names {len(strangers)} images that aren't there, first {strangers[0]}")
     return {file: text for file in files if file not in found and (text := _sidecar(folder, file))} | found
 
 
-def outvoted(folder: Path, texts: Mapping[str, str]) -> list[str]:
-    """Pictures whose `.txt` says something else than the caption that is taken, sorted."""
+def overridden_sidecars(folder: Path, texts: Mapping[str, str]) -> list[str]:
+    """Images whose `.txt` says something else than the caption that is taken, sorted."""
     return sorted(file for file, text in texts.items() if _sidecar(folder, file) not in ("", " ".join(text.split())))
 
 
@@ -117,7 +117,7 @@ def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> 
 
 
 def metadata_of(folder: Path, file: str) -> Path:
-    """The metadata file that a picture's caption belongs to: the nearest one above it, else the folder's own."""
+    """The metadata file that an image's caption belongs to: the nearest one above it, else the folder's own."""
     parent = (folder / file).parent
     while parent != folder and not (parent / METADATA).exists():
         parent = parent.parent
@@ -133,7 +133,7 @@ def check_writable(folder: Path, files: Sequence[str]) -> None:
         except OSError as error:
             raise DataError(
                 f"captions can't be written to {parent / METADATA} ({error.strerror}); make the folder writable "
-                f"(chmod u+w), or copy the pictures and try data.folder=COPY"
+                f"(chmod u+w), or copy the images and try data.folder=COPY"
             ) from error
 
 
@@ -185,7 +185,7 @@ def read_rows(metadata: Path) -> dict[str, Row]:
 
 
 def _listed(folder: Path) -> list[str]:
-    """What imagefolder finds, without its guesses: a test_1.png is no test split, unlisted pictures count too."""
+    """What imagefolder finds, without its guesses: a test_1.png is no test split, unlisted images count too."""
     if not any(path.is_file() for path in folder.rglob("*")):
         return []  # imagefolder has an exception of its own for this
     import datasets
@@ -207,7 +207,7 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _sidecar(folder: Path, file: str) -> str:
-    """The text of the `.txt` beside a picture, in one line; empty where there is none."""
+    """The text of the `.txt` beside an image, in one line; empty where there is none."""
     sidecar = (folder / file).with_suffix(".txt")
     return " ".join(_decode(sidecar).split()) if sidecar.is_file() else ""
 

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import Format
+from finetune.config.schema import ConversationFormat
 from finetune.data.text import readers
 from finetune.errors import DataError
 
@@ -29,11 +29,11 @@ SKIP = "correct it, or leave such rows out: data.skip_bad=true"
 
 
 NEEDS = {
-    Format.messages: '"messages": [{"role": …, "content": …}, …]',
-    Format.sharegpt: '"conversations": [{"from": …, "value": …}, …]',
-    Format.alpaca: '"instruction", "output" and perhaps "input", "system", "history"',
-    Format.prompt_completion: '"prompt" and "completion", two texts or two lists of messages',
-    Format.text: '"text"',
+    ConversationFormat.messages: '"messages": [{"role": …, "content": …}, …]',
+    ConversationFormat.sharegpt: '"conversations": [{"from": …, "value": …}, …]',
+    ConversationFormat.alpaca: '"instruction", "output" and perhaps "input", "system", "history"',
+    ConversationFormat.prompt_completion: '"prompt" and "completion", two texts or two lists of messages',
+    ConversationFormat.text: '"text"',
 }
 
 
@@ -60,7 +60,7 @@ class Source:
 
     path: Path
     files: tuple[Path, ...]
-    format: Format
+    format: ConversationFormat
     named: bool
 
     def __str__(self) -> str:
@@ -69,7 +69,7 @@ class Source:
         return f"{self.path}: {self.format.value} ({how}){files}"
 
 
-def open_source(path: Path, *, format_: Format = Format.auto) -> Source:
+def open_source(path: Path, *, format_: ConversationFormat = ConversationFormat.auto) -> Source:
     """The files behind a path and their format, under `auto` recognised by the first readable row.
 
     Raises DataError for missing, empty or unreadable files and for columns of no known format.
@@ -82,7 +82,7 @@ def open_source(path: Path, *, format_: Format = Format.auto) -> Source:
                 error = error or row
                 continue
             where = f"{file}:{number}"
-            named = format_ is not Format.auto
+            named = format_ is not ConversationFormat.auto
             found = format_ if named else _recognise(_columns(row, where), where)
             return Source(path, files, found, named)
     raise error or DataError(f"{path} holds no rows; a row has one of these: {_formats()}")
@@ -111,7 +111,7 @@ def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> I
         raise DataError(f"{source.path}: nothing is left, all {left_out} rows are unusable; try data.skip_bad=false")
 
 
-def conversation(row: object, format_: Format, where: str, *, strict: bool = True) -> Conversation:
+def conversation(row: object, format_: ConversationFormat, where: str, *, strict: bool = True) -> Conversation:
     """One row, normalised. strict: refuse a row that looks like another format than `format_`.
 
     Raises DataError for missing columns, mixed formats, unknown roles, empty texts and rows without an answer.
@@ -122,16 +122,16 @@ def conversation(row: object, format_: Format, where: str, *, strict: bool = Tru
             f"{where}: is {found.value}, earlier rows are {format_.value}; keep one format in a file, or name it: "
             f"data.format={format_.value}"
         )
-    if format_ is Format.text:
+    if format_ is ConversationFormat.text:
         messages = [Message(TEXT, _text(columns.get("text"), where, '"text"'))]
         if not messages[0].content.strip():
             raise DataError(f"{where}: its text is empty; {SKIP}")
         return Conversation(tuple(messages), where)
     if columns.get("tools"):
         raise DataError(f'{where}: holds "tools", which are not read; describe them in a system message, or remove it')
-    if format_ is Format.alpaca:
+    if format_ is ConversationFormat.alpaca:
         messages = _alpaca(columns, where)
-    elif format_ is Format.prompt_completion:
+    elif format_ is ConversationFormat.prompt_completion:
         messages = _prompt_completion(columns, where)
     else:
         name = next((name for name in TURNS if columns.get(name) is not None), TURNS[0])
@@ -147,19 +147,23 @@ def _columns(row: object, where: str) -> dict[str, Any]:
     return row
 
 
-def _recognise(columns: dict[str, Any], where: str) -> Format:
+def _recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
     there = {name for name, value in columns.items() if value is not None}
     for name in TURNS:
         if name in there:
             turns = _parsed(columns[name], where, f'"{name}"')
             first = turns[0] if isinstance(turns, list) and turns else None
-            return Format.sharegpt if isinstance(first, dict) and "from" in first else Format.messages
+            return (
+                ConversationFormat.sharegpt
+                if isinstance(first, dict) and "from" in first
+                else ConversationFormat.messages
+            )
     if "instruction" in there and there & {*ANSWERS}:
-        return Format.alpaca
+        return ConversationFormat.alpaca
     if "prompt" in there and there & {"completion", "response"}:
-        return Format.prompt_completion
+        return ConversationFormat.prompt_completion
     if "text" in there:
-        return Format.text
+        return ConversationFormat.text
     raise DataError(
         f"{where}: its columns ({', '.join(sorted(map(str, there))) or 'none'}) are of no known format; "
         f"rename them to one of these: {_formats()}"
@@ -192,7 +196,7 @@ def _prompt_completion(columns: dict[str, Any], where: str) -> list[Message]:
     for name, role in (("prompt", "user"), (answer, "assistant")):
         value = columns.get(name)
         if isinstance(value, list):
-            turns = _turns(value, where, f'"{name}"', Format.messages)
+            turns = _turns(value, where, f'"{name}"', ConversationFormat.messages)
             # Answers that stand in the prompt are context: the completion is what shall be learnt.
             messages += [Message(turn.role, turn.content, turn.trained and name != "prompt") for turn in turns]
         else:
@@ -200,8 +204,8 @@ def _prompt_completion(columns: dict[str, Any], where: str) -> list[Message]:
     return messages
 
 
-def _turns(value: object, where: str, name: str, format_: Format) -> list[Message]:
-    role_key, text_key = ("from", "value") if format_ is Format.sharegpt else ("role", "content")
+def _turns(value: object, where: str, name: str, format_: ConversationFormat) -> list[Message]:
+    role_key, text_key = ("from", "value") if format_ is ConversationFormat.sharegpt else ("role", "content")
     turns = _parsed(value, where, name)
     if not isinstance(turns, list):
         raise DataError(f"{where}: {name} must be a list of turns, got {_shown(turns)}; it needs {NEEDS[format_]}")

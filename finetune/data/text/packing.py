@@ -1,7 +1,7 @@
 """Rows of many lengths laid side by side in packs of one length, each isolated from its neighbours.
 
 The plan is a pure function of lengths, seed and epoch: every row occurs exactly once per epoch, and a resumed run only
-has to skip. Rows are shuffled anew each epoch and packed within a window of them, so that the plan streams.
+has to skip. Rows are shuffled again each epoch and packed within a window of them, so that the plan streams.
 """
 
 import itertools
@@ -36,7 +36,7 @@ class Pack:
     rows: tuple[int, ...]
 
     @property
-    def real(self) -> int:
+    def tokens(self) -> int:
         """Slots that are not padding."""
         return int((self.segments != PADDING).sum())
 
@@ -46,13 +46,13 @@ class Utilisation:
     """How full the packs of an epoch are: counts of packs, slots, slots with a token, slots with a trained token."""
 
     packs: int
-    slots: int
-    real: int
+    capacity: int
+    tokens: int
     trained: int
 
     def __str__(self) -> str:
-        real, trained = self.real / max(1, self.slots), self.trained / max(1, self.slots)
-        return f"{self.packs} packs, {real:.1%} of slots hold a token, {trained:.1%} a trained one"
+        tokens, trained = self.tokens / max(1, self.capacity), self.trained / max(1, self.capacity)
+        return f"{self.packs} packs, {tokens:.1%} of slots hold a token, {trained:.1%} a trained one"
 
 
 def plan(
@@ -111,7 +111,7 @@ def build(read: Callable[[int], Encoded], rows: Sequence[int], *, length: int) -
         row = read(index)
         begin, stop = stop, stop + len(row.ids)
         if stop > length:
-            raise DataError(f"rows {tuple(rows)} need {stop} slots or more, a pack has {length}; plan anew")
+            raise DataError(f"rows {tuple(rows)} need {stop} slots or more, a pack has {length}; plan again")
         ids[begin:stop], trained[begin + 1 : stop] = row.ids, row.trained[1:]
         positions[begin:stop], segments[begin:stop] = np.arange(stop - begin), number
     positions[stop:] = np.arange(length - stop)

@@ -244,7 +244,7 @@ def _parquet(path: Path) -> Rows:
             batches = table.iter_batches(batch_size=TABLE_ROWS)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except pyarrow.ArrowException as error:
-        raise DataError(f"{path}: is no readable Parquet file ({_short(error)}); write or copy it anew") from error
+        raise DataError(f"{path}: is no readable Parquet file ({_short(error)}); write or copy it again") from error
 
 
 def _dataset(path: Path) -> Rows:
@@ -253,7 +253,7 @@ def _dataset(path: Path) -> Rows:
     try:
         loaded = datasets.load_from_disk(str(path))
     except Exception as error:  # whatever the library makes of a damaged folder
-        raise DataError(f"{path}: can't be loaded by `datasets` ({_short(error)}); save it anew") from error
+        raise DataError(f"{path}: can't be loaded by `datasets` ({_short(error)}); save it again") from error
     if isinstance(loaded, datasets.DatasetDict):
         name = "train" if "train" in loaded else next(iter(loaded), "") if len(loaded) == 1 else ""
         if not name:

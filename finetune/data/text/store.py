@@ -1,7 +1,7 @@
 """A whole set of conversations as token rows on disk, found by content and read memory-mapped.
 
 One folder per key; the key hashes the files' bytes, the tokenizer with its template, and the settings, never a path or
-a time. A damaged folder is made anew; folders appear whole or not at all, and may be deleted at any time.
+a time. A damaged folder is made again; folders appear whole or not at all, and may be deleted at any time.
 """
 
 import json
@@ -65,7 +65,7 @@ class Figures:
     errors: tuple[str, ...]
 
     @property
-    def lost(self) -> float:
+    def truncated_share(self) -> float:
         """Share of trained tokens lost to the length, 0 … 1."""
         return 1 - self.trained / self.whole if self.whole else 0.0
 
@@ -83,8 +83,8 @@ class Figures:
             found += [error.removesuffix(f", {SKIP}") for error in self.errors]  # that is done already
         if self.long:
             found.append(
-                f"warning: {self.long:,} rows are over the length; {self.lost:.2%} of trained tokens are lost, "
-                f"{self.left_out:,} rows altogether"
+                f"warning: {self.long:,} rows are over the length; {self.truncated_share:.2%} of trained tokens are "
+                f"lost, {self.left_out:,} rows altogether"
             )
         if self.shortened:
             found.append(f"warning: the chat template leaves out a part of {self.shortened:,} answers")
@@ -144,7 +144,7 @@ class Rows:
         groups = np.asarray(self._arrays["groups"])[self._firsts()]
         return len(groups) - len(np.unique(groups))
 
-    def leaked(self, share: float) -> tuple[int, int]:
+    def near_duplicates(self, share: float) -> tuple[int, int]:
         """How many held-out conversations have a near-duplicate among those trained on, and how many are held out."""
         signatures = self._arrays["signatures"].reshape(len(self), duplicates.HASHES)
         train, held_out = (part[np.isin(part, self._firsts())] for part in self.split(share))
@@ -173,7 +173,9 @@ def prepare(
     from filelock import FileLock
 
     content = readers.content_hash(source.files)
-    key = hash_of(MADE_BY, content, source.format.value, source.named, chat.identity, length, long_rows.value, skip_bad)
+    key = hash_of(
+        MADE_BY, content, source.format.value, source.named, chat.content_hash, length, long_rows.value, skip_bad
+    )
     folder = cache / f"rows-{key[:32]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
@@ -196,7 +198,7 @@ def reopen(folder: Path, *, whole: bool = False) -> Rows:
     figures = _intact(folder, whole=whole)
     if figures is None:
         raise DataError(
-            f"the token rows {folder} are damaged or gone; run the same command again and they are made anew"
+            f"the token rows {folder} are damaged or gone; run the same command again and they are made again"
         )
     return Rows(folder, figures, cached=True)
 

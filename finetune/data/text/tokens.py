@@ -49,9 +49,9 @@ class Chat:
         self._control = re.compile("|".join(control) or r"(?!)")
 
     @property
-    def identity(self) -> str:
+    def content_hash(self) -> str:
         """Hash (hex) of everything that decides ids and masks."""
-        return vocabulary.identity(self.tokenizer, self.template.text)
+        return vocabulary.content_hash(self.tokenizer, self.template.text)
 
     def ends(self) -> tuple[int, ...]:
         """Ids that end an answer: what a sampler must stop at. Raises DataError where there are none."""
@@ -156,7 +156,7 @@ class Chat:
         return count
 
 
-def marked(tokenizer: Any, row: Encoded) -> str:
+def preview_row(tokenizer: Any, row: Encoded) -> str:
     """A row as text with its trained tokens in ⟦ ⟧: for logs, so that a wrong mask is seen at once."""
     parts = []
     borders = [0, *(np.flatnonzero(np.diff(row.trained)) + 1).tolist(), len(row.ids)]

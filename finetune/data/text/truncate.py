@@ -9,7 +9,7 @@ from finetune.data.text.tokens import Encoded
 from finetune.errors import DataError
 
 
-def fit(row: Encoded, *, length: int, policy: LongRows, start_id: int | None, source: str) -> list[Encoded]:
+def truncate(row: Encoded, *, length: int, policy: LongRows, start_id: int | None, source: str) -> list[Encoded]:
     """A row as rows of at most `length` tokens; empty if it is left out. Pieces without a trained token are left out.
 
     start_id: the start token, which each piece gets in front if the row has it. What was lost is the difference in

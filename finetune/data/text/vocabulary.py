@@ -16,7 +16,7 @@ def control_tokens(tokenizer: Any) -> tuple[str, ...]:
     return tuple(sorted({*tokenizer.all_special_tokens, *added}))
 
 
-def identity(tokenizer: Any, template: str = "") -> str:
+def content_hash(tokenizer: Any, template: str = "") -> str:
     """Who a tokenizer with its template is, by content: sha256 (hex), whatever its path or padding."""
     digest = hashlib.sha256()
     backend = getattr(tokenizer, "backend_tokenizer", None)

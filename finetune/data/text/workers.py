@@ -1,6 +1,6 @@
 """Encoding in several processes, in order and in constant memory.
 
-The processes are started afresh and fed through pipes: forking a process that holds threads, locks or a card hangs, and
+The processes are started afresh and fed through pipes: forking a process that holds threads, locks or a GPU hangs, and
 `multiprocessing` would run a user's script again where it lacks its `if __name__ == "__main__"`.
 """
 
@@ -23,7 +23,7 @@ from finetune.config.schema import LongRows
 from finetune.data.text import duplicates
 from finetune.data.text.formats import Conversation
 from finetune.data.text.tokens import Chat, Encoded
-from finetune.data.text.truncate import fit
+from finetune.data.text.truncate import truncate
 from finetune.errors import DataError, RunError
 
 BATCH = 256  # rows sent at once
@@ -189,7 +189,7 @@ def _encode(first: int, batch: list[Conversation], work: Work) -> Chunk:
             counts["bad"] += 1
             errors.append(str(encoded))
             continue
-        pieces = fit(encoded, length=work.length, policy=work.long_rows, start_id=start_id, source=row.source)
+        pieces = truncate(encoded, length=work.length, policy=work.long_rows, start_id=start_id, source=row.source)
         counts["long"] += len(encoded.ids) > work.length
         counts["left_out"] += not pieces
         counts["whole"] += int(encoded.trained.sum())

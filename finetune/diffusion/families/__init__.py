@@ -1,4 +1,4 @@
-"""The families of picture models, each a small module; `family` finds one by its name in the configuration."""
+"""The families of image models, each a small module; `family` finds one by its name in the configuration."""
 
 from importlib import import_module
 from typing import cast

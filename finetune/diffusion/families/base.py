@@ -1,4 +1,4 @@
-"""What sets one family of picture models apart from another; all else is `finetune.diffusion.pipeline`.
+"""What sets one family of image models apart from another; all else is `finetune.diffusion.pipeline`.
 
 B images, C latent channels, h×w latent pixels, H×W pixels, L text tokens, D text width.
 """
@@ -13,11 +13,11 @@ from torch.nn import functional
 
 from finetune.diffusion.objectives import Objective
 
-# Most pixels that an autoencoder takes at once: of several pictures, which then come one by one; of one picture, which
-# then comes in overlapping tiles. Tiles are normalised each by itself and blended, so smaller pictures are left whole.
-AT_ONCE, UNTILED = 1024**2, 2 * 1024**2
+# Most pixels that an autoencoder takes at once: of several images, which then come one by one; of one image, which
+# then comes in overlapping tiles. Tiles are normalised each by itself and blended, so smaller images are left whole.
+MAX_BATCH_PIXELS, UNTILED = 1024**2, 2 * 1024**2
 TILE = 512  # pixels a side, of the tiles of an autoencoder that has to be thrifty
-FRUGAL = "takes_tiles"  # an attribute of an autoencoder, see `spare`
+TILED = "takes_tiles"  # an attribute of an autoencoder, see `enable_tiling`
 Text = dict[
     str, Tensor
 ]  # what the text encoders make of one caption, or stacked of many; the same shapes for every one
@@ -26,7 +26,7 @@ PLACEHOLDER = "\N{DOTTED CIRCLE}"  # any text that no chat template holds
 
 
 class Family(Protocol):
-    """A module of `finetune.diffusion.families`: one architecture of picture models."""
+    """A module of `finetune.diffusion.families`: one architecture of image models."""
 
     PIPELINE: str
     """The class of diffusers whose folders, text encoding, sampling and LoRA files these models have."""
@@ -73,12 +73,12 @@ class Family(Protocol):
         """Mean and standard deviation of the latents as the backbone sees them, each (B, C, h, w)."""
         ...
 
-    def left(self, latents_BChw: Tensor) -> Tensor:
+    def pack_latents(self, latents_BChw: Tensor) -> Tensor:
         """Latents in the shape in which the pipeline leaves them, for `pixels`; of their values nothing is undone."""
         ...
 
     def pixels(self, vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
-        """What the pipeline left as latents, as pixels (B, 3, H, W) in -1 … 1. height, width: of the picture."""
+        """What the pipeline left as latents, as pixels (B, 3, H, W) in -1 … 1. height, width: of the image."""
         ...
 
     def call(self, text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
@@ -88,7 +88,7 @@ class Family(Protocol):
 
 def kl_moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     """`moments` of an AutoencoderKL: shifted and scaled as its configuration says."""
-    divide(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
+    set_slicing(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
     posterior = vae.encode(pixels_B3HW).latent_dist
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
     return (posterior.mean - shift) * scale, posterior.std * scale
@@ -98,17 +98,17 @@ def kl_pixels(vae: Any, latents_BChw: Tensor) -> Tensor:
     """`pixels` of an AutoencoderKL."""
     shift, scale = float(vae.config.shift_factor or 0.0), float(vae.config.scaling_factor)
     factor = 2 ** (len(vae.config.block_out_channels) - 1)  # of the sides
-    divide(vae, len(latents_BChw), latents_BChw[0, 0].numel() * factor**2)
+    set_slicing(vae, len(latents_BChw), latents_BChw[0, 0].numel() * factor**2)
     pixels: Tensor = vae.decode(latents_BChw / scale + shift).sample
     return pixels
 
 
-def unpacked(latents_BChw: Tensor) -> Tensor:
-    """`left` of a family whose pipeline leaves latents as they are."""
+def identity_layout(latents_BChw: Tensor) -> Tensor:
+    """`pack_latents` of a family whose pipeline leaves latents as they are."""
     return latents_BChw
 
 
-def kl_picture(vae: Any, latents_BChw: Tensor, height: int, width: int) -> Tensor:
+def decode_kl(vae: Any, latents_BChw: Tensor, height: int, width: int) -> Tensor:
     """`pixels` of a family whose pipeline leaves an AutoencoderKL's latents as they are."""
     return kl_pixels(vae, latents_BChw)
 
@@ -124,21 +124,21 @@ def pooled_call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any
     }
 
 
-def divide(vae: Any, pictures: int, pixels: int) -> None:
-    """Set how the autoencoder goes about so many pictures of so many pixels each."""
-    vae.use_slicing = frugal(vae) or pictures * pixels > AT_ONCE
-    vae.use_tiling = frugal(vae) or pixels > UNTILED
+def set_slicing(vae: Any, images: int, pixels: int) -> None:
+    """Set how the autoencoder goes about so many images of so many pixels each."""
+    vae.use_slicing = is_tiled(vae) or images * pixels > MAX_BATCH_PIXELS
+    vae.use_tiling = is_tiled(vae) or pixels > UNTILED
 
 
-def frugal(vae: Any) -> bool:
-    """Whether `spare` was called."""
-    return bool(getattr(vae, FRUGAL, False))
+def is_tiled(vae: Any) -> bool:
+    """Whether `enable_tiling` was called."""
+    return bool(getattr(vae, TILED, False))
 
 
-def spare(vae: Any) -> None:
+def enable_tiling(vae: Any) -> None:
     """Have an autoencoder take whatever is larger than a tile in tiles, for the sake of memory."""
-    setattr(vae, FRUGAL, True)
-    if hasattr(vae, "tile_latent_min_size"):  # else it has small tiles by itself; these are as large as its pictures
+    setattr(vae, TILED, True)
+    if hasattr(vae, "tile_latent_min_size"):  # else it has small tiles by itself; these are as large as its images
         vae.tile_sample_min_size, vae.tile_latent_min_size = TILE, TILE // 2 ** (len(vae.config.block_out_channels) - 1)
 
 

@@ -64,7 +64,7 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
     return unpack(prediction_BND, height, width)
 
 
-def left(latents_BChw: Tensor) -> Tensor:
+def pack_latents(latents_BChw: Tensor) -> Tensor:
     return pack(latents_BChw)
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.diffusion.families.base import Text, divide, room_in_chat
+from finetune.diffusion.families.base import Text, room_in_chat, set_slicing
 from finetune.diffusion.objectives import FLOW_STEPS, Flow, Objective
 
 PIPELINE = "Flux2KleinPipeline"
@@ -26,7 +26,7 @@ PATCH = 2
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
-    """One caption at a time: the hidden states and logits of many would fill a card."""
+    """One caption at a time: the hidden states and logits of many would fill a GPU."""
     device = pipeline.text_encoder.device
     embeddings = [pipeline.encode_prompt(text, device=device, max_sequence_length=TEXT_TOKENS)[0] for text in texts]
     return {"embedding": torch.cat(embeddings)}
@@ -72,7 +72,7 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
 
 def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     """Patched as the pipeline does and normalised with the running statistics of the autoencoder's batch norm."""
-    divide(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
+    set_slicing(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
     posterior = vae.encode(pixels_B3HW).latent_dist
     mean_C11, variance_C11 = (values.view(-1, 1, 1) for values in (vae.bn.running_mean, vae.bn.running_var))
     spread_C11 = (variance_C11 + vae.config.batch_norm_eps).sqrt()
@@ -80,13 +80,13 @@ def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     return (patched[0] - mean_C11) / spread_C11, patched[1] / spread_C11
 
 
-def left(latents_BChw: Tensor) -> Tensor:
+def pack_latents(latents_BChw: Tensor) -> Tensor:
     return functional.pixel_shuffle(latents_BChw, PATCH)
 
 
 def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """The pipeline has undone patches and normalisation."""
-    divide(vae, len(latents), height * width)
+    set_slicing(vae, len(latents), height * width)
     decoded: Tensor = vae.decode(latents).sample
     return decoded
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.base import MASK, Text, divide, lengths, padded, stacked
+from finetune.diffusion.families.base import MASK, Text, lengths, padded, set_slicing, stacked
 from finetune.diffusion.families.flux import pack, unpack
 from finetune.diffusion.objectives import FLOW_STEPS, IMAGE_PATCH, Flow, Objective
 
@@ -59,18 +59,18 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
 
 
 def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
-    divide(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
+    set_slicing(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
     posterior = vae.encode(pixels_B3HW.unsqueeze(2)).latent_dist  # one frame
     shift_C11, spread_C11 = _scale(vae, posterior.mean)
     return (posterior.mean.squeeze(2) - shift_C11) / spread_C11, posterior.std.squeeze(2) / spread_C11
 
 
-def left(latents_BChw: Tensor) -> Tensor:
+def pack_latents(latents_BChw: Tensor) -> Tensor:
     return pack(latents_BChw)
 
 
 def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    divide(vae, len(latents), height * width)
+    set_slicing(vae, len(latents), height * width)
     factor = vae.spatial_compression_ratio
     latents_BChw = unpack(latents, height // factor, width // factor)
     shift_C11, spread_C11 = _scale(vae, latents)

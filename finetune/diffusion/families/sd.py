@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.diffusion.families.base import Text, kl_moments, kl_picture, unpacked
+from finetune.diffusion.families.base import Text, decode_kl, identity_layout, kl_moments
 from finetune.diffusion.objectives import Denoising, Objective
 
 PIPELINE = "StableDiffusionPipeline"
@@ -18,8 +18,8 @@ FILE_TEXT = {"text_encoder": "cond_stage_model."}
 TEXT_TOKENS = 77  # what CLIP reads
 
 moments = kl_moments
-left = unpacked
-pixels = kl_picture
+pack_latents = identity_layout
+pixels = decode_kl
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.diffusion.families.base import Text, kl_moments, kl_picture, pooled_call, unpacked
+from finetune.diffusion.families.base import Text, decode_kl, identity_layout, kl_moments, pooled_call
 from finetune.diffusion.objectives import Flow, Objective
 
 PIPELINE = "StableDiffusion3Pipeline"
@@ -22,8 +22,8 @@ FILE_TEXT = {
 CLIP_TOKENS, T5_TOKENS = 77, 256
 
 moments = kl_moments
-left = unpacked
-pixels = kl_picture
+pack_latents = identity_layout
+pixels = decode_kl
 call = pooled_call
 
 

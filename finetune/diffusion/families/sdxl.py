@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.base import Text, kl_moments, kl_picture, pooled_call, unpacked
+from finetune.diffusion.families.base import Text, decode_kl, identity_layout, kl_moments, pooled_call
 from finetune.diffusion.objectives import Denoising, Objective
 
 PIPELINE = "StableDiffusionXLPipeline"
@@ -21,8 +21,8 @@ SIZES = 6  # numbers that tell the UNet of size and crop
 VAE_FACTOR = 8
 
 moments = kl_moments
-left = unpacked
-pixels = kl_picture
+pack_latents = identity_layout
+pixels = decode_kl
 call = pooled_call
 
 
@@ -52,7 +52,7 @@ def objective(scheduler: Any) -> Objective:
 
 
 def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
-    """The piece that was cut out counts as the whole picture: what is drawn later then looks whole, not cropped."""
+    """The piece that was cut out counts as the whole image: what is drawn later then looks whole, not cropped."""
     height, width = (side * VAE_FACTOR for side in noisy_BChw.shape[-2:])
     sizes_B6 = torch.tensor([[height, width, 0, 0, height, width]] * len(noisy_BChw), device=noisy_BChw.device)
     prediction: Tensor = model(

@@ -1,4 +1,4 @@
-"""Z-Image (Tongyi-MAI, arXiv 2511.22699): one stream of caption and picture tokens.
+"""Z-Image (Tongyi-MAI, arXiv 2511.22699): one stream of caption and image tokens.
 
 The model counts time from noise (0) to clean (1) and predicts the velocity that way; both are turned round here.
 """
@@ -12,13 +12,13 @@ from torch import Tensor
 from finetune.diffusion.families.base import (
     MASK,
     Text,
+    decode_kl,
+    identity_layout,
     kl_moments,
-    kl_picture,
     lengths,
     padded,
     room_in_chat,
     stacked,
-    unpacked,
 )
 from finetune.diffusion.objectives import FLOW_STEPS, Flow, Objective
 
@@ -32,12 +32,12 @@ FILE_TEXT: Mapping[str, str] = {}
 TEXT_TOKENS = 512
 
 moments = kl_moments
-left = unpacked
-pixels = kl_picture
+pack_latents = identity_layout
+pixels = decode_kl
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
-    """One caption at a time: the hidden states of many would fill a card."""
+    """One caption at a time: the hidden states of many would fill a GPU."""
     device = pipeline.text_encoder.device
     captions = []
     for text in texts:

@@ -199,7 +199,7 @@ def test_a_peft_folder_makes_the_trained_module_of_the_untouched_base(
 ) -> None:
     trained = lora.inject(load(kind), **SETTINGS, **extra)
     train(trained, optimizer_of(trained))
-    average = {name: weight.clone() for name, weight in lora.live(trained).items()}
+    average = {name: weight.clone() for name, weight in lora.trainable_tensors(trained).items()}
     for number, weights in enumerate((lora.state(trained), average)):
         formats.save_peft(trained, tmp_path / str(number), weights, "somewhere/base")
         loaded = PeftModel.from_pretrained(load(kind), str(tmp_path / str(number))).eval()
@@ -241,7 +241,7 @@ def test_what_is_trained_is_fp32_counted_and_named_as_peft_names_it(
     assert {parameter.dtype for parameter in lora.adapter_parameters(model)} == {torch.float32}
     assert lora.state(model).keys() == get_peft_model_state_dict(model).keys()
     trainable, total = lora.counts(model)
-    assert trainable == sum(weight.numel() for weight in lora.live(model).values())
+    assert trainable == sum(weight.numel() for weight in lora.trainable_tensors(model).values())
     unquantised = load("fp32 tied" if kind.endswith("tied") else "fp32")
     assert total == trainable + sum(parameter.numel() for parameter in unquantised.parameters())
 
@@ -300,7 +300,7 @@ def test_magnitudes_of_weights_that_cannot_be_read_are_refused(load: Callable[[s
     with pytest.raises(ModelError, match=r"lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4"):
         lora.inject(load("int8"), **SETTINGS, dora=True)
     model = load("fp32")
-    model.model.norm.to("meta")  # stands for a card that the other layers are not on
+    model.model.norm.to("meta")  # stands for a GPU that the other layers are not on
     with pytest.raises(ModelError, match=r"lora.dora=true needs all weights where it computes, and model.offload"):
         lora.inject(model, **SETTINGS, dora=True)
 

@@ -44,7 +44,11 @@ BAD = [
     ("optim.betas", [0.9], "optim.betas must be two numbers"),
     ("trainer.steps", 0, "trainer.steps must be at least 1"),
     ("trainer.micro_batch", 0, "trainer.micro_batch must be at least 1"),
-    ("trainer.checkpointing", -1, "trainer.checkpointing must be at least 0, got -1; try trainer.checkpointing=1"),
+    (
+        "trainer.activation_checkpointing",
+        -1,
+        "trainer.activation_checkpointing must be at least 0, got -1; try trainer.activation_checkpointing=1",
+    ),
     ("data.validation_share", -0.1, "data.validation_share must be in 0 … 1"),
     ("loss.caption_dropout", 2.0, "loss.caption_dropout must be in 0 … 1"),
     ("sample.seeds", [], "sample.seeds must name at least one seed"),
@@ -62,7 +66,7 @@ def test_check_names_a_bad_value(key: str, value: object, said: str) -> None:
 def test_int8_layers_do_not_go_to_main_memory() -> None:
     config = load("pirate_chat", ["model.quantize=int8", "model.offload=true"])
     assert check(config) == [
-        "model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the card once used"
+        "model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the GPU once used"
     ]
 
 
@@ -82,7 +86,7 @@ def _set(config: Config, key: str, value: object) -> None:
 def test_as_dict_holds_plain_values_only() -> None:
     plain = as_dict(load("pixar_style"))
     assert plain["trainer"]["precision"] == "auto"
-    assert plain["export"]["dialects"] == ["peft", "diffusers", "kohya"]
+    assert plain["export"]["formats"] == ["peft", "diffusers", "kohya"]
 
 
 @pytest.mark.parametrize("preset", ["embedded", "sd15"])

@@ -15,7 +15,7 @@ def store(tmp_path):
 
 
 def test_round_trip_with_notes(store):
-    key = cache.key_of("picture", 1)
+    key = cache.key_of("image", 1)
     assert not store.has(key)
     path = store.put(key, TENSORS, lost="the tail … ü")
     assert path == store.path(key) == store.folder / key[:2] / f"{key}.safetensors"
@@ -60,7 +60,7 @@ def test_reading_a_missing_or_damaged_entry_names_it(store):
         cache.read(store.folder / "gone.safetensors")
     path = store.put("cd" * 32, TENSORS)
     path.write_bytes(path.read_bytes()[:20])
-    with pytest.raises(DataError, match=r"the same command encodes it anew"):
+    with pytest.raises(DataError, match=r"the same command encodes it again"):
         cache.read(path)
 
 

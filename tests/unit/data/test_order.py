@@ -28,13 +28,13 @@ def test_every_example_once_an_epoch_and_every_step_full(buckets, effective, see
     epochs = 5
     steps = take(buckets, effective, seed, epochs * len(buckets) // effective + effective + 2)
     assert all(len(step) == effective for step in steps)
-    seen = Counter(visit for step in steps for visit in step)
+    seen = Counter(draw for step in steps for draw in step)
     assert set(seen.values()) <= {1}, "no visit occurs twice"
     whole = take(buckets, effective, seed, epochs * len(buckets) // effective)
     missing = epochs * len(buckets) - sum(len(step) for step in whole)
     assert 0 <= missing < effective, "at most a part of one step waits for the next epoch"
     expected = {(index, epoch) for epoch in range(epochs) for index in range(len(buckets))}
-    assert {visit for step in whole for visit in step} <= expected
+    assert {draw for step in whole for draw in step} <= expected
 
 
 @pytest.mark.parametrize(("buckets", "effective", "seed"), list(cases()))
@@ -46,7 +46,7 @@ def test_a_resumed_run_only_skips(buckets, effective, seed):
 def test_micro_batches_hold_one_bucket_and_all_examples(buckets, effective, seed):
     for step in take(buckets, effective, seed, 4):
         for micro_batch in range(1, effective + 1):
-            parts = order.split(step, lambda visit: buckets[visit[0]], micro_batch)
+            parts = order.split(step, lambda draw: buckets[draw[0]], micro_batch)
             assert sorted(itertools.chain(*parts)) == sorted(step)
             assert all(len(part) <= micro_batch for part in parts)
             assert all(len({buckets[index] for index, _ in part}) == 1 for part in parts)

@@ -12,7 +12,7 @@ from finetune.errors import ModelError
 from tests.tiny_models import save_captioner
 
 CPU = torch.device("cpu")
-PICTURES = [
+DIFFUSION = [
     Image.new("RGB", size, colour) for size, colour in [((40, 30), "red"), ((9, 90), "blue"), ((64, 64), "tan")]
 ]
 
@@ -25,9 +25,9 @@ def model(tmp_path_factory):
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_one_plain_caption_a_picture_and_always_the_same(model, num_beams):
     captioner = Captioner(model, CPU, torch.float32)
-    first = captioner.caption(PICTURES, 8, num_beams)
+    first = captioner.caption(DIFFUSION, 8, num_beams)
     torch.manual_seed(99)
-    again = [captioner.caption([picture], 8, num_beams)[0] for picture in PICTURES]
+    again = [captioner.caption([image], 8, num_beams)[0] for image in DIFFUSION]
     assert first == again
     assert len(first) == 3
     assert all(text == text.strip() and "[" not in text and len(text.split()) <= 8 for text in first)
@@ -35,18 +35,18 @@ def test_one_plain_caption_a_picture_and_always_the_same(model, num_beams):
 
 def test_length_is_limited(model):
     captioner = Captioner(model, CPU, torch.float32)
-    assert all(len(text.split()) <= 2 for text in captioner.caption(PICTURES, 2, 1))
+    assert all(len(text.split()) <= 2 for text in captioner.caption(DIFFUSION, 2, 1))
 
 
 def test_half_precision_weights(model):
     captioner = Captioner(model, CPU, torch.bfloat16)
     assert {weight.dtype for weight in captioner.model.parameters()} == {torch.bfloat16}
-    assert len(captioner.caption(PICTURES, 4, 1)) == 3
+    assert len(captioner.caption(DIFFUSION, 4, 1)) == 3
 
 
 def test_the_model_is_gone_after(model):
     captioner = Captioner(model, CPU, torch.float32)
-    captioner.caption(PICTURES, 4, 1)
+    captioner.caption(DIFFUSION, 4, 1)
     weights = weakref.ref(next(captioner.model.parameters()))
     del captioner
     gc.collect()

@@ -1,4 +1,4 @@
-"""Every dialect draws what was trained, and a file that doesn't is never handed out."""
+"""Every format draws what was trained, and a file that doesn't is never exported."""
 
 import json
 from collections.abc import Callable
@@ -129,10 +129,10 @@ def test_the_code_on_the_card_runs(
     if embedded:
         monkeypatch.setattr(hub, "EMBEDDED", tiny_base.parent)
         config.model.base = f"embedded:{tiny_base.name}"
-    card = Path(export(config, run).folder, "README.md").read_text()
+    gpu = Path(export(config, run).folder, "README.md").read_text()
     monkeypatch.chdir(config.run_dir)
     names: dict[str, Any] = {}
-    exec(card.split("```python\n")[1].split("```")[0], names)
+    exec(gpu.split("```python\n")[1].split("```")[0], names)
     assert names["pipeline"].get_active_adapters()
 
 

@@ -16,8 +16,8 @@ from finetune.config.schema import Config, Family, ModelConfig
 from finetune.diffusion import pipeline
 from finetune.diffusion.families import base, family, flux
 from finetune.diffusion.families.base import stacked
-from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL, PictureSketch
-from finetune.diffusion.pipeline import Painter, TextEncoder, Vae, load_backbone, load_scheduler
+from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL, DiffusionMemoryModel
+from finetune.diffusion.pipeline import ImageSampler, TextEncoder, Vae, load_backbone, load_scheduler
 from finetune.errors import ModelError
 from finetune.memory import block_offload, checkpointing
 from tests.tiny_families import SAVERS, save_family
@@ -57,9 +57,9 @@ def test_texts_have_the_shapes_that_the_backbone_reads(model: ModelConfig) -> No
 
 def test_what_a_text_encoder_does_not_read_is_named(model: ModelConfig) -> None:
     encoder = TextEncoder(model, CPU)
-    assert encoder.lost(PROMPT) == ""
+    assert encoder.truncated_tail(PROMPT) == ""
     text = "".join(chr(ord("a") + number % 26) for number in range(1500))
-    lost = "".join(encoder.lost(text).split())
+    lost = "".join(encoder.truncated_tail(text).split())
     assert text.endswith(lost)
     assert 0 < len(lost) < len(text)
 
@@ -90,7 +90,7 @@ def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_t
     for one, other in zip(whole, alone, strict=True):
         assert torch.allclose(one["mean"], other["mean"], rtol=1e-4, atol=1e-5)
     monkeypatch.setattr(base, "UNTILED", 64 * 96 - 1)
-    if model.family is Family.qwen_image:  # whose tiles are larger than these pictures
+    if model.family is Family.qwen_image:  # whose tiles are larger than these images
         vae.model.enable_tiling(32, 32, 24, 24)
     seen.clear()
     tiled = vae.encode(pixels_B3HW[:1])[0]["mean"]
@@ -108,15 +108,15 @@ def test_the_autoencoder_leaves_the_device_where_memory_ran_out(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     kind, backbone = family(model.family), load_backbone(model, torch.float32).train()
-    painter = Painter(model, [PROMPT], "", CPU, torch.float32)
+    image_sampler = ImageSampler(model, [PROMPT], "", CPU, torch.float32)
 
     def fail(*_: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
     monkeypatch.setattr(kind, "pixels", fail)
     with pytest.raises(torch.OutOfMemoryError):
-        painter.draw(backbone, [(PROMPT, 0)], width=96, height=64, steps=1, guidance=1.0)
-    assert getattr(painter.pipeline, kind.BACKBONE) is None
+        image_sampler.generate(backbone, [(PROMPT, 0)], width=96, height=64, steps=1, guidance=1.0)
+    assert getattr(image_sampler.pipeline, kind.BACKBONE) is None
     assert backbone.training
 
 
@@ -131,16 +131,16 @@ def test_frozen_blocks_in_main_memory_and_recomputed_ones_give_the_same_gradient
     noisy_BChw = torch.randn(shape, generator=random)
     shapes = sorted(kind.text_shapes(backbones[0].config).items())
     text = {name: torch.randn((1, *size), generator=random) for name, size in shapes}
-    checkpointing.recompute(backbones[1], 2)
+    checkpointing.set_checkpointing(backbones[1], 2)
     block_offload.stream(backbones[2], block_offload.find(backbones[2]), CPU)
     found = []
     for backbone in backbones:
         torch.manual_seed(1)
         kind.predict(backbone.train(), noisy_BChw, torch.tensor([500]), text).square().sum().backward()
         found.append([weight.grad for weight in lora.adapter_parameters(backbone) if weight.grad is not None])
-    plain, recomputed, away = found
+    plain, checkpointed, away = found
     assert any(bool(gradient.any()) for gradient in plain)
-    assert all(torch.equal(one, other) for one, other in zip(plain, recomputed, strict=True))
+    assert all(torch.equal(one, other) for one, other in zip(plain, checkpointed, strict=True))
     assert all(torch.equal(one, other) for one, other in zip(plain, away, strict=True))
 
 
@@ -154,7 +154,7 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
         caught.append((given, output[0]))
 
     backbone.register_forward_hook(catch, with_kwargs=True)
-    painter = Painter(model, [PROMPT], "", CPU, torch.float32)
+    image_sampler = ImageSampler(model, [PROMPT], "", CPU, torch.float32)
     left: list[Tensor] = []
 
     def blank(vae: object, latents: Tensor, height: int, width: int) -> Tensor:
@@ -162,7 +162,7 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
         return torch.zeros(1, 3, height, width)
 
     monkeypatch.setattr(kind, "pixels", blank)
-    painter.draw(backbone, [(PROMPT, 0)], width=96, height=64, steps=2, guidance=1.0)
+    image_sampler.generate(backbone, [(PROMPT, 0)], width=96, height=64, steps=2, guidance=1.0)
     (sampling, drawn), caught[:] = caught[0], []
 
     entering = sampling.get("sample", sampling.get("hidden_states"))[:1]
@@ -170,7 +170,7 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
     factor = 64 // Vae(model, CPU).encode(torch.zeros(1, 3, 64, 64))[0]["mean"].shape[-1]
     noisy = unpack(entering, 64 // factor, 96 // factor)
     text = {name: value[None].float() for name, value in TextEncoder(model, CPU).encode([PROMPT])[0].items()}
-    timestep = painter.pipeline.scheduler.timesteps[:1].float()
+    timestep = image_sampler.pipeline.scheduler.timesteps[:1].float()
     with torch.no_grad():
         predicted = kind.predict(backbone, noisy, timestep, text)
     training = tensors(caught[0][0])
@@ -221,11 +221,11 @@ def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
     config = Config(model=replace(model, resolution=64, bucket_step=32, lora_targets={"attention": ["to_q"]}))
     config.lora.targets = "attention"
     config.sample.prompts, config.sample.previews = ["a", "b", "c"], 3
-    sketch = PictureSketch(config, torch.float32, cuda=True, room=2.0**30)
-    trace = next(sketch._sampling({})).trace
+    memory_model = DiffusionMemoryModel(config, torch.float32, cuda=True, room=2.0**30)
+    trace = next(memory_model._sampling({})).trace
     assert trace is not None
-    pictures = 3 * 3 * 64 * 64 * 4  # bytes: three of them, in fp32
-    assert trace.kernels[-1].live - sum(trace.held.values()) >= pictures
+    images = 3 * 3 * 64 * 64 * 4  # bytes: three of them, in fp32
+    assert trace.kernels[-1].live - sum(trace.held.values()) >= images
     assert trace.held["workspace"] == pytest.approx(3 * 64 * 64 / 1024**2 * WORKSPACE_GIB_PER_MEGAPIXEL * 2**30)
 
 
@@ -247,12 +247,12 @@ def test_sixteen_bits_train_too(model: ModelConfig) -> None:
 
 def test_pictures_depend_on_prompt_seed_and_size_alone(model: ModelConfig) -> None:
     backbone = load_backbone(model, torch.float32)
-    painter = Painter(model, [PROMPT, "a cat"], "", CPU, torch.float32)
+    image_sampler = ImageSampler(model, [PROMPT, "a cat"], "", CPU, torch.float32)
 
     def draw(*jobs: tuple[str, int]) -> Tensor:
-        drawn = painter.draw(backbone, jobs, width=96, height=64, steps=2, guidance=3.0)
-        assert all(picture.size == (96, 64) for picture in drawn)
-        return torch.stack([torch.from_numpy(np.array(picture, dtype=np.int16)) for picture in drawn])
+        drawn = image_sampler.generate(backbone, jobs, width=96, height=64, steps=2, guidance=3.0)
+        assert all(image.size == (96, 64) for image in drawn)
+        return torch.stack([torch.from_numpy(np.array(image, dtype=np.int16)) for image in drawn])
 
     first, second = draw((PROMPT, 0), (PROMPT, 1))
     assert (first - second).abs().max() > 10

@@ -51,7 +51,7 @@ def test_one_step_of_the_sampler_with_the_target_gives_the_clean_latents(kind: s
 @pytest.mark.parametrize("schedule", [DDPMScheduler, EulerDiscreteScheduler, PNDMScheduler], ids=lambda s: s.__name__)
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction"])
 def test_inputs_and_targets_are_the_same_whatever_scheduler_samples(schedule: Any, kind: str) -> None:
-    """Euler's adds noise without taking any of the picture away, and scales the sum only when it samples."""
+    """Euler's adds noise without taking any of the image away, and scales the sum only when it samples."""
     settings: Any = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
     reference = DDPMScheduler(**settings, prediction_type=kind)
     objective = Denoising(schedule(**settings, prediction_type=kind))

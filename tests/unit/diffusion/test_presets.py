@@ -1,4 +1,4 @@
-"""Presets of picture models: each architecture is built without weights; adapters land where the preset says."""
+"""Presets of image models: each architecture is built without weights; adapters land where the preset says."""
 
 import json
 import re

@@ -166,22 +166,22 @@ def test_the_package_has_clips_tokenizer(model: ModelConfig, monkeypatch: pytest
 def test_a_tokenizer_beside_the_file_comes_first(model: ModelConfig) -> None:
     from transformers import CLIPTokenizer
 
-    before = pipeline.text_identity(model)
-    beside = Path(model.base).parent / "tokenizer"
-    shutil.copytree(Path(model.parts) / "tokenizer", beside)
-    assert pipeline.text_identity(model) != before
-    settings = json.loads((beside / "tokenizer_config.json").read_text())
-    (beside / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 50}))
+    before = pipeline.text_encoder_hash(model)
+    training_phases = Path(model.base).parent / "tokenizer"
+    shutil.copytree(Path(model.parts) / "tokenizer", training_phases)
+    assert pipeline.text_encoder_hash(model) != before
+    settings = json.loads((training_phases / "tokenizer_config.json").read_text())
+    (training_phases / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 50}))
     found = single_file.find(model)
     assert found is not None
     assert single_file._tokenizer(CLIPTokenizer, found, "tokenizer").model_max_length == 50
-    (beside / "tokenizer.json").unlink()
-    (beside / "merges.txt").unlink()  # a vocabulary alone is no tokenizer
+    (training_phases / "tokenizer.json").unlink()
+    (training_phases / "merges.txt").unlink()  # a vocabulary alone is no tokenizer
     assert single_file._tokenizer(CLIPTokenizer, found, "tokenizer").model_max_length == 77
 
 
 def test_identity_is_of_content(model: ModelConfig, sd: tuple[ModelConfig, ModelConfig]) -> None:
-    every = [pipeline.base_identity, pipeline.text_identity, pipeline.vae_identity]
+    every = [pipeline.base_hash, pipeline.text_encoder_hash, pipeline.vae_hash]
     before = [identity(model) for identity in every]
     assert before == [identity(sd[1]) for identity in every]
     assert len(set(before)) == 3
@@ -191,37 +191,37 @@ def test_identity_is_of_content(model: ModelConfig, sd: tuple[ModelConfig, Model
 
 def test_no_hub_is_asked_for_what_the_file_holds(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a released model: its configuration is in the package."""
-    asked: list[str] = []
+    requested: list[str] = []
 
     def note(source: str) -> str:
-        asked.append(source)
+        requested.append(source)
         raise ModelError("the hub can't be reached")
 
     monkeypatch.setattr(hub, "_ask_hub", note)
     monkeypatch.setattr(hub, "_snapshot", lambda source: None)
     monkeypatch.setattr(hub, "config_folder", lambda reference: Path(model.parts))
     released = replace(model, parts="stable-diffusion-v1-5/stable-diffusion-v1-5")
-    assert pipeline.base_identity(released).endswith("+stable-diffusion-v1-5/stable-diffusion-v1-5")
+    assert pipeline.base_hash(released).endswith("+stable-diffusion-v1-5/stable-diffusion-v1-5")
     pipeline.load_backbone(released, torch.float32)
     pipeline.load_vae(released, CPU)
-    assert asked == []
+    assert requested == []
     change(released, lambda weights: [weights.pop(name) for name in list(weights) if "first_stage" in name])
     parts = "stable-diffusion-v1-5/stable-diffusion-v1-5"
     line = rf"base.safetensors holds no vae; it is to come from model.parts={parts}: the hub can't be reached"
-    for ask in (pipeline.load_vae_model, pipeline.vae_identity):
+    for ask in (pipeline.load_vae_model, pipeline.vae_hash):
         with pytest.raises(ModelError, match=line):
             ask(released)
-    assert set(asked) == {parts}
+    assert set(requested) == {parts}
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Any], str]] = {
     "cut": (
         lambda file: file.write_bytes(file.read_bytes()[:-100]),
-        r"base.safetensors is damaged \(.* bytes where its header says .*\); copy or download it anew",
+        r"base.safetensors is damaged \(.* bytes where its header says .*\); copy or download it again",
     ),
     "text": (
         lambda file: file.write_text("<html>log in to download</html>"),
-        r"base.safetensors is damaged \(.* without a safetensors header\); copy or download it anew",
+        r"base.safetensors is damaged \(.* without a safetensors header\); copy or download it again",
     ),
     "adapter": (
         lambda file: save_file({"lora_unet_down_blocks_0.lora_up.weight": torch.zeros(1)}, file),
@@ -263,7 +263,7 @@ def test_what_is_wrong_with_a_file_is_one_line(
     (tmp_path / "none").mkdir()
     monkeypatch.setattr(hub, "ARCHITECTURES", tmp_path / "none")  # comparing with all takes seconds
     damage(Path(model.base))
-    for ask in (pipeline.base_identity, pipeline.load_scheduler):
+    for ask in (pipeline.base_hash, pipeline.load_scheduler):
         with pytest.raises(ModelError, match=line) as error:
             ask(model)
         assert "\n" not in str(error.value)
@@ -338,7 +338,7 @@ def test_a_file_wants_a_preset(model: ModelConfig) -> None:
         lambda: hub.load(torch.nn.Linear, language.base),
         lambda: language_meta.language_model(language, torch.float32),
     ):
-        with pytest.raises(ModelError, match=r"is a single file, which only picture models"):
+        with pytest.raises(ModelError, match=r"is a single file, which only image models"):
             ask()
 
 
@@ -358,7 +358,7 @@ def test_a_file_of_another_architecture_names_its_preset(
     monkeypatch.setattr(hub, "ARCHITECTURES", tmp_path / "architectures")
     for base, wrong, preset in ((other.base, sd[1], "sdxl"), (sd[1].base, other, "sd15")):
         with pytest.raises(ModelError, match=rf"{base} is not of the architecture of .*; type model={preset} besides$"):
-            pipeline.base_identity(replace(wrong, base=base))
+            pipeline.base_hash(replace(wrong, base=base))
 
 
 @pytest.mark.parametrize(("preset", "kind"), RELEASED.items())
@@ -381,7 +381,7 @@ def test_a_released_file_fits_its_preset(preset: str, kind: Family) -> None:
 def test_a_file_is_quantised_as_the_folder_is(
     quantize: Quantize, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """diffusers wants a card for it, bitsandbytes doesn't."""
+    """diffusers wants a GPU for it, bitsandbytes doesn't."""
     from diffusers import BitsAndBytesConfig, SD3Transformer2DModel
     from diffusers.quantizers.bitsandbytes import bnb_quantizer
 

@@ -1,4 +1,4 @@
-"""Text encoders and pictures on a card that is too small for them: fewer at once, then another way, then an error."""
+"""Text encoders and images on a GPU that is too small for them: fewer at once, then another way, then an error."""
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -11,7 +11,7 @@ import torch
 from finetune.config.schema import Family, ModelConfig
 from finetune.diffusion import pipeline
 from finetune.diffusion.families import base, sd
-from finetune.diffusion.pipeline import Painter, TextEncoder, load_backbone
+from finetune.diffusion.pipeline import ImageSampler, TextEncoder, load_backbone
 from tests.tiny_families import save_family
 
 CPU = torch.device("cpu")
@@ -26,7 +26,7 @@ def model(tmp_path: Path) -> ModelConfig:
 
 
 def limited(work: Callable[..., Any], fits: Callable[[Any], bool]) -> Callable[..., Any]:
-    """`work`, on a card that has room for what `fits` says of its second argument."""
+    """`work`, on a GPU that has room for what `fits` says of its second argument."""
 
     def tried(first: Any, second: Any, *others: Any) -> Any:
         if not fits(second):
@@ -46,7 +46,7 @@ def test_texts_are_read_fewer_at_once(
     found = encoder.encode(TEXTS)
     assert [item["embedding"].shape for item in found] == [item["embedding"].shape for item in expected]
     assert all(torch.allclose(a["embedding"], b["embedding"], atol=1e-5) for a, b in zip(found, expected, strict=True))
-    assert encoder.portions.at_once == room
+    assert encoder.adaptive_batch.batch_size == room
     assert "memory" not in capfd.readouterr().err
 
 
@@ -55,10 +55,10 @@ def test_text_encoders_that_do_not_fit_work_in_main_memory(
 ) -> None:
     expected = TextEncoder(model, CPU).encode(TEXTS)
     encoder = TextEncoder(model, CPU)
-    monkeypatch.setattr(sd, "encode", limited(sd.encode, lambda texts: not encoder.portions.measures))
+    monkeypatch.setattr(sd, "encode", limited(sd.encode, lambda texts: not encoder.adaptive_batch.fallbacks))
     found = encoder.encode(TEXTS)
     assert all(torch.allclose(a["embedding"], b["embedding"], atol=1e-5) for a, b in zip(found, expected, strict=True))
-    said = "the text encoders don't fit the card: they work in main memory, which is slower\n"
+    said = "the text encoders don't fit the GPU: they work in CPU memory, which is slower\n"
     assert capfd.readouterr().err.count(said) == 1
 
 
@@ -68,7 +68,7 @@ def test_text_encoders_that_do_not_even_load_work_in_main_memory(
     expected = TextEncoder(model, CPU).encode(TEXTS)
 
     class Full:
-        """The pipeline of a base whose text encoders are larger than the card."""
+        """The pipeline of a base whose text encoders are larger than the GPU."""
 
         def __init__(self, pipeline: Any) -> None:
             self.pipeline, self.places = pipeline, []
@@ -90,23 +90,23 @@ def test_text_encoders_that_do_not_even_load_work_in_main_memory(
     assert all(torch.equal(a["embedding"], b["embedding"]) for a, b in zip(found, expected, strict=True))
 
 
-def drawn(painter: Painter, model: ModelConfig) -> Sequence[Any]:
-    return [np.asarray(picture) for picture in painter.draw(load_backbone(model, torch.float32), JOBS, **SIZE)]
+def drawn(image_sampler: ImageSampler, model: ModelConfig) -> Sequence[Any]:
+    return [np.asarray(image) for image in image_sampler.generate(load_backbone(model, torch.float32), JOBS, **SIZE)]
 
 
 @pytest.mark.parametrize("room", [1, 2])
 def test_fewer_pictures_at_once_are_the_same_pictures(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], room: int
 ) -> None:
-    painter = Painter(model, TEXTS, "", CPU, torch.float32)
-    expected = drawn(painter, model)
+    image_sampler = ImageSampler(model, TEXTS, "", CPU, torch.float32)
+    expected = drawn(image_sampler, model)
     monkeypatch.setattr(sd, "pixels", limited(sd.pixels, lambda latents: len(latents) <= room))
-    found = drawn(painter, model)
+    found = drawn(image_sampler, model)
     assert len(found) == len(JOBS)
     assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(found, expected, strict=True))
-    assert "the card is too small for 5 at once; drawing 2\n" in capfd.readouterr().err
-    assert painter.portions.at_once == room
-    assert not base.frugal(painter.vae)
+    assert "the GPU is too small for 5 at once; drawing 2\n" in capfd.readouterr().err
+    assert image_sampler.adaptive_batch.batch_size == room
+    assert not base.is_tiled(image_sampler.vae)
 
 
 def test_a_picture_that_does_not_fit_is_decoded_in_tiles(
@@ -114,19 +114,21 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles(
 ) -> None:
     for module in (base, pipeline):
         monkeypatch.setattr(module, "TILE", 32)
-    painter = Painter(model, TEXTS, "", CPU, torch.float32)
-    expected = drawn(painter, model)
+    image_sampler = ImageSampler(model, TEXTS, "", CPU, torch.float32)
+    expected = drawn(image_sampler, model)
     sizes: list[int] = []
-    decode = painter.vae.decoder.forward
-    monkeypatch.setattr(painter.vae.decoder, "forward", lambda z, *args: (sizes.append(z.shape[-1]), decode(z))[1])
-    monkeypatch.setattr(sd, "pixels", limited(sd.pixels, lambda latents: base.frugal(painter.vae)))
-    found = drawn(painter, model)
-    assert [picture.shape for picture in found] == [picture.shape for picture in expected]
-    assert max(sizes) < 64 // 2 ** (len(painter.vae.config.block_out_channels) - 1)
+    decode = image_sampler.vae.decoder.forward
+    monkeypatch.setattr(
+        image_sampler.vae.decoder, "forward", lambda z, *args: (sizes.append(z.shape[-1]), decode(z))[1]
+    )
+    monkeypatch.setattr(sd, "pixels", limited(sd.pixels, lambda latents: base.is_tiled(image_sampler.vae)))
+    found = drawn(image_sampler, model)
+    assert [image.shape for image in found] == [image.shape for image in expected]
+    assert max(sizes) < 64 // 2 ** (len(image_sampler.vae.config.block_out_channels) - 1)
     said = capfd.readouterr().err
-    assert said.endswith("drawing 1\nthe card is too small for a picture; decoding in tiles\n")
-    assert painter.vae.use_slicing
-    assert len(painter.draw(load_backbone(model, torch.float32), JOBS[:1], **SIZE)) == 1
+    assert said.endswith("drawing 1\nthe GPU is too small for an image; decoding in tiles\n")
+    assert image_sampler.vae.use_slicing
+    assert len(image_sampler.generate(load_backbone(model, torch.float32), JOBS[:1], **SIZE)) == 1
     assert capfd.readouterr().err == ""
 
 
@@ -134,32 +136,32 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles(
 def test_a_card_that_is_too_small_for_one_picture_is_an_error(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tile: int, tiled: bool
 ) -> None:
-    """Tiles that are as large as the picture aren't tried. The backbone isn't held on to."""
+    """Tiles that are as large as the image aren't tried. The backbone isn't held on to."""
     for module in (base, pipeline):
         monkeypatch.setattr(module, "TILE", tile)
-    painter = Painter(model, TEXTS, "", CPU, torch.float32)
+    image_sampler = ImageSampler(model, TEXTS, "", CPU, torch.float32)
     monkeypatch.setattr(sd, "pixels", limited(sd.pixels, lambda latents: False))
     with pytest.raises(torch.OutOfMemoryError):
-        drawn(painter, model)
+        drawn(image_sampler, model)
     assert ("decoding in tiles" in capfd.readouterr().err) == tiled
-    assert painter.pipeline.unet is None
+    assert image_sampler.pipeline.unet is None
 
 
 def test_an_autoencoder_that_does_not_come_to_the_card_lets_go_of_the_backbone(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    painter = Painter(model, TEXTS, "", CPU, torch.float32)
-    to = painter.vae.to
+    image_sampler = ImageSampler(model, TEXTS, "", CPU, torch.float32)
+    to = image_sampler.vae.to
 
     def full(place: Any) -> Any:
         if place == CPU:
             raise torch.OutOfMemoryError("CUDA out of memory")
         return to(place)
 
-    monkeypatch.setattr(painter.vae, "to", full)
+    monkeypatch.setattr(image_sampler.vae, "to", full)
     with pytest.raises(torch.OutOfMemoryError):
-        drawn(painter, model)
-    assert painter.pipeline.unet is None
+        drawn(image_sampler, model)
+    assert image_sampler.pipeline.unet is None
 
 
 def test_a_host_without_memory_is_no_small_card(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,7 +178,7 @@ def test_a_host_without_memory_is_no_small_card(model: ModelConfig, monkeypatch:
 def test_an_autoencoder_with_tiles_of_its_own_keeps_them(tmp_path: Path) -> None:
     vae: Any = pipeline.load_vae_model(save_family(tmp_path / "base", Family.qwen_image))
     before = vae.tile_sample_min_height
-    base.spare(vae)
-    base.divide(vae, 1, 64 * 64)
+    base.enable_tiling(vae)
+    base.set_slicing(vae, 1, 64 * 64)
     assert vae.use_tiling
     assert vae.tile_sample_min_height == before

@@ -7,7 +7,7 @@ import torch
 
 from finetune.config.schema import Config
 from finetune.diffusion.objectives import Denoising
-from finetune.diffusion.task import DiffusionTask, visit_seed
+from finetune.diffusion.task import DiffusionTask, draw_seed
 from finetune.run.records import Dataset
 from tests.tiny_models import save_diffusion
 
@@ -78,5 +78,5 @@ def test_caption_dropout_noise_offset_and_min_snr_are_used(
 
 
 def test_seeds_are_spread() -> None:
-    seeds = {visit_seed(seed, key, visit) for seed in range(5) for key in "abc" for visit in range(-1, 5)}
+    seeds = {draw_seed(seed, key, draw) for seed in range(5) for key in "abc" for draw in range(-1, 5)}
     assert len(seeds) == 90

@@ -70,7 +70,7 @@ def adapted(model: nn.Module, targets: list[str], dropout: float = 0.0) -> nn.Mo
     random = torch.Generator().manual_seed(0)
     for parameter in lora.adapter_parameters(model):
         change = 0.1 * torch.randn(parameter.shape, generator=random)
-        parameter.data = (parameter.data.cpu() + change).to(model.device)  # where the base has layers in main memory
+        parameter.data = (parameter.data.cpu() + change).to(model.device)  # where the base has layers in CPU memory
     return model.train()
 
 
@@ -79,7 +79,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor]:
     model.zero_grad()
     device = next(model.parameters()).device
     ids_BL, positions_BL, segments_BL = packs()
-    states_BLD = causal_lm.hidden(model, ids_BL.to(device), positions_BL.to(device), segments_BL)
+    states_BLD = causal_lm.packed_hidden_states(model, ids_BL.to(device), positions_BL.to(device), segments_BL)
     trained = positions_BL[:, 1:] > 0
     states_ND, targets_N = states_BLD[:, :-1][trained.to(device)], ids_BL[:, 1:][trained].to(device)
     summed_cross_entropy(states_ND, causal_lm.head(model), targets_N).backward()
@@ -102,7 +102,7 @@ def test_rows_of_a_pack_get_what_each_gets_alone(base: Base, architecture: str) 
     model = adapted(load(base(architecture)), TARGETS.get(architecture, ["q_proj", "v_proj", "down_proj"]))
     ids_BL, positions_BL, segments_BL = packs()
     with torch.no_grad():
-        packed_BLD = causal_lm.hidden(model, ids_BL, positions_BL, segments_BL)
+        packed_BLD = causal_lm.packed_hidden_states(model, ids_BL, positions_BL, segments_BL)
         for pack, lengths in enumerate(LENGTHS):
             for row in range(len(lengths)):
                 mine = segments_BL[pack] == row
@@ -117,20 +117,20 @@ def test_without_segments_a_slot_sees_all_before_it_whatever_the_positions(base:
     plain_BL = torch.arange(ids_BL.shape[1]).expand_as(ids_BL)
     with torch.no_grad():
         expected_BLD = model.model(input_ids=ids_BL, use_cache=False).last_hidden_state
-        torch.testing.assert_close(causal_lm.hidden(model, ids_BL, plain_BL, None), expected_BLD)
-        before_BLD = causal_lm.hidden(model, ids_BL, positions_BL, None)
+        torch.testing.assert_close(causal_lm.packed_hidden_states(model, ids_BL, plain_BL, None), expected_BLD)
+        before_BLD = causal_lm.packed_hidden_states(model, ids_BL, positions_BL, None)
         ids_BL[:, 0] = 7
-        after_BLD = causal_lm.hidden(model, ids_BL, positions_BL, None)
+        after_BLD = causal_lm.packed_hidden_states(model, ids_BL, positions_BL, None)
     assert not torch.allclose(before_BLD[:, 4], after_BLD[:, 4])
 
 
 def test_positions_that_disagree_with_the_segments_are_refused(base: Base) -> None:
     model = load(base())
     ids_BL, positions_BL, segments_BL = packs()
-    with pytest.raises(ValueError, match="start anew"):
-        causal_lm.hidden(model, ids_BL, torch.arange(ids_BL.shape[1]).expand_as(ids_BL), segments_BL)
-    with pytest.raises(ValueError, match="start anew"):
-        causal_lm.hidden(model, ids_BL, positions_BL, torch.zeros_like(segments_BL))
+    with pytest.raises(ValueError, match="start again"):
+        causal_lm.packed_hidden_states(model, ids_BL, torch.arange(ids_BL.shape[1]).expand_as(ids_BL), segments_BL)
+    with pytest.raises(ValueError, match="start again"):
+        causal_lm.packed_hidden_states(model, ids_BL, positions_BL, torch.zeros_like(segments_BL))
 
 
 @pytest.mark.parametrize("architecture", CHATS)
@@ -151,7 +151,9 @@ def test_the_head_gives_the_models_own_logits(base: Base, architecture: str) -> 
     model = load(base(architecture))
     ids_BL = packs()[0]
     with torch.no_grad():
-        states_BLD = causal_lm.hidden(model, ids_BL, torch.arange(ids_BL.shape[1]).expand_as(ids_BL), None)
+        states_BLD = causal_lm.packed_hidden_states(
+            model, ids_BL, torch.arange(ids_BL.shape[1]).expand_as(ids_BL), None
+        )
         found_NV = logits(causal_lm.head(model), states_BLD.flatten(0, 1))
         expected_BLV = model(input_ids=ids_BL, use_cache=False).logits
     torch.testing.assert_close(found_NV, expected_BLV.flatten(0, 1), rtol=1e-5, atol=1e-5)
@@ -200,7 +202,7 @@ def test_of_a_model_that_reads_pictures_the_language_model_is_taken(
 
 
 def test_an_adapter_of_the_language_model_fits_the_whole_model(base: Base, tmp_path: Path) -> None:
-    """Whoever loads the base as it is released, pictures and all, gets what was trained, as we do with the part."""
+    """Whoever loads the base as it is released, images and all, gets what was trained, as we do with the part."""
     settings: Any = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj", "down_proj"], "seed": 0}
     trained = lora.inject(load(base("gemma3")), **settings)
     for parameter in lora.adapter_parameters(trained):
@@ -311,7 +313,7 @@ def test_what_can_not_become_a_control_token_is_refused(base: Base, token: str) 
         causal_lm.load_tokenizer(str(base()), [token])
 
 
-# Layers in main memory
+# Layers in CPU memory
 
 
 def test_a_load_does_not_say_that_offload_changes_nothing_without_a_card(
@@ -327,16 +329,16 @@ def test_a_load_does_not_say_that_offload_changes_nothing_without_a_card(
 
 
 def reference_varlen(
-    query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, borders: Tensor, key_borders: Tensor,
+    query_NHE: Tensor, key_NHE: Tensor, value_NHE: Tensor, cu_seqlens: Tensor, key_borders: Tensor,
     longest: int, longest_key: int, *, scale: float, window_size: tuple[int, int],
 ) -> Tensor:  # fmt: skip
-    """What torch's kernel computes, as its documentation says; it needs a card."""
-    assert torch.equal(borders, key_borders)
-    assert borders.dtype == torch.int32
-    assert borders.diff().max() <= longest == longest_key
+    """What torch's kernel computes, as its documentation says; it needs a GPU."""
+    assert torch.equal(cu_seqlens, key_borders)
+    assert cu_seqlens.dtype == torch.int32
+    assert cu_seqlens.diff().max() <= longest == longest_key
     left, right = window_size
     parts = []
-    for begin, stop in zip(borders[:-1].tolist(), borders[1:].tolist(), strict=True):
+    for begin, stop in zip(cu_seqlens[:-1].tolist(), cu_seqlens[1:].tolist(), strict=True):
         distance_LL = torch.arange(stop - begin)[:, None] - torch.arange(stop - begin)
         seen_LL = (distance_LL >= -right) & ((distance_LL <= left) if left >= 0 else True)
         scores_HLL = torch.einsum("lhe,mhe->hlm", query_NHE[begin:stop], key_NHE[begin:stop]) * scale
@@ -352,7 +354,7 @@ def test_borders_isolate_rows_as_masks_do(base: Base, architecture: str, monkeyp
     model = adapted(load(base(architecture)), targets)
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
     own_varlen.use(model)
-    found, expected = (causal_lm.hidden(each, *packs()) for each in (model, masked))
+    found, expected = (causal_lm.packed_hidden_states(each, *packs()) for each in (model, masked))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     expected_gradients = gradients(masked)
     assert distance(gradients(model), expected_gradients) < 1e-5
@@ -368,7 +370,7 @@ def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkey
         return own_varlen.works(model, torch.bfloat16, CPU)
 
     def missing(*_: object, **__: object) -> Tensor:
-        raise NotImplementedError("no kernel for this card")
+        raise NotImplementedError("no kernel for this GPU")
 
     assert works(reference_varlen)
     assert not works(missing)
@@ -387,7 +389,7 @@ def test_without_borders_the_same_model_still_writes(base: Base) -> None:
     assert torch.equal(*written)
     ids_BL, positions_BL, _ = packs()
     with torch.no_grad():
-        found, expected = (causal_lm.hidden(each, ids_BL, positions_BL, None) for each in (model, plain))
+        found, expected = (causal_lm.packed_hidden_states(each, ids_BL, positions_BL, None) for each in (model, plain))
     assert torch.equal(found, expected)
 
 
@@ -398,13 +400,13 @@ def test_attention_that_knows_no_borders_fails_instead_of_mixing_rows(base: Base
         attention = layer.self_attn.forward
         layer.self_attn.forward = lambda *_, attention=attention, cu_seq_lens_q, **rest: attention(**rest)
     with pytest.raises(RuntimeError, match="must match"):
-        causal_lm.hidden(model, *packs())
+        causal_lm.packed_hidden_states(model, *packs())
 
 
 def test_borders_are_those_of_all_packs_end_to_end() -> None:
     segments_BL = packs(length=18)[2]
-    assert own_varlen.borders(segments_BL).tolist() == [0, 9, 10, 16, 18, 21, 33, 36]
-    assert own_varlen.borders(torch.zeros(2, 3)).tolist() == [0, 3, 6]
+    assert own_varlen.cu_seqlens(segments_BL).tolist() == [0, 9, 10, 16, 18, 21, 33, 36]
+    assert own_varlen.cu_seqlens(torch.zeros(2, 3)).tolist() == [0, 3, 6]
 
 
 # What is refused
@@ -429,10 +431,10 @@ def test_a_base_without_a_tokenizer_is_refused(base: Base, tmp_path: Path) -> No
 
 def test_storage_that_the_machine_can_not_compute_in_is_refused(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
-        raise RuntimeError("no kernel\nfor this card")
+        raise RuntimeError("no kernel\nfor this GPU")
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", fail)
-    with pytest.raises(ModelError, match=r"^model\.quantize=nf4 does not work on this cpu \(no kernel for this card\)"):
+    with pytest.raises(ModelError, match=r"^model\.quantize=nf4 does not work on this cpu \(no kernel for this GPU\)"):
         load(base(), quantize=Quantize.nf4)
 
 
@@ -448,8 +450,10 @@ def test_a_model_whose_packs_or_logits_work_in_an_unknown_way_is_refused(
     base: Base, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patch:  # rows that see one another
-        seen = causal_lm.hidden
-        patch.setattr(causal_lm, "hidden", lambda model, ids, positions, segments: seen(model, ids, positions, None))
+        seen = causal_lm.packed_hidden_states
+        patch.setattr(
+            causal_lm, "packed_hidden_states", lambda model, ids, positions, segments: seen(model, ids, positions, None)
+        )
         with pytest.raises(ModelError, match=r"LlamaForCausalLM\) can't be trained here.*logits differ by 0\.\d+"):
             load(base(), torch.bfloat16)
     with monkeypatch.context() as patch:  # a softcap that the head knows nothing of
@@ -459,20 +463,20 @@ def test_a_model_whose_packs_or_logits_work_in_an_unknown_way_is_refused(
             load(base("gemma2"))
 
 
-# What only a card can show
+# What only a GPU can show
 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("dtype", own_varlen.HALF)
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral_sliding", "gemma3", "phi3", "glm4"])
 def test_torchs_kernel_isolates_rows_as_masks_do(base: Base, architecture: str, dtype: torch.dtype) -> None:
-    card = torch.device("cuda")
+    gpu = torch.device("cuda")
     targets = TARGETS.get(architecture, ["q_proj", "down_proj"])
-    model = adapted(load(base(architecture), dtype, card), targets)
+    model = adapted(load(base(architecture), dtype, gpu), targets)
     assert own_varlen.used(model)
-    masked = adapted(load(base(architecture), dtype, card), targets)
+    masked = adapted(load(base(architecture), dtype, gpu), targets)
     masked.set_attn_implementation("sdpa")
-    exact = adapted(load(base(architecture), torch.float32, card), targets)
+    exact = adapted(load(base(architecture), torch.float32, gpu), targets)
     true = gradients(exact)
     assert distance(gradients(model), true) < 2 * distance(gradients(masked), true) + 1e-3
     model.gradient_checkpointing_enable({"use_reentrant": False})
@@ -483,5 +487,5 @@ def test_torchs_kernel_isolates_rows_as_masks_do(base: Base, architecture: str, 
 @pytest.mark.parametrize("quantize", [Quantize.int8, Quantize.nf4])
 def test_a_quantised_base_trains_on_a_card(base: Base, quantize: Quantize) -> None:
     models = (load(base(), torch.bfloat16, device, quantize=quantize) for device in (torch.device("cuda"), CPU))
-    card, cpu = (gradients(adapted(model, ["q_proj", "down_proj"])) for model in models)
-    assert distance(card, cpu) < 0.1
+    gpu, cpu = (gradients(adapted(model, ["q_proj", "down_proj"])) for model in models)
+    assert distance(gpu, cpu) < 0.1

@@ -38,7 +38,7 @@ def test_the_figures_are_those_of_the_whole_logits(
     models = load(1.0), load(1.5)
     with torch.no_grad():
         ours, theirs = (torch.cat([model(torch.tensor([row])).logits[0] for row in ROWS]).double() for model in models)
-    found = compare_logits.compare(*(compare_logits.look(model, ROWS, CPU) for model in models), CPU)
+    found = compare_logits.compare(*(compare_logits.model_outputs(model, ROWS, CPU) for model in models), CPU)
     assert found.relative == pytest.approx(float((theirs - ours).norm() / ours.norm()), rel=1e-5)
     assert found.largest == pytest.approx(float((theirs - ours).abs().max()), rel=1e-5)
     gain = ours.log_softmax(-1) - theirs.log_softmax(-1)
@@ -47,8 +47,8 @@ def test_the_figures_are_those_of_the_whole_logits(
 
 
 def test_a_head_that_both_have_is_moved_once(load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of a large vocabulary it takes gigabytes of the card."""
-    view = compare_logits.look(load(1.0), ROWS, CPU)
+    """Of a large vocabulary it takes gigabytes of the GPU."""
+    view = compare_logits.model_outputs(load(1.0), ROWS, CPU)
     copied = replace(view, head=replace(view.head, weight=view.head.weight.clone()))
     bias = torch.ones(len(view.head.weight))
     moved: list[Any] = []
@@ -63,15 +63,15 @@ def test_a_head_that_both_have_is_moved_once(load: Callable[[float], Any], monke
 
 
 def test_a_model_is_like_itself(load: Callable[[float], Any]) -> None:
-    view = compare_logits.look(load(1.0), ROWS, CPU)
-    assert compare_logits.compare(view, view, CPU) == compare_logits.Likeness(0.0, 0.0, 0.0, 1.0)
+    view = compare_logits.model_outputs(load(1.0), ROWS, CPU)
+    assert compare_logits.compare(view, view, CPU) == compare_logits.LogitDifference(0.0, 0.0, 0.0, 1.0)
 
 
 def test_what_is_not_a_number_shows_in_every_figure(
     load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_logits, "CHUNK_BYTES", 1)
-    view = compare_logits.look(load(1.0), ROWS, CPU)
+    view = compare_logits.model_outputs(load(1.0), ROWS, CPU)
     broken = replace(view, states=view.states.clone())
     broken.states[3, 0] = float("nan")
     found = compare_logits.compare(view, broken, CPU)

@@ -1,4 +1,4 @@
-"""Every dialect predicts what the trained model predicts, and a file that doesn't is never handed out."""
+"""Every format predicts what the trained model predicts, and a file that doesn't is never exported."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune import hub
 from finetune.adapters import attach, formats, lora
-from finetune.config.schema import Config, Device, Dialect, Quantize
+from finetune.config.schema import Config, Device, ExportFormat, Quantize
 from finetune.data.text.store import reopen
 from finetune.errors import ConfigError, ExportError, ModelError
 from finetune.language import export, tokenize
@@ -38,7 +38,7 @@ def weights_of(config: Config, size: float = 0.05) -> dict[str, Tensor]:
     base = load_model(config.model, torch.float32, device)
     model = inject(config, base, tokenize.chat_of(config).tokenizer)
     random = torch.Generator().manual_seed(1)
-    for weight in lora.live(model).values():
+    for weight in lora.trainable_tensors(model).values():
         weight += size * torch.randn(weight.shape, generator=random).to(device)
     return lora.state(model)
 
@@ -51,8 +51,8 @@ def folder(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def write(language_config: Config, folder: Path) -> Write:
-    """Writes the dialects that the configuration names."""
-    language_config.export.dialects = [Dialect.peft, Dialect.merged, Dialect.gguf]
+    """Writes the formats that the configuration names."""
+    language_config.export.formats = [ExportFormat.peft, ExportFormat.merged, ExportFormat.gguf]
 
     def run(size: float = 0.05, averaged: bool = False) -> tuple[dict[str, str], dict[str, float]]:
         weights = weights_of(language_config, size)
@@ -108,7 +108,7 @@ def test_the_chat_template_travels_with_model_and_adapter(language_config: Confi
 
 def test_new_tokens_travel_with_model_and_adapter(language_config: Config, write: Write, folder: Path) -> None:
     language_config.model.added_tokens = ["<|note|>"]
-    language_config.export.dialects = [Dialect.peft, Dialect.merged]
+    language_config.export.formats = [ExportFormat.peft, ExportFormat.merged]
     _, differences = write()
     assert differences["peft"] <= 1e-5
     assert differences["merged"] < 1e-4
@@ -124,7 +124,7 @@ def test_a_quantised_base_is_merged_where_the_model_changes_least(
 ) -> None:
     language_config.model.quantize = Quantize.nf4
     _, differences = write()
-    found = {name: likeness["divergence"] for name, likeness in comparison(folder)["models"].items()}
+    found = {name: difference_["divergence"] for name, difference_ in comparison(folder)["models"].items()}
     original, dequantised = (f"merged into the {which} weights" for which in ("original", "dequantised"))
     assert found["merged"] == found[dequantised] == differences["merged"] < found[original] / 100
     assert found["merged, in nf4 again"] > found["merged"]
@@ -139,7 +139,7 @@ def test_a_base_in_fp16_stays_in_fp16(language_config: Config, write: Write, fol
     half = shutil.copytree(language_config.model.base, tmp_path / "half")
     AutoModelForCausalLM.from_pretrained(half, dtype=torch.float16).save_pretrained(half)
     language_config.model.base = str(half)
-    language_config.export.dialects = [Dialect.merged]
+    language_config.export.formats = [ExportFormat.merged]
     files, differences = write()
     assert set(files) == set(differences) == {"merged"}
     assert not (folder / "peft").exists()
@@ -198,7 +198,7 @@ def test_an_adapter_that_does_not_reproduce_the_model_fails(
 def test_an_untrained_adapter_is_reported(
     language_config: Config, write: Write, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    language_config.export.dialects = [Dialect.peft]
+    language_config.export.formats = [ExportFormat.peft]
     write(size=0.0)
     assert "changes the logits by only 0.0e+00; was it trained long enough?" in capfd.readouterr().err
 
@@ -206,16 +206,16 @@ def test_an_untrained_adapter_is_reported(
 def test_dialects_that_cannot_be_had_are_refused_before_anything_is_loaded(
     language_config: Config, folder: Path, tmp_path: Path
 ) -> None:
-    def refused(message: str) -> None:
+    def skip_reason(message: str) -> None:
         with pytest.raises(ConfigError, match=message):
             export.write(language_config, RUN, {}, None, folder)
 
-    language_config.export.dialects = [Dialect.gguf]
+    language_config.export.formats = [ExportFormat.gguf]
     language_config.lora.dora = True
-    refused(r"lora.dora=true has magnitudes")
+    skip_reason(r"lora.dora=true has magnitudes")
     language_config.lora.dora = False
     language_config.model.base = str(save_language(tmp_path / "glm", "glm4"))
-    refused(r"not for glm4")
+    skip_reason(r"not for glm4")
     assert not any(folder.iterdir())
 
 
@@ -225,34 +225,36 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
     def base(path: object = language_config.model.base) -> Any:
         return AutoModelForCausalLM.from_pretrained(path)
 
-    def refused(model: Any, path: Path, message: str) -> None:
+    def skip_reason(model: Any, path: Path, message: str) -> None:
         with pytest.raises(ModelError, match=message):
             export.load(model, path)
 
-    language_config.export.dialects = [Dialect.peft]
+    language_config.export.formats = [ExportFormat.peft]
     write()
     assert torch.equal(logits(export.load(base(), folder)), logits(export.load(base(), folder / "peft")))
-    refused(base(), tmp_path / "nowhere", r"no adapter at .*nowhere; .*sample.adapter=")
+    skip_reason(base(), tmp_path / "nowhere", r"no adapter at .*nowhere; .*sample.adapter=")
 
     smaller, shallower = base().config, base().config
     smaller.hidden_size, shallower.num_hidden_layers = 16, 1
-    refused(AutoModelForCausalLM.from_config(smaller), folder, r"peft does not fit this base .*trained on another")
-    refused(AutoModelForCausalLM.from_config(shallower), folder, r"does not fit this base \(14 tensors differ, first ")
+    skip_reason(AutoModelForCausalLM.from_config(smaller), folder, r"peft does not fit this base .*trained on another")
+    skip_reason(
+        AutoModelForCausalLM.from_config(shallower), folder, r"does not fit this base \(14 tensors differ, first "
+    )
     phi = base(save_language(tmp_path / "phi", "phi3"))
-    refused(phi, folder, r"peft does not fit this base \(.*trained on another")
+    skip_reason(phi, folder, r"peft does not fit this base \(.*trained on another")
 
     peft = folder / "peft"
     settings, weights = peft / "adapter_config.json", peft / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:100])
-    refused(base(), folder, r"adapter_model.safetensors is damaged")
+    skip_reason(base(), folder, r"adapter_model.safetensors is damaged")
     weights.unlink()
-    refused(base(), folder, r"adapter_model.safetensors does not exist")
+    skip_reason(base(), folder, r"adapter_model.safetensors does not exist")
     weights.write_bytes(whole)
     settings.write_text("{")
-    refused(base(), folder, r"adapter_config.json is damaged .*restore it from a copy")
+    skip_reason(base(), folder, r"adapter_config.json is damaged .*restore it from a copy")
     settings.unlink()
-    refused(base(), peft, r"no adapter at .*adapter_config.json")
+    skip_reason(base(), peft, r"no adapter at .*adapter_config.json")
 
 
 def test_a_card_that_is_too_small_is_not_called_another_base(tmp_path: Path) -> None:

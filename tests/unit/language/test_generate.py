@@ -12,7 +12,7 @@ from finetune.config.schema import ModelConfig
 from finetune.data.text.tokens import Chat
 from finetune.errors import ModelError
 from finetune.language import causal_lm
-from finetune.language.generate import Writer, _Noise
+from finetune.language.generate import TextGenerator, _Noise
 from tests import chat_templates as templates
 from tests.tiny_language_models import save_language
 
@@ -51,13 +51,13 @@ def model(chat: Chat) -> Any:
 
 
 @pytest.fixture(scope="module")
-def writer(chat: Chat) -> Writer:
-    return Writer(chat.tokenizer, chat.ends(), CPU, torch.float32)
+def writer(chat: Chat) -> TextGenerator:
+    return TextGenerator(chat.tokenizer, chat.ends(), CPU, torch.float32)
 
 
-def by(chat: Chat, at_once: int) -> Writer:
-    made = Writer(chat.tokenizer, chat.ends(), CPU, torch.float32)
-    made.portions.at_once = at_once
+def by(chat: Chat, batch_size: int) -> TextGenerator:
+    made = TextGenerator(chat.tokenizer, chat.ends(), CPU, torch.float32)
+    made.adaptive_batch.batch_size = batch_size
     return made
 
 
@@ -65,8 +65,10 @@ def jobs(chat: Chat, *, seeds: tuple[int, ...] = (0,)) -> list[tuple[list[int], 
     return [(chat.prompt_ids(prompt), seed) for prompt in PROMPTS for seed in seeds]
 
 
-def test_greedy_answers_are_the_likeliest_tokens_one_after_another(chat: Chat, model: Any, writer: Writer) -> None:
-    written = writer.write(model, jobs(chat), max_new_tokens=12, temperature=0.0)
+def test_greedy_answers_are_the_likeliest_tokens_one_after_another(
+    chat: Chat, model: Any, writer: TextGenerator
+) -> None:
+    written = writer.generate(model, jobs(chat), max_new_tokens=12, temperature=0.0)
     for (ids, _), text in zip(jobs(chat), written, strict=True):
         read = list(ids)
         for _ in range(12):
@@ -81,20 +83,20 @@ def test_greedy_answers_are_the_likeliest_tokens_one_after_another(chat: Chat, m
 
 @pytest.mark.parametrize("temperature", [0.0, 0.7, 3.0])
 def test_the_batch_does_not_show_in_the_answers(chat: Chat, model: Any, temperature: float) -> None:
-    asked = jobs(chat, seeds=(0, 1))
+    requested = jobs(chat, seeds=(0, 1))
     whole, few, alone = (
-        by(chat, batch).write(model, asked, max_new_tokens=12, temperature=temperature) for batch in (10, 3, 1)
+        by(chat, batch).write(model, requested, max_new_tokens=12, temperature=temperature) for batch in (10, 3, 1)
     )
     assert whole == few == alone
-    backwards = by(chat, 4).write(model, asked[::-1], max_new_tokens=12, temperature=temperature)
+    backwards = by(chat, 4).write(model, requested[::-1], max_new_tokens=12, temperature=temperature)
     assert backwards[::-1] == whole
 
 
 def test_a_small_card_writes_fewer_at_once(
     chat: Chat, model: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    asked = jobs(chat, seeds=(0, 1))
-    whole = by(chat, len(asked)).write(model, asked, max_new_tokens=12, temperature=0.7)
+    requested = jobs(chat, seeds=(0, 1))
+    whole = by(chat, len(requested)).write(model, requested, max_new_tokens=12, temperature=0.7)
     generate = model.generate
 
     def limited(ids_BL: Any, **options: Any) -> Any:
@@ -104,9 +106,9 @@ def test_a_small_card_writes_fewer_at_once(
 
     monkeypatch.setattr(model, "generate", limited)
     small = by(chat, 8)
-    assert small.write(model, asked, max_new_tokens=12, temperature=0.7) == whole
-    assert capfd.readouterr().err.endswith("the card is too small for 4 at once; writing 2\n")
-    assert small.portions.at_once == 2
+    assert small.write(model, requested, max_new_tokens=12, temperature=0.7) == whole
+    assert capfd.readouterr().err.endswith("the GPU is too small for 4 at once; writing 2\n")
+    assert small.adaptive_batch.batch_size == 2
 
 
 @pytest.mark.parametrize("architecture", ["qwen3", "mistral_sliding", "gemma2", "gemma3", "glm4", "granite", "cohere"])
@@ -119,11 +121,11 @@ def test_no_architecture_minds_the_batch(tmp_path: Path, architecture: str) -> N
     assert len(set(alone)) == len(PROMPTS)
 
 
-def test_seed_and_prompt_decide_what_is_drawn(chat: Chat, model: Any, writer: Writer) -> None:
+def test_seed_and_prompt_decide_what_is_drawn(chat: Chat, model: Any, writer: TextGenerator) -> None:
     ids, other = chat.prompt_ids("hi!"), chat.prompt_ids("a")
 
-    def drawn(*asked: tuple[list[int], int]) -> list[str]:
-        return writer.write(model, asked, max_new_tokens=12, temperature=3.0)
+    def drawn(*requested: tuple[list[int], int]) -> list[str]:
+        return writer.generate(model, requested, max_new_tokens=12, temperature=3.0)
 
     torch.manual_seed(1)
     first = drawn((ids, 0), (ids, 1), (ids, 0))
@@ -147,24 +149,24 @@ def test_tokens_are_drawn_with_the_chances_of_the_scores(temperature: float) -> 
 
 
 def test_an_answer_stops_at_any_of_its_ends_and_shows_none(chat: Chat, model: Any) -> None:
-    asked = jobs(chat)
-    free = Writer(chat.tokenizer, chat.ends(), CPU, torch.float32)
-    whole = free.write(model, asked, max_new_tokens=12, temperature=0.0)
+    requested = jobs(chat)
+    free = TextGenerator(chat.tokenizer, chat.ends(), CPU, torch.float32)
+    whole = free.write(model, requested, max_new_tokens=12, temperature=0.0)
     longest = max(whole, key=len)
     ids = chat.tokenizer(longest, add_special_tokens=False)["input_ids"]
-    stopped = Writer(chat.tokenizer, [*chat.ends(), ids[2]], CPU, torch.float32)
-    texts = stopped.write(model, asked, max_new_tokens=12, temperature=0.0)
+    stopped = TextGenerator(chat.tokenizer, [*chat.ends(), ids[2]], CPU, torch.float32)
+    texts = stopped.write(model, requested, max_new_tokens=12, temperature=0.0)
     text = texts[whole.index(longest)]
     assert longest.startswith(text)
     assert len(text) < len(longest)
     assert not any(token in text for text in whole for token in ("<|im_end|>", "</s>", "<|im_start|>"))
 
 
-def test_the_model_is_left_as_it_came(chat: Chat, model: Any, writer: Writer) -> None:
+def test_the_model_is_left_as_it_came(chat: Chat, model: Any, writer: TextGenerator) -> None:
     settings, weights = model.generation_config, {name: value.clone() for name, value in model.state_dict().items()}
     for training in (True, False):
         model.train(training)
-        writer.write(model, jobs(chat), max_new_tokens=2, temperature=1.0)
+        writer.generate(model, jobs(chat), max_new_tokens=2, temperature=1.0)
         assert model.training is training
         assert model.generation_config is settings
         assert model.config.use_cache is False
@@ -174,14 +176,14 @@ def test_the_model_is_left_as_it_came(chat: Chat, model: Any, writer: Writer) ->
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
-def test_dropout_and_checkpointing_are_off_while_writing(chat: Chat, model: Any, writer: Writer) -> None:
-    before = writer.write(model, jobs(chat), max_new_tokens=6, temperature=0.0)
+def test_dropout_and_checkpointing_are_off_while_writing(chat: Chat, model: Any, writer: TextGenerator) -> None:
+    before = writer.generate(model, jobs(chat), max_new_tokens=6, temperature=0.0)
     dropping = nn.Dropout(0.5)
     handle = model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: dropping(output))
     model.model.layers[0].mlp.dropping = dropping  # so that the mode reaches it
     model.gradient_checkpointing_enable()
     try:
-        assert writer.write(model.train(), jobs(chat), max_new_tokens=6, temperature=0.0) == before
+        assert writer.generate(model.train(), jobs(chat), max_new_tokens=6, temperature=0.0) == before
         assert dropping.training
     finally:
         handle.remove()
@@ -191,14 +193,14 @@ def test_dropout_and_checkpointing_are_off_while_writing(chat: Chat, model: Any,
 
 
 def test_sixteen_bit_arithmetic_writes_too(chat: Chat, model: Any) -> None:
-    half = Writer(chat.tokenizer, chat.ends(), CPU, torch.bfloat16)
+    half = TextGenerator(chat.tokenizer, chat.ends(), CPU, torch.bfloat16)
     assert len(half.write(model, jobs(chat), max_new_tokens=3, temperature=0.5)) == len(PROMPTS)
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused(chat: Chat, model: Any, writer: Writer) -> None:
+def test_a_prompt_without_room_for_an_answer_is_refused(chat: Chat, model: Any, writer: TextGenerator) -> None:
     prompt = [(chat.prompt_ids("hi! " * 10), 0)]
     room = 128 - len(prompt[0][0])
-    assert writer.write(model, prompt, max_new_tokens=room, temperature=0.0)
+    assert writer.generate(model, prompt, max_new_tokens=room, temperature=0.0)
     with pytest.raises(ModelError, match=rf"more than the 128 tokens that the base reads; .*max_new_tokens={room} or"):
-        writer.write(model, prompt, max_new_tokens=room + 1, temperature=0.0)
-    assert writer.write(model, [], max_new_tokens=1, temperature=0.0) == []
+        writer.generate(model, prompt, max_new_tokens=room + 1, temperature=0.0)
+    assert writer.generate(model, [], max_new_tokens=1, temperature=0.0) == []

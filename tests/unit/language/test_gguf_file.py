@@ -37,7 +37,7 @@ def save(folder: Path, architecture: str, **options: Any) -> tuple[Path, Any]:
     targets = TARGETS.get(architecture, LINEAR)
     lora.inject(model, **{"rank": 4, "alpha": 6.0, "dropout": 0.0, "targets": targets, "seed": 0} | options)
     random = torch.Generator().manual_seed(1)
-    for weight in lora.live(model).values():
+    for weight in lora.trainable_tensors(model).values():
         weight += 0.1 * torch.randn(weight.shape, generator=random)
     formats.save_peft(model, folder / "peft", lora.state(model), str(base))
     return folder / "peft", AutoConfig.from_pretrained(base).get_text_config()
@@ -137,7 +137,7 @@ def test_an_untrained_adapter_is_no_difference(tmp_path: Path) -> None:
 def test_what_gguf_cannot_hold_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     base = AutoConfig.from_pretrained(save_language(tmp_path / "base"))
     gguf_file.require(base)
-    with pytest.raises(ConfigError, match=r"names gguf, but lora.dora=true has magnitudes.*export.dialects=\[peft"):
+    with pytest.raises(ConfigError, match=r"names gguf, but lora.dora=true has magnitudes.*export.formats=\[peft"):
         gguf_file.require(base, dora=True)
     with pytest.raises(ConfigError, match=r"names gguf, but model.added_tokens have rows"):
         gguf_file.require(base, added_tokens=True)

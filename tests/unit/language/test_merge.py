@@ -34,7 +34,7 @@ def save_adapter(folder: Path, base: Any, size: float = 0.05, **options: Any) ->
     """A PEFT folder of random adapters for that base, rank 4 and alpha 6 on the attention's layers."""
     model = lora.inject(base, rank=4, alpha=6.0, dropout=0.0, targets=ATTENTION, seed=0, **options)
     random = torch.Generator().manual_seed(1)
-    for weight in lora.live(model).values():
+    for weight in lora.trainable_tensors(model).values():
         weight += size * torch.randn(weight.shape, generator=random)
     formats.save_peft(model, folder, lora.state(model), base.name_or_path)
     return folder

@@ -82,7 +82,7 @@ def test_every_adapter_of_a_preset_gets_a_gradient(name: str, targets: str, tmp_
     model = tiny(name, tmp_path, found.quantize)
     adapted = len(linear_layers(model)) if targets == "all_linear" else None
     lora.inject(model, rank=4, alpha=8, dropout=0.05, targets=found.lora_targets[targets], seed=0).train()
-    parameters = dict(lora.live(model))
+    parameters = dict(lora.trainable_tensors(model))
     assert adapted is None or len(parameters) == 2 * adapted
     for parameter in lora.adapter_parameters(model):
         parameter.data += 0.1  # B starts at zero, and A's gradient with it
@@ -90,7 +90,7 @@ def test_every_adapter_of_a_preset_gets_a_gradient(name: str, targets: str, tmp_
     turns = [{"role": "user", "content": "What is the colour of the sky?"}, {"role": "assistant", "content": "Blue."}]
     ids = tokenizer.apply_chat_template(turns, tokenize=True, return_dict=False)
     ids_1L = torch.tensor([ids])
-    states_1LD = causal_lm.hidden(
+    states_1LD = causal_lm.packed_hidden_states(
         model, ids_1L, torch.arange(len(ids))[None], torch.zeros(1, len(ids), dtype=torch.int32)
     )
     loss = summed_cross_entropy(states_1LD[0, :-1], causal_lm.head(model), ids_1L[0, 1:])

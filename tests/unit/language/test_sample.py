@@ -12,7 +12,7 @@ from finetune.adapters import formats, lora
 from finetune.config.schema import Config
 from finetune.errors import ModelError
 from finetune.language import causal_lm, sample
-from finetune.language.generate import Writer
+from finetune.language.generate import TextGenerator
 from finetune.language.task import inject
 from finetune.language.tokenize import chat_of
 from finetune.run.records import Answer
@@ -50,9 +50,9 @@ def test_every_prompt_is_answered_by_both(language_config: Config, adapter: Path
     assert all(item.base != item.tuned for item in items)
     assert items[0].base != items[1].base
     chat = chat_of(config)
-    writer = Writer(chat.tokenizer, chat.ends(), torch.device("cpu"), torch.float32)
+    writer = TextGenerator(chat.tokenizer, chat.ends(), torch.device("cpu"), torch.float32)
     base = causal_lm.load_model(config.model, torch.float32, torch.device("cpu"))
-    alone = writer.write(base, [(chat.prompt_ids("hi!"), 3)], max_new_tokens=8, temperature=0.3)
+    alone = writer.generate(base, [(chat.prompt_ids("hi!"), 3)], max_new_tokens=8, temperature=0.3)
     assert alone == [items[3].base]
 
 

@@ -26,14 +26,14 @@ def test_the_loss_is_that_of_the_assistants_tokens_alone(language_config: Config
     """Against the library's own model, conversation by conversation, with labels made by hand."""
     language_config.data.packing = packing
     task = build(language_config)
-    visits = next(iter(task.steps(effective=3, start=0)))
-    batch = task.collate(visits)
+    draws = next(iter(task.steps(effective=3, start=0)))
+    batch = task.collate(draws)
     loss = float(task.loss(batch).detach())
 
     model = AutoModelForCausalLM.from_pretrained(language_config.model.base)
     tokenizer = AutoTokenizer.from_pretrained(language_config.model.base)
     expected, items = 0.0, 0
-    for rows, _ in visits:
+    for rows, _ in draws:
         for row in rows:
             encoded = task.rows[row]
             text = tokenizer.decode(encoded.ids[encoded.trained].tolist())
@@ -47,19 +47,21 @@ def test_the_loss_is_that_of_the_assistants_tokens_alone(language_config: Config
             items += int(trained.sum())
     assert loss == pytest.approx(expected, rel=1e-4)
     assert batch.items == items
-    assert batch.units == sum(int(task.rows.lengths[row]) for rows, _ in visits for row in rows)
+    assert batch.count == sum(int(task.rows.lengths[row]) for rows, _ in draws for row in rows)
 
 
 def test_a_pack_holds_several_conversations_and_padding_is_counted(language_config: Config) -> None:
     batch = build(language_config).collate(next(iter(build(language_config).steps(effective=2, start=0))))
     assert all(name.count(",") >= 1 for name in batch.names)
-    assert batch.items < batch.units < batch.slots == 2 * language_config.data.length
+    assert batch.items < batch.count < batch.padded_count == 2 * language_config.data.length
 
 
 def test_attention_across_conversations_is_refused(language_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    hidden = causal_lm.hidden
+    hidden = causal_lm.packed_hidden_states
     monkeypatch.setattr(causal_lm, "_prove", lambda *_: None)  # it would refuse the model before
-    monkeypatch.setattr(causal_lm, "hidden", lambda model, ids, places, segments: hidden(model, ids, places, None))
+    monkeypatch.setattr(
+        causal_lm, "packed_hidden_states", lambda model, ids, places, segments: hidden(model, ids, places, None)
+    )
     with pytest.raises(ModelError, match=r"its attention mixes them; try data.packing=false"):
         build(language_config)
     language_config.data.packing = False
@@ -82,7 +84,7 @@ def test_previews_show_base_beside_tuned_and_the_base_stays(language_config: Con
     base, tuned = before.split("\n\n")
     assert base.removeprefix("**base**: ") == tuned.removeprefix("**tuned**: ")
     with torch.no_grad():
-        for name, weight in lora.live(task.model).items():
+        for name, weight in lora.trainable_tensors(task.model).items():
             if "lora_B" in name:
                 weight.add_(0.5)
     after = task.sample(["How many cats?"], 0)[0]
@@ -110,7 +112,7 @@ def test_the_data_set_says_what_became_of_the_rows(language_config: Config, caps
     said = capsys.readouterr().err
     assert record.train + record.validation == 41
     assert record.validation > 0
-    assert 0 < record.learnt < record.real <= 1
+    assert 0 < record.trained_share < record.fill_share <= 1
     assert "messages (recognised)" in said
     assert "1 conversations are there more than once" in said
     assert f"{record.packs} packs" in said
@@ -133,7 +135,7 @@ def test_new_tokens_train_their_own_rows_alone(language_config: Config) -> None:
     file = Path(language_config.data.file)
     file.write_text(file.read_text().replace("matey", "matey<|ship|>"))
     task = build(language_config)
-    before = {name: weight.clone() for name, weight in lora.live(task.model).items()}
+    before = {name: weight.clone() for name, weight in lora.trainable_tensors(task.model).items()}
     rows = [name for name in before if "trainable_tokens" in name]
     assert rows
     assert all(before[name].shape[0] == 1 for name in rows)

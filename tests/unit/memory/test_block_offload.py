@@ -1,6 +1,6 @@
-"""Blocks in main memory: where they are when, that nothing else changes, and what only a card can show.
+"""Blocks in CPU memory: where they are when, that nothing else changes, and what only a GPU can show.
 
-On the CPU the part of the card is played by copies; what a stream would do later happens at once.
+On the CPU the part of the GPU is played by copies; what a stream would do later happens at once.
 """
 
 import itertools
@@ -17,7 +17,7 @@ from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.language import causal_lm
 from finetune.memory import block_offload, checkpointing, relief
-from finetune.memory.activation_offload import Kept
+from finetune.memory.activation_offload import ActivationOffload
 from tests.tiny_language_models import save_language
 from tests.unit.memory.test_checkpointing import MODELS, adapted, gradients
 from tests.unit.memory.test_checkpointing import language as tiny_llama
@@ -33,7 +33,7 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def rings(model: nn.Module) -> block_offload.Ring:
     """The ring of an offloaded model."""
-    block = next(module for module in model.modules() if getattr(module, checkpointing.BY_ITSELF, False))
+    block = next(module for module in model.modules() if getattr(module, checkpointing.SELF_CHECKPOINTING, False))
     return next(cell for cell in closed_over(block.forward) if isinstance(cell, block_offload.Ring))
 
 
@@ -72,7 +72,7 @@ def test_an_offloaded_model_has_the_same_gradients(
     with torch.no_grad():
         drawn = output(model.eval())
     block_offload.stream(model.train(training), block_offload.find(model)[::share], CPU)
-    checkpointing.recompute(model, 0)  # means 1 now
+    checkpointing.set_checkpointing(model, 0)  # means 1 now
     watched(rings(model), monkeypatch)
     for _ in range(2):
         with torch.no_grad():
@@ -101,9 +101,9 @@ def test_blocks_come_one_ahead_in_both_directions(monkeypatch: pytest.MonkeyPatc
         output(model)
     assert fetched == [2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1][: len(fetched)]
     assert len(fetched) == 10 + 1
-    assert len(ring.slots) == block_offload.SLOTS
-    largest = max(block.resting.numel() for block in ring.blocks)
-    assert sum(slot.buffer.nbytes for slot in ring.slots) == block_offload.SLOTS * largest
+    assert len(ring.padded_count) == block_offload.SLOTS
+    largest = max(block.offloaded_blocks.numel() for block in ring.blocks)
+    assert sum(slot.buffer.nbytes for slot in ring.padded_count) == block_offload.SLOTS * largest
 
 
 def deep() -> nn.Module:
@@ -116,7 +116,7 @@ def test_frozen_blocks_rest_in_one_piece_and_adapters_stay_out() -> None:
     model = adapted(make, targets)
     block_offload.stream(model, block_offload.find(model), CPU)
     for block in rings(model).blocks:
-        pointer, size = block.resting.data_ptr(), block.resting.nbytes
+        pointer, size = block.offloaded_blocks.data_ptr(), block.offloaded_blocks.nbytes
         for name, parameter in block.module.named_parameters():
             inside = pointer <= parameter.data_ptr() < pointer + size
             assert inside == (".lora_" not in name), name
@@ -134,14 +134,16 @@ def test_4bit_blocks_move_with_their_scales(llama: Path, dora: bool, monkeypatch
     block_offload.stream(away, block_offload.find(away), CPU)
     watched(rings(away), monkeypatch)
     ring = rings(away)
-    ring.slots = ring.slots[:1]  # every block in the same buffer: what is kept from forward to backward is overwritten
+    ring.padded_count = ring.padded_count[
+        :1
+    ]  # every block in the same buffer: what is kept from forward to backward is overwritten
     output = MODELS["llama"][1]
     found, expected = (gradients(model.train(), output) for model in (away, kept))
     assert expected
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     weight = away.get_submodule("model.layers.0.mlp.up_proj").weight
     block = ring.blocks[0]
-    pointer, size = block.resting.data_ptr(), block.resting.nbytes
+    pointer, size = block.offloaded_blocks.data_ptr(), block.offloaded_blocks.nbytes
     for tensor in (weight, weight.quant_state.absmax, weight.quant_state.state2.absmax):
         assert pointer <= tensor.data_ptr() < pointer + size
 
@@ -161,11 +163,11 @@ def test_as_many_blocks_stay_as_fit_evenly_spread(
     free, vram_gib = (10**12, room / 2**30) if limit == "hardware.vram_gib" else (room, 0.0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
     capfd.readouterr()
-    block_offload.spread(model.requires_grad_(False), CPU, vram_gib)
-    away = [index for index, block in enumerate(blocks) if getattr(block, checkpointing.BY_ITSELF, False)]
+    block_offload.offload_to_fit(model.requires_grad_(False), CPU, vram_gib)
+    away = [index for index, block in enumerate(blocks) if getattr(block, checkpointing.SELF_CHECKPOINTING, False)]
     assert away == [0, 2, 4]
-    assert capfd.readouterr().err == "model.offload: 0.0 of 0.0 GiB of weights stay in main memory\n"
-    assert Accelerator(cpu=True).verify_device_map(model)  # it won't move the model to the card as a whole
+    assert capfd.readouterr().err == "model.offload: 0.0 of 0.0 GiB of weights stay in CPU memory\n"
+    assert Accelerator(cpu=True).verify_device_map(model)  # it won't move the model to the GPU as a whole
     with torch.no_grad():
         assert torch.equal(output(model), expected)
 
@@ -182,8 +184,8 @@ def test_main_memory_comes_in_few_pieces_of_powers_of_two() -> None:
 def test_what_fits_stays(monkeypatch: pytest.MonkeyPatch) -> None:
     model = MODELS["llama"][0]()
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (10**12, 10**12))
-    block_offload.spread(model, CPU, 0.0)
-    assert not checkpointing.by_itself(model)
+    block_offload.offload_to_fit(model, CPU, 0.0)
+    assert not checkpointing.has_self_checkpointing(model)
     assert not Accelerator(cpu=True).verify_device_map(model)
 
 
@@ -200,15 +202,19 @@ def test_blocks_are_layers_transformer_blocks_and_residual_blocks() -> None:
 
 def test_measures_on_a_cpu_end_with_recomputing() -> None:
     for make, _, _ in MODELS.values():
-        for recomputed, expected in ((0, ["trainer.checkpointing=1"]), (1, []), (2, ["trainer.checkpointing=1"])):
+        for checkpointed, expected in (
+            (0, ["trainer.activation_checkpointing=1"]),
+            (1, []),
+            (2, ["trainer.activation_checkpointing=1"]),
+        ):
             model = make()
-            kept = Kept(model, CPU, False)
-            assert list(relief.measures(model, ModelConfig(), recomputed, kept, CPU)) == expected
-            assert not kept.away
+            offload = ActivationOffload(model, CPU, False)
+            assert list(relief.gpu_fallbacks(model, ModelConfig(), checkpointed, offload, CPU)) == expected
+            assert not offload.enabled
 
 
 def test_an_adapter_is_loaded_without_spreading_the_model_anew(llama: Path, tmp_path: Path) -> None:
-    """PEFT would move blocks that rest in main memory to wherever it thinks there is room."""
+    """PEFT would move blocks that rest in CPU memory to wherever it thinks there is room."""
     config = ModelConfig(kind="language", base=str(llama))
     model: Any = causal_lm.load_model(config, torch.float32, CPU)
     lora.inject(model, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
@@ -228,9 +234,9 @@ def test_an_adapter_is_loaded_without_spreading_the_model_anew(llama: Path, tmp_
         assert torch.equal(MODELS["llama"][1](loaded), expected)
 
 
-# What only a card can show
+# What only a GPU can show
 
-CARD = torch.device("cuda")
+GPU = torch.device("cuda")
 
 
 @pytest.mark.gpu
@@ -245,25 +251,25 @@ def test_a_card_computes_the_same_with_blocks_in_main_memory(name: str, monkeypa
         return output_on(model, output)
 
     kept, away = (adapted(make, targets) for _ in range(2))
-    kept.to(CARD)
-    block_offload.stream(away, block_offload.find(away), CARD)
+    kept.to(GPU)
+    block_offload.stream(away, block_offload.find(away), GPU)
     for _ in range(3):
         with torch.no_grad():
             assert torch.allclose(on_card(away.eval()), on_card(kept.eval()), rtol=1e-5, atol=1e-5)
         found, expected = (gradients(model.train(), on_card) for model in (away, kept))
         assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in zip(found, expected, strict=True))
     for block in rings(away).blocks:
-        assert block.resting.is_pinned()
+        assert block.offloaded_blocks.is_pinned()
         assert all(parameter.device == CPU for _, _, parameter in block.places)
 
 
 def output_on(model: nn.Module, output: Any) -> Tensor:
-    """`output` with its inputs, which it makes on the CPU, moved to the card."""
+    """`output` with its inputs, which it makes on the CPU, moved to the GPU."""
 
     class Moved(nn.Module):
         def forward(self, *args: Any, **kwargs: Any) -> Any:
             def move(value: Any) -> Any:
-                return value.to(CARD) if isinstance(value, Tensor) else value
+                return value.to(GPU) if isinstance(value, Tensor) else value
 
             return model(*map(move, args), **{key: move(value) for key, value in kwargs.items()})
 
@@ -275,12 +281,12 @@ def output_on(model: nn.Module, output: Any) -> Tensor:
 @pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4])
 def test_a_language_model_that_does_not_fit_has_its_blocks_in_main_memory(llama: Path, quantize: Quantize) -> None:
     config = ModelConfig(kind="language", base=str(llama), quantize=quantize, offload=True)
-    model: Any = causal_lm.load_model(config, torch.bfloat16, CARD, vram_gib=1e-6)
+    model: Any = causal_lm.load_model(config, torch.bfloat16, GPU, vram_gib=1e-6)
     weights = [layer.weight for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
     assert all(weight.device == CPU and weight.is_pinned() for weight in weights)
     assert model.device.type == causal_lm.head(model).weight.device.type == "cuda"
-    whole = causal_lm.load_model(ModelConfig(kind="language", base=str(llama), quantize=quantize), torch.bfloat16, CARD)
-    checkpointing.recompute(model, 0)
+    whole = causal_lm.load_model(ModelConfig(kind="language", base=str(llama), quantize=quantize), torch.bfloat16, GPU)
+    checkpointing.set_checkpointing(model, 0)
     found, expected = (packs.gradients(packs.adapted(each, TARGETS)) for each in (model, whole))
     assert packs.distance(found, expected) < 0.02
 
@@ -300,10 +306,10 @@ def test_blocks_in_main_memory_leave_the_card_free() -> None:
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()
         if away:
-            block_offload.stream(model, block_offload.find(model), CARD)
+            block_offload.stream(model, block_offload.find(model), GPU)
         else:
-            model.to(CARD)
-        checkpointing.recompute(model, 1)
+            model.to(GPU)
+        checkpointing.set_checkpointing(model, 1)
         found = gradients(model.train(), lambda each: output_on(each, MODELS["llama"][1]))
         return torch.cuda.max_memory_allocated() - base, found
 

@@ -53,7 +53,7 @@ def language(architecture: str = "llama", layers: int = 3) -> nn.Module:
     return model
 
 
-def pictures(model: nn.Module) -> Tensor:
+def images(model: nn.Module) -> Tensor:
     random = torch.Generator().manual_seed(1)
     latents, text = torch.randn(2, 4, 8, 8, generator=random), torch.randn(2, 5, 16, generator=random)
     found: Tensor = model(latents, torch.tensor([3, 500]), encoder_hidden_states=text, return_dict=False)[0]
@@ -75,7 +75,7 @@ def tokens(model: nn.Module) -> Tensor:
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], list[str]]] = {
-    "unet": (unet, pictures, ["to_q", "to_v", "conv1"]),
+    "unet": (unet, images, ["to_q", "to_v", "conv1"]),
     "transformer": (transformer, joint, ["to_q", "to_v"]),
     "llama": (language, tokens, ["q_proj", "down_proj"]),
 }
@@ -109,7 +109,7 @@ def test_gradients_stay_bit_for_bit_with_dropout(name: str, every: int, monkeypa
     calls: list[Any] = []
     real = checkpointing.checkpoint
     monkeypatch.setattr(checkpointing, "checkpoint", lambda *a, **k: calls.append(a[0]) or real(*a, **k))
-    checkpointing.recompute(model, every)
+    checkpointing.set_checkpointing(model, every)
     found = gradients(model, output)
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     blocks = len(_numbers(model))
@@ -128,7 +128,7 @@ def _numbers(model: nn.Module) -> dict[nn.Module, int]:
 def test_blocks_are_what_the_libraries_recompute() -> None:
     for (make, output, targets), counted in zip(MODELS.values(), (11, 3, 3), strict=True):
         model = adapted(make, targets)
-        checkpointing.recompute(model, 1)
+        checkpointing.set_checkpointing(model, 1)
         gradients(model, output)
         numbers = _numbers(model)
         assert list(numbers.values()) == list(range(counted)), type(model)
@@ -137,8 +137,8 @@ def test_blocks_are_what_the_libraries_recompute() -> None:
 
 def test_0_takes_recomputing_back(monkeypatch: pytest.MonkeyPatch) -> None:
     model = adapted(language, ["q_proj"])
-    checkpointing.recompute(model, 1)
-    checkpointing.recompute(model, 0)
+    checkpointing.set_checkpointing(model, 1)
+    checkpointing.set_checkpointing(model, 0)
     monkeypatch.setattr(checkpointing, "checkpoint", lambda *_, **__: pytest.fail("recomputed"))
     gradients(model, tokens)
 
@@ -146,11 +146,13 @@ def test_0_takes_recomputing_back(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("architecture", CHATS)
 def test_every_language_model_has_blocks(architecture: str) -> None:
     model = language(architecture, layers=2)
-    checkpointing.recompute(model, 2)
+    checkpointing.set_checkpointing(model, 2)
     assert any(getattr(module, "gradient_checkpointing", False) for module in model.modules())
 
 
 def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ModelError, match=r"Linear has no blocks that can be recomputed; try trainer.checkpointing=0"):
-        checkpointing.recompute(nn.Linear(2, 2), 1)
-    checkpointing.recompute(nn.Linear(2, 2), 0)
+    with pytest.raises(
+        ModelError, match=r"Linear has no blocks that can be recomputed; try trainer.activation_checkpointing=0"
+    ):
+        checkpointing.set_checkpointing(nn.Linear(2, 2), 1)
+    checkpointing.set_checkpointing(nn.Linear(2, 2), 0)

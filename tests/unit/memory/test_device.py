@@ -17,14 +17,14 @@ def test_a_cpu_computes_in_fp32_unless_told_otherwise() -> None:
 
 
 def test_fp16_on_a_cpu_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"fp16 needs a CUDA card; on a CPU try trainer.precision=fp32"):
+    with pytest.raises(ConfigError, match=r"fp16 needs a CUDA GPU; on a CPU try trainer.precision=fp32"):
         pick_precision(Precision.fp16, CPU)
 
 
 def test_cuda_without_a_card_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert pick_device(Device.auto) == CPU
-    with pytest.raises(ConfigError, match=r"hardware.device=cuda, but this torch finds no CUDA card"):
+    with pytest.raises(ConfigError, match=r"hardware.device=cuda, but this torch finds no CUDA GPU"):
         pick_device(Device.cuda)
 
 

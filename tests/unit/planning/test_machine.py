@@ -1,4 +1,4 @@
-"""The machine of a plan: presets, cards by name, and this very machine."""
+"""The machine of a plan: presets, GPUs by name, and this very machine."""
 
 from types import SimpleNamespace
 
@@ -12,13 +12,13 @@ from finetune.config.schema import Device, HardwareConfig, Precision
 from finetune.errors import ConfigError
 from finetune.planning import machine
 
-CARDS = ["a100_80gb", "a6000", "h100", "h200", "l40s", "rtx3060_12gb", "rtx3090", "rtx4080", "rtx4090", "rtx5090"]
+GPUS = ["a100_80gb", "a6000", "h100", "h200", "l40s", "rtx3060_12gb", "rtx3090", "rtx4080", "rtx4090", "rtx5090"]
 
 
 def test_every_card_has_a_preset_with_its_facts() -> None:
     presets = recipes.preset_files()["hardware"]
-    assert sorted(presets) == sorted([*CARDS, "auto", "cpu"])
-    for name in CARDS:
+    assert sorted(presets) == sorted([*GPUS, "auto", "cpu"])
+    for name in GPUS:
         facts = yaml.safe_load(presets[name].read_text())
         assert facts["device"] == "cuda"
         assert 10 < facts["vram_gib"] < 140
@@ -32,15 +32,15 @@ def test_a_preset_needs_no_card() -> None:
     found = machine.read(HardwareConfig(Device.cuda, 23.5, "NVIDIA GeForce RTX 4090", True, 165.2, 82.6, 1008))
     assert (found.cuda, found.vram_gib, found.tflops) == (True, 23.5, 165.2)
     assert found.precision(Precision.auto) is Precision.bf16
-    older = machine.read(HardwareConfig(Device.cuda, 11.0, "an older card", False, 50.0, 10.0, 300))
+    older = machine.read(HardwareConfig(Device.cuda, 11.0, "an older GPU", False, 50.0, 10.0, 300))
     assert older.precision(Precision.auto) is Precision.fp16
 
 
 def test_a_card_without_its_facts_is_refused() -> None:
     with pytest.raises(ConfigError, match=r"hardware.gb_per_s must be above 0 .* such as hardware=rtx4090"):
-        machine.read(HardwareConfig(Device.cuda, 23.5, "a card", True, 165.2, 82.6))
+        machine.read(HardwareConfig(Device.cuda, 23.5, "a GPU", True, 165.2, 82.6))
     with pytest.raises(ConfigError, match=r"hardware.pcie_gb_per_s must be above 0"):
-        machine.read(HardwareConfig(Device.cuda, 23.5, "a card", True, 165.2, 82.6, 1008, pcie_gb_per_s=0))
+        machine.read(HardwareConfig(Device.cuda, 23.5, "a GPU", True, 165.2, 82.6, 1008, pcie_gb_per_s=0))
 
 
 def test_this_machine_is_read() -> None:
@@ -54,20 +54,20 @@ def test_this_machine_is_read() -> None:
 
 
 def test_half_precision_needs_a_card() -> None:
-    with pytest.raises(ConfigError, match=r"fp16 needs a CUDA card; .* try trainer.precision=fp32"):
+    with pytest.raises(ConfigError, match=r"fp16 needs a CUDA GPU; .* try trainer.precision=fp32"):
         machine.read(HardwareConfig(Device.cpu)).precision(Precision.fp16)
 
 
-@pytest.mark.parametrize(("name", "tflops"), [("NVIDIA GeForce RTX 4090", 165.2), ("a card of tomorrow", 100.0)])
+@pytest.mark.parametrize(("name", "tflops"), [("NVIDIA GeForce RTX 4090", 165.2), ("a GPU of tomorrow", 100.0)])
 def test_a_card_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str, tflops: float) -> None:
-    card = SimpleNamespace(
+    gpu = SimpleNamespace(
         is_available=lambda: True,
         current_device=lambda: 0,
         get_device_name=lambda: name,
         mem_get_info=lambda: (20 * 2**30, 24 * 2**30),
         is_bf16_supported=lambda including_emulation: True,
     )
-    monkeypatch.setattr(torch, "cuda", card)
+    monkeypatch.setattr(torch, "cuda", gpu)
     memory = psutil.virtual_memory()
     monkeypatch.setattr(psutil, "virtual_memory", lambda: memory)
     monkeypatch.setattr(machine, "pick_device", lambda wanted: torch.device("cuda", 0))
@@ -75,5 +75,5 @@ def test_a_card_is_known_by_its_name(monkeypatch: pytest.MonkeyPatch, name: str,
     assert (found.name, found.tflops, found.known) == (name, tflops, tflops != 100.0)
     assert found.vram_gib == 20.5
     assert found.words == "20.5 of 24.0 GiB free now"
-    assert found.main_gib == psutil.virtual_memory().available / machine.GIB
+    assert found.cpu_gib == psutil.virtual_memory().available / machine.GIB
     assert machine.read(HardwareConfig(vram_gib=8.0)).vram_gib == 8.0

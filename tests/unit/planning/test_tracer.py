@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from finetune.config.schema import Optimizer
-from finetune.planning.tracer import Kernel, Trace, Tracer, optimizer_bytes, stretched
+from finetune.planning.tracer import Kernel, Trace, Tracer, extrapolated, optimizer_bytes
 
 FLOAT, WIDE = 4, 1024  # bytes of an fp32 number; a side that makes every tensor a multiple of 512 bytes
 MATRIX = WIDE * WIDE * FLOAT
@@ -25,13 +25,13 @@ def traced(
 ) -> Trace:
     """A training step whose loss is the output's sum."""
     tracer = Tracer(dtype, like_cuda=like_cuda)
-    tracer.blank(model)
+    tracer.fakify(model)
     return tracer.step(model, lambda: torch.empty(rows, WIDE), forward, lambda output, _: output.sum())
 
 
 def evaluated(work: Callable[[], Any], model: nn.Module | None = None) -> Trace:
     tracer = Tracer(torch.float32, like_cuda=False)
-    return tracer.run(tracer.blank(model or nn.Identity()), work)
+    return tracer.run(tracer.fakify(model or nn.Identity()), work)
 
 
 def test_a_linear_layer() -> None:
@@ -172,9 +172,9 @@ def test_norms_of_recomputed_blocks_run_in_fp32_too() -> None:
 
 def test_dropout_keeps_a_byte_a_number_on_a_card() -> None:
     model = nn.Sequential(nn.Linear(WIDE, WIDE, bias=False), *(nn.Dropout(0.5) for _ in range(4)))
-    card, processor = (traced(model, model, like_cuda=like_cuda) for like_cuda in (True, False))
-    assert any(kernel.name == "aten.native_dropout.default" for kernel in card.kernels)
-    masks = [max(kernel.live for kernel in trace.kernels) for trace in (card, processor)]
+    gpu, processor = (traced(model, model, like_cuda=like_cuda) for like_cuda in (True, False))
+    assert any(kernel.name == "aten.native_dropout.default" for kernel in gpu.kernels)
+    masks = [max(kernel.live for kernel in trace.kernels) for trace in (gpu, processor)]
     assert masks[1] - masks[0] == pytest.approx(4 * MATRIX * (1 - 1 / FLOAT), abs=MATRIX)
 
 
@@ -188,7 +188,7 @@ def test_the_libraries_functions_are_back_afterwards() -> None:
 def test_what_the_loss_allocates_is_told_apart() -> None:
     model = nn.Linear(WIDE, WIDE, bias=False)
     tracer = Tracer(torch.float32, like_cuda=False)
-    tracer.blank(model)
+    tracer.fakify(model)
     trace = tracer.step(
         model, lambda: torch.empty(WIDE, WIDE), model, lambda output, _: (output.exp() * output.sin()).sum()
     )
@@ -199,11 +199,11 @@ def test_what_the_loss_allocates_is_told_apart() -> None:
 def test_another_micro_batch_is_drawn_on_exactly() -> None:
     model = nn.Sequential(*(nn.Linear(WIDE, WIDE) for _ in range(3)))
     two, three, eight = (traced(model, model, rows=512 * count) for count in (2, 3, 8))
-    drawn = stretched(two, three, (2, 3), 8)
+    drawn = extrapolated(two, three, (2, 3), 8)
     assert drawn.peak.live == pytest.approx(eight.peak.live, rel=1e-6)
     assert drawn.flops == pytest.approx(eight.flops)
     assert drawn.launches == eight.launches
-    assert stretched(two, three, (2, 3), 2).peak.live == two.peak.live
+    assert extrapolated(two, three, (2, 3), 2).peak.live == two.peak.live
 
 
 def test_a_stretch_of_other_kernels_is_drawn_on_as_a_whole() -> None:
@@ -212,11 +212,11 @@ def test_a_stretch_of_other_kernels_is_drawn_on_as_a_whole() -> None:
         before, after = Kernel("a", 10.0 * count, 0.0, count, 0.0), Kernel("b", 10.0 * count, 0.0, count, 0.0)
         return Trace({}, (before, *middle, after))
 
-    drawn = stretched(run(2), run(3), (2, 3), 8)
+    drawn = extrapolated(run(2), run(3), (2, 3), 8)
     assert drawn.launches == 2 + 8
     assert drawn.flops == 2 * 8 + 8 * 10
     assert drawn.peak.live == 100.0
-    assert stretched(run(2), run(3), (2, 3), 1).launches == 2 + 1
+    assert extrapolated(run(2), run(3), (2, 3), 1).launches == 2 + 1
 
 
 @pytest.mark.parametrize(

@@ -86,8 +86,8 @@ def decoded(html: str) -> list[Image.Image]:
 
 def test_captions_show_thumbnails_beside_texts(tmp_path: Path) -> None:
     html = captions(tmp_path)._repr_html_()
-    assert [picture.size for picture in decoded(html)] == [(96, 64)]
-    assert "2 pictures" in html
+    assert [image.size for image in decoded(html)] == [(96, 64)]
+    assert "2 images" in html
     assert "gone.png can&#x27;t be shown" in html or "gone.png can't be shown" in html
     assert "<script" not in html
 
@@ -110,7 +110,7 @@ def test_conversations_show_their_figures_and_what_is_trained() -> None:
     assert "assistant: <mark>ahoy&lt;/s&gt;</mark>" in html
     for absent in ("lost", "unusable", "nearly equal"):
         assert absent not in html
-    html = text_set(lost=0.0123, bad=3, leaked=2, cached=True)._repr_html_()
+    html = text_set(truncated_share=0.0123, bad=3, near_duplicates=2, cached=True)._repr_html_()
     for words in ("1.23%", "unusable rows", "nearly equal", "found in the cache"):
         assert words in html
 
@@ -126,7 +126,7 @@ def test_conversations_show_their_figures_and_what_is_trained() -> None:
     ],
 )
 def test_any_text_may_stand_in_a_marked_row(marked: str, shown: str) -> None:
-    html = text_set(marked=marked)._repr_html_()
+    html = text_set(preview=marked)._repr_html_()
     assert shown in re.sub(r"(long ?)+(?=</mark>)", "long long", html)
     assert html.count("<mark>") == html.count("</mark>") <= 1
 
@@ -178,7 +178,12 @@ def test_a_run_on_conversations_counts_tokens(tmp_path: Path) -> None:
 
 def test_run_without_curves_or_validation_still_shows(tmp_path: Path) -> None:
     html = run_record(
-        tmp_path, first_validation=None, best_validation=None, best_step=None, skipped_steps=3, eased="micro-batch 1"
+        tmp_path,
+        first_validation=None,
+        best_validation=None,
+        best_step=None,
+        skipped_steps=3,
+        oom_fallbacks="micro-batch 1",
     )._repr_html_()
     assert "memory ran out; went on with" in html
     assert "<svg" not in html
@@ -201,8 +206,8 @@ def test_adapter_lists_files(tmp_path: Path) -> None:
 def test_samples_show_the_grid(tmp_path: Path) -> None:
     Image.new("RGB", (2400, 1200), "navy").save(tmp_path / "grid.png")
     samples = Samples(str(tmp_path), str(tmp_path / "grid.png"), (Sample("p", 0, "t.png", "b.png"),))
-    assert [picture.size for picture in decoded(samples._repr_html_())] == [(1600, 800)]
-    (tmp_path / "grid.png").write_bytes(b"not a picture")
+    assert [image.size for image in decoded(samples._repr_html_())] == [(1600, 800)]
+    (tmp_path / "grid.png").write_bytes(b"not an image")
     assert "<em>" in samples._repr_html_()
     assert Samples("", "", ())._repr_html_() == Answers("", "", ())._repr_html_() == ""
 
@@ -222,7 +227,7 @@ def test_what_train_returns_shows_everything(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("mode", ["RGB", "L", "P", "RGBA", "LA", "CMYK", "1", "I;16", "F"])
 def test_pictures_of_any_mode_become_small_and_opaque(tmp_path: Path, mode: str) -> None:
-    file = tmp_path / "picture.tif"
+    file = tmp_path / "image.tif"
     Image.new(mode, (400, 200)).save(file)
     uri = data_uri(file, 50)
     assert uri is not None

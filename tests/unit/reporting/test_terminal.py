@@ -1,4 +1,4 @@
-"""What a run on conversations leaves on the screen; `test_cli` has that of a run on pictures."""
+"""What a run on conversations leaves on the screen; `test_cli` has that of a run on images."""
 
 from dataclasses import replace
 from pathlib import Path
@@ -36,7 +36,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
         micro_batch=2,
         effective=16,
         processes=2,
-        eased="micro-batch 2 instead of 4",
+        oom_fallbacks="micro-batch 2 instead of 4",
         **tried,
     )
     adapter = Adapter("outputs/mine/adapter", {}, {}, "base", "")

@@ -19,10 +19,10 @@ from finetune.memory.device import pick_device
 from finetune.run import distributed
 from finetune.training.accelerator import build_accelerator, prepare
 from finetune.training.loop import Step, fit
-from finetune.training.oom import Ladder
-from finetune.training.reduction import share_start
+from finetune.training.oom import OomFallbacks
+from finetune.training.reduction import broadcast_start
 from finetune.training.signals import Stop, catch_stop
-from finetune.training.task import Batch, Visit
+from finetune.training.task import Batch, Draw
 from tests.conftest import Answer
 
 MICRO_BATCH = 2
@@ -34,19 +34,19 @@ class Line:
     """A task as small as can be: a line through points, of which every third counts twice."""
 
     def __init__(self, short_of_memory: bool = False) -> None:
-        torch.manual_seed(1 + distributed.index())  # the first one's weights have to come to count
+        torch.manual_seed(1 + distributed.rank())  # the first one's weights have to come to count
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
         self.unused = nn.Parameter(torch.ones(2))
         self.short_of_memory = short_of_memory
 
-    def split(self, visits: Sequence[Visit], micro_batch: int) -> list[Sequence[Visit]]:
-        return [visits[first : first + micro_batch] for first in range(0, len(visits), micro_batch)]
+    def split(self, draws: Sequence[Draw], micro_batch: int) -> list[Sequence[Draw]]:
+        return [draws[first : first + micro_batch] for first in range(0, len(draws), micro_batch)]
 
-    def collate(self, visits: Sequence[Visit]) -> Batch:
-        points = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(key)) for key, _ in visits])
-        weights = torch.tensor([1 + (key % 3 == 0) for key, _ in visits])
-        names = tuple(str(key) for key, _ in visits)
-        return Batch({"x": points, "w": weights}, int(weights.sum()), names, units=len(visits), slots=len(visits))
+    def collate(self, draws: Sequence[Draw]) -> Batch:
+        points = torch.stack([torch.randn(3, generator=torch.Generator().manual_seed(key)) for key, _ in draws])
+        weights = torch.tensor([1 + (key % 3 == 0) for key, _ in draws])
+        names = tuple(str(key) for key, _ in draws)
+        return Batch({"x": points, "w": weights}, int(weights.sum()), names, count=len(draws), padded_count=len(draws))
 
     def loss(self, batch: Batch) -> Tensor:
         if self.short_of_memory and len(batch.names) > 1:
@@ -58,7 +58,7 @@ class Line:
 def steps_of(line: Any, stop: Stop, *, dropout: bool = True, keys: Sequence[int] | None = None) -> Iterator[Step]:
     """Each process on its share of STEPS, or of one step of these keys."""
     accelerator = build_accelerator(Precision.fp32, torch.device("cpu"))
-    assert accelerator.num_processes == distributed.count()
+    assert accelerator.num_processes == distributed.world_size()
     if not dropout:
         line.model[1].p = 0.0
     optimizer = torch.optim.AdamW([*line.model.parameters(), line.unused], lr=0.1, eps=1e-3)
@@ -66,12 +66,12 @@ def steps_of(line: Any, stop: Stop, *, dropout: bool = True, keys: Sequence[int]
     numbers = itertools.count()
     planned = [keys] if keys else [[next(numbers) for _ in range(count)] for count in STEPS]
 
-    def mine() -> Iterator[list[Visit]]:
+    def mine() -> Iterator[list[Draw]]:
         for number, step in enumerate(planned, 1):
-            if number == STOPPED and distributed.index() == 1:
+            if number == STOPPED and distributed.rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             parts = line.split([(key, 0) for key in step], MICRO_BATCH)
-            yield list(itertools.chain(*parts[distributed.index() :: distributed.count()]))
+            yield list(itertools.chain(*parts[distributed.rank() :: distributed.world_size()]))
 
     yield from fit(
         line,
@@ -79,7 +79,7 @@ def steps_of(line: Any, stop: Stop, *, dropout: bool = True, keys: Sequence[int]
         optimizer,
         lambda _: 0.1,
         accelerator,
-        ladder=Ladder(MICRO_BATCH, lambda: None, "try less"),
+        fallbacks=OomFallbacks(MICRO_BATCH, lambda: None, "try less"),
         seed=0,
         start=0,
         clip_norm=1.0,
@@ -95,8 +95,8 @@ def trained(dropout: bool = True, short_of_memory: bool = False) -> dict[str, An
     with catch_stop() as stop:
         for step in steps_of(line, stop, dropout=dropout):
             seen["loss"].append(step.loss)
-            seen["units"].append(step.units)
-            seen["eased"].append(step.eased)
+            seen["units"].append(step.count)
+            seen["eased"].append(step.oom_fallbacks)
             seen["stopped"].append(stop.number)
     weights = [parameter.flatten().tolist() for parameter in line.model.parameters()]
     return {**seen, "weights": weights, "unused": line.unused.tolist()}
@@ -104,21 +104,21 @@ def trained(dropout: bool = True, short_of_memory: bool = False) -> dict[str, An
 
 def refusal() -> str | None:
     """Why a step is refused of which the second process has the bad example."""
-    return next(iter(steps_of(Line(), Stop(), keys=[1, 2, 666, 4]))).refused
+    return next(iter(steps_of(Line(), Stop(), keys=[1, 2, 666, 4]))).skip_reason
 
 
 def broken() -> None:
     """Steps of which the second process can't read an example, while the first one is in the reduction."""
     line = Line()
-    if distributed.index() == 1:
-        line.collate = lambda visits: fail(1, DataError("no such picture"))()  # type: ignore[method-assign]
+    if distributed.rank() == 1:
+        line.collate = lambda draws: fail(1, DataError("no such image"))()  # type: ignore[method-assign]
     list(steps_of(line, Stop()))
 
 
 def told(work: Callable[[], object]) -> str:
     """The error in which a run ends, as this process sees it."""
     try:
-        with distributed.joined():
+        with distributed.process_group():
             work()
     except Exception as error:
         return f"{type(error).__name__}: {error}"
@@ -129,7 +129,7 @@ def fail(index: int, error: Exception) -> Callable[[], object]:
     """Work in which one process fails, while the others are in a wait of one sort or another."""
 
     def work() -> object:
-        if distributed.index() == index:
+        if distributed.rank() == index:
             raise error
         return distributed.gather(1)
 
@@ -146,16 +146,16 @@ def join(index: int, port: int) -> None:
 def take_part(index: int, port: int, folder: str) -> None:
     """One of two processes; writes what it saw."""
     join(index, port)
-    with distributed.joined():
+    with distributed.process_group():
         seen: dict[str, Any] = {
-            "first": distributed.first(lambda: distributed.index()),
+            "first": distributed.on_first_rank(lambda: distributed.rank()),
             "gathered": distributed.gather(f"I am {index}"),
             "trained": trained(),
             "short of memory": trained(dropout=False, short_of_memory=index == 1),
             "refused": refusal(),
         }
-    seen["from the second"] = told(fail(1, DataError("a bad picture")))
-    seen["from the first"] = told(lambda: distributed.first(lambda: fail(0, FinetuneError("no disk"))()))
+    seen["from the second"] = told(fail(1, DataError("a bad image")))
+    seen["from the first"] = told(lambda: distributed.on_first_rank(lambda: fail(0, FinetuneError("no disk"))()))
     seen["odd"] = told(fail(0, Interrupted("by hand", 2)))
     seen["in a step"] = told(broken)  # the last: the first process leaves a reduction unfinished
     Path(folder, f"{index}.json").write_text(json.dumps(seen))
@@ -164,13 +164,13 @@ def take_part(index: int, port: int, folder: str) -> None:
 def be_killed(index: int, port: int, folder: str) -> None:
     """One of two processes, of which the second one ends without a word."""
     join(index, port)
-    with distributed.joined():
+    with distributed.process_group():
         build_accelerator(Precision.fp32, torch.device("cpu"))
-        share_start([nn.Parameter(torch.ones(2))])
+        broadcast_start([nn.Parameter(torch.ones(2))])
         if index == 1:
             os._exit(0)
         try:
-            share_start([nn.Parameter(torch.ones(2))])
+            broadcast_start([nn.Parameter(torch.ones(2))])
         except RunError as error:
             Path(folder, "said").write_text(str(error))
 
@@ -198,8 +198,8 @@ def test_the_first_works_for_all_and_everybody_is_heard(two: list[dict[str, Any]
 
 def test_an_error_in_one_is_raised_in_all(two: list[dict[str, Any]]) -> None:
     for seen in two:
-        assert seen["from the second"] == "DataError: a bad picture"
-        assert seen["in a step"] == "DataError: no such picture"
+        assert seen["from the second"] == "DataError: a bad image"
+        assert seen["in a step"] == "DataError: no such image"
         assert seen["from the first"] == "FinetuneError: no disk"
     assert two[0]["odd"] == "Interrupted: by hand"
     assert two[1]["odd"] == "RuntimeError: Interrupted: by hand"  # its constructor's arguments are not kept
@@ -244,8 +244,8 @@ def test_a_refused_step_names_the_examples_of_all(two: list[dict[str, Any]]) -> 
 
 
 def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "PATIENCE_S", 0.0)
-    with pytest.raises(FinetuneError, match=r"process 0 waited 0 hours for another; start all of them anew"):
+    monkeypatch.setattr(distributed, "TIMEOUT_S", 0.0)
+    with pytest.raises(FinetuneError, match=r"process 0 waited 0 hours for another; start all of them again"):
         distributed.wait(lambda: False)
 
 
@@ -274,5 +274,5 @@ def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device(Device.auto) == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(FinetuneError, match="process 2 finds no card of its own; start as many as there are cards: 2"):
+    with pytest.raises(FinetuneError, match="process 2 finds no GPU of its own; start as many as there are GPUs: 2"):
         pick_device(Device.auto)

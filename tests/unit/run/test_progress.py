@@ -20,9 +20,9 @@ def test_without_a_terminal_there_are_plain_lines(
 
 
 def test_a_short_step_says_how_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
-    with progress("encode", 3, unit="pictures", done=1) as bar:
+    with progress("encode", 3, unit="images", done=1) as bar:
         bar.advance(2)
-    assert capsys.readouterr().err.splitlines() == ["encode: 3/3 pictures, 0 s"]
+    assert capsys.readouterr().err.splitlines() == ["encode: 3/3 images, 0 s"]
 
 
 def test_in_a_terminal_there_is_a_bar(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
@@ -39,7 +39,7 @@ def test_a_long_text_leaves_the_bar_its_place(
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)
     monkeypatch.setenv("COLUMNS", "80")
-    with progress("caption", 400, unit="pictures") as bar:
+    with progress("caption", 400, unit="images") as bar:
         bar.advance(200, "a big red robot in a city at night, in the rain, with a small blue cat, pixar style")
     last = [
         line for line in re.sub(r"\x1b\[[^A-Za-z]*[A-Za-z]", "", capsys.readouterr().err).split("\r") if line.strip()

@@ -11,7 +11,7 @@ import torch
 from finetune.config import compose
 from finetune.config.schema import Family, ModelConfig
 from finetune.config.validate import check
-from finetune.diffusion.pipeline import Painter, load_backbone
+from finetune.diffusion.pipeline import ImageSampler, load_backbone
 from finetune.language.causal_lm import load_model, load_tokenizer
 from scripts.bench.bases import save
 from scripts.bench.memory import (
@@ -19,12 +19,12 @@ from scripts.bench.memory import (
     ROOT,
     STEPS,
     Case,
+    candidates_for,
     chosen_cases,
     command,
     figures,
     planned_a_second,
     planned_gib,
-    sketched,
     speeds,
     table,
 )
@@ -43,8 +43,8 @@ def test_a_pipeline_of_random_weights_loads_like_a_real_one(kind: Family, tmp_pa
     model.base = str(tmp_path / "base")
     backbone = load_backbone(model, torch.bfloat16)
     assert 0 < sum(weight.numel() for weight in backbone.parameters()) < count
-    painter = Painter(model, ["a red robot"], "", CPU, torch.float32)
-    assert painter.draw(backbone.float(), [("a red robot", 0)], width=64, height=64, steps=1, guidance=1.0)
+    image_sampler = ImageSampler(model, ["a red robot"], "", CPU, torch.float32)
+    assert image_sampler.generate(backbone.float(), [("a red robot", 0)], width=64, height=64, steps=1, guidance=1.0)
 
 
 def test_a_language_model_of_random_weights_loads_like_a_real_one(tmp_path: Path) -> None:
@@ -56,7 +56,7 @@ def test_a_language_model_of_random_weights_loads_like_a_real_one(tmp_path: Path
 
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_is_a_command_that_is_valid(case: object, tmp_path: Path) -> None:
-    words = command(case, tmp_path / "base", tmp_path / "run", tmp_path / "pictures")  # type: ignore[arg-type]
+    words = command(case, tmp_path / "base", tmp_path / "run", tmp_path / "images")  # type: ignore[arg-type]
     recipe = words[0].removeprefix("conf=")
     config = compose.load(recipe, words[1:])
     assert check(config) == []
@@ -95,13 +95,13 @@ def test_the_committed_plans_are_those_of_today(preset: str) -> None:
     """One case of each base: a trace takes seconds."""
     line = next(line for line in MEASURED if line["preset"] == preset)
     case = Case(line["name"], preset, line["vram_gib"], tuple(line["overrides"]))
-    assert planned_gib(*sketched(case)) == pytest.approx(line["planned_gib"], rel=0.005)
+    assert planned_gib(*candidates_for(case)) == pytest.approx(line["planned_gib"], rel=0.005)
 
 
 def test_the_committed_speeds_are_those_of_today() -> None:
     """Of one: they hang on a few constants."""
     line = next(line for line in MEASURED if line["name"] == "llama2-7b-2048-bf16-10gb")
-    assert planned_a_second(*sketched(chosen_cases([line["name"]])[0])) == pytest.approx(
+    assert planned_a_second(*candidates_for(chosen_cases([line["name"]])[0])) == pytest.approx(
         line["planned_a_second"], rel=0.005
     )
 

@@ -21,7 +21,7 @@ def model(tmp_path_factory):
 
 @pytest.fixture
 def config(tmp_path, model):
-    root = tmp_path / "pictures"
+    root = tmp_path / "images"
     (root / "sub").mkdir(parents=True)
     for index in range(5):
         name = f"{index}.png" if index < 4 else f"sub/{index}.png"
@@ -65,9 +65,9 @@ def test_only_pictures_without_a_caption_are_captioned(config):
     assert all(texts[file].endswith("pixar style") for file in ("0.png", "3.png", "sub/4.png"))
     assert metadata(config) == {file: text for file, text in texts.items() if file != "2.png"}
     receipt = load_receipt(stage.Path(config.run_dir), "caption")
-    assert receipt.figures["pictures"] == 5
+    assert receipt.figures["images"] == 5
     assert receipt.figures["generated"] == 3
-    assert receipt.figures["pictures_per_s"] > 0
+    assert receipt.figures["images_per_s"] > 0
 
 
 def test_a_second_run_is_fresh_and_loads_nothing(config, no_captioner, monkeypatch, capsys):
@@ -102,7 +102,7 @@ def test_freshness_follows_pictures_captions_and_settings(config, model, capsys)
     assert len(again().items) == 6
     Image.new("RGB", (20, 20), "black").save(root / "0.png")
     assert again().items[0].text == "corrected by hand"
-    config.caption.prefix = "a picture of"
+    config.caption.prefix = "an image of"
     assert again().items[0].text == "corrected by hand"
 
 
@@ -115,9 +115,7 @@ def test_a_txt_that_comes_after_a_generated_caption_is_not_ignored_in_silence(co
     assert "warning" not in capsys.readouterr().err  # they agree
     sidecar.write_text("my own words")
     assert caption(config).items[2].text == first.items[2].text
-    said = (
-        "1 pictures have a .txt that metadata.jsonl outvotes, first 2.png; to take the .txt delete the picture's line"
-    )
+    said = "1 images have a .txt that metadata.jsonl outvotes, first 2.png; to take the .txt delete the image's line"
     assert said in capsys.readouterr().err
     rows = {name.removesuffix(".png"): text for name, text in metadata(config).items() if name != "2.png"}
     write_rows(config, **rows)
@@ -181,7 +179,7 @@ def test_overwrite_captions_all_anew_once(config, capsys):
         ("", "", "a cat", "a cat"),
         ("", "pixar style", "a cat", "a cat, pixar style"),
         ("", "pixar style", "a cat in Pixar Style", "a cat in Pixar Style"),
-        ("a picture of", "pixar style", "a cat", "a picture of a cat, pixar style"),
+        ("an image of", "pixar style", "a cat", "an image of a cat, pixar style"),
         ("pixar style, ", " pixar style ", "a cat", "pixar style, a cat"),
         ("", "pixar style", "", "pixar style"),
     ],
@@ -198,7 +196,7 @@ def spoil(config):
 
 def test_all_bad_pictures_are_named_before_any_work(config, no_captioner):
     spoil(config)
-    with pytest.raises(DataError, match=r"2 unreadable pictures") as error:
+    with pytest.raises(DataError, match=r"2 unreadable images") as error:
         caption(config)
     assert "0.png: is empty" in str(error.value)
     assert "2.png: is" in str(error.value)
@@ -220,7 +218,7 @@ def test_all_pictures_bad(config):
     config.data.skip_bad = True
     for path in stage.Path(config.data.folder).rglob("*.png"):
         path.write_bytes(b"x")
-    with pytest.raises(DataError, match=r"has no readable picture left"):
+    with pytest.raises(DataError, match=r"has no readable image left"):
         caption(config)
 
 
@@ -236,7 +234,7 @@ def test_a_folder_that_cannot_be_written_is_said_first(config, no_captioner, mon
 def test_unreadable_formats_are_mentioned(config, capsys):
     (stage.Path(config.data.folder) / "phone.heic").write_bytes(b"x")
     caption(config)
-    assert "1 pictures are in formats that can't be read and are left out, first phone.heic" in capsys.readouterr().err
+    assert "1 images are in formats that can't be read and are left out, first phone.heic" in capsys.readouterr().err
 
 
 def test_missing_captioner_is_said_quickly(config):

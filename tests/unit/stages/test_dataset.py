@@ -35,26 +35,26 @@ SIZES = [(64, 64), (90, 60), (60, 90), (33, 40), (100, 100)]
 
 @pytest.fixture
 def config(tmp_path, base):
-    (tmp_path / "pictures").mkdir()
+    (tmp_path / "images").mkdir()
     for index, size in enumerate(SIZES):
-        picture(tmp_path / "pictures" / f"{index}.png", size, index)
+        image(tmp_path / "images" / f"{index}.png", size, index)
     return Config(
         run_dir=str(tmp_path / "run"),
         model=ModelConfig(base=base, resolution=32, bucket_step=8),
-        data=DataConfig(folder=str(tmp_path / "pictures"), cache=str(tmp_path / "cache")),
+        data=DataConfig(folder=str(tmp_path / "images"), cache=str(tmp_path / "cache")),
         caption=CaptionConfig(trigger="toy"),
         hardware=HardwareConfig(device=Device.cpu),
     )
 
 
-def picture(path, size, seed):
+def image(path, size, seed):
     noise = np.random.default_rng(seed).integers(0, 255, (size[1], size[0], 3), dtype=np.uint8)
     Image.fromarray(noise).save(path)
 
 
 def captions(config, **texts):
     files = sorted(path.name for path in Path(config.data.folder).iterdir())
-    items = tuple(Caption(file, texts.get(f"_{file[:-4]}", f"picture {file}, toy"), "user") for file in files)
+    items = tuple(Caption(file, texts.get(f"_{file[:-4]}", f"image {file}, toy"), "user") for file in files)
     return CaptionSet(config.data.folder, items)
 
 
@@ -79,16 +79,18 @@ def loads(monkeypatch):
 
 
 def test_every_picture_with_its_own_caption_latents_and_bucket(config, base):
-    """The error to guard against: latents of one picture trained with the caption of another."""
+    """The error to guard against: latents of one image trained with the caption of another."""
     record = dataset(config, captions(config))
     found = list(record.examples())
     assert [example.file for example in found] == [f"{index}.png" for index in range(5)]
     assert (record.train, record.validation) == (5, 0)
     encoder, vae = load_text_encoder(config.model, CPU), load_vae(config.model, CPU)
     for example, size in zip(found, SIZES, strict=True):
-        image, crop = decode.fit(decode.open_rgb(Path(config.data.folder) / example.file, 10**6), example.bucket)
+        image, crop = decode.resize_and_crop(
+            decode.open_rgb(Path(config.data.folder) / example.file, 10**6), example.bucket
+        )
         assert example.crop == crop
-        assert example.caption == f"picture {example.file}, toy"
+        assert example.caption == f"image {example.file}, toy"
         expected = vae.encode(encode.pixels(image)[None])[0]
         stored = read(Path(example.latents))
         assert set(stored) == {"mean", "std"}
@@ -125,13 +127,13 @@ def test_only_what_changed_is_encoded(config, loads):
     dataset(config, captions(config, _1="a new caption, toy"))
     assert loads == {"text": 1, "text encoded": 1}
     loads.clear()
-    picture(Path(config.data.folder) / "2.png", (60, 90), 77)
+    image(Path(config.data.folder) / "2.png", (60, 90), 77)
     dataset(config, captions(config))
     assert loads == {"vae": 1, "vae encoded": 1}
     loads.clear()
     (Path(config.data.folder) / "0.png").rename(Path(config.data.folder) / "renamed.png")
     os.utime(Path(config.data.folder) / "1.png", (1, 1))
-    record = dataset(config, captions(config, _renamed="picture 0.png, toy"))
+    record = dataset(config, captions(config, _renamed="image 0.png, toy"))
     assert loads == {}, "names and times are no content"
     assert [example.file for example in record.examples()][-1] == "renamed.png"
     config.model.resolution = 40
@@ -175,7 +177,7 @@ def test_flipping_adds_the_mirrored_picture(config, base):
         ("1.png", True),
     ]
     assert len({example.key for example in found}) == 10
-    image, _ = decode.fit(decode.open_rgb(Path(config.data.folder) / "0.png", 10**6), found[0].bucket)
+    image, _ = decode.resize_and_crop(decode.open_rgb(Path(config.data.folder) / "0.png", 10**6), found[0].bucket)
     mirrored = encode.pixels(image).flip(-1)
     expected = load_vae(config.model, CPU).encode(mirrored[None])[0]["mean"]
     assert torch.allclose(read(Path(found[1].latents))["mean"], expected, atol=1e-5)
@@ -183,7 +185,7 @@ def test_flipping_adds_the_mirrored_picture(config, base):
 
 def many(config, count):
     for index in range(count):
-        picture(Path(config.data.folder) / f"m{index}.png", (40, 40), 100 + index)
+        image(Path(config.data.folder) / f"m{index}.png", (40, 40), 100 + index)
 
 
 def test_a_held_out_picture_is_never_trained_on(config):
@@ -222,7 +224,7 @@ def test_one_picture_works_with_a_warning(config, capsys):
         (Path(config.data.folder) / f"{index}.png").unlink()
     record = dataset(config, captions(config))
     assert (record.train, record.validation) == (1, 0)
-    assert "warning: only one picture" in capsys.readouterr().err
+    assert "warning: only one image" in capsys.readouterr().err
 
 
 def test_a_long_caption_is_warned_about_every_time(config, capsys):
@@ -242,11 +244,11 @@ def test_missing_triggers_and_enlarged_pictures_are_counted(config, capsys):
     assert "warning: 1 of 5 captions lack the trigger phrase 'toy', first 1.png" in errors
     assert "learnt without it; put it behind them in metadata.jsonl" in errors
     assert "enlarged" not in errors
-    picture(Path(config.data.folder) / "tiny.png", (10, 12), 5)
+    image(Path(config.data.folder) / "tiny.png", (10, 12), 5)
     record = dataset(config, captions(config))
     assert record.upscaled == 1
     assert (
-        "warning: 1 of 6 pictures are smaller than their bucket and are enlarged, first tiny.png"
+        "warning: 1 of 6 images are smaller than their bucket and are enlarged, first tiny.png"
         in capsys.readouterr().err
     )
 
@@ -256,7 +258,7 @@ def test_bad_pictures_are_all_named_or_skipped(config, loads):
     root = Path(config.data.folder)
     (root / "0.png").write_bytes(b"")
     (root / "4.png").write_bytes((root / "4.png").read_bytes()[:3000])
-    with pytest.raises(DataError, match=r"2 unreadable pictures") as error:
+    with pytest.raises(DataError, match=r"2 unreadable images") as error:
         dataset(config, listed)
     assert "0.png: is empty" in str(error.value)
     assert "4.png: is" in str(error.value)
@@ -265,7 +267,7 @@ def test_bad_pictures_are_all_named_or_skipped(config, loads):
     assert [e.file for e in dataset(config, listed).examples()] == ["1.png", "2.png", "3.png"]
     for path in root.iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match=r"has no readable picture with a caption"):
+    with pytest.raises(DataError, match=r"has no readable image with a caption"):
         dataset(config, listed)
 
 

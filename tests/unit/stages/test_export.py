@@ -1,4 +1,4 @@
-"""The export stage where the card is too small for what it compares."""
+"""The export stage where the GPU is too small for what it compares."""
 
 from pathlib import Path
 from typing import Any
@@ -49,7 +49,7 @@ def test_a_card_too_small_for_the_comparison_leaves_it_to_main_memory(
     config.hardware.device = Device.auto
     found = export(config, run)
     assert tried == [(Device.auto, []), (Device.cpu, [])]
-    said = "export: the card is too small; models are compared in main memory, which may take hours for large ones\n"
+    said = "export: the GPU is too small; models are compared in CPU memory, which may take hours for large ones\n"
     assert said in capfd.readouterr().err
     assert weights_of(found).keys() == fitting.keys()
     assert all(torch.equal(weight, fitting[name]) for name, weight in weights_of(found).items())

@@ -31,7 +31,7 @@ def no_hub(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def on_a_card(config: Config, gib: float = 24.0, effective: int = 4) -> Config:
-    config.hardware.device, config.hardware.card, config.hardware.vram_gib = Device.cuda, "a card", gib
+    config.hardware.device, config.hardware.gpu, config.hardware.vram_gib = Device.cuda, "a GPU", gib
     config.hardware.tflops, config.hardware.fp32_tflops, config.hardware.gb_per_s = 100.0, 50.0, 1000.0
     config.trainer.precision, config.trainer.micro_batch, config.trainer.accumulate = Precision.auto, effective, 1
     config.sample.prompts = ["a red robot"]
@@ -42,7 +42,7 @@ def on_a_card(config: Config, gib: float = 24.0, effective: int = 4) -> Config:
 @pytest.fixture
 def training_alone(monkeypatch: pytest.MonkeyPatch) -> None:
     """No other phase is traced: what is asked here is asked of training."""
-    monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter(()))
+    monkeypatch.setattr(stage.Candidates, "phases", lambda self, micro_batch: iter(()))
 
 
 @pytest.fixture(params=["diffusion", "language"])
@@ -53,7 +53,7 @@ def roomy(request: pytest.FixtureRequest) -> Config:
 def consistent(found: Plan) -> None:
     assert found.chosen is not None
     assert found.phases["training"] == found.chosen.gib
-    settings = [found.chosen, *found.others, found.asked]
+    settings = [found.chosen, *found.others, found.requested]
     assert {setting.micro_batch * setting.accumulate for setting in settings} == {4}
     assert all(setting.gib <= found.budget_gib for setting in (found.chosen, *found.others))
     fitting = [setting for setting in settings if setting.gib <= found.budget_gib]
@@ -85,14 +85,14 @@ def test_several_machines_share_what_was_traced_and_nothing_else(roomy: Config) 
     machines = [replace(large, vram_gib=size, gb_per_s=speed) for size, speed in ((24.0, 1000.0), (0.7, 500.0))]
     together = list(stage.plans(roomy, machines))
     assert together == [next(stage.plans(roomy, [machine])) for machine in machines]
-    assert together[0].asked.seconds <= together[1].asked.seconds
+    assert together[0].requested.seconds <= together[1].requested.seconds
 
 
 def test_phases_are_those_of_the_run(roomy: Config) -> None:
-    pictures = {"captioning", "encoding texts", "encoding pictures"} if roomy.model.kind == "diffusion" else set()
-    assert plan(roomy).phases.keys() == {"training", "validation", "sampling", "export"} | pictures
+    images = {"captioning", "encoding texts", "encoding images"} if roomy.model.kind == "diffusion" else set()
+    assert plan(roomy).phases.keys() == {"training", "validation", "sampling", "export"} | images
     roomy.trainer.validate_every, roomy.sample.prompts = 0, []
-    assert plan(roomy).phases.keys() == {"training", "export"} | pictures
+    assert plan(roomy).phases.keys() == {"training", "export"} | images
 
 
 @pytest.mark.usefixtures("training_alone")
@@ -102,9 +102,9 @@ def test_recomputing_and_offloading_come_before_giving_up(
     found = plan(on_a_card(language_config))
     levels = [setting.checkpointing for setting in (found.chosen, *found.others) if setting]
     assert set(levels) == {0}
-    frugal = stage.Ladder(language_config, stage.read(language_config.hardware)).setting(1, 1)
+    is_tiled = stage.Candidates(language_config, stage.read(language_config.hardware)).setting(1, 1)
     monkeypatch.setattr("finetune.planning.candidates.WORKSPACES_GIB", 0.0)
-    language_config.hardware.vram_gib = frugal.gib - 0.1  # what is left is the workspaces' room
+    language_config.hardware.vram_gib = is_tiled.gib - 0.1  # what is left is the workspaces' room
     found = plan(language_config)
     assert found.chosen is not None
     assert found.chosen.checkpointing == 1 or found.chosen.offload
@@ -116,13 +116,13 @@ def test_one_line_where_nothing_fits(roomy: Config) -> None:
     found = plan(roomy)
     assert not found.fits
     assert found.chosen is None
-    assert any(line.startswith("training needs 0.") and "a card has 0.6" in line for line in found.problems)
+    assert any(line.startswith("training needs 0.") and "a GPU has 0.6" in line for line in found.problems)
     assert found.phases["training"] > found.budget_gib
 
 
 @pytest.mark.usefixtures("training_alone")
 def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    class Roomy(stage.Ladder):
+    class Roomy(stage.Candidates):
         def setting(self, micro_batch: int, checkpointing: int, away: bool = False) -> Any:
             found = super().setting(micro_batch, checkpointing, away)
             return replace(found, parts=found.parts | {"weights": 100.0})
@@ -131,7 +131,7 @@ def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.Mo
             return super().least_gib() if self.config.model.quantize is Quantize.nf4 else 100.0
 
     for module in (stage, choice):
-        monkeypatch.setattr(module, "Ladder", Roomy)
+        monkeypatch.setattr(module, "Candidates", Roomy)
     found = plan(on_a_card(language_config))
     assert found.chosen is None
     assert found.problems[0].endswith("; model.quantize=nf4 would fit")
@@ -140,26 +140,26 @@ def test_what_would_fit_is_named(language_config: Config, monkeypatch: pytest.Mo
 def test_a_phase_that_does_not_fit_says_what_to_do(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     advice = {
         "captioning": "caption.batch=1",
-        "encoding texts": "more main memory",
-        "encoding pictures": "finetune dataset with these settings and hardware=cpu first",
+        "encoding texts": "more CPU memory",
+        "encoding images": "finetune dataset with these settings and hardware=cpu first",
         "validation": "trainer.validate_every=0",
         "sampling": "'sample.prompts=[]', and finetune sample",
         "export": "finetune export with these settings and hardware=cpu",
     }
-    monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: ((name, 30.0, "") for name in advice))
+    monkeypatch.setattr(stage.Candidates, "phases", lambda self, micro_batch: ((name, 30.0, "") for name in advice))
     found = plan(on_a_card(config))
     assert found.chosen is not None
     assert not found.fits
     for line, (phase, words) in zip(found.problems, advice.items(), strict=True):
-        assert line.startswith(f"{phase} needs 30.0 GiB at least, and a card has 24.0; try ")
+        assert line.startswith(f"{phase} needs 30.0 GiB at least, and a GPU has 24.0; try ")
         assert words in line
 
 
 def test_nothing_gives_way_without_a_card(roomy: Config) -> None:
     roomy.hardware.device = Device.cpu
-    ladder = stage.Ladder(roomy, stage.read(roomy.hardware))
-    assert not ladder.machine.cuda
-    assert {len(list(ways)) for _, ways in ladder.sketch.phases(1)} == {1}
+    candidates = stage.Candidates(roomy, stage.read(roomy.hardware))
+    assert not candidates.machine.cuda
+    assert {len(list(ways)) for _, ways in candidates.memory_model.phases(1)} == {1}
 
 
 def test_a_plan_whose_samples_do_not_fit_does_as_it_says(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -176,8 +176,8 @@ def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(config: Config, mon
 
     def weights(gib: float, *, offloaded: bool) -> float:
         on_a_card(config, gib).model.offload = offloaded
-        ladder = stage.Ladder(config, stage.read(config.hardware))
-        trace = next(iter(dict(ladder.sketch.phases(1))["export"])).trace
+        candidates = stage.Candidates(config, stage.read(config.hardware))
+        trace = next(iter(dict(candidates.memory_model.phases(1))["export"])).trace
         assert trace is not None
         return sum(trace.held[name] for name in trace.held if name in ("weights", "ring of blocks"))
 
@@ -189,24 +189,24 @@ def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(config: Config, mon
 
 
 def test_phases_give_way_to_a_small_card(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Pictures one by one, then in tiles; captions one by one, then in main memory; each as soon as it must."""
-    for module in ("models.families.base", "tasks.picture_sketch"):
+    """Images one by one, then in tiles; captions one by one, then in CPU memory; each as soon as it must."""
+    for module in ("models.families.base", "tasks.image_sketch"):
         monkeypatch.setattr(f"finetune.{module}.TILE", 16)
     on_a_card(config).sample.seeds = [0, 1, 2, 3]
-    ladder = stage.Ladder(config, stage.read(config.hardware))
-    pictures = ["2 pictures at once", "one picture at once"]
+    candidates = stage.Candidates(config, stage.read(config.hardware))
+    images = ["2 images at once", "one image at once"]
     expected = {
-        "encoding texts": ["", "fewer captions at once", "in main memory, which is slower"],
-        "sampling": ["", *pictures, "one picture at once, decoded in tiles"],
-        "export": ["", "in main memory, which is slower"],
+        "encoding texts": ["", "fewer captions at once", "in CPU memory, which is slower"],
+        "sampling": ["", *images, "one image at once, decoded in tiles"],
+        "export": ["", "in CPU memory, which is slower"],
     }
     for name, words in expected.items():
-        ways = list(dict(ladder.sketch.phases(1))[name])
+        ways = list(dict(candidates.memory_model.phases(1))[name])
         assert [way.words for way in ways] == words
-        sizes = [sum(parts(way.trace, ladder.machine).values()) if way.trace else 0.0 for way in ways]
+        sizes = [sum(parts(way.trace, candidates.machine).values()) if way.trace else 0.0 for way in ways]
         assert sizes == sorted(set(sizes), reverse=True)
         for size, said in zip(sizes, words, strict=True):
-            small = ladder.on(replace(ladder.machine, vram_gib=size))
+            small = candidates.on(replace(candidates.machine, vram_gib=size))
             held, taken, _ = small._taken(ways)
             assert (sum(held.values()), taken) == (size, said)
 
@@ -237,7 +237,7 @@ def test_rows_longer_than_the_base_reads_are_refused(language_config: Config) ->
 
 @pytest.mark.usefixtures("training_alone")
 def test_on_a_cpu(roomy: Config) -> None:
-    roomy.hardware.device, roomy.hardware.card = Device.cpu, ""
+    roomy.hardware.device, roomy.hardware.gpu = Device.cpu, ""
     found = plan(roomy)
     assert found.precision == "fp32"
     assert found.chosen is not None
@@ -272,12 +272,12 @@ def shortened(base: str, folder: Path) -> Path:
 
 @pytest.mark.parametrize("name", recipes.preset_files()["model"])
 def test_every_preset_plans_without_weights(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of few layers but for the embedded model, which alone shows the phases of pictures too."""
+    """Of few layers but for the embedded model, which alone shows the phases of images too."""
     config = on_a_card(Config(name=name, model=preset(name)), effective=2)
     config.lora.targets = "attention"
     config.data.folder = config.data.file = "somewhere"
     if config.model.kind == "diffusion" and name != "embedded":
-        monkeypatch.setattr(stage.Ladder, "phases", lambda self, micro_batch: iter(()))
+        monkeypatch.setattr(stage.Candidates, "phases", lambda self, micro_batch: iter(()))
         config.model.resolution = 256  # fits at once: what takes more memory is traced three times
     if name != "embedded":
         config.model.base = str(shortened(config.model.base, tmp_path / name))
@@ -298,6 +298,6 @@ def test_a_base_without_configuration_is_named(config: Config) -> None:
 def test_from_python_with_a_table(config: Config) -> None:
     found = finetune.plan(on_a_card(config))
     shown = found._repr_html_()
-    assert all(word in shown for word in ("CUDA context", "training", "fastest", "a card"))
+    assert all(word in shown for word in ("CUDA context", "training", "fastest", "a GPU"))
     hopeless = replace(found, chosen=None, problems=("training needs <all>",))
     assert "training needs &lt;all&gt;" in hopeless._repr_html_()

@@ -68,7 +68,7 @@ def read(config: Config) -> Page:
 
 
 def save(config: Config, stage: str, record: object) -> None:
-    save_receipt(Path(config.run_dir), stage, record, input_hash=stage, seconds=1.5, figures={"pictures": 2})
+    save_receipt(Path(config.run_dir), stage, record, input_hash=stage, seconds=1.5, figures={"images": 2})
 
 
 def add_captions(config: Config) -> None:
@@ -137,7 +137,7 @@ def test_a_whole_run_on_one_page(trained: Config) -> None:
     add_samples(trained)
     save(trained, "export", Adapter(trained.run_dir, {"peft": "peft"}, {"peft": 1e-7}, "tiny", "toy style"))
     page = read(trained)
-    assert page.sections() == ["pictures", "curves", "captions", "stages", "adapter", "configuration"]
+    assert page.sections() == ["images", "curves", "captions", "stages", "adapter", "configuration"]
     assert [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"] == [
         "Training loss: loss against step",
         "Validation loss: mean squared error against step",
@@ -147,7 +147,7 @@ def test_a_whole_run_on_one_page(trained: Config) -> None:
         "Speed: images/s against step",
         "Memory: GiB in use against step",
     ]
-    for words in ("In 4 steps the training loss went from", "On held-out pictures the loss", "images a second"):
+    for words in ("In 4 steps the training loss went from", "On held-out images the loss", "images a second"):
         assert words in page.text
     for words in ("a red robot", "seed 1", "toy style", "1.0e-07", "it went", "rank: 4", "diffusers", "trained on"):
         assert words in page.text
@@ -186,11 +186,11 @@ def test_a_run_without_validation_or_samples(config: Config, make_dataset: Calla
 
 def test_what_an_earlier_command_drew_is_not_shown_for_a_run_without_prompts(trained: Config) -> None:
     add_samples(trained)
-    assert "pictures" in read(trained).sections()
+    assert "images" in read(trained).sections()
     trained.sample.prompts = []
     sample(trained, None)
     page = read(trained)
-    assert "pictures" not in page.sections()
+    assert "images" not in page.sections()
     assert "samples 0" in page.text
     assert (Path(trained.run_dir) / "samples" / "samples.jsonl").exists()
 
@@ -201,7 +201,7 @@ def test_without_held_out_pictures_the_sentence_does_not_speak_of_them(
     dataset = make_dataset(held_out=0)
     save(config, "dataset", dataset)
     train(config, dataset)
-    assert "On training pictures with fixed noise the loss" in read(config).text
+    assert "On training images with fixed noise the loss" in read(config).text
 
 
 def test_pictures_that_are_gone_are_said_to_be(trained: Config) -> None:
@@ -209,7 +209,7 @@ def test_pictures_that_are_gone_are_said_to_be(trained: Config) -> None:
     (Path(trained.run_dir) / "samples" / "0-base.png").unlink()
     (Path(trained.run_dir) / "samples" / "1-tuned.png").write_bytes(b"torn")
     page = read(trained)
-    assert page.text.count("picture is gone") == 2
+    assert page.text.count("image is gone") == 2
     assert sum(tag == "img" for tag, _ in page.tags) == 2
 
 
@@ -270,7 +270,7 @@ def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
         assert words in page.text
     assert page.text.count("<script>alert(1)</script>") == 3, "as text: once as a prompt, twice as an answer"
     assert "image" not in page.text.split("config.yaml, every value resolved")[0]
-    assert "picture" not in page.text.split("config.yaml, every value resolved")[0].replace("pictures 2", "")
+    assert "image" not in page.text.split("config.yaml, every value resolved")[0].replace("images 2", "")
     assert sum(tag == "mark" for tag, _ in page.tags) == 2, "a word of the note, and the answer of the row"
     receipt = load_receipt(Path(talk.run_dir), "report")
     assert receipt is not None
@@ -278,7 +278,7 @@ def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
 
 
 def test_without_held_out_conversations_the_sentence_says_so(talk: Config) -> None:
-    save(talk, "dataset", text_set(validation=0, marked=""))
+    save(talk, "dataset", text_set(validation=0, preview=""))
     page = read(talk)
     assert "On training conversations the loss" in page.text
     assert not [tag for tag, _ in page.tags if tag == "mark"]

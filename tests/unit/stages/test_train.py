@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetune.adapters import lora
-from finetune.config.schema import Config, Dialect, Kept, Schedule
+from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.language import tokenize
 from finetune.memory import block_offload
@@ -56,7 +56,7 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     assert [point.step for point in events.Scalars("validation/mean")] == [0, 2, 4]
     assert "validation/t=100" in tags["scalars"]
     assert "system/memory_gib" in tags["scalars"]
-    assert [picture.step for picture in events.Images("samples/0: a red robot")] == [0, 4]
+    assert [image.step for image in events.Images("samples/0: a red robot")] == [0, 4]
     text = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "lora.rank: 4" in text
     assert "final/loss" in tags["scalars"]
@@ -80,7 +80,7 @@ def test_the_loss_at_the_end_is_the_mean_of_the_last_tenth(
 
 
 def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The next stages need the memory: two models of 7 billion parameters don't fit a 24 GB card."""
+    """The next stages need the memory: two models of 7 billion parameters don't fit a 24 GB GPU."""
     models = []
     build = stage.kinds.build_task
 
@@ -131,7 +131,7 @@ def test_a_finished_run_is_fresh(
 def test_a_signal_after_the_last_step_does_not_promise_more_steps(
     config: Config, make_dataset: Callable[..., Dataset]
 ) -> None:
-    said = "after step 4; the same command hands out what was trained"
+    said = "after step 4; the same command exports what was trained"
     with cutting.cut(config.trainer.steps), pytest.raises(Interrupted, match=said):
         train(config, make_dataset())
 
@@ -232,12 +232,12 @@ def test_changed_captions_are_listed(config: Config, make_dataset: Callable[...,
     train(config, make_dataset(16))
     shorter = make_dataset(11)
     index = Path(shorter.index)
-    index.write_text(index.read_text().replace('"picture 4"', '"another caption"'))
-    said = r"1 caption changed: 004.png, 5 pictures removed: 011.png, 012.png, 013.png and 2 more\).*restart=true"
+    index.write_text(index.read_text().replace('"image 4"', '"another caption"'))
+    said = r"1 caption changed: 004.png, 5 images removed: 011.png, 012.png, 013.png and 2 more\).*restart=true"
     with pytest.raises(RunError, match=said):
         train(config, shorter)
     Path(config.run_dir, "trained_on.json").unlink()
-    with pytest.raises(RunError, match=r"\(other pictures and captions\)"):  # a run of an earlier version
+    with pytest.raises(RunError, match=r"\(other images and captions\)"):  # a run of an earlier version
         train(config, shorter)
 
 
@@ -273,7 +273,7 @@ def test_micro_batch_and_accumulation_may_be_exchanged_on_resume(
 def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Training, validation and previews; the card is played by the CPU."""
+    """Training, validation and previews; the GPU is played by the CPU."""
     config, dataset = setting.config, setting.dataset
     config.lora.dropout, config.optim.schedule = 0.2, Schedule.constant
     config.run_dir = str(tmp_path / "resident")
@@ -283,7 +283,7 @@ def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
     config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
     capfd.readouterr()
     train(config, dataset)
-    assert "GiB of weights stay in main memory" in capfd.readouterr().err
+    assert "GiB of weights stay in CPU memory" in capfd.readouterr().err
     config.model.offload, config.trainer.steps = False, 4
     legs = checkpoint.load(Path(train(config, dataset).checkpoint))
     assert same(legs.adapter, resident.adapter)
@@ -316,7 +316,7 @@ def test_two_runs_in_one_process_do_not_disturb_one_another(
 def test_only_the_newest_and_the_best_checkpoints_are_kept(
     config: Config, make_dataset: Callable[..., Dataset]
 ) -> None:
-    config.trainer.steps, config.trainer.save_every, config.trainer.keep = 5, 1, 1
+    config.trainer.steps, config.trainer.save_every, config.trainer.keep_checkpoints = 5, 1, 1
     run = train(config, make_dataset())
     kept = checkpoint.steps_on_disk(Path(config.run_dir) / "checkpoints")
     assert kept == sorted({5, run.best_step})
@@ -346,7 +346,7 @@ def test_training_stops_once_the_validation_loss_no_longer_falls_and_the_best_is
     config.trainer.steps, config.trainer.save_every, config.trainer.patience = 60, 1, 2
     config.optim.lr, config.optim.warmup_steps = 1.0, 0  # far too much: it gets worse at once
     config.optim.schedule = Schedule.constant
-    config.export.checkpoint, config.export.dialects = Kept.best, [Dialect.peft]
+    config.export.checkpoint, config.export.formats = CheckpointChoice.best, [ExportFormat.peft]
     run = train(config, setting.dataset)
     assert run.best_step is not None
     assert run.steps == run.best_step + 2 < 60

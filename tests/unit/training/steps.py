@@ -13,9 +13,9 @@ from finetune.config.schema import Config
 from finetune.memory.device import pick_device
 from finetune.training.accelerator import build_accelerator, prepare
 from finetune.training.loop import Step, fit
-from finetune.training.oom import Ladder
+from finetune.training.oom import OomFallbacks
 from finetune.training.optim import build_optimizer, learning_rate
-from finetune.training.task import Task, Visit
+from finetune.training.task import Draw, Task
 
 
 def prepared(config: Config, dataset: Any) -> tuple[Task, Any, torch.optim.Optimizer]:
@@ -28,16 +28,16 @@ def prepared(config: Config, dataset: Any) -> tuple[Task, Any, torch.optim.Optim
     return task, accelerator, optimizer
 
 
-def visits(task: Task, config: Config, steps: int, rank: int = 0, processes: int = 1) -> Iterator[Sequence[Visit]]:
+def draws(task: Task, config: Config, steps: int, rank: int = 0, processes: int = 1) -> Iterator[Sequence[Draw]]:
     """What `rank` of so many processes trains on in each step."""
     effective = config.trainer.micro_batch * config.trainer.accumulate * processes
     for chunk in islice(task.steps(effective=effective, start=0), steps):
         yield chunk[rank::processes]
 
 
-def ladder(task: Task, config: Config) -> Ladder:
+def fallbacks(task: Task, config: Config) -> OomFallbacks:
     """From the configuration's micro-batch down."""
-    return Ladder(config.trainer.micro_batch, task.relieve, "try a larger card")
+    return OomFallbacks(config.trainer.micro_batch, task.reduce_memory, "try a larger GPU")
 
 
 def run(config: Config, dataset: Any, *, poison: int | None = None, steps: int = 4) -> tuple[Task, list[Step]]:
@@ -45,9 +45,9 @@ def run(config: Config, dataset: Any, *, poison: int | None = None, steps: int =
     task, accelerator, optimizer = prepared(config, dataset)
     factor, loss_of = 1.0, task.loss
 
-    def poisoned() -> Iterator[Sequence[Visit]]:
+    def poisoned() -> Iterator[Sequence[Draw]]:
         nonlocal factor
-        for number, mine in enumerate(visits(task, config, steps)):
+        for number, mine in enumerate(draws(task, config, steps)):
             factor = math.nan if number == poison else 1.0
             yield mine
 
@@ -59,7 +59,7 @@ def run(config: Config, dataset: Any, *, poison: int | None = None, steps: int =
         optimizer,
         lambda number: learning_rate(config.optim, number, steps),
         accelerator,
-        ladder=ladder(task, config),
+        fallbacks=fallbacks(task, config),
         seed=config.seed,
         start=0,
         clip_norm=trainer.clip_norm,

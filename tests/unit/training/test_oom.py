@@ -15,12 +15,12 @@ from finetune.adapters import lora
 from finetune.config.schema import Config, Schedule
 from finetune.errors import OutOfMemory, is_out_of_memory
 from finetune.memory import activation_offload, checkpointing
-from finetune.memory.fallbacks import within_memory
+from finetune.memory.fallbacks import try_within_memory
 from finetune.run.records import Run
 from finetune.stages.train import train
 from finetune.training import checkpoint
-from finetune.training.oom import Ladder
-from finetune.training.task import Batch, Task, Visit
+from finetune.training.oom import OomFallbacks
+from finetune.training.task import Batch, Draw, Task
 from tests.unit.conftest import Setting
 
 FULL = "CUDA out of memory. Tried to allocate 20.00 MiB"
@@ -39,38 +39,38 @@ class _Full(torch.autograd.Function):
 
 
 @dataclass
-class Card:
-    """A card with room for so many examples; `fits` tells by (examples, step from 0, whether blocks are recomputed)."""
+class Gpu:
+    """A GPU with room for so many examples; `fits` tells by (examples, step from 0, whether blocks are recomputed)."""
 
     fits: Callable[[int, int, bool], bool]
     where: str = "forward"
     step: int = -1
-    recomputed: bool = False
+    checkpointed: bool = False
     losses: int = 0
 
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Card":
+    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Gpu":
         build = kinds.build_task
-        recompute = checkpointing.recompute
+        set_checkpointing = checkpointing.set_checkpointing
 
         def spied(model: Any, every: int) -> None:
-            recompute(model, every)
-            self.recomputed = every == 1
+            set_checkpointing(model, every)
+            self.checkpointed = every == 1
 
         def built(*arguments: Any) -> Task:
             task = build(*arguments)
             steps, loss = task.steps, task.loss
 
-            def counted(*, effective: int, start: int) -> Iterator[Sequence[Visit]]:
-                for number, visits in enumerate(steps(effective=effective, start=start), start):
+            def counted(*, effective: int, start: int) -> Iterator[Sequence[Draw]]:
+                for number, draws in enumerate(steps(effective=effective, start=start), start):
                     self.step = number
-                    yield visits
+                    yield draws
 
             def limited(batch: Batch) -> Tensor:
                 found = loss(batch)
                 if not torch.is_grad_enabled():
                     return found
                 self.losses += 1
-                if self.fits(len(batch.names), self.step, self.recomputed):
+                if self.fits(len(batch.names), self.step, self.checkpointed):
                     return found
                 if self.where == "backward":
                     full: Tensor = _Full.apply(found)
@@ -86,7 +86,7 @@ class Card:
 
 
 def at_most(limit: int) -> Callable[[int, int, bool], bool]:
-    return lambda examples, step, recomputed: examples <= limit
+    return lambda examples, step, checkpointed: examples <= limit
 
 
 def adapter(run: Run) -> dict[str, Tensor]:
@@ -119,7 +119,7 @@ def test_a_run_that_runs_out_equals_one_with_smaller_micro_batches(
     config, dataset = setting.config, setting.dataset
     config.lora.dropout = 0.2
     small = train(into(config, tmp_path / "small", limit, 4 // limit), dataset)
-    card = Card(at_most(limit), where).install(monkeypatch)
+    gpu = Gpu(at_most(limit), where).install(monkeypatch)
     capfd.readouterr()
     run = train(into(config, tmp_path / "full", 4, 1), dataset)
     said = capfd.readouterr().err
@@ -129,9 +129,9 @@ def test_a_run_that_runs_out_equals_one_with_smaller_micro_batches(
     assert difference(adapter(run), adapter(small)) == 0
     assert (run.steps, run.items, run.skipped_steps) == (small.steps, small.items, 0)
     assert run.last_loss == pytest.approx(small.last_loss, rel=1e-6)
-    assert (run.micro_batch, run.eased) == (limit, f"micro-batch {limit} instead of 4")
-    assert (small.micro_batch, small.eased) == (limit, "")
-    assert card.losses
+    assert (run.micro_batch, run.oom_fallbacks) == (limit, f"micro-batch {limit} instead of 4")
+    assert (small.micro_batch, small.oom_fallbacks) == (limit, "")
+    assert gpu.losses
 
 
 def test_gradients_of_the_failed_attempt_are_dropped(
@@ -140,7 +140,7 @@ def test_gradients_of_the_failed_attempt_are_dropped(
     config, dataset = setting.config, setting.dataset
     small = train(into(config, tmp_path / "small", 1, 4), dataset)
     # The first micro-batch fits and leaves gradients, the second doesn't.
-    card = Card(lambda examples, step, _: examples == 1 or card.losses == 1).install(monkeypatch)
+    gpu = Gpu(lambda examples, step, _: examples == 1 or gpu.losses == 1).install(monkeypatch)
     run = train(into(config, tmp_path / "full", 2, 2), dataset)
     assert difference(adapter(run), adapter(small)) == 0
 
@@ -152,7 +152,7 @@ def test_memory_that_runs_out_in_the_middle_changes_nothing_but_rounding(
     config, dataset = setting.config, setting.dataset
     config.optim.eps = 1e-3  # with 1e-8 Adam turns rounding of vanishing gradients into full steps
     small = train(into(config, tmp_path / "small", 1, 4), dataset)
-    Card(lambda examples, step, _: examples == 1 or step < 2, where).install(monkeypatch)
+    Gpu(lambda examples, step, _: examples == 1 or step < 2, where).install(monkeypatch)
     run = train(into(config, tmp_path / "full", 4, 1), dataset)
     assert difference(adapter(run), adapter(small)) <= 1e-6
     assert max(float(weight.abs().max()) for weight in adapter(small).values()) > 1e-2
@@ -167,20 +167,20 @@ def test_a_resumed_run_stays_where_it_had_to_go(
     """Cut after memory ran out, so far that blocks are recomputed: the second leg is the same, bit for bit."""
     config, dataset = setting.config, setting.dataset
     config.lora.dropout = 0.2
-    Card(lambda examples, step, recomputed: (examples == 1 and recomputed) or step < 1).install(monkeypatch)
+    Gpu(lambda examples, step, checkpointed: (examples == 1 and checkpointed) or step < 1).install(monkeypatch)
     config.trainer.steps = 6
     whole = train(into(config, tmp_path / "whole", 4, 1), dataset)
     config.trainer.steps = 2
     train(into(config, tmp_path / "legs", 4, 1), dataset)
     state = checkpoint.load(tmp_path / "legs" / "checkpoints" / "step-000002").state
-    assert (state.micro_batch, state.measures) == (1, 1)
+    assert (state.micro_batch, state.fallbacks) == (1, 1)
     config.trainer.steps = 6
     capfd.readouterr()
     legs = train(config, dataset)
     assert "memory ran out" not in capfd.readouterr().err
     assert difference(adapter(whole), adapter(legs)) == 0
     assert legs.items == whole.items
-    assert legs.eased == whole.eased == "micro-batch 1 instead of 4, trainer.checkpointing=1"
+    assert legs.oom_fallbacks == whole.oom_fallbacks == "micro-batch 1 instead of 4, trainer.activation_checkpointing=1"
 
 
 def test_a_person_who_changes_the_settings_of_memory_is_heard(
@@ -188,21 +188,21 @@ def test_a_person_who_changes_the_settings_of_memory_is_heard(
 ) -> None:
     config, dataset = setting.config, setting.dataset
     with monkeypatch.context() as patch:
-        Card(at_most(1)).install(patch)
+        Gpu(at_most(1)).install(patch)
         config.trainer.steps = 2
         train(into(config, tmp_path / "run", 4, 1), dataset)
     config.trainer.steps = 4
     again = train(into(config, tmp_path / "run", 2, 2), dataset)
-    assert (again.micro_batch, again.eased) == (2, "")
+    assert (again.micro_batch, again.oom_fallbacks) == (2, "")
 
 
 def test_at_the_foot_of_the_ladder_it_says_what_was_tried_and_what_may_fit(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, dataset = setting.config, setting.dataset
-    Card(lambda examples, step, recomputed: step < 2).install(monkeypatch)
+    Gpu(lambda examples, step, checkpointed: step < 2).install(monkeypatch)
     advice = {
-        "diffusion": r"try smaller pictures: model\.resolution=16, model\.quantize=nf4, or a smaller base model",
+        "diffusion": r"try smaller images: model\.resolution=16, model\.quantize=nf4, or a smaller base model",
         "language": r"try shorter rows: data\.length=96, model\.quantize=nf4, or a smaller base model",
     }[config.model.kind]
     words = r"^out of memory with micro-batch 1 instead of 4, trainer\.checkpointing=1; " + advice + "$"
@@ -214,8 +214,8 @@ def test_at_the_foot_of_the_ladder_it_says_what_was_tried_and_what_may_fit(
 def test_blocks_that_are_recomputed_already_are_no_measure(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    Card(lambda *_: False).install(monkeypatch)
-    setting.config.trainer.checkpointing = 1
+    Gpu(lambda *_: False).install(monkeypatch)
+    setting.config.trainer.activation_checkpointing = 1
     with pytest.raises(OutOfMemory, match=r"^out of memory with micro-batch 1; try"):
         train(into(setting.config, tmp_path / "run", 1, 4), setting.dataset)
 
@@ -256,7 +256,7 @@ def test_validation_shrinks_alone(
     assert said.count("memory ran out") == 2  # once for all later validations
     assert difference(adapter(run), adapter(plain)) == 0
     assert run.best_validation == pytest.approx(plain.best_validation, rel=1e-5)
-    assert (run.micro_batch, run.eased) == (4, "")
+    assert (run.micro_batch, run.oom_fallbacks) == (4, "")
 
 
 def test_no_room_for_one_preview_costs_the_preview_and_for_one_validation_the_run(
@@ -290,14 +290,14 @@ def test_every_way_to_run_out_is_known(error: Exception) -> None:
         raise error
 
     dropped: list[bool] = []
-    assert within_memory(fail, drop=lambda: dropped.append(True)) is None
+    assert try_within_memory(fail, drop=lambda: dropped.append(True)) is None
     assert dropped
     assert is_out_of_memory(error)
 
 
 def test_other_errors_pass() -> None:
     with pytest.raises(RuntimeError, match="shapes differ"):
-        within_memory(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")))
+        try_within_memory(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")))
 
 
 def test_a_failed_attempt_holds_nothing_when_it_is_dropped() -> None:
@@ -310,7 +310,7 @@ def test_a_failed_attempt_holds_nothing_when_it_is_dropped() -> None:
         held.append(weakref.ref(activations))
         raise torch.OutOfMemoryError(FULL)
 
-    within_memory(fail, drop=lambda: gone.append(held[0]() is None))
+    try_within_memory(fail, drop=lambda: gone.append(held[0]() is None))
     assert gone == [True]
 
 
@@ -318,9 +318,9 @@ def test_a_failed_attempt_holds_nothing_when_it_is_dropped() -> None:
 def test_activations_in_main_memory_give_the_same_gradients(
     setting: Setting, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the CPU main memory is another copy."""
+    """On the CPU CPU memory is another copy."""
     config, dataset = setting.config, setting.dataset
-    config.lora.dropout, config.trainer.checkpointing = 0.2, every
+    config.lora.dropout, config.trainer.activation_checkpointing = 0.2, every
     monkeypatch.setattr(activation_offload, "WORTH_BYTES", 0)
     moved: list[int] = []
     real = torch.empty_like
@@ -328,7 +328,7 @@ def test_activations_in_main_memory_give_the_same_gradients(
     task.model.train()
     batch = task.collate(next(iter(task.steps(effective=2, start=0))))
     found = []
-    for task.kept.away in (False, True):
+    for task.activation_offload.enabled in (False, True):
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty_like", lambda like, **rest: moved.append(like.nbytes) or real(like, **rest))
             torch.manual_seed(3)
@@ -351,12 +351,12 @@ def test_of_checkpointed_blocks_the_inputs_alone_go_to_main_memory_and_no_weight
     away: dict[int, int] = {}
     real = torch.empty_like
     for every in (0, 1):
-        config.trainer.checkpointing = every
+        config.trainer.activation_checkpointing = every
         task: Any = kinds.build_task(config, dataset, torch.device("cpu"))
         batch = task.collate(next(iter(task.steps(effective=2, start=0))))
         frozen = {p.untyped_storage().data_ptr() for p in task.model.parameters() if not p.requires_grad}
         moved: list[Tensor] = []
-        task.kept.away = True
+        task.activation_offload.enabled = True
         with monkeypatch.context() as patch:
             patch.setattr(torch, "empty_like", lambda like, into=moved, **rest: into.append(like) or real(like, **rest))
             task.loss(batch)
@@ -372,28 +372,28 @@ def test_training_with_activations_in_main_memory(
     config.lora.dropout, config.trainer.offload_activations = 0.2, True
     capfd.readouterr()
     resident = train(into(config, tmp_path / "resident", 2, 2), dataset)
-    words = "trainer.offload_activations=true changes nothing without a CUDA card: all is in main memory anyway\n"
+    words = "trainer.offload_activations=true changes nothing without a CUDA GPU: all is in CPU memory anyway\n"
     assert words in capfd.readouterr().err
     entered: list[bool] = []
 
-    def spied(self: activation_offload.Kept) -> Any:
+    def spied(self: activation_offload.ActivationOffload) -> Any:
         entered.append(True)
         return activation_offload._away(self.model)
 
-    monkeypatch.setattr(activation_offload.Kept, "__call__", spied)
+    monkeypatch.setattr(activation_offload.ActivationOffload, "__call__", spied)
     away = train(into(config, tmp_path / "away", 2, 2), dataset)
-    assert len(entered) >= 4 * 2  # pictures of different shapes need more micro-batches
+    assert len(entered) >= 4 * 2  # images of different shapes need more micro-batches
     assert difference(adapter(away), adapter(resident)) == 0
 
 
 def test_a_ladder_goes_down_from_what_failed_and_not_from_what_was_asked() -> None:
-    measures = iter(["one", "two"])
-    ladder = Ladder(64, lambda: next(measures, None), "try less")
-    assert ladder.summary == ""
-    assert ladder.descend(6) == "micro-batch 3"  # of 64 asked for, a bucket had 6 pictures
-    assert ladder.descend(3) == "micro-batch 1"
-    assert ladder.descend(1) == "one"
-    assert ladder.descend(1) == "two"
-    assert ladder.summary == "micro-batch 1 instead of 64, one, two"
+    fallbacks = iter(["one", "two"])
+    fallbacks = OomFallbacks(64, lambda: next(fallbacks, None), "try less")
+    assert fallbacks.summary == ""
+    assert fallbacks.next_fallback(6) == "micro-batch 3"  # of 64 asked for, a bucket had 6 images
+    assert fallbacks.next_fallback(3) == "micro-batch 1"
+    assert fallbacks.next_fallback(1) == "one"
+    assert fallbacks.next_fallback(1) == "two"
+    assert fallbacks.summary == "micro-batch 1 instead of 64, one, two"
     with pytest.raises(OutOfMemory, match=r"^out of memory with micro-batch 1 instead of 64, one, two; try less$"):
-        ladder.descend(1)
+        fallbacks.next_fallback(1)

@@ -36,7 +36,7 @@ def test_adamw_takes_its_settings_and_8bit_asks_for_a_card() -> None:
     group = optimizer.param_groups[0]
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.3, 0.2, (0.5, 0.6), 1e-3)
     for name in (Optimizer.adamw8bit, Optimizer.paged_adamw8bit):
-        with pytest.raises(ConfigError, match=rf"optim.name={name.name} needs a CUDA card; on a CPU try optim=adamw"):
+        with pytest.raises(ConfigError, match=rf"optim.name={name.name} needs a CUDA GPU; on a CPU try optim=adamw"):
             build_optimizer([parameter], OptimConfig(name=name))
 
 
@@ -58,7 +58,7 @@ def test_8bit_states_continue_bit_for_bit_from_a_checkpoint(tmp_path: Path) -> N
             step(parameter, optimizer, number)
         values = optimizer.state[parameter]
         assert values["state1"].dtype == torch.uint8
-        values["state1"].is_paged, values["state1"].page_deviceid = True, 0  # as on a card
+        values["state1"].is_paged, values["state1"].page_deviceid = True, 0  # as on a GPU
         folder = checkpoint.save(tmp_path, STATE, {"a": parameter.detach()}, optimizer.state_dict(), None)
         back = checkpoint.load(folder)
         again, restored = built()
@@ -90,7 +90,7 @@ def test_groups_keep_their_scale_through_a_checkpoint_and_a_single_one_is_a_list
     assert [group.get("lr_scale") for group in again.param_groups] == [None, 4.0]
     plain, single = build_optimizer(weights(), optim), build_optimizer([{"params": weights()}], optim)
     assert plain.state_dict() == single.state_dict()
-    with pytest.raises(ConfigError, match=r"adamw8bit needs a CUDA card"):
+    with pytest.raises(ConfigError, match=r"adamw8bit needs a CUDA GPU"):
         build_optimizer([{"params": weights()}], OptimConfig(name=Optimizer.adamw8bit))
 
 

@@ -9,23 +9,23 @@ import torch
 
 from finetune.training import pace
 from finetune.training.loop import Step
-from finetune.training.pace import Pace, likely
-from finetune.training.tracking import GIB, SLOWDOWNS, _Card
+from finetune.training.pace import Pace, slowdown_hint
+from finetune.training.tracking import GIB, SLOWDOWNS, _Gpu
 
 USUAL = [0.5] * 40
 
 
-def told(seconds: Iterable[float], slots: Iterable[int] | None = None, found: Pace | None = None) -> list[int]:
+def told(seconds: Iterable[float], padded_count: Iterable[int] | None = None, found: Pace | None = None) -> list[int]:
     """Steps, from 1, at which something is said."""
     found = found or Pace(0)
     seconds = list(seconds)
-    counts = list(slots) if slots else [16] * len(seconds)
+    counts = list(padded_count) if padded_count else [16] * len(seconds)
     steps = [step(number, *each) for number, each in enumerate(zip(seconds, counts, strict=True), 1)]
     return [taken.number for taken in steps if found.note(taken)]
 
 
-def step(number: int, seconds: float, slots: int = 16, eased: tuple[str, ...] = ()) -> Step:
-    return Step(number, 1.0, 1.0, 1e-3, slots, slots, seconds, None, eased)
+def step(number: int, seconds: float, padded_count: int = 16, oom_fallbacks: tuple[str, ...] = ()) -> Step:
+    return Step(number, 1.0, 1.0, 1e-3, padded_count, padded_count, seconds, None, oom_fallbacks)
 
 
 def test_a_jump_that_stays_is_told_once_and_every_slow_step_is_counted() -> None:
@@ -59,20 +59,20 @@ def test_single_pauses_are_no_jump() -> None:
 
 def test_larger_steps_take_longer() -> None:
     """Fewer and more slots in turn, at the same speed and at one that falls with length as attention does."""
-    slots = [1024 if number // 10 % 2 == 0 else 8192 for number in range(200)]
-    assert told([count / 2000 for count in slots], slots) == []
-    assert told([count / 2000 * (1 + count / 8192) for count in slots], slots) == []
+    padded_count = [1024 if number // 10 % 2 == 0 else 8192 for number in range(200)]
+    assert told([count / 2000 for count in padded_count], padded_count) == []
+    assert told([count / 2000 * (1 + count / 8192) for count in padded_count], padded_count) == []
 
 
 def test_a_creeping_change_is_followed() -> None:
-    """Ten times as long in the end, but never a jump: a card that warms up, a cache that fills."""
+    """Ten times as long in the end, but never a jump: a GPU that warms up, a cache that fills."""
     assert told(0.5 * 1.01**number for number in range(232)) == []
 
 
 def test_smaller_micro_batches_start_anew() -> None:
     found = Pace(0)
     assert told(USUAL, found=found) == []
-    assert not found.note(step(41, 60.0, eased=("micro-batch 1",)))
+    assert not found.note(step(41, 60.0, oom_fallbacks=("micro-batch 1",)))
     assert told([4.0] * 40, found=found) == []
     assert told([40.0] * 5, found=found) == [5]
 
@@ -83,13 +83,13 @@ def test_milliseconds_are_not_worth_a_word() -> None:
 
 
 def test_what_is_likely_and_what_to_type() -> None:
-    assert likely([], 0.0).endswith("OMP_WAIT_POLICY=PASSIVE in front of the command helps")
-    assert likely([], 24.0) == (
-        "likely memory spilling to main memory, another program on the card, or heat; "
+    assert slowdown_hint([], 0.0).endswith("OMP_WAIT_POLICY=PASSIVE in front of the command helps")
+    assert slowdown_hint([], 24.0) == (
+        "likely memory spilling to CPU memory, another program on the GPU, or heat; "
         "nvidia-smi lists other programs, hardware.vram_gib=22 keeps memory from spilling"
     )
-    assert likely(["only 0.1 of 24.0 GiB are free", "hot"], 24.0).startswith(
-        "the card says: only 0.1 of 24.0 GiB are free, hot; nvidia-smi"
+    assert slowdown_hint(["only 0.1 of 24.0 GiB are free", "hot"], 24.0).startswith(
+        "the GPU says: only 0.1 of 24.0 GiB are free, hot; nvidia-smi"
     )
 
 
@@ -107,17 +107,17 @@ def test_what_the_card_says(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, answer in answers.items():
         monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 20 * GIB)
-    card = _Card(torch.device("cpu"))
-    assert card.burdens() == []
-    card.handle = object()
-    assert card.burdens() == [
+    gpu = _Gpu(torch.device("cpu"))
+    assert gpu.throttle_reasons() == []
+    gpu.handle = object()
+    assert gpu.throttle_reasons() == [
         "only 0.1 of 24.0 GiB are free",
         "3.9 GiB belong to other programs",
         "it runs slower for heat or lack of power, at 95 °C",
     ]
     monkeypatch.setattr(pynvml, "nvmlDeviceGetCurrentClocksThrottleReasons", lambda _: 0x4)  # at its power limit
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 23 * GIB)
-    assert card.burdens() == ["only 0.1 of 24.0 GiB are free"]
+    assert gpu.throttle_reasons() == ["only 0.1 of 24.0 GiB are free"]
     assert (
         pynvml.nvmlClocksThrottleReasonHwSlowdown
         | pynvml.nvmlClocksThrottleReasonSwThermalSlowdown
@@ -129,4 +129,4 @@ def test_what_the_card_says(monkeypatch: pytest.MonkeyPatch) -> None:
         raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
 
     monkeypatch.setattr(pynvml, "nvmlDeviceGetMemoryInfo", refuse)
-    assert card.burdens() == []
+    assert gpu.throttle_reasons() == []

@@ -1,4 +1,4 @@
-"""Pictures of every kind, written to disk and read back."""
+"""Images of every kind, written to disk and read back."""
 
 import io
 import struct
@@ -168,12 +168,12 @@ def jpeg(side: int = 256) -> bytes:
 
 BAD = {
     "zero.jpg": (b"", r"is empty \(0 bytes\)"),
-    "text.png": (b"hello, this is no picture", "is not a picture in any of these formats: JPEG, PNG"),
+    "text.png": (b"hello, this is no image", "is not an image in any of these formats: JPEG, PNG"),
     "short.jpg": (jpeg()[:9000], "is truncated"),
-    "header.jpg": (jpeg()[:100], "is (truncated|corrupt|not a picture)"),
+    "header.jpg": (jpeg()[:100], "is (truncated|corrupt|not an image)"),
     "broken.png": (bomb(8), "is (truncated|corrupt)"),
     "bomb.png": (bomb(30_000), "30000 x 30000 pixels are more than data.max_pixels=10000000; .*try data.max_pixels="),
-    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is not a picture"),
+    "script.jpg": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 10 10\n", "is not an image"),
 }
 
 
@@ -231,7 +231,7 @@ def test_all_bad_pictures_at_once(tmp_path, capsys):
 
 @pytest.mark.parametrize("size", [(400, 200), (200, 400), (64, 64), (10, 9), (1, 300)])
 def test_fit_fills_the_bucket_and_tells_the_crop(size):
-    image, crop = decode.fit(Image.new("RGB", size, "teal"), (96, 64))
+    image, crop = decode.resize_and_crop(Image.new("RGB", size, "teal"), (96, 64))
     assert image.size == (96, 64)
     assert set(image.get_flattened_data()) == {(0, 128, 128)}
     assert crop[0] + crop[2] <= size[0]
@@ -240,11 +240,11 @@ def test_fit_fills_the_bucket_and_tells_the_crop(size):
 
 def test_fit_shows_what_the_crop_says_without_aliasing():
     stripes = Image.fromarray(np.tile(np.array([0, 255], np.uint8), (512, 512)))  # one pixel black, one white
-    fitted, crop = decode.fit(stripes.convert("RGB"), (64, 64))
+    fitted, crop = decode.resize_and_crop(stripes.convert("RGB"), (64, 64))
     assert crop == (256, 0, 512, 512)
     assert np.abs(np.asarray(fitted, float) - 127.5).max() < 3, "fine stripes become grey, not coarse stripes"
     marked = Image.new("RGB", (300, 100))
     marked.paste("red", (100, 0, 200, 100))
-    fitted, crop = decode.fit(marked, (50, 50))
+    fitted, crop = decode.resize_and_crop(marked, (50, 50))
     assert crop == (100, 0, 100, 100)
     assert min(fitted.getchannel("R").get_flattened_data()) > 230

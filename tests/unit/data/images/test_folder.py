@@ -1,4 +1,4 @@
-"""Folders of pictures and captions as users have them."""
+"""Folders of images and captions as users have them."""
 
 import json
 
@@ -9,7 +9,7 @@ from finetune.data.images import folder
 from finetune.errors import DataError, RunError
 
 
-@pytest.fixture(params=["pictures", "odd [name] *", ".hidden/pictures"])
+@pytest.fixture(params=["images", "odd [name] *", ".hidden/images"])
 def root(tmp_path, request):
     path = tmp_path / request.param
     path.mkdir(parents=True)
@@ -32,36 +32,36 @@ def write(path, *values):
 
 def test_pictures_are_found_recursively_whatever_they_are_called(root):
     put(root, "b.png", "test_1.JPG", "train/deep/x.webp", "validation/Ü ä.png", "[1].png", ".hidden.png", ".dir/a.png")
-    (root / "notes.txt").write_text("no picture")
-    assert folder.pictures(root) == ["[1].png", "b.png", "test_1.JPG", "train/deep/x.webp", "validation/Ü ä.png"]
+    (root / "notes.txt").write_text("no image")
+    assert folder.images(root) == ["[1].png", "b.png", "test_1.JPG", "train/deep/x.webp", "validation/Ü ä.png"]
 
 
 def test_listing_reads_no_picture(root):
     (root / "a.jpg").write_bytes(b"")
-    assert folder.pictures(root) == ["a.jpg"]
+    assert folder.images(root) == ["a.jpg"]
 
 
 def test_a_relative_folder_with_dots(root, monkeypatch):
     put(root, "a.png")
     (root / "sub").mkdir()
     monkeypatch.chdir(root / "sub")
-    assert folder.pictures(folder.Path("../sub/..")) == ["a.png"]
+    assert folder.images(folder.Path("../sub/..")) == ["a.png"]
 
 
 def test_bad_folders_say_what_to_type(root):
     with pytest.raises(DataError, match=r"is empty.*data.folder="):
-        folder.pictures(root)
+        folder.images(root)
     (root / "a.heic").write_bytes(b"x")
     (root / "b.txt").write_text("x")
-    with pytest.raises(DataError, match=r"has no pictures \(found: 1 .heic, 1 .txt\).*\.png.*data.folder="):
-        folder.pictures(root)
+    with pytest.raises(DataError, match=r"has no images \(found: 1 .heic, 1 .txt\).*\.png.*data.folder="):
+        folder.images(root)
     with pytest.raises(DataError, match=r"there is no folder .*gone.*data.folder="):
-        folder.pictures(root / "gone")
+        folder.images(root / "gone")
     with pytest.raises(DataError, match=r"is a file; name the folder that holds it"):
-        folder.pictures(root / "b.txt")
+        folder.images(root / "b.txt")
     put(root, ".only-hidden.png")
-    with pytest.raises(DataError, match=r"has no pictures"):
-        folder.pictures(root)
+    with pytest.raises(DataError, match=r"has no images"):
+        folder.images(root)
     assert folder.unread(root) == ["a.heic"]
 
 
@@ -72,7 +72,7 @@ def test_captions_from_metadata_then_from_sidecar(root):
     (root / "a.txt").write_text("from the sidecar")
     (root / "b.txt").write_bytes("\ufeffein Bär\r\n".encode())
     (root / "sub/f.txt").write_text("\n")
-    files = folder.pictures(root)
+    files = folder.images(root)
     assert folder.captions(root, files) == {
         "a.png": "from metadata",
         "b.png": "ein Bär",
@@ -83,7 +83,7 @@ def test_captions_from_metadata_then_from_sidecar(root):
 def test_names_match_across_unicode_forms(root):
     put(root, "Ba\u0308r.png")  # as macOS writes it
     write(root / "metadata.jsonl", {"file_name": "B\u00e4r.png", "text": "a bear"})
-    assert folder.captions(root, folder.pictures(root)) == {"Ba\u0308r.png": "a bear"}
+    assert folder.captions(root, folder.images(root)) == {"Ba\u0308r.png": "a bear"}
     folder.add_captions(root, {"Ba\u0308r.png": "another"}, overwrite=True)
     assert rows(root / "metadata.jsonl") == [{"file_name": "B\u00e4r.png", "text": "another"}]
 
@@ -92,7 +92,7 @@ def test_rows_of_pictures_that_are_gone_are_named(root, capsys):
     put(root, "a.png")
     write(root / "metadata.jsonl", {"file_name": "gone.png", "text": "x"}, {"file_name": "../a.png", "text": "x"})
     assert folder.captions(root, ["a.png"]) == {}
-    assert "names 2 pictures that aren't there, first gone.png" in capsys.readouterr().err
+    assert "names 2 images that aren't there, first gone.png" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -158,7 +158,7 @@ def test_captions_go_to_the_nearest_metadata(root):
     folder.add_captions(root, {"sub/deep/c.png": "c", "other/d.png": "d"}, overwrite=False)
     assert rows(root / "sub/metadata.jsonl")[1] == {"file_name": "deep/c.png", "text": "c"}
     assert rows(root / "metadata.jsonl") == [{"file_name": "other/d.png", "text": "d"}]
-    assert set(folder.captions(root, folder.pictures(root))) == {"sub/b.png", "sub/deep/c.png", "other/d.png"}
+    assert set(folder.captions(root, folder.images(root))) == {"sub/b.png", "sub/deep/c.png", "other/d.png"}
 
 
 def test_imagefolder_reads_what_is_written(tmp_path):

@@ -6,22 +6,24 @@ import json
 
 import pytest
 
-from finetune.config.schema import Format
+from finetune.config.schema import ConversationFormat
 from finetune.data.text import formats
 from finetune.data.text.formats import Conversation, Message, open_source
 from finetune.errors import DataError
 
 ROWS = {
-    Format.messages: {"messages": [{"role": "system", "content": "Be kind."}, {"role": "user", "content": "Ünd? ☃"},
+    ConversationFormat.messages: {"messages": [{"role": "system", "content": "Be kind."},
+                                  {"role": "user", "content": "Ünd? ☃"},
                                    {"role": "assistant", "content": "Hi,\n\"there\""}]},
-    Format.sharegpt: {"conversations": [{"from": "system", "value": "Be kind."}, {"from": "human", "value": "Ünd? ☃"},
+    ConversationFormat.sharegpt: {"conversations": [{"from": "system", "value": "Be kind."},
+                                       {"from": "human", "value": "Ünd? ☃"},
                                         {"from": "gpt", "value": "Hi,\n\"there\""}]},
-    Format.alpaca: {"instruction": "Ünd? ☃", "input": "", "output": "Hi,\n\"there\"", "system": "Be kind."},
-    Format.prompt_completion: {"prompt": "Ünd? ☃", "completion": "Hi,\n\"there\"", "system": "Be kind."},
-    Format.text: {"text": "Ünd? ☃\nHi,\n\"there\""},
+    ConversationFormat.alpaca: {"instruction": "Ünd? ☃", "input": "", "output": "Hi,\n\"there\"", "system": "Be kind."},
+    ConversationFormat.prompt_completion: {"prompt": "Ünd? ☃", "completion": "Hi,\n\"there\"", "system": "Be kind."},
+    ConversationFormat.text: {"text": "Ünd? ☃\nHi,\n\"there\""},
 }  # fmt: skip
 CHAT = (Message("system", "Be kind."), Message("user", "Ünd? ☃"), Message("assistant", 'Hi,\n"there"'))
-WANTED = dict.fromkeys(ROWS, CHAT) | {Format.text: (Message("text", 'Ünd? ☃\nHi,\n"there"'),)}
+WANTED = dict.fromkeys(ROWS, CHAT) | {ConversationFormat.text: (Message("text", 'Ünd? ☃\nHi,\n"there"'),)}
 
 
 def save(folder, kind, rows):
@@ -57,7 +59,9 @@ def one(row, format_=None):
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved"])
-@pytest.mark.parametrize("format_", [item for item in Format if item is not Format.auto], ids=lambda item: item.name)
+@pytest.mark.parametrize(
+    "format_", [item for item in ConversationFormat if item is not ConversationFormat.auto], ids=lambda item: item.name
+)
 def test_every_format_from_every_kind_of_file(tmp_path, format_, kind):
     path = save(tmp_path, kind, [ROWS[format_]] * 3)
     source = open_source(path)
@@ -103,7 +107,10 @@ def test_weights_and_parts_of_openai():
 
 
 def test_blank_system_turns_vanish():
-    assert len(one({"messages": [{"role": "system", "content": " "}, *ROWS[Format.messages]["messages"][1:]]})) == 2
+    assert (
+        len(one({"messages": [{"role": "system", "content": " "}, *ROWS[ConversationFormat.messages]["messages"][1:]]}))
+        == 2
+    )
 
 
 def turns(*pairs):
@@ -127,7 +134,7 @@ def turns(*pairs):
         (turns(("user", "a\ud83d"), ("assistant", "b")), r"half a character \('\\ud83d'\)"),
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, r'"tool_calls", which is not read'),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, r'"weight" of turn 1.* must be 0 or 1'),
-        (ROWS[Format.messages] | {"tools": [{}]}, r'holds "tools", which are not read'),
+        (ROWS[ConversationFormat.messages] | {"tools": [{}]}, r'holds "tools", which are not read'),
         ({"instruction": 1, "output": "a"}, r'"instruction" must be a text, got 1'),
         ({"instruction": "a", "output": ""}, r"the answer in turn 2 is empty"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, r'"history" must be a list of \[question, answer\]'),
@@ -148,23 +155,25 @@ def test_unknown_columns_list_every_format(tmp_path):
         DataError, match=r"rows.jsonl:1: its columns \(answer, question\) are of no known format"
     ) as caught:
         open_source(path)
-    assert all(format_.value in str(caught.value) for format_ in Format if format_ is not Format.auto)
+    assert all(
+        format_.value in str(caught.value) for format_ in ConversationFormat if format_ is not ConversationFormat.auto
+    )
     with pytest.raises(DataError, match=r"rows.jsonl:1: is no object with columns; a row has one of"):
         open_source(save(tmp_path, "jsonl", [[1]]))
 
 
 def test_mixed_formats_are_refused_unless_named(tmp_path):
-    path = save(tmp_path, "jsonl", [ROWS[Format.alpaca], ROWS[Format.sharegpt]])
+    path = save(tmp_path, "jsonl", [ROWS[ConversationFormat.alpaca], ROWS[ConversationFormat.sharegpt]])
     with pytest.raises(DataError, match=r"rows.jsonl:2: is sharegpt, earlier rows are alpaca.*data.format=alpaca"):
         read(path)
-    both = save(tmp_path, "jsonl", [ROWS[Format.alpaca], ROWS[Format.alpaca] | {"text": "x"}])
+    both = save(tmp_path, "jsonl", [ROWS[ConversationFormat.alpaca], ROWS[ConversationFormat.alpaca] | {"text": "x"}])
     assert len(read(both)) == 2, "a further column that isn't needed is no other format"
-    assert read(both, format_=Format.text, bad=lambda _: None)[0].messages == (Message("text", "x"),)
+    assert read(both, format_=ConversationFormat.text, bad=lambda _: None)[0].messages == (Message("text", "x"),)
 
 
 def test_bad_rows_can_be_left_out_and_are_told(tmp_path):
     path = tmp_path / "rows.jsonl"
-    good = json.dumps(ROWS[Format.messages]).encode()
+    good = json.dumps(ROWS[ConversationFormat.messages]).encode()
     path.write_bytes(b"\n".join([b"{broken", good, b"\xff\xfe", json.dumps(turns(("user", "a"))).encode(), b"", good]))
     told = []
     rows = read(path, bad=told.append)

@@ -48,10 +48,10 @@ def test_every_row_once_and_no_pack_over_the_length(count, seed, monkeypatch):
 def test_packs_are_at_least_95_percent_full(name):
     lengths = typical(name, 4000)
     used = packing.utilisation(lengths, lengths // 2, length=LENGTH, seed=0)
-    assert used.real / used.slots >= 0.95
+    assert used.real / used.padded_count >= 0.95
     assert used.real == lengths.sum()
-    assert used.slots == used.packs * LENGTH
-    assert str(used).startswith(f"{used.packs} packs, {used.real / used.slots:.1%} of slots hold a token")
+    assert used.padded_count == used.packs * LENGTH
+    assert str(used).startswith(f"{used.packs} packs, {used.real / used.padded_count:.1%} of slots hold a token")
     alone = packing.utilisation(lengths, lengths // 2, length=LENGTH, seed=0, pack=False)
     assert (alone.packs, alone.real) == (4000, used.real)
 
@@ -112,18 +112,18 @@ def test_packs_hold_their_rows_and_nothing_else(seed):
         pack = packing.build(rows.__getitem__, indices, length=LENGTH)
         assert pack.rows == indices
         assert [len(item) for item in (pack.ids, pack.trained, pack.positions, pack.segments)] == [LENGTH] * 4
-        assert pack.real == sum(lengths[index] for index in indices)
-        borders = [0, *itertools.accumulate(lengths[index] for index in indices)]
+        assert pack.tokens == sum(lengths[index] for index in indices)
+        cu_seqlens = [0, *itertools.accumulate(lengths[index] for index in indices)]
         for number, index in enumerate(indices):
-            part = slice(borders[number], borders[number + 1])
+            part = slice(cu_seqlens[number], cu_seqlens[number + 1])
             assert pack.ids[part].tolist() == rows[index].ids.tolist()
             assert pack.trained[part].tolist() == rows[index].trained.tolist()
             assert pack.positions[part].tolist() == list(range(lengths[index]))
             assert (pack.segments[part] == number).all()
-        rest = slice(pack.real, LENGTH)
+        rest = slice(pack.tokens, LENGTH)
         assert (pack.segments[rest] == packing.PADDING).all()
         assert not pack.trained[rest].any()
-        assert not pack.trained[borders[:-1]].any(), "no row's first token is predicted from its neighbour"
+        assert not pack.trained[cu_seqlens[:-1]].any(), "no row's first token is predicted from its neighbour"
 
 
 def test_a_trained_first_token_is_never_taken_over():

@@ -198,11 +198,12 @@ def test_long_rows_by_choice_and_the_loss_is_told(prepare, tmp_path, policy, row
     assert found.number(len(found) - 1) == 2
     assert found.figures.whole > found.figures.trained
     if policy == "drop":
-        assert found.figures.lost == 1 - found.trained.sum() / found.figures.whole
-        assert found.figures.lost > 0.8
-    assert (found.figures.lost > 0.05) == lost
-    assert f"warning: 1 rows are over the length; {found.figures.lost:.2%} of trained tokens are lost" in str(
-        found.figures.lines()
+        assert found.figures.truncated_share == 1 - found.trained.sum() / found.figures.whole
+        assert found.figures.truncated_share > 0.8
+    assert (found.figures.truncated_share > 0.05) == lost
+    assert (
+        f"warning: 1 rows are over the length; {found.figures.truncated_share:.2%} of trained tokens are lost"
+        in str(found.figures.lines())
     )
 
 
@@ -290,7 +291,7 @@ def test_small_sets_and_sets_of_equals(prepare, tmp_path):
     assert len(twenty.split(1e-9)[1]) == 1, "one is held out at least"
     equals = prepare(save(tmp_path / "c.jsonl", [turns(draw)] * 30))
     assert [len(part) for part in equals.split(0.5)] == [30, 0]
-    assert equals.leaked(0.5) == (0, 0)
+    assert equals.near_duplicates(0.5) == (0, 0)
     assert equals.duplicates() == 29
 
 
@@ -311,13 +312,13 @@ def test_near_duplicates_across_the_split_are_counted(prepare, tmp_path):
     for row in near:
         row["messages"][0]["content"] += " Please tell me."
     clean = prepare(save(tmp_path / "a.jsonl", made), length=1024)
-    assert clean.leaked(0.2) == (0, len(clean.split(0.2)[1]))
+    assert clean.near_duplicates(0.2) == (0, len(clean.split(0.2)[1]))
     both = prepare(save(tmp_path / "b.jsonl", [*made, *near]), length=1024)
-    leaked, held_out = both.leaked(0.2)
+    near_duplicates, held_out = both.near_duplicates(0.2)
     train, held = (set(part.tolist()) for part in both.split(0.2))
     true = sum((index + 200) % 400 in train for index in held)
     assert held_out == len(held) > true > 40, "where a copy fell on the same side there is no leak"
-    assert 0.85 * true < leaked <= true
+    assert 0.85 * true < near_duplicates <= true
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path):

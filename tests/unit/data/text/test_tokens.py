@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from finetune.data.text.formats import Conversation, Message
-from finetune.data.text.tokens import Chat, marked
+from finetune.data.text.tokens import Chat, preview_row
 from finetune.errors import DataError
 from tests import chat_templates as templates
 from tests.chat_templates import tokenizer
@@ -23,7 +23,7 @@ def row(*turns):
 
 def spans(tokenizer_, encoded):
     """The trained pieces of text."""
-    return [part.split("⟧")[0] for part in marked(tokenizer_, encoded).split("⟦")[1:]]
+    return [part.split("⟧")[0] for part in preview_row(tokenizer_, encoded).split("⟦")[1:]]
 
 
 def encode(name, *turns, **options):
@@ -89,11 +89,13 @@ def test_answers_that_look_like_their_surroundings(name):
 
 def test_a_default_system_turn_is_not_trained_and_an_own_one_replaces_it():
     made, encoded = encode("CHATML", *TWO)
-    assert marked(made, encoded).startswith(
+    assert preview_row(made, encoded).startswith(
         "<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n<|im_start|>user"
     )
     made, encoded = encode("CHATML", SYSTEM, *TWO)
-    assert marked(made, encoded).startswith("<|im_start|>system\nAnswer like a pirate.<|im_end|>\n<|im_start|>user")
+    assert preview_row(made, encoded).startswith(
+        "<|im_start|>system\nAnswer like a pirate.<|im_end|>\n<|im_start|>user"
+    )
     made, encoded = encode("LLAMA2", SYSTEM, *TWO)
     assert spans(made, encoded) == [" It is blue. </s>", " The sea is green. 🦜 </s>"]
 
@@ -129,7 +131,7 @@ def test_a_control_token_that_swallows_white_space_stays_untrained():
 
 def test_what_follows_the_last_answer_is_left_out():
     made, encoded = encode("CHATML", *TWO[:3])
-    assert marked(made, encoded).endswith("⟦It is blue.<|im_end|>⟧\n")
+    assert preview_row(made, encoded).endswith("⟦It is blue.<|im_end|>⟧\n")
 
 
 def test_an_answer_may_come_first_and_tools_may_speak():
@@ -187,7 +189,7 @@ def test_templates_that_want_lists_of_parts():
 def test_marks_of_the_end_alone_count_too():
     for end in ("<|im_end|>", "<|end|><|im_end|>"):
         made = tokenizer(templates.CHATML_MARKED.replace("{{ '<|im_end|>\n' }}", f"{MARK}{end}{UNMARK}{{{{ '\n' }}}}"))
-        text = marked(made, Chat(made).encode(row(*TWO)))
+        text = preview_row(made, Chat(made).encode(row(*TWO)))
         assert text.endswith(f"⟦The sea is green. 🦜{end}⟧\n")
 
 
@@ -412,12 +414,12 @@ def test_many_at_once_equal_one_by_one_and_bad_rows_keep_their_place():
         assert alone.ids.tolist() == found[index].ids.tolist()
         assert alone.trained.tolist() == found[index].trained.tolist()
     again = pickle.loads(pickle.dumps(chat))
-    assert again.identity == chat.identity
+    assert again.identity == chat.content_hash
     assert again.encode(rows[0]).ids.tolist() == found[0].ids.tolist()
 
 
 def test_marked_shows_all_of_a_row():
     made, encoded = encode("CHATML", *TWO)
-    text = marked(made, encoded)
+    text = preview_row(made, encoded)
     assert text.replace("⟦", "").replace("⟧", "") == made.decode(encoded.ids)
     assert text.count("⟦") == 2

@@ -5,7 +5,7 @@ import pytest
 
 from finetune.config.schema import LongRows
 from finetune.data.text.tokens import Encoded
-from finetune.data.text.truncate import fit
+from finetune.data.text.truncate import truncate
 from finetune.errors import DataError
 
 
@@ -14,14 +14,14 @@ def encoded(count, trained, start=0):
 
 
 def cut(row, policy, length=4, start_id=0):
-    pieces = fit(row, length=length, policy=policy, start_id=start_id, source="f:3")
+    pieces = truncate(row, length=length, policy=policy, start_id=start_id, source="f:3")
     return [(piece.ids.tolist(), piece.trained.astype(int).tolist()) for piece in pieces]
 
 
 @pytest.mark.parametrize("policy", list(LongRows))
 def test_rows_that_fit_are_left_alone(policy):
     row = encoded(4, {2})
-    assert fit(row, length=4, policy=policy, start_id=0, source="f:3") == [row]
+    assert truncate(row, length=4, policy=policy, start_id=0, source="f:3") == [row]
 
 
 def test_the_start_token_stays_with_every_piece():
@@ -63,6 +63,6 @@ def test_splitting_loses_nothing_but_first_tokens(seed):
     row = Encoded(draw.integers(1, 1000, count).astype(np.uint32), draw.random(count) < 0.5)
     row.trained[0] = False
     row.ids[0] = 0
-    pieces = fit(row, length=length, policy=LongRows.split, start_id=0, source="f:3")
+    pieces = truncate(row, length=length, policy=LongRows.split, start_id=0, source="f:3")
     assert sum(piece.trained.sum() for piece in pieces) == row.trained.sum()
     assert all(len(piece.ids) <= length and piece.trained.any() and not piece.trained[0] for piece in pieces)

@@ -21,7 +21,7 @@ def test_identity_is_by_content(tmp_path):
     assert Chat(again).identity == Chat(made).identity
     others = [Chat(tokenizer(templates.PHI)), Chat(tokenizer(templates.CHATML, eos="<|im_end|>")),
               Chat(tokenizer(templates.CHATML, special=BARE)), Chat(made, template="chatml")]  # fmt: skip
-    assert len({chat.identity for chat in [*others, Chat(made)]}) == 5
+    assert len({chat.content_hash for chat in [*others, Chat(made)]}) == 5
 
 
 class Letters:
