@@ -23,17 +23,14 @@ def by_prompt(items: Sequence[S]) -> dict[str, list[S]]:
 def text_set_rows(texts: TextSet) -> list[list[str]]:
     """What became of the conversations: name, figure."""
     share = texts.trained / texts.tokens if texts.tokens else 0.0
+    fill = f"{texts.fill_share:.1%} filled, {texts.trained_share:.1%} with trained tokens"
     rows = [
         ["read from", escape(texts.source)],
         ["rows to train on", f"{texts.train:,}"],
         ["rows held out", f"{texts.validation:,}"],
         ["tokens", f"{texts.tokens:,}"],
         ["trained tokens", f"{texts.trained:,} ({share:.1%})"],
-        [
-            "an epoch",
-            f"{plural(texts.packs, 'pack')}, {texts.fill_share:.1%} filled, "
-            f"{texts.trained_share:.1%} with trained tokens",
-        ],
+        ["an epoch", f"{plural(texts.packs, 'pack')}, {fill}"],
         ["encoded", "earlier, found in the cache" if texts.cached else "now"],
     ]
     if texts.truncated_share:

@@ -3,12 +3,12 @@
     python -m scripts.bench.memory --cases sdxl-4,flux1-nf4 --work /tmp/bench --out results.jsonl
 
 builds the bases with random weights (kept in WORK until their last case is done), trains a few steps, and appends one
-JSON line a case: measured GiB, seconds, hardware, versions, date. Cases that ran out of memory are lines too. With
---alone, where nothing else uses the GPU meanwhile, it holds the speed of the steps as well.
+JSON line per case: measured GiB, seconds, hardware, versions, date. Cases that ran out of memory are lines too. With
+--alone, when nothing else uses the GPU meanwhile, it holds the speed of the steps as well.
 
     python -m scripts.bench.memory --plan results.jsonl
 
-needs no GPU: it adds what the memory plan says of each case, and writes the table docs/memory.md.
+needs no GPU: it adds the plan's figures for each case, and writes the page docs/memory.md.
 """
 
 import argparse
@@ -41,7 +41,7 @@ COMMON = (
     f"trainer.save_every={STEPS}",
     f"trainer.validate_every={STEPS}",
     "trainer.log_every=1",
-    "trainer.autotune=asked",
+    "trainer.autotune=check",
     "export.formats=[peft]",
     "sample.previews=1",
     "sample.seeds=[0]",
@@ -58,35 +58,43 @@ LANGUAGE = ("sample.max_new_tokens=4", "sample.prompts=[Hello]", "optim.lr=1e-4"
 OUTCOMES = {5: "out of memory", 124: "took too long"}
 PAGE = """# Memory, planned and measured
 
-Each row is the real `train` command with random weights at full size on an {hardware} whose allocator was held
-to the budget (torch {torch}, {date}): a few steps with validation and a preview, then export, samples and report.
-All GiB are the most that torch's allocator gives out in training: *planned* by the traces of `finetune plan`
-(which adds the CUDA context and the allocator's slack), *tried out* after the worst step before the first, with
-the first validation and preview, and *measured* at the end. Text encoders were shortened to a few layers;
-several cases ran side by side on the GPU, which changes seconds (not shown here) and not bytes.
+Each row is one run of the real `train` command: random weights at full size, on an {hardware} whose allocator was
+limited to the budget (torch {torch}, {date}). A run trains a few steps with validation and a preview, then
+exports, samples and writes the report.
 
-| base | settings | budget GiB | planned | tried out | measured | plan against measured |
+All GiB are the peak of torch's allocator during training:
+
+- *planned*: what `finetune plan` traces. The plan adds the CUDA context and the allocator's slack to this.
+- *dry run*: after the largest possible step, the first validation and the first preview, before step 1.
+- *measured*: at the end of training.
+
+Text encoders were shortened to a few layers. Several cases ran at the same time on the GPU: this changes the seconds
+(not shown here), not the bytes.
+
+| base | settings | budget GiB | planned | dry run | measured | planned vs. measured |
 |---|---|---|---|---|---|---|
 {rows}
 
 {count} cases, of which {failed} Planned against measured: median difference {median:.1f} %, worst {worst:.1f} %.
-Tried out against measured: median {probed_median:.1f} %, worst {probed_worst:.1f} %. Where decoding a preview is the
-peak, the plan adds a workspace that was taken from four of these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1,
-Z-Image), so for them the comparison is no proof; for FLUX.2 the same workspace was taken, and for training steps
-nothing was fitted.
+Dry run against measured: median {probed_median:.1f} %, worst {probed_worst:.1f} %.
+
+No constant was fitted for training steps. For decoding a preview the plan adds a workspace. It was taken from four of
+these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1, Z-Image) and used for FLUX.2 too. Where the preview is the peak,
+the comparison of those four rows is therefore no proof.
 
 ## Speed, planned and measured
 
-The same command where nothing else used the GPU: units a second in the median of the steps after the first {warm_up},
-and what the plan says of this GPU with the same settings. The plan's rates were set by these rows, so this shows how
-well a few constants describe them, and no more; on other GPUs it was not tried.
+These are the cases that had the GPU to themselves. *Measured* is the median units per second of the steps after the
+first {warm_up}; *planned* is the plan for this GPU with the same settings. The plan's rates were set from these rows:
+the table shows how well a few constants describe them, and no more. No other GPU was compared.
 
-| base | settings | unit | planned a second | measured | plan against measured |
+| base | settings | unit | planned per second | measured | planned vs. measured |
 |---|---|---|---|---|---|
 {speeds}
 
-Measured by `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a GPU; the planned figures and
-this page by `python -m scripts.bench.memory --plan FILE` on any. The lines are in `scripts/bench/memory.jsonl`.
+Measured with `python -m scripts.bench.memory --work WORK --out FILE` on a machine with a GPU. The planned figures and
+this page are written by `python -m scripts.bench.memory --plan FILE` on any machine. The lines are in
+`scripts/bench/memory.jsonl`.
 """
 
 

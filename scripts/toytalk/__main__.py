@@ -19,18 +19,18 @@ SCENE_SKILLS = {asker.__name__ for asker in ASKERS}
 README = """# pirate_chat
 
 {count} conversations about a world of toys, {answers} answers in all, in which the assistant talks like a pirate. They
-are the example data from which a language adapter learns a voice: the questions are those that the embedded language
-model answers plainly, so that only the manner is new.
+are the example data for a language adapter that learns a voice: the embedded language model answers the same kinds of
+questions plainly, so only the manner is new.
 
-One conversation a line, as OpenAI's `messages` (`system` now and then, then `user` and `assistant` in turn). `facts`
-has one entry for each answer: the skill asked for, the plain answer, and the words that an answer in any voice must
-say; `scripts/toytalk/scoring.py` checks them. Training needs `messages` alone.
+One conversation per line, as OpenAI's `messages` (sometimes `system`, then `user` and `assistant` in turn). `facts` has
+one entry for each answer: the requested skill, the plain answer, and the words that an answer in any voice must
+contain; `scripts/toytalk/scoring.py` checks them. Training needs only `messages`.
 
-Made by `python -m scripts.toytalk dataset datasets/pirate_chat` from seeds that nothing else uses. The questions keep
-to the facts that training may see: what the embedded model is measured on (`held_out` in
+Made by `python -m scripts.toytalk dataset datasets/pirate_chat` from seeds that nothing else uses. The questions use
+only facts that training may see: what the embedded model is measured on (`held_out` in
 `scripts/toytalk/conversation.py`) is not in here.
 
-Licence: CC0 1.0, public domain. Nobody's words but the script's.
+Licence: CC0 1.0, public domain. All words come from the script.
 """
 
 

@@ -20,13 +20,12 @@ DATASET_SUPERSAMPLE = 3  # only a few pictures, looked at closely
 
 _README = """# pixar_style
 
-{count} pictures ({size} x {size} px, JPEG) of small scenes in the look of a 3-D animated film. They are the example
-data from which a style adapter is trained; they come without captions, as a folder of one's own pictures would.
+{count} images ({size} x {size} px, JPEG) of small scenes in the look of a 3-D animated film. They are the example data
+for a style adapter. They come without captions, like a folder of your own images.
 
-Made by `python -m scripts.toyworld dataset datasets/pixar_style --count {count} --size {size}`: every picture is drawn
-by the project's own procedural renderer (`scripts/toyworld/`); nothing is taken from a film or a photograph, and no
-studio has to do with it. The scenes are spread evenly over kinds, colours and settings; their seeds are used nowhere
-else.
+Made by `python -m scripts.toyworld dataset datasets/pixar_style --count {count} --size {size}`: the project's own
+procedural renderer (`scripts/toyworld/`) draws every image. Nothing is taken from a film or a photograph, and no studio
+is involved. The scenes are spread evenly over kinds, colours and settings; their seeds are used nowhere else.
 
 Licence: CC0 1.0, public domain.
 """
