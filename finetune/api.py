@@ -13,19 +13,10 @@ from finetune.config.schema import Config
 from finetune.config.validate import check
 from finetune.errors import ConfigError, RunError
 from finetune.planning.plan import Plan
+from finetune.reporting import notebook  # noqa: F401 - tells notebooks how each record looks
 from finetune.run import distributed, rundir
-from finetune.run.records import (
-    Adapter,
-    Answers,
-    CaptionSet,
-    Dataset,
-    Report,
-    Result,
-    Run,
-    Samples,
-    TextSet,
-    load_record,
-)
+from finetune.run.receipts import load_record
+from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config
-from finetune.data.cache import Cache, key_of, missing
+from finetune.data.cache import Cache, missing
 from finetune.data.images import buckets, decode, folder
 from finetune.diffusion.pipeline import (
     TEXT_BATCH,
@@ -32,6 +32,7 @@ from finetune.diffusion.pipeline import (
 from finetune.errors import DataError
 from finetune.memory.device import pick_device, release_memory
 from finetune.run.atomic import write_atomically
+from finetune.run.hashing import hash_of
 from finetune.run.progress import progress, say
 from finetune.run.records import CaptionSet, Dataset, Example
 
@@ -153,7 +154,7 @@ def build(config: Config, captions: CaptionSet | None) -> Dataset:
 
 def example_key(image: SourceImage, flipped: bool, resolution: int) -> str:
     """What an example shows, as a hash: the seed of its noise, the same under every encoder."""
-    return key_of(image.sha256, GEOMETRY, resolution, *image.bucket, *image.crop, flipped)
+    return hash_of(image.sha256, GEOMETRY, resolution, *image.bucket, *image.crop, flipped)
 
 
 def hold_out(hashes: Sequence[str], share: float) -> set[str]:
@@ -221,7 +222,7 @@ def _warn(config: Config, images: Sequence[SourceImage]) -> None:
 def _encode_texts(config: Config, cache: Cache, images: Sequence[SourceImage]) -> tuple[dict[str, str], int]:
     """Cache key of each different caption (and of the empty one), and how many had to be encoded."""
     identity = text_encoder_hash(config.model)
-    keys = {text: key_of("text", identity, text) for text in ["", *(image.caption for image in images)]}
+    keys = {text: hash_of("text", identity, text) for text in ["", *(image.caption for image in images)]}
     missing = [text for text, key in keys.items() if not cache.has(key)]
     if missing:
         encoder = load_text_encoder(config.model, pick_device(config.hardware.device))
@@ -288,4 +289,4 @@ def pixels(image: Image.Image) -> Tensor:
 
 
 def _cache_key(identity: str, config: Config, image: SourceImage, flipped: bool) -> str:
-    return key_of("image", identity, example_key(image, flipped, config.model.resolution))
+    return hash_of("image", identity, example_key(image, flipped, config.model.resolution))

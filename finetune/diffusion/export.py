@@ -16,8 +16,9 @@ from finetune.diffusion.pipeline import load_adapter, load_backbone, save_adapte
 from finetune.errors import ExportError
 from finetune.memory import block_offload
 from finetune.memory.device import pick_device, pick_dtype, release_memory, usable_bytes
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import Run, hash_of
+from finetune.run.records import Run
 
 USAGE = """from diffusers import DiffusionPipeline
 

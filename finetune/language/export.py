@@ -31,7 +31,8 @@ from finetune.language.tokenize import chat_of
 from finetune.memory.device import pick_device, release_memory
 from finetune.run.atomic import write_atomically
 from finetune.run.progress import say
-from finetune.run.records import Run, TextSet, load_record
+from finetune.run.receipts import load_record
+from finetune.run.records import Run, TextSet
 
 ROWS = 16  # the most that are compared on
 RANDOM_ROWS, RANDOM_LENGTH, RANDOM_SEED = 4, 64, 20240131  # where there are no rows

@@ -12,9 +12,8 @@ from finetune.language import causal_lm, export
 from finetune.language.generate import ANSWER_BATCH, TextGenerator
 from finetune.language.tokenize import chat_of
 from finetune.memory.device import pick_device, pick_dtype
-from finetune.reporting.texts import by_prompt
 from finetune.run.progress import progress
-from finetune.run.records import Answer
+from finetune.run.records import Answer, by_prompt
 
 PAGE = "answers.md"
 MARKUP = re.compile(r"[\\`*_~\[\]|$]")  # what Markdown would take for more than a character

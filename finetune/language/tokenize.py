@@ -10,8 +10,9 @@ from finetune.data.text.formats import Source
 from finetune.data.text.tokens import Chat, preview_row
 from finetune.errors import DataError
 from finetune.language.causal_lm import load_tokenizer
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import CaptionSet, TextSet, hash_of
+from finetune.run.records import CaptionSet, TextSet
 
 
 def chat_of(config: Config) -> Chat:

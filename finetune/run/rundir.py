@@ -15,7 +15,7 @@ from finetune.config.schema import Config
 from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
 from finetune.run import distributed
 from finetune.run.atomic import write_atomically
-from finetune.run.records import receipt_path
+from finetune.run.receipts import receipt_path
 
 CONFIG = "config.yaml"
 LOCK = ".lock"

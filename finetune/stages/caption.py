@@ -10,8 +10,10 @@ from finetune.data.images import decode, folder
 from finetune.diffusion.captioner import Captioner
 from finetune.errors import DataError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
+from finetune.run.hashing import hash_of
 from finetune.run.progress import progress, say
-from finetune.run.records import Caption, CaptionSet, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import Caption, CaptionSet
 
 STAGE = "caption"
 

@@ -5,8 +5,10 @@ from pathlib import Path
 
 from finetune import kinds
 from finetune.config.schema import Config
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import CaptionSet, Dataset, TextSet, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import CaptionSet, Dataset, TextSet
 
 STAGE = "dataset"
 

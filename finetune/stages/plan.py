@@ -8,7 +8,7 @@ from finetune.planning.candidates import Candidates, thriftier
 from finetune.planning.choice import Choice, choose
 from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
-from finetune.reporting.tables import duration
+from finetune.reporting.facts import duration
 
 OTHERS = 3  # alternatives shown
 REMEDIES = {

@@ -11,8 +11,10 @@ from finetune.errors import Interrupted, RunError
 from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import distributed, previous
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import Dataset, Run, TextSet
 from finetune.training import checkpoint
 from finetune.training.accelerator import build_accelerator
 from finetune.training.signals import catch_stop
@@ -86,7 +88,6 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         "first_validation": record.first_validation,
         "best_validation": record.best_validation,
         "skipped_steps": record.skipped_steps,
-        "slow_steps": record.slow_steps,
     }
     if distributed.rank() == 0:
         save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)

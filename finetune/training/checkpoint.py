@@ -4,7 +4,6 @@
 manifest with the hash of every file. It is written under a temporary name, flushed to disk and renamed.
 """
 
-import hashlib
 import io
 import json
 import os
@@ -12,7 +11,7 @@ import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from finetune.errors import RunError
+from finetune.run.hashing import hash_file
 from finetune.run.records import from_plain
 
 PREFIX = "step-"
@@ -31,10 +31,10 @@ class TrainState:
     """Everything but tensors that a resumed run needs.
 
     identity: what the run was trained with, flat key -> value; a resumed run must agree.
-    units: images or tokens trained on. waited: saved steps in a row whose validation loss was no better than the best.
-    scaler: the fp16 loss scaler's. asked: the settings of memory that the run was given; taken: those it started with;
-    micro_batch, measures: how far it had to go below them when memory ran out, in examples and in measures of the task.
-    planned_gib, probed_gib, slow_steps: as in `Run`.
+    count: images or tokens trained on. waited: saved steps in a row whose validation loss was no better than the best.
+    scaler: the fp16 loss scaler's. requested: the settings of memory that the run was given; taken: those it started
+    with; micro_batch, fallbacks: how far it had to go below them when memory ran out, in examples and in OOM fallbacks
+    of the task. planned_gib, dry_run_gib: as in `Run`.
     """
 
     step: int
@@ -56,6 +56,12 @@ class TrainState:
     planned_gib: float | None = None
     dry_run_gib: float | None = None
     slow_steps: int = 0
+    RENAMED: ClassVar[dict[str, str]] = {
+        "units": "count",
+        "asked": "requested",
+        "measures": "fallbacks",
+        "probed_gib": "dry_run_gib",
+    }
 
 
 @dataclass(frozen=True)
@@ -95,7 +101,7 @@ def save(
         if ema is not None:
             (temporary / "ema.safetensors").write_bytes(save_tensors(dict(ema)))
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-        hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
+        hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
@@ -116,7 +122,7 @@ def load(folder: Path) -> Checkpoint:
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in hashes.items():
-            if _hash(folder / name) != expected:
+            if hash_file(folder / name) != expected:
                 raise ValueError(f"{name} differs from its manifest")
         state = from_plain(TrainState, json.loads((folder / "state.json").read_text(encoding="utf-8")))
         adapter = load_file(folder / "adapter.safetensors")
@@ -148,11 +154,6 @@ def prune(folder: Path, keep: int, also: Iterable[int | None]) -> None:
             shutil.rmtree(at(folder, step))
     for left in folder.glob(f".{PREFIX}*.tmp"):
         shutil.rmtree(left)
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _flush(path: Path) -> None:

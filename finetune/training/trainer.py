@@ -204,7 +204,6 @@ class Trainer:
             seconds=state.seconds,
             peak_gib=max(self.peak_gib, peak_gib(self.accelerator.device)),
             skipped_steps=state.skipped_steps,
-            slow_steps=self.pace.slow,
             training_hash=training_hash,
             micro_batch=self.fallbacks.micro_batch,
             effective=self._effective(),

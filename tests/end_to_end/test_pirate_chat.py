@@ -11,7 +11,8 @@ import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from finetune.run.records import Adapter, Answers, Report, Run, TextSet, load_record
+from finetune.run.receipts import load_record
+from finetune.run.records import Adapter, Answers, Report, Run, TextSet
 from tests.conftest import ROOT
 from tests.end_to_end import command
 from tests.end_to_end.command import Finished

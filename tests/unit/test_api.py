@@ -21,7 +21,8 @@ from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Device
 from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
 from finetune.run import rundir
-from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
+from finetune.run.receipts import save_receipt
+from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples
 
 RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, "images", 8, 1.0, 0.1, 0, "hash")
 RECORDS: dict[str, Any] = {
@@ -417,4 +418,4 @@ def test_the_whole_line_with_tiny_models(config: Config) -> None:
     assert finetune.sample(config) == first.samples
     assert before[1] == Path(first.samples.grid).stat().st_mtime_ns
     assert finetune.export(config) == first.adapter
-    assert first._repr_html_()
+    assert first._repr_html_()  # type: ignore[attr-defined]

@@ -17,7 +17,8 @@ from finetune.config import describe, recipes
 from finetune.config.schema import Config
 from finetune.planning.plan import Plan, Setting
 from finetune.reporting import terminal
-from finetune.run.records import Adapter, Caption, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
+from finetune.run.receipts import save_receipt
+from finetune.run.records import Adapter, Caption, CaptionSet, Dataset, Report, Result, Run, Samples
 
 Cli = Callable[..., Any]
 
@@ -421,9 +422,11 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     for words in (
         "caption  train  total",
         "      3     61     64",
-        "20.0 images/s, 150 steps, peak memory 1.50 GiB",
+        "1,200 images (in 150 steps)",
+        "20.0 images/s",
+        "1.50 GiB",
         "0.5000 → 0.2500",
-        "0.4000 → 0.3000 at step 100",
+        "0.4000 → 0.3000 (best at step 100)",
         "outputs/mine/adapter",
         "outputs/mine/samples/grid.png",
         "outputs/mine/report.html",
@@ -438,7 +441,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     [
         (
             CaptionSet("pics", (Caption("a.jpg", "a", "generated"), Caption("b.jpg", "b", "user"))),
-            "2 images, 1 by the",
+            "2 images, 1 captioned by the model, 1 by you; correct them in pics/metadata.jsonl",
         ),
         (Dataset("i", 9, 1, {"128x128": 10}, "e"), "9 to train, 1 held out; 128x128 (10)"),
         (Adapter("out/adapter", {"peft": "peft"}, {}, "base", ""), "adapter: out/adapter (peft)"),

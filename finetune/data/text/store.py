@@ -23,8 +23,8 @@ from finetune.data.text.tokens import Chat, Encoded
 from finetune.data.text.workers import TRAINED, Chunk, Work, encode_stream
 from finetune.errors import DataError, FinetuneError
 from finetune.run.atomic import replace_folder
+from finetune.run.hashing import hash_of
 from finetune.run.progress import PLAIN_LINE_EVERY_S, say
-from finetune.run.records import hash_of
 
 # N rows, S hashes in a signature
 MADE_BY = 1  # raised when the same input would give other rows

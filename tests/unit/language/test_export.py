@@ -23,7 +23,8 @@ from finetune.language import export, tokenize
 from finetune.language.causal_lm import load_model
 from finetune.language.task import inject
 from finetune.memory.device import pick_device
-from finetune.run.records import Run, save_receipt
+from finetune.run.receipts import save_receipt
+from finetune.run.records import Run
 from finetune.stages.export import _usage as usage
 from tests.tiny_language_models import save_language
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from finetune.config.schema import CaptionConfig, Config, DataConfig, Device, HardwareConfig
 from finetune.errors import DataError, ModelError
-from finetune.run.records import CaptionSet, load_receipt
+from finetune.run.receipts import load_receipt
+from finetune.run.records import CaptionSet
 from finetune.stages import caption as stage
 from finetune.stages.caption import caption, wording
 from tests.tiny_models import save_captioner

@@ -18,7 +18,8 @@ from finetune.diffusion import encode
 from finetune.diffusion.encode import Path, hold_out
 from finetune.diffusion.pipeline import load_text_encoder, load_vae
 from finetune.errors import DataError
-from finetune.run.records import Caption, CaptionSet, load_receipt
+from finetune.run.receipts import load_receipt
+from finetune.run.records import Caption, CaptionSet
 from finetune.stages.dataset import dataset
 from tests.tiny_models import save_diffusion
 
