@@ -11,16 +11,16 @@ from typing import Any
 
 from finetune.planning.plan import Plan
 from finetune.reporting import curves
-from finetune.reporting.facts import caption_counts, dataset_facts, plan_tables, run_facts, text_set_facts
-from finetune.reporting.tables import (
-    SPACED,
-    adapter_table,
-    answers_table,
-    facts_table,
-    marked_html,
-    plain_table,
-    table_html,
+from finetune.reporting.facts import (
+    ADAPTER_HEAD,
+    adapter_rows,
+    caption_counts,
+    dataset_facts,
+    plan_tables,
+    run_facts,
+    text_set_facts,
 )
+from finetune.reporting.tables import answers_table, by_prompt_html, facts_table, marked_html, more_html, plain_table
 from finetune.reporting.thumbnails import image_html
 from finetune.run.records import (
     Adapter,
@@ -32,28 +32,31 @@ from finetune.run.records import (
     Run,
     Samples,
     TextSet,
-    by_prompt,
 )
 
-MOST_ROWS = 60  # captions shown; the rest is counted
-THUMBNAIL = 96  # pixels
+MOST_ITEMS = 60  # captions or answers shown; the rest is counted
+THUMBNAIL = 128  # pixels
 GRID_SIDE = 1600  # pixels: two prompts beside one another, four small images each
 
 
 def _captions(captions: CaptionSet) -> str:
-    """Thumbnails beside captions."""
-    rows = [
-        [image_html(Path(captions.folder) / item.file, THUMBNAIL, item.file), escape(item.text), escape(item.source)]
-        for item in captions.items[:MOST_ROWS]
-    ]
-    head = f"<p><b>{escape(captions.folder)}</b>: {caption_counts(captions)}</p>"
-    return head + table_html(("", "caption", "from"), rows) + _more(len(captions.items), "metadata.jsonl")
+    """Thumbnails beside captions, in as many columns as there is room for."""
+    shown = captions.items[:MOST_ITEMS]
+    items = "".join(
+        f'<div style="display:flex;gap:0.8em;width:21em;line-height:1.3">'
+        f'<div style="flex:none;width:6em">{image_html(Path(captions.folder) / item.file, THUMBNAIL, item.file)}</div>'
+        f"<div>{escape(item.text)}<br><small>{escape(item.file)}, {escape(item.source)}</small></div></div>"
+        for item in shown
+    )
+    head = f'<p class="note"><b>{escape(captions.folder)}</b>: {caption_counts(captions)}</p>'
+    grid = f'<div style="display:flex;flex-wrap:wrap;gap:1em">{items}</div>'
+    return head + grid + more_html(len(captions.items), len(shown), "metadata.jsonl")
 
 
 def _text_set(texts: TextSet) -> str:
     """What became of the conversations, and one of them as the model sees it."""
-    row = f"<p>One row, its trained tokens highlighted:</p>{marked_html(texts.preview)}" if texts.preview else ""
-    return facts_table("data set", text_set_facts(texts)) + row
+    note = '<p class="note">One row as the model sees it. Only the <mark>highlighted</mark> tokens are trained.</p>'
+    return facts_table("data set", text_set_facts(texts)) + (note + marked_html(texts.preview) if texts.preview else "")
 
 
 def _run(run: Run) -> str:
@@ -64,9 +67,9 @@ def _run(run: Run) -> str:
 
 
 def _adapter(adapter: Adapter) -> str:
-    trigger = f", trigger phrase <b>{escape(adapter.trigger)}</b>" if adapter.trigger else ""
-    head = f"<p><b>Adapter</b> for {escape(adapter.base)} in {escape(adapter.folder)}{trigger}</p>"
-    return head + adapter_table(adapter)
+    trigger = f"; put the trigger phrase <b>{escape(adapter.trigger)}</b> into the prompt" if adapter.trigger else ""
+    head = f'<p class="note">For {escape(adapter.base)}, in {escape(adapter.folder)}{trigger}</p>'
+    return head + plain_table(ADAPTER_HEAD, adapter_rows(adapter))
 
 
 def _samples(samples: Samples) -> str:
@@ -76,11 +79,8 @@ def _samples(samples: Samples) -> str:
 
 def _answers(answers: Answers) -> str:
     """Per prompt the base's answers beside the tuned ones."""
-    parts = [
-        f'<p style="{SPACED}"><b>{escape(prompt)}</b></p>{answers_table(items)}'
-        for prompt, items in by_prompt(answers.items[:MOST_ROWS]).items()
-    ]
-    return "".join(parts) + _more(len(answers.items), Path(answers.page).name)
+    shown = answers.items[:MOST_ITEMS]
+    return by_prompt_html(shown, answers_table) + more_html(len(answers.items), len(shown), Path(answers.page).name)
 
 
 def _plan(plan: Plan) -> str:
@@ -93,10 +93,6 @@ def _plan(plan: Plan) -> str:
 def html(record: Any) -> str:
     """Any record as HTML."""
     return RENDERERS[type(record)](record)
-
-
-def _more(count: int, where: str) -> str:
-    return f"<p>and {count - MOST_ROWS:,} more in {escape(where)}</p>" if count > MOST_ROWS else ""
 
 
 RENDERERS: dict[type, Callable[[Any], str]] = {

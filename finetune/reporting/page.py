@@ -1,6 +1,6 @@
 """The sections of a run's report, each of them HTML, or empty where the run folder has nothing for it."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import date
 from html import escape
@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.reporting import curves
-from finetune.reporting.facts import Fact, caption_counts, duration, plural, run_facts, text_set_facts
-from finetune.reporting.tables import adapter_table, answers_table, facts_table, marked_html, plain_table, table_html
+from finetune.reporting.facts import Fact, duration, plural, run_facts
+from finetune.reporting.notebook import html
+from finetune.reporting.tables import answers_table, by_prompt_html, more_html, plain_table, table_html
 from finetune.reporting.thumbnails import fitting
 from finetune.run.receipts import Receipt, receipt_path, versions
 from finetune.run.records import (
@@ -20,14 +21,14 @@ from finetune.run.records import (
     Run,
     Sample,
     TextSet,
-    by_prompt,
     from_plain,
 )
 
-# base64 adds a third and is counted in; with curves and text the page stays under the 5 MB that mail programs take.
-SAMPLE_BUDGET_BYTES, CAPTION_BUDGET_BYTES = 3_300_000, 1_000_000
-SAMPLE_SIDES, CAPTION_SIDES = (512, 384, 256, 128), (176, 128, 96, 64)  # pixels; the first that fits the budget
-MOST_PAIRS, MOST_CAPTIONS = 60, 60
+# base64 adds a third and is counted in; with thumbnails, curves and text the page stays under the 5 MB that mail
+# programs take.
+BUDGET_BYTES = 3_300_000
+SIDES = (512, 384, 256, 128)  # pixels; the first that fits the budget
+MOST_PAIRS = 60
 STYLE = Path(__file__).with_name("report.css")
 # Nothing may be fetched or run, whatever a caption says.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -69,10 +70,10 @@ def page(found: Found) -> str:
         ("images", "Base against tuned", _images(found)),
         ("answers", "Base against tuned", _answers(found)),
         ("curves", "Curves", _curves(found)),
-        ("captions", "Captions", _captions(found)),
-        ("conversations", "Conversations", _conversations(found)),
+        ("captions", "Captions", _record(found.record("caption", CaptionSet))),
+        ("data", "Data set", _record(found.dataset())),
         ("stages", "Stages", _stages(found)),
-        ("adapter", "Adapter", _adapter(found)),
+        ("adapter", "Adapter", _record(found.record("export", Adapter))),
         ("configuration", "Configuration", _configuration(found)),
     ]
     there = [(name, title, body) for name, title, body in sections if body]
@@ -155,31 +156,26 @@ def _tiles(found: Found, run: Run | None) -> str:
 def _images(found: Found) -> str:
     """Per prompt its pairs, base on the left."""
     folder, shown = found.folder / "samples", found.samples[:MOST_PAIRS]
-    files = [folder / name for sample in shown for name in (sample.base_file, sample.file)]
-    uris = fitting(files, SAMPLE_SIDES, SAMPLE_BUDGET_BYTES)
+    uris = fitting([folder / name for sample in shown for name in (sample.base_file, sample.file)], SIDES, BUDGET_BYTES)
 
-    def pair(sample: Sample) -> str:
-        base, tuned = (uris[folder / name] for name in (sample.base_file, sample.file))
-        halves = _half("base", base, sample) + _half("tuned", tuned, sample)
-        return f'<figure class="pair">{halves}<figcaption>seed {sample.seed}</figcaption></figure>'
+    def pairs(samples: Sequence[Sample]) -> str:
+        return "".join(
+            f'<figure class="pair">{_half("base", uris[folder / sample.base_file], sample)}'
+            f"{_half('tuned', uris[folder / sample.file], sample)}<figcaption>seed {sample.seed}</figcaption></figure>"
+            for sample in samples
+        )
 
-    by = {prompt: "".join(map(pair, samples)) for prompt, samples in by_prompt(shown).items()}
-    return _prompts(by, _how(found), len(found.samples)) if by else ""
+    return _noted(found, by_prompt_html(shown, pairs), len(found.samples))
 
 
 def _answers(found: Found) -> str:
     """Per prompt a table: the base's answers on the left."""
-    by = {prompt: answers_table(items) for prompt, items in by_prompt(found.answers[:MOST_PAIRS]).items()}
-    return _prompts(by, _how(found), len(found.answers)) if by else ""
+    return _noted(found, by_prompt_html(found.answers[:MOST_PAIRS], answers_table), len(found.answers))
 
 
-def _prompts(by: Mapping[str, str], note: str, count: int) -> str:
-    """What belongs to each prompt under its words."""
-    articles = "".join(
-        f'<article class="prompt"><h3>{escape(prompt)}</h3>{body}</article>' for prompt, body in by.items()
-    )
-    more = _more(count - MOST_PAIRS, "pair", "the samples folder")
-    return f'<p class="note">{note}</p><div class="prompts">{articles}</div>{more}'
+def _noted(found: Found, samples: str, count: int) -> str:
+    more = more_html(count, MOST_PAIRS, "the samples folder")
+    return f'<p class="note">{_how(found)}</p>{samples}{more}' if samples else ""
 
 
 def _half(kind: str, uri: str | None, sample: Sample) -> str:
@@ -211,37 +207,9 @@ def _curves(found: Found) -> str:
     return f'<p class="note">Hover over a curve for its figures.</p><div class="charts">{charts}</div>'
 
 
-def _captions(found: Found) -> str:
-    captions = found.record("caption", CaptionSet)
-    if captions is None or not captions.items:
-        return ""
-    root, shown = Path(captions.folder), captions.items[:MOST_CAPTIONS]
-    uris = fitting([root / item.file for item in shown], CAPTION_SIDES, CAPTION_BUDGET_BYTES)
-    cards = []
-    for item in shown:
-        uri = uris[root / item.file]
-        image = f'<img src="{uri}" alt="">' if uri else '<span class="gone">gone</span>'
-        cards.append(
-            f'<li>{image}<div><p>{escape(item.text)}</p><p class="note"><span class="chip {escape(item.source)}">'
-            f"{escape(item.source)}</span> {escape(item.file)}</p></div></li>"
-        )
-    note = f"{escape(captions.folder)}: {caption_counts(captions)}."
-    more = _more(len(captions.items) - len(shown), "caption", "metadata.jsonl of the image folder")
-    return f'<p class="note">{note}</p><ul class="captions">{"".join(cards)}</ul>{more}'
-
-
-def _conversations(found: Found) -> str:
-    """The figures of the data set, and a row of it with its trained tokens highlighted."""
-    texts = found.dataset()
-    if not isinstance(texts, TextSet):
-        return ""
-    row = ""
-    if texts.preview:
-        row = (
-            '<p class="note">One row as the model sees it. Only the <mark>highlighted</mark> tokens are trained; the '
-            f"rest is what they follow from.</p>{marked_html(texts.preview)}"
-        )
-    return _wide(facts_table("data set", text_set_facts(texts))) + row
+def _record(record: CaptionSet | Dataset | TextSet | Adapter | None) -> str:
+    """As a notebook shows it; wide tables scroll by themselves where the screen is narrow."""
+    return "" if record is None else f'<div class="wide">{html(record)}</div>'
 
 
 def _stages(found: Found) -> str:
@@ -254,16 +222,8 @@ def _stages(found: Found) -> str:
         bar = f'<span class="bar" style="width:{100 * receipt.seconds / longest:.0f}%"></span>'
         rows.append([stage, duration(receipt.seconds) + bar, _figures(receipt.figures) if stage != "train" else ""])
     total = duration(sum(receipt.seconds for receipt in found.receipts.values()))
-    table = _wide(table_html(("stage", "time", "figures"), rows))
-    return f'<p class="note">{total} in all, each stage as it last ran.</p>{table}'
-
-
-def _adapter(found: Found) -> str:
-    adapter = found.record("export", Adapter)
-    if adapter is None:
-        return ""
-    trigger = f" Put <b>{escape(adapter.trigger)}</b> into the prompt to use it." if adapter.trigger else ""
-    return f'<p class="note">In {escape(adapter.folder)}.{trigger}</p>{_wide(adapter_table(adapter))}'
+    table = table_html(("stage", "time", "figures"), rows)
+    return f'<p class="note">{total} in all, each stage as it last ran.</p><div class="wide">{table}</div>'
 
 
 def _configuration(found: Found) -> str:
@@ -273,7 +233,7 @@ def _configuration(found: Found) -> str:
     if found.settings_text:
         summary = "config.yaml, every value resolved"
         settings = f"<details><summary>{summary}</summary><pre>{escape(found.settings_text)}</pre></details>"
-    return settings + _wide(plain_table(("package", "version"), list(used.items())))
+    return settings + plain_table(("package", "version"), list(used.items()))
 
 
 def _figures(figures: Mapping[str, float | int | str | None]) -> str:
@@ -288,12 +248,3 @@ def _figure(value: float | int | str) -> str:
     if isinstance(value, float):
         return f"{value:.1e}" if 0 < abs(value) < 1e-3 else f"{value:,.4g}"
     return f"{value:,}" if isinstance(value, int) else value
-
-
-def _wide(table: str) -> str:
-    """A table that scrolls by itself where the screen is narrow."""
-    return f'<div class="wide">{table}</div>'
-
-
-def _more(count: int, thing: str, where: str) -> str:
-    return f'<p class="note">{plural(count, f"more {thing}")} in {where}.</p>' if count > 0 else ""

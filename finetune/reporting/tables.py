@@ -1,11 +1,14 @@
 """Facts, conversations and answers as HTML, for reports and notebooks; line breaks and spaces stay as they are."""
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
+from typing import TypeVar
 
-from finetune.reporting.facts import ADAPTER_HEAD, Fact, adapter_rows
-from finetune.run.records import Adapter, Answer
+from finetune.reporting.facts import Fact
+from finetune.run.records import Answer, Sample, by_prompt
+
+S = TypeVar("S", Sample, Answer)
 
 MOST_MARKED = 6000  # characters of a conversation that are shown
 BRACKETS = re.compile(r"([⟦⟧])")
@@ -32,11 +35,6 @@ def facts_table(title: str, facts: Iterable[Fact]) -> str:
     return plain_table((title, ""), [(fact.label, fact.text) for fact in facts])
 
 
-def adapter_table(adapter: Adapter) -> str:
-    """The exported files, and how far each is from the trained model."""
-    return plain_table(ADAPTER_HEAD, adapter_rows(adapter))
-
-
 def marked_html(text: str) -> str:
     """A text whose trained parts stand in ⟦ ⟧, with these highlighted instead."""
     parts, inside = [], False
@@ -51,6 +49,15 @@ def marked_html(text: str) -> str:
     return f'<div class="row" style="{SPACED}">{"".join(parts)}{end}{cut}</div>'
 
 
+def by_prompt_html(items: Sequence[S], draw: Callable[[Sequence[S]], str]) -> str:
+    """Samples or answers, those of a prompt under its words, as `draw` shows them."""
+    articles = (
+        f'<article class="prompt"><h3 style="{SPACED}">{escape(prompt)}</h3>{draw(some)}</article>'
+        for prompt, some in by_prompt(items).items()
+    )
+    return f'<div class="prompts">{"".join(articles)}</div>' if items else ""
+
+
 def answers_table(items: Sequence[Answer]) -> str:
     """The base's answers beside the tuned ones, a row each; the seed goes before them if there are several."""
     rows = [[str(item.seed), _answer(item.base), _answer(item.tuned)] for item in items]
@@ -62,3 +69,8 @@ def _answer(text: str) -> str:
     if not text:
         return "<em>empty answer</em>"
     return f'<div class="answer" style="{SPACED};min-width:min(12em,25vw)">{escape(text)}</div>'
+
+
+def more_html(count: int, shown: int, where: str) -> str:
+    """Where to find the rest of a long list."""
+    return f'<p class="note">and {count - shown:,} more in {escape(where)}</p>' if count > shown else ""

@@ -12,7 +12,7 @@ from typing import Any
 from finetune.config.recipes import shown
 from finetune.config.schema import Config
 from finetune.planning.plan import KEYS, Plan
-from finetune.reporting.facts import caption_counts, plan_tables, run_facts
+from finetune.reporting.facts import Fact, caption_counts, dataset_facts, plan_tables, run_facts, text_set_facts
 from finetune.run.receipts import load_receipt
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
 
@@ -50,14 +50,8 @@ def _result_rows(config: Config, result: Result) -> list[tuple[str, str]]:
     ]
 
 
-def _dataset(dataset: Dataset) -> str:
-    buckets = ", ".join(f"{name} ({count})" for name, count in dataset.buckets.items())
-    return f"dataset: {dataset.train} to train, {dataset.validation} held out; {buckets}"
-
-
-def _text_set(texts: TextSet) -> str:
-    rows = f"{texts.train:,} rows to train, {texts.validation:,} held out"
-    return f"dataset: {rows}; {texts.tokens:,} tokens, {texts.trained:,} of them trained"
+def _facts(title: str, facts: Sequence[Fact]) -> str:
+    return "\n".join([title, *(f"  {fact.label}: {fact.text}" for fact in facts)])
 
 
 def _answers(answers: Answers) -> str:
@@ -69,8 +63,8 @@ LINES: dict[type, Callable[[Any], str]] = {
     CaptionSet: lambda captions: (
         f"captions: {caption_counts(captions)}; correct them in {captions.folder}/metadata.jsonl"
     ),
-    Dataset: _dataset,
-    TextSet: _text_set,
+    Dataset: lambda dataset: _facts("dataset", dataset_facts(dataset)),
+    TextSet: lambda texts: _facts("dataset", text_set_facts(texts)),
     Adapter: lambda adapter: f"adapter: {adapter.folder} ({', '.join(adapter.files.values())})",
     Samples: lambda samples: f"samples: {samples.page}",
     Answers: _answers,
@@ -119,14 +113,9 @@ def _seconds(run_dir: Path) -> tuple[str, str]:
     receipts = {stage: load_receipt(run_dir, stage) for stage in STAGES}
     known = {stage: receipt.seconds for stage, receipt in receipts.items() if receipt}
     known["total"] = sum(known.values())
-    cells = [(stage, f"{seconds:.0f}") for stage, seconds in known.items()]
-    widths = [max(map(len, cell)) for cell in cells]
-    head, figures = zip(*cells, strict=True)
-    return _row(head, widths), _row(figures, widths)
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    columns = [(f"{stage:>3}", f"{seconds:>{max(3, len(stage))}.0f}") for stage, seconds in known.items()]
+    head, figures = zip(*columns, strict=True)
+    return "  ".join(head), "  ".join(figures)
 
 
 def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]:

@@ -18,7 +18,7 @@ from finetune.config.schema import Config
 from finetune.planning.plan import Plan, Setting
 from finetune.reporting import terminal
 from finetune.run.receipts import save_receipt
-from finetune.run.records import Adapter, Caption, CaptionSet, Dataset, Report, Result, Run, Samples
+from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples
 
 Cli = Callable[..., Any]
 
@@ -434,24 +434,6 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
         "sample conf=mine 'sample.prompts=[\"a big green fish in space, pixar style\"]'",
     ):
         assert words in out
-
-
-@pytest.mark.parametrize(
-    ("record", "line"),
-    [
-        (
-            CaptionSet("pics", (Caption("a.jpg", "a", "generated"), Caption("b.jpg", "b", "user"))),
-            "2 images, 1 captioned by the model, 1 by you; correct them in pics/metadata.jsonl",
-        ),
-        (Dataset("i", 9, 1, {"128x128": 10}, "e"), "9 to train, 1 held out; 128x128 (10)"),
-        (Adapter("out/adapter", {"peft": "peft"}, {}, "base", ""), "adapter: out/adapter (peft)"),
-        (Samples("s", "s/grid.png", ()), "samples: s/grid.png"),
-        (Report("report.html"), "report: report.html"),
-    ],
-)
-def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record: Any, line: str) -> None:
-    terminal.show(Config(), record)
-    assert line in capsys.readouterr().out
 
 
 def _result() -> Result:

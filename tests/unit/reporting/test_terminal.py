@@ -10,9 +10,10 @@ from finetune.config.schema import Config
 from finetune.planning.plan import Plan
 from finetune.reporting import terminal
 from finetune.run.receipts import save_receipt
-from finetune.run.records import Adapter, Answer, Answers, Report, Result
+from finetune.run.records import Adapter, Answer, Answers, Caption, CaptionSet, Dataset, Report, Result, Samples
 from tests.unit.reporting.records import returned_records, run_record, text_set
 
+CAPTIONS = CaptionSet("pics", (Caption("a.jpg", "a", "generated"),))
 ANSWERS = Answers("outputs/mine/samples", "outputs/mine/samples/answers.md", (Answer("p", 0, "hello", "ahoy"),))
 
 
@@ -23,13 +24,30 @@ def test_every_record_that_a_command_returns_can_be_printed() -> None:
 @pytest.mark.parametrize(
     ("record", "line"),
     [
-        (text_set(), "dataset: 180 rows to train, 20 held out; 20,000 tokens, 5,000 of them trained"),
+        (CAPTIONS, "captions: 1 image, 1 captioned by the model, 0 by you; correct them in pics/metadata.jsonl"),
+        (Adapter("out/adapter", {"peft": "peft"}, {}, "base", ""), "adapter: out/adapter (peft)"),
+        (Samples("s", "s/grid.png", ()), "samples: s/grid.png"),
+        (Report("report.html"), "report: report.html"),
         (ANSWERS, "p\n  base:  hello\n  tuned: ahoy\nsamples: outputs/mine/samples/answers.md"),
     ],
 )
 def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record: Any, line: str) -> None:
     terminal.show(Config(), record)
     assert capsys.readouterr().out == line + "\n"
+
+
+@pytest.mark.parametrize(
+    ("record", "facts"),
+    [
+        (text_set(), {"rows to train on: 180", "rows held out: 20", "tokens: 20,000", "trained tokens: 5,000 (25.0%)"}),
+        (Dataset("i", 9, 1, {"128x128": 10}, "e"), {"to train on: 9", "held out: 1", "buckets: 10 of 128x128 pixels"}),
+    ],
+)
+def test_a_data_set_ends_with_its_figures(capsys: pytest.CaptureFixture[str], record: Any, facts: set[str]) -> None:
+    terminal.show(Config(), record)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "dataset"
+    assert {line.strip() for line in lines} >= facts
 
 
 def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:

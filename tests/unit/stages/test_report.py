@@ -126,7 +126,7 @@ def test_a_whole_run_on_one_page(trained: Config) -> None:
     add_samples(trained)
     save(trained, "export", Adapter(trained.run_dir, {"peft": "peft"}, {"peft": 1e-7}, "tiny", "toy style"))
     page = read(trained)
-    assert page.sections() == ["images", "curves", "captions", "stages", "adapter", "configuration"]
+    assert page.sections() == ["images", "curves", "captions", "data", "stages", "adapter", "configuration"]
     assert [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"] == [
         "Training loss: loss against step",
         "Validation loss: mean squared error against step",
@@ -211,8 +211,8 @@ def test_many_large_pictures_stay_under_five_megabytes(config: Config) -> None:
     save(config, "caption", CaptionSet(str(folder), tuple(Caption(f"{n}.jpg", "text", "user") for n in range(62))))
     page = read(config)
     assert (Path(config.run_dir) / "report.html").stat().st_size < 5_000_000
-    assert "2 more pairs in the samples folder" in page.text
-    assert "2 more captions in metadata.jsonl" in page.text
+    assert "2 more in the samples folder" in page.text
+    assert "2 more in metadata.jsonl" in page.text
 
 
 def test_samples_of_another_adapter_are_named(trained: Config, tmp_path: Path) -> None:
@@ -240,7 +240,7 @@ def test_a_second_report_takes_the_place_of_the_first(trained: Config) -> None:
 
 def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
     page = read(talk)
-    assert page.sections() == ["answers", "curves", "conversations", "stages", "adapter", "configuration"]
+    assert page.sections() == ["answers", "curves", "data", "stages", "adapter", "configuration"]
     assert [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"] == [
         "Training loss: loss against step",
         "Validation loss: nats per token against step",
@@ -277,7 +277,7 @@ def test_answers_say_how_they_were_written(talk: Config, tmp_path: Path) -> None
     page = read(talk)
     assert "temperature 0.7, at most 48 tokens" in page.text
     assert "Made with another adapter than this run's" in page.text
-    assert "20 more pairs in the samples folder" in page.text
+    assert "20 more in the samples folder" in page.text
 
 
 def test_a_run_without_perplexity_or_data_set_still_has_its_sentence(talk: Config) -> None:
