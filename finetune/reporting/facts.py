@@ -32,9 +32,6 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-ADAPTER_HEAD = ("format", "file", "size", "difference to the trained model")
-
-
 def run_facts(run: Run, *, held_out: bool = True) -> list[Fact]:
     """What a finished run did and took. held_out: validation was on examples that are not trained on."""
     share = run.trainable / run.total if run.total else 0.0
@@ -119,12 +116,13 @@ def text_set_facts(texts: TextSet) -> list[Fact]:
     return found
 
 
-def adapter_rows(adapter: Adapter) -> list[list[str]]:
-    """A row for each exported file, under `ADAPTER_HEAD`."""
-    return [
-        [name, file, file_size(Path(adapter.folder) / file), difference(name, adapter.differences)]
+def adapter_table(adapter: Adapter) -> Table:
+    """A row for each exported file."""
+    rows = [
+        (name, file, file_size(Path(adapter.folder) / file), difference(name, adapter.differences))
         for name, file in adapter.files.items()
     ]
+    return Table("format", ("file", "size", "difference to the trained model"), rows)
 
 
 def difference(export_format: str, differences: Mapping[str, float]) -> str:
@@ -218,16 +216,10 @@ def duration(seconds: float) -> str:
 
 
 def file_size(path: Path) -> str:
-    """Size of a file, or of everything in a folder; "gone" where there is nothing."""
-    files = [item for item in path.rglob("*") if item.is_file()] if path.is_dir() else [path]
-    try:
-        size = float(sum(file.stat().st_size for file in files))
-    except OSError:
-        return "gone"
-    if not files:
-        return "gone"
+    """Size of a file, or of everything in a folder, such as "5.7 MB"; "gone" where there is nothing."""
+    size = float(sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()))
     for unit in ("B", "KB", "MB"):
         if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
+            return f"{size:.3g} {unit}" if size else "gone"
         size /= 1000
     return f"{size:.1f} GB"

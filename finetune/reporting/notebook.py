@@ -12,27 +12,16 @@ from typing import Any
 from finetune.planning.plan import Plan
 from finetune.reporting import curves
 from finetune.reporting.facts import (
-    ADAPTER_HEAD,
-    adapter_rows,
+    adapter_table,
     caption_counts,
     dataset_facts,
     plan_tables,
     run_facts,
     text_set_facts,
 )
-from finetune.reporting.tables import answers_table, by_prompt_html, facts_table, marked_html, more_html, plain_table
+from finetune.reporting.tables import answers_table, by_prompt_html, facts_table, marked_html, more_html, table_of
 from finetune.reporting.thumbnails import image_html
-from finetune.run.records import (
-    Adapter,
-    Answers,
-    CaptionSet,
-    Dataset,
-    Report,
-    Result,
-    Run,
-    Samples,
-    TextSet,
-)
+from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
 
 MOST_ITEMS = 60  # captions or answers shown; the rest is counted
 THUMBNAIL = 128  # pixels
@@ -69,7 +58,7 @@ def _run(run: Run) -> str:
 def _adapter(adapter: Adapter) -> str:
     trigger = f"; put the trigger phrase <b>{escape(adapter.trigger)}</b> into the prompt" if adapter.trigger else ""
     head = f'<p class="note">For {escape(adapter.base)}, in {escape(adapter.folder)}{trigger}</p>'
-    return head + plain_table(ADAPTER_HEAD, adapter_rows(adapter))
+    return head + table_of(adapter_table(adapter))
 
 
 def _samples(samples: Samples) -> str:
@@ -86,7 +75,7 @@ def _answers(answers: Answers) -> str:
 def _plan(plan: Plan) -> str:
     """Problems, settings, memory and phases beside the GPU's budget, and what the figures rest on."""
     problems = "".join(f"<p><b>{escape(problem)}</b></p>" for problem in plan.problems)
-    tables = "".join(plain_table((table.title, *table.head), table.rows) for table in plan_tables(plan))
+    tables = "".join(map(table_of, plan_tables(plan)))
     return f"{problems}{tables}<p>{'<br>'.join(map(escape, plan.notes))}</p>"
 
 

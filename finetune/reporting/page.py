@@ -8,21 +8,12 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.reporting import curves
-from finetune.reporting.facts import Fact, duration, plural, run_facts
+from finetune.reporting.facts import Fact, Table, duration, plural, run_facts
 from finetune.reporting.notebook import html
-from finetune.reporting.tables import answers_table, by_prompt_html, more_html, plain_table, table_html
+from finetune.reporting.tables import answers_table, by_prompt_html, more_html, table_html, table_of
 from finetune.reporting.thumbnails import fitting
 from finetune.run.receipts import Receipt, receipt_path, versions
-from finetune.run.records import (
-    Adapter,
-    Answer,
-    CaptionSet,
-    Dataset,
-    Run,
-    Sample,
-    TextSet,
-    from_plain,
-)
+from finetune.run.records import Adapter, Answer, CaptionSet, Dataset, Run, Sample, TextSet, from_plain
 
 # base64 adds a third and is counted in; with thumbnails, curves and text the page stays under the 5 MB that mail
 # programs take.
@@ -100,7 +91,7 @@ def _head(found: Found) -> str:
         facts.append(f"trained on {trained.day} {trained:%B %Y}")
     return (
         f'<header><p class="eyebrow">finetune report</p><h1>{escape(_name(found))}</h1>'
-        f'<p class="facts">{" · ".join(facts)}</p><p class="verdict">{_verdict(found, run)}</p>'
+        f'<p class="facts">{" · ".join(facts)}</p><p class="verdict">{_verdict(run)}</p>'
         f"{_tiles(found, run)}</header>\n"
     )
 
@@ -109,48 +100,32 @@ def _name(found: Found) -> str:
     return str(found.settings.get("name") or found.folder.name)
 
 
-def _verdict(found: Found, run: Run | None) -> str:
-    """What came of the run, in plain words."""
+def _verdict(run: Run | None) -> str:
+    """What came of the run, in a sentence."""
     if run is None:
         return "No run has finished in this folder yet."
-    sentences = [f"In {plural(run.steps, 'step')} the training loss {_change(run.first_loss, run.last_loss)}."]
-    if run.first_validation is not None and run.best_validation is not None:
-        at = "" if run.best_step is None else f", best at step {run.best_step:,}"
-        change = _change(run.first_validation, run.best_validation)
-        sentences.append(f"{_validated_on(found.dataset())} the loss {change}{_perplexity(found, run)}{at}.")
-    return " ".join(sentences)
-
-
-def _validated_on(dataset: Dataset | TextSet | None) -> str:
-    if dataset is None:
-        return "On held-out examples"
-    things = "conversations" if isinstance(dataset, TextSet) else "images"
-    if dataset.validation:
-        return f"On held-out {things}"
-    return f"On training {things}" + ("" if isinstance(dataset, TextSet) else " with fixed noise")
-
-
-def _perplexity(found: Found, run: Run) -> str:
-    """At the start, and where the validation loss was best."""
-    points = found.curves.get(curves.PERPLEXITY, [])
-    best = dict(points).get(-1 if run.best_step is None else run.best_step)
-    return "" if best is None else f" and the perplexity from {points[0][1]:,.2f} to {best:,.2f}"
-
-
-def _change(first: float, last: float) -> str:
-    """Such as "fell by 50.0 %"."""
-    return f"{'fell' if last < first else 'rose'} {f'by {100 * abs(last / first - 1):.1f} %' if first else 'from 0'}"
+    losses = {"training": (run.first_loss, run.last_loss), "validation": (run.first_validation, run.best_validation)}
+    changes = [
+        f"the {name} loss {'fell' if last < first else 'rose'} by {100 * abs(last / first - 1):.1f} %"
+        for name, (first, last) in losses.items()
+        if first and last is not None
+    ]
+    return f"In {plural(run.steps, 'step')} {' and '.join(changes) or 'no loss was measured'}."
 
 
 def _tiles(found: Found, run: Run | None) -> str:
     """All figures of the training."""
-    dataset = found.dataset()
-    facts = run_facts(run, held_out=dataset is None or bool(dataset.validation)) if run else []
-    cells = "".join(
+    if run is None:
+        return ""
+    dataset, perplexity = found.dataset(), found.curves.get(curves.PERPLEXITY, [])
+    facts = run_facts(run, held_out=dataset is None or bool(dataset.validation))
+    if best := dict(perplexity).get(-1 if run.best_step is None else run.best_step):
+        facts.insert(2, Fact("perplexity", f"{perplexity[0][1]:,.2f} → {best:,.2f}", f"at step {run.best_step:,}"))
+    cells = (
         f"<div><dt>{fact.label}</dt><dd>{fact.value}</dd><dd>{fact.note}</dd></div>"
         for fact in (Fact(*map(escape, fact)) for fact in facts)
     )
-    return f'<dl class="tiles">{cells}</dl>' if cells else ""
+    return f'<dl class="tiles">{"".join(cells)}</dl>'
 
 
 def _images(found: Found) -> str:
@@ -233,7 +208,7 @@ def _configuration(found: Found) -> str:
     if found.settings_text:
         summary = "config.yaml, every value resolved"
         settings = f"<details><summary>{summary}</summary><pre>{escape(found.settings_text)}</pre></details>"
-    return settings + plain_table(("package", "version"), list(used.items()))
+    return settings + table_of(Table("package", ("version",), list(used.items())))
 
 
 def _figures(figures: Mapping[str, float | int | str | None]) -> str:

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterable, Sequence
 from html import escape
 from typing import TypeVar
 
-from finetune.reporting.facts import Fact
+from finetune.reporting.facts import Fact, Table
 from finetune.run.records import Answer, Sample, by_prompt
 
 S = TypeVar("S", Sample, Answer)
@@ -25,14 +25,14 @@ def table_html(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def plain_table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def table_of(table: Table) -> str:
     """A table of plain text."""
-    return table_html(head, [[escape(cell) for cell in row] for row in rows])
+    return table_html((table.title, *table.head), [[escape(cell) for cell in row] for row in table.rows])
 
 
 def facts_table(title: str, facts: Iterable[Fact]) -> str:
     """Labels beside their values."""
-    return plain_table((title, ""), [(fact.label, fact.text) for fact in facts])
+    return table_of(Table(title, ("",), [(fact.label, fact.text) for fact in facts]))
 
 
 def marked_html(text: str) -> str:

@@ -9,7 +9,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -62,6 +62,7 @@ class TrainState:
         "measures": "fallbacks",
         "probed_gib": "dry_run_gib",
     }
+    RENAMED_IDENTITY: ClassVar[dict[str, str]] = {"pictures and captions": "images and captions"}
 
 
 @dataclass(frozen=True)
@@ -125,6 +126,8 @@ def load(folder: Path) -> Checkpoint:
             if hash_file(folder / name) != expected:
                 raise ValueError(f"{name} differs from its manifest")
         state = from_plain(TrainState, json.loads((folder / "state.json").read_text(encoding="utf-8")))
+        renamed = TrainState.RENAMED_IDENTITY
+        state = replace(state, identity={renamed.get(key, key): value for key, value in state.identity.items()})
         adapter = load_file(folder / "adapter.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         ema = load_file(folder / "ema.safetensors") if "ema.safetensors" in hashes else None

@@ -13,18 +13,7 @@ from finetune.planning.plan import Plan
 from finetune.reporting.notebook import RENDERERS, html
 from finetune.reporting.tables import MOST_MARKED
 from finetune.reporting.thumbnails import data_uri, fitting
-from finetune.run.records import (
-    Adapter,
-    Answer,
-    Answers,
-    Caption,
-    CaptionSet,
-    Dataset,
-    Report,
-    Result,
-    Sample,
-    Samples,
-)
+from finetune.run.records import Adapter, Answer, Answers, Caption, CaptionSet, Dataset, Report, Result, Sample, Samples
 from tests.unit.reporting.records import parts, returned_records, run_record, text_set
 
 EVIL = '<script>alert("1")</script>'

@@ -6,10 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from finetune.errors import RunError
 from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
 from finetune.run.records import Caption, CaptionSet, Run, TextSet, from_plain
+from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from tests.unit.reporting.records import run_record, text_set
 
@@ -77,3 +79,9 @@ def test_a_receipt_in_the_words_of_an_earlier_version_is_read(tmp_path: Path) ->
     path = receipt_path(tmp_path, "dataset")
     path.write_text(json.dumps(json.loads(path.read_text()) | {"record": in_old_words(texts)}))
     assert load_record(tmp_path, "dataset", TextSet) == texts
+
+
+def test_a_checkpoint_of_an_earlier_version_is_of_the_same_run(tmp_path: Path) -> None:
+    old = replace(STATE, identity={"seed": 1, "pictures and captions": "abc"})
+    folder = checkpoint.save(tmp_path, old, {"a": torch.ones(1)}, {}, None)
+    assert checkpoint.load(folder).state.identity == {"seed": 1, "images and captions": "abc"}

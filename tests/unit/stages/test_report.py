@@ -136,7 +136,7 @@ def test_a_whole_run_on_one_page(trained: Config) -> None:
         "Speed: images/s against step",
         "Memory: GiB in use against step",
     ]
-    for words in ("In 4 steps the training loss", "On held-out images the loss", "images/s"):
+    for words in ("In 4 steps the training loss", " and the validation loss ", "images/s"):
         assert words in page.text
     for words in ("a red robot", "seed 1", "toy style", "1.0e-07", "it went", "rank: 4", "diffusers", "trained on"):
         assert words in page.text
@@ -184,13 +184,11 @@ def test_what_an_earlier_command_drew_is_not_shown_for_a_run_without_prompts(tra
     assert (Path(trained.run_dir) / "samples" / "samples.jsonl").exists()
 
 
-def test_without_held_out_pictures_the_sentence_does_not_speak_of_them(
-    config: Config, make_dataset: Callable[..., Dataset]
-) -> None:
+def test_without_held_out_images_the_page_says_so(config: Config, make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset(held_out=0)
     save(config, "dataset", dataset)
     train(config, dataset)
-    assert "On training images with fixed noise the loss" in read(config).text
+    assert "on training examples" in read(config).text
 
 
 def test_pictures_that_are_gone_are_said_to_be(trained: Config) -> None:
@@ -248,8 +246,9 @@ def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
         "Speed: tokens/s against step",
     ]
     for words in (
-        "On held-out conversations the loss fell by 25.0 % and the perplexity from 8.50 to 4.50, best at step 4.",
+        "In 4 steps the training loss fell by 50.0 % and the validation loss fell by 25.0 %.",
         "0.4000 → 0.3000",
+        "8.50 → 4.50",
         "7,120 tokens/s",
         "greedy decoding, at most 48 tokens per answer",
         "I am well.",
@@ -265,10 +264,10 @@ def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
     assert receipt.figures["pairs"] == 2
 
 
-def test_without_held_out_conversations_the_sentence_says_so(talk: Config) -> None:
+def test_without_held_out_conversations_the_page_says_so(talk: Config) -> None:
     save(talk, "dataset", text_set(validation=0, preview=""))
     page = read(talk)
-    assert "On training conversations the loss" in page.text
+    assert "on training examples" in page.text
     assert not [tag for tag, _ in page.tags if tag == "mark"]
 
 
@@ -285,7 +284,8 @@ def test_a_run_without_perplexity_or_data_set_still_has_its_sentence(talk: Confi
     receipt_path(Path(talk.run_dir), "dataset").unlink()
     save(talk, "train", run_record(Path(talk.run_dir), unit="tokens", best_step=None))
     page = read(talk)
-    assert "On held-out examples the loss fell by 25.0 %." in page.text
+    assert "the validation loss fell by 25.0 %." in page.text
+    assert "8.50" not in page.text
     assert page.sections() == ["answers", "stages", "adapter", "configuration"]
     assert load_record(Path(talk.run_dir), "train", Run) is not None
 
