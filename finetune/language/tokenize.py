@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.describe import as_dict
-from finetune.config.schema import Config
+from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.data.text import formats, packing, readers, store
 from finetune.data.text.formats import Source
 from finetune.data.text.tokens import Chat, preview_row
@@ -14,15 +14,20 @@ from finetune.run.progress import say
 from finetune.run.records import CaptionSet, TextSet, hash_of
 
 
-def chat_of(config: Config) -> Chat:
+def chat_of(model: ModelConfig, data: DataConfig) -> Chat:
     """The base's tokenizer with the recipe's chat template. Raises ModelError, DataError."""
-    return Chat(load_tokenizer(config.model.base, config.model.added_tokens), template=config.data.chat_template)
+    return Chat(load_tokenizer(model.base, model.added_tokens), template=data.chat_template)
 
 
 def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     """The files by content, the tokenizer with its template, and every setting of the data."""
     files = readers.files_of(Path(config.data.file))
-    return [readers.content_hash(files), chat_of(config).content_hash, as_dict(config)["data"], config.seed]
+    return [
+        readers.content_hash(files),
+        chat_of(config.model, config.data).content_hash,
+        as_dict(config)["data"],
+        config.seed,
+    ]
 
 
 def complete(record: TextSet) -> bool:
@@ -55,7 +60,7 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
 
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
-    data, chat = config.data, chat_of(config)
+    data, chat = config.data, chat_of(config.model, config.data)
     source: Source = formats.open_source(Path(data.file), format_=data.format)
     say(f"dataset: {source}")
     found = store.prepare(

@@ -7,7 +7,14 @@ import torch
 
 from finetune.config.schema import Device, Precision
 from finetune.errors import ConfigError
-from finetune.run import distributed
+from finetune.run import ranks
+
+ALLOCATION_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
+
+
+def allocated_bytes(size: int) -> int:
+    """What torch's CUDA allocator takes for a tensor of so many bytes."""
+    return -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
 
 
 def pick_device(wanted: Device) -> torch.device:
@@ -23,7 +30,7 @@ def pick_device(wanted: Device) -> torch.device:
 
 def _own_gpu() -> int:
     """The number of the GPU to use: of several processes on one machine, each has its own."""
-    if distributed.world_size() > 1:
+    if ranks.world_size() > 1:
         local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
         if local >= gpus:
             raise ConfigError(f"process {local} finds no GPU of its own; start as many as there are GPUs: {gpus}")

@@ -40,8 +40,6 @@ def run_rows(run: Run) -> list[list[str]]:
     ]
     if run.oom_fallbacks:
         rows.append(["memory ran out; went on with", run.oom_fallbacks])
-    if run.slow_steps:
-        rows.append(["slow steps", f"{run.slow_steps:,} (three times as long as those before, or longer)"])
     if run.skipped_steps:
         rows.append(["refused steps", f"{run.skipped_steps:,} (loss or gradient not finite)"])
     return rows

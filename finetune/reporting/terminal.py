@@ -83,8 +83,6 @@ def _table(config: Config, result: Result, recipe: str) -> None:
         at = f" at step {run.best_step}" if run.best_step is not None else ""
         on = "" if result.dataset.validation else ", on examples that were trained on"
         table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}{on}")
-    if run.slow_steps:
-        table.add_row("slow", f"{run.slow_steps} steps took three times as long as before, or longer")
     if run.skipped_steps:
         table.add_row("skipped", f"{run.skipped_steps} steps with a loss or gradient that was not finite")
     table.add_row("adapter", shown(Path(result.adapter.folder)))

@@ -167,7 +167,6 @@ class Run:
     planned_gib: float | None = None
     dry_run_gib: float | None = None
     measured_gib: float | None = None
-    slow_steps: int = 0
     effective: int = 0
     processes: int = 1
 

@@ -30,32 +30,32 @@ MANIFEST = "manifest.json"
 class TrainState:
     """Everything but tensors that a resumed run needs.
 
-    identity: what the run was trained with, flat key -> value; a resumed run must agree.
-    units: images or tokens trained on. waited: saved steps in a row whose validation loss was no better than the best.
-    scaler: the fp16 loss scaler's. asked: the settings of memory that the run was given; taken: those it started with;
-    micro_batch, measures: how far it had to go below them when memory ran out, in examples and in measures of the task.
-    planned_gib, probed_gib, slow_steps: as in `Run`.
+    identity: what the run was trained with, flat key -> value; a resumed run must agree. count: images or tokens
+    trained on. last_losses: number and loss of the last steps that were taken. waited: saved steps in a row whose
+    validation loss was no better than the best. scaler: the fp16 loss scaler's. requested: the memory settings that the
+    run was given; applied: those it started with; micro_batch, fallbacks: how far it had to go below them when memory
+    ran out, in examples and in fallbacks of the task. planned_gib, dry_run_gib: as in `Run`.
     """
 
-    step: int
     identity: dict[str, Any]
-    count: int
-    seconds: float
-    first_loss: float
-    smoothed_loss: float
-    first_validation: float | None
-    best_validation: float | None
-    best_step: int | None
-    waited: int
-    skipped_steps: int
-    scaler: dict[str, Any] | None
+    step: int = 0
+    count: int = 0
+    seconds: float = 0.0
+    first_loss: float = 0.0
+    smoothed_loss: float = 0.0
+    last_losses: tuple[tuple[int, float], ...] = ()
+    first_validation: float | None = None
+    best_validation: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    skipped_steps: int = 0
+    scaler: dict[str, Any] | None = None
     requested: dict[str, Any] = field(default_factory=dict)
-    taken: dict[str, Any] = field(default_factory=dict)
+    applied: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 0
     fallbacks: int = 0
     planned_gib: float | None = None
     dry_run_gib: float | None = None
-    slow_steps: int = 0
 
 
 @dataclass(frozen=True)

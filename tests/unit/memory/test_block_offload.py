@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.language import causal_lm
-from finetune.memory import block_offload, checkpointing, relief
+from finetune.memory import block_offload, checkpointing, fallbacks
 from finetune.memory.activation_offload import ActivationOffload
 from tests.tiny_language_models import save_language
 from tests.unit.memory.test_checkpointing import MODELS, adapted, gradients
@@ -209,7 +209,7 @@ def test_measures_on_a_cpu_end_with_recomputing() -> None:
         ):
             model = make()
             offload = ActivationOffload(model, CPU, False)
-            assert list(relief.gpu_fallbacks(model, ModelConfig(), checkpointed, offload, CPU)) == expected
+            assert list(fallbacks.gpu_fallbacks(model, ModelConfig(), checkpointed, offload, CPU)) == expected
             assert not offload.enabled
 
 

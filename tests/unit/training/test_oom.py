@@ -290,7 +290,7 @@ def test_every_way_to_run_out_is_known(error: Exception) -> None:
         raise error
 
     dropped: list[bool] = []
-    assert try_within_memory(fail, drop=lambda: dropped.append(True)) is None
+    assert try_within_memory(fail, cleanup=lambda: dropped.append(True)) is None
     assert dropped
     assert is_out_of_memory(error)
 
@@ -310,7 +310,7 @@ def test_a_failed_attempt_holds_nothing_when_it_is_dropped() -> None:
         held.append(weakref.ref(activations))
         raise torch.OutOfMemoryError(FULL)
 
-    try_within_memory(fail, drop=lambda: gone.append(held[0]() is None))
+    try_within_memory(fail, cleanup=lambda: gone.append(held[0]() is None))
     assert gone == [True]
 
 
