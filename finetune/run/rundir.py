@@ -25,10 +25,10 @@ def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False
     """The run folder, locked. Out-of-memory and full-disk errors inside come out as ours.
 
     settings: as plain values, for config.yaml. owns_config: the caller trains, so config.yaml is its to write; other
-    verbs write it only where there is none. hint: what to type where memory is too small. A command that fails before it
-    leaves anything there leaves no folder either. Of several processes the first one holds the folder for all. Raises
-    RunError for a folder that is in use or can't be written, ConfigError where several processes are to do what one
-    does.
+    verbs write it only where there is none. hint: what to type where memory is too small. A command that fails before
+    it leaves anything there leaves no folder either. Of several processes the first one holds the folder for all.
+    Raises RunError for a folder that is in use or can't be written, ConfigError where several processes are to do what
+    one does.
     """
     if not owns_config:
         ranks.require_single_process()
