@@ -353,7 +353,7 @@ def test_borders_isolate_rows_as_masks_do(base: Base, architecture: str, monkeyp
     masked = adapted(load(base(architecture)), targets)
     model = adapted(load(base(architecture)), targets)
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
-    own_varlen.use(model)
+    own_varlen.enable(model)
     found, expected = (causal_lm.packed_hidden_states(each, *packs()) for each in (model, masked))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     expected_gradients = gradients(masked)
@@ -367,7 +367,7 @@ def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkey
 
     def works(kernel: Callable[..., Tensor]) -> bool:
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
-        return own_varlen.works(model, torch.bfloat16, CPU)
+        return own_varlen.self_test(model, torch.bfloat16, CPU)
 
     def missing(*_: object, **__: object) -> Tensor:
         raise NotImplementedError("no kernel for this GPU")
@@ -384,7 +384,7 @@ def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkey
 
 def test_without_borders_the_same_model_still_writes(base: Base) -> None:
     model, plain = load(base("gemma3")), load(base("gemma3"))
-    own_varlen.use(model)
+    own_varlen.enable(model)
     written = [each.generate(packs()[0], max_new_tokens=8, do_sample=False, pad_token_id=3) for each in (model, plain)]
     assert torch.equal(*written)
     ids_BL, positions_BL, _ = packs()
@@ -395,7 +395,7 @@ def test_without_borders_the_same_model_still_writes(base: Base) -> None:
 
 def test_attention_that_knows_no_borders_fails_instead_of_mixing_rows(base: Base) -> None:
     model = load(base())
-    own_varlen.use(model)
+    own_varlen.enable(model)
     for layer in model.model.layers:  # as if the architecture did not hand them on
         attention = layer.self_attn.forward
         layer.self_attn.forward = lambda *_, attention=attention, cu_seq_lens_q, **rest: attention(**rest)
@@ -473,7 +473,7 @@ def test_torchs_kernel_isolates_rows_as_masks_do(base: Base, architecture: str, 
     gpu = torch.device("cuda")
     targets = TARGETS.get(architecture, ["q_proj", "down_proj"])
     model = adapted(load(base(architecture), dtype, gpu), targets)
-    assert own_varlen.used(model)
+    assert own_varlen.is_enabled(model)
     masked = adapted(load(base(architecture), dtype, gpu), targets)
     masked.set_attn_implementation("sdpa")
     exact = adapted(load(base(architecture), torch.float32, gpu), targets)

@@ -278,7 +278,7 @@ def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
     config.lora.dropout, config.optim.schedule = 0.2, Schedule.constant
     config.run_dir = str(tmp_path / "resident")
     resident = checkpoint.load(Path(train(config, dataset).checkpoint))
-    monkeypatch.setattr(block_offload, "wanted", lambda model, _: model.offload)
+    monkeypatch.setattr(block_offload, "is_active", lambda model, _: model.offload)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
     config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
     capfd.readouterr()
