@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.errors import is_gpu_out_of_memory, is_out_of_memory
 from finetune.memory import block_offload, checkpointing
 from finetune.memory.activation_offload import ActivationOffload
+from finetune.memory.device import release_memory
 from finetune.run.progress import say
 
 T = TypeVar("T")
@@ -36,7 +36,7 @@ def try_within_memory(
         if not is_oom(error):
             raise
     cleanup()
-    clear_device_cache(garbage_collection=True)
+    release_memory()
     return None
 
 

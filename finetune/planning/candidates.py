@@ -8,11 +8,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 
-import torch
-
 from finetune.adapters import lora
-from finetune.config.schema import Precision
 from finetune.memory import activation_offload
+from finetune.memory.device import DTYPES
 from finetune.planning import speed
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.plan import Setting
@@ -20,7 +18,6 @@ from finetune.planning.tracer import PhaseOption, Trace, extrapolated
 from finetune.planning.workload import Workload
 
 TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because its reshaped tensors need no copy
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 SLACK = 0.10
 """Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; assumed for
 others. What stays (weights) lies close."""

@@ -7,7 +7,6 @@ manifest with the hash of every file. It is written under a temporary name, flus
 import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
@@ -20,6 +19,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from finetune.errors import RunError
+from finetune.run.atomic import replace_folder
 from finetune.run.records import from_plain
 
 PREFIX = "step-"
@@ -82,11 +82,8 @@ def save(
     ema: Mapping[str, Tensor] | None,
 ) -> Path:
     """Write `folder/step-N` atomically and return it. Raises RunError if the disk is full or not writable."""
-    final = folder / f"{PREFIX}{state.step:06d}"
-    temporary = folder / f".{final.name}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    final = at(folder, state.step)
+    with replace_folder(final, durable=True) as temporary:
         # Serialised in memory first: at a full disk, torch and safetensors raise errors that don't say so.
         (temporary / "adapter.safetensors").write_bytes(save_tensors(dict(adapter)))
         buffer = io.BytesIO()
@@ -97,17 +94,6 @@ def save(
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
         hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _flush(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            f"cannot write checkpoint {final} ({error.strerror}); the one before is untouched: "
-            "free the disk and run the same command again"
-        ) from error
     return final
 
 
@@ -146,19 +132,10 @@ def prune(folder: Path, keep: int, also: Iterable[int | None]) -> None:
     for step in steps_on_disk(folder):
         if step not in kept:
             shutil.rmtree(at(folder, step))
-    for left in folder.glob(f".{PREFIX}*.tmp"):
+    for left in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(left)
 
 
 def _hash(path: Path) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -87,9 +87,10 @@ def fit(
         seconds, counts = time.perf_counter() - began, (totals.count, totals.padded_count)
         yield Step(number + 1, loss, norm, rate(number), *counts, seconds, skip_reason, tuple(tried))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
+            others = "" if _arithmetic(accelerator) == "fp32" else "trainer.precision=bf16 or fp32, "
             raise TrainingError(
                 f"{bad} steps in a row were not finite, the last one: {skip_reason}; "
-                f"try a lower optim.lr, {_other_precision(accelerator)}or leave these examples out"
+                f"try a lower optim.lr, {others}or leave these examples out"
             )
 
 
@@ -141,10 +142,6 @@ def _scaler_still_searching(accelerator: Accelerator) -> bool:
 def _skip_reason(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:
     on = "; ".join(name for of_rank in distributed.gather(names) for name in of_rank)
     return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {on}"
-
-
-def _other_precision(accelerator: Accelerator) -> str:
-    return "" if _arithmetic(accelerator) == "fp32" else "trainer.precision=bf16 or fp32, "
 
 
 def _arithmetic(accelerator: Accelerator) -> str:
