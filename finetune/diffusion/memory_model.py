@@ -261,14 +261,8 @@ class DiffusionMemoryModel:
             self.model.train()
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
-        adapted = lora_layers.inject(
-            meta.backbone(self.base, dtype),
-            rank=self.lora.rank,
-            alpha=self.lora.alpha,
-            dropout=self.lora.dropout,
-            targets=self.base.lora_targets[self.lora.targets],
-            seed=self.seed,
-        )
+        targets = self.base.lora_targets[self.lora.targets]
+        adapted = lora_layers.inject(meta.backbone(self.base, dtype), self.lora, targets, seed=self.seed)
         if self.base.quantize is Quantize.none:
             return adapted
         return planning_meta.quantised(adapted, self.base.quantize)

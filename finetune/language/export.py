@@ -233,7 +233,7 @@ def load(model: nn.Module, path: Path) -> nn.Module:
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
-    return attach.attach(model, files.peft_folder(path)).get_base_model()  # type: ignore[no-any-return]
+    return attach.attach_peft_folder(model, files.peft_folder(path)).get_base_model()  # type: ignore[no-any-return]
 
 
 def comparison_rows(stored: Rows | None, chat: Chat, *, length: int, share: float) -> tuple[list[list[int]], str]:

@@ -207,18 +207,8 @@ class LanguageTask:
 
 def inject(loaded: nn.Module, model: ModelConfig, lora: LoraConfig, seed: int, new_tokens: Sequence[int]) -> nn.Module:
     """The base with adapters at their start. new_tokens: ids of `model.added_tokens`."""
-    return lora_layers.inject(
-        loaded,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        targets=model.lora_targets[lora.targets],
-        seed=seed,
-        init=lora.init,
-        rslora=lora.rslora,
-        dora=lora.dora,
-        new_token_rows=new_tokens,
-    )
+    targets = model.lora_targets[lora.targets]
+    return lora_layers.inject(loaded, lora, targets, seed=seed, new_token_rows=new_tokens)
 
 
 def check_length(length: int, base: str, model: Any) -> None:

@@ -258,7 +258,7 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
 
 
 def test_a_card_that_is_too_small_is_not_called_another_base(tmp_path: Path) -> None:
-    with pytest.raises(torch.OutOfMemoryError), attach.fitting(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), attach.mismatch_as_model_error(tmp_path):
         raise torch.OutOfMemoryError
 
 
