@@ -65,6 +65,8 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     config: Any = copy.copy(model.peft_config[lora.ADAPTER])  # type: ignore[index]
     config.base_model_name_or_path = base
     config.inference_mode = True
+    if hasattr(model, "generate"):  # AutoPeftModelForCausalLM asks for it
+        config.task_type = "CAUSAL_LM"
     if initial := lora.initial_tensors(model):
         weights = _join_initial(weights, initial)
         config.r *= 2

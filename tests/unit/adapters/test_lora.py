@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft import PeftModel, get_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters import formats, lora
@@ -221,6 +221,19 @@ def test_a_peft_folder_makes_the_trained_module_of_the_untouched_base(
         assert difference(logits(loaded), logits(trained)) < 1e-5
     assert difference(logits(loaded), logits(load(kind))) > 0.01
     assert trained.peft_config["default"].r == RANK
+
+
+def test_a_language_adapter_loads_with_its_base_by_one_call(
+    load: Callable[[str], Any], llamas: dict[bool, Path], unet: torch.nn.Module, tmp_path: Path
+) -> None:
+    trained = inject(load("fp32"))
+    train(trained, optimizer_of(trained))
+    formats.save_peft(trained, tmp_path / "language", lora.state(trained), str(llamas[False]))
+    loaded = AutoPeftModelForCausalLM.from_pretrained(tmp_path / "language").eval()
+    assert difference(logits(loaded), logits(trained)) < 1e-5
+    image = lora.inject(unet, UNET_LORA, ATTENTION, seed=0)
+    formats.save_peft(image, tmp_path / "image", lora.state(image), "")
+    assert PeftConfig.from_pretrained(tmp_path / "image").task_type is None
 
 
 def test_a_checkpoint_of_an_earlier_version_still_loads(load: Callable[[str], Any]) -> None:
