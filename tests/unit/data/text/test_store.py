@@ -14,7 +14,7 @@ import pytest
 from finetune.config.schema import LongRows
 from finetune.data.text import store, workers
 from finetune.data.text.formats import Conversation, Message, open_source
-from finetune.data.text.tokens import Chat, marked
+from finetune.data.text.tokens import Chat, preview_row
 from finetune.errors import DataError, RunError
 from tests import chat_templates as templates
 from tests.chat_templates import tokenizer
@@ -69,7 +69,7 @@ def test_rows_are_what_encoding_one_by_one_gives(prepare, data, chat):
         assert found.lengths[index] == len(alone.ids)
         assert found.trained[index] == alone.trained.sum()
         assert found.number(index) == index
-    assert "⟦" in marked(chat.tokenizer, found[0])
+    assert "⟦" in preview_row(chat.tokenizer, found[0])
     for bad in (60, -1):
         with pytest.raises(IndexError):
             found[bad]
