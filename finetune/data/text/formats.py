@@ -48,7 +48,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row. source: `file:line` for texts, `file:row` for tables, counted from 1."""
+    """One row. source: `file:line` for JSON lines and CSV, `file:row` for others, counted from 1."""
 
     messages: tuple[Message, ...]
     source: str

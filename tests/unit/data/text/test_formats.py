@@ -69,7 +69,7 @@ def test_every_format_from_every_kind_of_file(tmp_path, format_, kind):
     assert str(source) == f"{path}: {format_.value} (recognised)"
     rows = list(formats.read(source))
     assert [row.messages for row in rows] == [WANTED[format_]] * 3
-    first = {"jsonl": 1, "json": 2, "csv": 2}.get(kind, 1)  # lines of texts, rows of tables
+    first = 2 if kind == "csv" else 1  # lines of JSON lines and CSV, rows of the others
     assert rows[0].source == f"{path}:{first}"
     assert str(open_source(path, format_=format_)) == f"{path}: {format_.value} (as named)"
 
