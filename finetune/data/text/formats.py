@@ -4,6 +4,7 @@ The format is recognised by the columns of the first row, or named. Rows are str
 does not grow with the file. Texts stay as they are; only blank system turns are left out.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,12 @@ class Conversation:
 
     messages: tuple[Message, ...]
     source: str
+
+    @property
+    def group(self) -> int:
+        """A 64-bit hash, equal for conversations that are equal but for case and white space."""
+        turns = (f"{message.role}\x1e{' '.join(message.content.split())}" for message in self.messages)
+        return int.from_bytes(hashlib.blake2b("\x1f".join(turns).casefold().encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)

@@ -98,6 +98,17 @@ def test_completion_as_messages_trains_only_the_completion():
     assert [(turn.content, turn.trained) for turn in found if turn.role == "assistant"] == [("b", False), ("d", True)]
 
 
+def test_groups_ignore_case_and_white_space_only():
+    def group(question, answer):
+        return Conversation((Message("user", question), Message("assistant", answer)), "f:1").group
+
+    first = group("What is 3+4?", "It is 7.")
+    assert first == group(" what  is\n3+4?", "IT is 7. ")
+    assert first != group("What is 3-4?", "It is 7.")
+    assert first != group("What is 3+4? It is", "7.")
+    assert 0 <= first < 2**64
+
+
 def test_weights_and_parts_of_openai():
     parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
     answers = [{"role": "assistant", "content": "x", "weight": weight} for weight in (0, 1, None)]
