@@ -50,13 +50,12 @@ def figures(record: TextSet) -> dict[str, float | int | str | None]:
         "packs": record.packs,
         "filled_share": record.fill_share,
         "trained_share": record.trained_share,
-        "near_duplicates": record.near_duplicates,
         "unusable": record.bad,
     }
 
 
 def build(config: Config, captions: CaptionSet | None) -> TextSet:
-    """Read, tokenise and cache every conversation; say what was cut, left out, doubled or leaked to the held-out part.
+    """Read, tokenise and cache every conversation; say what was cut, left out or is there twice.
 
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
@@ -75,10 +74,6 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     for line in found.figures.lines():
         say(f"dataset: {line}")
     train, held_out = found.split(data.validation_share)
-    near_duplicates, _ = found.near_duplicates(data.validation_share)
-    if near_duplicates:
-        of_all = f"{near_duplicates:,} of {len(held_out):,}"
-        say(f"warning: {of_all} held-out conversations nearly equal one that is trained on")
     if doubled := found.duplicates():
         say(f"warning: {doubled:,} conversations are there more than once")
     lengths, trained = found.lengths[train], found.trained[train]
@@ -97,7 +92,6 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
         fill_share=fill.tokens / fill.capacity,
         trained_share=fill.trained / fill.capacity,
         preview=preview_row(chat.tokenizer, found[int(train[0])]),
-        near_duplicates=near_duplicates,
         bad=found.figures.bad,
         cached=found.cached,
     )

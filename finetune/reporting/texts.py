@@ -37,8 +37,6 @@ def text_set_rows(texts: TextSet) -> list[list[str]]:
         rows.append(["trained tokens lost to the length", f"{texts.truncated_share:.2%}"])
     if texts.bad:
         rows.append(["unusable rows that were left out", f"{texts.bad:,}"])
-    if texts.near_duplicates:
-        rows.append(["held-out conversations that nearly equal a trained one", f"{texts.near_duplicates:,}"])
     return rows
 
 

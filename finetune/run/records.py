@@ -107,7 +107,7 @@ class TextSet:
     train, validation: rows on either side. content: hash of everything that decides ids and masks, and of the split.
     tokens, trained: of all rows, after cutting; lost: share of trained tokens lost to the length. packs, real, learnt:
     packs of an epoch, and the shares of their slots that hold a token and a trained one. marked: one row as text, its
-    trained tokens in ⟦ ⟧. leaked: held-out rows that nearly equal one that is trained on. cached: found, not made.
+    trained tokens in ⟦ ⟧. cached: found, not made.
     """
 
     rows: str
@@ -122,7 +122,6 @@ class TextSet:
     fill_share: float
     trained_share: float
     preview: str
-    near_duplicates: int
     bad: int
     cached: bool
     content_name: ClassVar[str] = "conversations and template"

@@ -67,12 +67,11 @@ def text_set(**values: object) -> TextSet:
         "validation": 20,
         "tokens": 20_000,
         "trained": 5000,
-        "lost": 0.0,
+        "truncated_share": 0.0,
         "packs": 88,
-        "real": 0.97,
-        "learnt": 0.25,
-        "marked": "user: hi\nassistant: ⟦ahoy</s>⟧",
-        "leaked": 0,
+        "fill_share": 0.97,
+        "trained_share": 0.25,
+        "preview": "user: hi\nassistant: ⟦ahoy</s>⟧",
         "bad": 0,
         "cached": False,
     }
@@ -108,10 +107,10 @@ def test_conversations_show_their_figures_and_what_is_trained() -> None:
     for words in ("messages (recognised)", "180", "20,000", "5,000 (25.0%)", "88 packs, 97.0% filled, 25.0% with"):
         assert words in html
     assert "assistant: <mark>ahoy&lt;/s&gt;</mark>" in html
-    for absent in ("lost", "unusable", "nearly equal"):
+    for absent in ("lost", "unusable"):
         assert absent not in html
-    html = text_set(truncated_share=0.0123, bad=3, near_duplicates=2, cached=True)._repr_html_()
-    for words in ("1.23%", "unusable rows", "nearly equal", "found in the cache"):
+    html = text_set(truncated_share=0.0123, bad=3, cached=True)._repr_html_()
+    for words in ("1.23%", "unusable rows", "found in the cache"):
         assert words in html
 
 
