@@ -5,18 +5,22 @@ own up to date: a stage whose inputs haven't changed is skipped. Heavy imports w
 """
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from dataclasses import replace
 from pathlib import Path
 
+from finetune.config import hints
 from finetune.config.describe import as_dict
+from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config
 from finetune.config.validate import check
 from finetune.errors import ConfigError, RunError
 from finetune.planning.plan import Plan
 from finetune.reporting import notebook  # noqa: F401 - tells notebooks how each record looks
-from finetune.run import distributed, rundir
+from finetune.run import ranks, rundir
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
+from finetune.training import distributed
 
 
 def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
@@ -33,7 +37,7 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     Raises Interrupted on SIGINT or SIGTERM after saving; the same call continues from there.
     """
     config = _config(recipe, overrides)
-    with distributed.process_group(), rundir.held(config, owns_config=True) as folder:
+    with distributed.process_group(), _held(config, owns_config=True) as folder:
         from finetune.stages import dataset, export, report, sample, train
 
         _warn_about_machine(config)
@@ -42,7 +46,7 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
         run = train.train(config, data)
 
         def hand_out() -> Result:
-            rundir.write_config(config, folder)  # the run now is what this configuration says
+            rundir.write_config(as_dict(config), folder)  # the run now is what this configuration says
             adapter = export.export(config, run)
             samples = sample.sample(config, adapter)
             return Result(captions, data, run, adapter, samples, report.report(config))
@@ -56,7 +60,7 @@ def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
     Of one process: each of several takes as much. Raises ConfigError where several are to plan.
     """
     config = _config(recipe, overrides)
-    distributed.require_single_process()
+    ranks.require_single_process()
     from finetune.stages.plan import plan
 
     return plan(config)
@@ -65,11 +69,9 @@ def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
 def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
     """Captions for every image that has none, in the image folder's metadata.jsonl."""
     config = _config(recipe, overrides)
-    from finetune import kinds
-
-    if not kinds.kind(config).captioned:
+    if not model_kind(config.model.kind).captioned:
         raise ConfigError(f"this recipe trains a {config.model.kind} model; only images have captions")
-    with rundir.held(config):
+    with _held(config):
         from finetune.stages.caption import caption
 
         return caption(config)
@@ -78,7 +80,7 @@ def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
 def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | TextSet:
     """The encoded data set; captions come first where they are missing."""
     config = _config(recipe, overrides)
-    with rundir.held(config):
+    with _held(config):
         from finetune.stages.dataset import dataset
 
         return dataset(config, _captions(config))
@@ -87,7 +89,7 @@ def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | Te
 def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
     """The adapter of the finished run in every file format. Raises RunError where no run has finished."""
     config = _config(recipe, overrides)
-    with rundir.held(config) as folder:
+    with _held(config) as folder:
         from finetune.stages.export import export
 
         run = _finished(folder)
@@ -101,7 +103,7 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
     With settings other than the run's own it is drawn into a folder apart, `samples_more/HASH/`.
     """
     config = _config(recipe, overrides, draws=True)
-    with rundir.held(config) as folder:
+    with _held(config) as folder:
         from finetune.stages.export import export
         from finetune.stages.sample import sample
 
@@ -115,7 +117,7 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
 def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
     """report.html again, from what the run folder holds."""
     config = _config(recipe, overrides)
-    with rundir.held(config) as folder:
+    with _held(config) as folder:
         from finetune.stages.report import report
 
         _finished(folder)
@@ -140,6 +142,10 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = Fal
     return config
 
 
+def _held(config: Config, *, owns_config: bool = False) -> AbstractContextManager[Path]:
+    return rundir.held(Path(config.run_dir), as_dict(config), owns_config=owns_config, hint=hints.smaller(config))
+
+
 def _warn_about_machine(config: Config) -> None:
     """Say, before anything is loaded, what this machine can't do of what is asked."""
     if not config.model.offload:
@@ -152,9 +158,7 @@ def _warn_about_machine(config: Config) -> None:
 
 def _captions(config: Config) -> CaptionSet | None:
     """The stage's record, or None where the examples are no images."""
-    from finetune import kinds
-
-    if not kinds.kind(config).captioned:
+    if not model_kind(config.model.kind).captioned:
         return None
     from finetune.stages.caption import caption
 

@@ -19,7 +19,7 @@ from typing import Any
 from finetune.config import recipes
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
-from finetune.run import distributed
+from finetune.run import ranks
 from finetune.run.progress import say
 
 COMMANDS = {
@@ -160,7 +160,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
             raise SystemExit(_complain(error, debug)) from error  # ends a sweep as well
         except Exception as error:
             failures.append(_complain(error, debug))
-            if distributed.world_size() > 1:  # nobody knows what the others were in the middle of
+            if ranks.world_size() > 1:  # nobody knows what the others were in the middle of
                 raise SystemExit(failures[0]) from error
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
@@ -211,7 +211,7 @@ def _run_job(command: str, tree: Any, sweep: bool) -> None:
         config.run_dir = HydraConfig.get().runtime.output_dir
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
-    if distributed.rank() == 0:
+    if ranks.rank() == 0:
         terminal.show(config, record, list(HydraConfig.get().overrides.task))
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))

@@ -5,11 +5,19 @@ fill them, `finetune.config.validate` lists every problem at once. Keys marked `
 kind of model alone.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
 DIFFUSION = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
+
+
+def require_all(members: Iterable[Enum], table: Iterable[Enum], name: str) -> None:
+    """Raises TypeError, at import, where a table lacks a member of an enum: a new member is an error until it is
+    everywhere that must know it."""
+    if missing := [member.name for member in members if member not in set(table)]:
+        raise TypeError(f"{name} has no entry for {', '.join(missing)}")
 
 
 class Precision(Enum):

@@ -3,23 +3,24 @@
 B images, C latent channels, h×w latent pixels, H×W pixels, T tokens of a caption, D text width.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from functools import cached_property
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters import lora
-from finetune.config.schema import Config, Quantize
+from finetune import hub
+from finetune.adapters import lora as lora_layers
+from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.data.images import buckets
-from finetune.diffusion import encode, export, meta, single_file, task
+from finetune.diffusion import captioner, encode, export, meta, single_file, task
 from finetune.diffusion.families import family
 from finetune.diffusion.families.base import MAX_BATCH_PIXELS, TILE, enable_tiling, is_tiled
 from finetune.diffusion.pipeline import IMAGE_BATCH, TEXT_BATCH
-from finetune.memory import block_offload, checkpointing
+from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
-from finetune.planning.tracer import PhaseOption, Trace, Tracer, optimizer_bytes
+from finetune.planning.tracer import PhaseOption, Trace, Tracer
 
 # Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
 # on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
@@ -34,15 +35,32 @@ class DiffusionMemoryModel:
 
     unit = "images"
 
-    def __init__(self, config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> None:
-        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share."""
-        self.config, self.cuda, self.room = config, cuda, room
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        *,
+        cuda: bool,
+        room: float,
+        model: ModelConfig,
+        lora: LoraConfig,
+        loss: LossConfig,
+        caption: CaptionConfig,
+        sample: SampleConfig,
+        max_aspect: float,
+        validates: bool,
+        seed: int,
+    ) -> None:
+        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share.
+        max_aspect: of buckets. validates: whether there is a validation at all.
+        """
+        self.base, self.lora, self.loss_settings, self.caption, self.sample = model, lora, loss, caption, sample
+        self.cuda, self.room, self.validates, self.seed = cuda, room, validates, seed
         self.tracer = Tracer(dtype, like_cuda=cuda)
-        self.family = family(config.model.family)
-        single_file.find(config.model)  # which refuses one of another architecture
-        self.objective = meta.objective(config.model)
-        self.width, self.height = _largest_bucket(config)
-        self.vae = self.tracer.fakify(meta.autoencoder(config.model))
+        self.family = family(model.family)
+        single_file.find(model)  # which refuses one of another architecture
+        self.objective = meta.objective(model)
+        self.width, self.height = _largest_bucket(model, max_aspect)
+        self.vae = self.tracer.fakify(meta.autoencoder(model))
         self.latents = self._latents(self.width, self.height)
         self.model = self.tracer.fakify(self._adapted(dtype)).train()
         self.notes = [f"images of {self.width}×{self.height}, the largest of this recipe's shapes"]
@@ -51,7 +69,7 @@ class DiffusionMemoryModel:
 
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`; offloading recomputes all."""
-        checkpointing.set_checkpointing(self.model, 1 if self.config.model.offload else every)
+        checkpointing.set_checkpointing(self.model, 1 if self.base.offload else every)
 
     def inputs(self, micro_batch: int) -> dict[str, Tensor]:
         """The tensors of a batch as `DiffusionTask.collate` makes them."""
@@ -66,51 +84,55 @@ class DiffusionMemoryModel:
 
     def loss(self, predicted_BChw: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The sum over images."""
-        return task.weighted(self.objective, predicted_BChw, batch, self.config.loss.min_snr_gamma)
+        return task.weighted(self.objective, predicted_BChw, batch, self.loss_settings.min_snr_gamma)
 
     def offloaded(self) -> dict[str, float]:
         """What `model.offload` takes from the weights on the GPU, and the ring of blocks that come for it."""
         return self._offloaded(self.model)
 
-    def training_phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
+    def training_phases(
+        self, micro_batch: int, held: Mapping[str, float]
+    ) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Validation and previews."""
-        states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
-        states |= self.offloaded()
-        if self.config.trainer.validate_every:
-            yield "validation", [PhaseOption(self._validation(micro_batch, states))]
-        if self.config.sample.prompts:
-            yield "sampling", self._sampling(states)
+        if self.validates:
+            yield "validation", [PhaseOption(self._validation(micro_batch, held))]
+        if self.sample.prompts:
+            yield "sampling", self._sampling(held)
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
+    def phases(self, micro_batch: int, held: Mapping[str, float]) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Every phase but the steps of training, by name."""
         yield "captioning", [PhaseOption(self._captioning)]
         yield "encoding texts", self._encoding_texts()
         yield "encoding images", [PhaseOption(self._encoding_images)]
-        yield from self.training_phases(micro_batch)
+        yield from self.training_phases(micro_batch, held)
         yield "export", self._exporting()
+
+    def cpu_memory(self, *, export_on_cpu: bool) -> dict[str, float]:
+        """Of weights on their way to the GPU, and of models that are compared."""
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        placed = self._export_placement()
+        if file := hub.single_file(self.base.base):  # its tensors are renamed and cut up first
+            loading = float(file.stat().st_size)
+        else:  # diffusers quantises on the GPU
+            loading = float(block_offload.frozen_bytes(self.model)) if self.base.quantize is Quantize.none else 0.0
+        in_fp32 = placed.offload and placed.dtype is torch.float32
+        export = policy.fp32_cpu_bytes(weights, self.room) if in_fp32 else loading
+        compared = 4.0 * weights if export_on_cpu else 0.0
+        return {
+            "loading the base": loading,
+            "export": max(export, compared),
+            "loading the text encoders": float(sum(map(block_offload.weight_bytes, meta.text_encoders(self.base)))),
+        }
 
     @cached_property
     def _captioning(self) -> Trace:
-        settings = self.config.caption
+        settings = self.caption
         tracer = Tracer(self.tracer.dtype, like_cuda=self.tracer.like_cuda)
-        model: Any = tracer.fakify(meta.captioner(settings.model, tracer.dtype))
-        side, text = model.config.vision_config.image_size, model.config.text_config
-        beams = settings.batch * settings.num_beams
-
-        def work() -> None:
-            pixels_B3HW = torch.empty(settings.batch, 3, side, side, dtype=tracer.dtype)
-            seen = model.vision_model(pixel_values=pixels_B3HW).last_hidden_state
-            seen = seen.repeat_interleave(settings.num_beams, dim=0)
-            layers = text.num_hidden_layers * 2  # keys and values of every token written, and of the image
-            _cache = [
-                torch.empty(beams, settings.max_new_tokens + seen.shape[1], text.hidden_size, dtype=tracer.dtype)
-                for _ in range(layers)
-            ]
-            ids_B1 = torch.zeros(beams, 1, dtype=torch.long)
-            mask_BL = torch.ones(seen.shape[:2], dtype=torch.long)
-            model.text_decoder(input_ids=ids_B1, encoder_hidden_states=seen, encoder_attention_mask=mask_BL)
-
-        return tracer.run(model, work)
+        model = tracer.fakify(captioner.model_without_weights(settings.model, tracer.dtype))
+        beams, tokens = settings.num_beams, settings.max_new_tokens
+        return tracer.run(
+            model, lambda: captioner.trace_step(model, batch=settings.batch, beams=beams, new_tokens=tokens)
+        )
 
     def _encoding_texts(self) -> Iterator[PhaseOption]:
         """As `TextEncoder` goes about it."""
@@ -123,7 +145,7 @@ class DiffusionMemoryModel:
         if captions in self.readings:
             return self.readings[captions]
         tracer = Tracer(torch.float32, like_cuda=self.tracer.like_cuda)
-        encoders = tracer.fakify(meta.text_encoders(self.config.model))
+        encoders = tracer.fakify(meta.text_encoders(self.base))
         shapes = self.family.text_shapes(_config(self.model))
         longest = max(shape[0] for shape in shapes.values() if len(shape) == 2)
 
@@ -144,29 +166,29 @@ class DiffusionMemoryModel:
             self.vae, lambda: self.family.moments(self.vae, torch.empty(count, 3, self.height, self.width))
         )
 
-    def _validation(self, micro_batch: int, states: dict[str, float]) -> Trace:
+    def _validation(self, micro_batch: int, held: Mapping[str, float]) -> Trace:
         def work() -> None:
             with self.tracer.autocast():
                 batch = self.inputs(micro_batch)
                 task.errors(self.objective, self.forward(batch), batch)
 
-        return self._evaluated(self.model, work, states)
+        return self._evaluated(self.model, work, held)
 
-    def _sampling(self, states: dict[str, float]) -> Iterator[PhaseOption]:
+    def _sampling(self, held: Mapping[str, float]) -> Iterator[PhaseOption]:
         """Previews in training, where the optimiser is there too, as `ImageSampler` goes about them."""
-        sample = self.config.sample
+        sample = self.sample
         count = min(IMAGE_BATCH, max(min(sample.previews, len(sample.prompts)), len(sample.seeds)))
-        yield PhaseOption(self._drawing(count, self.vae, states))
+        yield PhaseOption(self._drawing(count, self.vae, held))
         while self.cuda and count > 1:
             count //= 2
-            yield PhaseOption(self._drawing(count, self.vae, states), f"{count} images at once" if count > 1 else ONE)
-        if self.cuda and self.config.model.resolution > TILE:
-            thrifty = self.tracer.fakify(meta.autoencoder(self.config.model))
+            yield PhaseOption(self._drawing(count, self.vae, held), f"{count} images at once" if count > 1 else ONE)
+        if self.cuda and self.base.resolution > TILE:
+            thrifty = self.tracer.fakify(meta.autoencoder(self.base))
             enable_tiling(thrifty)
-            yield PhaseOption(self._drawing(1, thrifty, states), f"{ONE}, decoded in tiles")
+            yield PhaseOption(self._drawing(1, thrifty, held), f"{ONE}, decoded in tiles")
 
-    def _drawing(self, count: int, vae: nn.Module, states: dict[str, float]) -> Trace:
-        sample, side = self.config.sample, self.config.model.resolution
+    def _drawing(self, count: int, vae: nn.Module, held: Mapping[str, float]) -> Trace:
+        sample, side = self.sample, self.base.resolution
         latents = self._latents(side, side)
 
         def work() -> None:
@@ -184,22 +206,23 @@ class DiffusionMemoryModel:
             pixels = side * side * (count if count * side * side <= MAX_BATCH_PIXELS else 1)
             if is_tiled(vae):
                 pixels = min(pixels, TILE**2)
-            states = states | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
+            held = dict(held) | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
             others = "" if self.family.VAE_CLASS in WORKSPACE_SEEN else " with other autoencoders"
             self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
-        return self._evaluated(nn.ModuleList([self.model, vae]), work, states)
+        return self._evaluated(nn.ModuleList([self.model, vae]), work, held)
 
     def _exporting(self) -> Iterator[PhaseOption]:
         yield PhaseOption(self._export())
-        if self.cuda and self.config.model.quantize is Quantize.none:  # the others are on GPUs alone
+        if self._export_placement().cpu_fallback:
             yield PhaseOption(None, ELSEWHERE)
 
+    def _export_placement(self) -> policy.Placement:
+        weights = sum(parameter.numel() for parameter in self.model.parameters())
+        return policy.image_export(self.base, self.tracer.dtype, cuda=self.cuda, weights=weights, room=self.room)
+
     def _export(self) -> Trace:
-        """One model at a time: in fp32 where that fits or what doesn't is offloaded, else as it was trained."""
-        plain, offloaded = self.config.model.quantize is Quantize.none, self.config.model.offload and self.cuda
-        count = sum(parameter.numel() for parameter in self.model.parameters())
-        fits = offloaded or 4 * count < export.FP32_SHARE * self.room
-        dtype = torch.float32 if plain and fits else self.tracer.dtype
+        """One model at a time, as `policy.image_export` places it."""
+        dtype = self._export_placement().dtype
         tracer = Tracer(dtype, like_cuda=self.cuda)
         model = tracer.fakify(self._adapted(dtype)).eval()
         latents = (2, self.latents[0], export.PROBE_SIDE, export.PROBE_SIDE)
@@ -211,13 +234,13 @@ class DiffusionMemoryModel:
         return tracer.run(model, work, held=self._offloaded(model))
 
     def _offloaded(self, model: nn.Module) -> dict[str, float]:
-        if not (self.config.model.offload and self.cuda):
+        if not (self.base.offload and self.cuda):
             return {}
         # diffusers quantises on the GPU, where the model takes room while its blocks are sent away.
-        there = 0 if self.config.model.quantize is Quantize.none else block_offload.weight_bytes(model)
+        there = 0 if self.base.quantize is Quantize.none else block_offload.weight_bytes(model)
         return block_offload.planned_bytes(model, self.room - there)
 
-    def _evaluated(self, model: nn.Module, work: Any, held: dict[str, float]) -> Trace:
+    def _evaluated(self, model: nn.Module, work: Any, held: Mapping[str, float]) -> Trace:
         self.model.eval()
         try:
             return self.tracer.run(model, work, held=held)
@@ -225,20 +248,11 @@ class DiffusionMemoryModel:
             self.model.train()
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
-        config = self.config
-        adapted = lora.inject(
-            meta.backbone(config.model, dtype),
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            targets=config.model.lora_targets[config.lora.targets],
-            seed=config.seed,
-        )
-        return (
-            adapted
-            if config.model.quantize is Quantize.none
-            else planning_meta.quantised(adapted, config.model.quantize)
-        )
+        targets = self.base.lora_targets[self.lora.targets]
+        adapted = lora_layers.inject(meta.backbone(self.base, dtype), self.lora, targets, seed=self.seed)
+        if self.base.quantize is Quantize.none:
+            return adapted
+        return planning_meta.quantised(adapted, self.base.quantize)
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
@@ -256,7 +270,6 @@ def _config(model: Any) -> Any:
     return model.config
 
 
-def _largest_bucket(config: Config) -> buckets.Bucket:
-    model = config.model
-    shapes = buckets.make(model.resolution, step=model.bucket_step, max_aspect=config.data.max_aspect)
+def _largest_bucket(model: ModelConfig, max_aspect: float) -> buckets.Bucket:
+    shapes = buckets.make(model.resolution, step=model.bucket_step, max_aspect=max_aspect)
     return max(shapes, key=lambda bucket: bucket[0] * bucket[1])

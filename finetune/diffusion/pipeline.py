@@ -207,12 +207,12 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
-    attach.require(path)
+    attach.require_adapter(path)
     if path.is_dir():
-        return cast(nn.Module, attach.attach(backbone, path).get_base_model())
+        return cast(nn.Module, attach.attach_peft_folder(backbone, path).get_base_model())
     kind = family(model.family)
     weights = formats.read_weights(path)  # names a damaged file better than the libraries do
-    with attach.fitting(path):
+    with attach.mismatch_as_model_error(path):
         if formats.is_kohya(weights) and (own := formats.from_kohya(backbone, weights, kind.KOHYA)):
             backbone.load_lora_adapter(own, prefix=None)
         else:
@@ -223,7 +223,7 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
             backbone.load_lora_adapter(
                 state, prefix=kind.BACKBONE, network_alphas=alphas[0] if alphas else None, metadata=metadata
             )
-    attach.place(backbone)
+    attach.move_adapters_to_gpu(backbone)
     return cast(nn.Module, backbone.eval())
 
 

@@ -5,9 +5,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune.config.schema import Config
+import torch
+
+from finetune.config.schema import ModelConfig, SampleConfig
 from finetune.diffusion.pipeline import ImageSampler, load_adapter, load_backbone
-from finetune.memory.device import pick_device, pick_dtype, release_memory
+from finetune.memory.device import release_memory
 from finetune.run.progress import progress
 from finetune.run.records import Sample
 
@@ -16,29 +18,34 @@ GAP = 8
 TEXT = 15  # font size of prompts and headings
 
 
-def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample, ...]]:
+def sample(
+    model: ModelConfig,
+    settings: SampleConfig,
+    adapter: Path,
+    folder: Path,
+    device: torch.device,
+    dtype: torch.dtype,
+    vram_gib: float,
+) -> tuple[str, tuple[Sample, ...]]:
     """Every prompt and seed, base and tuned from the same noise, as PNGs into `folder`, and `grid.png` of all pairs.
 
     Prompt, seed, steps and guidance are in each PNG's metadata and in `samples.jsonl`. Returns the grid's name and the
     samples with file names relative to `folder`.
     """
-    sample = config.sample
-    device = pick_device(config.hardware.device)
-    dtype = pick_dtype(config.trainer.precision, device)
-    image_sampler = ImageSampler(config.model, sample.prompts, sample.negative, device, dtype)
-    jobs = [(prompt, seed) for prompt in sample.prompts for seed in sample.seeds]
+    image_sampler = ImageSampler(model, settings.prompts, settings.negative, device, dtype)
+    jobs = [(prompt, seed) for prompt in settings.prompts for seed in settings.seeds]
     drawn: dict[str, list[Any]] = {}
     with progress("sample", 2 * len(jobs), unit="images") as bar:
         for kind in ("tuned", "base"):  # an adapter that can't be used is reported before anything is drawn
-            backbone = load_backbone(config.model, dtype, device, vram_gib=config.hardware.vram_gib)
+            backbone = load_backbone(model, dtype, device, vram_gib=vram_gib)
             if kind == "tuned":
-                backbone = load_adapter(config.model, backbone, adapter)
+                backbone = load_adapter(model, backbone, adapter)
             drawn[kind] = []
-            for start in range(0, len(jobs), len(sample.seeds)):
-                part = jobs[start : start + len(sample.seeds)]
-                side = config.model.resolution
+            for start in range(0, len(jobs), len(settings.seeds)):
+                part = jobs[start : start + len(settings.seeds)]
+                side = model.resolution
                 drawn[kind] += image_sampler.generate(
-                    backbone, part, width=side, height=side, steps=sample.steps, guidance=sample.guidance
+                    backbone, part, width=side, height=side, steps=settings.steps, guidance=settings.guidance
                 )
                 bar.advance(len(part))
             del backbone
@@ -49,11 +56,11 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
         for kind, name in names.items():
             facts = {
                 "prompt": prompt,
-                "negative_prompt": sample.negative,
+                "negative_prompt": settings.negative,
                 "seed": str(seed),
-                "steps": str(sample.steps),
-                "guidance": str(sample.guidance),
-                "base": config.model.base,
+                "steps": str(settings.steps),
+                "guidance": str(settings.guidance),
+                "base": model.base,
                 "adapter": str(adapter) if kind == "tuned" else "",
             }
             _save_png(drawn[kind][index], folder / name, facts)
@@ -65,7 +72,7 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample
     (folder / "samples.jsonl").write_text("".join(line + "\n" for line in lines), encoding="utf-8")
     rows = [
         (prompt, [(drawn["base"][i], drawn["tuned"][i]) for i, job in enumerate(jobs) if job[0] == prompt])
-        for prompt in dict.fromkeys(sample.prompts)
+        for prompt in dict.fromkeys(settings.prompts)
     ]
     grid(rows).save(folder / "grid.png")
     return "grid.png", tuple(items)

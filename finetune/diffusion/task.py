@@ -1,4 +1,4 @@
-"""Denoising loss of a latent diffusion model (arXiv 2112.10752); random numbers are tied to (seed, example, visit).
+"""Denoising loss of a latent diffusion model (arXiv 2112.10752); random numbers are tied to (seed, example, epoch).
 
 B images, C latent channels, h×w latent pixels, L text tokens, D text width.
 """
@@ -12,22 +12,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters import formats, lora
-from finetune.config.schema import Config
+from finetune.adapters import formats
+from finetune.adapters import lora as lora_layers
+from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
 from finetune.data import order
 from finetune.data.cache import read
 from finetune.diffusion.families import family
 from finetune.diffusion.families.base import Family
 from finetune.diffusion.objectives import Objective
 from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler
-from finetune.memory import activation_offload, checkpointing, relief
-from finetune.memory.device import pick_dtype
-from finetune.run import distributed
+from finetune.memory import activation_offload, checkpointing, fallbacks
+from finetune.run import ranks
 from finetune.run.records import Dataset, Example
 from finetune.training.task import Batch, Draw
 
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
-VALIDATION_EPOCH = -1  # a visit number that training never uses
+VALIDATION_EPOCH = -1  # which training never has
 TEXT = "text."  # begins the names of a batch's tensors that the text encoders made
 PROBE = 16  # training images that stand in where nothing is held out, and the most that are validated on
 
@@ -37,43 +37,48 @@ class DiffusionTask:
 
     unit = "images"
 
-    def __init__(self, config: Config, dataset: Dataset, device: torch.device) -> None:
-        self.config = config
-        self.device = device
-        self.dtype = pick_dtype(config.trainer.precision, device)
+    def __init__(
+        self,
+        dataset: Dataset,
+        device: torch.device,
+        *,
+        model: ModelConfig,
+        lora: LoraConfig,
+        loss: LossConfig,
+        sample: SampleConfig,
+        dtype: torch.dtype,
+        seed: int,
+        vram_gib: float,
+        activation_checkpointing: int,
+        offload_activations: bool,
+    ) -> None:
+        """dtype: of the arithmetic. vram_gib and the two below: as in the configuration."""
+        self.loss_settings, self.sample_settings = loss, sample
+        self.device, self.dtype, self.seed, self.resolution = device, dtype, seed, model.resolution
         self.empty_text = Path(dataset.empty_text)
         examples = list(dataset.examples())
         self.training = [example for example in examples if not example.held_out]
         # Small sets hold nothing out: the same training images with fixed noise still compare from step to step.
         self.validation = ([example for example in examples if example.held_out] or self.training)[:PROBE]
         self.size = len(self.training)
-        self.family = family(config.model.family)
-        self.objective = self.family.objective(load_scheduler(config.model))
-        self.image_sampler = self._make_image_sampler()
-        backbone: Any = load_backbone(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
-        checkpointing.set_checkpointing(backbone, config.trainer.activation_checkpointing)
-        self.model: nn.Module = lora.inject(
-            backbone,
-            rank=config.lora.rank,
-            alpha=config.lora.alpha,
-            dropout=config.lora.dropout,
-            targets=config.model.lora_targets[config.lora.targets],
-            seed=config.seed,
+        self.family = family(model.family)
+        self.objective = self.family.objective(load_scheduler(model))
+        self.image_sampler = self._make_image_sampler(model)
+        backbone: Any = load_backbone(model, dtype, device, vram_gib=vram_gib)
+        checkpointing.set_checkpointing(backbone, activation_checkpointing)
+        self.model: nn.Module = lora_layers.inject(backbone, lora, model.lora_targets[lora.targets], seed=seed)
+        self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
+        self.fallbacks = fallbacks.gpu_fallbacks(
+            self.model, model, activation_checkpointing, self.activation_offload, device
         )
-        self.activation_offload = activation_offload.ActivationOffload(
-            self.model, device, config.trainer.offload_activations
-        )
-        self.fallbacks = relief.gpu_fallbacks(
-            self.model, config.model, config.trainer.activation_checkpointing, self.activation_offload, device
-        )
-        if config.lora.start_from:
-            folder = formats.peft_folder(Path(config.lora.start_from))
-            lora.load_state(self.model, formats.read_peft_folder(folder), str(folder))
+        if lora.start_from:
+            folder = formats.peft_folder(Path(lora.start_from))
+            lora_layers.load_state(self.model, formats.read_peft_folder(folder), str(folder))
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
         """The images of each step, each step's from as few buckets as possible."""
         buckets = [example.bucket for example in self.training]
-        for chunk in order.steps(buckets, effective=effective, seed=self.config.seed, start=start):
+        for chunk in order.steps(buckets, effective=effective, seed=self.seed, start=start):
             yield [(self.training[index], epoch) for index, epoch in chunk]
 
     def split(self, draws: Sequence[Draw], micro_batch: int) -> Sequence[Sequence[Draw]]:
@@ -85,15 +90,15 @@ class DiffusionTask:
         return [(max(self.training, key=lambda example: math.prod(example.bucket)), 0)] * micro_batch
 
     def collate(self, draws: Sequence[Draw]) -> Batch:
-        """Latents drawn from the cached posterior, noise, timestep and caption (or none) of each visit."""
-        drawn = [self._draw(example, draw) for example, draw in draws]
+        """Latents drawn from the cached posterior, noise, timestep and caption (or none) of each draw."""
+        drawn = [self._noisy_example(example, epoch) for example, epoch in draws]
         return _batch(drawn)
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over images of the weighted mean squared error."""
         with self.activation_offload():
             predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
-            return weighted(self.objective, predicted_BChw, batch.tensors, self.config.loss.min_snr_gamma)
+            return weighted(self.objective, predicted_BChw, batch.tensors, self.loss_settings.min_snr_gamma)
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
@@ -112,10 +117,9 @@ class DiffusionTask:
 
     def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
         """One PIL image per preview prompt, in the process that draws."""
-        sample = self.config.sample
+        sample, side = self.sample_settings, self.resolution
         if self.image_sampler is None:
             return []
-        side = self.config.model.resolution
         jobs = [(prompt, seed) for prompt in prompts]
         return self.image_sampler.generate(
             self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
@@ -129,29 +133,29 @@ class DiffusionTask:
         """None: the images and captions are in the report."""
         return {}
 
-    def _make_image_sampler(self) -> ImageSampler | None:
+    def _make_image_sampler(self, model: ModelConfig) -> ImageSampler | None:
         """What draws previews. Made before the backbone is loaded, because text encoders may need the whole GPU."""
-        sample = self.config.sample
+        sample = self.sample_settings
         prompts = sample.prompts[: sample.previews]
-        if not prompts or distributed.rank():
+        if not prompts or ranks.rank():
             return None
-        return ImageSampler(self.config.model, prompts, sample.negative, self.device, self.dtype)
+        return ImageSampler(model, prompts, sample.negative, self.device, self.dtype)
 
-    def _draw(self, example: Example, draw: int, timestep: float | None = None) -> dict[str, Any]:
+    def _noisy_example(self, example: Example, epoch: int, timestep: float | None = None) -> dict[str, Any]:
         """One training input; a given `timestep` replaces the drawn one and keeps the caption (validation)."""
-        random = torch.Generator().manual_seed(draw_seed(self.config.seed, example.key, draw))
+        random = torch.Generator().manual_seed(draw_seed(self.seed, example.key, epoch))
         latents = read(Path(example.latents))
         mean_Chw, std_Chw = latents["mean"], latents["std"]
         clean_Chw = mean_Chw + std_Chw * torch.randn(mean_Chw.shape, generator=random)
         noise_Chw = torch.randn(mean_Chw.shape, generator=random)
         offset_C11 = torch.randn((mean_Chw.shape[0], 1, 1), generator=random)
         drawn = self.objective.draw(random, clean_Chw)
-        dropped = bool(torch.rand((), generator=random) < self.config.loss.caption_dropout)
+        dropped = bool(torch.rand((), generator=random) < self.loss_settings.caption_dropout)
         text = self.empty_text if dropped and timestep is None else Path(example.text)
         chosen = drawn if timestep is None else timestep
         return {
             "clean": clean_Chw,
-            "noise": noise_Chw + self.config.loss.noise_offset * offset_C11,
+            "noise": noise_Chw + self.loss_settings.noise_offset * offset_C11,
             "text": read(text),
             "timestep": chosen,
             "name": f"{example.file} at timestep {chosen:g}",
@@ -160,7 +164,7 @@ class DiffusionTask:
     def _fixed_batches(self, timestep: float, micro_batch: int) -> Iterator[Batch]:
         draws = [(example, VALIDATION_EPOCH) for example in self.validation]
         for part in self.split(draws, micro_batch):
-            yield _batch([self._draw(example, draw, timestep) for example, draw in part])
+            yield _batch([self._noisy_example(example, epoch, timestep) for example, epoch in part])
 
     def _errors(self, batch: Batch) -> Tensor:
         """Mean squared error of each image's prediction, (B,) fp32."""
@@ -191,9 +195,9 @@ def weighted(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str,
     return (errors(objective, predicted_BChw, tensors) * objective.weights(tensors["timesteps"], gamma)).sum()
 
 
-def draw_seed(seed: int, key: str, draw: int) -> int:
-    """A 63-bit seed for one visit of one example: the same whatever the order, the micro-batch or the process."""
-    digest = hashlib.sha256(f"{seed}/{key}/{draw}".encode()).digest()
+def draw_seed(seed: int, key: str, epoch: int) -> int:
+    """A 63-bit seed for one draw of one example: the same whatever the order, the micro-batch or the process."""
+    digest = hashlib.sha256(f"{seed}/{key}/{epoch}".encode()).digest()
     return int.from_bytes(digest[:8], "big") >> 1
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import hub
-from finetune.adapters.formats import PART_OF
+from finetune.adapters.formats import FULL_MODEL_PREFIX
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.language import varlen_attention
@@ -71,7 +71,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
         )
     if "key_mapping" in options:
         loaded._weight_conversions = None  # else `save_pretrained` would write the names of the whole model
-        setattr(loaded, PART_OF, "model.language_model.")
+        setattr(loaded, FULL_MODEL_PREFIX, "model.language_model.")
     if model.added_tokens:
         _add_rows(loaded, model)
     loaded.requires_grad_(False).eval()

@@ -3,22 +3,21 @@
 B packs, L slots of a pack, D hidden channels, V vocabulary entries.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters import lora
-from finetune.config.schema import Config, LoraInit, Quantize
+from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize, SampleConfig
 from finetune.language import causal_lm, compare_logits, meta, varlen_attention
 from finetune.language.generate import ANSWER_BATCH
 from finetune.language.losses import logits, summed_cross_entropy
 from finetune.language.task import check_length, inject
-from finetune.memory import block_offload, checkpointing
+from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
-from finetune.planning.tracer import PhaseOption, Trace, Tracer, optimizer_bytes
+from finetune.planning.tracer import PhaseOption, Trace, Tracer
 
 TEMPLATE_TOKENS = 64  # what a chat template puts around a prompt, generously
 COPIES = 5  # of a chunk's logits in `compare_logits.compare`
@@ -29,28 +28,44 @@ class LanguageMemoryModel:
 
     unit = "tokens"
 
-    def __init__(self, config: Config, dtype: torch.dtype, *, cuda: bool, room: float) -> None:
-        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share."""
-        self.config, self.cuda, self.room = config, cuda, room
+    def __init__(
+        self,
+        dtype: torch.dtype,
+        *,
+        cuda: bool,
+        room: float,
+        model: ModelConfig,
+        lora: LoraConfig,
+        sample: SampleConfig,
+        length: int,
+        merges: bool,
+        validates: bool,
+        seed: int,
+    ) -> None:
+        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share. length:
+        tokens of a row. merges: whether a merged model is exported. validates: whether there is a validation at all.
+        """
+        self.base, self.lora, self.sample, self.length = model, lora, sample, length
+        self.cuda, self.room, self.merges, self.validates, self.seed = cuda, room, merges, validates, seed
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.notes = ["every token of a row counts as trained, the most there can be"]
         self.model = self.tracer.fakify(self._adapted(dtype)).train()
-        check_length(config, self.model)
+        check_length(length, model.base, self.model)
         self.packed = cuda and varlen_attention.supports(self.model, dtype)
         if self.packed:
             varlen_attention.enable(self.model)
         self.notes.append(f"attention: {'torch varlen_attn (flash)' if self.packed else 'sdpa with a mask'}")
-        if config.model.quantize is not Quantize.none:
+        if model.quantize is not Quantize.none:
             self.notes.append("quantised layers are stood in for: stored bytes, and a copy of the weights a product")
-        self.count = config.data.length
+        self.count = length
 
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`; offloading recomputes all."""
-        checkpointing.set_checkpointing(self.model, 1 if self.config.model.offload else every)
+        checkpointing.set_checkpointing(self.model, 1 if self.base.offload else every)
 
     def inputs(self, micro_batch: int) -> dict[str, Any]:
         """Rows as `LanguageTask.collate` makes them, each of one conversation."""
-        shape = (micro_batch, self.config.data.length)
+        shape = (micro_batch, self.length)
         ids_BL = torch.zeros(shape, dtype=torch.long)
         positions_BL, segments_BL = torch.zeros_like(ids_BL), torch.zeros_like(ids_BL)
         trained_BL = torch.ones(shape, dtype=torch.bool)
@@ -72,22 +87,38 @@ class LanguageMemoryModel:
 
     def offloaded(self) -> dict[str, float]:
         """What `model.offload` takes from the weights on the GPU, and the ring of blocks that come for it."""
-        return block_offload.planned_bytes(self.model, self.room) if self.config.model.offload and self.cuda else {}
+        return block_offload.planned_bytes(self.model, self.room) if self.base.offload and self.cuda else {}
 
-    def training_phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
+    def training_phases(
+        self, micro_batch: int, held: Mapping[str, float]
+    ) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Validation and previews."""
-        states = {"optimiser": optimizer_bytes(lora.adapter_parameters(self.model), self.config.optim.name)}
-        held = states | self.offloaded()
-        if self.config.trainer.validate_every:
+        if self.validates:
             yield "validation", [PhaseOption(self._evaluated(lambda: self._validate(micro_batch), held))]
-        if self.config.sample.prompts:
+        if self.sample.prompts:
             yield "sampling", [PhaseOption(self._evaluated(self._write, held))]
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
+    def phases(self, micro_batch: int, held: Mapping[str, float]) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Every phase but the steps of training, by name."""
-        yield from self.training_phases(micro_batch)
+        yield from self.training_phases(micro_batch, held)
         slow = "in CPU memory, which may take hours; 'export.formats=[peft]' compares least"
-        yield "export", [PhaseOption(self._export()), *([PhaseOption(None, slow)] if self.cuda else [])]
+        on_cpu = self._export_placement().cpu_fallback
+        yield "export", [PhaseOption(self._export()), *([PhaseOption(None, slow)] if on_cpu else [])]
+
+    def cpu_memory(self, *, export_on_cpu: bool) -> dict[str, float]:
+        """Of the base where blocks of it stay behind, and of models that are compared."""
+        weights = sum(weight.numel() for weight in meta.language_model(self.base, torch.bfloat16).parameters())
+        frozen = float(block_offload.frozen_bytes(self.model))
+        plain = self.base.quantize is Quantize.none
+        loading = frozen if self.base.offload else 0.0  # else straight to the GPU
+        if self._export_placement().offload or (self.merges and not self.lora.dora):
+            export = policy.fp32_cpu_bytes(weights, self.room) if plain or self.merges else loading
+        else:  # the base as a whole is on the GPU; a merged model is made in CPU memory all the same
+            export = 2.0 * weights if self.merges else loading
+        if export_on_cpu:  # of a quantised model at most, whose embeddings and head alone are in fp32
+            count = sum(weight.numel() for weight in self.model.parameters())
+            export = max(export, 4.0 * count if plain else 2.0 * block_offload.weight_bytes(self.model))
+        return {"loading the base": loading, "export": export}
 
     def _validate(self, micro_batch: int) -> None:
         with self.tracer.autocast():
@@ -96,7 +127,7 @@ class LanguageMemoryModel:
 
     def _write(self) -> None:
         """The last token of the longest answers, with all keys and values kept."""
-        sample = self.config.sample
+        sample = self.sample
         model: Any = self.model
         # No tokenizer here: a token is at least a byte.
         longest = max(len(prompt.encode()) for prompt in sample.prompts) + TEMPLATE_TOKENS + sample.max_new_tokens
@@ -110,66 +141,59 @@ class LanguageMemoryModel:
                 input_ids=ids_BL, attention_mask=mask, position_ids=positions_BL, use_cache=True, logits_to_keep=1
             ).logits.float()
 
-    def _evaluated(self, work: Any, held: dict[str, float]) -> Trace:
+    def _evaluated(self, work: Any, held: Mapping[str, float]) -> Trace:
         self.model.eval()
         try:
             return self.tracer.run(self.model, work, held=held)
         finally:
             self.model.train()
 
+    def _export_placement(self) -> policy.Placement:
+        return policy.language_export(self.base, cuda=self.cuda, dora=self.lora.dora)
+
     def _export(self) -> Trace:
-        """Comparing two models in fp32: one of them on the GPU, and their head, or both where new tokens change it."""
-        tracer = Tracer(torch.float32, like_cuda=self.cuda)
-        model: Any = tracer.fakify(self._adapted(torch.float32)).eval()
+        """Comparing two models, as `policy.language_export` places them: one of them on the GPU, and their head, or
+        both where new tokens change it.
+        """
+        placed = self._export_placement()
+        tracer = Tracer(placed.dtype, like_cuda=self.cuda)
+        model: Any = tracer.fakify(self._adapted(placed.dtype)).eval()
         over = block_offload.weight_bytes(model) - block_offload.WEIGHTS_SHARE * self.room
-        # As `text_handout` does: what isn't quantised is offloaded.
-        streamed = self.cuda and self.config.model.quantize is Quantize.none and not self.config.lora.dora
-        away = max(0.0, over) if streamed else 0.0
+        away = max(0.0, over) if placed.offload else 0.0
 
         def work() -> None:
-            length = self.config.data.length
+            length = self.length
             ids_1L = torch.zeros(1, length, dtype=torch.long)
             mask = torch.ones(1, 1, length, length, dtype=torch.bool)
             states_LD = causal_lm.hidden_states(model, ids_1L, torch.zeros_like(ids_1L), {"attention_mask": mask})[0]
             head = causal_lm.head(model)
             if self.cuda:
-                _moved = [torch.empty_like(head.weight) for _ in range(2 if self.config.model.added_tokens else 1)]
+                _moved = [torch.empty_like(head.weight) for _ in range(2 if self.base.added_tokens else 1)]
             rows = max(1, compare_logits.CHUNK_BYTES // (4 * head.weight.shape[0]))
             _alive = [logits(head, states_LD[:rows]) for _ in range(COPIES)]
 
         return tracer.run(model, work, held={"weights": -away})
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
-        config = self._traceable()
-        model: Any = meta.language_model(config.model, dtype)
+        model: Any = meta.language_model(self.base, dtype)
         vocabulary = model.get_input_embeddings().weight.shape[0]
-        adapted = inject(config, model, _NewTokens(vocabulary))
-        if config.model.quantize is not Quantize.none:
-            adapted = planning_meta.quantised(adapted, config.model.quantize, model.get_output_embeddings())
+        new_tokens = range(vocabulary - len(self.base.added_tokens), vocabulary)  # the last ones
+        adapted = inject(model, self.base, self._traceable_lora(), self.seed, new_tokens)
+        if self.base.quantize is not Quantize.none:
+            adapted = planning_meta.quantised(adapted, self.base.quantize, model.get_output_embeddings())
         return adapted
 
-    def _traceable(self) -> Config:
-        """The configuration with what can't be traced replaced by the nearest that can; said in the notes."""
-        config = self.config
-        settings = config.lora
-        if settings.init is not LoraInit.default:
-            settings = replace(settings, init=LoraInit.default)
-            self._note(f"lora.init={config.lora.init.name} isn't traced: its start takes as much again as the adapters")
-        if settings.dora and config.model.quantize is not Quantize.none:
-            settings = replace(settings, dora=False)
+    def _traceable_lora(self) -> LoraConfig:
+        """The adapters with what can't be traced replaced by the nearest that can; said in the notes."""
+        lora = self.lora
+        if lora.init is not LoraInit.default:
+            self._note(f"lora.init={lora.init.name} isn't traced: its start takes as much again as the adapters")
+            lora = replace(lora, init=LoraInit.default)
+        if lora.dora and self.base.quantize is not Quantize.none:
             self._note("lora.dora on a quantised base isn't traced: it needs copies of whole weights besides")
-        return replace(config, lora=settings)
+            lora = replace(lora, dora=False)
+        return lora
 
     def _note(self, line: str) -> None:
         if line not in self.notes:
             self.notes.append(line)
-
-
-class _NewTokens:
-    """Stands in for a tokenizer: new tokens are the last ones."""
-
-    def __init__(self, vocabulary: int) -> None:
-        self.vocabulary = vocabulary
-
-    def convert_tokens_to_ids(self, tokens: list[str]) -> list[int]:
-        return list(range(self.vocabulary - len(tokens), self.vocabulary))

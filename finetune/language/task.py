@@ -12,8 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters import formats, lora
-from finetune.config.schema import Config
+from finetune.adapters import formats
+from finetune.adapters import lora as lora_layers
+from finetune.config.schema import DataConfig, LoraConfig, ModelConfig, SampleConfig
 from finetune.data.text import packing, store
 from finetune.data.text.tokens import preview_row
 from finetune.errors import ConfigError, ModelError
@@ -21,8 +22,7 @@ from finetune.language import causal_lm
 from finetune.language.generate import TextGenerator
 from finetune.language.losses import summed_cross_entropy
 from finetune.language.tokenize import chat_of
-from finetune.memory import activation_offload, checkpointing, relief
-from finetune.memory.device import pick_dtype
+from finetune.memory import activation_offload, checkpointing, fallbacks
 from finetune.run.records import TextSet
 from finetune.training.task import Batch, Draw
 
@@ -38,28 +38,41 @@ class LanguageTask:
 
     unit = "tokens"
 
-    def __init__(self, config: Config, dataset: TextSet, device: torch.device) -> None:
-        self.config = config
-        self.device = device
-        self.dtype = pick_dtype(config.trainer.precision, device)
-        self.chat = chat_of(config)
+    def __init__(
+        self,
+        dataset: TextSet,
+        device: torch.device,
+        *,
+        model: ModelConfig,
+        lora: LoraConfig,
+        data: DataConfig,
+        sample: SampleConfig,
+        dtype: torch.dtype,
+        seed: int,
+        vram_gib: float,
+        activation_checkpointing: int,
+        offload_activations: bool,
+    ) -> None:
+        """dtype: of the arithmetic. vram_gib and the two below: as in the configuration."""
+        self.base, self.data, self.sample_settings = model.base, data, sample
+        self.device, self.dtype, self.seed = device, dtype, seed
+        self.chat = chat_of(model, data)
         self.rows = store.reopen(Path(dataset.rows))
-        self.training, held_out = self.rows.split(config.data.validation_share)
+        self.training, held_out = self.rows.split(data.validation_share)
         self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
         self.size = len(self.training)
-        model: Any = causal_lm.load_model(config.model, self.dtype, device, vram_gib=config.hardware.vram_gib)
-        check_length(config, model)
-        checkpointing.set_checkpointing(model, config.trainer.activation_checkpointing)
-        self.model: nn.Module = inject(config, model, self.chat.tokenizer)
-        self.activation_offload = activation_offload.ActivationOffload(
-            self.model, device, config.trainer.offload_activations
+        loaded: Any = causal_lm.load_model(model, dtype, device, vram_gib=vram_gib)
+        check_length(data.length, model.base, loaded)
+        checkpointing.set_checkpointing(loaded, activation_checkpointing)
+        new_tokens = self.chat.tokenizer.convert_tokens_to_ids(model.added_tokens)
+        self.model: nn.Module = inject(loaded, model, lora, seed, new_tokens)
+        self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
+        self.fallbacks = fallbacks.gpu_fallbacks(
+            self.model, model, activation_checkpointing, self.activation_offload, device
         )
-        self.fallbacks = relief.gpu_fallbacks(
-            self.model, config.model, config.trainer.activation_checkpointing, self.activation_offload, device
-        )
-        if config.lora.start_from:
-            folder = formats.peft_folder(Path(config.lora.start_from))
-            lora.load_state(self.model, formats.read_peft_folder(folder), str(folder))
+        if lora.start_from:
+            folder = formats.peft_folder(Path(lora.start_from))
+            lora_layers.load_state(self.model, formats.read_peft_folder(folder), str(folder))
         self.generator = TextGenerator(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
@@ -67,9 +80,9 @@ class LanguageTask:
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
         """The packs of each step as (rows, epoch)."""
         lengths = self.rows.lengths[self.training]
-        data = self.config.data
+        data = self.data
         planned = packing.steps(
-            lengths, length=data.length, effective=effective, seed=self.config.seed, start=start, pack=data.packing
+            lengths, length=data.length, effective=effective, seed=self.seed, start=start, pack=data.packing
         )
         for step in planned:
             yield [(tuple(int(self.training[index]) for index in pack), epoch) for pack, epoch in step]
@@ -80,7 +93,7 @@ class LanguageTask:
 
     def worst(self, micro_batch: int) -> Sequence[Draw]:
         """The pack of the first ones with most trained tokens, over and over; without packing the longest row."""
-        if self.config.data.packing:
+        if self.data.packing:
             first = next(iter(self.steps(effective=PACKS_SEEN, start=0)))
             return [max(first, key=lambda draw: self.collate([draw]).items)] * micro_batch
         longest = self.training[int(self.rows.lengths[self.training].argmax())]
@@ -104,8 +117,8 @@ class LanguageTask:
         """Mean cross entropy a trained token of the held-out rows, and its exponential."""
         training = self.model.training
         self.model.eval()
-        lengths, length = self.rows.lengths[self.validation], self.config.data.length
-        packs = packing.plan(lengths, length=length, seed=0, epoch=0, pack=self.config.data.packing)
+        lengths, length = self.rows.lengths[self.validation], self.data.length
+        packs = packing.plan(lengths, length=length, seed=0, epoch=0, pack=self.data.packing)
         named = [tuple(int(self.validation[index]) for index in pack) for pack in packs]
         total, items = 0.0, 0
         for first in range(0, len(named), micro_batch):
@@ -120,7 +133,7 @@ class LanguageTask:
         """Per prompt a Markdown text: what the base answers, and what the model as it is now answers."""
         jobs = [(prompt, seed) for prompt in prompts]
         if not all(job in self.base_answers for job in jobs):
-            with lora.disabled(self.model):
+            with lora_layers.disabled(self.model):
                 self.base_answers |= dict(zip(jobs, self._answers(jobs), strict=True))
         return [
             f"**base**: {self.base_answers[job]}\n\n**tuned**: {tuned}"
@@ -137,7 +150,7 @@ class LanguageTask:
         return {"trained tokens": "\n".join("    " + line for line in row.splitlines())}
 
     def _answers(self, jobs: Sequence[tuple[str, int]]) -> list[str]:
-        sample = self.config.sample
+        sample = self.sample_settings
         requested = [(self.chat.prompt_ids(prompt), seed) for prompt, seed in jobs]
         return self.generator.generate(
             self.model, requested, max_new_tokens=sample.max_new_tokens, temperature=sample.temperature
@@ -146,8 +159,8 @@ class LanguageTask:
     def _batch(self, packs: Sequence[tuple[int, ...]], length: int | None = None) -> Batch:
         """length: slots of each pack, as many as the recipe says unless told otherwise."""
         if length is None:
-            packed = self.config.data.packing
-            length = self.config.data.length if packed else max(self._together(pack) for pack in packs)
+            packed = self.data.packing
+            length = self.data.length if packed else max(self._together(pack) for pack in packs)
         built = [packing.build(self.rows.__getitem__, pack, length=length) for pack in packs]
         tensors = {
             name: torch.from_numpy(np.stack([getattr(pack, name) for pack in built]))
@@ -168,7 +181,7 @@ class LanguageTask:
     def _together(self, rows: Sequence[int]) -> int:
         """Slots of a pack that holds these rows and little more."""
         needed = sum(int(self.rows.lengths[row]) for row in rows)
-        return min(self.config.data.length, -(-needed // ROUND_TO) * ROUND_TO)
+        return min(self.data.length, -(-needed // ROUND_TO) * ROUND_TO)
 
     def _measured(self, batch: Batch) -> float:
         with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
@@ -177,7 +190,7 @@ class LanguageTask:
     @torch.no_grad()
     def _refuse_leaks(self) -> None:
         """Compare a pack of real rows with the same rows one by one. Raises ModelError where they see one another."""
-        data = self.config.data
+        data = self.data
         if not data.packing:
             return
         first = next(iter(self.steps(effective=1, start=0)))[0][0][:LEAK_ROWS]
@@ -187,32 +200,19 @@ class LanguageTask:
         self.model.train()
         if not abs(packed - alone) <= LEAK_TOLERANCE * abs(alone):
             raise ModelError(
-                f"{self.config.model.base}: a pack of {len(first)} conversations has loss {packed:.4f}, the same ones "
+                f"{self.base}: a pack of {len(first)} conversations has loss {packed:.4f}, the same ones "
                 f"one by one {alone:.4f}: its attention mixes them; try data.packing=false"
             )
 
 
-def inject(config: Config, model: nn.Module, tokenizer: Any) -> nn.Module:
-    """The base with the recipe's adapters, at their start."""
-    settings = config.lora
-    return lora.inject(
-        model,
-        rank=settings.rank,
-        alpha=settings.alpha,
-        dropout=settings.dropout,
-        targets=config.model.lora_targets[settings.targets],
-        seed=config.seed,
-        init=settings.init,
-        rslora=settings.rslora,
-        dora=settings.dora,
-        new_token_rows=tokenizer.convert_tokens_to_ids(config.model.added_tokens),
-    )
+def inject(loaded: nn.Module, model: ModelConfig, lora: LoraConfig, seed: int, new_tokens: Sequence[int]) -> nn.Module:
+    """The base with adapters at their start. new_tokens: ids of `model.added_tokens`."""
+    targets = model.lora_targets[lora.targets]
+    return lora_layers.inject(loaded, lora, targets, seed=seed, new_token_rows=new_tokens)
 
 
-def check_length(config: Config, model: Any) -> None:
+def check_length(length: int, base: str, model: Any) -> None:
+    """Raises ConfigError for rows of more tokens than the model reads."""
     most = getattr(model.config, "max_position_embeddings", None)
-    if most is not None and config.data.length > most:
-        raise ConfigError(
-            f"data.length={config.data.length} is more than {config.model.base} reads ({most} tokens); "
-            f"try data.length={most}"
-        )
+    if most is not None and length > most:
+        raise ConfigError(f"data.length={length} is more than {base} reads ({most} tokens); try data.length={most}")

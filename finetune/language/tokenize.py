@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config.describe import as_dict
-from finetune.config.schema import Config
+from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.data.text import formats, packing, readers, store
 from finetune.data.text.formats import Source
 from finetune.data.text.tokens import Chat, preview_row
@@ -15,15 +15,20 @@ from finetune.run.progress import say
 from finetune.run.records import CaptionSet, TextSet
 
 
-def chat_of(config: Config) -> Chat:
+def chat_of(model: ModelConfig, data: DataConfig) -> Chat:
     """The base's tokenizer with the recipe's chat template. Raises ModelError, DataError."""
-    return Chat(load_tokenizer(config.model.base, config.model.added_tokens), template=config.data.chat_template)
+    return Chat(load_tokenizer(model.base, model.added_tokens), template=data.chat_template)
 
 
 def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     """The files by content, the tokenizer with its template, and every setting of the data."""
     files = readers.files_of(Path(config.data.file))
-    return [readers.content_hash(files), chat_of(config).content_hash, as_dict(config)["data"], config.seed]
+    return [
+        readers.content_hash(files),
+        chat_of(config.model, config.data).content_hash,
+        as_dict(config)["data"],
+        config.seed,
+    ]
 
 
 def complete(record: TextSet) -> bool:
@@ -46,17 +51,16 @@ def figures(record: TextSet) -> dict[str, float | int | str | None]:
         "packs": record.packs,
         "filled_share": record.fill_share,
         "trained_share": record.trained_share,
-        "near_duplicates": record.near_duplicates,
         "unusable": record.bad,
     }
 
 
 def build(config: Config, captions: CaptionSet | None) -> TextSet:
-    """Read, tokenise and cache every conversation; say what was cut, left out, doubled or leaked to the held-out part.
+    """Read, tokenise and cache every conversation; say what was cut, left out or is there twice.
 
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
-    data, chat = config.data, chat_of(config)
+    data, chat = config.data, chat_of(config.model, config.data)
     source: Source = formats.open_source(Path(data.file), format_=data.format)
     say(f"dataset: {source}")
     found = store.prepare(
@@ -71,10 +75,6 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     for line in found.figures.lines():
         say(f"dataset: {line}")
     train, held_out = found.split(data.validation_share)
-    near_duplicates, _ = found.near_duplicates(data.validation_share)
-    if near_duplicates:
-        of_all = f"{near_duplicates:,} of {len(held_out):,}"
-        say(f"warning: {of_all} held-out conversations nearly equal one that is trained on")
     if doubled := found.duplicates():
         say(f"warning: {doubled:,} conversations are there more than once")
     lengths, trained = found.lengths[train], found.trained[train]
@@ -93,7 +93,6 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
         fill_share=fill.tokens / fill.capacity,
         trained_share=fill.trained / fill.capacity,
         preview=preview_row(chat.tokenizer, found[int(train[0])]),
-        near_duplicates=near_duplicates,
         bad=found.figures.bad,
         cached=found.cached,
     )

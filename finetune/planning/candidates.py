@@ -1,4 +1,4 @@
-"""The settings that train the same thing, from the fastest to the most frugal, and the first of them that fits.
+"""The settings that train the same thing, traced and timed, and the fastest of them that fits.
 
 What a setting may change: how an effective batch is cut into micro-batches, which blocks are recomputed, and whether
 weights wait in CPU memory. Nothing here changes what is learnt.
@@ -7,22 +7,17 @@ weights wait in CPU memory. Nothing here changes what is learnt.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
-from dataclasses import replace
 
-import torch
-
-from finetune import kinds
 from finetune.adapters import lora
-from finetune.config.schema import Config, Optimizer, Precision, Quantize
-from finetune.kinds import MemoryModel
 from finetune.memory import activation_offload
+from finetune.memory.device import DTYPES
 from finetune.planning import speed
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.plan import Setting
-from finetune.planning.tracer import PhaseOption, Trace, extrapolated, optimizer_bytes
+from finetune.planning.tracer import PhaseOption, Trace, extrapolated
+from finetune.planning.workload import Workload
 
 TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because its reshaped tensors need no copy
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 SLACK = 0.10
 """Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; assumed for
 others. What stays (weights) lies close."""
@@ -32,27 +27,26 @@ WORKSPACES_GIB = 0.1  # of cuBLAS and cuDNN in training steps; assumed
 
 
 class Candidates:
-    """Settings of one configuration on one machine; each level of recomputing is traced when it is first asked for."""
+    """Settings of one workload on one machine, all of the same effective batch; a level of activation checkpointing is
+    traced when it is first needed."""
 
-    def __init__(self, config: Config, machine: Machine) -> None:
+    def __init__(self, workload: Workload, machine: Machine) -> None:
         """Raises ModelError for a base without a configuration, ConfigError for what the base or the machine can't."""
-        self.config, self.machine = config, machine
-        self.precision = machine.precision(config.trainer.precision)
-        self.memory_model: MemoryModel = kinds.memory_model(
-            config, DTYPES[self.precision], cuda=machine.cuda, room=_room(machine)
-        )
-        self.effective = config.trainer.micro_batch * config.trainer.accumulate
+        self.workload, self.machine = workload, machine
+        self.precision = machine.precision(workload.trainer.precision)
+        self.memory_model = workload.build(workload.model, DTYPES[self.precision], machine.cuda, _room(machine))
+        self.effective = workload.effective_batch
         trained = lora.adapter_parameters(self.memory_model.model)
-        self.held = {"optimiser": optimizer_bytes(trained, config.optim.name)} | self.memory_model.offloaded()
-        if config.trainer.ema_decay:
+        self.held = {"optimiser": workload.optimizer_bytes(trained)} | self.memory_model.offloaded()
+        if workload.trainer.ema_decay:
             self.held["averaged adapter"] = sum(parameter.nbytes for parameter in trained)
         self.traces: dict[tuple[int, bool], list[Trace]] = {}  # by level, of the micro-batches TRACED
 
     def on(self, machine: Machine) -> "Candidates":
         """The same settings on another machine; where only memory and speed differ, what was traced stays known."""
-        precision = machine.precision(self.config.trainer.precision)
-        if self.config.model.offload or (machine.cuda, precision) != (self.machine.cuda, self.precision):
-            return Candidates(self.config, machine)
+        precision = machine.precision(self.workload.trainer.precision)
+        if self.workload.model.offload or (machine.cuda, precision) != (self.machine.cuda, self.precision):
+            return Candidates(self.workload, machine)
         other = copy(self)
         other.machine, other.memory_model = machine, copy(self.memory_model)
         other.memory_model.room = _room(machine)
@@ -74,7 +68,7 @@ class Candidates:
             accumulate=accumulate,
             checkpointing=checkpointing,
             offload_activations=away,
-            offload=self.config.model.offload,
+            offload=self.workload.model.offload,
             seconds=accumulate * once,
             count=self.effective * self.memory_model.count,
             parts=parts(trace, self.machine),
@@ -83,11 +77,10 @@ class Candidates:
     def waiting(self, setting: Setting) -> dict[str, float]:
         """GiB that wait in CPU memory for their turn in a training step, by what they are; at most."""
         trace = self._trace(setting.micro_batch, setting.checkpointing, setting.offload_activations)
-        paged = self.config.optim.name is Optimizer.paged_adamw8bit  # where the GPU is full
         sizes = {
             "blocks": -self.held.get("weights", 0.0),
             "activations": PINNED * trace.away,
-            "optimiser": self.held["optimiser"] if paged else 0.0,
+            "optimiser": self.held["optimiser"] if self.workload.paged_optimizer else 0.0,
         }
         return {name: size / GIB for name, size in sizes.items() if size}
 
@@ -100,14 +93,14 @@ class Candidates:
         known = (checkpointing, away) in self.traces  # by whoever chose this setting; a start needn't wait for another
         step = (self._trace if known else self.step)(micro_batch, checkpointing, away)
         found = [_tensors_gib(parts(step, self.machine))]
-        for _, ways in self.memory_model.training_phases(micro_batch):
+        for _, ways in self.memory_model.training_phases(micro_batch, self.held):
             held, _, others = self._taken(ways)
             found.append(_room(self.machine) / GIB if others else _tensors_gib(held))  # what doesn't fit is tried first
         return max(found)
 
     def phases(self, micro_batch: int) -> Iterator[tuple[str, float, str]]:
         """Every other phase: its name, GiB at its worst moment, and in which way it is done, if there are several."""
-        for name, ways in self.memory_model.phases(micro_batch):
+        for name, ways in self.memory_model.phases(micro_batch, self.held):
             held, words, _ = self._taken(ways)
             yield name, sum(held.values()), words
 
@@ -187,20 +180,3 @@ def fastest(settings: Sequence[Setting], budget_gib: float) -> Setting | None:
     """The fastest that fits; of equals the most frugal. None if none fits."""
     fitting = [setting for setting in settings if setting.gib <= budget_gib]
     return min(fitting, key=lambda setting: (setting.seconds, setting.gib), default=None)
-
-
-def thriftier(config: Config) -> Iterator[tuple[str, Config]]:
-    """What changes the result and takes less memory, mildest first: what to type, and the configuration."""
-    model, data, words = config.model, config.data, ""
-    if model.quantize is Quantize.none:
-        for how in (Quantize.int8, Quantize.nf4):
-            yield f"model.quantize={how.name}", replace(config, model=replace(model, quantize=how, offload=False))
-        model, words = replace(model, quantize=Quantize.nf4, offload=False), "model.quantize=nf4 "
-    if model.kind == "diffusion":
-        for share in (0.75, 0.5, 0.25):
-            side = int(model.resolution * share) // model.bucket_step * model.bucket_step
-            if side >= model.bucket_step:
-                yield f"{words}model.resolution={side}", replace(config, model=replace(model, resolution=side))
-        return
-    for length in (data.length // 2, data.length // 4, data.length // 8):
-        yield f"{words}data.length={length}", replace(config, model=model, data=replace(data, length=length))

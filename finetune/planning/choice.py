@@ -5,13 +5,14 @@ from typing import Any
 
 import torch
 
-from finetune.config.schema import Autotune, Config, Quantize
+from finetune.config.schema import Autotune, HardwareConfig, ModelConfig, Quantize, TrainerConfig
 from finetune.errors import ModelError
 from finetune.memory.device import release_memory
 from finetune.planning import host_memory
 from finetune.planning.candidates import Candidates, fastest
-from finetune.planning.machine import Machine, read
+from finetune.planning.machine import read
 from finetune.planning.plan import KEYS, Setting
+from finetune.planning.workload import Workload
 from finetune.run.progress import say
 
 
@@ -25,15 +26,17 @@ class Choice:
 
     @property
     def best(self) -> Setting:
-        """The chosen one, or the most frugal."""
+        """The chosen one, or the one that takes least memory."""
         return self.chosen or min(self.tried, key=lambda setting: setting.gib)
 
 
 def choose(candidates: Candidates) -> Choice:
-    """Look no further than the first measure with which something fits: recomputing, activations in CPU memory, and at
-    last blocks there. Raises ModelError for a base without a configuration, ConfigError for what base or machine can't.
+    """Look no further than the first way to save memory with which something fits: activation checkpointing,
+    activations in CPU memory, and at last blocks there.
+
+    Raises ModelError for a base without a configuration, ConfigError for what base or machine can't do.
     """
-    config, machine = candidates.config, candidates.machine
+    machine = candidates.machine
     budget = machine.vram_gib
     tried = candidates.level(0)
     if not all(setting.gib <= budget for setting in tried):
@@ -45,8 +48,8 @@ def choose(candidates: Candidates) -> Choice:
     if chosen is None and machine.cuda:
         tried += candidates.level(1, away=True)
         chosen = fastest(tried, budget)
-    if chosen is None and (streamed := _offloaded(config, machine)):
-        candidates = streamed
+    if chosen is None and (offloaded := _offloaded(candidates)):
+        candidates = offloaded
         tried = candidates.level(1)
         if (chosen := fastest(tried, budget)) is None:
             tried += candidates.level(1, away=True)
@@ -54,63 +57,61 @@ def choose(candidates: Candidates) -> Choice:
     return Choice(candidates, tuple(tried), chosen)
 
 
-def is_needed(config: Config, device: torch.device) -> bool:
-    """Whether there is a GPU whose memory a run has to fit, and somebody wants that seen to."""
-    return device.type == "cuda" and config.trainer.autotune is not Autotune.off
+def is_needed(autotune: Autotune, device: torch.device) -> bool:
+    """Whether there is a GPU whose memory a run has to fit, and that is to be seen to."""
+    return device.type == "cuda" and autotune is not Autotune.off
 
 
-def choose_settings(config: Config) -> tuple[Config, float | None]:
-    """The configuration with the settings to start with on this GPU, as `trainer.autotune` says, and the GiB of tensors
-    that the plan sees in training, validation and previews; the same configuration and None for a base that can't be
-    planned. To be called before anything of the run is on the GPU."""
+def choose_settings(workload: Workload, hardware: HardwareConfig) -> tuple[dict[str, Any], float | None]:
+    """The settings to start with on this GPU, as `trainer.autotune` says, and the GiB of tensors that the plan sees in
+    training, validation and previews; the workload's own settings and None for a base that can't be planned.
+
+    To be called before anything of the run is on the GPU.
+    """
+    requested = settings(workload.trainer, workload.model)
     try:
-        return _chosen_settings(config)
+        return _chosen_settings(workload, hardware, requested)
     except ModelError as error:  # a base that can't be had at all is named again when it is loaded
-        say(f"fit: {error}")
-        return config, None
+        say(f"autotune: {error}")
+        return requested, None
 
 
-def _chosen_settings(config: Config) -> tuple[Config, float]:
-    release_memory()
-    # Whatever GPU the preset is of: what counts is this one, and what of it is free now.
-    machine = read(replace(config.hardware, gpu=""))
-    if config.trainer.autotune is not Autotune.auto:
-        candidates = Candidates(config, machine)
-    else:
-        choice = choose(Candidates(config, machine))
-        candidates, setting = choice.candidates, choice.best
-        needed_here = host_memory.peaks(config, candidates, setting)
-        for line in host_memory.warning(config, needed_here, machine.cpu_gib):
-            say(f"fit: {line}")  # now, and not when the training is over
-        config = with_settings(config, **{name: getattr(setting, name) for name in KEYS})
-        if choice.chosen is None:
-            say(f"fit: the plan's least is {setting.gib:.1f} GiB, and {machine.vram_gib:.1f} are free; trying it")
-    trainer = config.trainer
-    return config, candidates.tensors_gib(
-        trainer.micro_batch, trainer.activation_checkpointing, trainer.offload_activations
-    )
-
-
-def settings(config: Config) -> dict[str, Any]:
+def settings(trainer: TrainerConfig, model: ModelConfig) -> dict[str, Any]:
     """Those that `choose_settings` may change, named as a `Setting` names them."""
-    trainer = config.trainer
     return {
         "micro_batch": trainer.micro_batch,
         "accumulate": trainer.accumulate,
         "checkpointing": trainer.activation_checkpointing,
         "offload_activations": trainer.offload_activations,
-        "offload": config.model.offload,
+        "offload": model.offload,
     }
 
 
-def with_settings(config: Config, *, offload: bool, **trainer: Any) -> Config:
-    """The same run with other `settings`."""
-    return replace(config, trainer=replace(config.trainer, **trainer), model=replace(config.model, offload=offload))
+def _chosen_settings(
+    workload: Workload, hardware: HardwareConfig, requested: dict[str, Any]
+) -> tuple[dict[str, Any], float]:
+    release_memory()
+    # Whatever GPU the preset is of: what counts is this one, and what of it is free now.
+    machine = read(replace(hardware, gpu=""))
+    candidates, chosen = Candidates(workload, machine), requested
+    if workload.trainer.autotune is Autotune.auto:
+        choice = choose(candidates)
+        candidates, setting = choice.candidates, choice.best
+        for line in host_memory.warning(host_memory.peaks(candidates, setting), machine.cpu_gib, workload.model):
+            say(f"autotune: {line}")  # now, and not when the training is over
+        chosen = {name: getattr(setting, name) for name in KEYS}
+        if choice.chosen is None:
+            least = f"the plan's least is {setting.gib:.1f} GiB, and {machine.vram_gib:.1f} are free"
+            say(f"autotune: {least}; trying it all the same")
+    planned_gib = candidates.tensors_gib(
+        chosen["micro_batch"], chosen["checkpointing"], away=chosen["offload_activations"]
+    )
+    return chosen, planned_gib
 
 
-def _offloaded(config: Config, machine: Machine) -> Candidates | None:
+def _offloaded(candidates: Candidates) -> Candidates | None:
     """The same with layers in CPU memory, where that can be had."""
-    model = config.model
+    model, machine = candidates.workload.model, candidates.machine
     if not machine.cuda or model.offload or model.quantize is Quantize.int8:
         return None
-    return Candidates(replace(config, model=replace(model, offload=True)), machine)
+    return Candidates(candidates.workload.with_offload(), machine)

@@ -28,15 +28,13 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from finetune.config.schema import Optimizer
 from finetune.errors import ModelError
+from finetune.memory.device import allocated_bytes
 from finetune.planning.shape_cache import CPU, Shapes
 
 UNTRACEABLE = (DataDependentOutputException, DynamicOutputShapeException, UnsupportedFakeTensorException)
 T = TypeVar("T")
 U = TypeVar("U")
-ROUND_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
-SMALL_8BIT, BLOCK_8BIT = 4096, 256  # numbers: tensors under the first keep 32-bit states; the second share a scale
 # CUDA autocast runs these in fp32 and the CPU's doesn't (torch, "Autocast Op Reference").
 FP32_ON_CUDA = ("group_norm", "layer_norm", "rms_norm", "softmax")
 
@@ -213,19 +211,6 @@ def extrapolated(one: Trace, two: Trace, micro_batches: tuple[int, int], wanted:
     return Trace(one.held, kernels, at(one.away, two.away))
 
 
-def optimizer_bytes(parameters: Iterable[Tensor], name: Optimizer) -> float:
-    """Memory of Adam's two states: fp32, or a byte a number and fp32 scales (bitsandbytes)."""
-    total = 0
-    for size in (parameter.numel() for parameter in parameters):
-        thrifty = name is not Optimizer.adamw and size >= SMALL_8BIT
-        total += 2 * (_rounded(size) + _rounded(4 * -(-size // BLOCK_8BIT)) if thrifty else _rounded(4 * size))
-    return float(total)
-
-
-def _rounded(size: int) -> int:
-    return -(-size // ROUND_BYTES) * ROUND_BYTES
-
-
 def _fake(tensor: Tensor) -> Tensor:
     empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="cpu")
     return nn.Parameter(empty, tensor.requires_grad) if isinstance(tensor, nn.Parameter) else empty
@@ -353,7 +338,7 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
         key = storage._cdata
         if key in self.sizes:
             return False
-        size = _rounded(storage.nbytes())
+        size = allocated_bytes(storage.nbytes())
         self.sizes[key] = size, self.in_loss
         self.live += size
         self.loss_live += size * self.in_loss

@@ -111,8 +111,6 @@ def text_set_facts(texts: TextSet) -> list[Fact]:
         found.append(Fact("trained tokens cut off by the length", f"{texts.truncated_share:.2%}"))
     if texts.bad:
         found.append(Fact("unusable rows, left out", f"{texts.bad:,}"))
-    if texts.near_duplicates:
-        found.append(Fact("held-out rows that nearly equal a trained one", f"{texts.near_duplicates:,}"))
     return found
 
 

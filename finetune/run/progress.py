@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Protocol
 
-from finetune.run import distributed
+from finetune.run import ranks
 
 BAR_AND_FIGURES, LEAST_TEXT = 60, 12  # columns of a terminal; a long text, such as a caption, would squeeze the bar
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal (logs, CI): often enough to see life, rare enough to read
@@ -24,7 +24,7 @@ class Progress(Protocol):
 @contextmanager
 def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Progress]:
     """A progress display for `total` units, `done` of which were finished earlier."""
-    if sys.stderr.isatty() and distributed.rank() == 0:
+    if sys.stderr.isatty() and ranks.rank() == 0:
         with _bar(title, total, unit, done) as shown:
             yield shown
     else:
@@ -35,7 +35,7 @@ def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Pr
 
 def say(line: str) -> None:
     """One line for the person at the terminal."""
-    if distributed.rank():
+    if ranks.rank():
         return
     sys.stderr.write(line + "\n")
     sys.stderr.flush()

@@ -73,6 +73,7 @@ class Dataset:
     encoded: int = 0
     cached: int = 0
     content_name: ClassVar[str] = "images and captions"
+    identity_key: ClassVar[str] = "pictures and captions"  # in checkpoints, since the first release: its runs go on
 
     @property
     def content(self) -> str:
@@ -93,8 +94,7 @@ class TextSet:
     train, validation: rows on either side. content: hash of everything that decides ids and masks, and of the split.
     tokens, trained: of all rows, after truncation; truncated_share: of the trained tokens, lost to the length.
     packs: of an epoch; fill_share, trained_share: of their token positions, those with a token and with a trained one.
-    preview: one row as text, its trained tokens in ⟦ ⟧. near_duplicates: held-out rows that nearly equal a trained one.
-    bad: unusable rows that were left out. cached: found, not made.
+    preview: one row as text, its trained tokens in ⟦ ⟧. bad: unusable rows, left out. cached: found, not made.
     """
 
     rows: str
@@ -109,16 +109,15 @@ class TextSet:
     fill_share: float
     trained_share: float
     preview: str
-    near_duplicates: int
     bad: int
     cached: bool
     content_name: ClassVar[str] = "conversations and template"
+    identity_key: ClassVar[str] = content_name
     RENAMED: ClassVar[dict[str, str]] = {
         "lost": "truncated_share",
         "real": "fill_share",
         "learnt": "trained_share",
         "marked": "preview",
-        "leaked": "near_duplicates",
     }
 
 

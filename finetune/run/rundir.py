@@ -3,17 +3,14 @@
 import errno
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from finetune.config.describe import as_dict
-from finetune.config.hints import smaller
-from finetune.config.schema import Config
 from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
-from finetune.run import distributed
+from finetune.run import ranks
 from finetune.run.atomic import write_atomically
 from finetune.run.receipts import receipt_path
 
@@ -24,34 +21,34 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextmanager
-def held(config: Config, owns_config: bool = False) -> Iterator[Path]:
+def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False, hint: str = "") -> Iterator[Path]:
     """The run folder, locked. Out-of-memory and full-disk errors inside come out as ours.
 
-    owns_config: the caller trains, so config.yaml is its to write; other verbs write it only where there is none.
-    A command that fails before it leaves anything there leaves no folder either. Of several processes the first one
-    holds the folder for all. Raises RunError for a folder that is in use or can't be written, ConfigError where several
-    processes are to do what one does.
+    settings: as plain values, for config.yaml. owns_config: the caller trains, so config.yaml is its to write; other
+    verbs write it only where there is none. hint: what to type where memory is too small. A command that fails before
+    it leaves anything there leaves no folder either. Of several processes the first one holds the folder for all.
+    Raises RunError for a folder that is in use or can't be written, ConfigError where several processes are to do what
+    one does.
     """
-    folder = Path(config.run_dir)
     if not owns_config:
-        distributed.require_single_process()
-    if distributed.rank():
-        with _explained(config):
+        ranks.require_single_process()
+    if ranks.rank():
+        with _explained(folder, hint):
             yield folder
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     _make(folder)
-    with _locked(folder), _without_trace(made), _explained(config):
+    with _locked(folder), _without_trace(made), _explained(folder, hint):
         if not (folder / CONFIG).exists() or (owns_config and not _has_training_state(folder)):
-            write_config(config, folder)
+            write_config(settings, folder)
         yield folder
 
 
-def write_config(config: Config, folder: Path) -> None:
-    """The resolved configuration as `config.yaml`: the same bytes whoever calls."""
+def write_config(settings: Mapping[str, Any], folder: Path) -> None:
+    """The resolved configuration as `config.yaml`: the same bytes from the command line and from Python."""
     import yaml
 
-    text = yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=120)
+    text = yaml.safe_dump(dict(settings), sort_keys=False, allow_unicode=True, width=120)
     write_atomically(folder / CONFIG, text)
 
 
@@ -136,16 +133,16 @@ def _owner(folder: Path) -> str:
 
 
 @contextmanager
-def _explained(config: Config) -> Iterator[None]:
+def _explained(folder: Path, hint: str) -> Iterator[None]:
     try:
         yield
     except FinetuneError:
         raise
     except Exception as error:
         if _is_disk_full(error):
-            raise RunError(_full(Path(config.run_dir))) from error
+            raise RunError(_full(folder)) from error
         if is_out_of_memory(error):
-            raise OutOfMemory(f"out of memory; {smaller(config)}") from error
+            raise OutOfMemory(f"out of memory; {hint}") from error
         raise
 
 

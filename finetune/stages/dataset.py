@@ -20,14 +20,14 @@ def dataset(config: Config, captions: CaptionSet | None) -> Dataset | TextSet:
     """
     start = time.monotonic()
     run_dir = Path(config.run_dir)
-    kind = kinds.kind(config)
-    input_hash = hash_of(*kind.data.inputs(config, captions))
-    fresh = load_record(run_dir, STAGE, kind.dataset, input_hash=input_hash)
-    if fresh and kind.data.complete(fresh):
-        say(f"{STAGE}: fresh")
-        return fresh
-    record: Dataset | TextSet = kind.data.build(config, captions)
+    kind = kinds.of(config)
+    input_hash = hash_of(*kind.dataset_inputs(config, captions))
+    record: Dataset | TextSet | None = load_record(run_dir, STAGE, kind.DATASET, input_hash=input_hash)
+    if record and kind.dataset_complete(record):
+        say(f"{STAGE}: up to date, skipped")
+        return record
+    record = kind.build_dataset(config, captions)
     seconds = time.monotonic() - start
-    figures = kind.data.figures(record) | {"examples_per_s": round((record.train + record.validation) / seconds, 3)}
+    figures = kind.dataset_figures(record) | {"examples_per_s": round((record.train + record.validation) / seconds, 3)}
     save_receipt(run_dir, STAGE, record, input_hash=input_hash, seconds=seconds, figures=figures)
     return record

@@ -9,9 +9,9 @@ from typing import TypeVar
 
 from finetune import kinds
 from finetune.config.describe import as_dict
-from finetune.config.schema import CheckpointChoice, Config, Device, Precision, Quantize
+from finetune.config.schema import CheckpointChoice, Config, Device, Precision
 from finetune.errors import is_gpu_out_of_memory
-from finetune.memory.device import pick_device, release_memory
+from finetune.memory.device import release_memory
 from finetune.memory.fallbacks import try_within_memory
 from finetune.reporting.facts import difference, run_facts
 from finetune.run.atomic import replace_folder
@@ -34,18 +34,18 @@ def export(config: Config, run: Run) -> Adapter:
     input_hash = hash_of(run.training_hash, run.steps, settings["export"], config.caption.trigger, config.name)
     record = load_record(run_dir, "export", Adapter, input_hash=input_hash)
     if record and all((folder / name).exists() for name in record.files.values()):
-        say("export: fresh")
+        say("export: up to date, skipped")
         return record
     start = time.monotonic()
     release_memory()  # what the stage before left on the GPU
     trained = checkpoint.load(_chosen(config, run))
     with replace_folder(folder) as temporary:
-        handout = kinds.kind(config).handout
+        kind = kinds.of(config)
         files, differences = _within_memory(
-            config, temporary, lambda here: handout.write(here, run, trained.adapter, trained.averaged, temporary)
+            config, temporary, lambda here: kind.export(here, run, trained.adapter, trained.averaged, temporary)
         )
         (temporary / "README.md").write_text(
-            _card(config, run, files, differences, handout.usage(config)), encoding="utf-8"
+            _card(config, run, files, differences, kind.usage(config)), encoding="utf-8"
         )
     record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
     save_receipt(
@@ -65,9 +65,8 @@ def export(config: Config, run: Run) -> Adapter:
 
 
 def _within_memory(config: Config, folder: Path, write: Callable[[Config], T]) -> T:
-    """What `write` returns: on the GPU, and where that is too small, in CPU memory."""
-    on_cards_alone = config.model.kind == "diffusion" and config.model.quantize is not Quantize.none  # in diffusers
-    if on_cards_alone or pick_device(config.hardware.device).type == "cpu":
+    """What `write` returns: on the GPU, and where that is too small and the work can be done there, in CPU memory."""
+    if not kinds.of(config).exports_on_cpu(config):
         return write(config)
     found = try_within_memory(lambda: write(config), is_oom=is_gpu_out_of_memory)
     if found is not None:

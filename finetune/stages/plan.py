@@ -1,10 +1,12 @@
 """Say before anything starts whether a run fits the GPU, and how it is fastest."""
 
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 
-from finetune.config.schema import Config
+from finetune import kinds
+from finetune.config.schema import Config, Quantize
 from finetune.planning import host_memory, speed
-from finetune.planning.candidates import Candidates, thriftier
+from finetune.planning.candidates import Candidates
 from finetune.planning.choice import Choice, choose
 from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
@@ -34,9 +36,9 @@ def plan(config: Config) -> Plan:
 
 def plans(config: Config, machines: Iterable[Machine]) -> Iterator[Plan]:
     """The same for several machines: what is traced for one is known for the next."""
-    candidates: Candidates | None = None
+    workload, candidates = kinds.of(config).workload(config), None
     for machine in machines:
-        candidates = candidates.on(machine) if candidates else Candidates(config, machine)
+        candidates = candidates.on(machine) if candidates else Candidates(workload, machine)
         yield _planned(config, choose(candidates))
 
 
@@ -47,7 +49,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
     others = list(candidates.phases(best.micro_batch))
     phases = {"training": best.gib} | {name: gib for name, gib, _ in others}
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
-    cpu_gib = host_memory.peaks(config, candidates, best, {name for name, gib in phases.items() if not gib})
+    cpu_gib = host_memory.peaks(candidates, best, {name for name, gib in phases.items() if not gib})
     return Plan(
         name=config.name,
         base=config.model.base,
@@ -69,7 +71,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
             *candidates.memory_model.notes,
             *(f"{name}: {words}" for name, _, words in others if words),
             _unread(config),
-            *host_memory.warning(config, cpu_gib, machine.cpu_gib),
+            *host_memory.warning(cpu_gib, machine.cpu_gib, config.model),
         ),
         cpu_gib=cpu_gib,
     )
@@ -80,9 +82,9 @@ def _whole(setting: Setting, steps: int) -> str:
 
 
 def _unread(config: Config) -> str:
-    """Why a plan wants no data: what there is could only be smaller, and shapes of one area hardly are."""
-    data = "data.folder" if config.model.kind == "diffusion" else "data.file"
-    return f"{data} is not looked at: no example can be larger than what is planned for"
+    """Why a plan needs no data: what there is could only be smaller, and shapes of one area hardly are."""
+    key = kinds.of(config).FACTS.data_key
+    return f"{key} is not looked at: no example can be larger than what is planned for"
 
 
 def _others(tried: Sequence[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:
@@ -94,7 +96,21 @@ def _problem(config: Config, machine: Machine, phase: str, gib: float) -> str:
     line = f"{phase} needs {gib:.1f} GiB at least, and {machine.name} has {machine.vram_gib:.1f}"
     if phase != "training":
         return f"{line}; try {REMEDIES[phase]}"
-    for words, changed in thriftier(config):
-        if Candidates(changed, machine).least_gib() <= machine.vram_gib:
+    for words, changed in _smaller(config):
+        if Candidates(kinds.of(changed).workload(changed), machine).least_gib() <= machine.vram_gib:
             return f"{line}; {words} would fit"
     return f"{line}, and nothing that this program can change makes it fit; try a smaller base model"
+
+
+def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
+    """What changes the result and takes less memory, mildest first: what to type, and the configuration."""
+    model, prefix = config.model, ""
+    if model.quantize is Quantize.none:
+        for how in (Quantize.int8, Quantize.nf4):
+            yield f"model.quantize={how.name}", replace(config, model=replace(model, quantize=how, offload=False))
+        config, prefix = (
+            replace(config, model=replace(model, quantize=Quantize.nf4, offload=False)),
+            "model.quantize=nf4 ",
+        )
+    for words, changed in kinds.of(config).FACTS.smaller_examples(config):
+        yield prefix + words, changed

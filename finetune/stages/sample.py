@@ -33,17 +33,17 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
         return _none(config, run_dir, hash_of(settings["sample"]))
     path = _path(config, adapter)
     input_hash = hash_of(_hash(path), settings["sample"], settings["model"], settings["trainer"]["precision"])
-    kind = kinds.kind(config)
+    kind = kinds.of(config)
     folder = run_dir / "samples" if own else run_dir / "samples_more" / input_hash[:8]
-    record = load_record(run_dir, "sample", kind.samples, input_hash=input_hash)
+    record = load_record(run_dir, "sample", kind.SAMPLES, input_hash=input_hash)
     if own and record and Path(record.page).exists():
-        say("sample: fresh")
+        say("sample: up to date, skipped")
         return record
     start = time.monotonic()
     release_memory()  # what the stage before left on the GPU
     with replace_folder(folder) as temporary:
-        page, items = kind.show.draw(config, path, temporary)
-    record = kind.samples(str(folder), str(folder / page), items)  # type: ignore[arg-type]
+        page, items = kind.sample(config, path, temporary)
+    record = kind.SAMPLES(str(folder), str(folder / page), items)  # type: ignore[arg-type]
     if not own:
         return record
     seconds = time.monotonic() - start
@@ -59,7 +59,7 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
 
 
 def _none(config: Config, run_dir: Path, input_hash: str) -> Samples | Answers:
-    record = kinds.kind(config).samples("", "", ())
+    record = kinds.of(config).SAMPLES("", "", ())
     say("sample: none, sample.prompts is empty")
     save_receipt(run_dir, "sample", record, input_hash=input_hash, seconds=0.0, figures={"samples": 0})
     return record

@@ -1,97 +1,146 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune import hub, kinds
+from finetune.config import hints
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
-from finetune.run import distributed, previous
+from finetune.run import previous, ranks
 from finetune.run.hashing import hash_of
 from finetune.run.progress import say
 from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
-from finetune.training import checkpoint
+from finetune.training import checkpoint, distributed
 from finetune.training.accelerator import build_accelerator
-from finetune.training.signals import catch_stop
-from finetune.training.trainer import Trainer, flat
+from finetune.training.loop import Step, fit
+from finetune.training.signals import Stop, catch_stop
+from finetune.training.trainer import Trainer
 
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
+FIGURES = (
+    *("steps", "micro_batch", "effective", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib"),
+    *("measured_gib", "first_loss", "last_loss", "first_validation", "best_validation", "skipped_steps"),
+)
+"""Of the record, in the receipt."""
 
 
 def train(config: Config, dataset: Dataset | TextSet) -> Run:
     """Train to `config.trainer.steps`, or until it no longer helps (`trainer.patience`), from the newest checkpoint.
 
-    Raises RunError if an earlier run in the folder was trained with other settings or images (they are listed) or a
+    Raises RunError if an earlier run in the folder was trained with other settings or data (they are listed) or a
     checkpoint is damaged, TrainingError after too many non-finite steps, Interrupted after a signal (state saved).
     """
     run_dir = Path(config.run_dir)
-    folder = run_dir / "checkpoints"
     if config.trainer.restart:
         distributed.on_first_rank(lambda: previous.set_aside(run_dir))
     identity = _identity(config, dataset)
     input_hash = hash_of(identity, config.trainer.steps)
     record = load_record(run_dir, "train", Run, input_hash=input_hash)
     if record and Path(record.checkpoint).is_dir():
-        say(f"train: fresh ({record.steps} steps)")
+        say(f"train: up to date, skipped ({record.steps} steps)")
         return record
-
-    resumed = _resume(folder, identity, config.trainer.steps, dataset)
-    if resumed is None and distributed.rank() == 0:
+    resumed = _resume(run_dir / "checkpoints", identity, config.trainer.steps, dataset)
+    if resumed is None and ranks.rank() == 0:
         previous.save_summary(run_dir, dataset)
+    trainer = _trainer(config, dataset, identity, resumed)
+    with catch_stop() as stop:
+        try:
+            trainer.start()
+            with trainer.bar() as bar:
+                for step in fit(
+                    trainer.task,
+                    trainer.draws(),
+                    trainer.optimizer,
+                    trainer.rate,
+                    trainer.accelerator,
+                    fallbacks=trainer.fallbacks,
+                    seed=config.seed,
+                    start=trainer.state.step,
+                    clip_norm=config.trainer.clip_norm,
+                    max_bad_steps=config.trainer.max_bad_steps,
+                    stop=stop,
+                ):
+                    trainer.after_step(step)
+                    bar.advance(1, f"loss {trainer.state.smoothed_loss:.4f}")
+                    _heed(stop, step, trainer)
+                    if trainer.exhausted():
+                        say(f"train: no better validation loss since step {trainer.state.best_step}; stopping early")
+                        break
+            record = distributed.on_first_rank(lambda: trainer.finish(input_hash))
+        finally:
+            trainer.close()
+    if ranks.rank() == 0:
+        figures = {name: getattr(record, name) for name in FIGURES} | {f"{record.unit}_per_s": record.items_per_s}
+        save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
+    return record
+
+
+def _trainer(
+    config: Config, dataset: Dataset | TextSet, identity: dict[str, Any], resumed: checkpoint.Checkpoint | None
+) -> Trainer:
+    """Everything that trains, with the memory settings that suit this machine."""
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
-    requested = choice.settings(config) | {"fit": config.trainer.autotune.name}
-    planned_gib, before = None, peak_gib(device)
-    dry_run_first = False
+    requested = choice.settings(config.trainer, config.model) | {"fit": config.trainer.autotune.name}
+    planned_gib, before, dry_run_first = None, peak_gib(device), False
     if resumed and resumed.state.requested == requested:
-        config = choice.with_settings(config, **resumed.state.taken)
-    elif dry_run_first := choice.is_needed(config, device):
-        config, planned_gib = distributed.on_first_rank(partial(choice.choose_settings, config))  # the same for all
+        config = _with_settings(config, **resumed.state.applied)
+    elif dry_run_first := choice.is_needed(config.trainer.autotune, device):
+        choose = partial(choice.choose_settings, kinds.of(config).workload(config), config.hardware)
+        settings, planned_gib = distributed.on_first_rank(choose)  # the same for all
+        config = _with_settings(config, **settings)
     reset_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
         say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
-    task = kinds.build_task(config, dataset, device)
-    run = Trainer(config, task, accelerator, identity, resumed, requested, dry_run_first, planned_gib, before)
-    with catch_stop() as stop:
-        try:
-            for step in run.steps(stop):
-                run.note(step)
-                if stop.number is not None:
-                    distributed.on_first_rank(run.save)
-                    then = "exports what was trained" if step.number == config.trainer.steps else "goes on from there"
-                    raise Interrupted(
-                        f"stopped by signal {stop.number} after step {step.number}; the same command {then}",
-                        stop.number,
-                    )
-            record = distributed.on_first_rank(lambda: run.finish(input_hash))
-        finally:
-            run.close()
-    figures: dict[str, float | int | str | None] = {
-        "steps": record.steps,
-        f"{record.unit}_per_s": record.items_per_s,
-        "micro_batch": record.micro_batch,
-        "effective_batch": record.effective,
-        "processes": record.processes,
-        "eased": record.oom_fallbacks,
-        "peak_gib": record.peak_gib,
-        "planned_gib": record.planned_gib,
-        "probed_gib": record.dry_run_gib,
-        "measured_gib": record.measured_gib,
-        "first_loss": record.first_loss,
-        "last_loss": record.last_loss,
-        "first_validation": record.first_validation,
-        "best_validation": record.best_validation,
-        "skipped_steps": record.skipped_steps,
-    }
-    if distributed.rank() == 0:
-        save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
-    return record
+    return Trainer(
+        task=kinds.of(config).build_task(config, dataset, device),
+        accelerator=accelerator,
+        run_dir=Path(config.run_dir),
+        trainer=config.trainer,
+        optim=config.optim,
+        sample=config.sample,
+        seed=config.seed,
+        identity=identity,
+        shown=flat(as_dict(config)),
+        requested=requested,
+        applied=choice.settings(config.trainer, config.model),
+        hint=hints.smallest(config),
+        resumed=resumed,
+        dry_run_first=dry_run_first,
+        planned_gib=planned_gib,
+        peak_gib=before,
+    )
+
+
+def _with_settings(
+    config: Config, *, micro_batch: int, accumulate: int, checkpointing: int, offload_activations: bool, offload: bool
+) -> Config:
+    """The same run with other memory settings, named as `choice.settings` names them."""
+    trainer = replace(
+        config.trainer,
+        micro_batch=micro_batch,
+        accumulate=accumulate,
+        activation_checkpointing=checkpointing,
+        offload_activations=offload_activations,
+    )
+    return replace(config, trainer=trainer, model=replace(config.model, offload=offload))
+
+
+def _heed(stop: Stop, step: Step, trainer: Trainer) -> None:
+    """Raises Interrupted after a signal, once the state is saved."""
+    if stop.number is None:
+        return
+    distributed.on_first_rank(trainer.save)
+    then = "exports what was trained" if step.number == trainer.trainer.steps else "goes on from there"
+    raise Interrupted(f"stopped by signal {stop.number} after step {step.number}; the same command {then}", stop.number)
 
 
 def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
@@ -105,8 +154,8 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "seed": settings["seed"],
         **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},
         "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
-        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * distributed.world_size(),
-        dataset.content_name: dataset.content,
+        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
+        dataset.identity_key: dataset.content,
     }
     return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
 
@@ -122,7 +171,7 @@ def _resume(
     before = newest.state.identity
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
-        if key != dataset.content_name
+        if key != dataset.identity_key
         else previous.changes(folder.parent, dataset)
         for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
         if before.get(key) != identity.get(key)
@@ -133,3 +182,14 @@ def _resume(
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
+
+
+def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings by their dotted keys."""
+    found: dict[str, Any] = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            found |= flat(value, f"{prefix}{key}.")
+        else:
+            found[f"{prefix}{key}"] = value
+    return found

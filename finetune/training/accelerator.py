@@ -9,7 +9,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from finetune.config.schema import Precision
-from finetune.run import distributed
+from finetune.training import distributed
 from finetune.training.reduction import broadcast_start
 
 

@@ -6,10 +6,9 @@ manifest with the hash of every file. It is written under a temporary name, flus
 
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -19,6 +18,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from finetune.errors import RunError
+from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_file
 from finetune.run.records import from_plain
 
@@ -30,39 +30,39 @@ MANIFEST = "manifest.json"
 class TrainState:
     """Everything but tensors that a resumed run needs.
 
-    identity: what the run was trained with, flat key -> value; a resumed run must agree.
-    count: images or tokens trained on. waited: saved steps in a row whose validation loss was no better than the best.
-    scaler: the fp16 loss scaler's. requested: the settings of memory that the run was given; taken: those it started
-    with; micro_batch, fallbacks: how far it had to go below them when memory ran out, in examples and in OOM fallbacks
-    of the task. planned_gib, dry_run_gib: as in `Run`.
+    identity: what the run was trained with, flat key -> value; a resumed run must agree. count: images or tokens
+    trained on. last_losses: number and loss of the last steps that were taken. waited: saved steps in a row whose
+    validation loss was no better than the best. scaler: the fp16 loss scaler's. requested: the memory settings that the
+    run was given; applied: those it started with; micro_batch, fallbacks: how far it had to go below them when memory
+    ran out, in examples and in fallbacks of the task. planned_gib, dry_run_gib: as in `Run`.
     """
 
-    step: int
     identity: dict[str, Any]
-    count: int
-    seconds: float
-    first_loss: float
-    smoothed_loss: float
-    first_validation: float | None
-    best_validation: float | None
-    best_step: int | None
-    waited: int
-    skipped_steps: int
-    scaler: dict[str, Any] | None
+    step: int = 0
+    count: int = 0
+    seconds: float = 0.0
+    first_loss: float = 0.0
+    smoothed_loss: float = 0.0
+    last_losses: tuple[tuple[int, float], ...] = ()
+    first_validation: float | None = None
+    best_validation: float | None = None
+    best_step: int | None = None
+    waited: int = 0
+    skipped_steps: int = 0
+    scaler: dict[str, Any] | None = None
     requested: dict[str, Any] = field(default_factory=dict)
-    taken: dict[str, Any] = field(default_factory=dict)
+    applied: dict[str, Any] = field(default_factory=dict)
     micro_batch: int = 0
     fallbacks: int = 0
     planned_gib: float | None = None
     dry_run_gib: float | None = None
-    slow_steps: int = 0
     RENAMED: ClassVar[dict[str, str]] = {
         "units": "count",
         "asked": "requested",
+        "taken": "applied",
         "measures": "fallbacks",
         "probed_gib": "dry_run_gib",
     }
-    RENAMED_IDENTITY: ClassVar[dict[str, str]] = {"pictures and captions": "images and captions"}
 
 
 @dataclass(frozen=True)
@@ -89,11 +89,8 @@ def save(
     ema: Mapping[str, Tensor] | None,
 ) -> Path:
     """Write `folder/step-N` atomically and return it. Raises RunError if the disk is full or not writable."""
-    final = folder / f"{PREFIX}{state.step:06d}"
-    temporary = folder / f".{final.name}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    final = at(folder, state.step)
+    with replace_folder(final, durable=True) as temporary:
         # Serialised in memory first: at a full disk, torch and safetensors raise errors that don't say so.
         (temporary / "adapter.safetensors").write_bytes(save_tensors(dict(adapter)))
         buffer = io.BytesIO()
@@ -104,17 +101,6 @@ def save(
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
         hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _flush(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            f"cannot write checkpoint {final} ({error.strerror}); the one before is untouched: "
-            "free the disk and run the same command again"
-        ) from error
     return final
 
 
@@ -126,8 +112,6 @@ def load(folder: Path) -> Checkpoint:
             if hash_file(folder / name) != expected:
                 raise ValueError(f"{name} differs from its manifest")
         state = from_plain(TrainState, json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        renamed = TrainState.RENAMED_IDENTITY
-        state = replace(state, identity={renamed.get(key, key): value for key, value in state.identity.items()})
         adapter = load_file(folder / "adapter.safetensors")
         optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
         ema = load_file(folder / "ema.safetensors") if "ema.safetensors" in hashes else None
@@ -155,14 +139,5 @@ def prune(folder: Path, keep: int, also: Iterable[int | None]) -> None:
     for step in steps_on_disk(folder):
         if step not in kept:
             shutil.rmtree(at(folder, step))
-    for left in folder.glob(f".{PREFIX}*.tmp"):
+    for left in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(left)
-
-
-def _flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,33 +1,35 @@
 """The one training loop: a generator that takes optimiser steps and yields what happened.
 
-It knows no model and no data set. Whoever iterates decides when to log, validate, save, draw and stop.
+It knows no model and no data set. The caller decides when to log, validate, save, sample and stop.
 """
 
-import itertools
 import math
 import time
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 
 import torch
 from accelerate import Accelerator
 
 from finetune.errors import TrainingError
 from finetune.memory.fallbacks import try_within_memory
-from finetune.run import distributed
+from finetune.run import ranks
+from finetune.run.seeds import splitmix64
+from finetune.training import distributed
 from finetune.training.oom import OomFallbacks
-from finetune.training.reduction import StepTotals, all_reduce_step
+from finetune.training.reduction import StepTotals, reduce_step
 from finetune.training.signals import Stop
-from finetune.training.task import Batch, Draw, Task
+from finetune.training.task import Draw, Task
 
 
 @dataclass(frozen=True)
 class Step:
     """One optimiser step. number: steps taken so far, this one included; loss: mean over items; seconds: wall clock.
 
-    units, slots: as in `Batch`, of all micro-batches and processes.
-    `skip_reason` says why the weights were left alone (a non-finite loss or gradient), None for a step that was taken.
-    eased: what gave way before the step fitted into memory.
+    count, padded_count: as in `Batch`, of all micro-batches and processes. skip_reason: why the weights were left alone
+    (a non-finite loss or gradient), None for a step that was taken. oom_fallbacks: what was changed before the step
+    fitted into memory.
     """
 
     number: int
@@ -55,13 +57,13 @@ def fit(
     max_bad_steps: int,
     stop: Stop | None = None,
 ) -> Iterator[Step]:
-    """Train on the visits of each step, in micro-batches, from step `start` on, until `steps` ends.
+    """Train on the draws of each step, in micro-batches, from step `start` on, until `steps` ends.
 
-    steps: per optimiser step this process's visits. optimizer: prepared by `accelerator`. rate: learning rate of a step
-    counted from 0. fallbacks: the size of micro-batches; where memory runs out in a step, that step is taken again from
-    its beginning one rung further down. clip_norm: largest gradient norm, 0 for none. stop: of a signal; several
-    processes agree on it here.
-    Raises TrainingError after `max_bad_steps` refused steps in a row, OutOfMemory at the foot of the fallbacks.
+    steps: this process's draws, per optimiser step. optimizer: prepared by `accelerator`. rate: learning rate of a step
+    counted from 0. fallbacks: the size of micro-batches; a step in which memory runs out is taken again from its
+    beginning with the next fallback. clip_norm: largest gradient norm, 0 for none. stop: of a signal; several processes
+    agree on it here.
+    Raises TrainingError after `max_bad_steps` skipped steps in a row, OutOfMemory when no fallback is left.
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     task.model.train()
@@ -70,137 +72,66 @@ def fit(
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = rate(number) * group.get("lr_scale", 1.0)
-        oom_fallbacks: list[str] = []
-        parts = task.split(draws, fallbacks.micro_batch)
-        while (attempt := _attempt(task, parts, optimizer, accelerator, seed=seed, step=number)) is None:
-            oom_fallbacks.append(fallbacks.next_fallback(max(map(len, parts))))
-            parts = task.split(draws, fallbacks.micro_batch)
-        share, names = attempt
-        if distributed.world_size() > 1:
-            share, oom_fallbacks = _together(parameters, share, oom_fallbacks, stop or Stop())
-        loss = share.loss / share.items
-        norm = float(_gradient_norm(parameters, accelerator, clip_norm))
+        mine, names, tried = forward_backward(
+            task, partial(task.split, draws), optimizer, accelerator, fallbacks, seed=seed, step=number
+        )
+        totals, tried = reduce_step(parameters, mine, tried, stop or Stop())
+        loss = totals.loss / totals.items
+        norm = float(accelerator.clip_grad_norm_(parameters, clip_norm or math.inf))
         finite = math.isfinite(loss) and math.isfinite(norm)
         if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        skip_reason = None if finite else _why(loss, norm, distributed.gather(names), accelerator)
+        skip_reason = None if finite else _skip_reason(loss, norm, names, accelerator)
         bad = 0 if finite else bad + 1
-        seconds = time.perf_counter() - began
-        yield Step(
-            number + 1,
-            loss,
-            norm,
-            rate(number),
-            share.count,
-            share.padded_count,
-            seconds,
-            skip_reason,
-            tuple(oom_fallbacks),
-        )
+        seconds, counts = time.perf_counter() - began, (totals.count, totals.padded_count)
+        yield Step(number + 1, loss, norm, rate(number), *counts, seconds, skip_reason, tuple(tried))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
+            others = "" if _arithmetic(accelerator) == "fp32" else "trainer.precision=bf16 or fp32, "
             raise TrainingError(
                 f"{bad} steps in a row were not finite, the last one: {skip_reason}; "
-                "try a lower optim.lr, trainer.precision=bf16 or fp32, or leave these examples out"
+                f"try a lower optim.lr, {others}or leave these examples out"
             )
 
 
-def dry_run(
+def forward_backward(
     task: Task,
+    micro_batches: Callable[[int], Sequence[Sequence[Draw]]],
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
-    *,
     fallbacks: OomFallbacks,
-    micro_batches: int,
-) -> list[str]:
-    """Take a step of the worst micro-batches there may be, so many of them, and undo it; returns what gave way for it.
-
-    optimizer: over the task's trained parameters and for this alone. Its state is there before the step, as it is in
-    all steps of the run but the first, and stays. Raises OutOfMemory at the foot of the fallbacks.
-    """
-    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
-    before = [parameter.detach().to("cpu", copy=True) for parameter in parameters]
-    task.model.train()
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    optimizer.step()
-    optimizer.zero_grad(set_to_none=True)
-    oom_fallbacks: list[str] = []
-    parts = [task.worst(fallbacks.micro_batch)] * micro_batches
-    while _attempt(task, parts, optimizer, accelerator, seed=0, step=0) is None:
-        oom_fallbacks.append(fallbacks.next_fallback(len(parts[0])))
-        parts = [task.worst(fallbacks.micro_batch)] * micro_batches
-    optimizer.zero_grad(set_to_none=True)
-    with torch.no_grad():
-        for parameter, value in zip(parameters, before, strict=True):
-            parameter.copy_(value)
-    return oom_fallbacks
-
-
-def _attempt(
-    task: Task,
-    parts: Sequence[Sequence[Draw]],
-    optimizer: torch.optim.Optimizer,
-    accelerator: Accelerator,
     *,
     seed: int,
     step: int,
-) -> tuple[StepTotals, list[str]] | None:
-    """Gradients of one step in those micro-batches: their share in it, and names; None where memory ran out.
+) -> tuple[StepTotals, list[str], list[str]]:
+    """Gradients of the mean loss over all items of one step of this process.
 
-    A failed attempt leaves no gradients, and its successor draws from streams of its own, as if it were the first.
+    micro_batches: the step's draws, cut into micro-batches of at most that size. Returns totals, the examples' names,
+    and the fallbacks that were needed: after running out of memory the step begins again, as if it were the first time.
+    Raises OutOfMemory when no fallback is left.
     """
+    tried: list[str] = []
+    while True:
+        parts = micro_batches(fallbacks.micro_batch)
 
-    def backward() -> tuple[StepTotals, list[str]]:
-        micro_batches = [task.collate(part) for part in parts]
-        names = [name for batch in micro_batches for name in batch.names]
-        return _backward(task, micro_batches, accelerator, seed=seed, step=step), names
+        def attempt(parts: Sequence[Sequence[Draw]] = parts) -> tuple[StepTotals, list[str]]:
+            batches = [task.collate(part) for part in parts]
+            items = sum(batch.items for batch in batches)
+            total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+            for index, batch in enumerate(batches):
+                # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the
+                # same, and to the place among the micro-batches of all processes, so that one process with all does.
+                torch.manual_seed(splitmix64(seed, step, index * ranks.world_size() + ranks.rank(), 0))
+                with accelerator.autocast():
+                    loss = task.loss(batch.to(accelerator.device))
+                accelerator.backward(loss * (1 / items))  # before backward: a sum over many tokens overflows fp16
+                total += loss.detach().float()
+            count, padded = sum(batch.count for batch in batches), sum(batch.padded_count for batch in batches)
+            return StepTotals(float(total), items, count, padded), [name for batch in batches for name in batch.names]
 
-    return try_within_memory(backward, drop=lambda: optimizer.zero_grad(set_to_none=True))
-
-
-def _backward(
-    task: Task,
-    micro_batches: Sequence[Batch],
-    accelerator: Accelerator,
-    *,
-    seed: int,
-    step: int,
-) -> StepTotals:
-    """Gradients of the mean loss over all items of these micro-batches; returns what they come to."""
-    device = accelerator.device
-    items = sum(batch.items for batch in micro_batches)
-    total = torch.zeros((), dtype=torch.float32, device=device)
-    for index, batch in enumerate(micro_batches):
-        # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the same, and
-        # to the place among the micro-batches of all processes, so that one process with all of them does too.
-        torch.manual_seed(_mix(seed, step, index * distributed.world_size() + distributed.rank(), 0))
-        with accelerator.autocast():
-            loss = task.loss(batch.to(device))
-        accelerator.backward(loss * (1 / items))  # before backward: a sum over thousands of tokens overflows fp16
-        total += loss.detach().float()
-    count, padded_count = (
-        sum(batch.count for batch in micro_batches),
-        sum(batch.padded_count for batch in micro_batches),
-    )
-    return StepTotals(float(total), items, count, padded_count)
-
-
-def _together(
-    parameters: Sequence[torch.nn.Parameter], mine: StepTotals, oom_fallbacks: list[str], stop: Stop
-) -> tuple[StepTotals, list[str]]:
-    """The step of all processes, and what gave way in any: where memory runs out in one, the others only wait."""
-    share = all_reduce_step(parameters, replace(mine, flagged_ranks=int(bool(oom_fallbacks) or stop.noted is not None)))
-    if share.flagged_ranks:
-        told = distributed.gather((oom_fallbacks, stop.noted))
-        oom_fallbacks = list(dict.fromkeys(line for lines, _ in told for line in lines))
-        stop.number = next((number for _, number in told if number is not None), None)
-    return share, oom_fallbacks
-
-
-def _gradient_norm(parameters: list[torch.nn.Parameter], accelerator: Accelerator, clip_norm: float) -> torch.Tensor:
-    norm = accelerator.clip_grad_norm_(parameters, clip_norm if clip_norm else math.inf)
-    return torch.as_tensor(norm)
+        if found := try_within_memory(attempt, cleanup=lambda: optimizer.zero_grad(set_to_none=True)):
+            return *found, tried
+        tried.append(fallbacks.next_fallback(max(map(len, parts))))
 
 
 def _scaler_still_searching(accelerator: Accelerator) -> bool:
@@ -208,22 +139,10 @@ def _scaler_still_searching(accelerator: Accelerator) -> bool:
     return accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
 
 
-def _why(loss: float, norm: float, names: Sequence[Sequence[str]], accelerator: Accelerator) -> str:
-    """names: of the examples, by process."""
-    on = "; ".join(itertools.chain.from_iterable(names))
+def _skip_reason(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:
+    on = "; ".join(name for of_rank in distributed.gather(names) for name in of_rank)
     return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {on}"
 
 
 def _arithmetic(accelerator: Accelerator) -> str:
     return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
-
-
-def _mix(*numbers: int) -> int:
-    """One well-spread 63-bit seed from several numbers (splitmix64's finaliser, doi 10.1145/2714064.2660195)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1

@@ -4,13 +4,15 @@ P trained parameters, N their numbers.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from finetune.errors import RunError
-from finetune.run import distributed
+from finetune.run import ranks
+from finetune.training import distributed
+from finetune.training.signals import Stop
 
 
 @dataclass(frozen=True)
@@ -30,11 +32,26 @@ class StepTotals:
 HEAD = len(astuple(StepTotals(0.0, 0, 0, 0)))
 
 
-def all_reduce_step(parameters: Sequence[nn.Parameter], mine: StepTotals) -> StepTotals:
-    """The sum of all processes' shares; `.grad` of their means over own items becomes the mean over all items.
+def reduce_step(
+    parameters: Sequence[nn.Parameter], mine: StepTotals, fallbacks: list[str], stop: Stop
+) -> tuple[StepTotals, list[str]]:
+    """Totals and gradients of all processes, and the fallbacks that any of them needed: where memory runs out in one,
+    the others only wait. stop: becomes what all agree on.
 
     Raises the error of a process that can't take part any more.
     """
+    if ranks.world_size() == 1:
+        return mine, fallbacks
+    totals = _all_reduce(parameters, replace(mine, flagged_ranks=int(bool(fallbacks) or stop.noted is not None)))
+    if totals.flagged_ranks:
+        reported = distributed.gather((fallbacks, stop.noted))
+        fallbacks = list(dict.fromkeys(line for lines, _ in reported for line in lines))
+        stop.number = next((number for _, number in reported if number is not None), None)
+    return totals, fallbacks
+
+
+def _all_reduce(parameters: Sequence[nn.Parameter], mine: StepTotals) -> StepTotals:
+    """The sum of all processes' totals; `.grad` of their means over own items becomes the mean over all items."""
     sizes = [parameter.numel() for parameter in parameters]
     # fp32: counts beyond 2**24 are rounded, which no loss can feel.
     flat = torch.zeros(HEAD + len(sizes) + sum(sizes), device=parameters[0].device)
@@ -58,10 +75,10 @@ def all_reduce_step(parameters: Sequence[nn.Parameter], mine: StepTotals) -> Ste
 @torch.no_grad()
 def broadcast_start(parameters: Sequence[nn.Parameter]) -> None:
     """Give every process the first one's weights: equal starts and equal gradients keep them equal to the end."""
-    if distributed.world_size() == 1:
+    if ranks.world_size() == 1:
         return
     flat = torch.cat([parameter.flatten() for parameter in parameters])
-    if distributed.rank():
+    if ranks.rank():
         flat.zero_()
     _sum(flat)
     parts = torch.split(flat, [parameter.numel() for parameter in parameters])

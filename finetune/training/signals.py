@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from types import FrameType
 
-from finetune.run import distributed
+from finetune.run import ranks
 
 
 class Stop:
@@ -35,7 +35,7 @@ def catch_stop() -> Iterator[Stop]:
 
     def note(number: int, _frame: FrameType | None) -> None:
         stop.noted = number
-        if distributed.world_size() == 1:
+        if ranks.world_size() == 1:
             stop.number = number
             signal.signal(number, before[signal.Signals(number)])
 

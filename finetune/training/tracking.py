@@ -12,11 +12,6 @@ from finetune.run.atomic import write_atomically
 from finetune.run.records import METRICS
 
 GIB = 2**30
-FULL_GIB = 0.3  # free on a GPU that has nothing left to give
-OVERHEAD_GIB = 1.5  # of a GPU, used by its driver and this process's CUDA context; assumed, generously
-SLOWDOWNS = 0x8 | 0x20 | 0x40 | 0x80
-"""NVML's clock event reasons HwSlowdown, SwThermalSlowdown, HwThermalSlowdown, HwPowerBrakeSlowdown (nvml.h). Not
-SwPowerCap: a GPU at work is always at its power limit."""
 
 
 class Tracker:
@@ -65,10 +60,6 @@ class Tracker:
         """Memory in use, and utilisation and power where NVML answers."""
         return {"system/memory_gib": memory_gib(self.device), **self.gpu.read()}
 
-    def throttle_reasons(self) -> list[str]:
-        """What else weighs on the GPU now, for people, as far as NVML says."""
-        return self.gpu.throttle_reasons()
-
     def close(self) -> None:
         """Flush and close the event file."""
         self.board.close()
@@ -110,26 +101,6 @@ class _Gpu:
             }
         except pynvml.NVMLError:  # some virtual machines answer only in part
             return {}
-
-    def throttle_reasons(self) -> list[str]:
-        if self.handle is None:
-            return []
-        import pynvml
-
-        found = []
-        try:
-            memory = pynvml.nvmlDeviceGetMemoryInfo(self.handle)
-            if memory.free / GIB < FULL_GIB:
-                found.append(f"only {memory.free / GIB:.1f} of {memory.total / GIB:.1f} GiB are free")
-            others = (memory.used - torch.cuda.memory_reserved(self.device)) / GIB
-            if others > OVERHEAD_GIB:
-                found.append(f"{others:.1f} GiB belong to other programs")
-            if pynvml.nvmlDeviceGetCurrentClocksThrottleReasons(self.handle) & SLOWDOWNS:
-                degrees = pynvml.nvmlDeviceGetTemperature(self.handle, pynvml.NVML_TEMPERATURE_GPU)
-                found.append(f"it runs slower for heat or lack of power, at {degrees} °C")
-        except pynvml.NVMLError:
-            pass
-        return found
 
 
 def memory_gib(device: torch.device) -> float:

@@ -1,8 +1,9 @@
-"""One training run in progress: what is done after each step, and the state that checkpoints store and curves show."""
+"""One training run in progress: what surrounds the steps of `training.loop`, in the order in which it happens."""
 
 import itertools
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -11,26 +12,21 @@ from typing import Any
 from accelerate import Accelerator
 
 from finetune.adapters import lora
-from finetune.config.describe import as_dict
-from finetune.config.hints import smallest
-from finetune.config.schema import Config
+from finetune.config.schema import OptimConfig, SampleConfig, TrainerConfig
 from finetune.errors import OutOfMemory
-from finetune.memory.device import gpu_gib, peak_gib
+from finetune.memory.device import peak_gib
 from finetune.memory.fallbacks import try_within_memory
-from finetune.planning.choice import settings
-from finetune.reporting import curves
-from finetune.run import distributed
-from finetune.run.progress import progress, say
+from finetune.run import ranks
+from finetune.run.progress import Progress, progress, say
 from finetune.run.records import Run
-from finetune.training import checkpoint
+from finetune.training import checkpoint, distributed
 from finetune.training.accelerator import prepare
 from finetune.training.checkpoint import TrainState
+from finetune.training.dry_run import dry_run
 from finetune.training.ema import Ema
-from finetune.training.loop import Step, dry_run, fit
+from finetune.training.loop import Step
 from finetune.training.oom import OomFallbacks
 from finetune.training.optim import build_optimizer, learning_rate, load_state
-from finetune.training.pace import Pace, slowdown_hint
-from finetune.training.signals import Stop
 from finetune.training.task import Draw, Task
 from finetune.training.tracking import Tracker
 
@@ -41,139 +37,115 @@ LAST_SHARE = 0.1
 
 @dataclass
 class Trainer:
-    """One run in progress: the state that checkpoints store and curves show.
+    """The state that checkpoints store and curves show, and what is done before, after and between the steps.
 
-    config: with the settings of memory that were taken; asked: those that were given. rehearsed: whether the worst step
-    is tried first. planned_gib: what the plan says of this training, if it was asked. peak_gib: of all before.
+    trainer: with the memory settings that were chosen, `applied`; requested: those that were given. shown: all
+    settings, by dotted key, for TensorBoard. hint: what to type when memory runs out and no fallback is left.
+    dry_run_first: whether the largest step is tried before the first. planned_gib: what the plan says of this training,
+    if it was asked for. peak_gib: of everything before.
     """
 
-    config: Config
     task: Task
     accelerator: Accelerator
+    run_dir: Path
+    trainer: TrainerConfig
+    optim: OptimConfig
+    sample: SampleConfig
+    seed: int
     identity: dict[str, Any]
-    resumed: checkpoint.Checkpoint | None
+    shown: Mapping[str, Any]
     requested: dict[str, Any]
+    applied: dict[str, Any]
+    hint: str
+    resumed: checkpoint.Checkpoint | None
     dry_run_first: bool
     planned_gib: float | None
     peak_gib: float
 
     def __post_init__(self) -> None:
-        config = self.config
-        self.run_dir = Path(config.run_dir)
         self.folder = self.run_dir / "checkpoints"
-        optimizer = build_optimizer(lora.parameter_groups(self.task.model, config.optim.lora_plus), config.optim)
+        self.effective_batch = self.trainer.micro_batch * self.trainer.accumulate * ranks.world_size()
+        self.fallbacks = OomFallbacks(self.trainer.micro_batch, self.task.reduce_memory, self.hint)
         self.ema: Ema | None = None
-        self.fallbacks = OomFallbacks(config.trainer.micro_batch, self.task.reduce_memory, smallest(config))
+        optimizer = build_optimizer(self._parameter_groups(), self.optim)
         if self.resumed is None:
-            self.state = TrainState(0, self.identity, 0, 0.0, 0.0, 0.0, None, None, None, 0, 0, None)
+            self.state = TrainState(identity=self.identity)
         else:
-            self.state = self.resumed.state
-            lora.load_state(self.task.model, self.resumed.adapter, str(self.resumed.folder))
-            load_state(optimizer, self.resumed.optimizer)
-            if self.state.requested == self.requested:  # else the person has thought about memory again
-                self.fallbacks.restore(self.state.micro_batch, self.state.fallbacks)
-            if self.resumed.ema is not None:
-                self.ema = Ema.restore(config.trainer.ema_decay, self.resumed.ema, self.accelerator.device)
-            say(f"train: going on from step {self.state.step}")
-        if config.trainer.ema_decay and self.ema is None:
-            self.ema = Ema(config.trainer.ema_decay, lora.trainable_tensors(self.task.model))
+            self._resume(self.resumed, optimizer)
+        if self.trainer.ema_decay and self.ema is None:
+            self.ema = Ema(self.trainer.ema_decay, lora.trainable_tensors(self.task.model))
         self.task.model, self.optimizer = prepare(self.accelerator, self.task.model, optimizer)
         if self.state.scaler and self.accelerator.scaler is not None:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
-        if distributed.rank() == 0:  # only the first process writes
+        if ranks.rank() == 0:  # only the first process writes
             self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
-        self.pace, self.told = Pace(self.state.slow_steps), False
         self.pending_seconds, self.pending_count, self.pending_padded_count = 0.0, 0, 0
-        self.previewing, self.validation_batch = True, config.trainer.micro_batch
+        self.previewing, self.validation_batch = True, self.trainer.micro_batch
 
-    def steps(self, stop: Stop) -> Iterator[Step]:
-        """Every remaining optimiser step, with a progress bar. stop: of a signal, on which several processes agree."""
-        config, trainer = self.config, self.config.trainer
+    def start(self) -> None:
+        """Say what is trained, make sure that the largest step fits, and look at the model before the first step."""
         trainable, total = lora.counts(self.task.model)
         say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {self.task.size:,} examples")
-        with self._dry_run():
-            if self.state.step == 0:
-                self._texts()
-                self._validate()
-                self._preview()
+        spare = self._dry_run() if self.dry_run_first else None
+        if self.state.step == 0:
+            self._write_texts()
+            self._validate()
+            self._preview()
+        if spare is not None:  # its state was there meanwhile, as the optimiser's is after the first step
+            taken = peak_gib(self.accelerator.device)
+            say(f"autotune: {taken:.1f} GiB taken in the dry run")
+            self.state = replace(self.state, planned_gib=self.planned_gib, dry_run_gib=taken)
+
+    def bar(self) -> AbstractContextManager[Progress]:
+        """The progress bar of the steps."""
+        return progress("train", self.trainer.steps, unit="steps", done=self.state.step)
+
+    def draws(self) -> Iterator[Sequence[Draw]]:
+        """This process's draws of every remaining step: every so many-th of the micro-batches that one would take.
+
+        None where training has stopped early already.
+        """
         if self.exhausted():
             return
-        with progress("train", trainer.steps, unit="steps", done=self.state.step) as bar:
-            for step in fit(
-                self.task,
-                self._draws(),
-                self.optimizer,
-                lambda number: learning_rate(config.optim, number, trainer.steps),
-                self.accelerator,
-                fallbacks=self.fallbacks,
-                seed=config.seed,
-                start=self.state.step,
-                clip_norm=trainer.clip_norm,
-                max_bad_steps=trainer.max_bad_steps,
-                stop=stop,
-            ):
-                yield step
-                bar.advance(1, f"loss {self.state.smoothed_loss:.4f}")
-                if self.exhausted():
-                    say(f"train: no better validation loss since step {self.state.best_step}; stopping early")
-                    break
+        several = ranks.world_size()
+        chunks = self.task.steps(effective=self.effective_batch, start=self.state.step)
+        for chunk in itertools.islice(chunks, self.trainer.steps - self.state.step):
+            parts = self.task.split(chunk, self.trainer.micro_batch)
+            yield chunk if several == 1 else list(itertools.chain(*parts[ranks.rank() :: several]))
 
-    def exhausted(self) -> bool:
-        """Whether the validation loss has not improved for `trainer.patience` saved steps."""
-        patience = self.config.trainer.patience
-        return bool(patience) and self.state.waited >= patience
+    def rate(self, number: int) -> float:
+        """The learning rate of a step, counted from 0."""
+        return learning_rate(self.optim, number, self.trainer.steps)
 
-    def note(self, step: Step) -> None:
+    def after_step(self, step: Step) -> None:
         """Take one step into the state and do what is due after it."""
-        trainer, state = self.config.trainer, self.state
-        if step.oom_fallbacks:
-            tried = ", then ".join(step.oom_fallbacks)
-            say(f"step {step.number}: memory ran out; going on with {tried}; effective batch still {self._effective()}")
-        if step.skip_reason:
-            say(f"step {step.number} refused: {step.skip_reason}")
-            self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
-        else:
-            first = state.count == 0
-            smoothed = step.loss if first else SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * step.loss
-            self.state = replace(
-                state,
-                step=step.number,
-                count=state.count + step.count,
-                seconds=state.seconds + step.seconds,
-                first_loss=step.loss if first else state.first_loss,
-                smoothed_loss=smoothed,
-            )
-            if self.ema:
-                self.ema.update(lora.trainable_tensors(self.task.model))
-        if self.pace.note(step) and not self.told and distributed.rank() == 0:
-            self.told = True
-            why = slowdown_hint(self.tracker.throttle_reasons(), gpu_gib(self.accelerator.device))
-            say(f"step {step.number}: steps take {self.pace.times:.1f} times as long as before; {why}")
+        trainer = self.trainer
+        self._count(step)
         self._log(step)
         due = step.number == trainer.steps or step.number % trainer.save_every == 0
         if trainer.validate_every and (due or step.number % trainer.validate_every == 0):
             self._validate(may_be_best=due)
         last = step.number == trainer.steps or self.exhausted()
-        if last or (self.config.sample.every and step.number % self.config.sample.every == 0):
+        if last or (self.sample.every and step.number % self.sample.every == 0):
             self._preview()
         if due:
             self.save()
 
+    def exhausted(self) -> bool:
+        """Whether the validation loss has not improved for `trainer.patience` saved steps."""
+        return bool(self.trainer.patience) and self.state.waited >= self.trainer.patience
+
     def save(self) -> Path:
         """Write a checkpoint of this very step and delete those no longer kept."""
-        scaler = self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None
-        fallbacks = self.fallbacks
         self.state = replace(
             self.state,
-            scaler=scaler,
+            scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
             requested=self.requested,
-            taken=settings(self.config),
-            micro_batch=fallbacks.micro_batch,
-            fallbacks=len(fallbacks.applied),
-            slow_steps=self.pace.slow,
+            applied=self.applied,
+            micro_batch=self.fallbacks.micro_batch,
+            fallbacks=len(self.fallbacks.applied),
         )
-        path = checkpoint.at(self.folder, self.state.step)
-        if distributed.rank() == 0:
+        if ranks.rank() == 0:
             checkpoint.save(
                 self.folder,
                 self.state,
@@ -181,12 +153,12 @@ class Trainer:
                 self.optimizer.optimizer.state_dict(),
                 self.ema.state() if self.ema else None,
             )
-            checkpoint.prune(self.folder, self.config.trainer.keep_checkpoints, [self.state.best_step])
-        return path
+            checkpoint.prune(self.folder, self.trainer.keep_checkpoints, [self.state.best_step])
+        return checkpoint.at(self.folder, self.state.step)
 
     def finish(self, training_hash: str) -> Run:
         """The record of the finished run."""
-        state = self.state
+        state, peak = self.state, peak_gib(self.accelerator.device)
         trainable, total = lora.counts(self.task.model)
         run = Run(
             folder=str(self.run_dir),
@@ -202,16 +174,16 @@ class Trainer:
             unit=self.task.unit,
             items=state.count,
             seconds=state.seconds,
-            peak_gib=max(self.peak_gib, peak_gib(self.accelerator.device)),
+            peak_gib=max(self.peak_gib, peak),
             skipped_steps=state.skipped_steps,
             training_hash=training_hash,
             micro_batch=self.fallbacks.micro_batch,
-            effective=self._effective(),
-            processes=distributed.world_size(),
+            effective=self.effective_batch,
+            processes=ranks.world_size(),
             oom_fallbacks=self.fallbacks.summary,
             planned_gib=state.planned_gib,
             dry_run_gib=state.dry_run_gib,
-            measured_gib=None if state.dry_run_gib is None else peak_gib(self.accelerator.device),
+            measured_gib=None if state.dry_run_gib is None else peak,
         )
         figures = {
             "final/loss": run.last_loss,
@@ -225,56 +197,130 @@ class Trainer:
 
     def close(self) -> None:
         """Flush the curves."""
-        if distributed.rank() == 0:
+        if ranks.rank() == 0:
             self.tracker.close()
 
-    @contextmanager
-    def _dry_run(self) -> Iterator[None]:
-        """Inside, the GPU holds all that it will after the first step, whose worst case was tried and undone."""
-        if not self.dry_run_first:
-            yield
-            return
-        checked = "fit: " + " ".join(f"{key}={str(value).lower()}" for key, value in settings(self.config).items())
+    def _resume(self, resumed: checkpoint.Checkpoint, optimizer: Any) -> None:
+        self.state = resumed.state
+        lora.load_state(self.task.model, resumed.adapter, str(resumed.folder))
+        load_state(optimizer, resumed.optimizer)
+        if self.state.requested == self.requested:  # else the user has thought about memory again
+            self.fallbacks.restore(self.state.micro_batch, self.state.fallbacks)
+        if resumed.ema is not None:
+            self.ema = Ema.restore(self.trainer.ema_decay, resumed.ema, self.accelerator.device)
+        say(f"train: going on from step {self.state.step}")
+
+    def _parameter_groups(self) -> list[dict[str, Any]]:
+        return lora.parameter_groups(self.task.model, self.optim.lora_plus)
+
+    def _dry_run(self) -> Any:
+        """Returns the optimiser that was used, whose state takes the place of the real one's as long as it is held."""
+        settings = " ".join(f"{key}={str(value).lower()}" for key, value in self.applied.items())
         planned = "" if self.planned_gib is None else f"; {self.planned_gib:.1f} GiB planned"
-        say(f"{checked}{planned}; trying the worst step")
-        enable_tiling = build_optimizer(
-            lora.parameter_groups(self.task.model, self.config.optim.lora_plus), self.config.optim
+        say(f"autotune: {settings}{planned}; dry run of the largest step")
+        spare = build_optimizer(self._parameter_groups(), self.optim)
+        micro_batches = min(2, self.trainer.accumulate)
+        needed = dry_run(
+            self.task, spare, self.accelerator, fallbacks=self.fallbacks, micro_batches=micro_batches
+        )  # fmt: skip
+        if needed:
+            say(
+                f"autotune: memory ran out in the dry run; starting with {', then '.join(needed)}; "
+                "the effective batch stays"
+            )
+        return spare
+
+    def _write_texts(self) -> None:
+        if ranks.rank():
+            return
+        self.tracker.text("configuration", "\n".join(f"    {key}: {value}" for key, value in self.shown.items()))
+        for title, text in self.task.notes().items():
+            self.tracker.text(title, text)
+
+    def _validate(self, *, may_be_best: bool = False) -> None:
+        if not self.trainer.validate_every:
+            return
+        # By one process for all: whether to stop early must not hang on how two of them round.
+        losses = distributed.on_first_rank(self._validation_losses)
+        if losses is None:
+            raise OutOfMemory(f"out of memory in validation, one example at a time; {self.hint}")
+        if ranks.rank() == 0:
+            self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
+        state, mean = self.state, losses["mean"]
+        if state.first_validation is None:
+            self.state = replace(state, first_validation=mean)
+        elif may_be_best and (state.best_validation is None or mean < state.best_validation):
+            self.state = replace(state, best_validation=mean, best_step=state.step, waited=0)
+        elif may_be_best:
+            self.state = replace(state, waited=state.waited + 1)
+
+    def _validation_losses(self) -> dict[str, float] | None:
+        """Of so many examples at once as memory has room for; None if not even for one."""
+        size = min(self.validation_batch, self.fallbacks.micro_batch)
+        while (
+            found := try_within_memory(partial(self.task.validate, size), cleanup=self._mode())
+        ) is None and size > 1:
+            self.validation_batch = size = size // 2
+            say(f"step {self.state.step}: memory ran out; validation by {size} at a time")
+        return found
+
+    def _preview(self) -> None:
+        prompts = self.sample.prompts[: self.sample.previews]
+        if not prompts or not self.previewing or ranks.rank():
+            return
+        previews = try_within_memory(
+            partial(self.task.sample, prompts, self.sample.seeds[0]), cleanup=self._mode()
+        )  # fmt: skip
+        if previews is None:
+            self.previewing = False
+            say(f"step {self.state.step}: memory ran out even for one preview; training continues without")
+            return
+        named = {
+            f"samples/{index}: {prompt}": preview
+            for index, (prompt, preview) in enumerate(zip(prompts, previews, strict=True))
+        }
+        self.tracker.previews(self.state.step, named)
+
+    def _mode(self) -> Callable[[], Any]:
+        """Brings the model back from whatever mode an attempt leaves it in."""
+        return partial(self.task.model.train, self.task.model.training)
+
+    def _count(self, step: Step) -> None:
+        """Take the step's figures into the state."""
+        state = self.state
+        if step.oom_fallbacks:
+            tried = ", then ".join(step.oom_fallbacks)
+            say(
+                f"step {step.number}: memory ran out; continuing with {tried}; "
+                f"effective batch still {self.effective_batch}"
+            )
+        if step.skip_reason:
+            say(f"step {step.number} skipped (non-finite): {step.skip_reason}")
+            self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
+            return
+        first = state.count == 0
+        smoothed = step.loss if first else SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * step.loss
+        kept = math.ceil(LAST_SHARE * self.trainer.steps)
+        self.state = replace(
+            state,
+            step=step.number,
+            count=state.count + step.count,
+            seconds=state.seconds + step.seconds,
+            first_loss=step.loss if first else state.first_loss,
+            smoothed_loss=smoothed,
+            last_losses=(*state.last_losses, (step.number, step.loss))[-kept:],
         )
-        oom_fallbacks = dry_run(
-            self.task,
-            enable_tiling,
-            self.accelerator,
-            fallbacks=self.fallbacks,
-            micro_batches=min(2, self.config.trainer.accumulate),
-        )
-        if oom_fallbacks:
-            say(f"fit: it did not fit; starting with {', then '.join(oom_fallbacks)}; same effective batch")
-        yield
-        dry_run_gib = peak_gib(self.accelerator.device)
-        say(f"fit: {dry_run_gib:.1f} GiB taken")
-        self.state = replace(self.state, planned_gib=self.planned_gib, dry_run_gib=dry_run_gib)
+        if self.ema:
+            self.ema.update(lora.trainable_tensors(self.task.model))
 
     def _last_loss(self) -> float:
+        """Mean over the last of the steps that were taken."""
         steps = self.state.step
-        losses = [
-            loss for step, loss in curves.read(self.run_dir).get("loss/step", []) if step > steps - LAST_SHARE * steps
-        ]
+        losses = [loss for number, loss in self.state.last_losses if number > steps - LAST_SHARE * steps]
         return sum(losses) / len(losses) if losses else self.state.smoothed_loss
 
-    def _draws(self) -> Iterator[Sequence[Draw]]:
-        """This process's visits of every remaining step: every so many-th of the micro-batches that one would take."""
-        trainer, several = self.config.trainer, distributed.world_size()
-        chunks = self.task.steps(effective=self._effective(), start=self.state.step)
-        for chunk in itertools.islice(chunks, trainer.steps - self.state.step):
-            parts = self.task.split(chunk, trainer.micro_batch)
-            yield chunk if several == 1 else list(itertools.chain(*parts[distributed.rank() :: several]))
-
-    def _effective(self) -> int:
-        """Examples in one optimiser step of all processes."""
-        return self.config.trainer.micro_batch * self.config.trainer.accumulate * distributed.world_size()
-
     def _log(self, step: Step) -> None:
-        if distributed.rank():
+        if ranks.rank():
             return
         values = {
             "loss/step": step.loss,
@@ -286,74 +332,10 @@ class Trainer:
         self.pending_seconds += step.seconds
         self.pending_count += step.count
         self.pending_padded_count += step.padded_count
-        if step.number % self.config.trainer.log_every == 0 or step.number == self.config.trainer.steps:
+        if step.number % self.trainer.log_every == 0 or step.number == self.trainer.steps:
             values[f"train/{self.task.unit}_per_s"] = self.pending_count / self.pending_seconds
             if self.pending_padded_count > self.pending_count:
                 values["train/padding"] = 1 - self.pending_count / self.pending_padded_count
             values |= self.tracker.hardware()
             self.pending_seconds, self.pending_count, self.pending_padded_count = 0.0, 0, 0
         self.tracker.scalars(step.number, values)
-
-    def _validate(self, *, may_be_best: bool = False) -> None:
-        if not self.config.trainer.validate_every:
-            return
-        # By one process for all: whether to stop early must not hang on how two of them round.
-        losses = distributed.on_first_rank(self._validated)
-        if losses is None:
-            raise OutOfMemory(f"out of memory in validation, one example at a time; {smallest(self.config)}")
-        if distributed.rank() == 0:
-            self.tracker.scalars(self.state.step, {f"validation/{key}": value for key, value in losses.items()})
-        state, mean = self.state, losses["mean"]
-        if state.first_validation is None:
-            self.state = replace(state, first_validation=mean)
-        elif may_be_best and (state.best_validation is None or mean < state.best_validation):
-            self.state = replace(state, best_validation=mean, best_step=state.step, waited=0)
-        elif may_be_best:
-            self.state = replace(state, waited=state.waited + 1)
-
-    def _preview(self) -> None:
-        sample = self.config.sample
-        prompts = sample.prompts[: sample.previews]
-        if not prompts or not self.previewing or distributed.rank():
-            return
-        previews = try_within_memory(partial(self.task.sample, prompts, sample.seeds[0]), drop=self._back())
-        if previews is None:
-            self.previewing = False
-            say(f"step {self.state.step}: memory ran out even for a single preview; training goes on without")
-            return
-        named = {
-            f"samples/{index}: {prompt}": preview
-            for index, (prompt, preview) in enumerate(zip(prompts, previews, strict=True))
-        }
-        self.tracker.previews(self.state.step, named)
-
-    def _validated(self) -> dict[str, float] | None:
-        """Losses of so many examples at once as memory has room for; None if not even for one."""
-        size = min(self.validation_batch, self.fallbacks.micro_batch)
-        while (done := try_within_memory(partial(self.task.validate, size), drop=self._back())) is None and size > 1:
-            self.validation_batch = size = size // 2
-            say(f"step {self.state.step}: memory ran out; validation by {size} at a time")
-        return done
-
-    def _back(self) -> Callable[[], Any]:
-        """Brings the model back from whatever mode an attempt leaves it in."""
-        return partial(self.task.model.train, self.task.model.training)
-
-    def _texts(self) -> None:
-        if distributed.rank():
-            return
-        lines = "\n".join(f"    {key}: {value}" for key, value in flat(as_dict(self.config)).items())
-        self.tracker.text("configuration", lines)
-        for title, text in self.task.notes().items():
-            self.tracker.text(title, text)
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

@@ -452,7 +452,13 @@ def test_the_same_command_again_finds_everything_fresh(first: First) -> None:
     again = command.run("train", "conf=pixar_style", *SHORT, cwd=first.work)
     assert again.code == 0, again.err
     steps = first.config["trainer"]["steps"]
-    fresh = ["caption: fresh", "dataset: fresh", f"train: fresh ({steps} steps)", "export: fresh", "sample: fresh"]
+    fresh = [
+        "caption: up to date, skipped",
+        "dataset: up to date, skipped",
+        f"train: fresh ({steps} steps)",
+        "export: fresh",
+        "sample: fresh",
+    ]
     assert again.err.splitlines() == [*fresh, "report: outputs/pixar_style/report.html"]
     assert state() == before
     assert again.cpu_s < first.ended.cpu_s / 4

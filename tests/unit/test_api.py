@@ -207,7 +207,7 @@ def test_overrides_apply_to_a_config_too(plain: Config, calls: list[Any]) -> Non
 
 def test_a_folder_in_use_is_refused_with_its_owner(plain: Config, calls: list[Any]) -> None:
     said = rf"^run is in use by process {os.getpid()} since 20\d\d-.*run_dir=PATH$"
-    with rundir.held(plain), pytest.raises(RunError, match=said):
+    with rundir.held(Path(plain.run_dir), as_dict(plain)), pytest.raises(RunError, match=said):
         finetune.caption(plain)
     assert calls == []
     finetune.caption(plain)  # free again
@@ -229,7 +229,7 @@ def test_a_folder_in_use_by_another_process(plain: Config, calls: list[Any]) -> 
 
 
 def test_an_owner_that_has_not_signed_yet(plain: Config, calls: list[Any]) -> None:
-    with rundir.held(plain):
+    with rundir.held(Path(plain.run_dir), as_dict(plain)):
         Path("run/.lock.json").unlink()
         with pytest.raises(RunError, match="in use by another process"):
             finetune.caption(plain)

@@ -4,6 +4,7 @@ The format is recognised by the columns of the first row, or named. Rows are str
 does not grow with the file. Texts stay as they are; only blank system turns are left out.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -48,10 +49,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row. source: `file:line` for texts, `file:row` for tables, counted from 1."""
+    """One row. source: `file:line` for JSON lines and CSV, `file:row` for others, counted from 1."""
 
     messages: tuple[Message, ...]
     source: str
+
+    @property
+    def group(self) -> int:
+        """A 64-bit hash, equal for conversations that are equal but for case and white space."""
+        turns = (f"{message.role}\x1e{' '.join(message.content.split())}" for message in self.messages)
+        return int.from_bytes(hashlib.blake2b("\x1f".join(turns).casefold().encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import LongRows
-from finetune.data.text import duplicates, formats, readers
+from finetune.data.text import formats, readers
 from finetune.data.text.formats import Source
 from finetune.data.text.template import SKIP
 from finetune.data.text.tokens import Chat, Encoded
@@ -26,7 +26,7 @@ from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_of
 from finetune.run.progress import PLAIN_LINE_EVERY_S, say
 
-# N rows, S hashes in a signature
+# N rows
 MADE_BY = 1  # raised when the same input would give other rows
 NOTES = "rows.json"
 FILES = {
@@ -35,7 +35,6 @@ FILES = {
     "trained": np.uint32,  # trained tokens of each row
     "rows": np.uint64,  # number of its conversation among those that could be read, from 0
     "groups": np.uint64,  # hash of that conversation's text
-    "signatures": np.uint32,  # MinHash of that text, S for each row
 }
 SMALLEST_SET = 20  # conversations; under it none is held out
 ERRORS_KEPT = 5
@@ -141,18 +140,9 @@ class Rows:
 
     def duplicates(self) -> int:
         """Conversations whose text stood there before, but for case and white space."""
-        groups = np.asarray(self._arrays["groups"])[self._firsts()]
+        first_rows = np.diff(self._arrays["rows"].astype(np.int64), prepend=-1) != 0  # of each conversation
+        groups = np.asarray(self._arrays["groups"])[first_rows]
         return len(groups) - len(np.unique(groups))
-
-    def near_duplicates(self, share: float) -> tuple[int, int]:
-        """How many held-out conversations have a near-duplicate among those trained on, and how many are held out."""
-        signatures = self._arrays["signatures"].reshape(len(self), duplicates.HASHES)
-        train, held_out = (part[np.isin(part, self._firsts())] for part in self.split(share))
-        return duplicates.near(np.asarray(signatures[held_out]), signatures, train), len(held_out)
-
-    def _firsts(self) -> NDArray[np.int64]:
-        """The first row of each conversation."""
-        return np.flatnonzero(np.diff(self._arrays["rows"].astype(np.int64), prepend=-1)).astype(np.int64)
 
 
 def prepare(

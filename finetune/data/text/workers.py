@@ -20,7 +20,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import LongRows
-from finetune.data.text import duplicates
 from finetune.data.text.formats import Conversation
 from finetune.data.text.tokens import Chat, Encoded
 from finetune.data.text.truncate import truncate
@@ -47,7 +46,7 @@ class Chunk:
     """Encoded rows. tokens: ids of all rows end to end, uint32, the top bit set where trained.
 
     lengths, trained, rows, groups: of each encoded row its tokens, its trained tokens, the number of its conversation
-    and that one's hash; signatures (N, S). counts: see `_encode`. errors: of conversations that were left out.
+    and that one's hash. counts: see `_encode`. errors: of conversations that were left out.
     """
 
     tokens: NDArray[np.uint32]
@@ -55,7 +54,6 @@ class Chunk:
     trained: NDArray[np.uint32]
     rows: NDArray[np.uint64]
     groups: NDArray[np.uint64]
-    signatures: NDArray[np.uint32]
     counts: dict[str, int]
     errors: list[str]
 
@@ -178,7 +176,6 @@ def _encode(first: int, batch: list[Conversation], work: Work) -> Chunk:
     kept: list[Encoded] = []
     numbers: list[int] = []
     groups: list[int] = []
-    signatures: list[NDArray[np.uint32]] = []
     errors: list[str] = []
     counts = dict.fromkeys(("bad", "long", "left_out", "whole", "shortened", "control"), 0) | {"rows": len(batch)}
     start_id = work.chat.tokenizer.bos_token_id
@@ -197,8 +194,7 @@ def _encode(first: int, batch: list[Conversation], work: Work) -> Chunk:
         counts["control"] += encoded.control
         kept += pieces
         numbers += [first + place] * len(pieces)
-        groups += [duplicates.group_of(row)] * len(pieces)
-        signatures += [duplicates.signature_of(row)] * len(pieces)
+        groups += [row.group] * len(pieces)
     empty = np.zeros(0, np.uint32)
     return Chunk(
         tokens=np.concatenate([empty, *(row.ids | (row.trained * TRAINED) for row in kept)]).astype(np.uint32),
@@ -206,7 +202,6 @@ def _encode(first: int, batch: list[Conversation], work: Work) -> Chunk:
         trained=np.array([row.trained.sum() for row in kept], np.uint32),
         rows=np.array(numbers, np.uint64),
         groups=np.array(groups, np.uint64),
-        signatures=np.stack(signatures) if signatures else np.zeros((0, duplicates.HASHES), np.uint32),
         counts=counts,
         errors=errors,
     )

@@ -12,11 +12,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.adapters import lora
-from finetune.config.schema import Config, Family, ModelConfig
+from finetune.config.schema import Config, Family, LoraConfig, ModelConfig
 from finetune.diffusion import pipeline
 from finetune.diffusion.families import base, family, flux
 from finetune.diffusion.families.base import stacked
-from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL, DiffusionMemoryModel
+from finetune.diffusion.kind import workload
+from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL
 from finetune.diffusion.pipeline import ImageSampler, TextEncoder, Vae, load_backbone, load_scheduler
 from finetune.errors import ModelError
 from finetune.memory import block_offload, checkpointing
@@ -83,7 +84,7 @@ def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_t
     pixels_B3HW = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole = vae.encode(pixels_B3HW)
     assert [shape[0] for shape in seen] == [3]
-    monkeypatch.setattr(base, "AT_ONCE", 2 * 64 * 96)
+    monkeypatch.setattr(base, "MAX_BATCH_PIXELS", 2 * 64 * 96)
     seen.clear()
     alone = vae.encode(pixels_B3HW)
     assert [shape[0] for shape in seen] == [1, 1, 1]
@@ -99,7 +100,7 @@ def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_t
     assert max(shape[-2] * shape[-1] for shape in seen) < 64 * 96
     seen.clear()
     latents = torch.randn(3, *tiled.shape, generator=torch.Generator().manual_seed(1))
-    assert kind.pixels(vae.model, kind.left(latents), 64, 96).shape == (3, 3, 64, 96)
+    assert kind.pixels(vae.model, kind.pack_latents(latents), 64, 96).shape == (3, 3, 64, 96)
     assert max(shape[0] for shape in seen) == 1
     assert len(seen) > 3
 
@@ -124,7 +125,7 @@ def test_frozen_blocks_in_main_memory_and_recomputed_ones_give_the_same_gradient
     kind, random = family(model.family), torch.Generator().manual_seed(0)
     backbones = [load_backbone(model, torch.float32) for _ in range(3)]
     for backbone in backbones:
-        lora.inject(backbone, rank=4, alpha=8, dropout=0.2, targets=["to_q", "to_v"], seed=0)
+        lora.inject(backbone, LoraConfig(rank=4, alpha=8, dropout=0.2), ["to_q", "to_v"], seed=0)
         for weight in backbone.parameters():  # where it lies in a file, sums round otherwise
             weight.data = weight.data.clone()
     shape = (1, kind.latent_channels(backbones[0].config), 16, 16)
@@ -155,13 +156,13 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
 
     backbone.register_forward_hook(catch, with_kwargs=True)
     image_sampler = ImageSampler(model, [PROMPT], "", CPU, torch.float32)
-    left: list[Tensor] = []
+    packed: list[Tensor] = []
 
-    def blank(vae: object, latents: Tensor, height: int, width: int) -> Tensor:
-        left.append(latents)
+    def white(vae: object, latents: Tensor, height: int, width: int) -> Tensor:
+        packed.append(latents)
         return torch.zeros(1, 3, height, width)
 
-    monkeypatch.setattr(kind, "pixels", blank)
+    monkeypatch.setattr(kind, "pixels", white)
     image_sampler.generate(backbone, [(PROMPT, 0)], width=96, height=64, steps=2, guidance=1.0)
     (sampling, drawn), caught[:] = caught[0], []
 
@@ -179,7 +180,7 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
             rows = value[: len(training[name])] if value.ndim else value.expand(1)
             assert torch.allclose(training[name].float(), rows.float(), atol=1e-5), name
     assert predicted.shape == noisy.shape
-    assert left[0].shape == kind.left(noisy).shape
+    assert packed[0].shape == kind.pack_latents(noisy).shape
     sign = -1 if model.family in TOWARDS_CLEAN else 1
     assert torch.allclose(sign * unpack(drawn[:1], 64 // factor, 96 // factor), predicted, atol=1e-4)
 
@@ -221,8 +222,11 @@ def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
     config = Config(model=replace(model, resolution=64, bucket_step=32, lora_targets={"attention": ["to_q"]}))
     config.lora.targets = "attention"
     config.sample.prompts, config.sample.previews = ["a", "b", "c"], 3
-    memory_model = DiffusionMemoryModel(config, torch.float32, cuda=True, room=2.0**30)
-    trace = next(memory_model._sampling({})).trace
+    config.trainer.validate_every = 0
+    memory_model = workload(config).build(config.model, torch.float32, True, 2.0**30)
+    (name, options), *_ = memory_model.training_phases(1, {})
+    trace = next(iter(options)).trace
+    assert name == "sampling"
     assert trace is not None
     images = 3 * 3 * 64 * 64 * 4  # bytes: three of them, in fp32
     assert trace.kernels[-1].live - sum(trace.held.values()) >= images
@@ -232,7 +236,7 @@ def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
 def test_sixteen_bits_train_too(model: ModelConfig) -> None:
     kind = family(model.family)
     backbone = load_backbone(model, torch.bfloat16)
-    lora.inject(backbone, rank=2, alpha=2, dropout=0.0, targets=model.lora_targets["attention"], seed=0)
+    lora.inject(backbone, LoraConfig(rank=2, alpha=2, dropout=0.0), model.lora_targets["attention"], seed=0)
     for parameter in lora.adapter_parameters(backbone):
         parameter.data += 0.1  # B starts at zero, and A's gradient with it
     text = stacked(TextEncoder(model, CPU).encode([PROMPT, "a cat"]))

@@ -85,10 +85,10 @@ def test_greedy_answers_are_the_likeliest_tokens_one_after_another(
 def test_the_batch_does_not_show_in_the_answers(chat: Chat, model: Any, temperature: float) -> None:
     requested = jobs(chat, seeds=(0, 1))
     whole, few, alone = (
-        by(chat, batch).write(model, requested, max_new_tokens=12, temperature=temperature) for batch in (10, 3, 1)
+        by(chat, batch).generate(model, requested, max_new_tokens=12, temperature=temperature) for batch in (10, 3, 1)
     )
     assert whole == few == alone
-    backwards = by(chat, 4).write(model, requested[::-1], max_new_tokens=12, temperature=temperature)
+    backwards = by(chat, 4).generate(model, requested[::-1], max_new_tokens=12, temperature=temperature)
     assert backwards[::-1] == whole
 
 
@@ -96,7 +96,7 @@ def test_a_small_card_writes_fewer_at_once(
     chat: Chat, model: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     requested = jobs(chat, seeds=(0, 1))
-    whole = by(chat, len(requested)).write(model, requested, max_new_tokens=12, temperature=0.7)
+    whole = by(chat, len(requested)).generate(model, requested, max_new_tokens=12, temperature=0.7)
     generate = model.generate
 
     def limited(ids_BL: Any, **options: Any) -> Any:
@@ -116,7 +116,7 @@ def test_no_architecture_minds_the_batch(tmp_path: Path, architecture: str) -> N
     config = ModelConfig(kind="language", base=str(save_language(tmp_path, architecture)))
     chat = Chat(causal_lm.load_tokenizer(config.base))
     base = causal_lm.load_model(config, torch.float32, CPU)
-    together, alone = (by(chat, b).write(base, jobs(chat), max_new_tokens=9, temperature=0.5) for b in (8, 1))
+    together, alone = (by(chat, b).generate(base, jobs(chat), max_new_tokens=9, temperature=0.5) for b in (8, 1))
     assert together == alone
     assert len(set(alone)) == len(PROMPTS)
 

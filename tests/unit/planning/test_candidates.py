@@ -112,7 +112,7 @@ def test_a_step_of_one_example(config: Config) -> None:
 def test_offloaded_weights_leave_the_card_and_take_time_where_copies_are_slower_than_work(
     language_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(block_offload, "SLOTS", 1)  # a ring of two is all that this model has
+    monkeypatch.setattr(block_offload, "RING_SLOTS", 1)  # a ring of two is all that this model has
     small = replace(GPU, vram_gib=0.5001)
     kept = Candidates(on_a_card(language_config), small).setting(1, 1)
     language_config.model.offload = True

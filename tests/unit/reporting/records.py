@@ -61,7 +61,6 @@ def text_set(**values: object) -> TextSet:
         "fill_share": 0.97,
         "trained_share": 0.25,
         "preview": "user: hi\nassistant: ⟦ahoy</s>⟧",
-        "near_duplicates": 0,
         "bad": 0,
         "cached": False,
     }

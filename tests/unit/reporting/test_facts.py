@@ -67,10 +67,7 @@ def test_what_did_not_happen_is_not_mentioned(tmp_path: Path) -> None:
 
 
 def test_conversations_say_what_was_lost_only_where_something_was() -> None:
-    assert (
-        len(text_set_facts(text_set(truncated_share=0.01, bad=3, near_duplicates=2)))
-        == len(text_set_facts(text_set())) + 3
-    )
+    assert len(text_set_facts(text_set(truncated_share=0.01, bad=3))) == len(text_set_facts(text_set())) + 2
 
 
 def test_captions_are_counted_by_who_wrote_them() -> None:

@@ -60,10 +60,10 @@ def test_conversations_show_their_figures_and_what_is_trained() -> None:
     for words in ("messages (recognised)", "180", "20,000", "5,000 (25.0%)", "88 packs, 97.0% filled, 25.0% with"):
         assert words in shown
     assert "assistant: <mark>ahoy&lt;/s&gt;</mark>" in shown
-    for absent in ("cut off", "unusable", "nearly equal"):
+    for absent in ("cut off", "unusable"):
         assert absent not in shown
-    shown = html(text_set(truncated_share=0.0123, bad=3, near_duplicates=2, cached=True))
-    for words in ("1.23%", "unusable rows", "nearly equal", "found in the cache"):
+    shown = html(text_set(truncated_share=0.0123, bad=3, cached=True))
+    for words in ("1.23%", "unusable rows", "found in the cache"):
         assert words in shown
 
 

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from finetune.config.schema import Device, Precision
 from finetune.errors import DataError, FinetuneError, Interrupted, RunError
 from finetune.memory.device import pick_device
-from finetune.run import distributed
+from finetune.run import ranks
+from finetune.training import distributed
 from finetune.training.accelerator import build_accelerator, prepare
 from finetune.training.loop import Step, fit
 from finetune.training.oom import OomFallbacks
@@ -34,7 +35,7 @@ class Line:
     """A task as small as can be: a line through points, of which every third counts twice."""
 
     def __init__(self, short_of_memory: bool = False) -> None:
-        torch.manual_seed(1 + distributed.rank())  # the first one's weights have to come to count
+        torch.manual_seed(1 + ranks.rank())  # the first one's weights have to come to count
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
         self.unused = nn.Parameter(torch.ones(2))
         self.short_of_memory = short_of_memory
@@ -58,7 +59,7 @@ class Line:
 def steps_of(line: Any, stop: Stop, *, dropout: bool = True, keys: Sequence[int] | None = None) -> Iterator[Step]:
     """Each process on its share of STEPS, or of one step of these keys."""
     accelerator = build_accelerator(Precision.fp32, torch.device("cpu"))
-    assert accelerator.num_processes == distributed.world_size()
+    assert accelerator.num_processes == ranks.world_size()
     if not dropout:
         line.model[1].p = 0.0
     optimizer = torch.optim.AdamW([*line.model.parameters(), line.unused], lr=0.1, eps=1e-3)
@@ -68,10 +69,10 @@ def steps_of(line: Any, stop: Stop, *, dropout: bool = True, keys: Sequence[int]
 
     def mine() -> Iterator[list[Draw]]:
         for number, step in enumerate(planned, 1):
-            if number == STOPPED and distributed.rank() == 1:
+            if number == STOPPED and ranks.rank() == 1:
                 os.kill(os.getpid(), signal.SIGTERM)
             parts = line.split([(key, 0) for key in step], MICRO_BATCH)
-            yield list(itertools.chain(*parts[distributed.rank() :: distributed.world_size()]))
+            yield list(itertools.chain(*parts[ranks.rank() :: ranks.world_size()]))
 
     yield from fit(
         line,
@@ -110,7 +111,7 @@ def refusal() -> str | None:
 def broken() -> None:
     """Steps of which the second process can't read an example, while the first one is in the reduction."""
     line = Line()
-    if distributed.rank() == 1:
+    if ranks.rank() == 1:
         line.collate = lambda draws: fail(1, DataError("no such image"))()  # type: ignore[method-assign]
     list(steps_of(line, Stop()))
 
@@ -129,7 +130,7 @@ def fail(index: int, error: Exception) -> Callable[[], object]:
     """Work in which one process fails, while the others are in a wait of one sort or another."""
 
     def work() -> object:
-        if distributed.rank() == index:
+        if ranks.rank() == index:
             raise error
         return distributed.gather(1)
 
@@ -148,7 +149,7 @@ def take_part(index: int, port: int, folder: str) -> None:
     join(index, port)
     with distributed.process_group():
         seen: dict[str, Any] = {
-            "first": distributed.on_first_rank(lambda: distributed.rank()),
+            "first": distributed.on_first_rank(lambda: ranks.rank()),
             "gathered": distributed.gather(f"I am {index}"),
             "trained": trained(),
             "short of memory": trained(dropout=False, short_of_memory=index == 1),

@@ -6,16 +6,18 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
 from finetune.errors import RunError
 from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
 from finetune.run.records import Caption, CaptionSet, Run, TextSet, from_plain
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
+from tests.conftest import ROOT
 from tests.unit.reporting.records import run_record, text_set
 
-STATE = TrainState(4, {"seed": 1}, 16, 8.0, 0.5, 0.25, None, None, None, 0, 0, None, {"offload": False}, {}, 2, 1)
+STATE = TrainState(
+    {"seed": 1}, step=4, count=16, last_losses=((3, 0.5), (4, 0.25)), requested={"offload": False}, fallbacks=1
+)
 
 
 def in_old_words(record: Any) -> dict[str, Any]:
@@ -54,8 +56,8 @@ def test_a_damaged_receipt_is_named(tmp_path: Path, damage: str) -> None:
             {"eased": "micro-batch 1", "probed_gib": 3.5},
         ),
         (
-            text_set(truncated_share=0.1, near_duplicates=2),
-            {"lost": 0.1, "real": 0.97, "learnt": 0.25, "leaked": 2, "marked": text_set().preview},
+            text_set(truncated_share=0.1),
+            {"lost": 0.1, "real": 0.97, "learnt": 0.25, "marked": text_set().preview},
         ),
         (
             replace(STATE, dry_run_gib=3.5),
@@ -81,7 +83,15 @@ def test_a_receipt_in_the_words_of_an_earlier_version_is_read(tmp_path: Path) ->
     assert load_record(tmp_path, "dataset", TextSet) == texts
 
 
-def test_a_checkpoint_of_an_earlier_version_is_of_the_same_run(tmp_path: Path) -> None:
-    old = replace(STATE, identity={"seed": 1, "pictures and captions": "abc"})
-    folder = checkpoint.save(tmp_path, old, {"a": torch.ones(1)}, {}, None)
-    assert checkpoint.load(folder).state.identity == {"seed": 1, "images and captions": "abc"}
+def test_the_stored_runs_of_an_earlier_version_are_read() -> None:
+    images, chat = (ROOT / "tests" / "stored" / name for name in ("run_pictures", "run_chat"))
+    for folder, unit in ((images, "images"), (chat, "tokens")):
+        run = load_record(folder, "train", Run)
+        assert run is not None
+        assert (run.unit, run.steps, run.oom_fallbacks) == (unit, 2, "")
+        state = checkpoint.load(checkpoint.at(folder / "checkpoints", 2)).state
+        assert (state.step, state.count) == (2, run.items)
+    texts = load_record(chat, "dataset", TextSet)
+    assert texts is not None
+    assert 0 < texts.trained_share < texts.fill_share <= 1
+    assert "⟦" in texts.preview

@@ -42,8 +42,8 @@ def settled(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, int]]:
         calls.append(wanted)
         return choice.with_settings(config, **choice.settings(config) | wanted), 1.5
 
-    monkeypatch.setattr(choice, "needed", lambda config, device: config.trainer.autotune is not Autotune.off)
-    monkeypatch.setattr(choice, "settle", choose_settings)
+    monkeypatch.setattr(choice, "is_needed", lambda autotune, device: autotune is not Autotune.off)
+    monkeypatch.setattr(choice, "choose_settings", choose_settings)
     return calls
 
 
@@ -104,7 +104,7 @@ def test_a_worst_step_that_does_not_fit_starts_smaller(
     capfd: pytest.CaptureFixture[str],
 ) -> None:  # fmt: skip
     config, dataset = setting.config, setting.dataset
-    monkeypatch.setattr(choice, "settle", lambda config: (config, 2.0))
+    monkeypatch.setattr(choice, "choose_settings", lambda config: (config, 2.0))
     with monkeypatch.context() as patch:
         Gpu(at_most(1)).install(patch)
         found = train(into(config, tmp_path / "small", 4, 1), dataset)
@@ -127,7 +127,7 @@ def test_a_card_that_is_too_small_says_so_before_the_first_step(
 
 
 def test_the_worst_micro_batch_is_of_the_largest_example(setting: Setting) -> None:
-    task = kinds.build_task(setting.config, setting.dataset, CPU)
+    task = kinds.of(setting.config).build_task(setting.config, setting.dataset, CPU)
     worst = task.collate(task.worst(3))
     assert len(worst.names) == 3
     first = next(iter(task.steps(effective=8, start=0)))
@@ -137,13 +137,13 @@ def test_the_worst_micro_batch_is_of_the_largest_example(setting: Setting) -> No
 
 
 def test_the_worst_pack_is_full_and_the_worst_row_the_longest(language_config: Config) -> None:
-    task = kinds.build_task(language_config, tokenize.build(language_config, None), CPU)
+    task = kinds.of(language_config).build_task(language_config, tokenize.build(language_config, None), CPU)
     packs = [task.collate([draw]) for draw in next(iter(task.steps(effective=32, start=0)))]
     worst = task.collate(task.worst(1))
     assert worst.items == max(pack.items for pack in packs) > min(pack.items for pack in packs)
     assert worst.padded_count == language_config.data.length
     language_config.data.packing = False
-    task = kinds.build_task(language_config, tokenize.build(language_config, None), CPU)
+    task = kinds.of(language_config).build_task(language_config, tokenize.build(language_config, None), CPU)
     rows = [task.collate([draw]) for draw in next(iter(task.steps(effective=40, start=0)))]
     assert task.collate(task.worst(1)).padded_count == max(row.padded_count for row in rows)
 
@@ -202,7 +202,7 @@ def test_a_base_that_cannot_be_planned_is_tried_all_the_same(
     """Such as one whose layers go by where numbers are above zero."""
     config = setting.config
     config.sample.prompts = []
-    monkeypatch.setattr(choice, "needed", lambda config, device: config.trainer.autotune is not Autotune.off)
+    monkeypatch.setattr(choice, "is_needed", lambda autotune, device: autotune is not Autotune.off)
     monkeypatch.setattr(choice, "read", lambda hardware: machine(24.0))
     step = Tracer.step
 

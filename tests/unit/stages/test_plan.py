@@ -172,7 +172,7 @@ def test_a_plan_whose_samples_do_not_fit_does_as_it_says(config: Config, monkeyp
 
 
 def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(block_offload, "SLOTS", 1)  # a ring of two is all that this model has
+    monkeypatch.setattr(block_offload, "RING_SLOTS", 1)  # a ring of two is all that this model has
 
     def weights(gib: float, *, offloaded: bool) -> float:
         on_a_card(config, gib).model.offload = offloaded

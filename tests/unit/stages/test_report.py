@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.errors import RunError
 from finetune.run import rundir
@@ -98,7 +99,7 @@ def talk(tmp_path: Path) -> Config:
     config = Config(name="pirate", run_dir=str(tmp_path / "talk"))
     config.model.kind, config.model.base = "language", "tiny"
     run_dir = Path(config.run_dir)
-    rundir.write_config(config, run_dir)
+    rundir.write_config(as_dict(config), run_dir)
     save(config, "dataset", text_set())
     save(config, "train", run_record(run_dir, unit="tokens", items=56_960, best_step=4))
     save(config, "export", Adapter(str(run_dir / "adapter"), {"peft": "peft"}, {"peft": 0.0}, "tiny", ""))
@@ -117,7 +118,7 @@ def trained(config: Config, make_dataset: Callable[..., Dataset]) -> Config:
     dataset = make_dataset()
     save(config, "dataset", dataset)
     train(config, dataset)
-    rundir.write_config(config, Path(config.run_dir))
+    rundir.write_config(as_dict(config), Path(config.run_dir))
     return config
 
 

@@ -260,7 +260,7 @@ def test_micro_batch_and_accumulation_may_be_exchanged_on_resume(
     train(config, dataset)
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 6, 4, 1
     found = train(config, dataset)
-    assert (found.steps, found.batch) == (6, "4 × 1 accumulated = effective batch 4")
+    assert (found.steps, found.micro_batch, found.effective) == (6, 4, 4)
     figures = json.loads((Path(config.run_dir) / "receipts" / "train.json").read_text())["figures"]
     assert (figures["micro_batch"], figures["effective_batch"], figures["processes"]) == (4, 4, 1)
 
@@ -273,7 +273,7 @@ def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
     config.lora.dropout, config.optim.schedule = 0.2, Schedule.constant
     config.run_dir = str(tmp_path / "resident")
     resident = checkpoint.load(Path(train(config, dataset).checkpoint))
-    monkeypatch.setattr(block_offload, "wanted", lambda model, _: model.offload)
+    monkeypatch.setattr(block_offload, "is_active", lambda model, _: model.offload)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
     config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
     capfd.readouterr()

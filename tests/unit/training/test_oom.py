@@ -81,7 +81,7 @@ class Gpu:
             return task
 
         monkeypatch.setattr(kinds, "build_task", built)
-        monkeypatch.setattr(checkpointing, "recompute", spied)
+        monkeypatch.setattr(checkpointing, "set_checkpointing", spied)
         return self
 
 
@@ -205,7 +205,7 @@ def test_at_the_foot_of_the_ladder_it_says_what_was_tried_and_what_may_fit(
         "diffusion": r"try smaller images: model\.resolution=16, model\.quantize=nf4, or a smaller base model",
         "language": r"try shorter rows: data\.length=96, model\.quantize=nf4, or a smaller base model",
     }[config.model.kind]
-    words = r"^out of memory with micro-batch 1 instead of 4, trainer\.checkpointing=1; " + advice + "$"
+    words = r"^out of memory with micro-batch 1 instead of 4, trainer\.activation_checkpointing=1; " + advice + "$"
     with pytest.raises(OutOfMemory, match=words):
         train(into(config, tmp_path / "run", 4, 1), dataset)
     assert checkpoint.steps_on_disk(tmp_path / "run" / "checkpoints") == [2]  # and nothing that was done is lost
@@ -290,7 +290,7 @@ def test_every_way_to_run_out_is_known(error: Exception) -> None:
         raise error
 
     dropped: list[bool] = []
-    assert try_within_memory(fail, drop=lambda: dropped.append(True)) is None
+    assert try_within_memory(fail, cleanup=lambda: dropped.append(True)) is None
     assert dropped
     assert is_out_of_memory(error)
 
@@ -310,7 +310,7 @@ def test_a_failed_attempt_holds_nothing_when_it_is_dropped() -> None:
         held.append(weakref.ref(activations))
         raise torch.OutOfMemoryError(FULL)
 
-    try_within_memory(fail, drop=lambda: gone.append(held[0]() is None))
+    try_within_memory(fail, cleanup=lambda: gone.append(held[0]() is None))
     assert gone == [True]
 
 
@@ -324,7 +324,7 @@ def test_activations_in_main_memory_give_the_same_gradients(
     monkeypatch.setattr(activation_offload, "WORTH_BYTES", 0)
     moved: list[int] = []
     real = torch.empty_like
-    task: Any = kinds.build_task(config, dataset, torch.device("cpu"))
+    task: Any = kinds.of(config).build_task(config, dataset, torch.device("cpu"))
     task.model.train()
     batch = task.collate(next(iter(task.steps(effective=2, start=0))))
     found = []
@@ -352,7 +352,7 @@ def test_of_checkpointed_blocks_the_inputs_alone_go_to_main_memory_and_no_weight
     real = torch.empty_like
     for every in (0, 1):
         config.trainer.activation_checkpointing = every
-        task: Any = kinds.build_task(config, dataset, torch.device("cpu"))
+        task: Any = kinds.of(config).build_task(config, dataset, torch.device("cpu"))
         batch = task.collate(next(iter(task.steps(effective=2, start=0))))
         frozen = {p.untyped_storage().data_ptr() for p in task.model.parameters() if not p.requires_grad}
         moved: list[Tensor] = []

@@ -48,12 +48,12 @@ def test_every_row_once_and_no_pack_over_the_length(count, seed, monkeypatch):
 def test_packs_are_at_least_95_percent_full(name):
     lengths = typical(name, 4000)
     used = packing.utilisation(lengths, lengths // 2, length=LENGTH, seed=0)
-    assert used.real / used.padded_count >= 0.95
-    assert used.real == lengths.sum()
-    assert used.padded_count == used.packs * LENGTH
-    assert str(used).startswith(f"{used.packs} packs, {used.real / used.padded_count:.1%} of slots hold a token")
+    assert used.tokens / used.capacity >= 0.95
+    assert used.tokens == lengths.sum()
+    assert used.capacity == used.packs * LENGTH
+    assert str(used).startswith(f"{used.packs} packs, {used.tokens / used.capacity:.1%} of slots hold a token")
     alone = packing.utilisation(lengths, lengths // 2, length=LENGTH, seed=0, pack=False)
-    assert (alone.packs, alone.real) == (4000, used.real)
+    assert (alone.packs, alone.tokens) == (4000, used.tokens)
 
 
 def test_the_plan_depends_on_seed_and_epoch_alone():

@@ -14,7 +14,7 @@ import pytest
 from finetune.config.schema import LongRows
 from finetune.data.text import store, workers
 from finetune.data.text.formats import Conversation, Message, open_source
-from finetune.data.text.tokens import Chat, marked
+from finetune.data.text.tokens import Chat, preview_row
 from finetune.errors import DataError, RunError
 from tests import chat_templates as templates
 from tests.chat_templates import tokenizer
@@ -69,7 +69,7 @@ def test_rows_are_what_encoding_one_by_one_gives(prepare, data, chat):
         assert found.lengths[index] == len(alone.ids)
         assert found.trained[index] == alone.trained.sum()
         assert found.number(index) == index
-    assert "⟦" in marked(chat.tokenizer, found[0])
+    assert "⟦" in preview_row(chat.tokenizer, found[0])
     for bad in (60, -1):
         with pytest.raises(IndexError):
             found[bad]
@@ -291,7 +291,6 @@ def test_small_sets_and_sets_of_equals(prepare, tmp_path):
     assert len(twenty.split(1e-9)[1]) == 1, "one is held out at least"
     equals = prepare(save(tmp_path / "c.jsonl", [turns(draw)] * 30))
     assert [len(part) for part in equals.split(0.5)] == [30, 0]
-    assert equals.near_duplicates(0.5) == (0, 0)
     assert equals.duplicates() == 29
 
 
@@ -303,22 +302,6 @@ def test_pieces_of_a_row_are_on_one_side(prepare, tmp_path):
     assert held
     assert not train & held
     assert found.duplicates() == 0
-
-
-def test_near_duplicates_across_the_split_are_counted(prepare, tmp_path):
-    draw = random.Random(7)
-    made = [turns(draw, 40) for _ in range(200)]
-    near = json.loads(json.dumps(made))
-    for row in near:
-        row["messages"][0]["content"] += " Please tell me."
-    clean = prepare(save(tmp_path / "a.jsonl", made), length=1024)
-    assert clean.near_duplicates(0.2) == (0, len(clean.split(0.2)[1]))
-    both = prepare(save(tmp_path / "b.jsonl", [*made, *near]), length=1024)
-    near_duplicates, held_out = both.near_duplicates(0.2)
-    train, held = (set(part.tolist()) for part in both.split(0.2))
-    true = sum((index + 200) % 400 in train for index in held)
-    assert held_out == len(held) > true > 40, "where a copy fell on the same side there is no leak"
-    assert 0.85 * true < near_duplicates <= true
 
 
 def test_memory_does_not_grow_with_the_set(tmp_path):

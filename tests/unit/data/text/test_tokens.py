@@ -414,7 +414,7 @@ def test_many_at_once_equal_one_by_one_and_bad_rows_keep_their_place():
         assert alone.ids.tolist() == found[index].ids.tolist()
         assert alone.trained.tolist() == found[index].trained.tolist()
     again = pickle.loads(pickle.dumps(chat))
-    assert again.identity == chat.content_hash
+    assert again.content_hash == chat.content_hash
     assert again.encode(rows[0]).ids.tolist() == found[0].ids.tolist()
 
 

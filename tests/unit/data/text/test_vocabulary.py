@@ -4,7 +4,7 @@ import numpy as np
 
 from finetune.data.text import vocabulary
 from finetune.data.text.formats import Conversation, Message
-from finetune.data.text.tokens import Chat, marked
+from finetune.data.text.tokens import Chat, preview_row
 from tests import chat_templates as templates
 from tests.chat_templates import tokenizer
 
@@ -18,7 +18,7 @@ def test_identity_is_by_content(tmp_path):
     made.save_pretrained(tmp_path / "a")
     again = AutoTokenizer.from_pretrained(tmp_path / "a")
     again(["a", "b b b b"], padding=True, truncation=True, max_length=3) if again.pad_token else None
-    assert Chat(again).identity == Chat(made).identity
+    assert Chat(again).content_hash == Chat(made).content_hash
     others = [Chat(tokenizer(templates.PHI)), Chat(tokenizer(templates.CHATML, eos="<|im_end|>")),
               Chat(tokenizer(templates.CHATML, special=BARE)), Chat(made, template="chatml")]  # fmt: skip
     assert len({chat.content_hash for chat in [*others, Chat(made)]}) == 5
@@ -52,8 +52,8 @@ def test_tokenizers_without_offsets_are_given_text_in_pieces():
     letters = Letters()
     turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
     encoded = Chat(letters).encode(Conversation(turns, "f:1"))
-    assert marked(letters, encoded) == "<|user|>\na$\n<|assistant|>\n⟦b$⟧\n<|user|>\nc$\n<|assistant|>\n⟦d$⟧\n"
-    assert len(Chat(letters).identity) == 64
+    assert preview_row(letters, encoded) == "<|user|>\na$\n<|assistant|>\n⟦b$⟧\n<|user|>\nc$\n<|assistant|>\n⟦d$⟧\n"
+    assert len(Chat(letters).content_hash) == 64
     [(ids, trained)] = vocabulary.token_spans(letters, ["abcdefgh"], [[(4, 6), (1, 3), (2, 4), (7, 8)]])
     assert (ids.tolist(), trained.astype(int).tolist()) == (list(b"abcdefgh"), [0, 1, 1, 1, 1, 1, 0, 1])
     [(_, trained)] = vocabulary.token_spans(letters, ["ab"], [[(0, 1)]])

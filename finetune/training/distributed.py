@@ -6,36 +6,20 @@ is raised in all. Both go through torch's key-value store, which needs no GPU an
 
 import atexit
 import itertools
-import os
 import pickle
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from typing import Any, TypeVar
 
-from finetune.errors import ConfigError, RunError
+from finetune.errors import RunError
+from finetune.run.ranks import rank, world_size
 
 T = TypeVar("T")
 TIMEOUT_S = 24 * 3600.0  # captions of a large folder take hours, in which the other processes only wait
 POLL_ERRORS_S = 0.2  # for errors of the others
 LONGEST_PAUSE_S = 0.01  # short against a step, which ends in such a wait
 ERROR, LEFT = "error", "left"
-
-
-def world_size() -> int:
-    """How many processes this run has; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
-
-
-def rank() -> int:
-    """This process among them, from 0."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
-
-
-def require_single_process() -> None:
-    """Raises ConfigError where several processes are to do what one does."""
-    if world_size() > 1:
-        raise ConfigError("several processes can only train; type this command without torchrun or accelerate")
 
 
 @contextmanager

@@ -1,0 +1,107 @@
+"""Image models as a `finetune.kinds.Kind`: here the whole configuration becomes the values that this slice takes."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.config.model_kinds import MODEL_KINDS
+from finetune.config.schema import Config, ModelConfig
+from finetune.diffusion import encode
+from finetune.diffusion import export as exporting
+from finetune.diffusion import sample as sampling
+from finetune.diffusion.memory_model import DiffusionMemoryModel
+from finetune.diffusion.task import DiffusionTask
+from finetune.memory import policy
+from finetune.memory.device import pick_device, pick_dtype
+from finetune.planning.workload import Workload
+from finetune.run.records import Dataset, Run, Sample, Samples
+from finetune.training.optim import OPTIMIZERS, optimizer_bytes
+from finetune.training.task import Task
+
+FACTS = MODEL_KINDS["diffusion"]
+DATASET, SAMPLES = Dataset, Samples
+
+dataset_inputs = encode.inputs
+build_dataset = encode.build
+dataset_complete = encode.complete
+dataset_figures = encode.figures
+
+
+def build_task(config: Config, dataset: Dataset, device: torch.device) -> Task:
+    return DiffusionTask(
+        dataset,
+        device,
+        model=config.model,
+        lora=config.lora,
+        loss=config.loss,
+        sample=config.sample,
+        dtype=pick_dtype(config.trainer.precision, device),
+        seed=config.seed,
+        vram_gib=config.hardware.vram_gib,
+        activation_checkpointing=config.trainer.activation_checkpointing,
+        offload_activations=config.trainer.offload_activations,
+    )
+
+
+def workload(config: Config) -> Workload:
+    def build(model: ModelConfig, dtype: torch.dtype, cuda: bool, room: float) -> DiffusionMemoryModel:
+        return DiffusionMemoryModel(
+            dtype,
+            cuda=cuda,
+            room=room,
+            model=model,
+            lora=config.lora,
+            loss=config.loss,
+            caption=config.caption,
+            sample=config.sample,
+            max_aspect=config.data.max_aspect,
+            validates=config.trainer.validate_every > 0,
+            seed=config.seed,
+        )
+
+    return Workload(
+        config.model,
+        config.trainer,
+        optimizer_bytes=partial(optimizer_bytes, config.optim.name),
+        paged_optimizer=OPTIMIZERS[config.optim.name].paged,
+        build=build,
+    )
+
+
+def exports_on_cpu(config: Config) -> bool:
+    device = pick_device(config.hardware.device)
+    dtype = pick_dtype(config.trainer.precision, device)
+    cuda = device.type == "cuda"
+    return policy.image_export(config.model, dtype, cuda=cuda, weights=0, room=0.0).cpu_fallback
+
+
+def export(
+    config: Config, run: Run, weights: Mapping[str, Tensor], averaged: Mapping[str, Tensor] | None, folder: Path
+) -> tuple[dict[str, str], dict[str, float]]:
+    device = pick_device(config.hardware.device)
+    exporter = exporting.Exporter(
+        model=config.model,
+        lora=config.lora,
+        device=device,
+        dtype=pick_dtype(config.trainer.precision, device),
+        vram_gib=config.hardware.vram_gib,
+        seed=config.seed,
+        name=config.name,
+        metadata=exporting.kohya_metadata(
+            config.name, config.model.base, config.lora, config.caption.trigger, run.training_hash, run.steps
+        ),
+    )
+    return exporter.export(weights, averaged, folder, formats=config.export.formats, tolerance=config.export.tolerance)
+
+
+def usage(config: Config) -> str:
+    return exporting.usage(config.model)
+
+
+def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample, ...]]:
+    device = pick_device(config.hardware.device)
+    dtype = pick_dtype(config.trainer.precision, device)
+    return sampling.sample(config.model, config.sample, adapter, folder, device, dtype, config.hardware.vram_gib)

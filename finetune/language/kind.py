@@ -1,0 +1,121 @@
+"""Language models as a `finetune.kinds.Kind`: here the whole configuration becomes the values that this slice takes."""
+
+from collections.abc import Mapping
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from finetune.config.model_kinds import MODEL_KINDS
+from finetune.config.schema import Config, ExportFormat, ModelConfig
+from finetune.data.text import store
+from finetune.errors import DataError
+from finetune.language import export as exporting
+from finetune.language import sample as sampling
+from finetune.language import tokenize
+from finetune.language.memory_model import LanguageMemoryModel
+from finetune.language.task import LanguageTask
+from finetune.memory import policy
+from finetune.memory.device import pick_device, pick_dtype
+from finetune.planning.workload import Workload
+from finetune.run.receipts import load_record
+from finetune.run.records import Answer, Answers, Run, TextSet
+from finetune.training.optim import OPTIMIZERS, optimizer_bytes
+from finetune.training.task import Task
+
+FACTS = MODEL_KINDS["language"]
+DATASET, SAMPLES = TextSet, Answers
+
+dataset_inputs = tokenize.inputs
+build_dataset = tokenize.build
+dataset_complete = tokenize.complete
+dataset_figures = tokenize.figures
+
+
+def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
+    exporting.check_formats(config.model, config.lora, config.export.formats)  # now, and not when training is over
+    return LanguageTask(
+        dataset,
+        device,
+        model=config.model,
+        lora=config.lora,
+        data=config.data,
+        sample=config.sample,
+        dtype=pick_dtype(config.trainer.precision, device),
+        seed=config.seed,
+        vram_gib=config.hardware.vram_gib,
+        activation_checkpointing=config.trainer.activation_checkpointing,
+        offload_activations=config.trainer.offload_activations,
+    )
+
+
+def workload(config: Config) -> Workload:
+    def build(model: ModelConfig, dtype: torch.dtype, cuda: bool, room: float) -> LanguageMemoryModel:
+        return LanguageMemoryModel(
+            dtype,
+            cuda=cuda,
+            room=room,
+            model=model,
+            lora=config.lora,
+            sample=config.sample,
+            length=config.data.length,
+            merges=ExportFormat.merged in config.export.formats,
+            validates=config.trainer.validate_every > 0,
+            seed=config.seed,
+        )
+
+    return Workload(
+        config.model,
+        config.trainer,
+        optimizer_bytes=partial(optimizer_bytes, config.optim.name),
+        paged_optimizer=OPTIMIZERS[config.optim.name].paged,
+        build=build,
+    )
+
+
+def exports_on_cpu(config: Config) -> bool:
+    cuda = pick_device(config.hardware.device).type == "cuda"
+    return policy.language_export(config.model, cuda=cuda, dora=config.lora.dora).cpu_fallback
+
+
+def export(
+    config: Config, run: Run, weights: Mapping[str, Tensor], averaged: Mapping[str, Tensor] | None, folder: Path
+) -> tuple[dict[str, str], dict[str, float]]:
+    chat = tokenize.chat_of(config.model, config.data)
+    rows, source = exporting.comparison_rows(
+        _stored_rows(config), chat, length=config.data.length, share=config.data.validation_share
+    )
+    exporter = exporting.Exporter(
+        model=config.model,
+        lora=config.lora,
+        chat=chat,
+        template=config.data.chat_template,
+        rows=rows,
+        source=source,
+        device=pick_device(config.hardware.device),
+        vram_gib=config.hardware.vram_gib,
+        seed=config.seed,
+        name=config.name,
+    )
+    return exporter.export(weights, averaged, folder, config.export)
+
+
+def usage(config: Config) -> str:
+    return exporting.USAGE
+
+
+def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answer, ...]]:
+    device = pick_device(config.hardware.device)
+    dtype = pick_dtype(config.trainer.precision, device)
+    chat = tokenize.chat_of(config.model, config.data)
+    return sampling.sample(config.model, config.sample, chat, adapter, folder, device, dtype, config.hardware.vram_gib)
+
+
+def _stored_rows(config: Config) -> store.Rows | None:
+    """Of the run's data set, if they are still in the cache, which may be deleted at any time."""
+    record = load_record(Path(config.run_dir), "dataset", TextSet)
+    try:
+        return store.reopen(Path(record.rows)) if record else None
+    except DataError:
+        return None
