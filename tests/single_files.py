@@ -69,18 +69,18 @@ class Asked(dict[str, Any]):
 def save_single_file(folder: Path, file: Path, kind: Family, parts: Iterable[str] | None = None) -> Path:
     """The pipeline's backbone, autoencoder and CLIP text encoders (or `parts`) in one file of the original layout."""
     found: dict[str, Tensor] = {}
-    for part in parts or (family(kind).BACKBONE, "vae", *(part for part in family(kind).TEXT if "encoder" in part)):
+    for part in parts or (family(kind).backbone, "vae", *family(kind).text_tokens):
         weights = {
             name: weight
             for source in (folder / part).glob("*.safetensors")
             for name, weight in load_file(source).items()
         }
-        if part == family(kind).BACKBONE:
+        if part == family(kind).backbone:
             names = {BACKBONE + name: weight for name, weight in original_backbone(kind, weights).items()}
         elif part == "vae":
             names = {f"first_stage_model.{name}": weight for name, weight in _vae(weights).items()}
         else:
-            names = dict(_text_encoder(weights, family(kind).FILE_TEXT[part]))
+            names = dict(_text_encoder(weights, family(kind).file_text_prefixes[part]))
         found |= {name: weight.contiguous() for name, weight in names.items()}
     save_file(found, file)
     return file

@@ -21,8 +21,8 @@ from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.data.cache import Cache, key_of, missing
 from finetune.data.images import buckets, decode, folder
+from finetune.diffusion.families.spec import TEXT_BATCH
 from finetune.diffusion.pipeline import (
-    TEXT_BATCH,
     base_hash,
     load_text_encoder,
     load_vae,

@@ -81,9 +81,9 @@ def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, 
         Path(result.adapter.folder),
         result.adapter.files[export_format.name],
     )
-    parts = dict.fromkeys((*kind.TEXT, "vae"))
+    parts = dict.fromkeys((*kind.text_parts, "vae"))
     loaded_into = pipeline.load_pipeline(config.model, parts)
-    backbone = getattr(loaded_into, kind.BACKBONE)
+    backbone = getattr(loaded_into, kind.backbone)
     loaded_into.load_lora_weights(folder, weight_name=name)
     if export_format is ExportFormat.kohya and config.model.family in UNREAD:
         assert not any("lora" in name for name, _ in backbone.named_parameters())

@@ -4,9 +4,9 @@ from importlib import import_module
 from typing import cast
 
 from finetune.config.schema import Family as Name
-from finetune.diffusion.families.base import Family
+from finetune.diffusion.families.spec import FamilySpec
 
 
-def family(name: Name) -> Family:
-    """The module of that family."""
-    return cast(Family, import_module(f"{__name__}.{name.name}"))
+def family(name: Name) -> FamilySpec:
+    """What sets that family apart."""
+    return cast(FamilySpec, import_module(f"{__name__}.{name.name}").SPEC)

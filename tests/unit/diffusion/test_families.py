@@ -13,9 +13,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.adapters import lora
 from finetune.config.schema import Config, Family, ModelConfig
-from finetune.diffusion import pipeline
-from finetune.diffusion.families import base, family, flux
-from finetune.diffusion.families.base import stacked
+from finetune.diffusion import tiling
+from finetune.diffusion.families import family, flux
+from finetune.diffusion.families.spec import stacked
 from finetune.diffusion.kind import workload
 from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL
 from finetune.diffusion.pipeline import ImageSampler, TextEncoder, Vae, load_backbone, load_scheduler
@@ -84,13 +84,13 @@ def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_t
     pixels_B3HW = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole = vae.encode(pixels_B3HW)
     assert [shape[0] for shape in seen] == [3]
-    monkeypatch.setattr(base, "MAX_BATCH_PIXELS", 2 * 64 * 96)
+    monkeypatch.setattr(tiling, "MAX_BATCH_PIXELS", 2 * 64 * 96)
     seen.clear()
     alone = vae.encode(pixels_B3HW)
     assert [shape[0] for shape in seen] == [1, 1, 1]
     for one, other in zip(whole, alone, strict=True):
         assert torch.allclose(one["mean"], other["mean"], rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(base, "UNTILED", 64 * 96 - 1)
+    monkeypatch.setattr(tiling, "UNTILED", 64 * 96 - 1)
     if model.family is Family.qwen_image:  # whose tiles are larger than these images
         vae.model.enable_tiling(32, 32, 24, 24)
     seen.clear()
@@ -100,24 +100,22 @@ def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_t
     assert max(shape[-2] * shape[-1] for shape in seen) < 64 * 96
     seen.clear()
     latents = torch.randn(3, *tiled.shape, generator=torch.Generator().manual_seed(1))
-    assert kind.pixels(vae.model, kind.pack_latents(latents), 64, 96).shape == (3, 3, 64, 96)
+    assert kind.decode(vae.model, kind.pack_latents(latents), 64, 96).shape == (3, 3, 64, 96)
     assert max(shape[0] for shape in seen) == 1
     assert len(seen) > 3
 
 
-def test_the_autoencoder_leaves_the_device_where_memory_ran_out(
-    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_autoencoder_leaves_the_device_where_memory_ran_out(model: ModelConfig) -> None:
     kind, backbone = family(model.family), load_backbone(model, torch.float32).train()
     image_sampler = ImageSampler(model, [PROMPT], "", CPU, torch.float32)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(kind, "pixels", fail)
+    image_sampler.family = replace(kind, decode=fail)
     with pytest.raises(torch.OutOfMemoryError):
         image_sampler.generate(backbone, [(PROMPT, 0)], width=96, height=64, steps=1, guidance=1.0)
-    assert getattr(image_sampler.pipeline, kind.BACKBONE) is None
+    assert getattr(image_sampler.pipeline, kind.backbone) is None
     assert backbone.training
 
 
@@ -145,7 +143,7 @@ def test_frozen_blocks_in_main_memory_and_recomputed_ones_give_the_same_gradient
     assert all(torch.equal(one, other) for one, other in zip(plain, away, strict=True))
 
 
-def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig) -> None:
     """The same noisy latents, timestep and text, caught on the pipeline's way, give the same inputs and output."""
     kind, backbone = family(model.family), load_backbone(model, torch.float32)
     caught: list[tuple[dict[str, Any], Tensor]] = []
@@ -162,7 +160,7 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
         packed.append(latents)
         return torch.zeros(1, 3, height, width)
 
-    monkeypatch.setattr(kind, "pixels", white)
+    image_sampler.family = replace(kind, decode=white)
     image_sampler.generate(backbone, [(PROMPT, 0)], width=96, height=64, steps=2, guidance=1.0)
     (sampling, drawn), caught[:] = caught[0], []
 
@@ -285,6 +283,8 @@ def test_a_damaged_index_is_named(model: ModelConfig, tmp_path: Path) -> None:
 
 
 def test_every_pipeline_is_one_of_diffusers() -> None:
+    import diffusers
+
     for kind in map(family, Family):
-        for name in (kind.PIPELINE, kind.BACKBONE_CLASS, kind.VAE_CLASS):
-            assert pipeline._class(name).__name__ == name
+        for name in (kind.pipeline, kind.backbone_class, kind.vae_class):
+            assert getattr(diffusers, name).__name__ == name
