@@ -64,7 +64,7 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
         as_dict(config)["data"],
         [
             model.kind,
-            model.family.name,
+            model.family,
             base_hash(model),
             model.resolution,
             model.bucket_step,

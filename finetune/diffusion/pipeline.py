@@ -173,7 +173,7 @@ def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> 
     index = hub.model_index(source)
     if index and index["_class_name"] != spec.pipeline:
         raise ModelError(
-            f"{source} is a {index['_class_name']}, and model.family={model.family.name} needs a {spec.pipeline}; "
+            f"{source} is a {index['_class_name']}, and model.family={model.family} needs a {spec.pipeline}; "
             "choose the preset of its family, such as model=sdxl, and set model.base besides"
         )
     pipeline = hub.load(_class(spec.pipeline), source, **parts, **spec.unused, **options)

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from finetune import hub
-from finetune.config.schema import Family as Name
 from finetune.config.schema import ModelConfig
-from finetune.diffusion.families import family
+from finetune.diffusion.families import family, names
 from finetune.errors import ModelError, is_out_of_memory
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
@@ -38,7 +37,7 @@ class SingleFile:
     """A file that was found to be a base of the configured architecture."""
 
     path: Path
-    kind: Name
+    kind: str
     shapes: Shapes
     """Of every weight, by its name in the file."""
     settings: Path
@@ -142,7 +141,7 @@ def content_hash(found: SingleFile, *parts: str) -> str:
 
 
 @cache
-def _opened(path: Path, _changed_ns: int, kind: Name, parts: str) -> SingleFile:
+def _opened(path: Path, _changed_ns: int, kind: str, parts: str) -> SingleFile:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -200,20 +199,20 @@ def _misfit(found: SingleFile) -> str:
 
 def _presets(found: SingleFile) -> Iterator[str]:
     """The presets whose architecture the file has."""
-    kinds = {family(kind).pipeline: kind for kind in Name}
+    kinds = {family(kind).pipeline: kind for kind in names()}
     for folder in sorted(hub.ARCHITECTURES.iterdir()):
         index = hub.model_index(str(folder)) if folder.is_dir() else None
         if index and not _misfit(replace(found, kind=kinds[index["_class_name"]], settings=folder)):
             yield folder.name
 
 
-def _original(kind: Name, name: str) -> str:
+def _original(kind: str, name: str) -> str:
     """A backbone's name as diffusers' converters know it: UNets' with their prefix, all of transformers' without."""
     bare = name.removeprefix(BACKBONE)
     return BACKBONE + bare if family(kind).backbone == "unet" else bare
 
 
-def _current(kind: Name, name: str) -> str:
+def _current(kind: str, name: str) -> str:
     """A name in a text encoder as transformers has had it since 2022; many a merged file still has older ones."""
     begin, older, rest = name.partition("cond_stage_model.transformer.")
     return f"{older}text_model.{rest}" if older and not begin and not rest.startswith("text_model.") else name

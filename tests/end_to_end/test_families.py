@@ -9,8 +9,8 @@ from PIL import Image
 
 import finetune
 from finetune.adapters import formats
-from finetune.config.schema import Config, Device, ExportFormat, Family, Precision
-from finetune.diffusion import export, pipeline
+from finetune.config.schema import Config, Device, ExportFormat, Precision
+from finetune.diffusion import export, families, pipeline
 from finetune.diffusion.families import family
 from finetune.errors import Interrupted
 from finetune.run.records import Result
@@ -19,14 +19,14 @@ from tests.tiny_families import save_family
 
 torch.set_num_threads(1)
 
-CUT = {Family.sdxl, Family.flux}  # a UNet and a transformer
-UNREAD = {Family.sd3, Family.flux2}  # diffusers leaves every layer of their kohya-style files out, and says little
+CUT = {"sdxl", "flux"}  # a UNet and a transformer
+UNREAD = {"sd3", "flux2"}  # diffusers leaves every layer of their kohya-style files out, and says little
 
 
-@pytest.fixture(scope="module", params=list(Family), ids=lambda kind: kind.name)
+@pytest.fixture(scope="module", params=families.names())
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run of three steps on four images of two shapes."""
-    folder = tmp_path_factory.mktemp(request.param.name)
+    folder = tmp_path_factory.mktemp(request.param)
     config = Config(name="tiny", run_dir=str(folder / "run"), model=save_family(folder / "base", request.param))
     (folder / "images").mkdir()
     for number, colour in enumerate(("red", "green", "blue", "white")):

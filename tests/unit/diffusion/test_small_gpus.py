@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.config.schema import Family, ModelConfig
+from finetune.config.schema import ModelConfig
 from finetune.diffusion import pipeline, tiling
 from finetune.diffusion.pipeline import ImageSampler, TextEncoder, load_backbone
 from tests.tiny_families import save_family
@@ -22,7 +22,7 @@ SIZE = {"width": 64, "height": 64, "steps": 2, "guidance": 2.0}
 
 @pytest.fixture
 def model(tmp_path: Path) -> ModelConfig:
-    return save_family(tmp_path / "base", Family.sd)
+    return save_family(tmp_path / "base", "sd")
 
 
 def limit(owner: TextEncoder | ImageSampler, function: str, fits: Callable[[Any], bool]) -> None:
@@ -173,7 +173,7 @@ def test_a_host_without_memory_is_no_small_card(model: ModelConfig) -> None:
 
 
 def test_an_autoencoder_with_tiles_of_its_own_keeps_them(tmp_path: Path) -> None:
-    vae: Any = pipeline.load_vae_model(save_family(tmp_path / "base", Family.qwen_image))
+    vae: Any = pipeline.load_vae_model(save_family(tmp_path / "base", "qwen_image"))
     before = vae.tile_sample_min_height
     tiling.enable_tiling(vae)
     tiling.set_slicing(vae, 1, 64 * 64)
