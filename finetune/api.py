@@ -14,6 +14,7 @@ from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config
 from finetune.config.validate import check
+from finetune.diffusion import families
 from finetune.errors import ConfigError, RunError
 from finetune.planning.plan import Plan
 from finetune.reporting import notebook  # noqa: F401 - tells notebooks how each record looks
@@ -134,7 +135,7 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = Fal
         config = compose.apply(recipe, overrides)
     else:
         config = recipe
-    problems = check(config)
+    problems = check(config) + families.problems(config.model.family)
     if draws and not config.sample.prompts:
         problems.append("sample.prompts is empty, nothing could be drawn; try 'sample.prompts=[\"a red robot\"]'")
     if problems:

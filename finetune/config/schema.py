@@ -67,18 +67,6 @@ class ExportFormat(Enum):
     gguf = "gguf"
 
 
-class Family(Enum):
-    """Architectures of image models; sd is Stable Diffusion 1 and 2, sd3 also 3.5."""
-
-    sd = "sd"
-    sdxl = "sdxl"
-    sd3 = "sd3"
-    flux = "flux"
-    flux2 = "flux2"
-    z_image = "z_image"
-    qwen_image = "qwen_image"
-
-
 class Quantize(Enum):
     """How the frozen base is stored: as it computes, in 8-bit integers (arXiv 2208.07339), or in 4-bit NormalFloat with
     double quantisation (arXiv 2305.14314)."""
@@ -143,8 +131,9 @@ class ModelConfig:
     """`embedded:NAME` (comes with the package), a local folder, an image model's .safetensors file, or a hub id."""
     parts: str = field(default="", metadata=DIFFUSION)
     """Where what a base of a single file lacks comes from: a folder, or a hub id whose architecture is known."""
-    family: Family = field(default=Family.sd, metadata=DIFFUSION)
-    """Architecture of an image model; its module is `finetune.diffusion.families`."""
+    family: str = field(default="sd", metadata=DIFFUSION)
+    """Architecture of an image model, such as sd (Stable Diffusion 1 and 2), sdxl or flux: a module of
+    `finetune.diffusion.families`."""
     lora_targets: dict[str, list[str]] = field(default_factory=dict)
     """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
     resolution: int = field(default=128, metadata=DIFFUSION)

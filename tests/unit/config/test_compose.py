@@ -103,7 +103,7 @@ def test_a_recipe_extends_a_recipe_with_another_model(workdir: Path) -> None:
 @pytest.mark.parametrize(("name", "pixels", "micro_batch"), [("sd15", 512, 4), ("sdxl", 1024, 2)])
 def test_recipes_for_stable_diffusion_take_sixteen_pictures_a_step(name: str, pixels: int, micro_batch: int) -> None:
     config = compose.load(f"pixar_style_{name}")
-    assert (config.model.family.name, config.model.resolution) == ("sd" if name == "sd15" else name, pixels)
+    assert (config.model.family, config.model.resolution) == ("sd" if name == "sd15" else name, pixels)
     lora, trainer, optim = config.lora, config.trainer, config.optim
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 32, 0.05, "attention")
     assert (trainer.micro_batch, trainer.micro_batch * trainer.accumulate, trainer.save_every) == (micro_batch, 16, 500)
