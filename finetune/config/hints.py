@@ -1,5 +1,6 @@
 """What to type when the memory doesn't suffice."""
 
+from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config, Quantize
 
 
@@ -17,11 +18,8 @@ def smaller(config: Config) -> str:
 
 def smallest(config: Config) -> str:
     """What is left when every setting that trains the same was tried: another result, or another base."""
-    model = config.model
-    if model.kind == "diffusion":
-        side = max(model.bucket_step, model.resolution // 2 // model.bucket_step * model.bucket_step)
-        less = f"smaller images: model.resolution={side}"
-    else:
-        less = f"shorter rows: data.length={max(2, config.data.length // 2)}"
-    quantised = ", model.quantize=nf4" if model.quantize is Quantize.none else ""
-    return f"try {less}{quantised}, or a smaller base model"
+    kind = model_kind(config.model.kind)
+    ideas = [f"{kind.smaller_words}: {words}" for words, _ in kind.smaller_examples(config)][:1]
+    if config.model.quantize is Quantize.none:
+        ideas.append("model.quantize=nf4")
+    return f"try {', '.join([*ideas, 'or a smaller base model' if ideas else 'a smaller base model'])}"
