@@ -1,20 +1,25 @@
 """A whole set: cached by content, in parallel, in constant memory, split and counted."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
+import time
+import types
 
 import numpy as np
+import psutil
 import pytest
 
 from finetune.config.schema import LongRows
 from finetune.data.text import store, workers
 from finetune.data.text.formats import Conversation, Message, open_source
-from finetune.data.text.tokens import Chat, preview_row
+from finetune.data.text.tokens import Chat, Encoded, preview_row
 from finetune.errors import DataError, RunError
 from tests import chat_templates as templates
 from tests.chat_templates import tokenizer
@@ -143,7 +148,7 @@ def test_two_at_once_make_it_once(prepare, data):
 
 def test_processes_change_nothing(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "BATCH", 16)
-    monkeypatch.setattr(workers, "ALONE", 1)
+    monkeypatch.setattr(workers, "SEQUENTIAL", 1)
     draw = random.Random(2)
     path = save(tmp_path / "many.jsonl", [turns(draw, draw.randrange(1, 40)) for _ in range(200)])
     options = {"long_rows": LongRows.split, "length": 64}
@@ -158,23 +163,96 @@ def test_processes_change_nothing(prepare, tmp_path, monkeypatch):
 
 def test_errors_of_other_processes_arrive(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "BATCH", 4)
-    monkeypatch.setattr(workers, "ALONE", 1)
+    monkeypatch.setattr(workers, "SEQUENTIAL", 1)
     draw = random.Random(3)
     path = save(tmp_path / "long.jsonl", [turns(draw, 500 if index == 21 else 5) for index in range(40)])
     with pytest.raises(DataError, match=r"long.jsonl:22: has \d+ tokens, 256 fit"):
         prepare(path, workers=2)
-    with monkeypatch.context() as patched:
-        patched.setattr(workers, "SERVE", "import sys; sys.exit(3)")
-        with pytest.raises(RunError, match=r"a tokenising process ended by itself \(exit code 3;.*data.workers=1"):
-            prepare(path, workers=2)
-    with monkeypatch.context() as patched:
-        odd = (
-            "import sys; sys.path[:0] = [sys.argv[1]]; import finetune.data.text.workers as e;"
-            "e._encode = None; e.serve()"
-        )
-        patched.setattr(workers, "SERVE", odd)
-        with pytest.raises(RunError, match=r"tokenising failed with TypeError"):
-            prepare(path, workers=2)
+
+
+class Broken:
+    """A chat that fails in a worker; `how` is what it does there."""
+
+    tokenizer = types.SimpleNamespace(bos_token_id=None)
+
+    def __init__(self, how):
+        self.how = how
+
+    def encode_all(self, rows):
+        if multiprocessing.parent_process() is None:
+            return [Encoded(np.arange(3, dtype=np.uint32), np.arange(3) > 0)] * len(rows)
+        return self.how(3)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (os._exit, "a tokenising process ended by itself .*data.workers=1"),
+        (len, "tokenising failed with TypeError: .*data.workers=1"),
+    ],
+)
+def test_workers_that_die_or_fail_are_reported(monkeypatch, how, message):
+    monkeypatch.setattr(workers, "BATCH", 4)
+    monkeypatch.setattr(workers, "SEQUENTIAL", 1)
+    rows = [Conversation((Message("user", "a"),), f"f:{number}") for number in range(100)]
+    work = workers.Work(Broken(how), length=8, long_rows=LongRows.refuse, skip_bad=False)
+    with pytest.raises(RunError, match=message):
+        list(workers.encode_stream(rows, work, processes=2))
+    assert multiprocessing.active_children() == []
+
+
+UNGUARDED = """
+import sys
+from finetune.data.text import store, workers
+from finetune.data.text.tokens import Chat
+from tests import chat_templates
+from pathlib import Path
+
+print("the script runs", flush=True)
+workers.BATCH, workers.SEQUENTIAL = 4, 1
+found = store.prepare(
+    store.formats.open_source(Path(sys.argv[1])), Chat(chat_templates.tokenizer(chat_templates.CHATML)),
+    cache=Path(sys.argv[2]), length=256, long_rows=store.LongRows.refuse, workers=2,
+)
+print(len(found))
+"""
+
+
+def script(tmp_path, data):
+    (tmp_path / "unguarded.py").write_text(UNGUARDED)
+    words = [sys.executable, str(tmp_path / "unguarded.py"), str(data), str(tmp_path / "cache")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path, data):
+    output, errors = script(tmp_path, data).communicate(timeout=60)
+    assert output.split("\n") == ["the script runs", "60", ""], errors
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)]
+)
+def test_workers_end_with_their_parent(tmp_path, number, to_all):
+    draw = random.Random(9)
+    data = save(tmp_path / "many.jsonl", [turns(draw)] * 100_000)
+    parent = script(tmp_path, data)
+    workers_ = wait_for(lambda: [each for each in psutil.Process(parent.pid).children() if each.cpu_times().user > 1])
+    os.killpg(parent.pid, number) if to_all else parent.send_signal(number)
+    parent.communicate(timeout=20)
+    assert parent.returncode != 0
+    wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in workers_))
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it took too long")
 
 
 def test_a_process_for_each_core(monkeypatch):
