@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetune import hub
 from finetune.adapters import attach, formats, lora
 from finetune.config.schema import Config, ExportFormat, Quantize
-from finetune.data.text.store import reopen
+from finetune.data.text.store import open_store
 from finetune.data.text.tokens import Chat
 from finetune.errors import DataError, ExportError
 from finetune.language import gguf_file
@@ -127,7 +127,7 @@ def _rows(config: Config, chat: Chat) -> tuple[list[list[int]], str]:
     """
     record = load_record(Path(config.run_dir), "dataset", TextSet)
     try:
-        stored = reopen(Path(record.rows)) if record else None
+        stored = open_store(Path(record.rows)) if record else None
     except DataError:  # the cache may be deleted at any time
         stored = None
     if stored is None:

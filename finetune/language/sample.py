@@ -31,7 +31,7 @@ def draw(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answer
     device = pick_device(config.hardware.device)
     dtype = pick_dtype(config.trainer.precision, device)
     chat = chat_of(config)
-    generator = TextGenerator(chat.tokenizer, chat.ends(), device, dtype)
+    generator = TextGenerator(chat.tokenizer, chat.stop_ids(), device, dtype)
     seeds = sample.seeds if sample.temperature else sample.seeds[:1]
     requested = [(prompt, seed) for prompt in sample.prompts for seed in seeds]
     jobs = [(chat.prompt_ids(prompt), seed) for prompt, seed in requested]

@@ -43,7 +43,7 @@ class LanguageTask:
         self.device = device
         self.dtype = pick_dtype(config.trainer.precision, device)
         self.chat = chat_of(config)
-        self.rows = store.reopen(Path(dataset.rows))
+        self.rows = store.open_store(Path(dataset.rows))
         self.training, held_out = self.rows.split(config.data.validation_share)
         self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
         self.size = len(self.training)
@@ -60,7 +60,7 @@ class LanguageTask:
         if config.lora.start_from:
             folder = formats.peft_folder(Path(config.lora.start_from))
             lora.load_state(self.model, formats.read_peft_folder(folder), str(folder))
-        self.generator = TextGenerator(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
+        self.generator = TextGenerator(self.chat.tokenizer, self.chat.stop_ids(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
 
@@ -154,7 +154,8 @@ class LanguageTask:
             for name in ("ids", "positions", "segments", "trained")
         }
         names = tuple(
-            f"conversations {', '.join(str(self.rows.number(index) + 1) for index in pack)}" for pack in packs
+            f"conversations {', '.join(str(self.rows.conversation_index(index) + 1) for index in pack)}"
+            for pack in packs
         )
         return Batch(
             tensors,

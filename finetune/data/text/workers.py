@@ -35,8 +35,8 @@ TRAINED = np.uint32(1 << 31)  # bit of a stored token that says it is trained
 
 
 @dataclass(frozen=True)
-class Work:
-    """What is done to every row; pickles."""
+class EncodeSettings:
+    """How every conversation is encoded; pickles."""
 
     chat: Chat
     length: int
@@ -45,11 +45,11 @@ class Work:
 
 
 @dataclass(eq=False)
-class Chunk:
+class EncodedBatch:
     """Encoded rows. tokens: ids of all rows end to end, uint32, the top bit set where trained.
 
     lengths, trained, rows, groups: of each encoded row its tokens, its trained tokens, the number of its conversation
-    and that one's hash. counts: see `_encode`. errors: of conversations that were left out.
+    and that one's hash. counts: the whole numbers of `store.Figures`. errors: of conversations that were left out.
     """
 
     tokens: NDArray[np.uint32]
@@ -61,7 +61,7 @@ class Chunk:
     errors: list[str]
 
 
-def encode_stream(rows: Iterable[Conversation], work: Work, *, processes: int) -> Iterator[Chunk]:
+def encode_stream(rows: Iterable[Conversation], settings: EncodeSettings, *, processes: int) -> Iterator[EncodedBatch]:
     """Every row encoded, in order. processes: how many encode besides this one, 1 for none; 0 is one for each core.
 
     Raises DataError for an unusable row unless `skip_bad`, and RunError if a process fails or dies.
@@ -70,10 +70,10 @@ def encode_stream(rows: Iterable[Conversation], work: Work, *, processes: int) -
     stream = iter(rows)
     batches = enumerate(iter(lambda: list(itertools.islice(stream, BATCH)), []))
     for number, batch in itertools.islice(batches, None if processes == 1 else SEQUENTIAL):
-        yield _encode(number * BATCH, batch, work)
+        yield _encode(number * BATCH, batch, settings)
     following = next(batches, None)
     if following is not None:
-        yield from _in_parallel(itertools.chain([following], batches), work, processes)
+        yield from _in_parallel(itertools.chain([following], batches), settings, processes)
 
 
 def _cores() -> int:
@@ -82,14 +82,16 @@ def _cores() -> int:
     return os.cpu_count() or 1
 
 
-def _in_parallel(batches: Iterator[tuple[int, list[Conversation]]], work: Work, processes: int) -> Iterator[Chunk]:
+def _in_parallel(
+    batches: Iterator[tuple[int, list[Conversation]]], settings: EncodeSettings, processes: int
+) -> Iterator[EncodedBatch]:
     others, started = multiprocessing.active_children(), set()
-    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (work,))
-    queue: deque[Future[Chunk]] = deque()
+    pool = ProcessPoolExecutor(processes, multiprocessing.get_context("spawn"), _start_worker, (settings,))
+    queue: deque[Future[EncodedBatch]] = deque()
     try:
-        with _hidden_main():  # the pool starts its processes with the first batches
-            for number, batch in itertools.islice(batches, QUEUED * processes):
-                queue.append(pool.submit(_encode_in_worker, number * BATCH, batch))
+        first = list(itertools.islice(batches, QUEUED * processes))
+        with _hidden_main():  # the pool starts its processes as it is given the first batches
+            queue.extend(pool.submit(_encode_in_worker, number * BATCH, batch) for number, batch in first)
         started = set(multiprocessing.active_children()) - set(others)
         while queue:
             yield queue.popleft().result()
@@ -118,9 +120,9 @@ def _hidden_main() -> Iterator[None]:
         sys.modules["__main__"] = main
 
 
-def _start_worker(work: Work) -> None:
-    global _work
-    _work = work
+def _start_worker(settings: EncodeSettings) -> None:
+    global _settings
+    _settings = settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
     threading.Thread(target=_end_with_parent, daemon=True).start()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
@@ -135,39 +137,37 @@ def _end_with_parent() -> None:
         os._exit(1)
 
 
-_work: Work  # of this process, if it is a worker: the tokenizer is too large to go with every batch
+_settings: EncodeSettings  # of this process, if it is a worker: the tokenizer is too large to go with every batch
 
 
-def _encode_in_worker(first: int, batch: list[Conversation]) -> Chunk:
+def _encode_in_worker(first: int, batch: list[Conversation]) -> EncodedBatch:
     try:
-        return _encode(first, batch, _work)
+        return _encode(first, batch, _settings)
     except DataError:
         raise
     except Exception as error:  # it is reported where somebody reads it
         raise RunError(f"tokenising failed with {type(error).__name__}: {error}; try data.workers=1") from error
 
 
-def _encode(first: int, batch: list[Conversation], work: Work) -> Chunk:
-    """Rows encoded and made to fit. first: number of the first one.
-
-    counts: rows that were read, `bad` (unusable), `long`, `left_out` (long, and nothing of them is left), `whole`
-    (trained tokens before anything was cut), `shortened` and `control` as in `Encoded`.
-    """
+def _encode(first: int, batch: list[Conversation], settings: EncodeSettings) -> EncodedBatch:
+    """Conversations as token rows that fit the length. first: number of the first conversation."""
     kept: list[Encoded] = []
     numbers: list[int] = []
     groups: list[int] = []
     errors: list[str] = []
-    counts = dict.fromkeys(("bad", "long", "left_out", "whole", "shortened", "control"), 0) | {"rows": len(batch)}
-    start_id = work.chat.tokenizer.bos_token_id
-    for place, (row, encoded) in enumerate(zip(batch, work.chat.encode_all(batch), strict=True)):
+    counts = dict.fromkeys(("bad", "long", "left_out", "whole", "shortened", "control"), 0)
+    start_id = settings.chat.tokenizer.bos_token_id
+    for place, (row, encoded) in enumerate(zip(batch, settings.chat.encode_batch(batch), strict=True)):
         if isinstance(encoded, DataError):
-            if not work.skip_bad:
+            if not settings.skip_bad:
                 raise encoded
             counts["bad"] += 1
             errors.append(str(encoded))
             continue
-        pieces = truncate(encoded, length=work.length, policy=work.long_rows, start_id=start_id, source=row.source)
-        counts["long"] += len(encoded.ids) > work.length
+        pieces = truncate(
+            encoded, length=settings.length, policy=settings.long_rows, start_id=start_id, source=row.source
+        )
+        counts["long"] += len(encoded.ids) > settings.length
         counts["left_out"] += not pieces
         counts["whole"] += int(encoded.trained.sum())
         counts["shortened"] += encoded.shortened
@@ -176,10 +176,13 @@ def _encode(first: int, batch: list[Conversation], work: Work) -> Chunk:
         numbers += [first + place] * len(pieces)
         groups += [row.group] * len(pieces)
     empty = np.zeros(0, np.uint32)
-    return Chunk(
-        tokens=np.concatenate([empty, *(row.ids | (row.trained * TRAINED) for row in kept)]).astype(np.uint32),
+    tokens = np.concatenate([empty, *(row.ids | (row.trained * TRAINED) for row in kept)]).astype(np.uint32)
+    trained = np.array([row.trained.sum() for row in kept], np.uint32)
+    counts |= {"conversations": len(batch), "rows": len(kept), "tokens": len(tokens), "trained": int(trained.sum())}
+    return EncodedBatch(
+        tokens=tokens,
         lengths=np.array([len(row.ids) for row in kept], np.uint64),
-        trained=np.array([row.trained.sum() for row in kept], np.uint32),
+        trained=trained,
         rows=np.array(numbers, np.uint64),
         groups=np.array(groups, np.uint64),
         counts=counts,

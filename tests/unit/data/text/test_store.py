@@ -53,7 +53,7 @@ def data(tmp_path):
 def prepare(tmp_path, chat):
     def call(path, **options):
         options = {"length": 256, "long_rows": LongRows.refuse, "workers": 1, "cache": tmp_path / "cache"} | options
-        return store.prepare(open_source(path), options.pop("chat", chat), **options)
+        return store.encode_or_load(open_source(path), options.pop("chat", chat), **options)
 
     return call
 
@@ -73,7 +73,7 @@ def test_rows_are_what_encoding_one_by_one_gives(prepare, data, chat):
         assert found[index].trained.tolist() == alone.trained.tolist()
         assert found.lengths[index] == len(alone.ids)
         assert found.trained[index] == alone.trained.sum()
-        assert found.number(index) == index
+        assert found.conversation_index(index) == index
     assert "⟦" in preview_row(chat.tokenizer, found[0])
     for bad in (60, -1):
         with pytest.raises(IndexError):
@@ -106,9 +106,9 @@ def test_the_cache_is_by_content(prepare, data, tmp_path):
     assert all(path.name.startswith("rows-") for path in folders), "nothing half-made stays"
 
 
-@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in store.FILES), store.NOTES])
+@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in store.COLUMNS), store.METADATA])
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
-def test_damaged_caches_are_made_anew(prepare, data, name, damage):
+def test_damaged_caches_are_made_again(prepare, data, name, damage):
     first = content(prepare(data))
     path = prepare(data).folder / name
     whole = bytearray(path.read_bytes())
@@ -155,7 +155,7 @@ def test_processes_change_nothing(prepare, tmp_path, monkeypatch):
     alone = prepare(path, **options)
     together = prepare(path, **options, workers=3, cache=tmp_path / "other")
     assert not together.cached
-    for name in store.FILES:
+    for name in store.COLUMNS:
         assert (alone.folder / f"{name}.bin").read_bytes() == (together.folder / f"{name}.bin").read_bytes()
     plain = [figures.__dict__ | {"seconds": 0} for figures in (alone.figures, together.figures)]
     assert plain[0] == plain[1]
@@ -178,7 +178,7 @@ class Broken:
     def __init__(self, how):
         self.how = how
 
-    def encode_all(self, rows):
+    def encode_batch(self, rows):
         if multiprocessing.parent_process() is None:
             return [Encoded(np.arange(3, dtype=np.uint32), np.arange(3) > 0)] * len(rows)
         return self.how(3)
@@ -195,9 +195,9 @@ def test_workers_that_die_or_fail_are_reported(monkeypatch, how, message):
     monkeypatch.setattr(workers, "BATCH", 4)
     monkeypatch.setattr(workers, "SEQUENTIAL", 1)
     rows = [Conversation((Message("user", "a"),), f"f:{number}") for number in range(100)]
-    work = workers.Work(Broken(how), length=8, long_rows=LongRows.refuse, skip_bad=False)
+    settings = workers.EncodeSettings(Broken(how), length=8, long_rows=LongRows.refuse, skip_bad=False)
     with pytest.raises(RunError, match=message):
-        list(workers.encode_stream(rows, work, processes=2))
+        list(workers.encode_stream(rows, settings, processes=2))
     assert multiprocessing.active_children() == []
 
 
@@ -210,7 +210,7 @@ from pathlib import Path
 
 print("the script runs", flush=True)
 workers.BATCH, workers.SEQUENTIAL = 4, 1
-found = store.prepare(
+found = store.encode_or_load(
     store.formats.open_source(Path(sys.argv[1])), Chat(chat_templates.tokenizer(chat_templates.CHATML)),
     cache=Path(sys.argv[2]), length=256, long_rows=store.LongRows.refuse, workers=2,
 )
@@ -273,7 +273,7 @@ def test_long_rows_by_choice_and_the_loss_is_told(prepare, tmp_path, policy, row
     assert (found.lengths <= 64).all()
     assert (found.trained > 0).all()
     assert (len(found) >= rows_, found.figures.long) == (True, 1)
-    assert found.number(len(found) - 1) == 2
+    assert found.conversation_index(len(found) - 1) == 2
     assert found.figures.whole > found.figures.trained
     if policy == "drop":
         assert found.figures.truncated_share == 1 - found.trained.sum() / found.figures.whole
@@ -300,7 +300,7 @@ def test_bad_rows_left_out_are_counted_and_shown(prepare, tmp_path):
     assert "a.jsonl:1: is not JSON" in lines
     assert "a.jsonl:3: the chat template refuses it (System role not supported)" in lines
     assert "data.skip_bad" not in lines  # it is on
-    assert found.number(1) == 2
+    assert found.conversation_index(1) == 2
     assert found.duplicates() == 1
 
 
@@ -311,7 +311,7 @@ def test_shortened_answers_and_control_tokens_are_told(prepare, tmp_path):
     lines = prepare(path, chat=Chat(tokenizer(templates.QWEN3))).figures.lines()
     assert lines[1:] == [
         "warning: the chat template leaves out a part of 1 answers",
-        "warning: texts spell 1 control tokens, which are read as such",
+        "warning: messages contain 1 control tokens as text; they are tokenised as such",
     ]
 
 
@@ -376,7 +376,7 @@ def test_pieces_of_a_row_are_on_one_side(prepare, tmp_path):
     draw = random.Random(6)
     path = save(tmp_path / "a.jsonl", [turns(draw, 40) for _ in range(60)])
     found = prepare(path, length=64, long_rows=LongRows.split)
-    train, held = ({found.number(index) for index in part} for part in found.split(0.2))
+    train, held = ({found.conversation_index(index) for index in part} for part in found.split(0.2))
     assert held
     assert not train & held
     assert found.duplicates() == 0
@@ -395,9 +395,9 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
             "from finetune.data.text.tokens import Encoded, Chat\nimport numpy as np\n"
             "chat = Chat(t.tokenizer(t.CHATML_MARKED)); ids = np.arange(90, dtype=np.uint32)\n"
             "row = Encoded(ids, ids > 5)\n"
-            "Chat.encode_all = lambda self, rows: [row] * len(rows)  # the rest of the way is what is looked at\n"
+            "Chat.encode_batch = lambda self, rows: [row] * len(rows)  # the rest of the way is what is looked at\n"
             "path = pathlib.Path(sys.argv[1])\n"
-            "found = store.prepare(store.formats.open_source(path), chat, cache=path.parent / 'cache', "
+            "found = store.encode_or_load(store.formats.open_source(path), chat, cache=path.parent / 'cache', "
             "length=128, long_rows=store.LongRows.refuse, workers=1)\n"
             "peak = re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]\n"
             "print(len(found), peak)"
