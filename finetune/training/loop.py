@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import torch
 from accelerate import Accelerator
 
+from finetune.data.order import seed_from
 from finetune.errors import TrainingError
 from finetune.memory.fallbacks import try_within_memory
 from finetune.run import distributed
@@ -174,7 +175,7 @@ def _backward(
     for index, batch in enumerate(micro_batches):
         # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the same, and
         # to the place among the micro-batches of all processes, so that one process with all of them does too.
-        torch.manual_seed(_mix(seed, step, index * distributed.world_size() + distributed.rank(), 0))
+        torch.manual_seed(seed_from(seed, step, index * distributed.world_size() + distributed.rank(), 0))
         with accelerator.autocast():
             loss = task.loss(batch.to(device))
         accelerator.backward(loss * (1 / items))  # before backward: a sum over thousands of tokens overflows fp16
@@ -216,14 +217,3 @@ def _why(loss: float, norm: float, names: Sequence[Sequence[str]], accelerator: 
 
 def _arithmetic(accelerator: Accelerator) -> str:
     return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
-
-
-def _mix(*numbers: int) -> int:
-    """One well-spread 63-bit seed from several numbers (splitmix64's finaliser, doi 10.1145/2714064.2660195)."""
-    state = 0
-    for number in numbers:
-        state = (state + number + 0x9E3779B97F4A7C15) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & 0xFFFFFFFFFFFFFFFF
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & 0xFFFFFFFFFFFFFFFF
-        state ^= state >> 31
-    return state >> 1

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.data.order import splitmix64
 from finetune.data.text.tokens import Encoded
 from finetune.errors import DataError
 
@@ -135,22 +136,12 @@ def packing_stats(
 
 
 def shuffled(count: int, *key: int) -> NDArray[np.int64]:
-    """The numbers below `count` in an order that depends on `key` alone: the same in every version of numpy.
-
-    Sorted by SplitMix64 (Steele, Lea, Flood 2014) of key and number.
-    """
-    state = np.uint64(0)
+    """The numbers below `count` in an order that depends on `key` alone: the same in every version of numpy."""
+    state = 0
     for value in key:
-        state = _mixed(np.array([state ^ np.uint64(value % 2**64)]))[0]
-    return np.argsort(_mixed(np.arange(count, dtype=np.uint64) ^ state), kind="stable")
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+        state = splitmix64(state ^ value % 2**64)
+    numbers: NDArray[np.uint64] = splitmix64(np.arange(count, dtype=np.uint64) ^ np.uint64(state))
+    return np.argsort(numbers, kind="stable")
 
 
 def _best_fit(rows: list[int], lengths: list[int], length: int) -> list[tuple[int, ...]]:

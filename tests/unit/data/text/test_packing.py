@@ -67,7 +67,6 @@ def test_the_plan_depends_on_seed_and_epoch_alone():
     assert plan(1, 0) == plan(1, 0)
     assert len({tuple(plan(seed, epoch)) for seed in range(2) for epoch in range(2)}) == 4
     assert packing.shuffled(8, 3, 1).tolist() == [5, 1, 4, 6, 0, 3, 2, 7], "the same on every machine, for ever"
-    assert packing._mixed(np.zeros(1, np.uint64))[0] == 0xE220A8397B1DCDAF, "SplitMix64's first number from seed 0"
 
 
 def test_order_is_fair():
