@@ -22,8 +22,8 @@ from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.data.cache import Cache, missing
 from finetune.data.images import buckets, decode, folder
 from finetune.data.images.index import ImageIndex
+from finetune.diffusion.families.spec import TEXT_BATCH
 from finetune.diffusion.pipeline import (
-    TEXT_BATCH,
     base_hash,
     load_text_encoder,
     load_vae,
@@ -70,7 +70,7 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
         as_dict(config)["data"],
         [
             model.kind,
-            model.family.name,
+            model.family,
             base_hash(model),
             model.resolution,
             model.bucket_step,

@@ -14,7 +14,7 @@ from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import ExportFormat, LoraConfig, ModelConfig, Quantize, require_all
 from finetune.diffusion.families import family
-from finetune.diffusion.families.base import MASK
+from finetune.diffusion.families.spec import MASK
 from finetune.diffusion.pipeline import load_adapter, load_backbone, save_adapter
 from finetune.errors import ExportError
 from finetune.memory import policy
@@ -135,7 +135,7 @@ def _write_diffusers(exporter: Exporter, trained: nn.Module, weights: Mapping[st
 
 
 def _write_kohya(exporter: Exporter, trained: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> str:
-    file, names = folder / f"{exporter.name}.safetensors", family(exporter.model.family).KOHYA
+    file, names = folder / f"{exporter.name}.safetensors", family(exporter.model.family).kohya_prefix
     return files.save_kohya(file, weights, names, exporter.lora.alpha, exporter.metadata).name
 
 
@@ -152,7 +152,7 @@ def usage(model: ModelConfig) -> str:
     """Python that loads an adapter, `{base}` to be filled in: single files have loaders in their own pipelines only."""
     if hub.single_file(model.base) is None:
         return USAGE
-    pipeline = family(model.family).PIPELINE
+    pipeline = family(model.family).pipeline
     return USAGE.replace("from_pretrained", "from_single_file").replace("DiffusionPipeline", pipeline)
 
 

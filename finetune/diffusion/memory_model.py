@@ -14,10 +14,10 @@ from finetune import hub
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.data.images import buckets
-from finetune.diffusion import captioner, encode, export, meta, single_file, task
+from finetune.diffusion import captioner, encode, export, meta, single_file, task, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.families.base import MAX_BATCH_PIXELS, TILE, enable_tiling, is_tiled
-from finetune.diffusion.pipeline import IMAGE_BATCH, TEXT_BATCH
+from finetune.diffusion.families.spec import TEXT_BATCH
+from finetune.diffusion.pipeline import IMAGE_BATCH
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer
@@ -182,9 +182,9 @@ class DiffusionMemoryModel:
         while self.cuda and count > 1:
             count //= 2
             yield PhaseOption(self._drawing(count, self.vae, held), f"{count} images at once" if count > 1 else ONE)
-        if self.cuda and self.base.resolution > TILE:
+        if self.cuda and self.base.resolution > tiling.TILE:
             thrifty = self.tracer.fakify(meta.autoencoder(self.base))
-            enable_tiling(thrifty)
+            tiling.enable_tiling(thrifty)
             yield PhaseOption(self._drawing(1, thrifty, held), f"{ONE}, decoded in tiles")
 
     def _drawing(self, count: int, vae: nn.Module, held: Mapping[str, float]) -> Trace:
@@ -194,20 +194,20 @@ class DiffusionMemoryModel:
         def work() -> None:
             with self.tracer.autocast():
                 text = self._texts(1)
-                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.call(
+                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.pipeline_arguments(
                     text, text, sample.guidance
                 )
                 rows = count * (2 if guided else 1)
                 timesteps_B = torch.zeros(rows, dtype=torch.long)
                 self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
-            self.family.pixels(vae, self.family.pack_latents(torch.empty(count, *latents)), side, side)
+            self.family.decode(vae, self.family.pack_latents(torch.empty(count, *latents)), side, side)
 
         if self.cuda:
-            pixels = side * side * (count if count * side * side <= MAX_BATCH_PIXELS else 1)
-            if is_tiled(vae):
-                pixels = min(pixels, TILE**2)
+            pixels = side * side * (count if count * side * side <= tiling.MAX_BATCH_PIXELS else 1)
+            if tiling.is_tiled(vae):
+                pixels = min(pixels, tiling.TILE**2)
             held = dict(held) | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
-            others = "" if self.family.VAE_CLASS in WORKSPACE_SEEN else " with other autoencoders"
+            others = "" if self.family.vae_class in WORKSPACE_SEEN else " with other autoencoders"
             self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
         return self._evaluated(nn.ModuleList([self.model, vae]), work, held)
 

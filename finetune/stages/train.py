@@ -25,10 +25,10 @@ from finetune.training.trainer import Trainer
 
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 FIGURES = (
-    *("steps", "micro_batch", "effective", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib"),
-    *("measured_gib", "first_loss", "last_loss", "first_validation", "best_validation", "skipped_steps"),
+    *("steps", "micro_batch", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib", "measured_gib"),
+    *("first_loss", "last_loss", "first_validation", "best_validation", "skipped_steps"),
 )
-"""Of the record, in the receipt."""
+"""Of the record, in the receipt under the same names."""
 
 
 def train(config: Config, dataset: Dataset | TextSet) -> Run:
@@ -77,7 +77,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         finally:
             trainer.close()
     if ranks.rank() == 0:
-        figures = {name: getattr(record, name) for name in FIGURES} | {f"{record.unit}_per_s": record.items_per_s}
+        figures = {name: getattr(record, name) for name in FIGURES}
+        figures |= {"effective_batch": record.effective, f"{record.unit}_per_s": record.items_per_s}
         save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
     return record
 

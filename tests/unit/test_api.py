@@ -197,6 +197,18 @@ def test_every_bad_value_is_named_and_nothing_is_made(workdir: Path, calls: list
     assert (calls, list(workdir.iterdir())) == ([], [])
 
 
+def test_a_warm_up_longer_than_the_run_is_said_in_one_line_by_train_alone(
+    plain: Config, calls: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    finetune.train(plain)  # a shipped recipe says nothing
+    assert capfd.readouterr().err == ""
+    plain.optim.warmup_steps = 50
+    finetune.caption(plain)
+    finetune.train(plain)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: optim.warmup_steps=50 is longer than the run (trainer.steps=2)")
+
+
 def test_overrides_apply_to_a_config_too(plain: Config, calls: list[Any]) -> None:
     with pytest.raises(ConfigError, match=r"lora.rank must be at least 1"):
         finetune.train(plain, ["lora.rank=0"])
@@ -305,7 +317,7 @@ def _failing(number: int) -> Callable[..., Any]:
         (["trainer.micro_batch=1", "trainer.activation_checkpointing=2"], "try trainer.activation_checkpointing=1"),
         (
             ["trainer.micro_batch=1", "trainer.activation_checkpointing=1"],
-            "try smaller images: model.resolution=64, model.quantize=nf4, or a smaller base model",
+            "try smaller images: model.resolution=96, model.quantize=nf4, or a smaller base model",
         ),
     ],
 )

@@ -83,6 +83,7 @@ def test_every_key_is_shown_with_its_value_and_meaning(finetune_cli: Cli, first:
     lines = answer.out.splitlines()
     texts = describe.meanings()
     assert texts.keys() == describe.leaf_types().keys()
+    assert texts["lora.rank"].endswith(" Must be at least 1.")
     assert lines[lines.index("lora.rank=7") + 1] == "    " + texts["lora.rank"]
     assert "sample.guidance=7.5" not in lines  # a setting of image models
 
@@ -401,6 +402,17 @@ sys.exit(cli.main(["caption", "conf=smoke", *sys.argv[1:]]))
 """
     assert python("-c", code).stderr == "warning: worth knowing\n"
     assert "chatter" in python("-c", code, "--debug").stderr
+
+
+def test_settings_reach_the_end_as_they_were_typed(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[Any] = []
+    monkeypatch.setattr(api, "caption", lambda config: seen.append(config.run_dir))
+    monkeypatch.setattr(terminal, "show", lambda config, record, overrides: seen.append(overrides))
+    words = ["conf=smoke", "seed=3", "run_dir=out/${seed}"]
+    assert finetune_cli("caption", *words).code == 0
+    assert seen == ["out/3", words]
 
 
 def test_the_next_commands_repeat_the_settings(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
