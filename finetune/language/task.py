@@ -1,6 +1,6 @@
 """Next-token loss of a causal language model on packed conversations; only the assistant's tokens are trained.
 
-B packs, L slots of a pack, N trained tokens, D width of the hidden states.
+B packs, L token positions of a pack, N trained tokens, D width of the hidden states.
 """
 
 import math
@@ -30,7 +30,7 @@ VALIDATION_ROWS = 256  # the most that are validated on
 LEAK_ROWS = 16  # of a pack that are compared; a pack of 32,768 tokens may hold hundreds
 LEAK_TOLERANCE = 1e-3  # relative; sums in another order differ by less in bf16, a neighbour that is seen by far more
 PACKS_SEEN = 32  # of all, for the worst: they differ in trained tokens alone, and little in those
-ROUND_TO = 8  # slots; a pack of one row alone is padded to a multiple of it
+ROUND_TO = 8  # token positions; a pack of one row alone is padded to a multiple of it
 
 
 class LanguageTask:
@@ -100,7 +100,7 @@ class LanguageTask:
         return [((int(longest),), 0)] * micro_batch
 
     def collate(self, draws: Sequence[Draw]) -> Batch:
-        """Packs of the rows that each visit names."""
+        """Packs of the rows that each draw names."""
         return self._batch([pack for pack, _ in draws])
 
     def loss(self, batch: Batch) -> Tensor:
@@ -157,7 +157,7 @@ class LanguageTask:
         )
 
     def _batch(self, packs: Sequence[tuple[int, ...]], length: int | None = None) -> Batch:
-        """length: slots of each pack, as many as the recipe says unless told otherwise."""
+        """length: token positions of each pack; the recipe's unless given."""
         if length is None:
             packed = self.data.packing
             length = self.data.length if packed else max(self._together(pack) for pack in packs)
