@@ -109,7 +109,7 @@ def test_a_signal_after_the_last_step_does_not_promise_more_steps(
 ) -> None:
     with (
         cutting.cut(config.trainer.steps),
-        pytest.raises(Interrupted, match="after step 4; .* exports what was trained"),
+        pytest.raises(Interrupted, match=r"after step 4; .* exports what was trained"),
     ):
         train(config, make_dataset())
 

@@ -273,5 +273,5 @@ def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device(Device.auto) == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(FinetuneError, match="process 2 .* GPUs: 2"):
+    with pytest.raises(FinetuneError, match=r"process 2 .* GPUs: 2"):
         pick_device(Device.auto)
