@@ -14,7 +14,6 @@ from diffusers.loaders import single_file_utils as converters
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from finetune.config.schema import Family
 from finetune.diffusion.families import family
 from finetune.diffusion.single_file import BACKBONE
 
@@ -66,39 +65,39 @@ class Asked(dict[str, Any]):
         return Piece((name, 0, 1))
 
 
-def save_single_file(folder: Path, file: Path, kind: Family, parts: Iterable[str] | None = None) -> Path:
+def save_single_file(folder: Path, file: Path, kind: str, parts: Iterable[str] | None = None) -> Path:
     """The pipeline's backbone, autoencoder and CLIP text encoders (or `parts`) in one file of the original layout."""
     found: dict[str, Tensor] = {}
-    for part in parts or (family(kind).BACKBONE, "vae", *(part for part in family(kind).TEXT if "encoder" in part)):
+    for part in parts or (family(kind).backbone, "vae", *family(kind).text_tokens):
         weights = {
             name: weight
             for source in (folder / part).glob("*.safetensors")
             for name, weight in load_file(source).items()
         }
-        if part == family(kind).BACKBONE:
+        if part == family(kind).backbone:
             names = {BACKBONE + name: weight for name, weight in original_backbone(kind, weights).items()}
         elif part == "vae":
             names = {f"first_stage_model.{name}": weight for name, weight in _vae(weights).items()}
         else:
-            names = dict(_text_encoder(weights, family(kind).FILE_TEXT[part]))
+            names = dict(_text_encoder(weights, family(kind).file_text_prefixes[part]))
         found |= {name: weight.contiguous() for name, weight in names.items()}
     save_file(found, file)
     return file
 
 
-def original_backbone(kind: Family, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def original_backbone(kind: str, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """A backbone's weights under their original names, without a prefix."""
     names: dict[str, Any]
-    if kind in (Family.sd, Family.sdxl):
+    if kind in ("sd", "sdxl"):
         named = {BACKBONE + name: Piece((name, 0, 1)) for name in _unet_names(weights)}
         config = {"layers_per_block": _layers(weights), "addition_embed_type": _embedding(weights)}
         converted = converters.convert_ldm_unet_checkpoint(named, config)
-    elif kind is Family.sd3:
+    elif kind == "sd3":
         blocks = {name.split(".")[1] for name in weights if name.startswith("transformer_blocks.")}
         names = {f"joint_blocks.{block}.": None for block in blocks}
         names |= {f"joint_blocks.{name.split('.')[1]}.attn2.ln_q": None for name in weights if ".attn2." in name}
         converted = converters.convert_sd3_transformer_checkpoint_to_diffusers(Asked(names))
-    elif kind is Family.flux:
+    elif kind == "flux":
         names = {
             f"{stream}_blocks.{name.split('.')[1]}.": None
             for stream, begin in (("double", "transformer_blocks."), ("single", "single_transformer_blocks."))
@@ -106,10 +105,10 @@ def original_backbone(kind: Family, weights: Mapping[str, Tensor]) -> dict[str, 
             if name.startswith(begin)
         }
         converted = converters.convert_flux_transformer_checkpoint_to_diffusers(Asked(names | {"guidance": None}))
-    elif kind is Family.flux2:
+    elif kind == "flux2":
         converted = converters.convert_flux2_transformer_checkpoint_to_diffusers(_pieces(_flux2_names()))
     else:
-        assert kind is Family.z_image
+        assert kind == "z_image"
         converted = converters.convert_z_image_transformer_checkpoint_to_diffusers(_pieces(_z_image_names(weights)))
     return _back(converted, weights)
 

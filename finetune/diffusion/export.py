@@ -14,13 +14,13 @@ from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import ExportFormat, LoraConfig, ModelConfig, Quantize, require_all
 from finetune.diffusion.families import family
-from finetune.diffusion.families.base import MASK
+from finetune.diffusion.families.spec import MASK
 from finetune.diffusion.pipeline import load_adapter, load_backbone, save_adapter
 from finetune.errors import ExportError
 from finetune.memory import policy
 from finetune.memory.device import release_memory, usable_bytes
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import hash_of
 
 USAGE = """from diffusers import DiffusionPipeline
 
@@ -87,14 +87,8 @@ class Exporter:
 
     def _trained(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """The trained module, rebuilt from the base and the checkpoint's weights."""
-        model = lora_layers.inject(
-            self._base(),
-            rank=self.lora.rank,
-            alpha=self.lora.alpha,
-            dropout=self.lora.dropout,
-            targets=self.model.lora_targets[self.lora.targets],
-            seed=self.seed,
-        )
+        targets = self.model.lora_targets[self.lora.targets]
+        model = lora_layers.inject(self._base(), self.lora, targets, seed=self.seed)
         lora_layers.load_state(model, weights, "the checkpoint")
         return model.eval()
 
@@ -141,7 +135,7 @@ def _write_diffusers(exporter: Exporter, trained: nn.Module, weights: Mapping[st
 
 
 def _write_kohya(exporter: Exporter, trained: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> str:
-    file, names = folder / f"{exporter.name}.safetensors", family(exporter.model.family).KOHYA
+    file, names = folder / f"{exporter.name}.safetensors", family(exporter.model.family).kohya_prefix
     return files.save_kohya(file, weights, names, exporter.lora.alpha, exporter.metadata).name
 
 
@@ -158,7 +152,7 @@ def usage(model: ModelConfig) -> str:
     """Python that loads an adapter, `{base}` to be filled in: single files have loaders in their own pipelines only."""
     if hub.single_file(model.base) is None:
         return USAGE
-    pipeline = family(model.family).PIPELINE
+    pipeline = family(model.family).pipeline
     return USAGE.replace("from_pretrained", "from_single_file").replace("DiffusionPipeline", pipeline)
 
 

@@ -14,10 +14,10 @@ from finetune import hub
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.data.images import buckets
-from finetune.diffusion import encode, export, meta, single_file, task
+from finetune.diffusion import captioner, encode, export, meta, single_file, task, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.families.base import MAX_BATCH_PIXELS, TILE, enable_tiling, is_tiled
-from finetune.diffusion.pipeline import IMAGE_BATCH, TEXT_BATCH
+from finetune.diffusion.families.spec import TEXT_BATCH
+from finetune.diffusion.pipeline import IMAGE_BATCH
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer
@@ -129,24 +129,11 @@ class DiffusionMemoryModel:
     def _captioning(self) -> Trace:
         settings = self.caption
         tracer = Tracer(self.tracer.dtype, like_cuda=self.tracer.like_cuda)
-        model: Any = tracer.fakify(meta.captioner(settings.model, tracer.dtype))
-        side, text = model.config.vision_config.image_size, model.config.text_config
-        beams = settings.batch * settings.num_beams
-
-        def work() -> None:
-            pixels_B3HW = torch.empty(settings.batch, 3, side, side, dtype=tracer.dtype)
-            seen = model.vision_model(pixel_values=pixels_B3HW).last_hidden_state
-            seen = seen.repeat_interleave(settings.num_beams, dim=0)
-            layers = text.num_hidden_layers * 2  # keys and values of every token written, and of the image
-            _cache = [
-                torch.empty(beams, settings.max_new_tokens + seen.shape[1], text.hidden_size, dtype=tracer.dtype)
-                for _ in range(layers)
-            ]
-            ids_B1 = torch.zeros(beams, 1, dtype=torch.long)
-            mask_BL = torch.ones(seen.shape[:2], dtype=torch.long)
-            model.text_decoder(input_ids=ids_B1, encoder_hidden_states=seen, encoder_attention_mask=mask_BL)
-
-        return tracer.run(model, work)
+        model = tracer.fakify(captioner.model_without_weights(settings.model, tracer.dtype))
+        beams, tokens = settings.num_beams, settings.max_new_tokens
+        return tracer.run(
+            model, lambda: captioner.trace_step(model, batch=settings.batch, beams=beams, new_tokens=tokens)
+        )
 
     def _encoding_texts(self) -> Iterator[PhaseOption]:
         """As `TextEncoder` goes about it."""
@@ -196,9 +183,9 @@ class DiffusionMemoryModel:
         while self.cuda and count > 1:
             count //= 2
             yield PhaseOption(self._drawing(count, self.vae, held), f"{count} images at once" if count > 1 else ONE)
-        if self.cuda and self.base.resolution > TILE:
+        if self.cuda and self.base.resolution > tiling.TILE:
             thrifty = self.tracer.fakify(meta.autoencoder(self.base))
-            enable_tiling(thrifty)
+            tiling.enable_tiling(thrifty)
             yield PhaseOption(self._drawing(1, thrifty, held), f"{ONE}, decoded in tiles")
 
     def _drawing(self, count: int, vae: nn.Module, held: Mapping[str, float]) -> Trace:
@@ -208,20 +195,20 @@ class DiffusionMemoryModel:
         def work() -> None:
             with self.tracer.autocast():
                 text = self._texts(1)
-                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.call(
+                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.pipeline_arguments(
                     text, text, sample.guidance
                 )
                 rows = count * (2 if guided else 1)
                 timesteps_B = torch.zeros(rows, dtype=torch.long)
                 self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
-            self.family.pixels(vae, self.family.pack_latents(torch.empty(count, *latents)), side, side)
+            self.family.decode(vae, self.family.pack_latents(torch.empty(count, *latents)), side, side)
 
         if self.cuda:
-            pixels = side * side * (count if count * side * side <= MAX_BATCH_PIXELS else 1)
-            if is_tiled(vae):
-                pixels = min(pixels, TILE**2)
+            pixels = side * side * (count if count * side * side <= tiling.MAX_BATCH_PIXELS else 1)
+            if tiling.is_tiled(vae):
+                pixels = min(pixels, tiling.TILE**2)
             held = dict(held) | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
-            others = "" if self.family.VAE_CLASS in WORKSPACE_SEEN else " with other autoencoders"
+            others = "" if self.family.vae_class in WORKSPACE_SEEN else " with other autoencoders"
             self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
         return self._evaluated(nn.ModuleList([self.model, vae]), work, held)
 
@@ -262,14 +249,8 @@ class DiffusionMemoryModel:
             self.model.train()
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
-        adapted = lora_layers.inject(
-            meta.backbone(self.base, dtype),
-            rank=self.lora.rank,
-            alpha=self.lora.alpha,
-            dropout=self.lora.dropout,
-            targets=self.base.lora_targets[self.lora.targets],
-            seed=self.seed,
-        )
+        targets = self.base.lora_targets[self.lora.targets]
+        adapted = lora_layers.inject(meta.backbone(self.base, dtype), self.lora, targets, seed=self.seed)
         if self.base.quantize is Quantize.none:
             return adapted
         return planning_meta.quantised(adapted, self.base.quantize)

@@ -17,27 +17,27 @@ from finetune.planning.meta import on_meta
 
 def backbone(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """What `diffusion.load_backbone` loads."""
-    kind = family(model.family)
-    return _diffusers_part(model, kind.BACKBONE, kind.BACKBONE_CLASS, dtype)
+    spec = family(model.family)
+    return _diffusers_part(model, spec.backbone, spec.backbone_class, dtype)
 
 
 def autoencoder(model: ModelConfig) -> nn.Module:
     """What `diffusion.load_vae_model` loads."""
-    return _diffusers_part(model, "vae", family(model.family).VAE_CLASS, torch.float32).eval()
+    return _diffusers_part(model, "vae", family(model.family).vae_class, torch.float32).eval()
 
 
 def text_encoders(model: ModelConfig) -> nn.ModuleList:
     """The text encoders of an image model, in the dtypes that `diffusion.TextEncoder` gives them."""
     import transformers
 
-    found, kind = _config_folder(model), family(model.family)
+    found, spec = _config_folder(model), family(model.family)
     index = json.loads((found / "model_index.json").read_text())
     encoders = nn.ModuleList()
-    for part in kind.TEXT:
-        if (found / part / "config.json").is_file() and "tokenizer" not in part:
+    for part in spec.text_tokens:
+        if (found / part / "config.json").is_file():
             loader: Any = getattr(transformers, index[part][1])
             config = loader.config_class.from_pretrained(found / part)
-            dtype = torch.bfloat16 if part in kind.LARGE_TEXT else torch.float32
+            dtype = torch.bfloat16 if part in spec.large_text else torch.float32
             encoders.append(on_meta(partial(loader, config), dtype).eval())
     return encoders
 
@@ -51,14 +51,6 @@ def objective(model: ModelConfig) -> Objective:
     flow = "Flow" in settings["_class_name"]
     scheduler: Any = getattr(diffusers, settings["_class_name"] if flow else "DDPMScheduler")
     return family(model.family).objective(scheduler.from_config(settings))
-
-
-def captioner(reference: str, dtype: torch.dtype) -> nn.Module:
-    """What `captioner.Captioner` loads."""
-    from transformers import BlipConfig, BlipForConditionalGeneration
-
-    config = BlipConfig.from_pretrained(hub.config_folder(reference))
-    return on_meta(lambda: BlipForConditionalGeneration(config), dtype).eval()
 
 
 def _config_folder(model: ModelConfig) -> Path:

@@ -90,7 +90,7 @@ class Flow:
 
     def draw(self, random: torch.Generator, clean_Chw: Tensor) -> float:
         drawn = float(torch.sigmoid(torch.randn((), generator=random, dtype=torch.float64)))
-        return FLOW_STEPS * shifted(drawn, self._shift(clean_Chw))
+        return FLOW_STEPS * shifted(drawn, self.shift(clean_Chw))
 
     def level(self, share: float) -> float:
         return FLOW_STEPS * share
@@ -106,7 +106,7 @@ class Flow:
         """All alike: how often a level is drawn is its weight."""
         return torch.ones_like(timesteps_B, dtype=torch.float32)
 
-    def _shift(self, clean_Chw: Tensor) -> float:
+    def shift(self, clean_Chw: Tensor) -> float:
         """s in σ → sσ / (1 + (s - 1)σ)."""
         config = self.config
         if not config.get("use_dynamic_shifting"):
@@ -116,6 +116,11 @@ class Flow:
         slope = (config.max_shift - config.base_shift) / (high - low)
         mu = config.base_shift + (tokens - low) * slope
         return math.exp(mu) if config.get("time_shift_type", "exponential") == "exponential" else mu
+
+
+def of_scheduler(scheduler: Any) -> Objective:
+    """The objective of a base with that scheduler; those of flow matching have no table of noise levels."""
+    return Denoising(scheduler) if hasattr(scheduler, "alphas_cumprod") else Flow(scheduler)
 
 
 def shifted(share: float, shift: float) -> float:

@@ -15,9 +15,9 @@ from torch import Tensor, nn
 from finetune import hub
 from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
-from finetune.diffusion import single_file
+from finetune.diffusion import single_file, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.families.base import TILE, Family, Text, enable_tiling
+from finetune.diffusion.families.spec import TEXT_BATCH, Text
 from finetune.errors import ModelError, is_gpu_out_of_memory
 from finetune.memory import block_offload, quantize
 from finetune.memory.device import release_memory
@@ -25,7 +25,7 @@ from finetune.memory.fallbacks import AdaptiveBatch, try_within_memory
 from finetune.run.progress import say
 
 CPU = torch.device("cpu")
-TEXT_BATCH, IMAGE_BATCH = 32, 8
+IMAGE_BATCH = 8
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
@@ -37,8 +37,8 @@ class TextEncoder:
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         self.family, self.adaptive_batch = family(model.family), AdaptiveBatch(TEXT_BATCH, self._move_to_cpu)
-        dtypes = {"default": torch.float32} | dict.fromkeys(self.family.LARGE_TEXT, torch.bfloat16)
-        parts = dict.fromkeys((self.family.BACKBONE, "vae"))
+        dtypes = {"default": torch.float32} | dict.fromkeys(self.family.large_text, torch.bfloat16)
+        parts = dict.fromkeys((self.family.backbone, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
         if try_within_memory(lambda: self.pipeline.to(device), is_oom=is_gpu_out_of_memory) is None:
             self.adaptive_batch.fallbacks.pop()()
@@ -61,8 +61,8 @@ class TextEncoder:
 
     def truncated_tail(self, text: str) -> str:
         """The tail of `text` that the encoder never sees; empty if all of it fits."""
-        tokenizer, room = self.family.reader(self.pipeline)
-        room -= tokenizer.num_special_tokens_to_add()
+        tokenizer, limit = self.family.tokenizer_and_limit(self.pipeline)
+        room = limit - tokenizer.num_special_tokens_to_add()
         ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
         return str(tokenizer.decode(ids[room:])).strip() if len(ids) > room else ""
 
@@ -78,7 +78,7 @@ class Vae:
     def encode(self, pixels_B3HW: Tensor) -> list[dict[str, Tensor]]:
         """Per image (values in -1 … 1) `{"mean", "std"}`, each (C, h, w) fp32 on the CPU.
 
-        Training draws new latents from them at each visit.
+        Training draws new latents from them in each epoch.
         """
         mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
         return [
@@ -118,7 +118,7 @@ def load_vae_model(model: ModelConfig) -> nn.Module:
 
     fp32: several released ones overflow in fp16, and encoding happens once.
     """
-    loader = _class(family(model.family).VAE_CLASS)
+    loader = _class(family(model.family).vae_class)
     vae: nn.Module = _load(loader, model, "vae", torch_dtype=torch.float32)
     return vae.eval().requires_grad_(False)
 
@@ -132,7 +132,7 @@ def load_backbone(
     that `model.offload` fills before it keeps blocks in CPU memory; 0 is all of it. Raises ModelError, also for a
     quantised one on another device than a CUDA GPU.
     """
-    kind = family(model.family)
+    spec = family(model.family)
     options: dict[str, Any] = {"torch_dtype": dtype}
     if model.quantize is not Quantize.none:
         from diffusers import BitsAndBytesConfig
@@ -144,8 +144,8 @@ def load_backbone(
         quantize.prove(model, dtype, device)
         settings = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
         options |= {"quantization_config": settings, "device_map": {"": device}}
-    loader = _class(kind.BACKBONE_CLASS)
-    backbone: nn.Module = _load(loader, model, kind.BACKBONE, **options)
+    loader = _class(spec.backbone_class)
+    backbone: nn.Module = _load(loader, model, spec.backbone, **options)
     backbone.requires_grad_(False)
     quantize.prepare(backbone)
     if block_offload.is_active(model, device):
@@ -156,8 +156,8 @@ def load_backbone(
 
 def load_scheduler(model: ModelConfig) -> Any:
     """The base's noise scheduler, with its own prediction type and noise levels."""
-    kind = family(model.family)
-    return load_pipeline(model, dict.fromkeys((kind.BACKBONE, "vae", *kind.TEXT))).scheduler
+    spec = family(model.family)
+    return load_pipeline(model, dict.fromkeys(spec.parts)).scheduler
 
 
 def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> Any:
@@ -165,18 +165,18 @@ def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> 
 
     Its class finds the scheduler's by itself, and whatever else the base's model_index.json sets.
     """
-    kind, source = family(model.family), model.base
+    spec, source = family(model.family), model.base
     found = single_file.find(model)
     if found is not None:
         source = str(found.settings)
         parts = single_file.complete(found, model, parts, options.pop("torch_dtype", {"default": torch.float32}))
     index = hub.model_index(source)
-    if index and index["_class_name"] != kind.PIPELINE:
+    if index and index["_class_name"] != spec.pipeline:
         raise ModelError(
-            f"{source} is a {index['_class_name']}, and model.family={model.family.name} needs a {kind.PIPELINE}; "
+            f"{source} is a {index['_class_name']}, and model.family={model.family} needs a {spec.pipeline}; "
             "choose the preset of its family, such as model=sdxl, and set model.base besides"
         )
-    pipeline = hub.load(_class(kind.PIPELINE), source, **parts, **kind.UNUSED, **options)
+    pipeline = hub.load(_class(spec.pipeline), source, **parts, **spec.unused, **options)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -185,17 +185,17 @@ def save_adapter(
     model: ModelConfig, backbone: Any, folder: Path, weights: Mapping[str, Tensor], name: str = ADAPTER_FILE
 ) -> Path:
     """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
-    kind = family(model.family)
+    spec = family(model.family)
     folder.mkdir(parents=True, exist_ok=True)
     # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every image. It goes by
     # the names in the file, and warns of exclusions that exclude none of those.
     settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
-    _class(kind.PIPELINE).save_lora_weights(
+    _class(spec.pipeline).save_lora_weights(
         folder,
         # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
         **{
-            f"{kind.BACKBONE}_lora_layers": dict(weights),
-            f"{kind.BACKBONE}_lora_adapter_metadata": settings,
+            f"{spec.backbone}_lora_layers": dict(weights),
+            f"{spec.backbone}_lora_adapter_metadata": settings,
         },
         weight_name=name,
     )
@@ -207,23 +207,23 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
-    attach.require(path)
+    attach.require_adapter(path)
     if path.is_dir():
-        return cast(nn.Module, attach.attach(backbone, path).get_base_model())
-    kind = family(model.family)
+        return cast(nn.Module, attach.attach_peft_folder(backbone, path).get_base_model())
+    spec = family(model.family)
     weights = formats.read_weights(path)  # names a damaged file better than the libraries do
-    with attach.fitting(path):
-        if formats.is_kohya(weights) and (own := formats.from_kohya(backbone, weights, kind.KOHYA)):
+    with attach.mismatch_as_model_error(path):
+        if formats.is_kohya(weights) and (own := formats.from_kohya(backbone, weights, spec.kohya_prefix)):
             backbone.load_lora_adapter(own, prefix=None)
         else:
-            shape = {"unet_config": backbone.config} if kind.BACKBONE == "unet" else {}
-            state, *alphas, metadata = _class(kind.PIPELINE).lora_state_dict(
+            shape = {"unet_config": backbone.config} if spec.backbone == "unet" else {}
+            state, *alphas, metadata = _class(spec.pipeline).lora_state_dict(
                 dict(weights) if formats.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
             )
             backbone.load_lora_adapter(
-                state, prefix=kind.BACKBONE, network_alphas=alphas[0] if alphas else None, metadata=metadata
+                state, prefix=spec.backbone, network_alphas=alphas[0] if alphas else None, metadata=metadata
             )
-    attach.place(backbone)
+    attach.move_adapters_to_gpu(backbone)
     return cast(nn.Module, backbone.eval())
 
 
@@ -238,7 +238,7 @@ class ImageSampler:
     def __init__(
         self, model: ModelConfig, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.family: Family = family(model.family)
+        self.family = family(model.family)
         encoder = load_text_encoder(model, device)
         texts = [*prompts, negative]
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
@@ -246,7 +246,7 @@ class ImageSampler:
         self.negative, self.device, self.dtype = negative, device, dtype
         self.adaptive_batch = AdaptiveBatch(IMAGE_BATCH, self._tile, doing="drawing")
         self.vae = load_vae_model(model)
-        parts = dict.fromkeys((self.family.BACKBONE, *self.family.TEXT)) | {"vae": self.vae}
+        parts = dict.fromkeys((self.family.backbone, *self.family.text_parts)) | {"vae": self.vae}
         self.pipeline = load_pipeline(model, parts)
 
     def generate(
@@ -263,7 +263,7 @@ class ImageSampler:
 
         Raises torch.OutOfMemoryError where one image is too much, in tiles too.
         """
-        if max(width, height) <= TILE:  # tiles would be the image
+        if max(width, height) <= tiling.TILE:  # tiles would be the image
             self.adaptive_batch.fallbacks.clear()
         return self.adaptive_batch.each(
             lambda part: self._generate(backbone, part, width, height, steps, guidance), jobs
@@ -271,21 +271,21 @@ class ImageSampler:
 
     def _tile(self) -> None:
         say("the GPU is too small for an image; decoding in tiles")
-        enable_tiling(self.vae)
+        tiling.enable_tiling(self.vae)
 
     @torch.no_grad()
     def _generate(
         self, backbone: nn.Module, jobs: Sequence[tuple[str, int]], width: int, height: int, steps: int, guidance: float
     ) -> list[Any]:
         pipeline = self.pipeline
-        pipeline.register_modules(**{self.family.BACKBONE: backbone})
+        pipeline.register_modules(**{self.family.backbone: backbone})
         training = backbone.training
         backbone.eval()
         try:
             self.vae.to(self.device)
             with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
                 latents = pipeline(
-                    **self.family.call(
+                    **self.family.pipeline_arguments(
                         self._stacked([prompt for prompt, _ in jobs]),
                         self._stacked([self.negative] * len(jobs)),
                         guidance,
@@ -296,11 +296,11 @@ class ImageSampler:
                     num_inference_steps=steps,
                     output_type="latent",
                 ).images
-            pixels_B3HW = self.family.pixels(self.vae, latents.float(), height, width)
+            pixels_B3HW = self.family.decode(self.vae, latents.float(), height, width)
             return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))
         finally:  # also where memory ran out
             backbone.train(training)
-            pipeline.register_modules(**{self.family.BACKBONE: None})  # whoever drops it shall get its memory
+            pipeline.register_modules(**{self.family.backbone: None})  # what drops it shall get its memory
             self.vae.to("cpu")  # the training step needs the memory
 
     def _stacked(self, texts: Sequence[str]) -> Text:

@@ -15,9 +15,8 @@ from pathlib import Path
 from typing import Any, cast
 
 from finetune import hub
-from finetune.config.schema import Family as Name
 from finetune.config.schema import ModelConfig
-from finetune.diffusion.families import family
+from finetune.diffusion.families import family, names
 from finetune.errors import ModelError, is_out_of_memory
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
@@ -38,7 +37,7 @@ class SingleFile:
     """A file that was found to be a base of the configured architecture."""
 
     path: Path
-    kind: Name
+    kind: str
     shapes: Shapes
     """Of every weight, by its name in the file."""
     settings: Path
@@ -48,12 +47,12 @@ class SingleFile:
 
     def names(self, part: str) -> list[str]:
         """Names of a part's weights in the file; none if it lacks the part."""
-        kind = family(self.kind)
-        if part == kind.BACKBONE:
-            others = (*VAE, *kind.FILE_TEXT.values())
+        spec = family(self.kind)
+        if part == spec.backbone:
+            others = (*VAE, *spec.file_text_prefixes.values())
             own = [name for name in self.shapes if name.startswith(BACKBONE)]
             return own or [name for name in self.shapes if not name.startswith(others)]
-        begin = VAE if part == "vae" else kind.FILE_TEXT.get(part, ())
+        begin = VAE if part == "vae" else spec.file_text_prefixes.get(part, ())
         return [name for name in self.shapes if name.startswith(begin)]
 
 
@@ -109,12 +108,12 @@ def complete(found: SingleFile, model: ModelConfig, given: dict[str, Any], dtype
     import diffusers
     import transformers
 
-    kind = family(model.family)
+    spec = family(model.family)
     index = cast(dict[str, Any], hub.model_index(str(found.settings)))
     filled = dict(given)
-    for part in (kind.BACKBONE, "vae", *kind.TEXT):
+    for part in spec.parts:
         if part not in given:
-            library = diffusers if part in (kind.BACKBONE, "vae") else transformers
+            library = diffusers if part in (spec.backbone, "vae") else transformers
             dtype = dtypes.get(part, dtypes["default"])
             filled[part] = load(getattr(library, index[part][1]), found, part, torch_dtype=dtype)
     return filled
@@ -125,12 +124,8 @@ def content_hash(found: SingleFile, *parts: str) -> str:
 
     Raises ModelError if a part that the file lacks is neither on disk nor on the hub.
     """
-    kind = family(found.kind)
-    wanted = [
-        part
-        for part in (kind.BACKBONE, "vae", *kind.TEXT)
-        if not parts or any(fnmatchcase(part, pattern) for pattern in parts)
-    ]
+    spec = family(found.kind)
+    wanted = [part for part in spec.parts if not parts or any(fnmatchcase(part, pattern) for pattern in parts)]
     digest = hashlib.sha256()
     hub.hash_file_content(found.path, digest.update)
     for part in wanted:
@@ -146,7 +141,7 @@ def content_hash(found: SingleFile, *parts: str) -> str:
 
 
 @cache
-def _opened(path: Path, _changed_ns: int, kind: Name, parts: str) -> SingleFile:
+def _opened(path: Path, _changed_ns: int, kind: str, parts: str) -> SingleFile:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -178,20 +173,20 @@ def _misfit(found: SingleFile) -> str:
     import torch
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    kind = family(found.kind)
-    loader = getattr(diffusers, kind.BACKBONE_CLASS)
-    config = loader.load_config(str(found.settings / kind.BACKBONE))
+    spec = family(found.kind)
+    loader = getattr(diffusers, spec.backbone_class)
+    config = loader.load_config(str(found.settings / spec.backbone))
     weights: dict[str, Any] = {
         _original(found.kind, name): torch.empty(found.shapes[name], device="meta")
-        for name in found.names(kind.BACKBONE)
+        for name in found.names(spec.backbone)
     }
-    convert = SINGLE_FILE_LOADABLE_CLASSES[kind.BACKBONE_CLASS]["checkpoint_mapping_fn"]
+    convert = SINGLE_FILE_LOADABLE_CLASSES[spec.backbone_class]["checkpoint_mapping_fn"]
     try:
         converted = convert(checkpoint=dict(weights), config=config)
     except (KeyError, IndexError, ValueError, RuntimeError):  # what the converters say of names that they don't know
         converted = {}
     if not converted:
-        return f"it holds no {kind.BACKBONE} of that kind"
+        return f"it holds no {spec.backbone} of that kind"
     with torch.device("meta"):
         wanted = loader.from_config(config).state_dict()
     for name, weight in wanted.items():
@@ -204,20 +199,20 @@ def _misfit(found: SingleFile) -> str:
 
 def _presets(found: SingleFile) -> Iterator[str]:
     """The presets whose architecture the file has."""
-    kinds = {family(kind).PIPELINE: kind for kind in Name}
+    kinds = {family(kind).pipeline: kind for kind in names()}
     for folder in sorted(hub.ARCHITECTURES.iterdir()):
         index = hub.model_index(str(folder)) if folder.is_dir() else None
         if index and not _misfit(replace(found, kind=kinds[index["_class_name"]], settings=folder)):
             yield folder.name
 
 
-def _original(kind: Name, name: str) -> str:
+def _original(kind: str, name: str) -> str:
     """A backbone's name as diffusers' converters know it: UNets' with their prefix, all of transformers' without."""
     bare = name.removeprefix(BACKBONE)
-    return BACKBONE + bare if family(kind).BACKBONE == "unet" else bare
+    return BACKBONE + bare if family(kind).backbone == "unet" else bare
 
 
-def _current(kind: Name, name: str) -> str:
+def _current(kind: str, name: str) -> str:
     """A name in a text encoder as transformers has had it since 2022; many a merged file still has older ones."""
     begin, older, rest = name.partition("cond_stage_model.transformer.")
     return f"{older}text_model.{rest}" if older and not begin and not rest.startswith("text_model.") else name
@@ -225,7 +220,7 @@ def _current(kind: Name, name: str) -> str:
 
 def _holds(found: SingleFile, part: str) -> bool:
     """Whether the file has a part's weights, in a form that diffusers can read."""
-    if part == "vae" and family(found.kind).VAE_CLASS != "AutoencoderKL":
+    if part == "vae" and family(found.kind).vae_class != "AutoencoderKL":
         return False
     return bool(found.names(part))
 
@@ -236,7 +231,7 @@ def _read(found: SingleFile, part: str) -> dict[str, Any]:
 
     with safe_open(found.path, "pt") as file:
         weights = {name: file.get_tensor(name) for name in found.names(part)}
-    rename = _original if part == family(found.kind).BACKBONE else _current
+    rename = _original if part == family(found.kind).backbone else _current
     return {rename(found.kind, name): weight for name, weight in weights.items()}
 
 
@@ -245,7 +240,7 @@ def _build(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     from diffusers.loaders import single_file_utils as converters
 
     weights = _read(found, part)
-    if part == "vae" or part == family(found.kind).BACKBONE:
+    if part == "vae" or part == family(found.kind).backbone:
         try:
             with _not_quantised_yet():
                 return loader.from_single_file(weights, config=str(found.settings), subfolder=part, **options)

@@ -18,7 +18,7 @@ from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleCo
 from finetune.data import order
 from finetune.data.cache import read
 from finetune.diffusion.families import family
-from finetune.diffusion.families.base import Family
+from finetune.diffusion.families.spec import FamilySpec
 from finetune.diffusion.objectives import Objective
 from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler
 from finetune.memory import activation_offload, checkpointing, fallbacks
@@ -66,14 +66,7 @@ class DiffusionTask:
         self.image_sampler = self._make_image_sampler(model)
         backbone: Any = load_backbone(model, dtype, device, vram_gib=vram_gib)
         checkpointing.set_checkpointing(backbone, activation_checkpointing)
-        self.model: nn.Module = lora_layers.inject(
-            backbone,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            targets=model.lora_targets[lora.targets],
-            seed=seed,
-        )
+        self.model: nn.Module = lora_layers.inject(backbone, lora, model.lora_targets[lora.targets], seed=seed)
         self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
         self.fallbacks = fallbacks.gpu_fallbacks(
             self.model, model, activation_checkpointing, self.activation_offload, device
@@ -180,14 +173,14 @@ class DiffusionTask:
 
 
 def predict(
-    kind: Family, objective: Objective, model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
+    spec: FamilySpec, objective: Objective, model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Tensor:
     """What the model makes of a batch's noisy latents, (B, C, h, w). dtype: of its arithmetic."""
     noisy_BChw = objective.noisy(tensors["clean"], tensors["noise"], tensors["timesteps"])
     text = {  # large text encoders write bf16 whatever the backbone computes in
         name.removeprefix(TEXT): value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
     }
-    return kind.predict(model, noisy_BChw, tensors["timesteps"], text)
+    return spec.predict(model, noisy_BChw, tensors["timesteps"], text)
 
 
 def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

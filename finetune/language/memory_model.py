@@ -1,6 +1,6 @@
 """A language model without weights, for the memory plan: what a step and every other phase would hold on the GPU.
 
-B packs, L slots of a pack, D hidden channels, V vocabulary entries.
+B packs, L token positions of a pack, D hidden channels, V vocabulary entries.
 """
 
 from collections.abc import Iterable, Iterator, Mapping

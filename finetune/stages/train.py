@@ -13,8 +13,10 @@ from finetune.errors import Interrupted, RunError
 from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import previous, ranks
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import Dataset, Run, TextSet
 from finetune.training import checkpoint, distributed
 from finetune.training.accelerator import build_accelerator
 from finetune.training.loop import Step, fit
@@ -154,7 +156,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},
         "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
-        dataset.content_name: dataset.content,
+        dataset.identity_key: dataset.content,
     }
     return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
 
@@ -170,7 +172,7 @@ def _resume(
     before = newest.state.identity
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
-        if key != dataset.content_name
+        if key != dataset.identity_key
         else previous.changes(folder.parent, dataset)
         for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
         if before.get(key) != identity.get(key)

@@ -4,14 +4,13 @@
 manifest with the hash of every file. It is written under a temporary name, flushed to disk and renamed.
 """
 
-import hashlib
 import io
 import json
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from finetune.errors import RunError
 from finetune.run.atomic import replace_folder
+from finetune.run.hashing import hash_file
 from finetune.run.records import from_plain
 
 PREFIX = "step-"
@@ -56,6 +56,13 @@ class TrainState:
     fallbacks: int = 0
     planned_gib: float | None = None
     dry_run_gib: float | None = None
+    RENAMED: ClassVar[dict[str, str]] = {
+        "units": "count",
+        "asked": "requested",
+        "taken": "applied",
+        "measures": "fallbacks",
+        "probed_gib": "dry_run_gib",
+    }
 
 
 @dataclass(frozen=True)
@@ -92,7 +99,7 @@ def save(
         if ema is not None:
             (temporary / "ema.safetensors").write_bytes(save_tensors(dict(ema)))
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-        hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
+        hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
     return final
 
@@ -102,7 +109,7 @@ def load(folder: Path) -> Checkpoint:
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in hashes.items():
-            if _hash(folder / name) != expected:
+            if hash_file(folder / name) != expected:
                 raise ValueError(f"{name} differs from its manifest")
         state = from_plain(TrainState, json.loads((folder / "state.json").read_text(encoding="utf-8")))
         adapter = load_file(folder / "adapter.safetensors")
@@ -134,8 +141,3 @@ def prune(folder: Path, keep: int, also: Iterable[int | None]) -> None:
             shutil.rmtree(at(folder, step))
     for left in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(left)
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

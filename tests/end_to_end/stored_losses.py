@@ -65,7 +65,7 @@ def recipe(name: str, *data: str, work: Path) -> Path:
     return work / "outputs" / name
 
 
-def pictures(kind: Any, *, work: Path) -> Path:
+def pictures(kind: str, *, work: Path) -> Path:
     """Three steps of a tiny model of a family of image models."""
     config = _tiny("pixar_style", "lora.targets=attention", work=work)
     config.data.folder = str(shutil.copytree(STORED / PICTURES, work / PICTURES))
@@ -110,7 +110,7 @@ RECIPES = {  # the captions of the pictures are written by the command
 }
 CASES: dict[str, Callable[..., Path]] = {
     **RECIPES,
-    **{f"images {kind.name}": partial(pictures, kind) for kind in SAVERS},
+    **{f"images {kind}": partial(pictures, kind) for kind in SAVERS},
     **{f"language {architecture}": partial(language, architecture) for architecture in CHATS},
     **{name: partial(resumed, stored) for name, stored in RUNS.items()},
 }

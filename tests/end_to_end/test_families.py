@@ -9,8 +9,8 @@ from PIL import Image
 
 import finetune
 from finetune.adapters import formats
-from finetune.config.schema import Config, Device, ExportFormat, Family, Precision
-from finetune.diffusion import export, pipeline
+from finetune.config.schema import Config, Device, ExportFormat, Precision
+from finetune.diffusion import export, families, pipeline
 from finetune.diffusion.families import family
 from finetune.errors import Interrupted
 from finetune.run.records import Result
@@ -19,14 +19,14 @@ from tests.tiny_families import save_family
 
 torch.set_num_threads(1)
 
-CUT = {Family.sdxl, Family.flux}  # a UNet and a transformer
-UNREAD = {Family.sd3, Family.flux2}  # diffusers leaves every layer of their kohya-style files out, and says little
+CUT = {"sdxl", "flux"}  # a UNet and a transformer
+UNREAD = {"sd3", "flux2"}  # diffusers leaves every layer of their kohya-style files out, and says little
 
 
-@pytest.fixture(scope="module", params=list(Family), ids=lambda kind: kind.name)
+@pytest.fixture(scope="module", params=families.names())
 def config(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Config:
     """A run of three steps on four images of two shapes."""
-    folder = tmp_path_factory.mktemp(request.param.name)
+    folder = tmp_path_factory.mktemp(request.param)
     config = Config(name="tiny", run_dir=str(folder / "run"), model=save_family(folder / "base", request.param))
     (folder / "images").mkdir()
     for number, colour in enumerate(("red", "green", "blue", "white")):
@@ -81,9 +81,9 @@ def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, 
         Path(result.adapter.folder),
         result.adapter.files[export_format.name],
     )
-    parts = dict.fromkeys((*kind.TEXT, "vae"))
+    parts = dict.fromkeys((*kind.text_parts, "vae"))
     loaded_into = pipeline.load_pipeline(config.model, parts)
-    backbone = getattr(loaded_into, kind.BACKBONE)
+    backbone = getattr(loaded_into, kind.backbone)
     loaded_into.load_lora_weights(folder, weight_name=name)
     if export_format is ExportFormat.kohya and config.model.family in UNREAD:
         assert not any("lora" in name for name, _ in backbone.named_parameters())

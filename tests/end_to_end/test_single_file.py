@@ -10,7 +10,7 @@ from PIL import Image
 
 import finetune
 from finetune.adapters import formats
-from finetune.config.schema import Config, Device, ExportFormat, Family, Precision
+from finetune.config.schema import Config, Device, ExportFormat, Precision
 from finetune.errors import Interrupted
 from tests import cutting
 from tests.single_files import save_single_file
@@ -21,7 +21,7 @@ torch.set_num_threads(1)
 
 @pytest.fixture
 def config(tmp_path: Path) -> Config:
-    model = save_family(tmp_path / "base", Family.sd)
+    model = save_family(tmp_path / "base", "sd")
     config = Config(name="tiny", run_dir=str(tmp_path / "folder"), model=replace(model, resolution=32))
     (tmp_path / "images").mkdir()
     for colour in ("red", "green"):
@@ -40,7 +40,7 @@ def test_a_run_from_a_file_is_the_run_from_its_folder(config: Config, tmp_path: 
     every = config.export.formats
     config.export.formats = [ExportFormat.peft]
     whole = finetune.train(config)
-    file = save_single_file(tmp_path / "base", tmp_path / "base.safetensors", Family.sd)
+    file = save_single_file(tmp_path / "base", tmp_path / "base.safetensors", "sd")
     for weights in (tmp_path / "base").rglob("*.safetensors"):
         weights.unlink()  # configuration and tokenizer stay
     single = copy.deepcopy(config)

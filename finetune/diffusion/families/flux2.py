@@ -4,25 +4,20 @@ The autoencoder's latents are packed in 2×2 patches and normalised channel by c
 here C counts patched channels and h×w patches: a 32-channel latent at 1/8 of the size is one of 128 at 1/16.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.diffusion.families.base import Text, room_in_chat, set_slicing
-from finetune.diffusion.objectives import FLOW_STEPS, Flow, Objective
+from finetune.diffusion.families.spec import FamilySpec, Text
+from finetune.diffusion.objectives import FLOW_STEPS, Flow
+from finetune.diffusion.tiling import set_slicing
 
-PIPELINE = "Flux2KleinPipeline"
-BACKBONE, BACKBONE_CLASS, VAE_CLASS = "transformer", "Flux2Transformer2DModel", "AutoencoderKLFlux2"
-TEXT = ("text_encoder", "tokenizer")
-UNUSED: Mapping[str, Any] = {}
-LARGE_TEXT = ("text_encoder",)
-KOHYA = "lora_transformer_"  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
-FILE_TEXT: Mapping[str, str] = {}
 TEXT_TOKENS = 512  # the model was trained on captions filled up to these, and attends to all of them
-PATCH = 2
+PATCH = 2  # latent pixels on a side
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
@@ -32,42 +27,27 @@ def encode(pipeline: Any, texts: Sequence[str]) -> Text:
     return {"embedding": torch.cat(embeddings)}
 
 
-def reader(pipeline: Any) -> tuple[Any, int]:
-    return pipeline.tokenizer, room_in_chat(pipeline.tokenizer, TEXT_TOKENS, enable_thinking=False)
-
-
 def text_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {"embedding": (TEXT_TOKENS, config.joint_attention_dim)}
 
 
-def latent_channels(config: Any) -> int:
-    return int(config.in_channels)
-
-
-def objective(scheduler: Any) -> Objective:
-    """Shifted by size as the pipeline does for 200 steps; for fewer it shifts further, to spend them on composition."""
-    return Flow(scheduler, patch=1)
-
-
 def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
     height, width = noisy_BChw.shape[-2:]
-    rows, columns = torch.meshgrid(torch.arange(height), torch.arange(width), indexing="ij")
-    zeros_N = torch.zeros(height * width)
-    places_N4 = torch.stack([zeros_N, rows.flatten(), columns.flatten(), zeros_N], dim=-1)  # frame, row, column, token
-    tokens = text["embedding"].shape[1]
-    places_L4 = torch.zeros(tokens, 4)
-    places_L4[:, 3] = torch.arange(tokens)
-    prediction_BNC = model(
+    zero, tokens = torch.arange(1), torch.arange(text["embedding"].shape[1])
+    # Frame, row, column and token of each: patches have the first three, captions' tokens the last.
+    img_ids_N4 = torch.cartesian_prod(zero, torch.arange(height), torch.arange(width), zero)
+    txt_ids_L4 = torch.cartesian_prod(zero, zero, zero, tokens)
+    predicted_BNC = model(
         hidden_states=noisy_BChw.flatten(2).transpose(1, 2),
         timestep=timesteps_B / FLOW_STEPS,
         guidance=None,  # klein models take none
         encoder_hidden_states=text["embedding"],
-        txt_ids=places_L4.to(noisy_BChw.device),
-        img_ids=places_N4.to(noisy_BChw.device),
+        txt_ids=txt_ids_L4.float().to(noisy_BChw.device),
+        img_ids=img_ids_N4.float().to(noisy_BChw.device),
         return_dict=False,
     )[0]
-    prediction_BChw: Tensor = prediction_BNC.transpose(1, 2).unflatten(2, (height, width))
-    return prediction_BChw
+    predicted_BChw: Tensor = predicted_BNC.transpose(1, 2).unflatten(2, (height, width))
+    return predicted_BChw
 
 
 def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
@@ -80,21 +60,28 @@ def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     return (patched[0] - mean_C11) / spread_C11, patched[1] / spread_C11
 
 
-def pack_latents(latents_BChw: Tensor) -> Tensor:
-    return functional.pixel_shuffle(latents_BChw, PATCH)
-
-
-def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
+def decode(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
     """The pipeline has undone patches and normalisation."""
     set_slicing(vae, len(latents), height * width)
-    decoded: Tensor = vae.decode(latents).sample
-    return decoded
+    pixels_B3HW: Tensor = vae.decode(latents).sample
+    return pixels_B3HW
 
 
-def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
-    """Distilled bases ignore the guidance, and say so."""
-    return {
-        "prompt_embeds": text["embedding"],
-        "negative_prompt_embeds": negative["embedding"],
-        "guidance_scale": guidance,
-    }
+SPEC = FamilySpec(
+    pipeline="Flux2KleinPipeline",
+    backbone="transformer",
+    backbone_class="Flux2Transformer2DModel",
+    vae_class="AutoencoderKLFlux2",
+    text_tokens={"text_encoder": TEXT_TOKENS},
+    large_text=("text_encoder",),
+    kohya_prefix="lora_transformer_",  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
+    encode=encode,
+    chat_template={"enable_thinking": False},
+    text_shapes=text_shapes,
+    # Shifted by size as the pipeline does for 200 steps; for fewer it shifts further, to spend them on composition.
+    objective=partial(Flow, patch=1),
+    predict=predict,
+    moments=moments,
+    pack_latents=partial(functional.pixel_shuffle, upscale_factor=PATCH),
+    decode=decode,  # distilled bases ignore the guidance, and say so
+)

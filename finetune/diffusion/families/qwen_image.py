@@ -6,17 +6,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.base import MASK, Text, lengths, padded, set_slicing, stacked
-from finetune.diffusion.families.flux import pack, unpack
-from finetune.diffusion.objectives import FLOW_STEPS, IMAGE_PATCH, Flow, Objective
+from finetune.diffusion.families.flux import PATCH, latent_channels, pack, unpack
+from finetune.diffusion.families.spec import MASK, FamilySpec, Text, lengths, padded, stacked
+from finetune.diffusion.objectives import FLOW_STEPS
+from finetune.diffusion.tiling import set_slicing
 
-PIPELINE = "QwenImagePipeline"
-BACKBONE, BACKBONE_CLASS, VAE_CLASS = "transformer", "QwenImageTransformer2DModel", "AutoencoderKLQwenImage"
-TEXT = ("text_encoder", "tokenizer")
-UNUSED: Mapping[str, Any] = {}
-LARGE_TEXT = ("text_encoder",)
-KOHYA = "lora_unet_"  # musubi-tuner's names, which diffusers and ComfyUI read too
-FILE_TEXT: Mapping[str, str] = {}
 TEXT_TOKENS = 512  # of up to 1024; as many as the pipeline takes unless told otherwise
 
 
@@ -27,58 +21,41 @@ def encode(pipeline: Any, texts: Sequence[str]) -> Text:
     return stacked([padded(caption_LD, TEXT_TOKENS) for caption_LD in captions])
 
 
-def reader(pipeline: Any) -> tuple[Any, int]:
-    """What stands before the caption isn't counted: the pipeline takes it off before it cuts."""
-    return pipeline.tokenizer, TEXT_TOKENS
-
-
 def text_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {"embedding": (TEXT_TOKENS, config.joint_attention_dim), MASK: (TEXT_TOKENS,)}
-
-
-def latent_channels(config: Any) -> int:
-    return int(config.in_channels) // IMAGE_PATCH**2
-
-
-def objective(scheduler: Any) -> Objective:
-    return Flow(scheduler)
 
 
 def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
     height, width = noisy_BChw.shape[-2:]
     embedding_BLD, mask_BL = _trimmed(text)
-    prediction_BND = model(
+    predicted_BND = model(
         hidden_states=pack(noisy_BChw),
         timestep=timesteps_B / FLOW_STEPS,
         encoder_hidden_states=embedding_BLD,
         encoder_hidden_states_mask=mask_BL,
-        img_shapes=[[(1, height // IMAGE_PATCH, width // IMAGE_PATCH)]] * len(noisy_BChw),
+        img_shapes=[[(1, height // PATCH, width // PATCH)]] * len(noisy_BChw),
         return_dict=False,
     )[0]
-    return unpack(prediction_BND, height, width)
+    return unpack(predicted_BND, height, width)
 
 
 def moments(vae: Any, pixels_B3HW: Tensor) -> tuple[Tensor, Tensor]:
     set_slicing(vae, len(pixels_B3HW), pixels_B3HW[0, 0].numel())
     posterior = vae.encode(pixels_B3HW.unsqueeze(2)).latent_dist  # one frame
-    shift_C11, spread_C11 = _scale(vae, posterior.mean)
+    shift_C11, spread_C11 = _shift_and_spread(vae, posterior.mean)
     return (posterior.mean.squeeze(2) - shift_C11) / spread_C11, posterior.std.squeeze(2) / spread_C11
 
 
-def pack_latents(latents_BChw: Tensor) -> Tensor:
-    return pack(latents_BChw)
-
-
-def pixels(vae: Any, latents: Tensor, height: int, width: int) -> Tensor:
-    set_slicing(vae, len(latents), height * width)
+def decode(vae: Any, packed_BND: Tensor, height: int, width: int) -> Tensor:
+    set_slicing(vae, len(packed_BND), height * width)
     factor = vae.spatial_compression_ratio
-    latents_BChw = unpack(latents, height // factor, width // factor)
-    shift_C11, spread_C11 = _scale(vae, latents)
-    decoded_B31HW: Tensor = vae.decode((latents_BChw * spread_C11 + shift_C11).unsqueeze(2)).sample
-    return decoded_B31HW.squeeze(2)
+    latents_BChw = unpack(packed_BND, height // factor, width // factor)
+    shift_C11, spread_C11 = _shift_and_spread(vae, packed_BND)
+    pixels_B31HW: Tensor = vae.decode((latents_BChw * spread_C11 + shift_C11).unsqueeze(2)).sample
+    return pixels_B31HW.squeeze(2)
 
 
-def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
+def pipeline_arguments(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
     embedding_BLD, mask_BL = _trimmed(text)
     wanted = {"prompt_embeds": embedding_BLD, "prompt_embeds_mask": mask_BL, "true_cfg_scale": guidance}
     if guidance <= 1:
@@ -93,9 +70,28 @@ def _trimmed(text: Text) -> tuple[Tensor, Tensor]:
     return text["embedding"][:, :longest], text[MASK][:, :longest] > 0
 
 
-def _scale(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
+def _shift_and_spread(vae: Any, like: Tensor) -> tuple[Tensor, Tensor]:
     """Mean and standard deviation of each channel over the autoencoder's training data, (C, 1, 1)."""
     shift, spread = (
         torch.tensor(values).view(-1, 1, 1) for values in (vae.config.latents_mean, vae.config.latents_std)
     )
     return shift.to(like), spread.to(like)
+
+
+SPEC = FamilySpec(
+    pipeline="QwenImagePipeline",
+    backbone="transformer",
+    backbone_class="QwenImageTransformer2DModel",
+    vae_class="AutoencoderKLQwenImage",
+    text_tokens={"text_encoder": TEXT_TOKENS},  # what stands before the caption is taken off before it is cut
+    large_text=("text_encoder",),
+    kohya_prefix="lora_unet_",  # musubi-tuner's names, which diffusers and ComfyUI read too
+    encode=encode,
+    text_shapes=text_shapes,
+    latent_channels=latent_channels,
+    predict=predict,
+    moments=moments,
+    pack_latents=pack,
+    decode=decode,
+    pipeline_arguments=pipeline_arguments,
+)

@@ -9,31 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.base import (
-    MASK,
-    Text,
-    decode_kl,
-    identity_layout,
-    kl_moments,
-    lengths,
-    padded,
-    room_in_chat,
-    stacked,
-)
-from finetune.diffusion.objectives import FLOW_STEPS, Flow, Objective
+from finetune.diffusion.families.spec import MASK, FamilySpec, Text, lengths, padded, stacked
+from finetune.diffusion.objectives import FLOW_STEPS
 
-PIPELINE = "ZImagePipeline"
-BACKBONE, BACKBONE_CLASS, VAE_CLASS = "transformer", "ZImageTransformer2DModel", "AutoencoderKL"
-TEXT = ("text_encoder", "tokenizer")
-UNUSED: Mapping[str, Any] = {}
-LARGE_TEXT = ("text_encoder",)
-KOHYA = "diffusion_model."  # the one form that both diffusers and ComfyUI read together with alpha
-FILE_TEXT: Mapping[str, str] = {}
 TEXT_TOKENS = 512
-
-moments = kl_moments
-pack_latents = identity_layout
-pixels = decode_kl
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
@@ -48,20 +27,8 @@ def encode(pipeline: Any, texts: Sequence[str]) -> Text:
     return stacked(captions)
 
 
-def reader(pipeline: Any) -> tuple[Any, int]:
-    return pipeline.tokenizer, room_in_chat(pipeline.tokenizer, TEXT_TOKENS, enable_thinking=True)
-
-
 def text_shapes(config: Any) -> dict[str, tuple[int, ...]]:
     return {"embedding": (TEXT_TOKENS, config.cap_feat_dim), MASK: (TEXT_TOKENS,)}
-
-
-def latent_channels(config: Any) -> int:
-    return int(config.in_channels)
-
-
-def objective(scheduler: Any) -> Objective:
-    return Flow(scheduler)
 
 
 def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
@@ -74,7 +41,7 @@ def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> 
     return -torch.stack(velocities_C1hw).squeeze(2)
 
 
-def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
+def pipeline_arguments(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
     """The pipeline counts the guidance from 0, as arXiv 2207.12598 does; everywhere else here 1 is none."""
     return {
         "prompt_embeds": _captions(text),
@@ -86,3 +53,18 @@ def call(text: Text, negative: Text, guidance: float) -> Mapping[str, Any]:
 def _captions(text: Text) -> list[Tensor]:
     """Each caption's embedding at its own length, (L, D)."""
     return [values_LD[:own] for values_LD, own in zip(text["embedding"], lengths(text[MASK]), strict=True)]
+
+
+SPEC = FamilySpec(
+    pipeline="ZImagePipeline",
+    backbone="transformer",
+    backbone_class="ZImageTransformer2DModel",
+    text_tokens={"text_encoder": TEXT_TOKENS},
+    large_text=("text_encoder",),
+    kohya_prefix="diffusion_model.",  # the one form that both diffusers and ComfyUI read together with alpha
+    encode=encode,
+    chat_template={"enable_thinking": True},
+    text_shapes=text_shapes,
+    predict=predict,
+    pipeline_arguments=pipeline_arguments,
+)

@@ -1,5 +1,7 @@
 """Every family reads texts, makes latents and calls its backbone as diffusers' own pipeline does."""
 
+import subprocess
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -12,35 +14,54 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.adapters import lora
-from finetune.config.schema import Config, Family, ModelConfig
-from finetune.diffusion import pipeline
-from finetune.diffusion.families import base, family, flux
-from finetune.diffusion.families.base import stacked
-from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL, DiffusionMemoryModel
+from finetune.config.schema import Config, LoraConfig, ModelConfig
+from finetune.diffusion import families, tiling
+from finetune.diffusion.families import family, flux
+from finetune.diffusion.families.spec import FamilySpec, stacked
+from finetune.diffusion.kind import workload
+from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL
 from finetune.diffusion.pipeline import ImageSampler, TextEncoder, Vae, load_backbone, load_scheduler
-from finetune.errors import ModelError
+from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload, checkpointing
 from tests.tiny_families import SAVERS, save_family
 
 CPU = torch.device("cpu")
 PROMPT = "a red robot"
 # The transformers' inputs and outputs as latents (B, C, h, w), where they are in another form.
-UNPACKED: dict[Family, Callable[[Any, int, int], Tensor]] = {
-    Family.flux: flux.unpack,
-    Family.flux2: lambda tokens, height, width: tokens.transpose(1, 2).unflatten(2, (height, width)),
-    Family.z_image: lambda listed, height, width: torch.stack(list(listed)).squeeze(2),
-    Family.qwen_image: flux.unpack,
+UNPACKED: dict[str, Callable[[Any, int, int], Tensor]] = {
+    "flux": flux.unpack,
+    "flux2": lambda tokens, height, width: tokens.transpose(1, 2).unflatten(2, (height, width)),
+    "z_image": lambda listed, height, width: torch.stack(list(listed)).squeeze(2),
+    "qwen_image": flux.unpack,
 }
-TOWARDS_CLEAN = {Family.z_image}  # what predicts from noise to clean; its pipeline turns the sign round
+TOWARDS_CLEAN = {"z_image"}  # what predicts from noise to clean; its pipeline turns the sign round
 
 
-@pytest.fixture(scope="module", params=list(SAVERS), ids=lambda kind: kind.name)
+@pytest.fixture(scope="module", params=list(SAVERS))
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ModelConfig:
-    return save_family(tmp_path_factory.mktemp("families") / request.param.name, request.param)
+    return save_family(tmp_path_factory.mktemp("families") / request.param, request.param)
 
 
-def test_every_family_of_the_configuration_is_tested() -> None:
-    assert list(SAVERS) == list(Family)
+def test_every_family_is_tested() -> None:
+    assert sorted(SAVERS) == families.names()
+
+
+def test_a_family_that_there_is_not_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    command = ["train", "conf=pixar_style", "model.family=sdx", "lora.rank=0", f"run_dir={tmp_path / 'run'}"]
+    code = f"import sys; from finetune.cli import main; print(main({command}), 'torch' in sys.modules)"
+    answer = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert answer.stdout == "2 False\n"
+    rank, line = answer.stderr.splitlines()
+    assert "lora.rank" in rank
+    assert line == f"error: model.family must be one of {', '.join(sorted(SAVERS))}, got 'sdx'; did you mean sdxl?"
+    assert not (tmp_path / "run").exists()
+    with pytest.raises(ConfigError, match=r"model.family must be one of .*, got 'spec'"):
+        family("spec")
+
+
+def test_a_family_that_leaves_a_fact_out_is_no_family() -> None:
+    with pytest.raises(TypeError, match=r"missing .* required keyword-only arguments"):
+        FamilySpec(pipeline="StableDiffusionPipeline", backbone="unet")  # type: ignore[call-arg]
 
 
 def test_texts_have_the_shapes_that_the_backbone_reads(model: ModelConfig) -> None:
@@ -83,14 +104,14 @@ def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_t
     pixels_B3HW = torch.rand(3, 3, 64, 96, generator=torch.Generator().manual_seed(0)) * 2 - 1
     whole = vae.encode(pixels_B3HW)
     assert [shape[0] for shape in seen] == [3]
-    monkeypatch.setattr(base, "AT_ONCE", 2 * 64 * 96)
+    monkeypatch.setattr(tiling, "MAX_BATCH_PIXELS", 2 * 64 * 96)
     seen.clear()
     alone = vae.encode(pixels_B3HW)
     assert [shape[0] for shape in seen] == [1, 1, 1]
     for one, other in zip(whole, alone, strict=True):
         assert torch.allclose(one["mean"], other["mean"], rtol=1e-4, atol=1e-5)
-    monkeypatch.setattr(base, "UNTILED", 64 * 96 - 1)
-    if model.family is Family.qwen_image:  # whose tiles are larger than these images
+    monkeypatch.setattr(tiling, "UNTILED", 64 * 96 - 1)
+    if model.family == "qwen_image":  # whose tiles are larger than these images
         vae.model.enable_tiling(32, 32, 24, 24)
     seen.clear()
     tiled = vae.encode(pixels_B3HW[:1])[0]["mean"]
@@ -99,24 +120,22 @@ def test_large_pictures_meet_the_autoencoder_one_by_one_and_very_large_ones_in_t
     assert max(shape[-2] * shape[-1] for shape in seen) < 64 * 96
     seen.clear()
     latents = torch.randn(3, *tiled.shape, generator=torch.Generator().manual_seed(1))
-    assert kind.pixels(vae.model, kind.left(latents), 64, 96).shape == (3, 3, 64, 96)
+    assert kind.decode(vae.model, kind.pack_latents(latents), 64, 96).shape == (3, 3, 64, 96)
     assert max(shape[0] for shape in seen) == 1
     assert len(seen) > 3
 
 
-def test_the_autoencoder_leaves_the_device_where_memory_ran_out(
-    model: ModelConfig, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_autoencoder_leaves_the_device_where_memory_ran_out(model: ModelConfig) -> None:
     kind, backbone = family(model.family), load_backbone(model, torch.float32).train()
     image_sampler = ImageSampler(model, [PROMPT], "", CPU, torch.float32)
 
-    def fail(*_: object) -> None:
+    def fail(*_: object) -> Tensor:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(kind, "pixels", fail)
+    image_sampler.family = replace(kind, decode=fail)
     with pytest.raises(torch.OutOfMemoryError):
         image_sampler.generate(backbone, [(PROMPT, 0)], width=96, height=64, steps=1, guidance=1.0)
-    assert getattr(image_sampler.pipeline, kind.BACKBONE) is None
+    assert getattr(image_sampler.pipeline, kind.backbone) is None
     assert backbone.training
 
 
@@ -124,7 +143,7 @@ def test_frozen_blocks_in_main_memory_and_recomputed_ones_give_the_same_gradient
     kind, random = family(model.family), torch.Generator().manual_seed(0)
     backbones = [load_backbone(model, torch.float32) for _ in range(3)]
     for backbone in backbones:
-        lora.inject(backbone, rank=4, alpha=8, dropout=0.2, targets=["to_q", "to_v"], seed=0)
+        lora.inject(backbone, LoraConfig(rank=4, alpha=8, dropout=0.2), ["to_q", "to_v"], seed=0)
         for weight in backbone.parameters():  # where it lies in a file, sums round otherwise
             weight.data = weight.data.clone()
     shape = (1, kind.latent_channels(backbones[0].config), 16, 16)
@@ -144,7 +163,7 @@ def test_frozen_blocks_in_main_memory_and_recomputed_ones_give_the_same_gradient
     assert all(torch.equal(one, other) for one, other in zip(plain, away, strict=True))
 
 
-def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig) -> None:
     """The same noisy latents, timestep and text, caught on the pipeline's way, give the same inputs and output."""
     kind, backbone = family(model.family), load_backbone(model, torch.float32)
     caught: list[tuple[dict[str, Any], Tensor]] = []
@@ -155,13 +174,13 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
 
     backbone.register_forward_hook(catch, with_kwargs=True)
     image_sampler = ImageSampler(model, [PROMPT], "", CPU, torch.float32)
-    left: list[Tensor] = []
+    packed: list[Tensor] = []
 
-    def blank(vae: object, latents: Tensor, height: int, width: int) -> Tensor:
-        left.append(latents)
+    def white(vae: object, latents: Tensor, height: int, width: int) -> Tensor:
+        packed.append(latents)
         return torch.zeros(1, 3, height, width)
 
-    monkeypatch.setattr(kind, "pixels", blank)
+    image_sampler.family = replace(kind, decode=white)
     image_sampler.generate(backbone, [(PROMPT, 0)], width=96, height=64, steps=2, guidance=1.0)
     (sampling, drawn), caught[:] = caught[0], []
 
@@ -179,7 +198,7 @@ def test_training_calls_the_backbone_as_the_pipeline_does(model: ModelConfig, mo
             rows = value[: len(training[name])] if value.ndim else value.expand(1)
             assert torch.allclose(training[name].float(), rows.float(), atol=1e-5), name
     assert predicted.shape == noisy.shape
-    assert left[0].shape == kind.left(noisy).shape
+    assert packed[0].shape == kind.pack_latents(noisy).shape
     sign = -1 if model.family in TOWARDS_CLEAN else 1
     assert torch.allclose(sign * unpack(drawn[:1], 64 // factor, 96 // factor), predicted, atol=1e-4)
 
@@ -221,8 +240,11 @@ def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
     config = Config(model=replace(model, resolution=64, bucket_step=32, lora_targets={"attention": ["to_q"]}))
     config.lora.targets = "attention"
     config.sample.prompts, config.sample.previews = ["a", "b", "c"], 3
-    memory_model = DiffusionMemoryModel(config, torch.float32, cuda=True, room=2.0**30)
-    trace = next(memory_model._sampling({})).trace
+    config.trainer.validate_every = 0
+    memory_model = workload(config).build(config.model, torch.float32, True, 2.0**30)
+    (name, options), *_ = memory_model.training_phases(1, {})
+    trace = next(iter(options)).trace
+    assert name == "sampling"
     assert trace is not None
     images = 3 * 3 * 64 * 64 * 4  # bytes: three of them, in fp32
     assert trace.kernels[-1].live - sum(trace.held.values()) >= images
@@ -232,7 +254,7 @@ def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
 def test_sixteen_bits_train_too(model: ModelConfig) -> None:
     kind = family(model.family)
     backbone = load_backbone(model, torch.bfloat16)
-    lora.inject(backbone, rank=2, alpha=2, dropout=0.0, targets=model.lora_targets["attention"], seed=0)
+    lora.inject(backbone, LoraConfig(rank=2, alpha=2, dropout=0.0), model.lora_targets["attention"], seed=0)
     for parameter in lora.adapter_parameters(backbone):
         parameter.data += 0.1  # B starts at zero, and A's gradient with it
     text = stacked(TextEncoder(model, CPU).encode([PROMPT, "a cat"]))
@@ -269,8 +291,8 @@ def test_the_objective_is_the_schedulers(model: ModelConfig) -> None:
 
 
 def test_a_base_of_another_family_is_refused_and_named(model: ModelConfig) -> None:
-    other = Family.sdxl if model.family is not Family.sdxl else Family.sd
-    with pytest.raises(ModelError, match=rf"model.family={other.name} needs a .*Pipeline; choose the preset"):
+    other = "sdxl" if model.family != "sdxl" else "sd"
+    with pytest.raises(ModelError, match=rf"model.family={other} needs a .*Pipeline; choose the preset"):
         load_scheduler(ModelConfig(base=model.base, family=other))
 
 
@@ -281,6 +303,8 @@ def test_a_damaged_index_is_named(model: ModelConfig, tmp_path: Path) -> None:
 
 
 def test_every_pipeline_is_one_of_diffusers() -> None:
-    for kind in map(family, Family):
-        for name in (kind.PIPELINE, kind.BACKBONE_CLASS, kind.VAE_CLASS):
-            assert pipeline._class(name).__name__ == name
+    import diffusers
+
+    for kind in map(family, families.names()):
+        for name in (kind.pipeline, kind.backbone_class, kind.vae_class):
+            assert getattr(diffusers, name).__name__ == name

@@ -87,7 +87,7 @@ def test_a_shift_by_size_is_the_schedulers(side: int, kind: str) -> None:
     mu = 0.5 + (side * side / 4 - 256) * slope
     even = torch.tensor([0.9, 0.5, 0.1])
     expected = scheduler.time_shift(mu, 1.0, even)
-    shift = Flow(scheduler)._shift(torch.zeros(16, side, side))
+    shift = Flow(scheduler).shift(torch.zeros(16, side, side))
     assert torch.tensor([shifted(float(share), shift) for share in even]) == pytest.approx(expected, abs=1e-5)
 
 

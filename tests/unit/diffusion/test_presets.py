@@ -6,6 +6,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import diffusers
 import pytest
 import torch
 from omegaconf import OmegaConf
@@ -14,8 +15,8 @@ from torch import nn
 import finetune
 from finetune.adapters import lora
 from finetune.config import recipes
-from finetune.config.schema import Family, ModelConfig
-from finetune.diffusion import pipeline
+from finetune.config.schema import LoraConfig, ModelConfig
+from finetune.diffusion import families
 from finetune.diffusion.families import family
 from finetune.diffusion.objectives import Flow
 
@@ -27,7 +28,7 @@ PRESETS = [
 ]
 GIB = 1 << 30
 # What VAE and patches or halvings need; sides of buckets are multiples of it.
-STRIDES = {Family.sd: 64, Family.sdxl: 32}
+STRIDES = {"sd": 64, "sdxl": 32}
 
 
 def preset(name: str) -> ModelConfig:
@@ -51,22 +52,22 @@ def built(name: str, part: str, loader: Any) -> nn.Module:
 @cache
 def backbone(name: str) -> nn.Module:
     kind = family(preset(name).family)
-    return built(name, kind.BACKBONE, pipeline._class(kind.BACKBONE_CLASS))
+    return built(name, kind.backbone, getattr(diffusers, kind.backbone_class))
 
 
 def test_every_family_has_a_preset() -> None:
-    assert {preset(name).family for name in PRESETS} == set(Family)
+    assert {preset(name).family for name in PRESETS} == set(families.names())
 
 
 @pytest.mark.parametrize("name", PRESETS)
 def test_a_presets_index_names_its_base_and_its_familys_classes(name: str) -> None:
     found, index = preset(name), settings(name, "model_index.json")
     kind = family(found.family)
-    assert (index["_class_name"], index["_name_or_path"]) == (kind.PIPELINE, found.base)
+    assert (index["_class_name"], index["_name_or_path"]) == (kind.pipeline, found.base)
     assert found.parts == found.base  # which a file in its place leaves as it is
-    assert index[kind.BACKBONE][1] == kind.BACKBONE_CLASS
-    assert index["vae"][1] == kind.VAE_CLASS
-    assert set(kind.TEXT) <= set(index)
+    assert index[kind.backbone][1] == kind.backbone_class
+    assert index["vae"][1] == kind.vae_class
+    assert set(kind.text_parts) <= set(index)
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -87,22 +88,22 @@ def test_parts_fit_one_another(name: str) -> None:
 
     found, config = preset(name), backbone(name).config
     kind = family(found.family)
-    vae: Any = built(name, "vae", pipeline._class(kind.VAE_CLASS))
+    vae: Any = built(name, "vae", getattr(diffusers, kind.vae_class))
     channels = getattr(vae.config, "latent_channels", None) or vae.config.z_dim
-    patched = 4 if found.family is Family.flux2 else 1  # its latents are patched before anything sees them
+    patched = 4 if found.family == "flux2" else 1  # its latents are patched before anything sees them
     assert kind.latent_channels(config) == patched * channels
     widths = []
-    for part in (part for part in kind.TEXT if "tokenizer" not in part):
+    for part in kind.text_tokens:
         loader = getattr(transformers, settings(name, "model_index.json")[part][1])
         text = loader.config_class.from_pretrained(ARCHITECTURES / name / part).get_text_config()
         widths.append(text.hidden_size)
-    wanted = {Family.sdxl: sum(widths), Family.flux2: 3 * widths[0]}.get(found.family, widths[-1])
+    wanted = {"sdxl": sum(widths), "flux2": 3 * widths[0]}.get(found.family, widths[-1])
     assert kind.text_shapes(config)["embedding"][1] == wanted
-    scheduler = pipeline._class(settings(name, "model_index.json")["scheduler"][1])
+    scheduler = getattr(diffusers, settings(name, "model_index.json")["scheduler"][1])
     objective = kind.objective(scheduler.from_config(settings(name, "scheduler/scheduler_config.json")))
     latents = torch.zeros(kind.latent_channels(config), found.resolution // 16, found.resolution // 16)
     assert 0 <= objective.draw(torch.Generator().manual_seed(0), latents) <= 1000
-    assert isinstance(objective, Flow) == (kind.BACKBONE != "unet")
+    assert isinstance(objective, Flow) == (kind.backbone != "unet")
 
 
 @pytest.mark.parametrize("name", PRESETS)
@@ -136,13 +137,13 @@ def test_every_target_gets_adapters_and_more_targets_get_more(name: str, targets
 def test_adapters_are_put_on_exactly_those_layers(name: str) -> None:
     found = preset(name)
     kind = family(found.family)
-    model = built(name, kind.BACKBONE, pipeline._class(kind.BACKBONE_CLASS)).requires_grad_(False)
+    model = built(name, kind.backbone, getattr(diffusers, kind.backbone_class)).requires_grad_(False)
     ends = found.lora_targets["wide"]
     wanted = {
         key for key, module in model.named_modules()
         if isinstance(module, nn.Linear | nn.Conv2d) and any(f".{key}".endswith(f".{end}") for end in ends)
     }  # fmt: skip
     with torch.device("meta"):
-        lora.inject(model, rank=1, alpha=1, dropout=0.0, targets=ends, seed=0)
+        lora.inject(model, LoraConfig(rank=1, alpha=1, dropout=0.0), ends, seed=0)
     adapted = {key.partition(".lora_A.")[0] for key, _ in model.named_parameters() if ".lora_A." in key}
     assert adapted == wanted

@@ -1,6 +1,7 @@
 """Text encoders and images on a GPU that is too small for them: fewer at once, then another way, then an error."""
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from finetune.config.schema import Family, ModelConfig
-from finetune.diffusion import pipeline
-from finetune.diffusion.families import base, sd
+from finetune.config.schema import ModelConfig
+from finetune.diffusion import pipeline, tiling
 from finetune.diffusion.pipeline import ImageSampler, TextEncoder, load_backbone
 from tests.tiny_families import save_family
 
@@ -22,27 +22,26 @@ SIZE = {"width": 64, "height": 64, "steps": 2, "guidance": 2.0}
 
 @pytest.fixture
 def model(tmp_path: Path) -> ModelConfig:
-    return save_family(tmp_path / "base", Family.sd)
+    return save_family(tmp_path / "base", "sd")
 
 
-def limited(work: Callable[..., Any], fits: Callable[[Any], bool]) -> Callable[..., Any]:
-    """`work`, on a GPU that has room for what `fits` says of its second argument."""
+def limit(owner: TextEncoder | ImageSampler, function: str, fits: Callable[[Any], bool]) -> None:
+    """Give a function of the owner's family a GPU that has room for what `fits` says of its second argument."""
+    work = getattr(owner.family, function)
 
     def tried(first: Any, second: Any, *others: Any) -> Any:
         if not fits(second):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
         return work(first, second, *others)
 
-    return tried
+    owner.family = replace(owner.family, **{function: tried})
 
 
 @pytest.mark.parametrize("room", [1, 2])
-def test_texts_are_read_fewer_at_once(
-    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], room: int
-) -> None:
+def test_texts_are_read_fewer_at_once(model: ModelConfig, capfd: pytest.CaptureFixture[str], room: int) -> None:
     expected = TextEncoder(model, CPU).encode(TEXTS)
     encoder = TextEncoder(model, CPU)
-    monkeypatch.setattr(sd, "encode", limited(sd.encode, lambda texts: len(texts) <= room))
+    limit(encoder, "encode", lambda texts: len(texts) <= room)
     found = encoder.encode(TEXTS)
     assert [item["embedding"].shape for item in found] == [item["embedding"].shape for item in expected]
     assert all(torch.allclose(a["embedding"], b["embedding"], atol=1e-5) for a, b in zip(found, expected, strict=True))
@@ -51,11 +50,11 @@ def test_texts_are_read_fewer_at_once(
 
 
 def test_text_encoders_that_do_not_fit_work_in_main_memory(
-    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    model: ModelConfig, capfd: pytest.CaptureFixture[str]
 ) -> None:
     expected = TextEncoder(model, CPU).encode(TEXTS)
     encoder = TextEncoder(model, CPU)
-    monkeypatch.setattr(sd, "encode", limited(sd.encode, lambda texts: not encoder.adaptive_batch.fallbacks))
+    limit(encoder, "encode", lambda texts: not encoder.adaptive_batch.fallbacks)
     found = encoder.encode(TEXTS)
     assert all(torch.allclose(a["embedding"], b["embedding"], atol=1e-5) for a, b in zip(found, expected, strict=True))
     said = "the text encoders don't fit the GPU: they work in CPU memory, which is slower\n"
@@ -96,24 +95,23 @@ def drawn(image_sampler: ImageSampler, model: ModelConfig) -> Sequence[Any]:
 
 @pytest.mark.parametrize("room", [1, 2])
 def test_fewer_pictures_at_once_are_the_same_pictures(
-    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], room: int
+    model: ModelConfig, capfd: pytest.CaptureFixture[str], room: int
 ) -> None:
     image_sampler = ImageSampler(model, TEXTS, "", CPU, torch.float32)
     expected = drawn(image_sampler, model)
-    monkeypatch.setattr(sd, "pixels", limited(sd.pixels, lambda latents: len(latents) <= room))
+    limit(image_sampler, "decode", lambda latents: len(latents) <= room)
     found = drawn(image_sampler, model)
     assert len(found) == len(JOBS)
     assert all(np.abs(a.astype(int) - b.astype(int)).max() <= 1 for a, b in zip(found, expected, strict=True))
     assert "the GPU is too small for 5 at once; drawing 2\n" in capfd.readouterr().err
     assert image_sampler.adaptive_batch.batch_size == room
-    assert not base.is_tiled(image_sampler.vae)
+    assert not tiling.is_tiled(image_sampler.vae)
 
 
 def test_a_picture_that_does_not_fit_is_decoded_in_tiles(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    for module in (base, pipeline):
-        monkeypatch.setattr(module, "TILE", 32)
+    monkeypatch.setattr(tiling, "TILE", 32)
     image_sampler = ImageSampler(model, TEXTS, "", CPU, torch.float32)
     expected = drawn(image_sampler, model)
     sizes: list[int] = []
@@ -121,7 +119,7 @@ def test_a_picture_that_does_not_fit_is_decoded_in_tiles(
     monkeypatch.setattr(
         image_sampler.vae.decoder, "forward", lambda z, *args: (sizes.append(z.shape[-1]), decode(z))[1]
     )
-    monkeypatch.setattr(sd, "pixels", limited(sd.pixels, lambda latents: base.is_tiled(image_sampler.vae)))
+    limit(image_sampler, "decode", lambda latents: tiling.is_tiled(image_sampler.vae))
     found = drawn(image_sampler, model)
     assert [image.shape for image in found] == [image.shape for image in expected]
     assert max(sizes) < 64 // 2 ** (len(image_sampler.vae.config.block_out_channels) - 1)
@@ -137,10 +135,9 @@ def test_a_card_that_is_too_small_for_one_picture_is_an_error(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tile: int, tiled: bool
 ) -> None:
     """Tiles that are as large as the image aren't tried. The backbone isn't held on to."""
-    for module in (base, pipeline):
-        monkeypatch.setattr(module, "TILE", tile)
+    monkeypatch.setattr(tiling, "TILE", tile)
     image_sampler = ImageSampler(model, TEXTS, "", CPU, torch.float32)
-    monkeypatch.setattr(sd, "pixels", limited(sd.pixels, lambda latents: False))
+    limit(image_sampler, "decode", lambda latents: False)
     with pytest.raises(torch.OutOfMemoryError):
         drawn(image_sampler, model)
     assert ("decoding in tiles" in capfd.readouterr().err) == tiled
@@ -164,21 +161,21 @@ def test_an_autoencoder_that_does_not_come_to_the_card_lets_go_of_the_backbone(
     assert image_sampler.pipeline.unet is None
 
 
-def test_a_host_without_memory_is_no_small_card(model: ModelConfig, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_without_memory_is_no_small_card(model: ModelConfig) -> None:
     encoder = TextEncoder(model, CPU)
 
     def full(*_: Any) -> Any:
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(sd, "encode", full)
+    encoder.family = replace(encoder.family, encode=full)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         encoder.encode(TEXTS)
 
 
 def test_an_autoencoder_with_tiles_of_its_own_keeps_them(tmp_path: Path) -> None:
-    vae: Any = pipeline.load_vae_model(save_family(tmp_path / "base", Family.qwen_image))
+    vae: Any = pipeline.load_vae_model(save_family(tmp_path / "base", "qwen_image"))
     before = vae.tile_sample_min_height
-    base.enable_tiling(vae)
-    base.set_slicing(vae, 1, 64 * 64)
+    tiling.enable_tiling(vae)
+    tiling.set_slicing(vae, 1, 64 * 64)
     assert vae.use_tiling
     assert vae.tile_sample_min_height == before

@@ -5,7 +5,6 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes
 import numpy as np
@@ -17,7 +16,7 @@ from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.adapters import attach, formats, lora
-from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.data.text.packing import build
 from finetune.data.text.tokens import Encoded
 from finetune.errors import ConfigError, ModelError
@@ -66,7 +65,7 @@ def packs(length: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 
 def adapted(model: nn.Module, targets: list[str], dropout: float = 0.0) -> nn.Module:
     """The model with adapters that change it, in training mode."""
-    lora.inject(model, rank=4, alpha=8, dropout=dropout, targets=targets, seed=0)
+    lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=dropout), targets, seed=0)
     random = torch.Generator().manual_seed(0)
     for parameter in lora.adapter_parameters(model):
         change = 0.1 * torch.randn(parameter.shape, generator=random)
@@ -203,8 +202,8 @@ def test_of_a_model_that_reads_pictures_the_language_model_is_taken(
 
 def test_an_adapter_of_the_language_model_fits_the_whole_model(base: Base, tmp_path: Path) -> None:
     """Whoever loads the base as it is released, images and all, gets what was trained, as we do with the part."""
-    settings: Any = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj", "down_proj"], "seed": 0}
-    trained = lora.inject(load(base("gemma3")), **settings)
+    settings, targets = LoraConfig(rank=2, alpha=4.0, dropout=0.0), ["q_proj", "down_proj"]
+    trained = lora.inject(load(base("gemma3")), settings, targets, seed=0)
     for parameter in lora.adapter_parameters(trained):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     formats.save_peft(trained, tmp_path, lora.state(trained), str(base("gemma3")))
@@ -213,11 +212,11 @@ def test_an_adapter_of_the_language_model_fits_the_whole_model(base: Base, tmp_p
         warnings.filterwarnings("error", category=UserWarning)  # PEFT only warns of weights that have no place
         expected = trained.eval()(input_ids=ids_BL).logits
         whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base("gemma3")), str(tmp_path)).eval()
-        part = attach.attach(load(base("gemma3")), tmp_path)
+        part = attach.attach_peft_folder(load(base("gemma3")), tmp_path)
         assert torch.allclose(whole(input_ids=ids_BL).logits, expected, atol=1e-5)
         assert torch.allclose(part(input_ids=ids_BL).logits, expected, atol=1e-5)
         assert not torch.allclose(expected, load(base("gemma3"))(input_ids=ids_BL).logits, atol=1e-2)
-    continued = lora.inject(load(base("gemma3")), **settings)
+    continued = lora.inject(load(base("gemma3")), settings, targets, seed=0)
     lora.load_state(continued, formats.read_peft_folder(tmp_path), "the folder")
     assert all(torch.equal(weight, lora.state(trained)[name]) for name, weight in lora.state(continued).items())
 

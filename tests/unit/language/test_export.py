@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune import hub
 from finetune.adapters import attach, formats, lora
 from finetune.config.schema import Config, Device, ExportFormat, Quantize
-from finetune.data.text.store import reopen
+from finetune.data.text.store import open_store
 from finetune.errors import ConfigError, ExportError, ModelError
 from finetune.language import export, tokenize
 from finetune.language.causal_lm import load_model
 from finetune.language.task import inject
 from finetune.memory.device import pick_device
-from finetune.run.records import Run, save_receipt
+from finetune.run.receipts import save_receipt
+from finetune.run.records import Run
 from finetune.stages.export import _usage as usage
 from tests.tiny_language_models import save_language
 
@@ -154,7 +155,7 @@ def test_the_comparison_is_made_on_held_out_rows(language_config: Config, tmp_pa
 
     record = tokenize.build(language_config, None)
     save_receipt(Path(language_config.run_dir), "dataset", record, input_hash="", seconds=0.0, figures={})
-    stored = reopen(Path(record.rows))
+    stored = open_store(Path(record.rows))
     language_config.data.length = 12
     training, held_out = stored.split(language_config.data.validation_share)
     rows, source = export._rows(language_config, chat)
@@ -258,7 +259,7 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
 
 
 def test_a_card_that_is_too_small_is_not_called_another_base(tmp_path: Path) -> None:
-    with pytest.raises(torch.OutOfMemoryError), attach.fitting(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), attach.mismatch_as_model_error(tmp_path):
         raise torch.OutOfMemoryError
 
 

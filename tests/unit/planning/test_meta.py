@@ -9,7 +9,7 @@ from torch import nn
 
 from finetune import hub
 from finetune.adapters import lora
-from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.diffusion import meta
 from finetune.diffusion.pipeline import load_backbone, load_vae_model
 from finetune.errors import ModelError
@@ -84,7 +84,7 @@ def test_quantised_layers_take_what_bitsandbytes_stores(how: Quantize, bytes_a_w
         "meta"
     )
     model.requires_grad_(False)
-    lora.inject(model, rank=4, alpha=8, dropout=0.0, targets=["q_proj"], seed=0)
+    lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=0.0), ["q_proj"], seed=0)
     before = {name: weight.nbytes for name, weight in model.named_parameters() if "base_layer" not in name}
     planning_meta.quantised(model, how, model["head"])
     stored = next(weight for name, weight in model.named_parameters() if "base_layer" in name)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from finetune.config import compose
-from finetune.config.schema import Family, ModelConfig
+from finetune.config.schema import ModelConfig
 from finetune.config.validate import check
 from finetune.diffusion.pipeline import ImageSampler, load_backbone
 from finetune.language.causal_lm import load_model, load_tokenizer
@@ -36,8 +36,8 @@ LINES = [json.loads(line) for line in (ROOT / "scripts" / "bench" / "memory.json
 MEASURED = [line for line in LINES if "measured_gib" in line]
 
 
-@pytest.mark.parametrize("kind", [Family.sd3, Family.flux2, Family.qwen_image], ids=lambda kind: kind.name)
-def test_a_pipeline_of_random_weights_loads_like_a_real_one(kind: Family, tmp_path: Path) -> None:
+@pytest.mark.parametrize("kind", ["sd3", "flux2", "qwen_image"])
+def test_a_pipeline_of_random_weights_loads_like_a_real_one(kind: str, tmp_path: Path) -> None:
     model = save_family(tmp_path / "architecture", kind)
     count = save(tmp_path / "architecture", tmp_path / "base", CPU)
     model.base = str(tmp_path / "base")

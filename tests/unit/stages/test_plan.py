@@ -329,7 +329,7 @@ def test_a_base_without_configuration_is_named(config: Config) -> None:
 @pytest.mark.usefixtures("training_alone")
 def test_from_python_with_a_table(config: Config) -> None:
     found = finetune.plan(on_a_gpu(config))
-    shown = found._repr_html_()
+    shown = found._repr_html_()  # type: ignore[attr-defined]
     assert all(word in shown for word in ("CUDA context", "training", "fastest", "a GPU"))
     hopeless = replace(found, chosen=None, problems=("training needs <all>",))
-    assert "training needs &lt;all&gt;" in hopeless._repr_html_()
+    assert "training needs &lt;all&gt;" in hopeless._repr_html_()  # type: ignore[attr-defined]

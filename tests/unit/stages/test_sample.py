@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from finetune.run.records import Adapter, load_receipt
+from finetune.run.receipts import load_receipt
+from finetune.run.records import Adapter
 from finetune.stages.sample import sample
 from tests.unit.conftest import Setting
 

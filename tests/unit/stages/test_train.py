@@ -19,7 +19,8 @@ from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Sched
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.language import tokenize
 from finetune.memory import block_offload
-from finetune.run.records import Dataset, load_receipt
+from finetune.run.receipts import load_receipt
+from finetune.run.records import Dataset
 from finetune.stages.export import export
 from finetune.stages.train import train
 from finetune.training import checkpoint
@@ -242,7 +243,7 @@ def test_micro_batch_and_accumulation_may_be_exchanged_on_resume(
     train(config, dataset)
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 6, 4, 1
     found = train(config, dataset)
-    assert (found.steps, found.batch) == (6, "4 × 1 accumulated = effective batch 4")
+    assert (found.steps, found.micro_batch, found.effective) == (6, 4, 4)
     figures = json.loads((Path(config.run_dir) / "receipts" / "train.json").read_text())["figures"]
     assert (figures["micro_batch"], figures["effective_batch"], figures["processes"]) == (4, 4, 1)
 
