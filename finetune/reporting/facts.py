@@ -4,8 +4,9 @@ Terminal, notebook, report and model card take their figures from here; they onl
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from finetune.planning.plan import Plan, Setting
 from finetune.run.records import Adapter, CaptionSet, Dataset, Run, TextSet
@@ -111,6 +112,17 @@ def text_set_facts(texts: TextSet) -> list[Fact]:
         found.append(Fact("trained tokens cut off by the length", f"{texts.truncated_share:.2%}"))
     if texts.bad:
         found.append(Fact("unusable rows, left out", f"{texts.bad:,}"))
+    return found
+
+
+def record_facts(record: Any) -> list[Fact]:
+    """The fields of a record that nobody has described, a row for each entry of a mapping."""
+    found: list[Fact] = []
+    for name, value in ((field.name.replace("_", " "), getattr(record, field.name)) for field in fields(record)):
+        entries = value.items() if isinstance(value, Mapping) else [(name, value)]
+        found += [
+            Fact(str(label), f"{entry:.4g}" if isinstance(entry, float) else str(entry)) for label, entry in entries
+        ]
     return found
 
 
