@@ -8,6 +8,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from finetune.config.schema import ExportFormat
 from finetune.planning.plan import Plan, Setting
 from finetune.run.records import Adapter, CaptionSet, Dataset, Run, TextSet
 
@@ -135,11 +136,14 @@ def adapter_table(adapter: Adapter) -> Table:
     return Table("format", ("file", "size", "difference to the trained model"), rows)
 
 
+IN_NATS = {export_format.name for export_format in ExportFormat if export_format.limit == "divergence"}
+
+
 def difference(export_format: str, differences: Mapping[str, float]) -> str:
-    """How far an exported file is from the trained model: relative, or in nats per token for a merged model."""
+    """How far an exported file is from the trained model: relative, or in nats per token for whole models."""
     if export_format not in differences:
         return "average of the weights"
-    unit = " nats per token (KL)" if export_format == "merged" else ""
+    unit = " nats per token (KL)" if export_format in IN_NATS else ""
     return f"{differences[export_format]:.1e}{unit}" if differences[export_format] else "no difference"
 
 
