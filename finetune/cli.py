@@ -21,16 +21,8 @@ from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
 from finetune.run import ranks
 from finetune.run.progress import say
+from finetune.stages import COMMANDS
 
-COMMANDS = {
-    "train": "the whole line: caption, dataset, training, export, samples, report",
-    "plan": "say whether the run fits the GPU, and the fastest settings that do",
-    "caption": "write a caption for every image that has none",
-    "dataset": "read and encode images or conversations",
-    "export": "write the trained adapter in every file format, checked",
-    "sample": "draw or answer the recipe's prompts, base beside tuned",
-    "report": "write report.html again from what the run folder holds",
-}
 # Hydra's flags that make sense here; True: a value follows.
 FLAGS = {
     **dict.fromkeys(("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve"), False),
@@ -92,7 +84,7 @@ def help_text() -> str:
         lines = (f"  {name:<{width}}  {text}" for name, text in texts.items())
         return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) for line in lines)
 
-    commands = rows(COMMANDS)
+    commands = rows({name: command.help for name, command in COMMANDS.items()})
     listed = rows({name: recipes.title(path) for name, path in files.items()})
     return f"""\
 LoRA fine-tuning from images or conversations to a tested adapter.

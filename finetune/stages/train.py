@@ -23,6 +23,8 @@ from finetune.training.loop import Step, fit
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
 
+ADDED = {"loss.weighting": "min_snr"}
+"""Settings that 0.1 did not have, at the value that it stood for: its runs go on."""
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 FIGURES = (
     *("steps", "micro_batch", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib", "measured_gib"),
@@ -158,7 +160,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
         dataset.identity_key: dataset.content,
     }
-    return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
+    return {key: value for key, value in flat(kept).items() if key != OFFLOAD and ADDED.get(key) != value}
 
 
 def _resume(
