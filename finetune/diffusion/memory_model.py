@@ -65,6 +65,7 @@ class DiffusionMemoryModel:
         self.model = self.tracer.fakify(self._adapted(dtype)).train()
         self.notes = [f"images of {self.width}×{self.height}, the largest of this recipe's shapes"]
         self.count = 1
+        self.less_cpu_memory = {"loading the text encoders": "close other programs first"}
         self.readings: dict[int, Trace] = {}  # of text encoders, by captions at once
 
     def set_checkpointing(self, every: int) -> None:

@@ -78,7 +78,7 @@ class Vae:
     def encode(self, pixels_B3HW: Tensor) -> list[dict[str, Tensor]]:
         """Per image (values in -1 … 1) `{"mean", "std"}`, each (C, h, w) fp32 on the CPU.
 
-        Training draws new latents from them at each visit.
+        Training draws new latents from them in each epoch.
         """
         mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
         return [
@@ -300,7 +300,7 @@ class ImageSampler:
             return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))
         finally:  # also where memory ran out
             backbone.train(training)
-            pipeline.register_modules(**{self.family.backbone: None})  # whoever drops it shall get its memory
+            pipeline.register_modules(**{self.family.backbone: None})  # what drops it shall get its memory
             self.vae.to("cpu")  # the training step needs the memory
 
     def _stacked(self, texts: Sequence[str]) -> Text:

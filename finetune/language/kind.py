@@ -112,10 +112,10 @@ def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answ
     return sampling.sample(config.model, config.sample, chat, adapter, folder, device, dtype, config.hardware.vram_gib)
 
 
-def _stored_rows(config: Config) -> store.Rows | None:
+def _stored_rows(config: Config) -> store.TokenStore | None:
     """Of the run's data set, if they are still in the cache, which may be deleted at any time."""
     record = load_record(Path(config.run_dir), "dataset", TextSet)
     try:
-        return store.reopen(Path(record.rows)) if record else None
+        return store.open_store(Path(record.rows)) if record else None
     except DataError:
         return None

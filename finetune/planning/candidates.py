@@ -85,7 +85,7 @@ class Candidates:
         return {name: size / GIB for name, size in sizes.items() if size}
 
     def least_gib(self) -> float:
-        """What the most frugal setting takes, from one trace."""
+        """What the setting of least memory takes, from one trace."""
         return sum(parts(self.step(1, 1, away=self.machine.cuda), self.machine).values())
 
     def tensors_gib(self, micro_batch: int, checkpointing: int, away: bool = False) -> float:
@@ -177,6 +177,6 @@ def _tensors_gib(held: Mapping[str, float]) -> float:
 
 
 def fastest(settings: Sequence[Setting], budget_gib: float) -> Setting | None:
-    """The fastest that fits; of equals the most frugal. None if none fits."""
+    """The fastest that fits; of equals the one of least memory. None if none fits."""
     fitting = [setting for setting in settings if setting.gib <= budget_gib]
     return min(fitting, key=lambda setting: (setting.seconds, setting.gib), default=None)

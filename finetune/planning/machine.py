@@ -22,10 +22,10 @@ UNKNOWN_TFLOPS, UNKNOWN_GB_PER_S = 100.0, 1000.0  # of a GPU that no preset know
 
 @dataclass(frozen=True)
 class Machine:
-    """vram_gib: what a process may take, of the GPU or of CPU memory. context_gib: of it outside all tensors.
+    """vram_gib: what a process may take, of the GPU or (on a CPU) of memory. context_gib: of it outside all tensors.
 
     tflops: dense products in 16 bit and in fp32, peak on a GPU, measured on a CPU. known: whether speeds are facts.
-    main_gib: CPU memory beside a GPU that is free now; None where nobody knows, or there is no other.
+    cpu_gib: free CPU memory of a machine with a GPU; None if unknown, or if there is no GPU.
     """
 
     name: str

@@ -147,7 +147,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         ),
         Table("a training step", ("GiB",), [(name, f"{gib:.2f}") for name, gib in step.parts.items() if gib >= 0.005]),
         Table(
-            "phases, each at its worst moment",
+            "phases at their peak",
             ("GiB", ""),
             [(name, f"{gib:.2f}" if gib else "–", _bar(gib, plan.budget_gib)) for name, gib in plan.phases.items()],
         ),

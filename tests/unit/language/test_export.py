@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune import hub
 from finetune.adapters import attach, formats, lora
 from finetune.config.schema import Config, Device, ExportFormat, Quantize
-from finetune.data.text.store import reopen
+from finetune.data.text.store import open_store
 from finetune.errors import ConfigError, ExportError, ModelError
 from finetune.language import export, tokenize
 from finetune.language.causal_lm import load_model
@@ -155,7 +155,7 @@ def test_the_comparison_is_made_on_held_out_rows(language_config: Config, tmp_pa
 
     record = tokenize.build(language_config, None)
     save_receipt(Path(language_config.run_dir), "dataset", record, input_hash="", seconds=0.0, figures={})
-    stored = reopen(Path(record.rows))
+    stored = open_store(Path(record.rows))
     language_config.data.length = 12
     training, held_out = stored.split(language_config.data.validation_share)
     rows, source = export._rows(language_config, chat)

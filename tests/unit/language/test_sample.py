@@ -50,7 +50,7 @@ def test_every_prompt_is_answered_by_both(language_config: Config, adapter: Path
     assert all(item.base != item.tuned for item in items)
     assert items[0].base != items[1].base
     chat = chat_of(config.model, config.data)
-    writer = TextGenerator(chat.tokenizer, chat.ends(), torch.device("cpu"), torch.float32)
+    writer = TextGenerator(chat.tokenizer, chat.stop_ids(), torch.device("cpu"), torch.float32)
     base = causal_lm.load_model(config.model, torch.float32, torch.device("cpu"))
     alone = writer.generate(base, [(chat.prompt_ids("hi!"), 3)], max_new_tokens=8, temperature=0.3)
     assert alone == [items[3].base]
