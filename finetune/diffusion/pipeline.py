@@ -17,7 +17,7 @@ from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.diffusion import single_file, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.families.spec import TEXT_BATCH, Text
+from finetune.diffusion.families.spec import Text
 from finetune.errors import ModelError, is_gpu_out_of_memory
 from finetune.memory import block_offload, quantize
 from finetune.memory.device import release_memory
@@ -36,7 +36,8 @@ class TextEncoder:
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        self.family, self.adaptive_batch = family(model.family), AdaptiveBatch(TEXT_BATCH, self._move_to_cpu)
+        self.family = family(model.family)
+        self.adaptive_batch = AdaptiveBatch(self.family.captions_per_pass, self._move_to_cpu)
         dtypes = {"default": torch.float32} | dict.fromkeys(self.family.large_text, torch.bfloat16)
         parts = dict.fromkeys((self.family.backbone, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)

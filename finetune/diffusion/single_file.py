@@ -220,7 +220,7 @@ def _current(kind: str, name: str) -> str:
 
 def _holds(found: SingleFile, part: str) -> bool:
     """Whether the file has a part's weights, in a form that diffusers can read."""
-    if part == "vae" and family(found.kind).vae_class != "AutoencoderKL":
+    if part == "vae" and not family(found.kind).file_vae:
         return False
     return bool(found.names(part))
 
