@@ -67,6 +67,13 @@ class ExportFormat(Enum):
     gguf = "gguf"
 
 
+class LossWeighting(Enum):
+    """How much an image at each noise level counts in the diffusion loss."""
+
+    min_snr = "min_snr"
+    none = "none"
+
+
 class Quantize(Enum):
     """How the frozen base is stored: as it computes, in 8-bit integers (arXiv 2208.07339), or in 4-bit NormalFloat with
     double quantisation (arXiv 2305.14314)."""
@@ -290,6 +297,8 @@ class TrainerConfig:
 class LossConfig:
     """The diffusion loss."""
 
+    weighting: LossWeighting = field(default=LossWeighting.min_snr, metadata=DIFFUSION)
+    """Of noise levels: min_snr (arXiv 2303.09556) or none; flow models draw some levels more often and need neither."""
     min_snr_gamma: float = field(default=5.0, metadata=DIFFUSION)
     """Cap of the signal-to-noise weighting (arXiv 2303.09556); 0 weights all noise levels alike."""
     noise_offset: float = field(default=0.0, metadata=DIFFUSION)

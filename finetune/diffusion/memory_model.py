@@ -81,7 +81,7 @@ class DiffusionMemoryModel:
 
     def loss(self, predicted_BChw: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The sum over images."""
-        return task.weighted(self.objective, predicted_BChw, batch, self.loss_settings.min_snr_gamma)
+        return task.weighted(self.objective, predicted_BChw, batch, self.loss_settings)
 
     def offloaded(self) -> dict[str, float]:
         """What `model.offload` takes from the weights on the GPU, and the ring of blocks that come for it."""

@@ -5,10 +5,13 @@ them: whole numbers of a table of noise levels, or any number in between for flo
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from finetune.config.schema import LossConfig, LossWeighting, require_all
 
 FLOW_STEPS = 1000.0  # the timestep of pure noise, as every released flow model counts
 IMAGE_PATCH = 2  # latent pixels on a side of what counts as one token where a schedule depends on the size
@@ -33,10 +36,6 @@ class Objective(Protocol):
         """What the model should predict."""
         ...
 
-    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
-        """Weights of the squared errors, (B,); `gamma` caps the signal-to-noise ratio where there is a choice."""
-        ...
-
 
 class Denoising:
     """Noise, velocity or clean latents at the noise levels of a scheduler (arXiv 2006.11239, 2202.00512).
@@ -46,7 +45,7 @@ class Denoising:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        self.kind: str = scheduler.config.prediction_type
+        self.prediction_type: str = scheduler.config.prediction_type
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
         self.levels = len(self.alphas_cumprod)
 
@@ -61,16 +60,10 @@ class Denoising:
         return alpha_B111 * clean_BChw + sigma_B111 * noise_BChw
 
     def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
-        if self.kind == "v_prediction":
+        if self.prediction_type == "v_prediction":
             alpha_B111, sigma_B111 = self._shares(timesteps_B, clean_BChw)
             return alpha_B111 * noise_BChw - sigma_B111 * clean_BChw
-        return clean_BChw if self.kind == "sample" else noise_BChw
-
-    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
-        """Min-SNR (arXiv 2303.09556, §3.4); 0 weights all alike."""
-        if not gamma:
-            return torch.ones_like(timesteps_B, dtype=torch.float32)
-        return min_snr_weights(snr(self.alphas_cumprod, timesteps_B), gamma, self.kind)
+        return clean_BChw if self.prediction_type == "sample" else noise_BChw
 
     def _shares(self, timesteps_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the clean latents and of the noise is in an input, (B, 1, 1, 1) each."""
@@ -102,12 +95,12 @@ class Flow:
     def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
         return noise_BChw - clean_BChw
 
-    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
-        """All alike: how often a level is drawn is its weight."""
-        return torch.ones_like(timesteps_B, dtype=torch.float32)
-
     def shift(self, clean_Chw: Tensor) -> float:
-        """s in σ → sσ / (1 + (s - 1)σ)."""
+        """How far an image's noise levels move towards noise, as `shifted` does it.
+
+        A constant (Stable Diffusion 3), or more for more image tokens (FLUX's timestep shift): then its logarithm is a
+        line between the two lengths that the scheduler's configuration names.
+        """
         config = self.config
         if not config.get("use_dynamic_shifting"):
             return float(config.shift)
@@ -126,6 +119,28 @@ def of_scheduler(scheduler: Any) -> Objective:
 def shifted(share: float, shift: float) -> float:
     """A noise level 0 … 1 moved towards noise for `shift` > 1 (arXiv 2403.03206, eq. 23)."""
     return shift * share / (1 + (shift - 1) * share)
+
+
+def loss_weights(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
+    """How much each image's squared error counts in the loss, (B,)."""
+    return WEIGHTINGS[loss.weighting](objective, timesteps_B, loss)
+
+
+def min_snr(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
+    """Min-SNR (arXiv 2303.09556); for flow matching all alike: how often a level is drawn is its weight."""
+    if not loss.min_snr_gamma or not isinstance(objective, Denoising):
+        return all_alike(objective, timesteps_B, loss)
+    ratio_B = snr(objective.alphas_cumprod, timesteps_B)
+    return min_snr_weights(ratio_B, loss.min_snr_gamma, objective.prediction_type)
+
+
+def all_alike(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
+    return torch.ones_like(timesteps_B, dtype=torch.float32)
+
+
+Weighting = Callable[[Objective, Tensor, LossConfig], Tensor]
+WEIGHTINGS: dict[LossWeighting, Weighting] = {LossWeighting.min_snr: min_snr, LossWeighting.none: all_alike}
+require_all(LossWeighting, WEIGHTINGS, "diffusion.objectives.WEIGHTINGS")
 
 
 def snr(alphas_cumprod: Tensor, timesteps_B: Tensor) -> Tensor:

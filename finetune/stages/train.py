@@ -1,5 +1,6 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -7,7 +8,7 @@ from typing import Any
 
 from finetune import hub, kinds
 from finetune.config import hints
-from finetune.config.describe import as_dict
+from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
@@ -166,7 +167,7 @@ def _resume(
     if not found:
         return None
     newest = checkpoint.load(checkpoint.at(folder, found[-1]))
-    before = newest.state.identity
+    before = _defaults(identity) | newest.state.identity
     changed = [
         f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
         if key != dataset.content_name
@@ -180,6 +181,13 @@ def _resume(
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
+
+
+def _defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """Of those of `keys` that are settings: a run from before there was one was trained as it is by default."""
+    config = Config()
+    settings = flat({section: as_dict(getattr(config, section)) for section in sections()})
+    return {key: settings[key] for key in keys if key in settings}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -13,7 +13,16 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from finetune.diffusion.objectives import FLOW_STEPS, Denoising, Flow, min_snr_weights, shifted, snr
+from finetune.config.schema import LossConfig, LossWeighting
+from finetune.diffusion.objectives import (
+    FLOW_STEPS,
+    Denoising,
+    Flow,
+    loss_weights,
+    min_snr_weights,
+    shifted,
+    snr,
+)
 
 CLEAN, NOISE = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
 
@@ -30,6 +39,21 @@ def test_min_snr_weights_equal_the_clipped_error_in_x0(gamma: float, ratio: floa
     assert min_snr_weights(value, gamma, "sample") * wrong**2 == pytest.approx(expected)
     assert min_snr_weights(value, gamma, "epsilon") * error_in_noise**2 == pytest.approx(expected)
     assert min_snr_weights(value, gamma, "v_prediction") * error_in_velocity**2 == pytest.approx(expected)
+
+
+def test_weightings_of_noise_levels() -> None:
+    timesteps = torch.tensor([0, 500, 999])
+    denoising, flow = Denoising(DDPMScheduler()), Flow(FlowMatchEulerDiscreteScheduler())
+    capped = loss_weights(denoising, timesteps, LossConfig())
+    ratio = snr(denoising.alphas_cumprod, timesteps)
+    assert torch.equal(capped, min_snr_weights(ratio, 5.0, "epsilon"))
+    assert capped[0] < capped[1] == capped[2] == 1.0  # all details are easy to see in the clean image
+    for objective, loss in (
+        (denoising, LossConfig(min_snr_gamma=0)),
+        (denoising, LossConfig(weighting=LossWeighting.none)),
+        (flow, LossConfig()),
+    ):
+        assert loss_weights(objective, timesteps, loss).tolist() == [1.0, 1.0, 1.0]
 
 
 def test_a_zero_terminal_snr_stays_finite() -> None:
