@@ -170,7 +170,7 @@ def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> 
     found = single_file.find(model)
     if found is not None:
         source = str(found.settings)
-        parts = single_file.complete(found, model, parts, options.pop("torch_dtype", {"default": torch.float32}))
+        parts = single_file.complete(found, parts, options.pop("torch_dtype", {"default": torch.float32}))
     index = hub.model_index(source)
     if index and index["_class_name"] != spec.pipeline:
         raise ModelError(

@@ -57,7 +57,7 @@ def guided_arguments(text: Text, negative: Text, guidance: float) -> Mapping[str
     return arguments
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FamilySpec:
     """One architecture of image models; the `SPEC` of its module."""
 
