@@ -13,23 +13,15 @@ from finetune.config import hints
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config
-from finetune.config.validate import check
+from finetune.config.validate import cautions, check
 from finetune.diffusion import families
 from finetune.errors import ConfigError, RunError
 from finetune.planning.plan import Plan
+from finetune.reporting import notebook  # noqa: F401 - tells notebooks how each record looks
 from finetune.run import ranks, rundir
-from finetune.run.records import (
-    Adapter,
-    Answers,
-    CaptionSet,
-    Dataset,
-    Report,
-    Result,
-    Run,
-    Samples,
-    TextSet,
-    load_record,
-)
+from finetune.run.progress import say
+from finetune.run.receipts import load_record
+from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
 from finetune.training import distributed
 
 
@@ -37,7 +29,7 @@ def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
     """The configuration of a recipe with overrides such as `"lora.rank=32"`. Raises ConfigError, one line a problem."""
     from finetune.config import compose
 
-    return compose.load(recipe, overrides)
+    return compose.load(recipe, overrides, say)
 
 
 def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
@@ -50,6 +42,8 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     with distributed.process_group(), _held(config, owns_config=True) as folder:
         from finetune.stages import dataset, export, report, sample, train
 
+        for line in cautions(config):
+            say(f"warning: {line}")
         _warn_about_machine(config)
         captions = distributed.on_first_rank(lambda: _captions(config))
         data = distributed.on_first_rank(lambda: dataset.dataset(config, captions))
@@ -141,7 +135,7 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = Fal
     elif overrides:
         from finetune.config import compose
 
-        config = compose.apply(recipe, overrides)
+        config = compose.apply(recipe, overrides, say)
     else:
         config = recipe
     problems = check(config) + families.problems(config.model.family)

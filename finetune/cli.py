@@ -128,7 +128,7 @@ def _keys_text(recipe: str, words: list[str]) -> str:
     from finetune.config import compose, describe
 
     overrides = [word for word in _sorted_out([word for word in words if "=" in word])[0] if word != recipe]
-    config = compose.load(recipe.removeprefix("conf="), overrides)
+    config = compose.load(recipe.removeprefix("conf="), overrides, say)
     offered = (f"{group}: {', '.join(sorted(files))}" for group, files in recipes.preset_files().items())
     wrapped = (textwrap.fill(line, WIDTH, initial_indent="  ", subsequent_indent="    ") for line in offered)
     presets = "\n".join(wrapped)
@@ -142,14 +142,6 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
 
     from finetune.config import compose
 
-    overrides = compose.quoted(overrides)
-    compose.register()
-    if "--hydra-help" not in flags:
-        compose.refuse(compose.problems(overrides, sweep))
-    if sweep:
-        compose.name_sweep_folders(overrides)
-        # The folder of a sweep can't be read from a recipe, but a `run_dir=` on the command line is known by now.
-        overrides += [f"hydra.sweep.dir={w.removeprefix('run_dir=')}" for w in overrides if w.startswith("run_dir=")]
     failures: list[int] = []
 
     def job(tree: Any) -> None:
@@ -164,10 +156,19 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
                 raise SystemExit(failures[0]) from error
 
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
-    before, sys.argv = sys.argv, [sys.argv[0] if sys.argv else "finetune", *overrides, *flags]
+    before = sys.argv
     try:
-        with compose.explained():
-            hydra_main(version_base="1.3", config_path=compose.SEARCH_PATH, config_name="config")(job)()
+        with compose.registered():
+            if "--hydra-help" not in flags:
+                overrides = compose.judged(overrides, say, sweep)
+            if sweep:
+                compose.name_sweep_folders(overrides)
+                # The folder of a sweep can't be read from a recipe, but `run_dir=` on the command line is known by now.
+                own = [word.removeprefix("run_dir=") for word in overrides if word.startswith("run_dir=")]
+                overrides += [f"hydra.sweep.dir={folder}" for folder in own]
+            sys.argv = [sys.argv[0] if sys.argv else "finetune", *overrides, *flags]
+            with compose.explained():
+                hydra_main(version_base="1.3", config_path=compose.SEARCH_PATH, config_name="config")(job)()
     except SystemExit as stop:
         return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
     finally:
@@ -206,13 +207,14 @@ def _run_job(command: str, tree: Any, sweep: bool) -> None:
     from finetune.config import compose
     from finetune.reporting import terminal
 
-    config = compose.resolve(tree)
+    overrides = compose.job_overrides()
+    config = compose.resolve(tree, overrides)
     if sweep:
         config.run_dir = HydraConfig.get().runtime.output_dir
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
     if ranks.rank() == 0:
-        terminal.show(config, record, list(HydraConfig.get().overrides.task))
+        terminal.show(config, record, overrides)
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))
 
@@ -280,14 +282,14 @@ def _complete(words: list[str]) -> int:
 
     from finetune.config import compose
 
-    compose.register()
     done, last = (typed[1:], "") if new_word else (typed[1:-1], typed[-1] if typed else "")
     if not any(word.startswith("conf=") for word in typed) and not "conf=".startswith(last or "-"):
         done = [f"conf={next(iter(recipes.recipe_files()))}", *done]
     os.environ["COMP_LINE"] = " ".join(["finetune", *done, last])
     before, sys.argv = sys.argv, [sys.argv[0], *words]
     try:
-        hydra_main(version_base="1.3", config_path=compose.SEARCH_PATH, config_name="config")(lambda tree: None)()
+        with compose.registered():
+            hydra_main(version_base="1.3", config_path=compose.SEARCH_PATH, config_name="config")(lambda tree: None)()
     finally:
         sys.argv = before
     return 0

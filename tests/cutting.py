@@ -1,4 +1,4 @@
-"""A run that is cut by a signal of its own."""
+"""A run that stops by a signal to itself."""
 
 import os
 import signal
@@ -13,14 +13,14 @@ from finetune.training.trainer import Trainer
 
 @contextmanager
 def cut(after: int, number: int = signal.SIGINT) -> Iterator[None]:
-    """Inside, a run gets the signal once it has taken in so many steps."""
-    note = Trainer.note
+    """Inside, a run gets the signal after so many steps."""
+    after_step = Trainer.after_step
 
-    def interrupt(session: Trainer, step: Step) -> None:
-        note(session, step)
+    def interrupt(trainer: Trainer, step: Step) -> None:
+        after_step(trainer, step)
         if step.number == after:
             os.kill(os.getpid(), number)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Trainer, "note", interrupt)
+        patch.setattr(Trainer, "after_step", interrupt)
         yield

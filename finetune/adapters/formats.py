@@ -10,15 +10,16 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.lora import ADAPTER, starts
+from finetune.adapters import lora
 from finetune.errors import ModelError
 
-# A language model taken out of one that also reads images has this attribute: where its layers are in the whole. An
-# adapter is exported under the whole's names, which is what everybody else loads.
-PART_OF, TEXT_MODEL = "part_of", "model."
-WITHIN = {r"^model\.language_model\.": TEXT_MODEL}
-OTHER_PARTS = r".*(vision|audio).*"  # of the whole, where layers have the same names
+# A text-only model loaded from one that also reads images keeps, in this attribute, the prefix that its layers have in
+# the full model. An adapter is exported under the full model's names, which is what everybody else loads.
+FULL_MODEL_PREFIX, TEXT_MODEL_PREFIX = "full_model_prefix", "model."
+FULL_TO_TEXT_MODEL = {r"^model\.language_model\.": TEXT_MODEL_PREFIX}  # as PEFT's `key_mapping`
+OTHER_MODALITIES = r".*(vision|audio).*"  # parts of the full model whose layers have the same names
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
+PEFT_FACTORS = {kohya: peft for peft, kohya in KOHYA_FACTORS.items()}
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
@@ -42,12 +43,11 @@ def peft_folder(path: Path) -> Path:
 def read_peft_folder(folder: Path) -> dict[str, Tensor]:
     """An exported PEFT adapter's weights under the names that `load_state` takes."""
     weights = read_weights(folder / "adapter_model.safetensors")
-    return {_inner(name.removeprefix("base_model.model.")): weight for name, weight in weights.items()}
+    return {_text_model_name(name.removeprefix("base_model.model.")): weight for name, weight in weights.items()}
 
 
-def _inner(name: str) -> str:
-    """A layer's name in the language model alone."""
-    for pattern, prefix in WITHIN.items():
+def _text_model_name(name: str) -> str:
+    for pattern, prefix in FULL_TO_TEXT_MODEL.items():
         name = re.sub(pattern, prefix, name)
     return name
 
@@ -62,23 +62,32 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config: Any = copy.copy(model.peft_config[ADAPTER])  # type: ignore[index]
+    config: Any = copy.copy(model.peft_config[lora.ADAPTER])  # type: ignore[index]
     config.base_model_name_or_path = base
     config.inference_mode = True
-    begun = {name: start.float().cpu() for name, start in starts(model).items()}
-    plain = _plain(begun | dict(weights))
-    if begun:
+    if hasattr(model, "generate"):  # AutoPeftModelForCausalLM asks for it
+        config.task_type = "CAUSAL_LM"
+    tensors = lora.adapter_tensors(model)
+    if initial := {name: start for name, start in tensors.items() if name.endswith(".initial")}:
+        weights = _join_initial(weights, initial)
         config.r *= 2
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the scale stays
-    within = getattr(model, PART_OF, None)
-    if within:
-        config.exclude_modules = OTHER_PARTS
+    prefix = getattr(model, FULL_MODEL_PREFIX, None)
+    if prefix:
+        config.exclude_modules = OTHER_MODALITIES
+        weights = {re.sub(rf"^{TEXT_MODEL_PREFIX}", prefix, name): weight for name, weight in weights.items()}
     config.save_pretrained(folder)
-    named = {
-        f"base_model.model.{re.sub(rf'^{TEXT_MODEL}', within, name) if within else name}": weight
-        for name, weight in plain.items()
-    }
+    named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
     save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _join_initial(weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """PiSSA's change B A − B₀ A₀ as an ordinary adapter of twice the rank."""
+    joined = {name: weight for name, weight in weights.items() if name not in initial}
+    for name, start in initial.items():
+        factor = name.removesuffix("initial") + "weight"
+        joined[factor] = torch.cat([weights[factor], start.to(weights[factor])], 0 if ".lora_A." in name else 1)
+    return joined
 
 
 def save_kohya(
@@ -108,12 +117,12 @@ def from_kohya(model: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> 
     found = {}
     for key, weight in weights.items():
         layer, _, factor = key.removesuffix(".weight").rpartition(".")
-        if layer not in layers or factor not in (*KOHYA_FACTORS.values(), "alpha"):
+        if layer not in layers or factor not in (*PEFT_FACTORS, "alpha"):
             return None
         if factor == "lora_up":
             weight = weight * (weights[f"{layer}.alpha"] / weight.shape[1])
-        if factor != "alpha":
-            found[f"{layers[layer]}.{'lora_A' if factor == 'lora_down' else 'lora_B'}.weight"] = weight
+        if factor in PEFT_FACTORS:
+            found[f"{layers[layer]}.{PEFT_FACTORS[factor]}.weight"] = weight
     return found
 
 
@@ -124,12 +133,3 @@ def is_kohya(weights: Mapping[str, Tensor]) -> bool:
 
 def _kohya_name(prefix: str, layer: str) -> str:
     return prefix + (layer if prefix.endswith(".") else layer.replace(".", "_"))
-
-
-def _plain(weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """PiSSA's weights without its starts, as an ordinary adapter of twice the rank."""
-    plain = {name: weight for name, weight in weights.items() if not name.endswith(".initial")}
-    for name in weights.keys() - plain.keys():
-        factor = name.removesuffix("initial") + "weight"
-        plain[factor] = torch.cat([weights[factor], weights[name]], 0 if ".lora_A." in name else 1)
-    return plain

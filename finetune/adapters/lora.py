@@ -1,11 +1,11 @@
-"""LoRA on a module through PEFT: inject, switch off, take the state out and put it back.
+"""LoRA through PEFT: put adapters on a base, switch them off, read their weights and load them again.
 
 r rank, O and I output and input features of an adapted layer.
 """
 
 import math
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,47 +14,29 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finetune.config.schema import LoraInit
+from finetune.config.schema import LoraConfig, LoraInit
 from finetune.errors import ConfigError, ModelError
 
 ADAPTER = "default"  # PEFT's own default name
-SVD_ITERATIONS = 16  # 99 % of the best part of a matrix without any structure, in a fifteenth of a full SVD's time
-WRONG_SHARE = 0.5  # nf4 loses about a tenth of a weight matrix's norm; a larger difference is another matrix
+# PEFT's fast SVD with 32 iterations: 99 % of the best rank-r part of a matrix without any structure. Its "pissa", an
+# exact SVD, takes ten times as long.
+PISSA = "pissa_niter_32"
+SAME_MATRIX = 0.5  # largest relative change that nf4 makes (it makes about 0.1); a larger one is another matrix
 
 
 def inject(
-    model: nn.Module,
-    *,
-    rank: int,
-    alpha: float,
-    dropout: float,
-    targets: Sequence[str],
-    seed: int,
-    init: LoraInit = LoraInit.default,
-    rslora: bool = False,
-    dora: bool = False,
-    new_token_rows: Sequence[int] = (),
+    model: nn.Module, lora: LoraConfig, targets: Sequence[str], *, seed: int, new_token_rows: Sequence[int] = ()
 ) -> nn.Module:
-    """Put fp32 adapters of that rank on every layer whose name ends with one of `targets`. The base keeps its weights.
+    """Put fp32 adapters on every layer whose name ends with one of `targets`. The base keeps its weights.
 
-    init: default and pissa (arXiv 2404.02948) start as the base; loftq (arXiv 2310.08659, one iteration) adds the
-    largest part of what nf4 lost, read from the base's files. rslora: arXiv 2312.03732. dora: arXiv 2402.09353.
-    new_token_rows: rows of the embedding, and of a head with weights of its own, that are trained besides.
-    Raises ModelError if no layer matches or a layer can't start or train that way, ConfigError for loftq without nf4.
+    lora: rsLoRA is arXiv 2312.03732, DoRA arXiv 2402.09353; default and PiSSA (arXiv 2404.02948) start as the base,
+    LoftQ (arXiv 2310.08659, one iteration) adds the largest part of what nf4 lost, read from the base's files.
+    seed: of the random start. new_token_rows: rows of the embedding, and of a head with its own weights, to train too.
+    Raises ModelError if no layer matches or a layer can't start or train that way, ConfigError for LoftQ without nf4.
     """
-    from peft import LoraConfig, inject_adapter_in_model
+    from peft import inject_adapter_in_model
 
-    config = LoraConfig(
-        r=rank,
-        lora_alpha=alpha,
-        lora_dropout=dropout,
-        target_modules=list(targets),
-        exclude_modules=_containers(model, targets) or None,
-        init_lora_weights=True,
-        use_rslora=rslora,
-        use_dora=dora,
-        trainable_token_indices=_token_rows(model, new_token_rows, targets) if new_token_rows else None,
-    )
+    config = _peft_config(model, lora, targets, new_token_rows)
     with torch.random.fork_rng():
         torch.manual_seed(seed)
         try:
@@ -63,20 +45,24 @@ def inject(
             raise ModelError(
                 f"no layer of the base matches lora targets {list(targets)}; try another lora.targets"
             ) from error
-        # PEFT puts an adapter where its layer's weights are, and those of offloaded layers wait in CPU memory.
-        device = next((p.device for p in model.parameters() if p.device.type != "cpu"), torch.device("cpu"))
-        if dora:
-            _refuse_unreadable(model, device)
+        device = compute_device(model)
+        if lora.dora:
+            _require_readable(model, device)
         for parameter in adapter_parameters(model):
             parameter.data = parameter.data.to(device, torch.float32)  # small updates vanish in 16 bit
-        if init is LoraInit.loftq:
+        if lora.init is LoraInit.loftq:
             _start_loftq(model)
-        if dora:
-            for _, layer in _layers(model):  # the magnitudes again, of fp32 factors and of those that LoftQ found
+        if lora.dora:
+            for _, layer in lora_layers(model):  # the magnitudes again, of fp32 factors and of LoftQ's
                 layer.lora_variant[ADAPTER].init(layer, adapter_name=ADAPTER)
-        if init is LoraInit.pissa:
+        if lora.init is LoraInit.pissa:
             _start_pissa(model)
     return model
+
+
+def compute_device(model: nn.Module) -> torch.device:
+    """Where the adapters belong: PEFT puts one beside its layer's weights, and those may be offloaded to the CPU."""
+    return next((p.device for p in model.parameters() if p.device.type != "cpu"), torch.device("cpu"))
 
 
 def adapter_parameters(model: nn.Module) -> list[nn.Parameter]:
@@ -100,7 +86,7 @@ def parameter_groups(model: nn.Module, ratio: float) -> list[dict[str, Any]]:
 
 def counts(model: nn.Module) -> tuple[int, int]:
     """Trainable parameters, all parameters; 4-bit weights count as what they stand for."""
-    return sum(p.numel() for p in adapter_parameters(model)), sum(_size(p) for p in model.parameters())
+    return sum(p.numel() for p in adapter_parameters(model)), sum(_numel(p) for p in model.parameters())
 
 
 @contextmanager
@@ -119,27 +105,38 @@ def disabled(model: nn.Module) -> Iterator[None]:
             layer.enable_adapters(True)
 
 
+def adapter_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """All that makes the trained module out of the base, under PEFT's names: the very tensors, not copies.
+
+    What is trained (`…lora_A.weight`), and PiSSA's frozen start (`…lora_A.initial`), which no other machine, precision
+    or number of threads would find again to the bit.
+    """
+    from peft import get_peft_model_state_dict
+
+    # Not PEFT's default `model.state_dict()`: bitsandbytes packs every layer's scales for that, each time.
+    tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+    named: dict[str, Tensor] = get_peft_model_state_dict(
+        model, state_dict=tensors, adapter_name=ADAPTER, save_embedding_layers=False
+    )
+    return named
+
+
 def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """What is trained under PEFT's names (`…lora_A.weight`): the very tensors, not copies."""
-    named = ((name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad)
-    return {_peft_name(name): parameter.detach() for name, parameter in named}
+    """What is trained, under PEFT's names: the very tensors, not copies."""
+    return {name: tensor.detach() for name, tensor in adapter_tensors(model).items() if tensor.requires_grad}
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """All that makes the trained module out of the base, under PEFT's names: fp32 copies on the CPU.
-
-    What is trained, and PiSSA's start (`…lora_A.initial`): no other machine, precision or number of threads would find
-    quite the same one.
-    """
-    everything = trainable_tensors(model) | starts(model)
-    return {name: weight.float().cpu().clone().contiguous() for name, weight in sorted(everything.items())}
+    """`adapter_tensors` as fp32 copies on the CPU: what a checkpoint holds."""
+    tensors = sorted(adapter_tensors(model).items())
+    return {name: tensor.detach().float().cpu().clone().contiguous() for name, tensor in tensors}
 
 
 def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> None:
     """Put an adapter's weights into a model with injected adapters. Raises ModelError if names or shapes differ."""
     from peft import set_peft_model_state_dict
 
-    own = state(model)
+    own = adapter_tensors(model)
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
         raise ModelError(
@@ -155,8 +152,42 @@ def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
 
 
-def _containers(model: nn.Module, targets: Sequence[str]) -> list[str]:
-    """What a target's name fits and is no layer: a list of layers, or an activation, in blocks of another kind."""
+def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
+    """The layers with adapters, by name."""
+    from peft.tuners.lora import LoraLayer
+
+    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
+
+
+def base_weight(layer: Any) -> Tensor:
+    """The weights that an adapted layer's base computes with, fp32, in the shape they are stored in."""
+    from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
+
+    base = layer.get_base_layer()
+    weight: Tensor = base.weight.detach()
+    if get_bnb_param_type(base.weight):
+        weight = dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
+    return weight.float()
+
+
+def _peft_config(model: nn.Module, lora: LoraConfig, targets: Sequence[str], new_token_rows: Sequence[int]) -> Any:
+    from peft import LoraConfig as PeftLoraConfig
+
+    return PeftLoraConfig(
+        r=lora.rank,
+        lora_alpha=lora.alpha,
+        lora_dropout=lora.dropout,
+        target_modules=list(targets),
+        exclude_modules=_modules_without_weights(model, targets) or None,
+        init_lora_weights=True,
+        use_rslora=lora.rslora,
+        use_dora=lora.dora,
+        trainable_token_indices=_token_rows(model, new_token_rows, targets) if new_token_rows else None,
+    )
+
+
+def _modules_without_weights(model: nn.Module, targets: Sequence[str]) -> list[str]:
+    """Modules with a target's name that are no layers: in blocks of another kind, a list of layers or an activation."""
     return [
         name
         for name, module in model.named_modules()
@@ -180,50 +211,102 @@ def _token_rows(model: Any, rows: Sequence[int], targets: Sequence[str]) -> dict
     return {name: sorted(set(rows)) for name in names}
 
 
-def _refuse_unreadable(model: nn.Module, device: torch.device) -> None:
+def _require_readable(model: nn.Module, device: torch.device) -> None:
     """DoRA reads the base's weights in every step. Raises ModelError where it can't."""
-    weights = [layer.get_base_layer().weight for _, layer in _layers(model)]
+    from peft.utils.integrations import get_bnb_param_type
+
+    weights = [layer.get_base_layer().weight for _, layer in lora_layers(model)]
     if any(weight.device != device for weight in weights):
         raise ModelError(
             "lora.dora=true needs all weights where it computes, and model.offload=true keeps some in CPU memory; "
             "set one of the two to false"
         )
-    if device.type == "cpu" and any(_bits(weight) == 8 for weight in weights):  # PEFT drops their scales there
+    # PEFT drops the scales of int8 weights there.
+    if device.type == "cpu" and any(get_bnb_param_type(weight) == "8bit" for weight in weights):
         raise ModelError("lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4")
 
 
 def _start_loftq(model: Any) -> None:
-    """Start the adapters of 4-bit layers as the principal part of what quantisation lost."""
-    packed = [(name, layer) for name, layer in _layers(model) if _bits(layer.get_base_layer().weight) == 4]
-    if not packed:
+    """Start the adapters of 4-bit layers as the largest part of what quantisation lost.
+
+    PEFT's own `replace_lora_weights_loftq` needs a CUDA GPU, files with the model's very names, and alpha = rank.
+    """
+    from peft.utils.integrations import get_bnb_param_type
+
+    waiting = {
+        _name_in_stack(name): (name, layer)
+        for name, layer in lora_layers(model)
+        if get_bnb_param_type(layer.get_base_layer().weight) == "4bit"
+    }
+    if not waiting:
         raise ConfigError("lora.init=loftq makes up for nf4's loss; set model.quantize=nf4, or try lora.init=pissa")
-    files = _base_files(model)
-    for name, layer in packed:
-        stored_OI = _weight(name, layer)
-        original_OI = _original(files, name, stored_OI)
-        if original_OI is None:
-            raise ModelError(
-                f"lora.init=loftq needs the weights that {name} was quantised from, and {model.name_or_path!r} does "
-                "not hold them; name the base before quantisation, or try lora.init=default"
-            )
-        A_rI, B_Or = _factors(name, layer, original_OI - stored_OI)
-        layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data = A_rI, B_Or
+    for key, tensor in _tensors_of_base(model, waiting):
+        stored_OI = base_weight(waiting[key][1])
+        # Another part of the model, such as one that reads images, may have a layer of this name.
+        if tensor.shape == stored_OI.shape:
+            lost_OI = tensor.to(stored_OI) - stored_OI
+            if lost_OI.norm() < SAME_MATRIX * stored_OI.norm():
+                _start_at(*waiting.pop(key), lost_OI)
+    for name, _ in waiting.values():
+        raise ModelError(
+            f"lora.init=loftq needs the weights that {name} was quantised from, and {model.name_or_path!r} does not "
+            "hold them; name the base before quantisation, or try lora.init=default"
+        )
+
+
+def _name_in_stack(name: str) -> str:
+    """`layers.0.mlp.up_proj` of `model.layers.0.mlp.up_proj`: what comes before differs between model and files."""
+    return re.sub(r"^.*?(?=\w+\.\d+\.)", "", name)
+
+
+def _tensors_of_base(model: Any, wanted: Container[str]) -> Iterator[tuple[str, Tensor]]:
+    """The weights of wanted layers, one after another, from the files that the base was loaded from."""
+    from safetensors import safe_open
+    from transformers.utils import cached_file
+
+    try:
+        commit = getattr(model.config, "_commit_hash", None)
+        config = cached_file(model.name_or_path, "config.json", revision=commit, local_files_only=True)
+    except OSError:  # a model built in memory
+        return
+    for file in sorted(Path(config).parent.glob("*.safetensors")):
+        with safe_open(file, framework="pt") as tensors:
+            for key in tensors.keys():  # noqa: SIM118 (not a dict)
+                if (name := _name_in_stack(key.removesuffix(".weight"))) in wanted:
+                    yield name, tensors.get_tensor(key)
 
 
 def _start_pissa(model: nn.Module) -> None:
-    """Start every adapter as the principal part of its layer's weights, and take that part off beside it."""
-    for name, layer in _layers(model):
-        A_rI, B_Or = _factors(name, layer, _weight(name, layer))
-        layer.lora_A[ADAPTER] = _Anchored(A_rI, A_rI.clone(), 0)
-        layer.lora_B[ADAPTER] = _Anchored(B_Or, -B_Or, 1)
+    """Start every adapter as the principal part of its layer's weights, and subtract that part beside it."""
+    for name, layer in lora_layers(model):
+        _start_at(name, layer, base_weight(layer))
+        A_rI, B_Or = layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data
+        layer.lora_A[ADAPTER] = _PissaFactor(A_rI, A_rI.clone(), 0)
+        layer.lora_B[ADAPTER] = _PissaFactor(B_Or, -B_Or, 1)
 
 
-class _Anchored(nn.Module):
+def _start_at(name: str, layer: Any, matrix: Tensor) -> None:
+    """Give A and B the scaled product that is the closest to `matrix` (arXiv 2404.02948, eq. 2 and 3), as PEFT does.
+
+    matrix: in the shape of the layer's weights.
+    """
+    if ADAPTER not in layer.lora_A or matrix.ndim != 2:
+        raise ModelError(f"{name} is no linear layer, and only those can start elsewhere; try lora.init=default")
+    if layer.r[ADAPTER] > (most := min(matrix.shape)):
+        raise ModelError(f"{name} has only {most} directions to start in; set lora.rank={most}, or lora.init=default")
+    base = layer.get_base_layer()
+    stored = base.weight
+    base.weight = nn.Parameter(matrix.to(layer.lora_A[ADAPTER].weight), requires_grad=False)
+    layer.pissa_init(ADAPTER, PISSA)  # takes the product off the weights, which are not the base's own
+    base.weight = stored
+
+
+class _PissaFactor(nn.Module):
     """One factor of a PiSSA adapter beside its frozen start: [A; A₀] (2r, I) or [B, −B₀] (O, 2r).
 
-    Their product B A − B₀ A₀ is the change so far. Subtracting B₀ A₀ from the base instead would round it in the
-    base's precision, and would have to be undone for every other use of the base. PEFT's own `merge` sees `weight`
-    alone: merge what `save_peft` writes.
+    Their product B A − B₀ A₀ is the change so far. PEFT subtracts B₀ A₀ from the base instead; that rounds it in the
+    base's precision, and has to be undone for every other use of the base. PEFT's own `merge` sees `weight` alone:
+    merge what `save_peft` writes.
     """
 
     initial: Tensor
@@ -238,81 +321,8 @@ class _Anchored(nn.Module):
         return functional.linear(inputs, torch.cat([self.weight, self.initial], self.dim))
 
 
-def _layers(model: nn.Module) -> list[tuple[str, Any]]:
-    from peft.tuners.lora import LoraLayer
-
-    return [(name, module) for name, module in model.named_modules() if isinstance(module, LoraLayer)]
-
-
-def _weight(name: str, layer: Any) -> Tensor:
-    """The base's weights as they act, (O, I) fp32 on the adapter's device. Raises ModelError if it isn't linear."""
-    from peft.utils.integrations import dequantize_bnb_weight
-
-    base = layer.get_base_layer()
-    weight: Tensor = base.weight.detach()
-    if _bits(base.weight):
-        weight = dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
-    if ADAPTER not in layer.lora_A or weight.ndim != 2:
-        raise ModelError(f"{name} is no linear layer, and only those can start elsewhere; try lora.init=default")
-    weight = weight.to(layer.lora_A[ADAPTER].weight)
-    return weight.T if layer.fan_in_fan_out else weight
-
-
-def _factors(name: str, layer: Any, matrix_OI: Tensor) -> tuple[Tensor, Tensor]:
-    """A (r, I) and B (O, r) whose scaled product is the closest to `matrix_OI` (arXiv 2404.02948, eq. 2 and 3)."""
-    rank, most = layer.r[ADAPTER], min(matrix_OI.shape)
-    if rank > most:
-        raise ModelError(f"{name} has only {most} directions to start in; set lora.rank={most}, or lora.init=default")
-    left_OR, values_R, right_IR = torch.svd_lowrank(matrix_OI, q=min(2 * rank, most), niter=SVD_ITERATIONS)
-    root_r = (values_R[:rank] / layer.scaling[ADAPTER]).sqrt()
-    return (root_r * right_IR[:, :rank]).T.contiguous(), (left_OR[:, :rank] * root_r).contiguous()
-
-
-def _base_files(model: Any) -> dict[str, Path]:
-    """The file of every tensor in the folder that the base was loaded from."""
-    from safetensors import safe_open
-    from transformers.utils import cached_file
-
-    try:
-        commit = getattr(model.config, "_commit_hash", None)
-        config = cached_file(model.name_or_path, "config.json", revision=commit, local_files_only=True)
-    except OSError:  # a model built in memory
-        return {}
-    files: dict[str, Path] = {}
-    for file in Path(config).parent.glob("*.safetensors"):
-        with safe_open(file, framework="pt") as tensors:
-            files |= dict.fromkeys(tensors.keys(), file)
-    return files
-
-
-def _original(files: Mapping[str, Path], name: str, stored_OI: Tensor) -> Tensor | None:
-    """The tensor in the files that a 4-bit layer was made from, told by its contents where several have its name."""
-    from safetensors import safe_open
-
-    tail = re.sub(r"^.*?(?=\w+\.\d+\.)", "", name)  # `layers.0.mlp.up_proj`: what comes before differs in the files
-    for key in (key for key in files if key.endswith(f"{tail}.weight")):
-        with safe_open(files[key], framework="pt") as tensors:
-            found_OI: Tensor = tensors.get_tensor(key).to(stored_OI)
-        if found_OI.shape == stored_OI.shape and (found_OI - stored_OI).norm() < WRONG_SHARE * stored_OI.norm():
-            return found_OI
-    return None
-
-
-def _bits(weight: Tensor) -> int:
-    """Of each number in a weight that bitsandbytes quantised: 4 or 8; 0 for any other."""
-    return {"Params4bit": 4, "Int8Params": 8}.get(type(weight).__name__, 0)
-
-
-def _size(parameter: Any) -> int:
+def _numel(parameter: Any) -> int:
     """Numbers that a parameter stands for: bitsandbytes packs two 4-bit ones into a byte."""
-    return math.prod(parameter.quant_state.shape) if _bits(parameter) == 4 else parameter.numel()
+    from peft.utils.integrations import get_bnb_param_type
 
-
-def _peft_name(name: str) -> str:
-    short = name.removeprefix("module.").replace(f".{ADAPTER}.", ".").removesuffix(f".{ADAPTER}")
-    return short.replace(".lora_magnitude_vector.weight", ".lora_magnitude_vector")  # as PEFT writes it
-
-
-def starts(model: nn.Module) -> dict[str, Tensor]:
-    """What PiSSA takes off again, under names as PEFT would give them; nothing in any other adapter."""
-    return {_peft_name(name): start for name, start in model.named_buffers() if name.endswith(f".{ADAPTER}.initial")}
+    return math.prod(parameter.quant_state.shape) if get_bnb_param_type(parameter) == "4bit" else parameter.numel()

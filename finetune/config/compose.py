@@ -6,89 +6,111 @@ group `conf` (so `conf=a,b` sweeps, shell completion and recipes that extend rec
 """
 
 import io
+import logging
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import typing
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import is_dataclass
+from enum import Enum
 from functools import cache
 from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
+import yaml
 from hydra import compose, initialize
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
+from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
-from omegaconf import DictConfig, ListConfig, OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
-from finetune.config import describe, recipes
+from finetune.config import describe, recipes, renamed
 from finetune.config.schema import Config
 from finetune.config.validate import check
 from finetune.errors import ConfigError
 
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
-# configs, without what `register` adds.
+# configs, without what `registered` adds.
 SEARCH_PATH = "pkg://hydra.conf"
+RECIPES = "conf"  # the group of recipes; every other group holds presets
 # Values that may begin with the home folder's `~`, which a shell leaves alone behind a `=`.
 PATHS = (
     *("run_dir", "data.folder", "data.file", "data.cache", "data.chat_template", "model.base", "model.parts"),
     *("caption.model", "sample.adapter", "lora.start_from"),
 )
 LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
+# Text in quotes, or a whole item that Hydra's grammar takes for a number or a truth value.
+NUMBERS = re.compile(
+    r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
+    r"""|(?<=[=,\[])\s*(?P<number>[+-]?(?:\.?\d[\w.+-]*|inf|nan)|true|false)(?=\s*(?:[,\]]|$))""",
+    re.IGNORECASE,
+)
+Say = Callable[[str], object]
+LOG: Say = logging.getLogger(__name__).warning
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
+def load(recipe: str, overrides: Sequence[str] = (), say: Say = LOG) -> Config:
     """The configuration of a recipe, as `conf=RECIPE OVERRIDES…` on the command line gives it.
 
-    Raises ConfigError, one line a problem, for whatever is wrong with names, keys and types.
+    say: what reports keys under old names. Raises ConfigError, one line a problem, for whatever is wrong with names,
+    keys and types, and for settings of another kind of model.
     """
-    words = [f"conf={recipe}", *quoted(overrides)]
-    register()
-    refuse(problems(words))
-    with explained(), _own_hydra():
-        return resolve(compose("config", overrides=words))
+    with registered():
+        words = judged([f"{RECIPES}={recipe}", *overrides], say)
+        return resolve(_composed(words), words)
 
 
-def apply(config: Config, overrides: Sequence[str]) -> Config:
+def apply(config: Config, overrides: Sequence[str], say: Say = LOG) -> Config:
     """A copy of `config` with `key=value` overrides. Presets (`lora=r32`) need a recipe: use `load`."""
-    found, parsed = _parsed(quoted(overrides), sweep=False)
-    found += [
-        f"{override.input_line} chooses a preset, which needs a recipe; give it to finetune.load"
-        for override in parsed
-        if override.key_or_group in recipes.preset_files() and isinstance(override.value(), str)
-    ]
-    refuse(found or [problem for override in parsed if (problem := _override_problem(override))])
+    judge = _Judge()
+    good = judge.overrides(overrides)
+    for group, ((name, _), *_) in judge.chosen.items():
+        judge.problems.append(f"{group}={name} chooses a preset, which needs a recipe; give it to finetune.load")
+    judge.report(say)
     with explained():
         tree = OmegaConf.structured(config)
-        for override in parsed:
+        for override in good:
             OmegaConf.update(tree, override.key_or_group, override.value())
-        return resolve(tree)
+    return resolve(tree, overrides)
 
 
-def resolve(tree: DictConfig) -> Config:
-    """The typed configuration of a composed tree; the CLI and Python meet here."""
+def resolve(tree: DictConfig, words: Iterable[str]) -> Config:
+    """The typed configuration of a composed tree; the CLI and Python meet here. words: the overrides in it.
+
+    Raises ConfigError for what is not set, and for settings among `words` that another kind of model has.
+    """
+    config = _typed(tree)
+    if foreign := _foreign(words, config.model.kind):
+        refuse([*foreign, *check(config)])
+    return config
+
+
+def _typed(tree: DictConfig) -> Config:
     with explained():
-        missing = sorted(OmegaConf.missing_keys(tree) - {"conf"})
+        missing = sorted(OmegaConf.missing_keys(tree) - {RECIPES})
         refuse([f"{key} is not set; type {key}=…" for key in missing])
         typed = OmegaConf.merge(OmegaConf.structured(Config), tree)
         for key in PATHS:
-            OmegaConf.update(typed, key, at_home(key, OmegaConf.select(typed, key)))
+            OmegaConf.update(typed, key, _at_home(key, OmegaConf.select(typed, key)))
         return cast(Config, OmegaConf.to_object(typed))
 
 
-def quoted(words: Sequence[str]) -> list[str]:
-    """Overrides as Hydra reads them: its grammar knows no bare `~`, with which a path at home begins."""
-    return [
-        re.sub(r"^([\w.]+)=(~.*)$", lambda found: f'{found[1]}="{at_home(*found.groups())}"', word) for word in words
-    ]
-
-
-def at_home(key: str, value: str) -> str:
+def _at_home(key: str, value: str) -> str:
     """A value in which `~` stands for the home folder if it is a path."""
     return str(Path(value).expanduser()) if key in PATHS and value.startswith("~") else value
+
+
+def _foreign(words: Iterable[str], kind: str) -> list[str]:
+    return [
+        f"{key} is a setting of {owner} models, this recipe trains a {kind} model; leave it out"
+        for key in dict.fromkeys(renamed.new_key(word.partition("=")[0].lstrip("+")) for word in words)
+        if (owner := describe.kind_of(key)) not in (None, kind)
+    ]
 
 
 def refuse(found: Sequence[str]) -> None:
@@ -97,52 +119,103 @@ def refuse(found: Sequence[str]) -> None:
         raise ConfigError("\n".join(dict.fromkeys(found)))
 
 
-def register() -> None:
-    """Put the schema, presets and recipes into Hydra's ConfigStore, again: `./conf` follows the current folder.
+@contextmanager
+def explained() -> Iterator[None]:
+    """Turn what Hydra and OmegaConf raise, once our own checks have passed, into a ConfigError of one line."""
+    try:
+        yield
+    except (HydraException, OmegaConfBaseException) as error:
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        cause = str(error.__cause__).splitlines()[0] if isinstance(error.__cause__, OmegaConfBaseException) else ""
+        raise ConfigError(": ".join(filter(None, [lines[0].rstrip(":") if lines else "", cause]))) from error
 
-    Raises ConfigError that names every file that is not readable YAML.
+
+def _composed(words: Sequence[str]) -> DictConfig:
+    """Whoever uses Hydra around us (an application, a notebook) finds theirs again."""
+    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
+    try:
+        with explained(), initialize(version_base="1.3", config_path=SEARCH_PATH, job_name="finetune"):
+            return compose("config", overrides=list(words))
+    finally:
+        GlobalHydra.instance().hydra = outer
+
+
+@contextmanager
+def registered() -> Iterator[None]:
+    """Inside, Hydra's ConfigStore holds the schema, presets and recipes: `./conf` follows the current folder.
+
+    Entries of the same names that an application around us stored are put back afterwards. Raises ConfigError that
+    names every file that is not readable YAML.
     """
-    store = ConfigStore.instance()
-    for group in [name for name in store.repo if name != "hydra" and not name.startswith("_")]:
-        del store.repo[group]
-    unreadable: list[str] = []
-
-    def put(name: str, path: Path, **where: str) -> None:
+    files = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
+    files += [(RECIPES, name, path) for name, path in recipes.recipe_files().items()]
+    files += [(group, name, path) for group, paths in recipes.preset_files().items() for name, path in paths.items()]
+    nodes: list[tuple[str, str, Any]] = [("", "schema", Config)]
+    unreadable = []
+    for group, name, path in files:
         try:
-            store.store(name=name, node=_read(path, recipe=where.get("group") == "conf"), **where)
+            nodes.append((group, name, _read(path, group)[0]))
         except ConfigError as error:
             unreadable.append(str(error))
-
-    put(recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")
-    store.store(name="schema", node=Config)
-    for name, path in recipes.recipe_files().items():
-        put(name, path, group="conf", package="_global_")
-    for group, files in recipes.preset_files().items():
-        for name, path in files.items():
-            put(name, path, group=group)
     refuse(unreadable)
-
-
-def _read(path: Path, recipe: bool) -> DictConfig:
+    store = ConfigStore.instance()
+    ours = {group or f"{name}.yaml" for group, name, _ in nodes}
+    theirs = {name: store.repo.pop(name) for name in ours & store.repo.keys()}
     try:
-        tree = _tree(path.read_text(encoding="utf-8"))
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        for group, name, node in nodes:
+            store.store(name, node, group or None, package="_global_" if group == RECIPES else None)
+        yield
+    finally:
+        for name in ours:
+            store.repo.pop(name, None)
+        store.repo.update(theirs)
+
+
+def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
+    """A recipe or preset under today's names, and the dotted keys that it holds as they stand there."""
+    try:
+        tree, keys = _tree(path.read_text(encoding="utf-8"), _prefix(group))
+    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{recipes.shown(path)}{where} is not readable YAML: {reason}") from error
-    if not isinstance(tree, DictConfig):
-        raise ConfigError(f"{recipes.shown(path)} is not readable YAML: it holds a list, not `key: value` lines")
-    if recipe and "name" not in tree:
-        tree = tree.copy()
-        tree["name"] = path.stem
-    return tree
+    return ({"name": path.stem} | tree if group == RECIPES else tree), keys
+
+
+def _prefix(group: str) -> str:
+    """What stands before the keys of a file: a preset holds a section."""
+    return "" if group in ("", RECIPES) else f"{group}."
 
 
 @cache
-def _tree(text: str) -> DictConfig | ListConfig:
+def _tree(text: str, prefix: str) -> tuple[dict[str, Any], list[str]]:
     """What YAML says; nobody changes it. The sixty files are read for each composition, and seldom differ."""
-    return OmegaConf.load(io.StringIO(text))
+    tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
+    if not isinstance(tree, dict):
+        raise yaml.YAMLError("it holds a list, not `key: value` lines")
+    written = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}  # every value as text
+    hint = typing.get_type_hints(Config).get(prefix.rstrip(".")) if prefix else Config
+    kept = _as_written(hint, renamed.new_tree(tree, prefix), renamed.new_tree(written, prefix))
+    return kept, list(renamed.keys_of(tree, prefix))
+
+
+def _as_written(hint: Any, value: Any, written: Any) -> Any:
+    """A value of YAML in which text and names stay as written (`2024_05_01`, `off`), whatever YAML takes them for."""
+    if isinstance(value, bool | int | float) and isinstance(hint, type) and issubclass(hint, str | Enum):
+        return written or value
+    item = (typing.get_args(hint) or [None])[-1]
+    if isinstance(value, list) and isinstance(written, list):
+        return [_as_written(item, *pair) for pair in zip(value, written, strict=True)]
+    if isinstance(value, dict) and isinstance(written, dict):
+        hints = typing.get_type_hints(hint) if is_dataclass(hint) else dict.fromkeys(value, item)
+        return {key: _as_written(hints.get(key), part, written.get(str(key))) for key, part in value.items()}
+    return value
+
+
+def job_overrides() -> list[str]:
+    """The overrides of the job that Hydra runs, as they were typed: a `${…}` in them is not resolved here."""
+    return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
 def name_sweep_folders(overrides: Sequence[str]) -> None:
@@ -151,7 +224,7 @@ def name_sweep_folders(overrides: Sequence[str]) -> None:
     Two jobs then share a folder only if they are the same job, in this sweep or a later one; the second continues the
     first.
     """
-    _, parsed = _parsed(overrides, sweep=True)
+    parsed = OverridesParser.create().parse_overrides(list(overrides))
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
     OmegaConf.register_new_resolver("sweep_folder", lambda words: _sweep_folder(words, swept), replace=True)
 
@@ -167,101 +240,141 @@ def _sweep_folder(words: Sequence[str], swept: set[str]) -> str:
     return f"{recipe}/{safe}" + (f"-{sha256(hidden.encode()).hexdigest()[:8]}" if hidden else "")
 
 
-@contextmanager
-def explained() -> Iterator[None]:
-    """Turn what Hydra and OmegaConf raise, once our own checks have passed, into a ConfigError of one line."""
-    try:
-        yield
-    except (HydraException, OmegaConfBaseException) as error:
-        own = [problem for path in _user_presets() for problem in _preset_problems(path)]
-        refuse(own)
-        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-        cause = str(error.__cause__).splitlines()[0] if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        raise ConfigError(": ".join(filter(None, [lines[0].rstrip(":") if lines else "", cause]))) from error
+def judged(typed: Sequence[str], say: Say, sweep: bool = False) -> list[str]:
+    """A command line's settings as Hydra takes them, after a check of names, keys and types in them and in their files.
 
-
-@contextmanager
-def _own_hydra() -> Iterator[None]:
-    """Hydra for one composition; whoever uses Hydra around us (an application, a notebook) finds theirs again."""
-    outer, GlobalHydra.instance().hydra = GlobalHydra.instance().hydra, None
-    try:
-        with initialize(version_base="1.3", config_path=SEARCH_PATH, job_name="finetune"):
-            yield
-    finally:
-        GlobalHydra.instance().hydra = outer
-
-
-def problems(overrides: Sequence[str], sweep: bool = False) -> list[str]:
-    """Everything wrong with the names, keys and types of a command line and of the recipes it names, one line each.
-
-    Where something is wrong, the settings that can be read are checked for their values too: all is named at once.
-
-    sweep: several values of one key are allowed (`--multirun`).
+    Raises ConfigError with everything that is wrong, one line each; then wrong values and settings of another kind of
+    model are named too, as far as the rest composes. sweep: several values of one key are allowed (`--multirun`).
     """
-    found, parsed = _parsed(overrides, sweep)
-    chosen = [override for override in parsed if override.key_or_group == "conf"]
-    if not chosen:
-        listed = ", ".join(recipes.recipe_files())
-        found.append(f"conf= is missing: say which recipe, such as conf=pixar_style; there are: {listed}")
-    wrong_recipes: list[str] = []
-    for override in chosen:
-        for name in _values(override):
-            wrong_recipes += _recipe_problems(str(name), seen=set())
-    found += wrong_recipes
-    usable = bool(chosen) and not sweep and not wrong_recipes
-    good = [str(override.input_line) for override in chosen]
-    for override in parsed:
-        if override not in chosen:
-            if problem := _override_problem(override):
-                found.append(problem)
+    judge = _Judge()
+    words = [str(override.input_line) for override in judge.overrides(typed, sweep)]
+    if judge.files() and judge.problems and not sweep:
+        with suppress(ConfigError):  # it will be named once the rest is fixed
+            config = _typed(_composed(words))
+            judge.problems += [*_foreign(words, config.model.kind), *check(config)]
+    judge.report(say)
+    return words
+
+
+class _Judge:
+    """Collects what is wrong with a command line and with the files that it chooses, and the old names in them."""
+
+    def __init__(self) -> None:
+        self.problems: list[str] = []
+        self.notes: dict[str, str] = {}  # by old key
+        self.presets = recipes.preset_files()
+        self.chosen: dict[str, list[tuple[str, str]]] = {}  # group -> names, and the file that chose each, with a colon
+
+    def overrides(self, typed: Sequence[str], sweep: bool = False) -> list[Override]:
+        """Those with which nothing is wrong; the files that they choose are checked by `files`."""
+        self._names((word.partition("=")[0].lstrip("+") for word in typed), "")
+        parser, good = OverridesParser.create(), []
+        for word in map(_hydra_word, typed):
+            try:
+                override = parser.parse_override(word)
+                problem = self._override_problem(override, word, sweep)
+            except HydraException:
+                problem = _unreadable(word)
+            if problem:
+                self.problems.append(problem)
             else:
-                good.append(str(override.input_line))
-    if usable and not found:
-        return _foreign_keys(parsed, good)
-    return found + _value_problems(good) if found and usable else found
+                good.append(override)
+        return good
 
-
-def _foreign_keys(parsed: Sequence[Override], words: Sequence[str]) -> list[str]:
-    """Settings that the recipe's kind of model doesn't have."""
-    belongs = {override.key_or_group: describe.kind_of(override.key_or_group) for override in parsed}
-    if not any(belongs.values()):
-        return []
-    with explained(), _own_hydra():
-        kind = resolve(compose("config", overrides=list(words))).model.kind
-    return [
-        f"{key} is a setting of {owner} models, this recipe trains a {kind} model; leave it out"
-        for key, owner in belongs.items()
-        if owner not in (None, kind)
-    ]
-
-
-def _value_problems(words: Sequence[str]) -> list[str]:
-    try:
-        with explained(), _own_hydra():
-            return check(resolve(compose("config", overrides=list(words))))
-    except ConfigError:  # it will be named once the rest is mended
-        return []
-
-
-def _parsed(overrides: Sequence[str], sweep: bool) -> tuple[list[str], list[Override]]:
-    parser = OverridesParser.create()
-    found, parsed = [], []
-    for word in overrides:
-        try:
-            override = parser.parse_override(word)
-        except HydraException:
-            found.append(_unreadable(word))
-            continue
+    def _override_problem(self, override: Override, word: str, sweep: bool) -> str | None:
+        key, _, text = word.partition("=")
         if override.is_sweep_override() and not sweep:
-            key, value = word.split("=", 1)
-            quoted = value.replace('"', "")
-            found.append(
-                f"{key} got several values ({value}); if that is one text, quote it twice: '{key}=\"{quoted}\"'; "
+            quoted = text.replace('"', "")
+            return (
+                f"{key} got several values ({text}); if that is one text, quote it twice: '{key}=\"{quoted}\"'; "
                 f"a list needs brackets: {key}=[…]; several runs need --multirun"
             )
-            continue
-        parsed.append(override)
-    return found, parsed
+        key = override.key_or_group
+        if override.is_delete():
+            return f"{word} would delete a setting, which is not possible; give it a value: {key}=…"
+        if key.startswith(("hydra.", "hydra/")):
+            return None
+        values = [
+            _plain(v) for v in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])
+        ]
+        if key == RECIPES or (key in self.presets and all(isinstance(value, str) for value in values)):
+            self.chosen[key] = [(str(value), "") for value in values]
+            return None
+        found = [describe.key_problem(key), *(describe.value_problem(key, value) for value in values)]
+        return next(filter(None, found), None)
+
+    def files(self) -> bool:
+        """Check the recipes, and the presets that defaults, recipes and overrides choose; whether nothing is wrong."""
+        chosen, self.chosen, before = self.chosen, {}, len(self.problems)
+        if RECIPES not in chosen:
+            there = ", ".join(recipes.recipe_files())
+            self.problems.append(f"conf= is missing: say which recipe, such as conf=pixar_style; there are: {there}")
+        self._defaults("", _read(recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml", "")[0]["defaults"], "", ())
+        for name, where in chosen.pop(RECIPES, []):
+            self._file(RECIPES, name, where, ())
+        for group, names in (self.chosen | chosen).items():
+            for name, where in names:
+                self._file(group, name, where, ())
+        return len(self.problems) == before
+
+    def _file(self, group: str, name: str, where: str, above: tuple[Path, ...]) -> None:
+        """A recipe or preset, and what it extends. where: the file that names it, with a colon; above: the way here."""
+        files = recipes.recipe_files() if group == RECIPES else self.presets.get(group)
+        if files is None:
+            self.problems.append(where + recipes.no_such("preset group", group, sorted(self.presets)))
+        elif name not in files:
+            what = "recipe" if group == RECIPES else f"{group} preset"
+            self.problems.append(where + recipes.no_such(what, name, sorted(files)))
+        elif files[name] in above:
+            self.problems.append(f"{recipes.shown(files[name])} extends itself")
+        else:
+            (tree, keys), here = _read(files[name], group), f"{recipes.shown(files[name])}: "
+            self._defaults(group, tree.get("defaults") or [], here, (*above, files[name]))
+            self._names(keys, here)
+            settings = {key: value for key, value in tree.items() if key != "defaults"}
+            self.problems += [here + problem for problem in describe.tree_problems(settings, _prefix(group))]
+
+    def _defaults(self, group: str, defaults: Sequence[Any], where: str, above: tuple[Path, ...]) -> None:
+        for entry in defaults:
+            if isinstance(entry, dict):
+                for key, name in entry.items():
+                    chosen = key.removeprefix("override ").strip().removeprefix("/").removeprefix("optional ")
+                    if isinstance(name, str) and chosen != RECIPES and not chosen.startswith("hydra/"):
+                        self.chosen[chosen] = [(name, where)]
+            elif group and entry != "_self_":
+                self._file(group, str(entry).removeprefix(f"/{group}/"), where, above)
+
+    def _names(self, keys: Iterable[str], where: str) -> None:
+        notes, clashes = renamed.judged(keys, where)
+        self.notes = notes | self.notes
+        self.problems += clashes
+
+    def report(self, say: Say) -> None:
+        """Say which names are old; raise ConfigError if anything is wrong."""
+        for note in self.notes.values():
+            say(note)
+        refuse(self.problems)
+
+
+def _hydra_word(word: str) -> str:
+    """An override under today's names, with quotes where Hydra's grammar would not take text as it was typed."""
+    match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", word, re.DOTALL)
+    if not match:
+        return word
+    plus, old, value = match.groups()
+    key, value = renamed.new_key(old), renamed.new_value(old, value)
+    if value.startswith("~"):
+        value = f'"{_at_home(key, value)}"'
+    names_file = key == RECIPES or key in recipes.preset_files()
+
+    def quoted(item: re.Match[str]) -> str:
+        number = item["number"]
+        stays = not number or (re.fullmatch(r"-?\d+", number) and not names_file)
+        return item[0] if stays else item[0].replace(number, f'"{number}"')
+
+    if names_file or describe.leaf_types().get(key) in (str, list[str]):
+        value = NUMBERS.sub(quoted, f"={value}")[1:]
+    return f"{plus}{key}={value}"
 
 
 def _unreadable(word: str) -> str:
@@ -275,71 +388,8 @@ def _unreadable(word: str) -> str:
     return f"cannot read {word}; text with spaces, commas, colons or brackets is quoted twice: '{key}=\"{quoted}\"'"
 
 
-def _values(override: Override) -> list[Any]:
-    if override.is_sweep_override():
-        return list(override.sweep_iterator())
-    return [override.value()]
-
-
-def _override_problem(override: Override) -> str | None:
-    key = override.key_or_group
-    presets = recipes.preset_files()
-    if key.startswith(("hydra.", "hydra/")):
-        return None
-    if override.is_delete():
-        return f"{override.input_line} would delete a setting, which is not possible; give it a value: {key}=…"
-    if key in presets and all(isinstance(value, str) for value in _values(override)):
-        wrong = [str(value) for value in _values(override) if value not in presets[key]]
-        return recipes.no_such(f"{key} preset", wrong[0], sorted(presets[key])) if wrong else None
-    wrong = [problem for value in _values(override) if (problem := describe.value_problem(key, _plain(value)))]
-    return describe.key_problem(key) or next(iter(wrong), None)
-
-
 def _plain(value: Any) -> Any:
     """Hydra's quoted strings as strings."""
     if isinstance(value, list):
         return [_plain(item) for item in value]
     return getattr(value, "text", value)
-
-
-def _recipe_problems(name: str, seen: set[str]) -> list[str]:
-    files = recipes.recipe_files()
-    if name not in files:
-        return [recipes.no_such("recipe", name, sorted(files))]
-    if name in seen:
-        return [f"{recipes.shown(files[name])} extends itself"]
-    tree = cast(dict[str, Any], OmegaConf.to_container(_read(files[name], recipe=True), resolve=False))
-    found = []
-    for entry in tree.pop("defaults", None) or []:
-        if isinstance(entry, str) and entry != "_self_":
-            found += _recipe_problems(entry.removeprefix("/conf/"), seen | {name})
-        elif isinstance(entry, dict):
-            found += [problem for key, preset in entry.items() if (problem := _preset_choice_problem(key, preset))]
-    found += describe.tree_problems({key: value for key, value in tree.items() if key != "hydra"})
-    where = f"{recipes.shown(files[name])}: "
-    return [problem if ".yaml" in problem else where + problem for problem in found]
-
-
-def _preset_choice_problem(key: str, preset: Any) -> str | None:
-    presets = recipes.preset_files()
-    group = key.removeprefix("override ").strip().removeprefix("/").removeprefix("optional ")
-    if group.startswith("hydra/"):
-        return None
-    if group not in presets:
-        return recipes.no_such("preset group", group, sorted(presets))
-    if not isinstance(preset, str) or preset in presets[group]:
-        return None
-    return recipes.no_such(f"{group} preset", preset, sorted(presets[group]))
-
-
-def _user_presets() -> list[Path]:
-    own = recipes.conf_dir()
-    files = [path for group in recipes.preset_files().values() for path in group.values()]
-    return [path for path in files if not path.is_relative_to(own)]
-
-
-def _preset_problems(path: Path) -> list[str]:
-    tree = cast(dict[str, Any], OmegaConf.to_container(_read(path, recipe=False), resolve=False))
-    if path.parent.name not in describe.sections():
-        return []
-    return [f"{recipes.shown(path)}: {problem}" for problem in describe.tree_problems({path.parent.name: tree})]

@@ -5,6 +5,7 @@ Hydra stops at the first problem; this names all of them. It needs neither Hydra
 
 import ast
 import inspect
+import itertools
 import json
 import textwrap
 import typing
@@ -13,9 +14,11 @@ from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
 from functools import cache
-from typing import Any
+from operator import attrgetter
+from typing import Any, NamedTuple
 
 from finetune.config import schema as declared
+from finetune.config.rules import Rule
 from finetune.config.schema import Config
 
 MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
@@ -23,73 +26,74 @@ MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
 MEANT = {"trainer.activation_checkpointing": "0 (none), 1 (every block) or n (every n-th block)"}
 
 
+class _Entry(NamedTuple):
+    key: str
+    type: Any
+    metadata: Mapping[str, Any]
+    owner: str  # the dataclass that declares it
+
+
+@cache
+def _entries() -> tuple[_Entry, ...]:
+    """Every dotted key, sections included."""
+
+    def walk(cls: type, prefix: str) -> Iterator[_Entry]:
+        hints = typing.get_type_hints(cls)
+        for entry in fields(cls):
+            key, hint = prefix + entry.name, hints[entry.name]
+            yield _Entry(key, hint, entry.metadata, cls.__name__)
+            if is_dataclass(hint):
+                yield from walk(typing.cast(type, hint), f"{key}.")
+
+    return tuple(walk(Config, ""))
+
+
 @cache
 def leaf_types() -> dict[str, Any]:
     """Every dotted key that holds a value -> its type."""
-    return dict(_leaves(Config, ""))
+    return {entry.key: entry.type for entry in _entries() if not is_dataclass(entry.type)}
 
 
-def _leaves(kind: type, prefix: str) -> Iterator[tuple[str, Any]]:
-    for name, hint in typing.get_type_hints(kind).items():
-        if is_dataclass(hint):
-            yield from _leaves(typing.cast(type, hint), f"{prefix}{name}.")
-        else:
-            yield prefix + name, hint
-
-
-def sections() -> list[str]:
+@cache
+def sections() -> tuple[str, ...]:
     """The keys that hold other keys: `lora`, `trainer`, …"""
-    return [name for name, hint in typing.get_type_hints(Config).items() if is_dataclass(hint)]
+    return tuple(entry.key for entry in _entries() if is_dataclass(entry.type))
+
+
+@cache
+def rules() -> dict[str, Rule]:
+    """Every dotted key with a rule for its value."""
+    return {entry.key: entry.metadata["rule"] for entry in _entries() if "rule" in entry.metadata}
 
 
 def kind_of(key: str) -> str | None:
     """The kind of model that alone has this key or section; None for keys of every kind."""
-    kind: type = Config
-    for name in key.split("."):
-        entry = next((entry for entry in fields(kind) if entry.name == name), None) if is_dataclass(kind) else None
-        if entry is None:
-            return None
-        if "kind" in entry.metadata:
-            return str(entry.metadata["kind"])
-        kind = typing.get_type_hints(kind)[name]
-    return None
+    owned = (entry for entry in _entries() if "kind" in entry.metadata)
+    return next((entry.metadata["kind"] for entry in owned if f"{key}.".startswith(f"{entry.key}.")), None)
 
 
 def meanings() -> dict[str, str]:
-    """Every dotted key -> the docstring under its field, in one line."""
-    classes = {
-        node.name: node for node in ast.parse(inspect.getsource(declared)).body if isinstance(node, ast.ClassDef)
-    }
-
-    def walk(kind: type, prefix: str) -> Iterator[tuple[str, str]]:
-        hints, body = typing.get_type_hints(kind), classes[kind.__name__].body
-        for statement, below in zip(body, [*body[1:], None], strict=True):
-            if not isinstance(statement, ast.AnnAssign) or not isinstance(statement.target, ast.Name):
-                continue
-            name = statement.target.id
-            if is_dataclass(hints[name]):
-                yield from walk(typing.cast(type, hints[name]), f"{prefix}{name}.")
-            elif isinstance(below, ast.Expr) and isinstance(below.value, ast.Constant):
-                yield prefix + name, " ".join(str(below.value.value).split())
-
-    return dict(walk(Config, ""))
+    """Every dotted key that holds a value -> the docstring under its field and the rule for its value, in one line."""
+    texts = {}
+    for node in (node for node in ast.parse(inspect.getsource(declared)).body if isinstance(node, ast.ClassDef)):
+        for statement, below in itertools.pairwise(node.body):
+            if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
+                text = ast.literal_eval(below.value)
+                texts[node.name, ast.unparse(statement.target)] = " ".join(text.split())
+    leaves = (entry for entry in _entries() if entry.key in leaf_types())
+    found = {entry.key: texts[entry.owner, entry.key.rpartition(".")[2]] for entry in leaves}
+    return {key: f"{text} Must {rules()[key].words}." if key in rules() else text for key, text in found.items()}
 
 
 def listing(config: Config, width: int) -> str:
     """Every key that this kind of model has: its value, and what it means, in lines of at most `width` characters."""
     texts, lines = meanings(), []
-
-    def add(values: Mapping[str, Any], prefix: str) -> None:
-        for name, value in values.items():
-            key = prefix + name
-            if key in sections():
-                add(value, f"{key}.")
-                continue
+    for key in leaf_types():
+        if kind_of(key) in (None, config.model.kind):
+            value = as_dict(attrgetter(key)(config))
             shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
             lines.append(textwrap.shorten(f"{key}={shown}", width, placeholder=" …", break_on_hyphens=False))
             lines.extend(textwrap.wrap(texts[key], width, initial_indent="    ", subsequent_indent="    "))
-
-    add(as_dict(config), "")
     return "\n".join(lines)
 
 
@@ -193,27 +197,21 @@ def _first_key(section: str) -> str:
     return next(leaf for leaf in leaf_types() if leaf.startswith(f"{section}."))
 
 
-def as_dict(config: Any) -> dict[str, Any]:
-    """A configuration as plain values (enums by name), ready for YAML or JSON.
+def as_dict(config: Any) -> Any:
+    """A configuration, or any part of it, as plain values (enums by name), ready for YAML or JSON.
 
     Of a whole `Config`, keys that belong to another kind of model are left out.
     """
-
     kind = config.model.kind if isinstance(config, Config) else None
 
     def plain(value: Any) -> Any:
         if is_dataclass(value):
-            return {
-                entry.name: plain(getattr(value, entry.name))
-                for entry in fields(value)
-                if kind is None or entry.metadata.get("kind", kind) == kind
-            }
+            shown = [entry.name for entry in fields(value) if kind is None or entry.metadata.get("kind", kind) == kind]
+            return {name: plain(getattr(value, name)) for name in shown}
         if isinstance(value, Enum):
             return value.name
         if isinstance(value, dict):
             return {key: plain(item) for key, item in value.items()}
-        if isinstance(value, list | tuple):
-            return [plain(item) for item in value]
-        return value
+        return [plain(item) for item in value] if isinstance(value, list | tuple) else value
 
-    return typing.cast(dict[str, Any], plain(config))
+    return plain(config)

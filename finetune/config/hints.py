@@ -18,7 +18,8 @@ def smaller(config: Config) -> str:
 
 def smallest(config: Config) -> str:
     """What is left when every setting that trains the same was tried: another result, or another base."""
-    found = [words for words, _ in model_kind(config.model.kind).smaller_examples(config)]
-    less = found[len(found) // 2] if found else ""
-    quantised = "model.quantize=nf4" if config.model.quantize is Quantize.none else ""
-    return f"try {', '.join(filter(None, [less, quantised, 'or a smaller base model']))}"
+    half, changed = model_kind(config.model.kind).resize(config, 0.5)
+    ideas = [half] if changed != config else []
+    if config.model.quantize is Quantize.none:
+        ideas.append("model.quantize=nf4")
+    return f"try {', '.join([*ideas, 'or a smaller base model' if ideas else 'a smaller base model'])}"

@@ -6,14 +6,16 @@ from dataclasses import dataclass, replace
 from finetune.config.schema import Config, ExportFormat
 from finetune.errors import ConfigError
 
+SHORTEST_ROW = 2  # tokens: one that is seen, and the one after it
+
 
 @dataclass(frozen=True)
 class ModelKind:
     """Facts of a kind of model; its package is `finetune.NAME`.
 
     data_key: the setting that names the examples. export_formats: what its adapters can be exported in. example_recipe:
-    the recipe that shows it. captioned: its examples may need captions first. smaller_examples: settings that make an
-    example smaller, mildest first: what to type, and the configuration.
+    the recipe that shows it. captioned: its examples may need captions first. resize: make every example that share of
+    its size: what to type, and the configuration. smaller_shares: those that may help where memory is short.
     """
 
     name: str
@@ -21,21 +23,24 @@ class ModelKind:
     export_formats: tuple[ExportFormat, ...]
     example_recipe: str
     captioned: bool
-    smaller_examples: Callable[[Config], Iterator[tuple[str, Config]]]
+    resize: Callable[[Config, float], tuple[str, Config]]
+    smaller_shares: tuple[float, ...]
+
+    def smaller_examples(self, config: Config) -> Iterator[tuple[str, Config]]:
+        """Settings that make an example smaller, mildest first; none where it is as small as it can be."""
+        resized = (self.resize(config, share) for share in self.smaller_shares)
+        return iter({words: changed for words, changed in resized if changed != config}.items())
 
 
-def _smaller_images(config: Config) -> Iterator[tuple[str, Config]]:
+def _resized_images(config: Config, share: float) -> tuple[str, Config]:
     model = config.model
-    for share in (0.75, 0.5, 0.25):
-        side = int(model.resolution * share) // model.bucket_step * model.bucket_step
-        if side >= model.bucket_step:
-            yield f"model.resolution={side}", replace(config, model=replace(model, resolution=side))
+    side = max(model.bucket_step, int(model.resolution * share) // model.bucket_step * model.bucket_step)
+    return f"model.resolution={side}", replace(config, model=replace(model, resolution=side))
 
 
-def _shorter_rows(config: Config) -> Iterator[tuple[str, Config]]:
-    data = config.data
-    for length in (data.length // 2, data.length // 4, data.length // 8):
-        yield f"data.length={length}", replace(config, data=replace(data, length=length))
+def _resized_rows(config: Config, share: float) -> tuple[str, Config]:
+    length = max(SHORTEST_ROW, int(config.data.length * share))
+    return f"data.length={length}", replace(config, data=replace(config.data, length=length))
 
 
 MODEL_KINDS = {
@@ -47,7 +52,8 @@ MODEL_KINDS = {
             export_formats=(ExportFormat.peft, ExportFormat.diffusers, ExportFormat.kohya),
             example_recipe="pixar_style",
             captioned=True,
-            smaller_examples=_smaller_images,
+            resize=_resized_images,
+            smaller_shares=(0.75, 0.5, 0.25),
         ),
         ModelKind(
             name="language",
@@ -55,7 +61,8 @@ MODEL_KINDS = {
             export_formats=(ExportFormat.peft, ExportFormat.merged, ExportFormat.gguf),
             example_recipe="pirate_chat",
             captioned=False,
-            smaller_examples=_shorter_rows,
+            resize=_resized_rows,
+            smaller_shares=(0.5, 0.25, 0.125),
         ),
     )
 }

@@ -33,6 +33,7 @@ def preset_files() -> dict[str, dict[str, Path]]:
     for folder in conf_dirs():
         for path in sorted(folder.glob("*/*.yaml")):
             found.setdefault(path.parent.name, {})[path.stem] = path
+    found.pop("hydra", None)  # Hydra's own settings, which another program may keep in the same folder
     return found
 
 

@@ -1,13 +1,15 @@
 """The configuration, typed: one docstring under every field says what it is, with its unit.
 
 Plain dataclasses without any heavy import: the CLI reads them before torch is loaded. YAML presets in `conf/`
-fill them, `finetune.config.validate` lists every problem at once. Keys marked `DIFFUSION` or `LANGUAGE` belong to that
-kind of model alone.
+fill them. A field's metadata holds the rule for its value, which help, check and error read, and the kind of model
+that alone has it (`DIFFUSION`, `LANGUAGE`); rules between fields are in `finetune.config.validate`.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
+
+from finetune.config.rules import POSITIVE, SHARE, at_least, is_file_name, must
 
 DIFFUSION = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
@@ -133,7 +135,7 @@ class ModelConfig:
     """The base model and the facts that belong to its architecture."""
 
     kind: str = "diffusion"
-    """What is tuned; the key of `tasks.registry`."""
+    """What is trained: diffusion (images) or language (chats)."""
     base: str = "embedded:diffusion"
     """`embedded:NAME` (comes with the package), a local folder, an image model's .safetensors file, or a hub id."""
     parts: str = field(default="", metadata=DIFFUSION)
@@ -143,9 +145,9 @@ class ModelConfig:
     `finetune.diffusion.families`."""
     lora_targets: dict[str, list[str]] = field(default_factory=dict)
     """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
-    resolution: int = field(default=128, metadata=DIFFUSION)
+    resolution: int = field(default=128, metadata=DIFFUSION | at_least(1))
     """Side of the square whose area every bucket keeps, pixels."""
-    bucket_step: int = field(default=16, metadata=DIFFUSION)
+    bucket_step: int = field(default=16, metadata=DIFFUSION | at_least(1))
     """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
     quantize: Quantize = Quantize.none
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
@@ -163,9 +165,9 @@ class DataConfig:
     """Folder of images, searched recursively."""
     flip: bool = field(default=False, metadata=DIFFUSION)
     """Also train on each image mirrored; wrong where captions say left and right."""
-    max_pixels: int = field(default=178_956_970, metadata=DIFFUSION)
+    max_pixels: int = field(default=178_956_970, metadata=DIFFUSION | at_least(1))
     """Largest image that is decoded, pixels (width x height); above it is bad. Pillow's own bomb limit."""
-    max_aspect: float = field(default=2.0, metadata=DIFFUSION)
+    max_aspect: float = field(default=2.0, metadata=DIFFUSION | at_least(1))
     """Longest side over shortest side of a bucket; longer images are cropped."""
     file: str = field(default="", metadata=LANGUAGE)
     """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`."""
@@ -173,19 +175,19 @@ class DataConfig:
     """What the columns mean; auto recognises it and says so."""
     chat_template: str = field(default="", metadata=LANGUAGE)
     """Jinja template of conversations, or chatml; empty takes the tokenizer's own."""
-    length: int = field(default=2048, metadata=LANGUAGE)
+    length: int = field(default=2048, metadata=LANGUAGE | at_least(2))
     """Tokens in a row that the model sees; longer conversations meet `data.long_rows`."""
     long_rows: LongRows = field(default=LongRows.keep_end, metadata=LANGUAGE)
     """Over-long rows: keep_end, keep_start, split, drop or refuse; the trained tokens that are lost are reported."""
     packing: bool = field(default=True, metadata=LANGUAGE)
     """Put several conversations into one row, isolated from one another; off gives each a row of its own."""
-    workers: int = field(default=0, metadata=LANGUAGE)
+    workers: int = field(default=0, metadata=LANGUAGE | at_least(0))
     """Processes that tokenise; 0 is one for each core."""
     skip_bad: bool = False
     """Leave out unreadable images or rows with a warning instead of stopping."""
-    validation_share: float = 0.1
+    validation_share: float = field(default=0.1, metadata=SHARE)
     """Share of examples held out for the validation loss, chosen by content; sets under 20 hold out none."""
-    cache: str = "outputs/.cache"
+    cache: str = field(default="outputs/.cache", metadata=must("name a folder", str.strip))
     """Folder of encoded examples, keyed by content and safe to share between runs or to delete."""
 
 
@@ -195,11 +197,11 @@ class CaptionConfig:
 
     model: str = "embedded:captioner"
     """A BLIP captioning model: `embedded:captioner`, a local folder or a hub id."""
-    batch: int = 8
+    batch: int = field(default=8, metadata=at_least(1))
     """Images captioned at once."""
-    max_new_tokens: int = 40
+    max_new_tokens: int = field(default=40, metadata=at_least(1))
     """Longest caption, tokens."""
-    num_beams: int = 1
+    num_beams: int = field(default=1, metadata=at_least(1))
     """Beams of the search; 1 is greedy."""
     prefix: str = ""
     """Text put in front of a generated caption."""
@@ -213,11 +215,11 @@ class CaptionConfig:
 class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685)."""
 
-    rank: int = 16
+    rank: int = field(default=16, metadata=at_least(1))
     """Inner dimension r."""
-    alpha: float = 32.0
+    alpha: float = field(default=32.0, metadata=POSITIVE)
     """The update is scaled by alpha / rank."""
-    dropout: float = 0.05
+    dropout: float = field(default=0.05, metadata=SHARE)
     """Dropout on an adapter's input, probability."""
     targets: str = "attention"
     """Which of the model's `lora_targets` presets gets adapters."""
@@ -238,19 +240,22 @@ class OptimConfig:
     name: Optimizer = Optimizer.adamw
     """adamw (fused where torch has it), adamw8bit (bitsandbytes; states in 8 bit) or paged_adamw8bit (in 8 bit, and in
     CPU memory where the GPU is full)."""
-    lr: float = 1e-4
+    lr: float = field(default=1e-4, metadata=POSITIVE)
     """Peak learning rate."""
-    lora_plus: float = 1.0
+    lora_plus: float = field(default=1.0, metadata=POSITIVE)
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
-    betas: list[float] = field(default_factory=lambda: [0.9, 0.999])
+    betas: list[float] = field(
+        default_factory=lambda: [0.9, 0.999],
+        metadata=must("be two numbers in 0 … 1 (1 excluded)", lambda b: len(b) == 2 and min(b) >= 0 and max(b) < 1),
+    )
     """Adam's decay rates."""
-    eps: float = 1e-8
+    eps: float = field(default=1e-8, metadata=POSITIVE)
     """Adam's denominator floor."""
-    weight_decay: float = 0.01
+    weight_decay: float = field(default=0.01, metadata=at_least(0))
     """Decoupled weight decay."""
     schedule: Schedule = Schedule.linear
     """Learning rate after the warm-up: constant, or to zero at the last step (linear, cosine)."""
-    warmup_steps: int = 100
+    warmup_steps: int = field(default=100, metadata=at_least(0))
     """Optimiser steps of linear warm-up; 0 starts at full rate."""
 
 
@@ -258,36 +263,36 @@ class OptimConfig:
 class TrainerConfig:
     """How long, how much at once, and what is kept."""
 
-    steps: int = 1000
+    steps: int = field(default=1000, metadata=at_least(1))
     """Optimiser steps in all."""
-    micro_batch: int = 4
+    micro_batch: int = field(default=4, metadata=at_least(1))
     """Examples in one forward pass on one process."""
-    accumulate: int = 4
+    accumulate: int = field(default=4, metadata=at_least(1))
     """Micro-batches in one optimiser step; effective batch = micro_batch x accumulate x processes."""
     precision: Precision = Precision.auto
     """fp32, bf16 or fp16 (with loss scaling); auto takes bf16 on a GPU that has it, else fp16, and fp32 on a CPU."""
-    clip_norm: float = 1.0
+    clip_norm: float = field(default=1.0, metadata=at_least(0))
     """Largest gradient norm; 0 does not clip."""
-    max_bad_steps: int = 5
+    max_bad_steps: int = field(default=5, metadata=at_least(1))
     """Refused (non-finite) steps in a row after which the run stops."""
-    save_every: int = 500
+    save_every: int = field(default=500, metadata=at_least(1))
     """Steps between checkpoints; the last step always saves."""
-    keep_checkpoints: int = 2
+    keep_checkpoints: int = field(default=2, metadata=at_least(1))
     """Newest checkpoints kept; the best one is kept besides."""
-    log_every: int = 10
+    log_every: int = field(default=10, metadata=at_least(1))
     """Steps between log lines and TensorBoard points that need device work."""
-    validate_every: int = 100
+    validate_every: int = field(default=100, metadata=at_least(0))
     """Steps between validation losses; 0 turns them off."""
-    ema_decay: float = 0.0
+    ema_decay: float = field(default=0.0, metadata=SHARE)
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
-    activation_checkpointing: int = 0
+    activation_checkpointing: int = field(default=0, metadata=at_least(0, "1"))
     """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
     autotune: Autotune = Autotune.auto
-    """On a GPU: auto takes the fastest micro_batch, accumulate, checkpointing and model.offload that fit, with the
-    same effective batch; asked keeps those given; both try the worst step before the first. off does neither."""
+    """On a GPU: auto takes the fastest micro_batch, accumulate, activation_checkpointing and model.offload that fit,
+    with the same effective batch; check keeps those given; both make a dry run of the largest step; off does not."""
     offload_activations: bool = False
-    """Keep what backward needs in CPU memory: with checkpointing the inputs of blocks, without it all. Slower."""
-    patience: int = 0
+    """Keep what backward needs in CPU memory: of checkpointed blocks the inputs, of others all. Slower."""
+    patience: int = field(default=0, metadata=at_least(0))
     """Validations in a row without a better loss after which training stops early; 0 never stops."""
     restart: bool = False
     """Set an earlier run in this folder aside (`previous-N/`) and start at step 0."""
@@ -299,11 +304,11 @@ class LossConfig:
 
     weighting: LossWeighting = field(default=LossWeighting.min_snr, metadata=DIFFUSION)
     """Of noise levels: min_snr (arXiv 2303.09556) or none; flow models draw some levels more often and need neither."""
-    min_snr_gamma: float = field(default=5.0, metadata=DIFFUSION)
+    min_snr_gamma: float = field(default=5.0, metadata=DIFFUSION | at_least(0))
     """Cap of the signal-to-noise weighting (arXiv 2303.09556); 0 weights all noise levels alike."""
-    noise_offset: float = field(default=0.0, metadata=DIFFUSION)
+    noise_offset: float = field(default=0.0, metadata=DIFFUSION | at_least(0))
     """Size of a constant added to each channel's noise: lets very dark and bright images be learnt."""
-    caption_dropout: float = field(default=0.1, metadata=DIFFUSION)
+    caption_dropout: float = field(default=0.1, metadata=DIFFUSION | SHARE)
     """Share of examples trained with an empty caption, which guidance needs."""
 
 
@@ -313,19 +318,19 @@ class HardwareConfig:
 
     device: Device = Device.auto
     """auto, cpu or cuda."""
-    vram_gib: float = 0.0
+    vram_gib: float = field(default=0.0, metadata=at_least(0))
     """Memory of the GPU that may be used, GiB; 0 is all of it."""
     gpu: str = ""
     """The GPU as its driver calls it: `plan` then needs none; empty reads the machine."""
     bf16: bool = True
     """Whether the GPU computes in bf16."""
-    tflops: float = 0.0
+    tflops: float = field(default=0.0, metadata=at_least(0))
     """Peak of dense products in 16 bit with fp32 sums, TFLOP/s."""
-    fp32_tflops: float = 0.0
+    fp32_tflops: float = field(default=0.0, metadata=at_least(0))
     """Peak in fp32, TFLOP/s."""
-    gb_per_s: float = 0.0
+    gb_per_s: float = field(default=0.0, metadata=at_least(0))
     """Peak of the GPU's memory, GB/s."""
-    pcie_gb_per_s: float = 20.0
+    pcie_gb_per_s: float = field(default=20.0, metadata=POSITIVE)
     """Between CPU memory and the GPU, GB/s: of PCIe 4.0 x16 two thirds of its peak."""
 
 
@@ -339,19 +344,19 @@ class SampleConfig:
     """What to draw or to answer; each prompt for each seed. [] draws nothing, no previews either."""
     negative: str = field(default="", metadata=DIFFUSION)
     """What guidance leads away from."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1])
+    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata=must("name at least one seed", bool))
     """One image (or answer) per prompt and seed; base and tuned start from the same noise."""
-    steps: int = field(default=25, metadata=DIFFUSION)
+    steps: int = field(default=25, metadata=DIFFUSION | at_least(1))
     """Denoising steps."""
-    guidance: float = field(default=7.5, metadata=DIFFUSION)
+    guidance: float = field(default=7.5, metadata=DIFFUSION | at_least(0))
     """Classifier-free guidance scale (arXiv 2207.12598)."""
-    max_new_tokens: int = field(default=128, metadata=LANGUAGE)
+    max_new_tokens: int = field(default=128, metadata=LANGUAGE | at_least(1))
     """Longest answer, tokens."""
-    temperature: float = field(default=0.0, metadata=LANGUAGE)
+    temperature: float = field(default=0.0, metadata=LANGUAGE | at_least(0))
     """Of the tokens drawn; 0 always takes the likeliest."""
-    every: int = 0
+    every: int = field(default=0, metadata=at_least(0))
     """Training steps between previews in TensorBoard; 0 makes them at the first and last step only."""
-    previews: int = 4
+    previews: int = field(default=4, metadata=at_least(0))
     """Prompts of a preview (the first ones, with the first seed); 0 makes none."""
 
 
@@ -360,12 +365,13 @@ class ExportConfig:
     """What is exported."""
 
     formats: list[ExportFormat] = field(
-        default_factory=lambda: [ExportFormat.peft, ExportFormat.diffusers, ExportFormat.kohya]
+        default_factory=lambda: [ExportFormat.peft, ExportFormat.diffusers, ExportFormat.kohya],
+        metadata=must("name at least one format", bool, "[peft]"),
     )
     """File formats that are written, loaded back and compared."""
-    tolerance: float = 1e-5
+    tolerance: float = field(default=1e-5, metadata=POSITIVE)
     """Largest relative difference (fp32) between an exported adapter and the trained module."""
-    divergence: float = field(default=0.05, metadata=LANGUAGE)
+    divergence: float = field(default=0.05, metadata=LANGUAGE | POSITIVE)
     """Largest mean divergence (KL, nats a token) of a merged or quantised model from the trained one."""
     checkpoint: CheckpointChoice = CheckpointChoice.last
     """What is exported: the last checkpoint, or the one of the lowest validation loss (best)."""
@@ -375,11 +381,11 @@ class ExportConfig:
 class Config:
     """One run. `name` is the recipe's file name unless the recipe says otherwise."""
 
-    name: str = "run"
-    """The recipe; also the run folder's name."""
-    seed: int = 0
+    name: str = field(default="run", metadata=must("be one name, not a path", is_file_name, "mine"))
+    """The recipe; also the name of the run folder and of exported files."""
+    seed: int = field(default=0, metadata=must("be in 0 … 2^63-1", lambda seed: 0 <= seed < 2**63))
     """Every random number of the run follows from it."""
-    run_dir: str = "outputs/${name}"
+    run_dir: str = field(default="outputs/${name}", metadata=must("name a folder", str.strip, "outputs/mine"))
     """Folder of everything this run writes."""
     model: ModelConfig = field(default_factory=ModelConfig)
     data: DataConfig = field(default_factory=DataConfig)

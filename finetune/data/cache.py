@@ -20,11 +20,6 @@ from finetune.errors import DataError, RunError
 HEADER_BYTES = 8 + 65536  # more than the length and header of an entry take: it has a handful of tensors
 
 
-def key_of(*values: str | int | float | bool) -> str:
-    """The key (sha256, hex) of an entry that depends on `values`."""
-    return hashlib.sha256(json.dumps(values, ensure_ascii=False).encode()).hexdigest()
-
-
 class Cache:
     """A folder of entries. Several processes may use it at once: entries appear whole or not at all."""
 

@@ -1,44 +1,110 @@
-"""Captions from images with BLIP (arXiv 2201.12086): the small one that comes with the package or any released one.
+"""Captioners: models that say in words what an image shows. `CAPTIONERS` lists those that can be loaded.
 
-B images, 3 colours, H×W the side that the captioner reads, T tokens.
+B images, N beams of all images, 3 colours, H×W the side that the captioner reads, L patches, D width, T tokens.
 """
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import hub
+from finetune.config.schema import CaptionConfig
+from finetune.errors import ModelError
+from finetune.planning.meta import on_meta
 
 
-class Captioner:
-    """A frozen BLIP captioning model with its tokenizer and image processor.
+class Captioner(Protocol):
+    """A frozen captioning model. dtype: of weights and pixels. Raises ModelError where it can't be loaded."""
 
-    reference: `embedded:captioner`, a local folder or a hub id. dtype: of weights and pixels. Raises ModelError.
+    def __init__(self, settings: CaptionConfig, device: torch.device, dtype: torch.dtype) -> None: ...
+
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """One caption for each RGB image; nothing is drawn at random."""
+        ...
+
+    @staticmethod
+    def trace_step(model: Any, *, batch: int, beams: int, new_tokens: int) -> None:
+        """Run a `model_without_weights` as far as captioning so many images takes the most memory."""
+        ...
+
+
+def load_captioner(settings: CaptionConfig, device: torch.device, dtype: torch.dtype) -> Captioner:
+    """The captioner `settings.model`: embedded, a local folder or a hub id.
+
+    Raises ModelError, also for a model that is none of `CAPTIONERS`.
     """
+    from transformers import AutoConfig
 
-    def __init__(self, reference: str, device: torch.device, dtype: torch.dtype) -> None:
+    hub.require(settings.model, "config.json")
+    model_type = hub.load(AutoConfig, settings.model).model_type
+    return _captioner(settings.model, model_type)(settings, device, dtype)
+
+
+def model_without_weights(reference: str, dtype: torch.dtype) -> nn.Module:
+    """The captioner's model on the meta device, from its configuration alone; no hub is asked. Raises ModelError."""
+    from transformers import AutoConfig, AutoModelForImageTextToText
+
+    config = AutoConfig.from_pretrained(hub.config_folder(reference), trust_remote_code=False)
+    _captioner(reference, config.model_type)
+    return on_meta(lambda: AutoModelForImageTextToText.from_config(config), dtype).eval()
+
+
+def trace_step(model: Any, *, batch: int, beams: int, new_tokens: int) -> None:
+    """See `Captioner.trace_step`."""
+    CAPTIONERS[model.config.model_type].trace_step(model, batch=batch, beams=beams, new_tokens=new_tokens)
+
+
+def _captioner(reference: str, model_type: str) -> type[Captioner]:
+    if model_type not in CAPTIONERS:
+        raise ModelError(
+            f"{reference} is a {model_type} model; captions are made by: {', '.join(CAPTIONERS)}; "
+            "try caption=embedded or caption=blip_base"
+        )
+    return CAPTIONERS[model_type]
+
+
+class Blip:
+    """BLIP (arXiv 2201.12086): the small one that comes with the package or any released one."""
+
+    def __init__(self, settings: CaptionConfig, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
         self.device, self.dtype = device, dtype
-        hub.require(reference, "config.json")
-        self.tokenizer: Any = hub.load(AutoTokenizer, reference)
+        self.limits = {"max_new_tokens": settings.max_new_tokens, "num_beams": settings.num_beams}
+        self.tokenizer: Any = hub.load(AutoTokenizer, settings.model)
         # The PIL backend on purpose: the same pixels whether torchvision is installed or not.
-        self.processor: Any = hub.load(BlipImageProcessorPil, reference)
-        model = hub.load(BlipForConditionalGeneration, reference, dtype=dtype)
+        self.processor: Any = hub.load(BlipImageProcessorPil, settings.model)
+        model = hub.load(BlipForConditionalGeneration, settings.model, dtype=dtype)
         self.model: Any = model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def caption(self, images: Sequence[Image.Image], max_new_tokens: int, num_beams: int) -> list[str]:
-        """One caption for each RGB image, of at most `max_new_tokens` tokens; nothing is drawn at random."""
+    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+        """See `Captioner`."""
         pixels_B3HW: Tensor = self.processor(images=list(images), return_tensors="pt").pixel_values
         ids_BT = self.model.generate(
-            pixel_values=pixels_B3HW.to(self.device, self.dtype),
-            max_new_tokens=max_new_tokens,
-            num_beams=num_beams,
-            do_sample=False,
+            pixel_values=pixels_B3HW.to(self.device, self.dtype), do_sample=False, **self.limits
         )
         texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
+
+    @staticmethod
+    def trace_step(model: Any, *, batch: int, beams: int, new_tokens: int) -> None:
+        """See `Captioner`."""
+        side, text, rows = model.config.vision_config.image_size, model.config.text_config, batch * beams
+        pixels_B3HW = torch.empty(batch, 3, side, side, dtype=model.dtype)
+        image_NLD = model.vision_model(pixel_values=pixels_B3HW).last_hidden_state.repeat_interleave(beams, dim=0)
+        length = new_tokens + image_NLD.shape[1]  # keys and values of every token written, and of the image
+        _cache = [
+            torch.empty(rows, length, text.hidden_size, dtype=model.dtype) for _ in range(2 * text.num_hidden_layers)
+        ]
+        model.text_decoder(
+            input_ids=torch.zeros(rows, 1, dtype=torch.long),
+            encoder_hidden_states=image_NLD,
+            encoder_attention_mask=torch.ones(image_NLD.shape[:2], dtype=torch.long),
+        )
+
+
+CAPTIONERS: dict[str, type[Captioner]] = {"blip": Blip}  # by the `model_type` of a model's config.json

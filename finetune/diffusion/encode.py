@@ -6,21 +6,22 @@ B images, 3 colours, H×W pixels of the bucket.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from finetune.config.describe import as_dict
-from finetune.config.schema import Config
-from finetune.data.cache import Cache, key_of, missing
+from finetune.config.schema import Config, DataConfig, ModelConfig
+from finetune.data.cache import Cache, missing
 from finetune.data.images import buckets, decode, folder
+from finetune.data.images.index import ImageIndex
 from finetune.diffusion.families.spec import TEXT_BATCH
 from finetune.diffusion.pipeline import (
     base_hash,
@@ -32,13 +33,16 @@ from finetune.diffusion.pipeline import (
 from finetune.errors import DataError
 from finetune.memory.device import pick_device, release_memory
 from finetune.run.atomic import write_atomically
+from finetune.run.hashing import hash_of
 from finetune.run.progress import progress, say
-from finetune.run.records import CaptionSet, Dataset, Example
+from finetune.run.records import Caption, CaptionSet, Dataset, Example
 
 GEOMETRY = "lanczos-1"  # part of every image's key: change it when the same bucket and crop would give other pixels
 PIXELS_PER_BATCH = 512 * 512  # of one VAE batch: fills a GPU already; more would only cost memory
 SMALLEST_SPLIT = 20  # images; of fewer, holding some out costs more than the validation loss tells
 DECODE_THREADS = 4
+# Words of the first release. Entries of existing caches carry them: other words would encode everything again.
+LATENTS_KEY, TRUNCATED_NOTE = "picture", "lost"
 
 
 @dataclass(frozen=True)
@@ -53,13 +57,15 @@ class SourceImage:
     upscaled: bool
 
 
+Variant = tuple[SourceImage, bool]  # an image, and whether it is mirrored
+
+
 def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     """Images and captions by content, the encoders, and everything that decides how images are cut."""
     assert captions is not None
-    files = [item.file for item in captions.items]
     model = config.model
     return [
-        folder.content_hashes(Path(captions.folder), files),
+        image_index(captions, config.data).hashes([item.file for item in captions.items]),
         {item.file: item.text for item in captions.items},
         as_dict(config)["data"],
         [
@@ -73,8 +79,21 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     ]
 
 
+def build(config: Config, captions: CaptionSet | None) -> Dataset:
+    """Encode what the cache lacks; see `encode_images`."""
+    assert captions is not None
+    return encode_images(
+        captions,
+        model=config.model,
+        data=config.data,
+        trigger=config.caption.trigger,
+        device=pick_device(config.hardware.device),
+        index_file=Path(config.run_dir) / "dataset.jsonl",
+    )
+
+
 def complete(record: Dataset) -> bool:
-    """Whether the index and every entry that it names are still there."""
+    """Whether the record's index and every entry that it names are still there."""
     if not Path(record.index).is_file():
         return False
     wanted = {Path(record.empty_text)}
@@ -97,63 +116,104 @@ def figures(record: Dataset) -> dict[str, float | int | str | None]:
     }
 
 
-def build(config: Config, captions: CaptionSet | None) -> Dataset:
-    """Encode what the cache lacks, write `dataset.jsonl` into the run folder (one line an example, sorted by file).
+def encode_images(
+    captions: CaptionSet, *, model: ModelConfig, data: DataConfig, trigger: str, device: torch.device, index_file: Path
+) -> Dataset:
+    """Encode what the cache lacks, write `index_file` (one line an example, sorted by file).
 
     Raises DataError naming every unreadable image (left out with a warning under `data.skip_bad`).
     """
-    assert captions is not None
-    root, cache = Path(captions.folder), Cache(Path(config.data.cache))
-    identity = vae_hash(config.model)
-    images = _read_images(config, captions, cache, identity)
-    held_out = hold_out([image.sha256 for image in images], config.data.validation_share)
-    _warn(config, images)
-
-    texts, texts_made = _encode_texts(config, cache, images)
+    images = read_images(captions, model, data)
+    _warn_about(images, trigger)
+    held_out = hold_out([image.sha256 for image in images], data.validation_share)
     # A held-out image is never trained on, so its mirror image isn't either, and it is measured once, as it is.
-    jobs = [
+    variants = [
         (image, flipped)
         for image in images
         for flipped in (False, True)
-        if not flipped or (config.data.flip and image.sha256 not in held_out)
+        if not flipped or (data.flip and image.sha256 not in held_out)
     ]
-    keys = {job: _cache_key(identity, config, *job) for job in jobs}
-    wanted = {key: job for job, key in keys.items()}
-    new = {key: job for key, job in wanted.items() if not cache.has(key)}
-    _encode_images(config, cache, root, new)
-
+    cache = Cache(Path(data.cache))
+    texts, new_texts = _encode_texts(cache, images, model, device)
+    identity = vae_hash(model)
+    latents = {variant: cache_key(identity, *variant, model.resolution) for variant in variants}
+    wanted = {key: variant for variant, key in latents.items()}
+    new = {key: variant for key, variant in wanted.items() if not cache.has(key)}
+    _encode_variants(cache, new, model, device, root=Path(captions.folder), max_pixels=data.max_pixels)
     examples = [
         Example(
-            key=example_key(image, flipped, config.model.resolution),
+            key=example_key(image, flipped, model.resolution),
             file=image.file,
             caption=image.caption,
             bucket=image.bucket,
             crop=image.crop,
             flipped=flipped,
-            latents=str(cache.path(keys[image, flipped])),
+            latents=str(cache.path(latents[image, flipped])),
             text=str(cache.path(texts[image.caption])),
             held_out=image.sha256 in held_out,
         )
-        for image, flipped in jobs
+        for image, flipped in variants
     ]
-    index = Path(config.run_dir) / "dataset.jsonl"
-    write_atomically(index, "".join(json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples))
-    made = len(new) + texts_made
+    lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples]
+    write_atomically(index_file, "".join(lines))
     return Dataset(
-        index=str(index),
+        index=str(index_file),
         train=sum(not example.held_out for example in examples),
         validation=sum(example.held_out for example in examples),
         buckets=dict(sorted(Counter(f"{e.bucket[0]}x{e.bucket[1]}" for e in examples).items())),
         empty_text=str(cache.path(texts[""])),
         upscaled=sum(image.upscaled for image in images),
-        encoded=made,
-        cached=len(wanted) + len(texts) - made,
+        encoded=len(new) + new_texts,
+        cached=len(wanted) - len(new) + len(texts) - new_texts,
     )
 
 
-def example_key(image: SourceImage, flipped: bool, resolution: int) -> str:
-    """What an example shows, as a hash: the seed of its noise, the same under every encoder."""
-    return key_of(image.sha256, GEOMETRY, resolution, *image.bucket, *image.crop, flipped)
+def read_images(captions: CaptionSet, model: ModelConfig, data: DataConfig) -> list[SourceImage]:
+    """Every captioned image that decodes, sorted by file, with its bucket. Raises DataError as `encode_images` does."""
+    index = image_index(captions, data)
+    items = sorted(captions.items, key=lambda item: item.file)
+    hashes = index.hashes([item.file for item in items])
+    # Damage shows only when decoding: all of it is looked for before anything is encoded.
+    broken = index.unreadable(list(hashes))
+    decode.report_bad(list(broken.values()), skip=data.skip_bad)
+    shapes = buckets.make(model.resolution, step=model.bucket_step, max_aspect=data.max_aspect)
+    images = [
+        _source_image(item, hashes[item.file], index.size(item.file), shapes)
+        for item in items
+        if item.file not in broken
+    ]
+    if not images:
+        raise DataError(f"{captions.folder} has no readable image with a caption; try data.folder=path/to/images")
+    return images
+
+
+def image_index(captions: CaptionSet, data: DataConfig) -> ImageIndex:
+    """What is known of the captioned images without reading them."""
+    return ImageIndex(Path(captions.folder), cache=Path(data.cache), max_pixels=data.max_pixels)
+
+
+def _source_image(item: Caption, sha256: str, size: tuple[int, int], shapes: Sequence[buckets.Bucket]) -> SourceImage:
+    bucket = buckets.nearest(*size, shapes)
+    crop = buckets.centre_crop(*size, bucket)
+    return SourceImage(item.file, sha256, item.text, bucket, crop, buckets.upscales(*size, bucket))
+
+
+def _warn_about(images: Sequence[SourceImage], trigger: str) -> None:
+    if len(images) == 1:
+        say("warning: only one image; the adapter will draw it over and over; 10 to 40 of one style work well")
+    trigger = trigger.strip()
+    without = [image.file for image in images if trigger.casefold() not in image.caption.casefold()]
+    if trigger and without:
+        say(
+            f"warning: {len(without)} of {len(images)} captions lack the trigger phrase {trigger!r}, "
+            f"first {without[0]}; their style is learnt without it; add it to them in {folder.METADATA}"
+        )
+    small = [image.file for image in images if image.upscaled]
+    if small:
+        say(
+            f"warning: {len(small)} of {len(images)} images are smaller than their bucket and are enlarged, "
+            f"first {small[0]}; try larger images or a smaller model.resolution"
+        )
 
 
 def hold_out(hashes: Sequence[str], share: float) -> set[str]:
@@ -173,88 +233,53 @@ def hold_out(hashes: Sequence[str], share: float) -> set[str]:
     return chosen
 
 
-def _read_images(config: Config, captions: CaptionSet, cache: Cache, identity: str) -> list[SourceImage]:
-    root, data, model = Path(captions.folder), config.data, config.model
-    shapes = buckets.make(model.resolution, step=model.bucket_step, max_aspect=data.max_aspect)
-    items = sorted(captions.items, key=lambda item: item.file)
-    hashes = folder.content_hashes(root, [item.file for item in items])
-    found, bad = [], []
-    for item in items:
-        try:
-            size = decode.measure(root / item.file, data.max_pixels)
-        except DataError as error:
-            bad.append(str(error))
-            continue
-        bucket = buckets.nearest(size.width, size.height, shapes)
-        crop = buckets.centre_crop(size.width, size.height, bucket)
-        small = buckets.upscales(size.width, size.height, bucket)
-        found.append(SourceImage(item.file, hashes[item.file], item.text, bucket, crop, small))
-    # Damage behind the headers shows only when decoding: all of it is looked for before anything is encoded.
-    new = [image.file for image in found if not cache.path(_cache_key(identity, config, image, False)).exists()]
-    broken = decode.unreadable(root, new, data.max_pixels)
-    bad += broken.values()
-    decode.report_bad(bad, skip=data.skip_bad)
-    found = [image for image in found if image.file not in broken]
-    if not found:
-        raise DataError(f"{root} has no readable image with a caption; try data.folder=path/to/images")
-    return found
-
-
-def _warn(config: Config, images: Sequence[SourceImage]) -> None:
-    if len(images) == 1:
-        say("warning: only one image; the adapter will draw it over and over; 10 to 40 of one style work well")
-    trigger = config.caption.trigger.strip()
-    without = [image.file for image in images if trigger.casefold() not in image.caption.casefold()]
-    if trigger and without:
-        say(
-            f"warning: {len(without)} of {len(images)} captions lack the trigger phrase {trigger!r}, "
-            f"first {without[0]}; their style is learnt without it; put it behind them in {folder.METADATA}"
-        )
-    small = [image.file for image in images if image.upscaled]
-    if small:
-        say(
-            f"warning: {len(small)} of {len(images)} images are smaller than their bucket and are enlarged, "
-            f"first {small[0]}; try larger images or a smaller model.resolution"
-        )
-
-
-def _encode_texts(config: Config, cache: Cache, images: Sequence[SourceImage]) -> tuple[dict[str, str], int]:
+def _encode_texts(
+    cache: Cache, images: Sequence[SourceImage], model: ModelConfig, device: torch.device
+) -> tuple[dict[str, str], int]:
     """Cache key of each different caption (and of the empty one), and how many had to be encoded."""
-    identity = text_encoder_hash(config.model)
-    keys = {text: key_of("text", identity, text) for text in ["", *(image.caption for image in images)]}
-    missing = [text for text, key in keys.items() if not cache.has(key)]
-    if missing:
-        encoder = load_text_encoder(config.model, pick_device(config.hardware.device))
-        with progress("captions", len(missing), unit="captions") as bar:
-            for start in range(0, len(missing), TEXT_BATCH):
-                batch = missing[start : start + TEXT_BATCH]
+    identity = text_encoder_hash(model)
+    keys = {text: hash_of("text", identity, text) for text in ["", *(image.caption for image in images)]}
+    new = [text for text, key in keys.items() if not cache.has(key)]
+    if new:
+        encoder = load_text_encoder(model, device)
+        with progress("captions", len(new), unit="captions") as bar:
+            for start in range(0, len(new), TEXT_BATCH):
+                batch = new[start : start + TEXT_BATCH]
                 for text, tensors in zip(batch, encoder.encode(batch), strict=True):
-                    cache.put(keys[text], tensors, lost=encoder.truncated_tail(text))
+                    cache.put(keys[text], tensors, **{TRUNCATED_NOTE: encoder.truncated_tail(text)})
                 bar.advance(len(batch))
         del encoder
         release_memory()
     for image in images:
         # Kept with the entry, so that the warning comes back when nothing is left to encode.
-        if lost := cache.notes(keys[image.caption]).get("lost"):
-            words = len(lost.split())
-            say(f"warning: the caption of {image.file} is too long, the text encoder loses {words} words: {lost}")
-    return keys, len(missing)
+        if tail := cache.notes(keys[image.caption]).get(TRUNCATED_NOTE):
+            say(f"warning: the caption of {image.file} is truncated: {len(tail.split())} words dropped: {tail}")
+    return keys, len(new)
 
 
-def _encode_images(config: Config, cache: Cache, root: Path, missing: dict[str, tuple[SourceImage, bool]]) -> None:
-    """Encode and store the missing (image, mirrored?) jobs, one bucket at a time."""
-    if not missing:
+def cache_key(identity: str, image: SourceImage, flipped: bool, resolution: int) -> str:
+    """Where an example's latents lie in the cache, under the autoencoder of that identity."""
+    return hash_of(LATENTS_KEY, identity, example_key(image, flipped, resolution))
+
+
+def example_key(image: SourceImage, flipped: bool, resolution: int) -> str:
+    """What an example shows, as a hash: the seed of its noise, the same under every encoder."""
+    return hash_of(image.sha256, GEOMETRY, resolution, *image.bucket, *image.crop, flipped)
+
+
+def _encode_variants(
+    cache: Cache, new: Mapping[str, Variant], model: ModelConfig, device: torch.device, *, root: Path, max_pixels: int
+) -> None:
+    """Encode and store latents under their keys, one bucket at a time."""
+    if not new:
         return
-    vae = load_vae(config.model, pick_device(config.hardware.device))
+    vae = load_vae(model, device)
 
-    def load_pixels(job: tuple[SourceImage, bool]) -> Tensor:
-        source, flipped = job
-        whole = decode.open_rgb(root / source.file, config.data.max_pixels)
-        image, _ = decode.resize_and_crop(whole, source.bucket)
-        return pixels(ImageOps.mirror(image) if flipped else image)
+    def load(image: SourceImage) -> Tensor:
+        return pixels(decode.resize_and_crop(decode.open_rgb(root / image.file, max_pixels), image.bucket)[0])
 
-    with progress("images", len(missing), unit="images") as bar:
-        for keys, pixels_B3HW in _decoded(missing, load_pixels):
+    with progress("images", len(new), unit="images") as bar:
+        for keys, pixels_B3HW in _pixel_batches(new, load):
             for key, tensors in zip(keys, vae.encode(pixels_B3HW), strict=True):
                 cache.put(key, tensors)
             bar.advance(len(keys))
@@ -262,30 +287,36 @@ def _encode_images(config: Config, cache: Cache, root: Path, missing: dict[str, 
     release_memory()
 
 
-def _decoded(
-    jobs: dict[str, tuple[SourceImage, bool]], decode: Callable[[tuple[SourceImage, bool]], Tensor]
+def _pixel_batches(
+    new: Mapping[str, Variant], load: Callable[[SourceImage], Tensor]
 ) -> Iterator[tuple[list[str], Tensor]]:
-    """Batches of one bucket each: keys and pixels (B, 3, H, W). The next batch is decoded while one is used."""
+    """Batches of one bucket each: keys and pixels (B, 3, H, W).
+
+    The next batch is decoded while one is used. An image and its mirror image follow one another and are decoded once.
+    """
+    batches = _batches(new)
+    decoded: dict[SourceImage, Future[Tensor]] = {}
+    with ThreadPoolExecutor(DECODE_THREADS) as pool:
+        for keys, following in zip(batches, [*batches[1:], []], strict=True):
+            needed = dict.fromkeys(new[key][0] for key in (*keys, *following))
+            decoded = {image: decoded.get(image) or pool.submit(load, image) for image in needed}
+            jobs = [(decoded[image].result(), flipped) for image, flipped in map(new.__getitem__, keys)]
+            yield keys, torch.stack([pixels_3HW.flip(-1) if flipped else pixels_3HW for pixels_3HW, flipped in jobs])
+
+
+def _batches(new: Mapping[str, Variant]) -> list[list[str]]:
+    """Keys in batches of one bucket and of at most `PIXELS_PER_BATCH`."""
     by_bucket: dict[buckets.Bucket, list[str]] = {}
-    for key, (image, _) in jobs.items():
+    for key, (image, _) in new.items():
         by_bucket.setdefault(image.bucket, []).append(key)
     batches = []
     for (width, height), keys in sorted(by_bucket.items()):
-        size = max(1, PIXELS_PER_BATCH // (width * height))
-        batches += [keys[start : start + size] for start in range(0, len(keys), size)]
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        ahead = [pool.submit(decode, jobs[key]) for key in batches[0]]
-        for number, keys in enumerate(batches):
-            pending, following = ahead, batches[number + 1] if number + 1 < len(batches) else []
-            ahead = [pool.submit(decode, jobs[key]) for key in following]
-            yield keys, torch.stack([future.result() for future in pending])
+        count = max(1, PIXELS_PER_BATCH // (width * height))
+        batches += [keys[start : start + count] for start in range(0, len(keys), count)]
+    return batches
 
 
 def pixels(image: Image.Image) -> Tensor:
     """An RGB image as (3, H, W) fp32 in -1 … 1."""
     values_HW3 = torch.from_numpy(np.array(image, dtype=np.float32))
     return values_HW3.permute(2, 0, 1).contiguous() / 127.5 - 1
-
-
-def _cache_key(identity: str, config: Config, image: SourceImage, flipped: bool) -> str:
-    return key_of("image", identity, example_key(image, flipped, config.model.resolution))

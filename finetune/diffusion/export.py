@@ -19,8 +19,8 @@ from finetune.diffusion.pipeline import load_adapter, load_backbone, save_adapte
 from finetune.errors import ExportError
 from finetune.memory import policy
 from finetune.memory.device import release_memory, usable_bytes
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import hash_of
 
 USAGE = """from diffusers import DiffusionPipeline
 
@@ -87,14 +87,8 @@ class Exporter:
 
     def _trained(self, weights: Mapping[str, Tensor]) -> nn.Module:
         """The trained module, rebuilt from the base and the checkpoint's weights."""
-        model = lora_layers.inject(
-            self._base(),
-            rank=self.lora.rank,
-            alpha=self.lora.alpha,
-            dropout=self.lora.dropout,
-            targets=self.model.lora_targets[self.lora.targets],
-            seed=self.seed,
-        )
+        targets = self.model.lora_targets[self.lora.targets]
+        model = lora_layers.inject(self._base(), self.lora, targets, seed=self.seed)
         lora_layers.load_state(model, weights, "the checkpoint")
         return model.eval()
 

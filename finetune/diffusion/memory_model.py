@@ -14,7 +14,7 @@ from finetune import hub
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.data.images import buckets
-from finetune.diffusion import encode, export, meta, single_file, task, tiling
+from finetune.diffusion import captioner, encode, export, meta, single_file, task, tiling
 from finetune.diffusion.families import family
 from finetune.diffusion.pipeline import IMAGE_BATCH
 from finetune.memory import block_offload, checkpointing, policy
@@ -62,6 +62,7 @@ class DiffusionMemoryModel:
         self.model = self.tracer.fakify(self._adapted(dtype)).train()
         self.notes = [f"images of {self.width}×{self.height}, the largest of this recipe's shapes"]
         self.count = 1
+        self.less_cpu_memory = {"loading the text encoders": "close other programs first"}
         self.readings: dict[int, Trace] = {}  # of text encoders, by captions at once
 
     def set_checkpointing(self, every: int) -> None:
@@ -125,24 +126,11 @@ class DiffusionMemoryModel:
     def _captioning(self) -> Trace:
         settings = self.caption
         tracer = Tracer(self.tracer.dtype, like_cuda=self.tracer.like_cuda)
-        model: Any = tracer.fakify(meta.captioner(settings.model, tracer.dtype))
-        side, text = model.config.vision_config.image_size, model.config.text_config
-        beams = settings.batch * settings.num_beams
-
-        def work() -> None:
-            pixels_B3HW = torch.empty(settings.batch, 3, side, side, dtype=tracer.dtype)
-            seen = model.vision_model(pixel_values=pixels_B3HW).last_hidden_state
-            seen = seen.repeat_interleave(settings.num_beams, dim=0)
-            layers = text.num_hidden_layers * 2  # keys and values of every token written, and of the image
-            _cache = [
-                torch.empty(beams, settings.max_new_tokens + seen.shape[1], text.hidden_size, dtype=tracer.dtype)
-                for _ in range(layers)
-            ]
-            ids_B1 = torch.zeros(beams, 1, dtype=torch.long)
-            mask_BL = torch.ones(seen.shape[:2], dtype=torch.long)
-            model.text_decoder(input_ids=ids_B1, encoder_hidden_states=seen, encoder_attention_mask=mask_BL)
-
-        return tracer.run(model, work)
+        model = tracer.fakify(captioner.model_without_weights(settings.model, tracer.dtype))
+        beams, tokens = settings.num_beams, settings.max_new_tokens
+        return tracer.run(
+            model, lambda: captioner.trace_step(model, batch=settings.batch, beams=beams, new_tokens=tokens)
+        )
 
     def _encoding_texts(self) -> Iterator[PhaseOption]:
         """As `TextEncoder` goes about it."""
@@ -256,14 +244,8 @@ class DiffusionMemoryModel:
             self.model.train()
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
-        adapted = lora_layers.inject(
-            meta.backbone(self.base, dtype),
-            rank=self.lora.rank,
-            alpha=self.lora.alpha,
-            dropout=self.lora.dropout,
-            targets=self.base.lora_targets[self.lora.targets],
-            seed=self.seed,
-        )
+        targets = self.base.lora_targets[self.lora.targets]
+        adapted = lora_layers.inject(meta.backbone(self.base, dtype), self.lora, targets, seed=self.seed)
         if self.base.quantize is Quantize.none:
             return adapted
         return planning_meta.quantised(adapted, self.base.quantize)

@@ -53,14 +53,6 @@ def objective(model: ModelConfig) -> Objective:
     return family(model.family).objective(scheduler.from_config(settings))
 
 
-def captioner(reference: str, dtype: torch.dtype) -> nn.Module:
-    """What `captioner.Captioner` loads."""
-    from transformers import BlipConfig, BlipForConditionalGeneration
-
-    config = BlipConfig.from_pretrained(hub.config_folder(reference))
-    return on_meta(lambda: BlipForConditionalGeneration(config), dtype).eval()
-
-
 def _config_folder(model: ModelConfig) -> Path:
     """The folder with the configuration of an image model's parts."""
     return hub.config_folder(model.base if hub.single_file(model.base) is None else model.parts or model.base)

@@ -79,7 +79,7 @@ class Vae:
     def encode(self, pixels_B3HW: Tensor) -> list[dict[str, Tensor]]:
         """Per image (values in -1 … 1) `{"mean", "std"}`, each (C, h, w) fp32 on the CPU.
 
-        Training draws new latents from them at each visit.
+        Training draws new latents from them in each epoch.
         """
         mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
         return [
@@ -208,12 +208,12 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
-    attach.require(path)
+    attach.require_adapter(path)
     if path.is_dir():
-        return cast(nn.Module, attach.attach(backbone, path).get_base_model())
+        return cast(nn.Module, attach.attach_peft_folder(backbone, path).get_base_model())
     spec = family(model.family)
     weights = formats.read_weights(path)  # names a damaged file better than the libraries do
-    with attach.fitting(path):
+    with attach.mismatch_as_model_error(path):
         if formats.is_kohya(weights) and (own := formats.from_kohya(backbone, weights, spec.kohya_prefix)):
             backbone.load_lora_adapter(own, prefix=None)
         else:
@@ -224,7 +224,7 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
             backbone.load_lora_adapter(
                 state, prefix=spec.backbone, network_alphas=alphas[0] if alphas else None, metadata=metadata
             )
-    attach.place(backbone)
+    attach.move_adapters_to_gpu(backbone)
     return cast(nn.Module, backbone.eval())
 
 
@@ -301,7 +301,7 @@ class ImageSampler:
             return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))
         finally:  # also where memory ran out
             backbone.train(training)
-            pipeline.register_modules(**{self.family.backbone: None})  # whoever drops it shall get its memory
+            pipeline.register_modules(**{self.family.backbone: None})  # what drops it shall get its memory
             self.vae.to("cpu")  # the training step needs the memory
 
     def _stacked(self, texts: Sequence[str]) -> Text:

@@ -66,14 +66,7 @@ class DiffusionTask:
         self.image_sampler = self._make_image_sampler(model)
         backbone: Any = load_backbone(model, dtype, device, vram_gib=vram_gib)
         checkpointing.set_checkpointing(backbone, activation_checkpointing)
-        self.model: nn.Module = lora_layers.inject(
-            backbone,
-            rank=lora.rank,
-            alpha=lora.alpha,
-            dropout=lora.dropout,
-            targets=model.lora_targets[lora.targets],
-            seed=seed,
-        )
+        self.model: nn.Module = lora_layers.inject(backbone, lora, model.lora_targets[lora.targets], seed=seed)
         self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
         self.fallbacks = fallbacks.gpu_fallbacks(
             self.model, model, activation_checkpointing, self.activation_offload, device

@@ -1,7 +1,7 @@
 """Language models as adapters see them: the tokenizer, the frozen base, the states of packed rows, the output layer.
 
-B packs, L slots of a pack, D hidden channels, V vocabulary entries, H heads, K heads of keys and values, E channels of
-a head, G segments of all packs, N tokens
+B packs, L token positions of a pack, D hidden channels, V vocabulary entries, H heads, K heads of keys and values, E
+channels of a head, G segments of all packs, N tokens
 """
 
 from collections.abc import Iterator, Sequence
@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune import hub
-from finetune.adapters.formats import PART_OF
+from finetune.adapters.formats import FULL_MODEL_PREFIX
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.language import varlen_attention
@@ -71,7 +71,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
         )
     if "key_mapping" in options:
         loaded._weight_conversions = None  # else `save_pretrained` would write the names of the whole model
-        setattr(loaded, PART_OF, "model.language_model.")
+        setattr(loaded, FULL_MODEL_PREFIX, "model.language_model.")
     if model.added_tokens:
         _add_rows(loaded, model)
     loaded.requires_grad_(False).eval()

@@ -22,7 +22,7 @@ from finetune.adapters import formats as files
 from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import ExportConfig, ExportFormat, LoraConfig, ModelConfig, Quantize, require_all
-from finetune.data.text.store import Rows
+from finetune.data.text.store import TokenStore
 from finetune.data.text.tokens import Chat
 from finetune.errors import ExportError
 from finetune.language import gguf_file
@@ -233,10 +233,10 @@ def load(model: nn.Module, path: Path) -> nn.Module:
 
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
-    return attach.attach(model, files.peft_folder(path)).get_base_model()  # type: ignore[no-any-return]
+    return attach.attach_peft_folder(model, files.peft_folder(path)).get_base_model()  # type: ignore[no-any-return]
 
 
-def comparison_rows(stored: Rows | None, chat: Chat, *, length: int, share: float) -> tuple[list[list[int]], str]:
+def comparison_rows(stored: TokenStore | None, chat: Chat, *, length: int, share: float) -> tuple[list[list[int]], str]:
     """Token ids to compare on, and where they are from: held-out rows of the run's data set, spread over it.
 
     length: most tokens of a row. share: held out. Sets too small to hold any out give rows that were trained on;

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from finetune.errors import ModelError
 from finetune.memory.fallbacks import AdaptiveBatch
-from finetune.run.records import hash_of
+from finetune.run.hashing import hash_of
 
 ANSWER_BATCH = 8
 

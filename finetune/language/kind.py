@@ -19,7 +19,8 @@ from finetune.language.task import LanguageTask
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Workload
-from finetune.run.records import Answer, Answers, Run, TextSet, load_record
+from finetune.run.receipts import load_record
+from finetune.run.records import Answer, Answers, Run, TextSet
 from finetune.training.optim import OPTIMIZERS, optimizer_bytes
 from finetune.training.task import Task
 
@@ -111,10 +112,10 @@ def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answ
     return sampling.sample(config.model, config.sample, chat, adapter, folder, device, dtype, config.hardware.vram_gib)
 
 
-def _stored_rows(config: Config) -> store.Rows | None:
+def _stored_rows(config: Config) -> store.TokenStore | None:
     """Of the run's data set, if they are still in the cache, which may be deleted at any time."""
     record = load_record(Path(config.run_dir), "dataset", TextSet)
     try:
-        return store.reopen(Path(record.rows)) if record else None
+        return store.open_store(Path(record.rows)) if record else None
     except DataError:
         return None

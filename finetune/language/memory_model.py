@@ -1,6 +1,6 @@
 """A language model without weights, for the memory plan: what a step and every other phase would hold on the GPU.
 
-B packs, L slots of a pack, D hidden channels, V vocabulary entries.
+B packs, L token positions of a pack, D hidden channels, V vocabulary entries.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -58,6 +58,7 @@ class LanguageMemoryModel:
         if model.quantize is not Quantize.none:
             self.notes.append("quantised layers are stood in for: stored bytes, and a copy of the weights a product")
         self.count = length
+        self.less_cpu_memory = {"export": "try 'export.formats=[peft]'"} if merges else {}
 
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`; offloading recomputes all."""

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters.attach import attach
+from finetune.adapters.attach import attach_peft_folder
 from finetune.errors import ExportError
 
 
@@ -24,7 +24,7 @@ def merge(base: nn.Module, adapter: Path, stored: nn.Module | None = None) -> An
     from peft.utils.other import TrainableTokensWrapper
 
     names = [name for name, _ in base.named_modules()]
-    model = attach(base, adapter)
+    model = attach_peft_folder(base, adapter)
     for name in names:
         layer: Any = model.get_base_model().get_submodule(name)
         weight = None if stored is None else _dequantised(stored.get_submodule(name))

@@ -13,9 +13,8 @@ from finetune.config.schema import ModelConfig, SampleConfig
 from finetune.data.text.tokens import Chat
 from finetune.language import causal_lm, export
 from finetune.language.generate import ANSWER_BATCH, TextGenerator
-from finetune.reporting.texts import by_prompt
 from finetune.run.progress import progress
-from finetune.run.records import Answer
+from finetune.run.records import Answer, by_prompt
 
 PAGE = "answers.md"
 MARKUP = re.compile(r"[\\`*_~\[\]|$]")  # what Markdown would take for more than a character
@@ -37,7 +36,7 @@ def sample(
     them. Without a temperature the seed decides nothing, and the first one stands for all. Raises ModelError for an
     adapter that doesn't fit.
     """
-    generator = TextGenerator(chat.tokenizer, chat.ends(), device, dtype)
+    generator = TextGenerator(chat.tokenizer, chat.stop_ids(), device, dtype)
     seeds = settings.seeds if settings.temperature else settings.seeds[:1]
     requested = [(prompt, seed) for prompt in settings.prompts for seed in seeds]
     jobs = [(chat.prompt_ids(prompt), seed) for prompt, seed in requested]

@@ -1,6 +1,6 @@
 """Next-token loss of a causal language model on packed conversations; only the assistant's tokens are trained.
 
-B packs, L slots of a pack, N trained tokens, D width of the hidden states.
+B packs, L token positions of a pack, N trained tokens, D width of the hidden states.
 """
 
 import math
@@ -30,7 +30,7 @@ VALIDATION_ROWS = 256  # the most that are validated on
 LEAK_ROWS = 16  # of a pack that are compared; a pack of 32,768 tokens may hold hundreds
 LEAK_TOLERANCE = 1e-3  # relative; sums in another order differ by less in bf16, a neighbour that is seen by far more
 PACKS_SEEN = 32  # of all, for the worst: they differ in trained tokens alone, and little in those
-ROUND_TO = 8  # slots; a pack of one row alone is padded to a multiple of it
+ROUND_TO = 8  # token positions; a pack of one row alone is padded to a multiple of it
 
 
 class LanguageTask:
@@ -57,7 +57,7 @@ class LanguageTask:
         self.base, self.data, self.sample_settings = model.base, data, sample
         self.device, self.dtype, self.seed = device, dtype, seed
         self.chat = chat_of(model, data)
-        self.rows = store.reopen(Path(dataset.rows))
+        self.rows = store.open_store(Path(dataset.rows))
         self.training, held_out = self.rows.split(data.validation_share)
         self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
         self.size = len(self.training)
@@ -73,7 +73,7 @@ class LanguageTask:
         if lora.start_from:
             folder = formats.peft_folder(Path(lora.start_from))
             lora_layers.load_state(self.model, formats.read_peft_folder(folder), str(folder))
-        self.generator = TextGenerator(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
+        self.generator = TextGenerator(self.chat.tokenizer, self.chat.stop_ids(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
 
@@ -100,7 +100,7 @@ class LanguageTask:
         return [((int(longest),), 0)] * micro_batch
 
     def collate(self, draws: Sequence[Draw]) -> Batch:
-        """Packs of the rows that each visit names."""
+        """Packs of the rows that each draw names."""
         return self._batch([pack for pack, _ in draws])
 
     def loss(self, batch: Batch) -> Tensor:
@@ -157,7 +157,7 @@ class LanguageTask:
         )
 
     def _batch(self, packs: Sequence[tuple[int, ...]], length: int | None = None) -> Batch:
-        """length: slots of each pack, as many as the recipe says unless told otherwise."""
+        """length: token positions of each pack; the recipe's unless given."""
         if length is None:
             packed = self.data.packing
             length = self.data.length if packed else max(self._together(pack) for pack in packs)
@@ -167,7 +167,8 @@ class LanguageTask:
             for name in ("ids", "positions", "segments", "trained")
         }
         names = tuple(
-            f"conversations {', '.join(str(self.rows.number(index) + 1) for index in pack)}" for pack in packs
+            f"conversations {', '.join(str(self.rows.conversation_index(index) + 1) for index in pack)}"
+            for pack in packs
         )
         return Batch(
             tensors,
@@ -207,18 +208,8 @@ class LanguageTask:
 
 def inject(loaded: nn.Module, model: ModelConfig, lora: LoraConfig, seed: int, new_tokens: Sequence[int]) -> nn.Module:
     """The base with adapters at their start. new_tokens: ids of `model.added_tokens`."""
-    return lora_layers.inject(
-        loaded,
-        rank=lora.rank,
-        alpha=lora.alpha,
-        dropout=lora.dropout,
-        targets=model.lora_targets[lora.targets],
-        seed=seed,
-        init=lora.init,
-        rslora=lora.rslora,
-        dora=lora.dora,
-        new_token_rows=new_tokens,
-    )
+    targets = model.lora_targets[lora.targets]
+    return lora_layers.inject(loaded, lora, targets, seed=seed, new_token_rows=new_tokens)
 
 
 def check_length(length: int, base: str, model: Any) -> None:

@@ -10,8 +10,9 @@ from finetune.data.text.formats import Source
 from finetune.data.text.tokens import Chat, preview_row
 from finetune.errors import DataError
 from finetune.language.causal_lm import load_tokenizer
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import CaptionSet, TextSet, hash_of
+from finetune.run.records import CaptionSet, TextSet
 
 
 def chat_of(model: ModelConfig, data: DataConfig) -> Chat:
@@ -33,7 +34,7 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
 def complete(record: TextSet) -> bool:
     """Whether every byte of the rows is still there."""
     try:
-        store.reopen(Path(record.rows), whole=True)
+        store.open_store(Path(record.rows), verify=True)
     except DataError:
         return False
     return True
@@ -50,20 +51,19 @@ def figures(record: TextSet) -> dict[str, float | int | str | None]:
         "packs": record.packs,
         "filled_share": record.fill_share,
         "trained_share": record.trained_share,
-        "near_duplicates": record.near_duplicates,
         "unusable": record.bad,
     }
 
 
 def build(config: Config, captions: CaptionSet | None) -> TextSet:
-    """Read, tokenise and cache every conversation; say what was cut, left out, doubled or leaked to the held-out part.
+    """Read, tokenise and cache every conversation; say what was truncated, left out or repeated.
 
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
     data, chat = config.data, chat_of(config.model, config.data)
     source: Source = formats.open_source(Path(data.file), format_=data.format)
     say(f"dataset: {source}")
-    found = store.prepare(
+    found = store.encode_or_load(
         source,
         chat,
         cache=Path(data.cache),
@@ -75,14 +75,10 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     for line in found.figures.lines():
         say(f"dataset: {line}")
     train, held_out = found.split(data.validation_share)
-    near_duplicates, _ = found.near_duplicates(data.validation_share)
-    if near_duplicates:
-        of_all = f"{near_duplicates:,} of {len(held_out):,}"
-        say(f"warning: {of_all} held-out conversations nearly equal one that is trained on")
-    if doubled := found.duplicates():
-        say(f"warning: {doubled:,} conversations are there more than once")
+    if repeated := found.duplicates():
+        say(f"warning: {repeated:,} conversations occur more than once")
     lengths, trained = found.lengths[train], found.trained[train]
-    fill = packing.utilisation(lengths, trained, length=data.length, seed=config.seed, pack=data.packing)
+    fill = packing.packing_stats(lengths, trained, length=data.length, seed=config.seed, pack=data.packing)
     say(f"dataset: {fill}")
     return TextSet(
         rows=str(found.folder),
@@ -97,7 +93,6 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
         fill_share=fill.tokens / fill.capacity,
         trained_share=fill.trained / fill.capacity,
         preview=preview_row(chat.tokenizer, found[int(train[0])]),
-        near_duplicates=near_duplicates,
         bad=found.figures.bad,
         cached=found.cached,
     )

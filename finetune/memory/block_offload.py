@@ -27,7 +27,7 @@ SCALES = ("absmax", "code", "offset")  # tensors of bitsandbytes' QuantState, an
 
 
 def is_active(model: ModelConfig, device: torch.device) -> bool:
-    """Whether `model.offload` asks for it and there is a GPU that it could relieve."""
+    """Whether `model.offload` asks for it and there is a GPU whose memory it could save."""
     return model.offload and device.type == "cuda"
 
 

@@ -1,7 +1,7 @@
 """Which device and which arithmetic."""
 
+import gc
 import os
-from typing import Any
 
 import torch
 
@@ -15,6 +15,9 @@ ALLOCATION_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/
 def allocated_bytes(size: int) -> int:
     """What torch's CUDA allocator takes for a tensor of so many bytes."""
     return -(-size // ALLOCATION_BYTES) * ALLOCATION_BYTES
+
+
+DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 
 
 def pick_device(wanted: Device) -> torch.device:
@@ -40,27 +43,26 @@ def _own_gpu() -> int:
 
 def pick_precision(wanted: Precision, device: torch.device) -> Precision:
     """`auto` resolved for the device. Raises ConfigError for arithmetic that the device can't do."""
+    cuda = device.type == "cuda"
+    return resolve_precision(wanted, cuda=cuda, bf16=cuda and torch.cuda.is_bf16_supported(including_emulation=False))
+
+
+def resolve_precision(wanted: Precision, *, cuda: bool, bf16: bool) -> Precision:
+    """`auto` resolved for a CPU, or for a GPU that computes in bf16 or not. Raises ConfigError for fp16 on a CPU."""
     if wanted is Precision.auto:
-        if device.type == "cpu":
-            return Precision.fp32
-        return Precision.bf16 if torch.cuda.is_bf16_supported(including_emulation=False) else Precision.fp16
-    if wanted is Precision.fp16 and device.type == "cpu":
+        return (Precision.bf16 if bf16 else Precision.fp16) if cuda else Precision.fp32
+    if wanted is Precision.fp16 and not cuda:
         raise ConfigError("trainer.precision=fp16 needs a CUDA GPU; on a CPU try trainer.precision=fp32")
     return wanted
 
 
 def pick_dtype(wanted: Precision, device: torch.device) -> torch.dtype:
     """The dtype of frozen weights and activations under that precision."""
-    dtypes = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
-    return dtypes[pick_precision(wanted, device)]
+    return DTYPES[pick_precision(wanted, device)]
 
 
-def release_memory(*holders: dict[str, Any]) -> None:
-    """Give cached device memory back after frozen models were dropped; `holders` are emptied first."""
-    import gc
-
-    for holder in holders:
-        holder.clear()
+def release_memory() -> None:
+    """Give cached device memory back after models or tensors were dropped."""
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()

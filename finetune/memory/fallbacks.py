@@ -8,13 +8,13 @@ from functools import partial
 from typing import Any, TypeVar
 
 import torch
-from accelerate.utils.memory import clear_device_cache
 from torch import nn
 
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.errors import is_gpu_out_of_memory, is_out_of_memory
 from finetune.memory import block_offload, checkpointing
 from finetune.memory.activation_offload import ActivationOffload
+from finetune.memory.device import release_memory
 from finetune.run.progress import say
 
 T = TypeVar("T")
@@ -36,22 +36,22 @@ def try_within_memory(
         if not is_oom(error):
             raise
     cleanup()
-    clear_device_cache(garbage_collection=True)
+    release_memory()
     return None
 
 
 class AdaptiveBatch:
-    """How many things are done at once, and what else can be done about a GPU that is too small for one of them.
+    """Works through items in batches that shrink when the GPU is too small; below one item it applies fallbacks.
 
-    Whatever gives way has given way for good.
+    Both are for good.
     """
 
     def __init__(self, batch_size: int, *fallbacks: Callable[[], None], doing: str = "") -> None:
-        """measures: in turn. doing: what a person is told that fewer are done of; nothing is said without."""
+        """fallbacks: applied in turn. doing: the verb of the message that a batch shrinks; empty says nothing."""
         self.batch_size, self.fallbacks, self.doing = batch_size, list(fallbacks), doing
 
     def each(self, work: Callable[[Sequence[U]], list[T]], items: Sequence[U]) -> list[T]:
-        """What `work` makes of all items. Raises torch.OutOfMemoryError where one is too much after all measures."""
+        """The results of `work` for all items. Raises torch.OutOfMemoryError if one is too much after all fallbacks."""
         found: list[T] = []
         while len(found) < len(items):
             part = items[len(found) : len(found) + self.batch_size]

@@ -8,11 +8,9 @@ import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
 
-import torch
-
 from finetune.adapters import lora
-from finetune.config.schema import Precision
 from finetune.memory import activation_offload
+from finetune.memory.device import DTYPES
 from finetune.planning import speed
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.plan import Setting
@@ -20,7 +18,6 @@ from finetune.planning.tracer import PhaseOption, Trace, extrapolated
 from finetune.planning.workload import Workload
 
 TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because its reshaped tensors need no copy
-DTYPES = {Precision.fp32: torch.float32, Precision.bf16: torch.bfloat16, Precision.fp16: torch.float16}
 SLACK = 0.10
 """Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; assumed for
 others. What stays (weights) lies close."""
@@ -88,7 +85,7 @@ class Candidates:
         return {name: size / GIB for name, size in sizes.items() if size}
 
     def least_gib(self) -> float:
-        """What the most frugal setting takes, from one trace."""
+        """What the setting of least memory takes, from one trace."""
         return sum(parts(self.step(1, 1, away=self.machine.cuda), self.machine).values())
 
     def tensors_gib(self, micro_batch: int, checkpointing: int, away: bool = False) -> float:
@@ -180,6 +177,6 @@ def _tensors_gib(held: Mapping[str, float]) -> float:
 
 
 def fastest(settings: Sequence[Setting], budget_gib: float) -> Setting | None:
-    """The fastest that fits; of equals the most frugal. None if none fits."""
+    """The fastest that fits; of equals the one of least memory. None if none fits."""
     fitting = [setting for setting in settings if setting.gib <= budget_gib]
     return min(fitting, key=lambda setting: (setting.seconds, setting.gib), default=None)

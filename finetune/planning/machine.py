@@ -10,7 +10,7 @@ import yaml
 from finetune.config import recipes
 from finetune.config.schema import Device, HardwareConfig, Precision
 from finetune.errors import ConfigError
-from finetune.memory.device import pick_device
+from finetune.memory.device import pick_device, resolve_precision
 
 GIB = 2.0**30
 CUDA_CONTEXT_GIB = 0.5
@@ -22,10 +22,10 @@ UNKNOWN_TFLOPS, UNKNOWN_GB_PER_S = 100.0, 1000.0  # of a GPU that no preset know
 
 @dataclass(frozen=True)
 class Machine:
-    """vram_gib: what a process may take, of the GPU or of CPU memory. context_gib: of it outside all tensors.
+    """vram_gib: what a process may take, of the GPU or (on a CPU) of memory. context_gib: of it outside all tensors.
 
     tflops: dense products in 16 bit and in fp32, peak on a GPU, measured on a CPU. known: whether speeds are facts.
-    main_gib: CPU memory beside a GPU that is free now; None where nobody knows, or there is no other.
+    cpu_gib: free CPU memory of a machine with a GPU; None if unknown, or if there is no GPU.
     """
 
     name: str
@@ -43,11 +43,7 @@ class Machine:
 
     def precision(self, wanted: Precision) -> Precision:
         """`auto` resolved. Raises ConfigError for arithmetic that the machine doesn't have."""
-        if wanted is Precision.auto:
-            return (Precision.bf16 if self.bf16 else Precision.fp16) if self.cuda else Precision.fp32
-        if wanted is Precision.fp16 and not self.cuda:
-            raise ConfigError("trainer.precision=fp16 needs a CUDA GPU; on a CPU try trainer.precision=fp32")
-        return wanted
+        return resolve_precision(wanted, cuda=self.cuda, bf16=self.bf16)
 
 
 def read(hardware: HardwareConfig) -> Machine:

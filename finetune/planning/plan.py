@@ -17,7 +17,7 @@ class Setting:
     """One way to train the same thing. seconds: of one optimiser step, an estimate; parts: GiB at the worst moment.
 
     checkpointing: 0 none, 1 every block, n every n-th. offload_activations, offload: what backward needs, and whole
-    blocks, in CPU memory. units: images, or slots of a row, in one optimiser step.
+    blocks, in CPU memory. count: images, or token positions of rows, in one optimiser step.
     """
 
     micro_batch: int
@@ -45,10 +45,10 @@ class Setting:
 class Plan:
     """Whether a run fits, said before anything starts.
 
-    chosen: the fastest setting that fits, None if none does. asked: the recipe's own. others: the next best that fit,
-    fastest first. phases: GiB of each phase at its worst moment, "training" among them, for `chosen` (or the most
-    frugal setting); main_gib: of CPU memory besides a GPU, at most, by what is done, the most first. problems: what
-    doesn't fit, a line each that ends in what would. notes: what the figures rest on.
+    chosen: the fastest setting that fits, None if none does. requested: the recipe's own. others: the next best that
+    fit, fastest first. phases: GiB of each phase at its worst moment, "training" among them, for `chosen` (or the
+    setting that needs least); cpu_gib: CPU memory besides that of the GPU, at most, by what is done, the most first.
+    problems: what doesn't fit, a line each that ends in what would. notes: what the figures rest on.
     """
 
     name: str
@@ -70,8 +70,3 @@ class Plan:
     def fits(self) -> bool:
         """Whether every phase fits."""
         return not self.problems
-
-    def _repr_html_(self) -> str:
-        from finetune.reporting.notebook import plan_html
-
-        return plan_html(self)

@@ -4,17 +4,17 @@ import json
 import re
 from pathlib import Path
 
-from finetune.reporting.charts import Line, Mark, line_chart
+from finetune.reporting.charts import ORANGE, SHADES, Line, line_chart
 from finetune.run.records import METRICS
 
-Curves = dict[str, list[tuple[float, float]]]
+Points = list[tuple[float, float]]
+Curves = dict[str, Points]
 """Tag ("loss/step") -> (step, value) in the order of steps."""
 
 SMOOTHING = 0.9  # share of the old value in curves that are smoothed for the eye only
 LEVELS = "validation/t="
 PERPLEXITY = "validation/perplexity"
 SPEED = re.compile(r"train/(\w+)_per_s")
-FIRST_LEVEL_TONE, LEVEL_TONES = 3, 5
 
 
 def read(run_dir: Path) -> Curves:
@@ -37,7 +37,7 @@ def read(run_dir: Path) -> Curves:
 
 
 def loss(curves: Curves) -> str:
-    """Loss of each step, faint, and smoothed."""
+    """The loss of each step, faint, and smoothed."""
     lines = [
         Line("each step", curves.get("loss/step", []), faint=True),
         Line("smoothed", curves.get("loss/smoothed", [])),
@@ -45,67 +45,57 @@ def loss(curves: Curves) -> str:
     return line_chart("Training loss", lines, y_label="loss")
 
 
-def validation(curves: Curves, best_step: int | None) -> str:
-    """Validation loss, with the step whose checkpoint was best."""
-    points = curves.get("validation/mean", [])
-    measure = "nats a token" if PERPLEXITY in curves else "mean squared error"
-    return line_chart(
-        "Validation loss", [Line("mean", points, tone=2)], y_label=measure, mark=_best(points, best_step, "best ")
-    )
+def charts(curves: Curves, best_step: int | None) -> list[str]:
+    """Every chart that the run has points for. best_step: that of the best checkpoint."""
+    mean, perplexity, norms = (curves.get(tag, []) for tag in ("validation/mean", PERPLEXITY, "train/gradient_norm"))
+    measure = "nats per token" if perplexity else "mean squared error"
+    norm_lines = [Line("each step", norms, faint=True), Line("smoothed", _smoothed(norms))]
+    speed = next((tag for tag in curves if SPEED.fullmatch(tag)), "")
+    drawn = [
+        loss(curves),
+        line_chart(
+            "Validation loss", [Line("mean", mean, ORANGE)], y_label=measure, mark=_best(mean, best_step, "best ")
+        ),
+        line_chart(  # a base that never met such answers starts thousands of times higher
+            "Perplexity",
+            [Line("", perplexity, ORANGE)],
+            y_label="perplexity",
+            log=True,
+            mark=_best(perplexity, best_step),
+        ),
+        line_chart("Validation by noise level (high t: noisy)", _levels(curves), y_label="change since step 0, %"),
+        _alone("Learning rate", curves.get("train/learning_rate", []), "rate"),
+        line_chart("Gradient norm", norm_lines, y_label="norm before clipping", zero=True),
+        _alone("Speed", curves.get(speed, []), SPEED.sub(r"\1/s", speed)),
+        _alone("Memory", curves.get("system/memory_gib", []), "GiB in use"),
+    ]
+    return [chart for chart in drawn if chart]
 
 
-def perplexity(curves: Curves, best_step: int | None) -> str:
-    """Perplexity of the held-out conversations, with that of the best checkpoint."""
-    points = curves.get(PERPLEXITY, [])
-    mark = _best(points, best_step)  # a base that never heard the voice begins thousands of times higher
-    return line_chart("Perplexity", [Line("", points, tone=2)], y_label="perplexity", log=True, mark=mark)
+def _alone(title: str, points: Points, y_label: str) -> str:
+    return line_chart(title, [Line("", points)], y_label=y_label, zero=True)
 
 
-def validation_by_level(curves: Curves) -> str:
+def _levels(curves: Curves) -> list[Line]:
     """Validation loss relative to its start, a line per noise level: levels differ a hundredfold in size."""
     levels = sorted((int(tag.removeprefix(LEVELS)), points) for tag, points in curves.items() if tag.startswith(LEVELS))
-    lines = [
+    return [
         Line(
             f"t={level}",
             [(x, 100 * (y / points[0][1] - 1)) for x, y in points] if points[0][1] else [],
-            tone=FIRST_LEVEL_TONE + index * LEVEL_TONES // len(levels),
+            SHADES[index * len(SHADES) // len(levels)],
         )
         for index, (level, points) in enumerate(levels)
     ]
-    return line_chart("Validation by noise level (high t: noisy)", lines, y_label="change since step 0, %")
 
 
-def learning_rate(curves: Curves) -> str:
-    """Learning rate of each step."""
-    return line_chart("Learning rate", [Line("", curves.get("train/learning_rate", []))], y_label="rate", zero=True)
-
-
-def gradient_norm(curves: Curves) -> str:
-    """Gradient norm before clipping, faint, and smoothed."""
-    points = curves.get("train/gradient_norm", [])
-    lines = [Line("each step", points, faint=True), Line("smoothed", _smoothed(points))]
-    return line_chart("Gradient norm", lines, y_label="norm before clipping", zero=True)
-
-
-def speed(curves: Curves) -> str:
-    """Images or tokens per second, whichever the run counted."""
-    tag = next((tag for tag in curves if SPEED.fullmatch(tag)), "")
-    unit = SPEED.sub(r"\1/s", tag)
-    return line_chart("Speed", [Line("", curves.get(tag, []))], y_label=unit, zero=True)
-
-
-def memory(curves: Curves) -> str:
-    """Memory in use."""
-    return line_chart("Memory", [Line("", curves.get("system/memory_gib", []))], y_label="GiB in use", zero=True)
-
-
-def _best(points: list[tuple[float, float]], best_step: int | None, word: str = "") -> Mark | None:
-    return next((Mark(x, y, f"{word}{y:.4g}") for x, y in points if x == best_step), None)
-
-
-def _smoothed(points: list[tuple[float, float]]) -> list[tuple[float, float]]:
-    smoothed: list[tuple[float, float]] = []
+def _smoothed(points: Points) -> Points:
+    smoothed: Points = []
     for x, y in points:
         old = smoothed[-1][1] if smoothed else y
         smoothed.append((x, SMOOTHING * old + (1 - SMOOTHING) * y))
     return smoothed
+
+
+def _best(points: Points, best_step: int | None, word: str = "") -> tuple[float, float, str] | None:
+    return next(((x, y, f"{word}{y:.4g}") for x, y in points if x == best_step), None)

@@ -1,100 +1,102 @@
 """How records look in a notebook: thumbnails, tables and curves as HTML that is complete in itself.
 
-The report is put together from the same pieces. Whatever lies in an image folder may be damaged or gone by the time a
-record is shown, so nothing here raises for a missing file.
+Importing this module gives every record its look (`RENDERERS`). Whatever lies in an image folder may be damaged or gone
+by the time a record is shown, so nothing here raises for a missing file.
 """
 
+from collections.abc import Callable
 from html import escape
 from pathlib import Path
+from typing import Any
 
 from finetune.planning.plan import Plan
-from finetune.reporting import curves, plan_tables
-from finetune.reporting.tables import adapter_rows, plural, run_rows, table_html
-from finetune.reporting.texts import SPACED, answers_table, by_prompt, marked_html, text_set_rows
+from finetune.reporting import curves
+from finetune.reporting.facts import (
+    adapter_table,
+    caption_counts,
+    dataset_facts,
+    plan_tables,
+    run_facts,
+    text_set_facts,
+)
+from finetune.reporting.tables import answers_table, by_prompt_html, facts_table, marked_html, more_html, table_of
 from finetune.reporting.thumbnails import image_html
-from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Run, Samples, TextSet
+from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
 
-MOST_ROWS = 60  # captions shown; the rest is counted
-THUMBNAIL = 96  # pixels
+MOST_ITEMS = 60  # captions or answers shown; the rest is counted
+THUMBNAIL = 128  # pixels
 GRID_SIDE = 1600  # pixels: two prompts beside one another, four small images each
 
 
-def captions_html(captions: CaptionSet) -> str:
-    """Thumbnails beside captions."""
-    generated = sum(item.source == "generated" for item in captions.items)
-    rows = [
-        [image_html(Path(captions.folder) / item.file, THUMBNAIL, item.file), *map(escape, (item.text, item.source))]
-        for item in captions.items[:MOST_ROWS]
-    ]
-    parts = [f"<b>{plural(len(captions.items), 'image')}</b> in {escape(captions.folder)}", f"{generated} captioned"]
-    if captions.skipped:
-        parts.append(f"{len(captions.skipped)} unreadable and left out")
-    more = _more(len(captions.items), "metadata.jsonl")
-    return f"<p>{', '.join(parts)}</p>{table_html(('', 'caption', 'from'), rows)}{more}"
+def _captions(captions: CaptionSet) -> str:
+    """Thumbnails beside captions, in as many columns as there is room for."""
+    shown = captions.items[:MOST_ITEMS]
+    items = "".join(
+        f'<div style="display:flex;gap:0.8em;width:21em;line-height:1.3">'
+        f'<div style="flex:none;width:6em">{image_html(Path(captions.folder) / item.file, THUMBNAIL, item.file)}</div>'
+        f"<div>{escape(item.text)}<br><small>{escape(item.file)}, {escape(item.source)}</small></div></div>"
+        for item in shown
+    )
+    head = f'<p class="note"><b>{escape(captions.folder)}</b>: {caption_counts(captions)}</p>'
+    grid = f'<div style="display:flex;flex-wrap:wrap;gap:1em">{items}</div>'
+    return head + grid + more_html(len(captions.items), len(shown), "metadata.jsonl")
 
 
-def dataset_html(dataset: Dataset) -> str:
-    """How many examples, in which shapes, and what the cache saved."""
-    shapes = [f"{count} of {escape(name)} pixels" for name, count in dataset.buckets.items()]
-    rows = [
-        ["to train on", f"{dataset.train:,}"],
-        ["held out", f"{dataset.validation:,}"],
-        ["shapes", ", ".join(shapes) or "–"],
-        ["smaller than their shape", f"{dataset.upscaled:,}"],
-        ["encoded now, found in the cache", f"{dataset.encoded:,}, {dataset.cached:,}"],
-    ]
-    return table_html(("data set", ""), rows)
-
-
-def text_set_html(texts: TextSet) -> str:
+def _text_set(texts: TextSet) -> str:
     """What became of the conversations, and one of them as the model sees it."""
-    row = f"<p>One row, its trained tokens highlighted:</p>{marked_html(texts.preview)}" if texts.preview else ""
-    return table_html(("data set", ""), text_set_rows(texts)) + row
+    note = '<p class="note">One row as the model sees it. Only the <mark>highlighted</mark> tokens are trained.</p>'
+    return facts_table("data set", text_set_facts(texts)) + (note + marked_html(texts.preview) if texts.preview else "")
 
 
-def run_html(run: Run) -> str:
-    """The loss curve over a few figures."""
+def _run(run: Run) -> str:
+    """The loss curve over the figures."""
     drawn = curves.loss(curves.read(Path(run.folder)))
     chart = f'<div style="max-width:640px">{drawn}</div>' if drawn else ""
-    return chart + table_html(("run", ""), run_rows(run))
+    return chart + facts_table("run", run_facts(run))
 
 
-def adapter_html(adapter: Adapter) -> str:
-    """The exported files and how far each is from the trained module."""
-    trigger = f", trigger phrase <b>{escape(adapter.trigger)}</b>" if adapter.trigger else ""
-    head = f"<p><b>Adapter</b> for {escape(adapter.base)} in {escape(adapter.folder)}{trigger}</p>"
-    return head + table_html(("format", "file", "size", "difference to the trained module"), adapter_rows(adapter))
+def _adapter(adapter: Adapter) -> str:
+    trigger = f"; put the trigger phrase <b>{escape(adapter.trigger)}</b> into the prompt" if adapter.trigger else ""
+    head = f'<p class="note">For {escape(adapter.base)}, in {escape(adapter.folder)}{trigger}</p>'
+    return head + table_of(adapter_table(adapter))
 
 
-def samples_html(samples: Samples) -> str:
+def _samples(samples: Samples) -> str:
     """The grid of base beside tuned; nothing where nothing was drawn."""
-    if not samples.page:
-        return ""
-    return image_html(Path(samples.grid), GRID_SIDE, "base beside tuned, a prompt at a time")
+    return image_html(Path(samples.grid), GRID_SIDE, "base beside tuned, for each prompt") if samples.page else ""
 
 
-def answers_html(answers: Answers) -> str:
+def _answers(answers: Answers) -> str:
     """Per prompt the base's answers beside the tuned ones."""
-    parts = [
-        f'<p style="{SPACED}"><b>{escape(prompt)}</b></p>{answers_table(items)}'
-        for prompt, items in by_prompt(answers.items[:MOST_ROWS]).items()
-    ]
-    return "".join(parts) + _more(len(answers.items), Path(answers.page).name)
+    shown = answers.items[:MOST_ITEMS]
+    return by_prompt_html(shown, answers_table) + more_html(len(answers.items), len(shown), Path(answers.page).name)
 
 
-def plan_html(plan: Plan) -> str:
-    """Settings, memory and phases beside the GPU's budget."""
-    settings = [[escape(name), *map(escape, row)] for name, row in plan_tables.choices(plan)]
-    parts = [
-        table_html(("plan", ""), [[escape(name), escape(value)] for name, value in plan_tables.facts(plan)]),
-        table_html(("", *plan_tables.settings_head(plan.unit)), settings),
-        table_html(("a training step", "GiB"), [list(row) for row in plan_tables.memory(plan)]),
-        table_html(("phase", "GiB", ""), [list(row) for row in plan_tables.phases(plan)]),
-        *(f"<p><b>{escape(problem)}</b></p>" for problem in plan.problems),
-        "<p>" + "<br>".join(map(escape, plan.notes)) + "</p>",
-    ]
-    return "".join(parts)
+def _plan(plan: Plan) -> str:
+    """Problems, settings, memory and phases beside the GPU's budget, and what the figures rest on."""
+    problems = "".join(f"<p><b>{escape(problem)}</b></p>" for problem in plan.problems)
+    tables = "".join(map(table_of, plan_tables(plan)))
+    return f"{problems}{tables}<p>{'<br>'.join(map(escape, plan.notes))}</p>"
 
 
-def _more(count: int, where: str) -> str:
-    return f"<p>and {count - MOST_ROWS:,} more in {escape(where)}</p>" if count > MOST_ROWS else ""
+def html(record: Any) -> str:
+    """Any record as HTML."""
+    return RENDERERS[type(record)](record)
+
+
+RENDERERS: dict[type, Callable[[Any], str]] = {
+    CaptionSet: _captions,
+    Dataset: lambda dataset: facts_table("data set", dataset_facts(dataset)),
+    TextSet: _text_set,
+    Run: _run,
+    Adapter: _adapter,
+    Samples: _samples,
+    Answers: _answers,
+    Report: lambda report: f"<p><b>Report</b> in {escape(report.file)}</p>",
+    Result: lambda result: "".join(map(html, (result.samples, result.run, result.adapter, result.dataset))),
+    Plan: _plan,
+}
+"""Record -> how a notebook shows it."""
+
+for _record, _draw in RENDERERS.items():
+    _record._repr_html_ = _draw  # type: ignore[attr-defined]  # the method that Jupyter asks for

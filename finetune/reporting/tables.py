@@ -1,16 +1,22 @@
-"""Tables and figures in words, as reports and notebooks show them."""
+"""Facts, conversations and answers as HTML, for reports and notebooks; line breaks and spaces stay as they are."""
 
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Sequence
 from html import escape
-from pathlib import Path
+from typing import TypeVar
 
-from finetune.run.records import Adapter, Run
+from finetune.reporting.facts import Fact, Table
+from finetune.run.records import Answer, Sample, by_prompt
+
+S = TypeVar("S", Sample, Answer)
+
+MOST_MARKED = 6000  # characters of a conversation that are shown
+BRACKETS = re.compile(r"([⟦⟧])")
+SPACED = "white-space:pre-wrap;overflow-wrap:anywhere"  # here and not in a style sheet: a notebook has none
 
 
-def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+def table_html(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     """A table. head: plain words; rows: HTML, already escaped."""
-    if not rows:
-        return ""
     titles = "".join(f'<th style="text-align:left">{escape(title)}</th>' for title in head)
     body = "".join(
         "<tr>" + "".join(f'<td style="text-align:left;vertical-align:top">{cell}</td>' for cell in row) + "</tr>"
@@ -19,82 +25,52 @@ def table_html(head: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return f"<table><thead><tr>{titles}</tr></thead><tbody>{body}</tbody></table>"
 
 
-def run_rows(run: Run) -> list[list[str]]:
-    """What a finished run measured: name, figure."""
-    rows = [
-        ["steps", f"{run.steps:,}"],
-        [f"{run.unit} seen", f"{run.items:,}"],
-        ["loss, first step → mean of the last 10 % of steps", f"{run.first_loss:.4f} → {run.last_loss:.4f}"],
-    ]
-    if run.first_validation is not None and run.best_validation is not None:
-        at = "" if run.best_step is None else f" (step {run.best_step:,})"
-        rows.append(["validation loss, first → best", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}"])
-    share = run.trainable / run.total if run.total else 0.0
-    rows += [
-        ["training time", duration(run.seconds)],
-        ["speed", f"{rate(run.items_per_s)} {run.unit}/s"],
-        ["peak memory", f"{run.peak_gib:.2f} GiB"],
-        *([["memory of training", run.memory_summary]] if run.memory_summary else []),
-        ["batch", run.batch],
-        ["trained parameters", f"{run.trainable:,} of {run.total:,} ({share:.2%})"],
-    ]
-    if run.oom_fallbacks:
-        rows.append(["memory ran out; went on with", run.oom_fallbacks])
-    if run.skipped_steps:
-        rows.append(["refused steps", f"{run.skipped_steps:,} (loss or gradient not finite)"])
-    return rows
+def table_of(table: Table) -> str:
+    """A table of plain text."""
+    return table_html((table.title, *table.head), [[escape(cell) for cell in row] for row in table.rows])
 
 
-def adapter_rows(adapter: Adapter) -> list[list[str]]:
-    """Format, file, size, difference."""
-    return [
-        [
-            escape(export_format),
-            escape(name),
-            file_size(Path(adapter.folder) / name),
-            difference(export_format, adapter.differences),
-        ]
-        for export_format, name in adapter.files.items()
-    ]
+def facts_table(title: str, facts: Iterable[Fact]) -> str:
+    """Labels beside their values."""
+    return table_of(Table(title, ("",), [(fact.label, fact.text) for fact in facts]))
 
 
-def difference(export_format: str, differences: Mapping[str, float]) -> str:
-    """How far a handed-out file is from the trained model: relative, or in nats a token for a merged model."""
-    if export_format not in differences:
-        return "average of the weights"
-    unit = " nats a token (KL)" if export_format == "merged" else ""
-    return f"{differences[export_format]:.1e}{unit}" if differences[export_format] else "no difference"
+def marked_html(text: str) -> str:
+    """A text whose trained parts stand in ⟦ ⟧, with these highlighted instead."""
+    parts, inside = [], False
+    for part in BRACKETS.split(text[:MOST_MARKED]):
+        if part == ("⟧" if inside else "⟦"):
+            parts.append("</mark>" if inside else "<mark>")
+            inside = not inside
+        else:  # a bracket that opens or closes nothing belongs to the text
+            parts.append(escape(part))
+    end = "</mark>" if inside else ""
+    cut = " …" if len(text) > MOST_MARKED else ""
+    return f'<div class="row" style="{SPACED}">{"".join(parts)}{end}{cut}</div>'
 
 
-def plural(count: int, thing: str) -> str:
-    """ "1 image", "2 images"."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+def by_prompt_html(items: Sequence[S], draw: Callable[[Sequence[S]], str]) -> str:
+    """Samples or answers, those of a prompt under its words, as `draw` shows them."""
+    articles = (
+        f'<article class="prompt"><h3 style="{SPACED}">{escape(prompt)}</h3>{draw(some)}</article>'
+        for prompt, some in by_prompt(items).items()
+    )
+    return f'<div class="prompts">{"".join(articles)}</div>' if items else ""
 
 
-def rate(per_s: float) -> str:
-    """ "18.5", "7,120"."""
-    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.1f}"
+def answers_table(items: Sequence[Answer]) -> str:
+    """The base's answers beside the tuned ones, a row each; the seed goes before them if there are several."""
+    rows = [[str(item.seed), _answer(item.base), _answer(item.tuned)] for item in items]
+    first = 0 if len({item.seed for item in items}) > 1 else 1
+    return table_html(("seed", "base", "tuned")[first:], [row[first:] for row in rows])
 
 
-def duration(seconds: float) -> str:
-    """ "0.4 s", "42 s", "3 min 05 s", "2 h 10 min"."""
-    if seconds < 59.5:
-        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+def _answer(text: str) -> str:
+    if not text:
+        return "<em>empty answer</em>"
+    return f'<div class="answer" style="{SPACED};min-width:min(12em,25vw)">{escape(text)}</div>'
 
 
-def file_size(path: Path) -> str:
-    """Size of a file, or of everything in a folder."""
-    files = [item for item in path.rglob("*") if item.is_file()] if path.is_dir() else [path]
-    try:
-        size = float(sum(file.stat().st_size for file in files))
-    except OSError:
-        return "gone"
-    if not files:
-        return "gone"
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.0f} {unit}" if unit == "B" or size >= 100 else f"{size:.1f} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"
+def more_html(count: int, shown: int, where: str) -> str:
+    """Where to find the rest of a long list."""
+    return f'<p class="note">and {count - shown:,} more in {escape(where)}</p>' if count > shown else ""

@@ -4,16 +4,16 @@ import os
 import shlex
 import shutil
 import sys
-import textwrap
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from finetune.config.recipes import shown
 from finetune.config.schema import Config
 from finetune.planning.plan import KEYS, Plan
-from finetune.reporting import plan_tables
-from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet, load_receipt
+from finetune.reporting.facts import Fact, caption_counts, dataset_facts, plan_tables, run_facts, text_set_facts
+from finetune.run.receipts import load_receipt
+from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
 NOT_REPEATED = ("run_dir=", "sample.prompts=", "trainer.restart=")  # the next command gives its own, or none
@@ -27,113 +27,82 @@ def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
         _plan(record, overrides)
     elif isinstance(record, Result):
         recipe = next((word for word in overrides if word.startswith("conf=")), f"conf={config.name}")
-        _table(config, record, recipe)
+        _print_table(f"finetune train {recipe}", ("", ""), _result_rows(config, record))
         print("next")
         for line in _next(config, record, overrides):
             print(f"  {line}")
     else:
-        print(_line(record))
+        print(LINES[type(record)](record))
 
 
-def _line(record: Any) -> str:
-    if isinstance(record, CaptionSet):
-        generated = sum(item.source == "generated" for item in record.items)
-        bad = f", {len(record.skipped)} skipped" if record.skipped else ""
-        where = Path(record.folder) / "metadata.jsonl"
-        return f"captions: {len(record.items)} images, {generated} by the model{bad}; correct them in {where}"
-    if isinstance(record, Dataset):
-        buckets = ", ".join(f"{name} ({count})" for name, count in record.buckets.items())
-        return f"dataset: {record.train} to train, {record.validation} held out; {buckets}"
-    if isinstance(record, TextSet):
-        rows = f"{record.train:,} rows to train, {record.validation:,} held out"
-        return f"dataset: {rows}; {record.tokens:,} tokens, {record.trained:,} of them trained"
-    if isinstance(record, Adapter):
-        return f"adapter: {record.folder} ({', '.join(record.files.values())})"
-    if isinstance(record, Answers):
-        told = (f"{item.prompt}\n  base:  {item.base}\n  tuned: {item.tuned}\n" for item in record.items)
-        return f"{''.join(told)}samples: {record.page}"
-    if isinstance(record, Samples):
-        return f"samples: {record.page}"
-    if isinstance(record, Report):
-        return f"report: {record.file}"
-    raise TypeError(f"no line for a {type(record).__name__}")
-
-
-def _table(config: Config, result: Result, recipe: str) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    run = result.run
-    table = Table(title=f"finetune train {recipe}", title_justify="left", show_header=False, box=None)
-    table.add_column(style="bold")
-    table.add_column(overflow="fold")
+def _result_rows(config: Config, result: Result) -> list[tuple[str, str]]:
     names, seconds = _seconds(Path(config.run_dir))
-    table.add_row("stage", names)
-    table.add_row("seconds", seconds)
-    table.add_row(
-        "speed", f"{run.items_per_s:,.1f} {run.unit}/s, {run.steps} steps, peak memory {run.peak_gib:.2f} GiB"
-    )
-    table.add_row("batch", run.batch)
-    if run.memory_summary:
-        table.add_row("training", run.memory_summary)
-    if run.oom_fallbacks:
-        table.add_row("memory", f"ran out; went on with {run.oom_fallbacks}")
-    table.add_row("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f} (first step → mean of the last 10 %)")
-    if run.first_validation is not None and run.best_validation is not None:
-        at = f" at step {run.best_step}" if run.best_step is not None else ""
-        on = "" if result.dataset.validation else ", on examples that were trained on"
-        table.add_row("validation", f"{run.first_validation:.4f} → {run.best_validation:.4f}{at}{on}")
-    if run.skipped_steps:
-        table.add_row("skipped", f"{run.skipped_steps} steps with a loss or gradient that was not finite")
-    table.add_row("adapter", shown(Path(result.adapter.folder)))
-    drawn = "answers" if isinstance(result.samples, Answers) else "grid"
-    table.add_row(drawn, shown(Path(result.samples.page)) if result.samples.page else "none (sample.prompts is empty)")
-    table.add_row("report", shown(Path(result.report.file)))
-    console = Console(width=min(WIDTH, Console().width), highlight=False)
-    console.print(table)
+    facts = run_facts(result.run, held_out=bool(result.dataset.validation))
+    page = shown(Path(result.samples.page)) if result.samples.page else "none (sample.prompts is empty)"
+    return [
+        ("stage", names),
+        ("seconds", seconds),
+        *((fact.label, fact.text) for fact in facts),
+        ("adapter", shown(Path(result.adapter.folder))),
+        ("answers" if isinstance(result.samples, Answers) else "grid", page),
+        ("report", shown(Path(result.report.file))),
+    ]
+
+
+def _facts(title: str, facts: Sequence[Fact]) -> str:
+    return "\n".join([title, *(f"  {fact.label}: {fact.text}" for fact in facts)])
+
+
+def _answers(answers: Answers) -> str:
+    pairs = (f"{item.prompt}\n  base:  {item.base}\n  tuned: {item.tuned}\n" for item in answers.items)
+    return f"{''.join(pairs)}samples: {answers.page}"
+
+
+LINES: dict[type, Callable[[Any], str]] = {
+    CaptionSet: lambda captions: (
+        f"captions: {caption_counts(captions)}; correct them in {captions.folder}/metadata.jsonl"
+    ),
+    Dataset: lambda dataset: _facts("dataset", dataset_facts(dataset)),
+    TextSet: lambda texts: _facts("dataset", text_set_facts(texts)),
+    Adapter: lambda adapter: f"adapter: {adapter.folder} ({', '.join(adapter.files.values())})",
+    Samples: lambda samples: f"samples: {samples.page}",
+    Answers: _answers,
+    Report: lambda report: f"report: {report.file}",
+}
+"""Record -> what is printed of it; `show` prints tables of a `Result` and a `Plan`."""
 
 
 def _plan(plan: Plan, overrides: Sequence[str]) -> None:
-    from rich.console import Console
-    from rich.table import Table
-
-    console = Console(width=min(WIDTH, Console().width), highlight=False)
-
-    def show(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-        table = Table(title=title, title_justify="left", show_header=any(head), box=None, pad_edge=False)
-        for name in head:
-            table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
-        for row in rows:
-            table.add_row(*row)
-        console.print(table)
-
-    show(f"finetune plan conf={plan.name}", ("", ""), plan_tables.facts(plan))
-    head, rows = plan_tables.settings_head(plan.unit), plan_tables.choices(plan)
-    show("\nsettings of the same effective batch", ("", *head), [(name, *row) for name, row in rows])
-    show("\na training step", ("", "GiB"), plan_tables.memory(plan))
-    show("\nphases, each at its worst moment", ("", "GiB", ""), plan_tables.phases(plan))
-    for note in plan.notes:
-        lines = textwrap.wrap(note, console.width, initial_indent="· ", subsequent_indent="  ", break_on_hyphens=False)
-        console.print("\n".join(lines), style="dim")
+    for index, table in enumerate(plan_tables(plan)):
+        title = f"\n{table.title}" if index else f"finetune plan conf={plan.name}"
+        _print_table(title, ("", *table.head), table.rows)
+    _print_table("", ("", ""), [("·", note) for note in plan.notes])
     if plan.fits and plan.chosen:
         words = [word for word in overrides if word.partition("=")[0] not in KEYS.values()]
         settings = " ".join(map(shlex.quote, words or [f"conf={plan.name}"]))
         print(f"next\n  {_program()} train {settings} {' '.join(plan.chosen.overrides)}")
 
 
+def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=title or None, title_justify="left", show_header=any(head), box=None, pad_edge=False)
+    for name in head:
+        table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
+    for row in rows:
+        table.add_row(*row)
+    Console(width=min(WIDTH, Console().width), highlight=False).print(table)
+
+
 def _seconds(run_dir: Path) -> tuple[str, str]:
-    """Stages above the seconds each took when it last ran: a fresh stage shows its earlier figure."""
+    """Stages above the seconds each took when it last ran: one that was skipped shows its earlier figure."""
     receipts = {stage: load_receipt(run_dir, stage) for stage in STAGES}
     known = {stage: receipt.seconds for stage, receipt in receipts.items() if receipt}
     known["total"] = sum(known.values())
-    cells = [(stage, f"{seconds:.0f}") for stage, seconds in known.items()]
-    widths = [max(map(len, cell)) for cell in cells]
-    head, figures = zip(*cells, strict=True)
-    return _row(head, widths), _row(figures, widths)
-
-
-def _row(cells: Sequence[str], widths: Sequence[int]) -> str:
-    return "  ".join(f"{cell:>{width}}" for cell, width in zip(cells, widths, strict=True))
+    columns = [(f"{stage:>3}", f"{seconds:>{max(3, len(stage))}.0f}") for stage, seconds in known.items()]
+    head, figures = zip(*columns, strict=True)
+    return "  ".join(head), "  ".join(figures)
 
 
 def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]:

@@ -36,19 +36,11 @@ def data_uri(file: Path, side: int) -> str | None:
 
 
 def fitting(files: Sequence[Path], sides: Sequence[int], budget_bytes: int) -> dict[Path, str | None]:
-    """Every image as a data URI, all of them at the largest of `sides` with which they fit the budget together.
-
-    Where not even the smallest does, images are left out (None) from the first that is too much.
-    """
+    """Every image as a data URI, at the largest of `sides` with which all fit the budget, or else the smallest."""
     for side in sides:
         uris = {file: data_uri(file, side) for file in files}
         if sum(len(uri) for uri in uris.values() if uri) <= budget_bytes:
-            return uris
-    left = budget_bytes
-    for file, uri in uris.items():
-        left -= len(uri or "")
-        if left < 0:
-            uris[file] = None
+            break
     return uris
 
 

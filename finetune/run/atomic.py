@@ -32,10 +32,10 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 
 @contextmanager
-def replace_folder(folder: Path) -> Iterator[Path]:
+def replace_folder(folder: Path, *, durable: bool = False) -> Iterator[Path]:
     """A new empty folder to fill, which takes `folder`'s place when the block ends well and vanishes when it doesn't.
 
-    Raises RunError where the disk is full or not writable.
+    durable: its files survive a power cut. Raises RunError where the disk is full or not writable.
     """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     try:
@@ -43,13 +43,27 @@ def replace_folder(folder: Path) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        if durable:
+            for path in [*temporary.iterdir(), temporary]:
+                _flush(path)
         if folder.exists():
             os.replace(folder, old)
         os.replace(temporary, folder)
         shutil.rmtree(old, ignore_errors=True)
+        if durable:
+            _flush(folder.parent)
     except OSError as error:
         raise RunError(
             f"cannot write {folder} ({error.strerror}); free the disk or choose a folder you may write"
         ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Make a file's bytes, or a folder's entries, survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -9,7 +9,8 @@ from typing import Any
 
 from finetune.run.atomic import write_atomically
 from finetune.run.progress import say
-from finetune.run.records import METRICS, Dataset, TextSet, receipt_path
+from finetune.run.receipts import receipt_path
+from finetune.run.records import METRICS, Dataset, TextSet
 
 TRAINED_ON = "trained_on.json"
 OUTPUTS = (

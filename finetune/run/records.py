@@ -1,21 +1,17 @@
-"""What stages hand to one another: frozen values, each of them also a JSON receipt in the run folder.
+"""What stages hand to one another: frozen values, and how they are read back from JSON.
 
-A receipt (`receipts/STAGE.json`) holds the hash of everything the stage depended on, versions, seconds, figures and the
-record itself. A stage whose receipt carries the same hash is fresh and is not run again.
+A record with fields that were renamed has a table `RENAMED`, old name -> new name: run folders of earlier versions stay
+readable. How a record looks is not said here but in `finetune.reporting`.
 """
 
-import hashlib
 import json
 import types
 import typing
-from collections.abc import Iterator
-from dataclasses import asdict, dataclass, fields, is_dataclass
-from importlib.metadata import PackageNotFoundError, version
-from pathlib import Path
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, ClassVar, TypeVar
 
-from finetune.errors import RunError
-from finetune.run.atomic import write_atomically
+from finetune.run.hashing import hash_of
 
 R = TypeVar("R")
 
@@ -38,11 +34,6 @@ class CaptionSet:
     folder: str
     items: tuple[Caption, ...]
     skipped: tuple[str, ...] = ()
-
-    def _repr_html_(self) -> str:
-        from finetune.reporting.notebook import captions_html
-
-        return captions_html(self)
 
 
 @dataclass(frozen=True)
@@ -82,6 +73,7 @@ class Dataset:
     encoded: int = 0
     cached: int = 0
     content_name: ClassVar[str] = "images and captions"
+    identity_key: ClassVar[str] = "pictures and captions"  # in checkpoints, since the first release: its runs go on
 
     @property
     def content(self) -> str:
@@ -94,20 +86,15 @@ class Dataset:
             for line in lines:
                 yield from_plain(Example, json.loads(line))
 
-    def _repr_html_(self) -> str:
-        from finetune.reporting.notebook import dataset_html
-
-        return dataset_html(self)
-
 
 @dataclass(frozen=True)
 class TextSet:
     """Conversations as token rows in the cache folder `rows`.
 
     train, validation: rows on either side. content: hash of everything that decides ids and masks, and of the split.
-    tokens, trained: of all rows, after cutting; lost: share of trained tokens lost to the length. packs, real, learnt:
-    packs of an epoch, and the shares of their slots that hold a token and a trained one. marked: one row as text, its
-    trained tokens in ⟦ ⟧. leaked: held-out rows that nearly equal one that is trained on. cached: found, not made.
+    tokens, trained: of all rows, after truncation; truncated_share: of the trained tokens, lost to the length.
+    packs: of an epoch; fill_share, trained_share: of their token positions, those with a token and with a trained one.
+    preview: one row as text, its trained tokens in ⟦ ⟧. bad: unusable rows, left out. cached: found, not made.
     """
 
     rows: str
@@ -122,15 +109,16 @@ class TextSet:
     fill_share: float
     trained_share: float
     preview: str
-    near_duplicates: int
     bad: int
     cached: bool
     content_name: ClassVar[str] = "conversations and template"
-
-    def _repr_html_(self) -> str:
-        from finetune.reporting.notebook import text_set_html
-
-        return text_set_html(self)
+    identity_key: ClassVar[str] = content_name
+    RENAMED: ClassVar[dict[str, str]] = {
+        "lost": "truncated_share",
+        "real": "fill_share",
+        "learnt": "trained_share",
+        "marked": "preview",
+    }
 
 
 @dataclass(frozen=True)
@@ -140,10 +128,10 @@ class Run:
     first_loss: of the first step. last_loss: mean over the last 10 % of the steps.
     checkpoint: the last one's folder. unit, items: what was trained on, "images" or "tokens", and how many.
     micro_batch: examples in one forward pass at the end. effective: in one optimiser step, of all processes; 0 in
-    records from before that was noted. eased: what gave way because memory ran out, empty if nothing.
-    peak_gib: the most that this process held so far. planned_gib, probed_gib, measured_gib: the most in this training
-    with its validation and previews, by the plan, after trying its worst step, and at the end; None without a GPU or
-    with trainer.autotune=off. slow_steps: that took much longer than those before, several in a row.
+    records from before that was noted. oom_fallbacks: what was changed because memory ran out, empty if nothing.
+    peak_gib: the most that this process held so far. planned_gib, dry_run_gib, measured_gib: the most in this training
+    with its validation and previews, by the plan, after the dry run, and at the end; None without a GPU or with
+    trainer.autotune=off.
     """
 
     folder: str
@@ -169,31 +157,12 @@ class Run:
     measured_gib: float | None = None
     effective: int = 0
     processes: int = 1
-
-    @property
-    def batch(self) -> str:
-        """How an optimiser step is cut up, for people: micro-batch × accumulation (× processes) = effective batch."""
-        one = self.effective // self.processes
-        if not one or one % self.micro_batch:  # half of an odd micro-batch leaves a rest
-            return f"{self.micro_batch} at most" + (f", effective batch {self.effective}" if one else "")
-        of_all = f" × {self.processes} processes" if self.processes > 1 else ""
-        return f"{self.micro_batch} × {one // self.micro_batch} accumulated{of_all} = effective batch {self.effective}"
+    RENAMED: ClassVar[dict[str, str]] = {"eased": "oom_fallbacks", "probed_gib": "dry_run_gib"}
 
     @property
     def items_per_s(self) -> float:
         """Training throughput, images or tokens (`unit`) per second."""
         return self.items / self.seconds if self.seconds else 0.0
-
-    @property
-    def memory_summary(self) -> str:
-        """What training was to take and took, for people; empty where nobody asked the plan."""
-        figures = {"planned": self.planned_gib, "tried out": self.dry_run_gib, "measured": self.measured_gib}
-        return ", ".join(f"{gib:.2f} GiB {name}" for name, gib in figures.items() if gib is not None)
-
-    def _repr_html_(self) -> str:
-        from finetune.reporting.notebook import run_html
-
-        return run_html(self)
 
 
 @dataclass(frozen=True)
@@ -205,11 +174,6 @@ class Adapter:
     differences: dict[str, float]
     base: str
     trigger: str
-
-    def _repr_html_(self) -> str:
-        from finetune.reporting.notebook import adapter_html
-
-        return adapter_html(self)
 
 
 @dataclass(frozen=True)
@@ -235,11 +199,6 @@ class Samples:
         """The file that shows all of them."""
         return self.grid
 
-    def _repr_html_(self) -> str:
-        from finetune.reporting.notebook import samples_html
-
-        return samples_html(self)
-
 
 @dataclass(frozen=True)
 class Answer:
@@ -259,10 +218,8 @@ class Answers:
     page: str
     items: tuple[Answer, ...]
 
-    def _repr_html_(self) -> str:
-        from finetune.reporting.notebook import answers_html
 
-        return answers_html(self)
+S = TypeVar("S", Sample, Answer)
 
 
 @dataclass(frozen=True)
@@ -283,79 +240,20 @@ class Result:
     samples: Samples | Answers
     report: Report
 
-    def _repr_html_(self) -> str:
-        return "".join(record._repr_html_() for record in (self.samples, self.run, self.adapter, self.dataset))
 
-
-@dataclass(frozen=True)
-class Receipt:
-    """Why and how a stage ran: `figures` are what it measured."""
-
-    stage: str
-    input_hash: str
-    seconds: float
-    figures: dict[str, float | int | str | None]
-    versions: dict[str, str]
-    record: dict[str, Any]
-
-
-def save_receipt(
-    run_dir: Path,
-    stage: str,
-    record: Any,
-    *,
-    input_hash: str,
-    seconds: float,
-    figures: dict[str, float | int | str | None],
-) -> None:
-    """Write `receipts/STAGE.json` atomically."""
-    receipt = Receipt(stage, input_hash, seconds, figures, versions(), asdict(record))
-    write_atomically(receipt_path(run_dir, stage), json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")
-
-
-def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
-    """The stage's receipt, or None if there is none. Raises RunError for a damaged one."""
-    path = receipt_path(run_dir, stage)
-    if not path.exists():
-        return None
-    try:
-        return from_plain(Receipt, json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it and the stage `{stage}` runs again") from error
-
-
-def load_record(run_dir: Path, stage: str, record_type: type[R], *, input_hash: str | None = None) -> R | None:
-    """The record that the stage left, or None if it never ran or (when `input_hash` is given) ran on other inputs."""
-    receipt = load_receipt(run_dir, stage)
-    if receipt is None or (input_hash is not None and receipt.input_hash != input_hash):
-        return None
-    return from_plain(record_type, receipt.record)
-
-
-def receipt_path(run_dir: Path, stage: str) -> Path:
-    """Where a stage's receipt lies."""
-    return run_dir / "receipts" / f"{stage}.json"
-
-
-def hash_of(*values: Any) -> str:
-    """sha256 (hex) of plain values; equal values hash equally whatever the order of dictionary keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
-
-
-def versions() -> dict[str, str]:
-    """Versions of what decides a result."""
-    found = {}
-    for package in ("finetune", "torch", "diffusers", "transformers", "peft", "accelerate"):
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            found[package] = "not installed"
-    return found
+def by_prompt(items: Sequence[S]) -> dict[str, list[S]]:
+    """Samples or answers by their prompt, in the order in which prompts first come."""
+    prompts = dict.fromkeys(item.prompt for item in items)
+    return {prompt: [item for item in items if item.prompt == prompt] for prompt in prompts}
 
 
 def from_plain(kind: type[R], data: dict[str, Any]) -> R:
-    """The inverse of `dataclasses.asdict` for the records above."""
-    hints = typing.get_type_hints(kind)
+    """The inverse of `dataclasses.asdict` for frozen records; fields that have gone are passed over.
+
+    Raises TypeError where a field without a default is missing.
+    """
+    hints, renamed = typing.get_type_hints(kind), getattr(kind, "RENAMED", {})
+    data = {renamed.get(name, name): value for name, value in dict(data).items()}
     return kind(**{f.name: _convert(hints[f.name], data[f.name]) for f in fields(kind) if f.name in data})  # type: ignore[arg-type]
 
 

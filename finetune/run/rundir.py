@@ -12,7 +12,7 @@ from typing import Any
 from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
 from finetune.run import ranks
 from finetune.run.atomic import write_atomically
-from finetune.run.records import receipt_path
+from finetune.run.receipts import receipt_path
 
 CONFIG = "config.yaml"
 LOCK = ".lock"

@@ -1,17 +1,22 @@
-"""Captions for the images that have none, from BLIP, into the folder's `metadata.jsonl`."""
+"""Captions for the images that have none, into the folder's `metadata.jsonl`."""
 
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+import torch
+
 from finetune.config.describe import as_dict
-from finetune.config.schema import CaptionConfig, Config
+from finetune.config.schema import CaptionConfig, Config, DataConfig
 from finetune.data.images import decode, folder
-from finetune.diffusion.captioner import Captioner
+from finetune.data.images.index import ImageIndex
+from finetune.diffusion.captioner import load_captioner
 from finetune.errors import DataError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
+from finetune.run.hashing import hash_of
 from finetune.run.progress import progress, say
-from finetune.run.records import Caption, CaptionSet, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import Caption, CaptionSet
 
 STAGE = "caption"
 
@@ -24,37 +29,31 @@ def caption(config: Config) -> CaptionSet:
     once; left out with a warning under `data.skip_bad`), ModelError if the captioner can't be loaded.
     """
     start = time.monotonic()
-    root, run_dir = Path(config.data.folder), Path(config.run_dir)
-    files = folder.images(root)
-    hashes = folder.content_hashes(root, files)
-    there = folder.captions(root, files)
-    if other := folder.overridden_sidecars(root, there):
-        say(
-            f"warning: {len(other)} images have a .txt that {folder.METADATA} outvotes, first {other[0]}; "
-            "to take the .txt delete the image's line there"
-        )
-    if fresh := load_record(run_dir, STAGE, CaptionSet, input_hash=_input_hash(config, hashes, there)):
-        say(f"{STAGE}: fresh")
-        return fresh
-    if other := folder.unread(root):
-        say(f"warning: {len(other)} images are in formats that can't be read and are left out, first {other[0]}")
-    broken = decode.unreadable(root, files, config.data.max_pixels)
-    decode.report_bad(list(broken.values()), skip=config.data.skip_bad)
-    files = [file for file in files if file not in broken]
-    if not files:
-        raise DataError(f"{root} has no readable image left; try data.folder=path/to/images")
-    todo = [file for file in files if config.caption.overwrite or file not in there]
+    root, run_dir, data = Path(config.data.folder), Path(config.run_dir), config.data
+    found = folder.images(root)
+    index = ImageIndex(root, cache=Path(data.cache), max_pixels=data.max_pixels)
+    hashes, texts = index.hashes(found), folder.captions(root, found)
+    _warn_about_sidecars(root, texts)
+    record = load_record(run_dir, STAGE, CaptionSet, input_hash=_input_hash(hashes, texts, config.caption, data))
+    if record:
+        say(f"{STAGE}: up to date, skipped")
+        return record
+    broken = index.unreadable(found)
+    files = _readable(root, found, broken, skip=data.skip_bad)
+    todo = [file for file in files if config.caption.overwrite or file not in texts]
     if todo:
         folder.check_writable(root, todo)
-        _generate(config, root, todo)
-        there = folder.captions(root, files)
-    record = CaptionSet(str(root), _items(run_dir, files, there, set(todo)), tuple(broken))
+        device = pick_device(config.hardware.device)
+        dtype = pick_dtype(config.trainer.precision, device)
+        _generate(root, todo, config.caption, device, dtype, max_pixels=data.max_pixels)
+        texts = folder.captions(root, found)
+    record = CaptionSet(str(root), _items(run_dir, files, texts, set(todo)), tuple(broken))
     seconds = time.monotonic() - start
     save_receipt(
         run_dir,
         STAGE,
         record,
-        input_hash=_input_hash(config, hashes, there),
+        input_hash=_input_hash(hashes, texts, config.caption, data),
         seconds=seconds,
         figures={
             "images": len(files),
@@ -66,16 +65,38 @@ def caption(config: Config) -> CaptionSet:
     return record
 
 
-def _generate(config: Config, root: Path, todo: Sequence[str]) -> None:
+def _input_hash(hashes: Mapping[str, str], texts: Mapping[str, str], caption: CaptionConfig, data: DataConfig) -> str:
+    return hash_of(hashes, texts, as_dict(caption), [data.folder, data.skip_bad, data.max_pixels])
+
+
+def _warn_about_sidecars(root: Path, texts: Mapping[str, str]) -> None:
+    if other := folder.overridden_sidecars(root, texts):
+        say(
+            f"warning: {len(other)} images have a .txt that differs from their caption in {folder.METADATA}, which is "
+            f"used, first {other[0]}; to use the .txt delete the image's line there"
+        )
+
+
+def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, skip: bool) -> list[str]:
+    """The files that decode, the others reported. Raises DataError if none does, or unless bad ones are to `skip`."""
+    if other := folder.unsupported_files(root):
+        say(f"warning: {len(other)} images are in formats that can't be read and are left out, first {other[0]}")
+    decode.report_bad(list(broken.values()), skip=skip)
+    readable = [file for file in files if file not in broken]
+    if not readable:
+        raise DataError(f"{root} has no readable image left; try data.folder=path/to/images")
+    return readable
+
+
+def _generate(
+    root: Path, todo: Sequence[str], settings: CaptionConfig, device: torch.device, dtype: torch.dtype, max_pixels: int
+) -> None:
     """Caption images and write each batch at once, so that a kill loses one batch."""
-    settings = config.caption
-    device = pick_device(config.hardware.device)
-    captioner = Captioner(settings.model, device, pick_dtype(config.trainer.precision, device))
+    captioner = load_captioner(settings, device, dtype)
     with progress(STAGE, len(todo), unit="images") as bar:
         for first in range(0, len(todo), settings.batch):
             batch = todo[first : first + settings.batch]
-            opened = [decode.open_rgb(root / file, config.data.max_pixels) for file in batch]
-            texts = captioner.caption(opened, settings.max_new_tokens, settings.num_beams)
+            texts = captioner.caption([decode.open_rgb(root / file, max_pixels) for file in batch])
             worded = {file: wording(text, settings) for file, text in zip(batch, texts, strict=True)}
             folder.add_captions(root, worded, overwrite=settings.overwrite)
             bar.advance(len(batch), worded[batch[-1]])
@@ -92,16 +113,14 @@ def wording(text: str, settings: CaptionConfig) -> str:
     return worded
 
 
-def _items(run_dir: Path, files: Sequence[str], texts: dict[str, str], made: set[str]) -> tuple[Caption, ...]:
-    """A caption counts as generated if this run or the one before wrote it and nobody changed it since."""
+def _items(run_dir: Path, files: Sequence[str], texts: Mapping[str, str], made: set[str]) -> tuple[Caption, ...]:
+    """A caption counts as generated if this run or the one before wrote it and nobody changed it since.
+
+    A captioner that found no words leaves an image without any.
+    """
     before = load_record(run_dir, STAGE, CaptionSet)
     earlier = {(item.file, item.text) for item in before.items if item.source == "generated"} if before else set()
+    found = [(file, texts.get(file, "")) for file in files]
     return tuple(
-        Caption(file, texts[file], "generated" if file in made or (file, texts[file]) in earlier else "user")
-        for file in files
+        Caption(file, text, "generated" if file in made or (file, text) in earlier else "user") for file, text in found
     )
-
-
-def _input_hash(config: Config, hashes: dict[str, str], texts: dict[str, str]) -> str:
-    data = [config.data.folder, config.data.skip_bad, config.data.max_pixels]
-    return hash_of(hashes, texts, as_dict(config.caption), data)

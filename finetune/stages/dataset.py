@@ -5,8 +5,10 @@ from pathlib import Path
 
 from finetune import kinds
 from finetune.config.schema import Config
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import CaptionSet, Dataset, TextSet, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import CaptionSet, Dataset, TextSet
 
 STAGE = "dataset"
 
@@ -20,11 +22,11 @@ def dataset(config: Config, captions: CaptionSet | None) -> Dataset | TextSet:
     run_dir = Path(config.run_dir)
     kind = kinds.of(config)
     input_hash = hash_of(*kind.dataset_inputs(config, captions))
-    fresh = load_record(run_dir, STAGE, kind.DATASET, input_hash=input_hash)
-    if fresh and kind.dataset_complete(fresh):
+    record: Dataset | TextSet | None = load_record(run_dir, STAGE, kind.DATASET, input_hash=input_hash)
+    if record and kind.dataset_complete(record):
         say(f"{STAGE}: up to date, skipped")
-        return fresh
-    record: Dataset | TextSet = kind.build_dataset(config, captions)
+        return record
+    record = kind.build_dataset(config, captions)
     seconds = time.monotonic() - start
     figures = kind.dataset_figures(record) | {"examples_per_s": round((record.train + record.validation) / seconds, 3)}
     save_receipt(run_dir, STAGE, record, input_hash=input_hash, seconds=seconds, figures=figures)

@@ -13,13 +13,17 @@ from finetune.config.schema import CheckpointChoice, Config, Device, Precision
 from finetune.errors import is_gpu_out_of_memory
 from finetune.memory.device import release_memory
 from finetune.memory.fallbacks import try_within_memory
-from finetune.reporting.tables import difference
+from finetune.reporting.facts import difference, run_facts
 from finetune.run.atomic import replace_folder
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import Adapter, Run, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import Adapter, Run
 from finetune.training import checkpoint
 
 T = TypeVar("T")
+ON_CARD = ("trained on", "effective batch", "loss", "trained parameters")
+"""Figures of the run that stay true wherever the adapter goes."""
 
 
 def export(config: Config, run: Run) -> Adapter:
@@ -41,7 +45,7 @@ def export(config: Config, run: Run) -> Adapter:
             config, temporary, lambda here: kind.export(here, run, trained.adapter, trained.averaged, temporary)
         )
         (temporary / "README.md").write_text(
-            _gpu(config, run, files, differences, kind.usage(config)), encoding="utf-8"
+            _card(config, run, files, differences, kind.usage(config)), encoding="utf-8"
         )
     record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
     save_receipt(
@@ -82,30 +86,31 @@ def _chosen(config: Config, run: Run) -> Path:
     return checkpoint.at(last.parent, run.best_step)
 
 
-def _gpu(config: Config, run: Run, files: dict[str, str], differences: dict[str, float], usage: str) -> str:
+def _card(config: Config, run: Run, files: dict[str, str], differences: dict[str, float], usage: str) -> str:
     """The model card: what it is, how it was made, how to load it."""
-    rows = "\n".join(
-        f"| {export_format} | `{name}` | {difference(export_format, differences)} |"
-        for export_format, name in files.items()
-    )
-    trigger = (
-        f"Put **{config.caption.trigger}** into the prompt to call the style up.\n" if config.caption.trigger else ""
-    )
+    facts = [f"| {fact.label} | {fact.text} |" for fact in run_facts(run) if fact.label in ON_CARD]
+    exported = [f"| {name} | `{file}` | {difference(name, differences)} |" for name, file in files.items()]
+    trigger = f"\nPut **{config.caption.trigger}** into the prompt to use it.\n" if config.caption.trigger else ""
+    newline = "\n"
     return f"""---
 base_model: {config.model.base}
 library_name: peft
 tags: [lora, finetune]
 ---
 # {config.name}
-LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets}) for `{config.model.base}`, \
-{run.steps} steps, loss {run.first_loss:.4f} -> {run.last_loss:.4f}.
+LoRA (rank {config.lora.rank}, alpha {config.lora.alpha:g}, {config.lora.targets}) for `{config.model.base}`.
 {trigger}
 | format | file | difference to the trained model |
 |---|---|---|
-{rows}
+{newline.join(exported)}
 
 ```python
 {_usage(usage, config.model.base)}```
+
+| training | |
+|---|---|
+{newline.join(facts)}
+
 Training hash: `{run.training_hash}`
 """
 

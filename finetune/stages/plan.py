@@ -10,14 +10,14 @@ from finetune.planning.candidates import Candidates
 from finetune.planning.choice import Choice, choose
 from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
-from finetune.reporting.tables import duration
+from finetune.reporting.facts import duration
 
 OTHERS = 3  # alternatives shown
 REMEDIES = {
     "captioning": "caption.batch=1, or finetune caption with these settings and hardware=cpu first",
     "encoding texts": "more CPU memory, or a base with smaller text encoders",
     "encoding images": "finetune dataset with these settings and hardware=cpu first",
-    "validation": "trainer.validate_every=0",
+    "validation": "trainer.validate_every=0 trainer.patience=0 export.checkpoint=last",
     "sampling": "'sample.prompts=[]', and finetune sample with prompts and hardware=cpu after the training",
     "export": "finetune export with these settings and hardware=cpu, after the training",
 }
@@ -71,7 +71,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
             *candidates.memory_model.notes,
             *(f"{name}: {words}" for name, _, words in others if words),
             _unread(config),
-            *host_memory.warning(cpu_gib, machine.cpu_gib, config.model),
+            *host_memory.warning(cpu_gib, machine.cpu_gib, candidates),
         ),
         cpu_gib=cpu_gib,
     )

@@ -6,16 +6,20 @@ Everything comes from what lies in the run folder (and the images that it names)
 import json
 import time
 from pathlib import Path
+from typing import Any
 
 import yaml
+from PIL import Image
 
 from finetune.config.schema import Config
 from finetune.errors import RunError
 from finetune.reporting import curves
 from finetune.reporting.page import Found, page
 from finetune.run.atomic import write_atomically
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import Answer, Report, Sample, from_plain, hash_of, load_receipt, save_receipt
+from finetune.run.receipts import load_receipt, save_receipt
+from finetune.run.records import Answer, Report, Sample, from_plain
 
 STAGE = "report"
 PAGE = "report.html"
@@ -52,9 +56,18 @@ def _gather(run_dir: Path) -> Found:
         answers = [from_plain(Answer, line) for line in lines if "file" not in line]
     except (ValueError, KeyError, TypeError) as error:
         file = run_dir / "samples" / "samples.jsonl"
-        raise RunError(f"{file} is damaged ({error}); delete it and draw again") from error
-    drawn = lines[0] if lines else {}
+        raise RunError(f"{file} is damaged ({error}); delete it and run `finetune sample` again") from error
+    drawn = _png_texts(run_dir / "samples" / samples[0].file) if samples else lines[0] if lines else {}
     return Found(run_dir, yaml.safe_load(text) or {}, text, receipts, curves.read(run_dir), samples, answers, drawn)
+
+
+def _png_texts(file: Path) -> dict[str, Any]:
+    """The settings that an image was drawn with; none of one that is gone or damaged."""
+    try:
+        with Image.open(file) as image:
+            return {str(name): text for name, text in image.info.items()}
+    except OSError:
+        return {}
 
 
 def _text(path: Path) -> str:

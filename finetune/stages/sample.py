@@ -1,6 +1,5 @@
 """Draw or answer the recipe's prompts, base beside tuned."""
 
-import hashlib
 import time
 from pathlib import Path
 
@@ -11,8 +10,10 @@ from finetune.config.schema import Config
 from finetune.errors import ModelError
 from finetune.memory.device import release_memory
 from finetune.run.atomic import replace_folder
+from finetune.run.hashing import hash_files, hash_of
 from finetune.run.progress import say
-from finetune.run.records import Adapter, Answers, Samples, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import Adapter, Answers, Samples
 
 
 def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samples | Answers:
@@ -77,7 +78,4 @@ def _path(config: Config, adapter: Adapter | None) -> Path:
 def _hash(path: Path) -> str:
     """Content of an adapter, whatever its format; a path that isn't there is left to the loader to report."""
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
-    digest = hashlib.sha256()
-    for file in files:
-        digest.update(file.read_bytes())
-    return digest.hexdigest()
+    return hash_files(files)

@@ -1,6 +1,5 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -14,8 +13,10 @@ from finetune.errors import Interrupted, RunError
 from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import previous, ranks
+from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.records import Dataset, Run, TextSet, hash_of, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
+from finetune.run.records import Dataset, Run, TextSet
 from finetune.training import checkpoint, distributed
 from finetune.training.accelerator import build_accelerator
 from finetune.training.loop import Step, fit
@@ -23,11 +24,12 @@ from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
 
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
+NEWER = ("loss.weighting",)  # than 0.1: noted where they aren't the default, so that its runs are still up to date
 FIGURES = (
-    *("steps", "micro_batch", "effective", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib"),
-    *("measured_gib", "first_loss", "last_loss", "first_validation", "best_validation", "skipped_steps"),
+    *("steps", "micro_batch", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib", "measured_gib"),
+    *("first_loss", "last_loss", "first_validation", "best_validation", "skipped_steps"),
 )
-"""Of the record, in the receipt."""
+"""Of the record, in the receipt under the same names."""
 
 
 def train(config: Config, dataset: Dataset | TextSet) -> Run:
@@ -76,7 +78,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         finally:
             trainer.close()
     if ranks.rank() == 0:
-        figures = {name: getattr(record, name) for name in FIGURES} | {f"{record.unit}_per_s": record.items_per_s}
+        figures = {name: getattr(record, name) for name in FIGURES}
+        figures |= {"effective_batch": record.effective, f"{record.unit}_per_s": record.items_per_s}
         save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
     return record
 
@@ -154,9 +157,11 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},
         "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
-        dataset.content_name: dataset.content,
+        dataset.identity_key: dataset.content,
     }
-    return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
+    identity, defaults = flat(kept), _defaults()
+    left_out = {OFFLOAD, *(key for key in NEWER if identity.get(key) == defaults[key])}
+    return {key: value for key, value in identity.items() if key not in left_out}
 
 
 def _resume(
@@ -167,13 +172,18 @@ def _resume(
     if not found:
         return None
     newest = checkpoint.load(checkpoint.at(folder, found[-1]))
-    before = _defaults(identity) | newest.state.identity
+    keys, defaults = (newest.state.identity.keys() | identity.keys()) - {OFFLOAD}, _defaults()
+    # A setting that is newer than the run counts as its default.
+    before, now = (
+        {key: values.get(key, defaults.get(key, "not set")) for key in keys}
+        for values in (newest.state.identity, identity)
+    )
     changed = [
-        f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
-        if key != dataset.content_name
+        f"{key}: {before[key]} -> {now[key]}"
+        if key != dataset.identity_key
         else previous.changes(folder.parent, dataset)
-        for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
-        if before.get(key) != identity.get(key)
+        for key in sorted(keys)
+        if before[key] != now[key]
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
@@ -183,11 +193,10 @@ def _resume(
     return newest
 
 
-def _defaults(keys: Iterable[str]) -> dict[str, Any]:
-    """Of those of `keys` that are settings: a run from before there was one was trained as it is by default."""
+def _defaults() -> dict[str, Any]:
+    """Every setting's default, flat."""
     config = Config()
-    settings = flat({section: as_dict(getattr(config, section)) for section in sections()})
-    return {key: settings[key] for key in keys if key in settings}
+    return flat({section: as_dict(getattr(config, section)) for section in sections()})
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

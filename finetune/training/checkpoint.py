@@ -4,15 +4,13 @@
 manifest with the hash of every file. It is written under a temporary name, flushed to disk and renamed.
 """
 
-import hashlib
 import io
 import json
-import os
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from safetensors.torch import load_file
@@ -20,6 +18,8 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from finetune.errors import RunError
+from finetune.run.atomic import replace_folder
+from finetune.run.hashing import hash_file
 from finetune.run.records import from_plain
 
 PREFIX = "step-"
@@ -56,6 +56,13 @@ class TrainState:
     fallbacks: int = 0
     planned_gib: float | None = None
     dry_run_gib: float | None = None
+    RENAMED: ClassVar[dict[str, str]] = {
+        "units": "count",
+        "asked": "requested",
+        "taken": "applied",
+        "measures": "fallbacks",
+        "probed_gib": "dry_run_gib",
+    }
 
 
 @dataclass(frozen=True)
@@ -82,11 +89,8 @@ def save(
     ema: Mapping[str, Tensor] | None,
 ) -> Path:
     """Write `folder/step-N` atomically and return it. Raises RunError if the disk is full or not writable."""
-    final = folder / f"{PREFIX}{state.step:06d}"
-    temporary = folder / f".{final.name}.tmp"
-    try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
+    final = at(folder, state.step)
+    with replace_folder(final, durable=True) as temporary:
         # Serialised in memory first: at a full disk, torch and safetensors raise errors that don't say so.
         (temporary / "adapter.safetensors").write_bytes(save_tensors(dict(adapter)))
         buffer = io.BytesIO()
@@ -95,19 +99,8 @@ def save(
         if ema is not None:
             (temporary / "ema.safetensors").write_bytes(save_tensors(dict(ema)))
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
-        hashes = {path.name: _hash(path) for path in sorted(temporary.iterdir())}
+        hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
-        for path in [*temporary.iterdir(), temporary]:
-            _flush(path)
-        shutil.rmtree(final, ignore_errors=True)
-        os.replace(temporary, final)
-        _flush(folder)
-    except OSError as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise RunError(
-            f"cannot write checkpoint {final} ({error.strerror}); the one before is untouched: "
-            "free the disk and run the same command again"
-        ) from error
     return final
 
 
@@ -116,7 +109,7 @@ def load(folder: Path) -> Checkpoint:
     try:
         hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
         for name, expected in hashes.items():
-            if _hash(folder / name) != expected:
+            if hash_file(folder / name) != expected:
                 raise ValueError(f"{name} differs from its manifest")
         state = from_plain(TrainState, json.loads((folder / "state.json").read_text(encoding="utf-8")))
         adapter = load_file(folder / "adapter.safetensors")
@@ -146,19 +139,5 @@ def prune(folder: Path, keep: int, also: Iterable[int | None]) -> None:
     for step in steps_on_disk(folder):
         if step not in kept:
             shutil.rmtree(at(folder, step))
-    for left in folder.glob(f".{PREFIX}*.tmp"):
+    for left in folder.glob(f".{PREFIX}*"):
         shutil.rmtree(left)
-
-
-def _hash(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _flush(path: Path) -> None:
-    """Make a file's bytes, or a folder's entries, survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

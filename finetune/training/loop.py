@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
+from finetune.data.order import seed_from
 from finetune.errors import TrainingError
 from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks
-from finetune.run.seeds import splitmix64
 from finetune.training import distributed
 from finetune.training.oom import OomFallbacks
 from finetune.training.reduction import StepTotals, reduce_step
@@ -87,9 +87,10 @@ def fit(
         seconds, counts = time.perf_counter() - began, (totals.count, totals.padded_count)
         yield Step(number + 1, loss, norm, rate(number), *counts, seconds, skip_reason, tuple(tried))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
+            others = "" if _arithmetic(accelerator) == "fp32" else "trainer.precision=bf16 or fp32, "
             raise TrainingError(
                 f"{bad} steps in a row were not finite, the last one: {skip_reason}; "
-                f"try a lower optim.lr, {_other_precision(accelerator)}or leave these examples out"
+                f"try a lower optim.lr, {others}or leave these examples out"
             )
 
 
@@ -120,7 +121,7 @@ def forward_backward(
             for index, batch in enumerate(batches):
                 # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the
                 # same, and to the place among the micro-batches of all processes, so that one process with all does.
-                torch.manual_seed(splitmix64(seed, step, index * ranks.world_size() + ranks.rank(), 0))
+                torch.manual_seed(seed_from(seed, step, index * ranks.world_size() + ranks.rank(), 0))
                 with accelerator.autocast():
                     loss = task.loss(batch.to(accelerator.device))
                 accelerator.backward(loss * (1 / items))  # before backward: a sum over many tokens overflows fp16
@@ -141,10 +142,6 @@ def _scaler_still_searching(accelerator: Accelerator) -> bool:
 def _skip_reason(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:
     on = "; ".join(name for of_rank in distributed.gather(names) for name in of_rank)
     return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {on}"
-
-
-def _other_precision(accelerator: Accelerator) -> str:
-    return "" if _arithmetic(accelerator) == "fp32" else "trainer.precision=bf16 or fp32, "
 
 
 def _arithmetic(accelerator: Accelerator) -> str:

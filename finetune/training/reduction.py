@@ -17,9 +17,9 @@ from finetune.training.signals import Stop
 
 @dataclass(frozen=True)
 class StepTotals:
-    """What one process, or all of them, made of a step.
+    """What one process, or all of them, computed in a step.
 
-    loss: summed over `items`. units, slots: as in `Batch`. news: processes that have something to tell.
+    loss: summed over `items`. count, padded_count: as in `Batch`. flagged_ranks: processes with something to report.
     """
 
     loss: float

@@ -7,7 +7,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-Draw = tuple[Any, int]  # (an example: whatever the task's `collate` takes, the number of the visit)
+Draw = tuple[Any, int]  # (an example: whatever the task's `collate` takes, the number of the epoch)
 
 
 @dataclass(frozen=True)
@@ -15,8 +15,9 @@ class Batch:
     """What one forward pass takes.
 
     items: how many things the loss sums over (images or trained tokens); names: one description per example, for
-    messages ("003.jpg at timestep 871"). units: what throughput counts (images, or tokens that are not padding);
-    slots: the same with padding. shaping: names of tensors that stay on the CPU, where reading them makes no GPU wait.
+    messages ("003.jpg at timestep 871"). count: what throughput counts (images, or tokens that are not padding);
+    padded_count: the same with padding. cpu_tensors: names of tensors whose values the host reads: they stay on the
+    CPU.
     """
 
     tensors: dict[str, Tensor]
@@ -45,11 +46,11 @@ class Task(Protocol):
     """Examples to train on."""
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
-        """The `effective` visits of each optimiser step, without end, from step `start` on."""
+        """The `effective` draws of each optimiser step, without end, from step `start` on."""
         ...
 
     def split(self, draws: Sequence[Draw], micro_batch: int) -> Sequence[Sequence[Draw]]:
-        """Visits as micro-batches of at most that many, each of one shape."""
+        """Draws as micro-batches of at most that many, each of one shape."""
         ...
 
     def worst(self, micro_batch: int) -> Sequence[Draw]:
@@ -57,7 +58,7 @@ class Task(Protocol):
         ...
 
     def collate(self, draws: Sequence[Draw]) -> Batch:
-        """Examples with their visit numbers -> one batch; all randomness comes from (seed, example key, visit)."""
+        """Examples with their epochs -> one batch; all randomness comes from (seed, example key, epoch)."""
         ...
 
     def loss(self, batch: Batch) -> Tensor:
@@ -73,7 +74,7 @@ class Task(Protocol):
         ...
 
     def reduce_memory(self) -> str | None:
-        """Take the next measure that spends time for memory, and name it as a setting; None when none is left."""
+        """Apply the next memory-saving fallback and return it as a setting, or None when none is left."""
         ...
 
     def notes(self) -> dict[str, str]:

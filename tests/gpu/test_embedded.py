@@ -55,7 +55,7 @@ def losses(config: Config, data: Any, precision: Precision, quantize: Quantize) 
     """Per item, one example at a time, with fixed noise; adapters change nothing yet."""
     config.trainer.precision, config.model.quantize, config.lora.dropout = precision, quantize, 0.0
     device = pick_device(config.hardware.device)
-    task = kinds.build_task(config, data, device)
+    task = kinds.of(config).build_task(config, data, device)
     accelerator = build_accelerator(precision, device)
     draws = next(iter(task.steps(effective=HELD_OUT, start=0)))
     found = []

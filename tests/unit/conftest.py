@@ -3,15 +3,19 @@
 import json
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
+from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, Device, ExportFormat, Precision
 from finetune.data.cache import Cache
 from finetune.language import tokenize
 from finetune.run.records import Dataset, Example, TextSet
+from finetune.training.task import Task
 from tests.tiny_language_models import save_language
 from tests.tiny_models import save_diffusion
 
@@ -127,6 +131,19 @@ def talking_config(tmp_path: Path, tiny_language: Path) -> Config:
     config.sample.prompts, config.sample.seeds, config.sample.max_new_tokens = ["How many cats?"], [0], 4
     config.export.formats = [ExportFormat.peft]
     return config
+
+
+def change_tasks(monkeypatch: pytest.MonkeyPatch, change: Callable[[Task], None]) -> None:
+    """Every task that is built from now on, of any kind of model, is handed to `change` first."""
+    for name in MODEL_KINDS:
+        kind = import_module(f"finetune.{name}.kind")
+
+        def built(*arguments: Any, build: Callable[..., Task] = kind.build_task) -> Task:
+            task = build(*arguments)
+            change(task)
+            return task
+
+        monkeypatch.setattr(kind, "build_task", built)
 
 
 @dataclass

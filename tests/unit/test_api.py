@@ -21,7 +21,8 @@ from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Device
 from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
 from finetune.run import rundir
-from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples, save_receipt
+from finetune.run.receipts import save_receipt
+from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples
 
 RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, "images", 8, 1.0, 0.1, 0, "hash")
 RECORDS: dict[str, Any] = {
@@ -196,6 +197,18 @@ def test_every_bad_value_is_named_and_nothing_is_made(workdir: Path, calls: list
     assert (calls, list(workdir.iterdir())) == ([], [])
 
 
+def test_a_warm_up_longer_than_the_run_is_said_in_one_line_by_train_alone(
+    plain: Config, calls: list[Any], capfd: pytest.CaptureFixture[str]
+) -> None:
+    finetune.train(plain)  # a shipped recipe says nothing
+    assert capfd.readouterr().err == ""
+    plain.optim.warmup_steps = 50
+    finetune.caption(plain)
+    finetune.train(plain)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line.startswith("warning: optim.warmup_steps=50 is longer than the run (trainer.steps=2)")
+
+
 def test_overrides_apply_to_a_config_too(plain: Config, calls: list[Any]) -> None:
     with pytest.raises(ConfigError, match=r"lora.rank must be at least 1"):
         finetune.train(plain, ["lora.rank=0"])
@@ -206,7 +219,7 @@ def test_overrides_apply_to_a_config_too(plain: Config, calls: list[Any]) -> Non
 
 def test_a_folder_in_use_is_refused_with_its_owner(plain: Config, calls: list[Any]) -> None:
     said = rf"^run is in use by process {os.getpid()} since 20\d\d-.*run_dir=PATH$"
-    with rundir.held(plain), pytest.raises(RunError, match=said):
+    with rundir.held(Path(plain.run_dir), as_dict(plain)), pytest.raises(RunError, match=said):
         finetune.caption(plain)
     assert calls == []
     finetune.caption(plain)  # free again
@@ -214,8 +227,8 @@ def test_a_folder_in_use_is_refused_with_its_owner(plain: Config, calls: list[An
 
 def test_a_folder_in_use_by_another_process(plain: Config, calls: list[Any]) -> None:
     code = (
-        "import sys; from finetune.run import rundir; from finetune.config.schema import Config\n"
-        "with rundir.held(Config(run_dir='run')): print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from finetune.run import rundir\n"
+        "with rundir.held(Path('run'), {}): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout
@@ -228,7 +241,7 @@ def test_a_folder_in_use_by_another_process(plain: Config, calls: list[Any]) -> 
 
 
 def test_an_owner_that_has_not_signed_yet(plain: Config, calls: list[Any]) -> None:
-    with rundir.held(plain):
+    with rundir.held(Path(plain.run_dir), as_dict(plain)):
         Path("run/.lock.json").unlink()
         with pytest.raises(RunError, match="in use by another process"):
             finetune.caption(plain)
@@ -304,7 +317,7 @@ def _failing(number: int) -> Callable[..., Any]:
         (["trainer.micro_batch=1", "trainer.activation_checkpointing=2"], "try trainer.activation_checkpointing=1"),
         (
             ["trainer.micro_batch=1", "trainer.activation_checkpointing=1"],
-            "try smaller images: model.resolution=64, model.quantize=nf4, or a smaller base model",
+            "try model.resolution=64, model.quantize=nf4, or a smaller base model",
         ),
     ],
 )
@@ -417,4 +430,4 @@ def test_the_whole_line_with_tiny_models(config: Config) -> None:
     assert finetune.sample(config) == first.samples
     assert before[1] == Path(first.samples.grid).stat().st_mtime_ns
     assert finetune.export(config) == first.adapter
-    assert first._repr_html_()
+    assert first._repr_html_()  # type: ignore[attr-defined]

@@ -6,10 +6,7 @@ No decoder is run before the size is known to be allowed, and only decoders of o
 import io
 import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
@@ -20,19 +17,11 @@ from finetune.run.progress import say
 
 # Named, because Pillow would otherwise hand an EPS that is called .png to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA")
-ORIENTATION = 0x0112  # EXIF tag; 5 to 8 are turned by a quarter (Exif 2.32, §4.6.4)
+ORIENTATION = 0x0112  # EXIF tag (Exif 2.32, §4.6.4)
+QUARTER_TURNS = (5, 6, 7, 8)  # orientations that exchange width and height
 SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, rounded
 CHECK_SIDE = 512  # pixels; JPEGs are checked at a reduced size, which still reads every byte
-CHECK_THREADS = 4  # decoders release the interpreter lock
 _pillow_limit = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Measure:
-    """An image's upright width and height in pixels."""
-
-    width: int
-    height: int
 
 
 def open_rgb(path: Path, max_pixels: int) -> Image.Image:
@@ -42,7 +31,7 @@ def open_rgb(path: Path, max_pixels: int) -> Image.Image:
     Raises DataError naming the file and the reason if it is missing, empty, corrupt, truncated, or has more than
     `max_pixels` pixels (seen before anything is decoded).
     """
-    image = _open(path, io.BytesIO(_read(path)), max_pixels)
+    image = _open(path, read_bytes(path), max_pixels)
     try:
         image.load()
         return _rgb(_upright(image))
@@ -50,28 +39,29 @@ def open_rgb(path: Path, max_pixels: int) -> Image.Image:
         raise DataError(f"{path}: {_reason(error)}") from error
 
 
-def measure(path: Path, max_pixels: int) -> Measure:
-    """Upright size from the header alone. Raises DataError as `open_rgb` does, but sees no damage behind the header."""
+def upright_size(path: Path, data: bytes, max_pixels: int) -> tuple[int, int]:
+    """Width and height in pixels of an image that decodes, from the bytes of its file.
+
+    It is decoded once, as cheaply as the format allows. Raises DataError as `open_rgb` does.
+    """
+    image = _open(path, data, max_pixels)
+    width, height = image.size
     try:
-        with open(path, "rb") as stream:
-            image = _open(path, stream, max_pixels)
-            turned = _orientation(image) >= 5
+        image.draft(None, (min(width, CHECK_SIDE), min(height, CHECK_SIDE)))
+        image.load()
+    except Exception as error:  # see open_rgb
+        raise DataError(f"{path}: {_reason(error)}") from error
+    if image.format == "TIFF":  # Pillow turns TIFFs by itself, size and all
+        return image.size
+    return (height, width) if _orientation(image) in QUARTER_TURNS else (width, height)
+
+
+def read_bytes(path: Path) -> bytes:
+    """The bytes of a file. Raises DataError if it can't be read."""
+    try:
+        return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from error
-    if turned and image.format == "TIFF":  # Pillow turns TIFFs by itself, size and all
-        return Measure(*open_rgb(path, max_pixels).size)
-    width, height = image.size
-    return Measure(height, width) if turned else Measure(width, height)
-
-
-def check(path: Path, max_pixels: int) -> None:
-    """Decode once, as cheaply as the format allows. Raises DataError as `open_rgb` does."""
-    image = _open(path, io.BytesIO(_read(path)), max_pixels)
-    try:
-        image.draft(None, (min(image.width, CHECK_SIDE), min(image.height, CHECK_SIDE)))
-        image.load()
-    except Exception as error:  # decoders raise whatever they like at broken data
-        raise DataError(f"{path}: {_reason(error)}") from error
 
 
 def resize_and_crop(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, tuple[int, int, int, int]]:
@@ -97,37 +87,16 @@ def report_bad(problems: Sequence[str], *, skip: bool) -> None:
         say(f"warning: left out {problem}")
 
 
-def unreadable(root: Path, files: Sequence[str], max_pixels: int) -> dict[str, str]:
-    """Files (relative to `root`) that can't be decoded -> what is wrong with each."""
-
-    def problem(file: str) -> str:
-        try:
-            check(root / file, max_pixels)
-        except DataError as error:
-            return str(error)
-        return ""
-
-    with ThreadPoolExecutor(CHECK_THREADS) as pool:
-        return {file: wrong for file, wrong in zip(files, pool.map(problem, files), strict=True) if wrong}
-
-
-def _read(path: Path) -> bytes:
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from error
-
-
-def _open(path: Path, stream: BinaryIO, max_pixels: int) -> Image.Image:
+def _open(path: Path, data: bytes, max_pixels: int) -> Image.Image:
     """The header only; the size is checked here."""
-    if not stream.read(1):
+    if not data:
         raise DataError(f"{path}: is empty (0 bytes)")
     try:
         # Pillow's own limit would hide the size from the message and could not be raised; ours replaces it.
         with _pillow_limit:
             limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
             try:
-                image: Image.Image = Image.open(stream, formats=FORMATS)
+                image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
             finally:
                 Image.MAX_IMAGE_PIXELS = limit
     except Exception as error:  # see open_rgb

@@ -4,16 +4,12 @@
 Only names and texts are read here; nothing is decoded.
 """
 
-import glob
-import hashlib
 import json
-import os
 import posixpath
 import tempfile
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,13 +19,12 @@ from finetune.run.atomic import write_atomically
 from finetune.run.progress import say
 
 METADATA = "metadata.jsonl"
-# What imagefolder lists and Pillow decodes by itself (imagefolder would also list PostScript, fonts' and films' files).
+# What Pillow decodes by itself. imagefolder lists PostScript, fonts' and films' files too, and no AVIF.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif"),
     *(".avifs", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".tga"),
 )
-UNREAD = (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw", ".eps", ".ico")
-HASH_THREADS = 4  # reading overlaps with hashing
+UNSUPPORTED = (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw", ".eps", ".ico")
 
 
 @dataclass(frozen=True)
@@ -51,10 +46,11 @@ def images(folder: Path) -> list[str]:
         raise DataError(f"there is no folder {folder}; name the folder of your images: data.folder=path/to/images")
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; name the folder that holds it: data.folder={folder.parent}")
-    found = sorted(path for path in _listed(folder) if Path(path).suffix.lower() in EXTENSIONS)
-    if found:
+    files = [path for path in folder.rglob("*") if path.is_file()]
+    paths = [path.relative_to(folder) for path in files if path.suffix.lower() in EXTENSIONS]
+    if found := sorted(path.as_posix() for path in paths if not _hidden(path)):
         return found
-    others = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
+    others = Counter(path.suffix.lower() or path.name for path in files)
     if not others:
         raise DataError(f"{folder} is empty; put images into it or name another folder: data.folder=path/to/images")
     seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
@@ -64,9 +60,9 @@ def images(folder: Path) -> list[str]:
     )
 
 
-def unread(folder: Path) -> list[str]:
+def unsupported_files(folder: Path) -> list[str]:
     """Files that look like images but are in formats that can't be read here (HEIC, SVG, camera raw, …)."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in UNREAD)
+    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in UNSUPPORTED)
 
 
 def captions(folder: Path, files: Sequence[str]) -> dict[str, str]:
@@ -76,17 +72,18 @@ def captions(folder: Path, files: Sequence[str]) -> dict[str, str]:
     """
     by_name = {unicodedata.normalize("NFC", file): file for file in files}
     found: dict[str, str] = {}
-    strangers: list[str] = []
+    unknown_rows: list[str] = []
     for metadata in metadata_files(folder):
         parent = metadata.parent.relative_to(folder).as_posix()
         for name, row in read_rows(metadata).items():
             file = by_name.get(posixpath.normpath(posixpath.join(parent, name)))
             if file is None:
-                strangers.append(name)
+                unknown_rows.append(name)
             elif text := (row.values.get("text") or "").strip():
                 found[file] = text
-    if strangers:
-        say(f"warning: {METADATA} of {folder} names {len(strangers)} images that aren't there, first {strangers[0]}")
+    if unknown_rows:
+        count = len(unknown_rows)
+        say(f"warning: {METADATA} of {folder} names {count} images that aren't there, first {unknown_rows[0]}")
     return {file: text for file in files if file not in found and (text := _sidecar(folder, file))} | found
 
 
@@ -137,20 +134,6 @@ def check_writable(folder: Path, files: Sequence[str]) -> None:
             ) from error
 
 
-def content_hashes(folder: Path, files: Sequence[str]) -> dict[str, str]:
-    """sha256 (hex) of each file's bytes. Raises DataError for a file that can't be read."""
-
-    def digest(file: str) -> str:
-        try:
-            with open(folder / file, "rb") as stream:
-                return hashlib.file_digest(stream, "sha256").hexdigest()
-        except OSError as error:
-            raise DataError(f"{folder / file}: can't be read ({error.strerror})") from error
-
-    with ThreadPoolExecutor(HASH_THREADS) as pool:
-        return dict(zip(files, pool.map(digest, files), strict=True))
-
-
 def metadata_files(folder: Path) -> list[Path]:
     """Every `metadata.jsonl` in the folder and below, sorted. Raises DataError for a metadata file of another kind."""
     for other in ("metadata.csv", "metadata.parquet"):
@@ -184,28 +167,6 @@ def read_rows(metadata: Path) -> dict[str, Row]:
     return rows
 
 
-def _listed(folder: Path) -> list[str]:
-    """What imagefolder finds, without its guesses: a test_1.png is no test split, unlisted images count too."""
-    if not any(path.is_file() for path in folder.rglob("*")):
-        return []  # imagefolder has an exception of its own for this
-    import datasets
-
-    root = Path(os.path.abspath(folder))  # noqa: PTH100 - as datasets spells it: no "..", symlinks kept
-    try:
-        table = datasets.load_dataset(
-            "imagefolder",
-            data_files={"train": f"{glob.escape(str(root))}/**"},
-            split="train",
-            streaming=True,
-            drop_labels=True,
-            drop_metadata=True,
-        ).cast_column("image", datasets.Image(decode=False))
-        paths = [Path(row["image"]["path"]) for row in table]
-    except (FileNotFoundError, ValueError):  # only hidden files, or nothing that imagefolder knows
-        return []
-    return [path.relative_to(root).as_posix() for path in paths]
-
-
 def _sidecar(folder: Path, file: str) -> str:
     """The text of the `.txt` beside an image, in one line; empty where there is none."""
     sidecar = (folder / file).with_suffix(".txt")
@@ -213,7 +174,8 @@ def _sidecar(folder: Path, file: str) -> str:
 
 
 def _hidden(path: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in path.parts)
+    """Whether imagefolder passes over a path."""
+    return path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parent.parts)
 
 
 def _decode(path: Path) -> str:

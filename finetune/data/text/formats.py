@@ -4,6 +4,7 @@ The format is recognised by the columns of the first row, or named. Rows are str
 does not grow with the file. Texts stay as they are; only blank system turns are left out.
 """
 
+import hashlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -22,13 +23,12 @@ ROLES = {
     "tool": ("tool", "function", "observation", "function_response"),
 }
 ALIASES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
-TURNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
-ANSWERS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")  # keys that hold trained text
+TURN_COLUMNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
+ANSWER_COLUMNS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
+# Keys of a turn that may hold text to train on.
+UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
 SKIP = "correct it, or leave such rows out: data.skip_bad=true"
-
-
-NEEDS = {
+COLUMNS = {
     ConversationFormat.messages: '"messages": [{"role": …, "content": …}, …]',
     ConversationFormat.sharegpt: '"conversations": [{"from": …, "value": …}, …]',
     ConversationFormat.alpaca: '"instruction", "output" and perhaps "input", "system", "history"',
@@ -48,10 +48,16 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """One row. source: `file:line` for texts, `file:row` for tables, counted from 1."""
+    """One row. source: `file:line` for JSON lines and CSV, `file:row` for others, counted from 1."""
 
     messages: tuple[Message, ...]
     source: str
+
+    @property
+    def group(self) -> int:
+        """A 64-bit hash, equal for conversations that are equal but for case and white space."""
+        turns = (f"{message.role}\x1e{' '.join(message.content.split())}" for message in self.messages)
+        return int.from_bytes(hashlib.blake2b("\x1f".join(turns).casefold().encode(), digest_size=8).digest(), "little")
 
 
 @dataclass(frozen=True)
@@ -85,7 +91,7 @@ def open_source(path: Path, *, format_: ConversationFormat = ConversationFormat.
             named = format_ is not ConversationFormat.auto
             found = format_ if named else _recognise(_columns(row, where), where)
             return Source(path, files, found, named)
-    raise error or DataError(f"{path} holds no rows; a row has one of these: {_formats()}")
+    raise error or DataError(f"{path} holds no rows; a row has one of these: {_known_formats()}")
 
 
 def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> Iterator[Conversation]:
@@ -134,7 +140,7 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
     elif format_ is ConversationFormat.prompt_completion:
         messages = _prompt_completion(columns, where)
     else:
-        name = next((name for name in TURNS if columns.get(name) is not None), TURNS[0])
+        name = next((name for name in TURN_COLUMNS if columns.get(name) is not None), TURN_COLUMNS[0])
         messages = _turns(columns.get(name), where, f'"{name}"', format_)
     if isinstance(system := columns.get("system"), str) and system.strip():
         messages = [Message("system", system), *messages]
@@ -143,44 +149,44 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
 
 def _columns(row: object, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: is no object with columns; a row has one of these: {_formats()}")
+        raise DataError(f"{where}: is no object with columns; a row has one of these: {_known_formats()}")
     return row
 
 
 def _recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
-    there = {name for name, value in columns.items() if value is not None}
-    for name in TURNS:
-        if name in there:
-            turns = _parsed(columns[name], where, f'"{name}"')
+    filled = {name for name, value in columns.items() if value is not None}
+    for name in TURN_COLUMNS:
+        if name in filled:
+            turns = _parsed_json(columns[name], where, f'"{name}"')
             first = turns[0] if isinstance(turns, list) and turns else None
             return (
                 ConversationFormat.sharegpt
                 if isinstance(first, dict) and "from" in first
                 else ConversationFormat.messages
             )
-    if "instruction" in there and there & {*ANSWERS}:
+    if "instruction" in filled and filled & {*ANSWER_COLUMNS}:
         return ConversationFormat.alpaca
-    if "prompt" in there and there & {"completion", "response"}:
+    if "prompt" in filled and filled & {"completion", "response"}:
         return ConversationFormat.prompt_completion
-    if "text" in there:
+    if "text" in filled:
         return ConversationFormat.text
     raise DataError(
-        f"{where}: its columns ({', '.join(sorted(map(str, there))) or 'none'}) are of no known format; "
-        f"rename them to one of these: {_formats()}"
+        f"{where}: its columns ({', '.join(sorted(map(str, filled))) or 'none'}) are of no known format; "
+        f"rename them to one of these: {_known_formats()}"
     )
 
 
-def _formats() -> str:
-    return "; ".join(f"{format_.value}: {needs}" for format_, needs in NEEDS.items())
+def _known_formats() -> str:
+    return "; ".join(f"{format_.value}: {columns}" for format_, columns in COLUMNS.items())
 
 
 def _alpaca(columns: dict[str, Any], where: str) -> list[Message]:
-    answer = next((name for name in ANSWERS if columns.get(name) is not None), ANSWERS[0])
+    answer = next((name for name in ANSWER_COLUMNS if columns.get(name) is not None), ANSWER_COLUMNS[0])
     context = next((name for name in ("input", "context") if columns.get(name)), "input")
     request = _text(columns.get("instruction"), where, '"instruction"')
     more = _text(columns.get(context) or "", where, f'"{context}"')
     messages = []
-    for pair in _parsed(columns.get("history") or [], where, '"history"'):
+    for pair in _parsed_json(columns.get("history") or [], where, '"history"'):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f'{where}: "history" must be a list of [question, answer], got {_shown(pair)}; {SKIP}')
         for role, content in zip(("user", "assistant"), pair, strict=True):
@@ -197,7 +203,7 @@ def _prompt_completion(columns: dict[str, Any], where: str) -> list[Message]:
         value = columns.get(name)
         if isinstance(value, list):
             turns = _turns(value, where, f'"{name}"', ConversationFormat.messages)
-            # Answers that stand in the prompt are context: the completion is what shall be learnt.
+            # Answers that stand in the prompt are context: only the completion is trained.
             messages += [Message(turn.role, turn.content, turn.trained and name != "prompt") for turn in turns]
         else:
             messages.append(Message(role, _text(value, where, f'"{name}"')))
@@ -206,30 +212,30 @@ def _prompt_completion(columns: dict[str, Any], where: str) -> list[Message]:
 
 def _turns(value: object, where: str, name: str, format_: ConversationFormat) -> list[Message]:
     role_key, text_key = ("from", "value") if format_ is ConversationFormat.sharegpt else ("role", "content")
-    turns = _parsed(value, where, name)
+    turns = _parsed_json(value, where, name)
     if not isinstance(turns, list):
-        raise DataError(f"{where}: {name} must be a list of turns, got {_shown(turns)}; it needs {NEEDS[format_]}")
+        raise DataError(f"{where}: {name} must be a list of turns, got {_shown(turns)}; it needs {COLUMNS[format_]}")
     messages = []
     for number, turn in enumerate(turns, start=1):
         what = f"turn {number} of {name}"
         if not isinstance(turn, dict) or not {role_key, text_key} <= turn.keys():
             raise DataError(
-                f'{where}: {what} needs "{role_key}" and "{text_key}", got {_shown(turn)}; a row has {NEEDS[format_]}'
+                f'{where}: {what} needs "{role_key}" and "{text_key}", got {_shown(turn)}; a row has {COLUMNS[format_]}'
             )
-        if unread := next((key for key in UNREAD if turn.get(key)), ""):
+        if unsupported := next((key for key in UNSUPPORTED_KEYS if turn.get(key)), ""):
             raise DataError(
-                f'{where}: {what} holds "{unread}", which is not read; write it into "{text_key}" the way the model '
-                f"shall say it, or leave such rows out: data.skip_bad=true"
+                f'{where}: {what} holds "{unsupported}", which is not read; write it into "{text_key}" as the model '
+                "shall write it, or leave such rows out: data.skip_bad=true"
             )
         role = ALIASES.get(turn[role_key].strip().lower()) if isinstance(turn[role_key], str) else None
         if role is None:
             allowed = ", ".join(f"{name} ({', '.join(others)})" for name, (_, *others) in ROLES.items())
             raise DataError(f"{where}: unknown role {_shown(turn[role_key])} in {what}; allowed are {allowed}; {SKIP}")
-        messages.append(Message(role, _text(_joined(turn[text_key]), where, what), _weight(turn, where, what)))
+        messages.append(Message(role, _text(_joined_parts(turn[text_key]), where, what), _weight(turn, where, what)))
     return messages
 
 
-def _parsed(value: object, where: str, name: str) -> Any:
+def _parsed_json(value: object, where: str, name: str) -> Any:
     """A list that a CSV file or a column of texts holds as JSON."""
     if not isinstance(value, str):
         return value
@@ -239,7 +245,7 @@ def _parsed(value: object, where: str, name: str) -> Any:
         raise DataError(f"{where}: {name} is not JSON ({error}); write it as a list, in JSON; {SKIP}") from error
 
 
-def _joined(content: object) -> object:
+def _joined_parts(content: object) -> object:
     """OpenAI's list of parts as one text, where all of them are texts."""
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         return "".join(part["text"] for part in content)

@@ -1,11 +1,13 @@
 """Recipes, presets and overrides: what composes, and what is said about what doesn't."""
 
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
 import yaml
 from hydra import compose as hydra_compose
 from hydra import initialize
+from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
 from finetune.config import compose, recipes
@@ -49,6 +51,10 @@ def test_settings_of_the_other_kind_of_model_are_refused() -> None:
         ConfigError, match=r"caption\.prefix is a setting of diffusion models, this recipe trains a lang"
     ):
         compose.load("pirate_chat", ["caption.prefix=x"])
+    with pytest.raises(ConfigError, match=r"^caption is a setting of diffusion models"):
+        compose.load("pirate_chat", ["caption=blip_base"])
+    with pytest.raises(ConfigError, match=r"^data\.length is a setting of language models"):
+        compose.apply(compose.load("pixar_style"), ["data.length=512"])
     found = check(compose.load("pixar_style", ["model=embedded_language", "lora.rank=0"]))
     assert found == [
         (
@@ -70,6 +76,22 @@ def test_values_arrive_with_their_types() -> None:
     assert config.optim.lr == 3e-4
     assert config.lora.rank == 16
     assert config.caption.trigger == "pixar style"
+
+
+def test_text_stays_what_was_typed(workdir: Path) -> None:
+    """Whatever YAML or Hydra's grammar takes it for: a number with underscores, a float, a truth value."""
+    words = ["name=2024_05_01", "caption.trigger=1e5", "caption.prefix=true", 'sample.prompts=[1_0,"2,3_0", nan,7]']
+    config = compose.load("pixar_style", words)
+    assert (config.name, config.caption.trigger, config.caption.prefix) == ("2024_05_01", "1e5", "true")
+    assert config.sample.prompts == ["1_0", "2,3_0", "nan", "7"]
+    assert compose.apply(config, ["name=1.50"]).name == "1.50"
+    write(workdir / "conf/2024.yaml", "defaults: [pixar_style]\ncaption: {trigger: no}\nsample: {prompts: [1_0, x]}\n")
+    write(workdir / "conf/caption/7.yaml", "prefix: 1_000\n")
+    write(workdir / "conf/trainer/off.yaml", "autotune: off  # a name that YAML takes for false\n")
+    config = compose.load("2024")
+    assert (config.name, config.caption.trigger, config.sample.prompts) == ("2024", "no", ["1_0", "x"])
+    config = compose.load("pixar_style", ["caption=7", "trainer=off"])
+    assert (config.caption.prefix, config.trainer.autotune.name) == ("1_000", "off")
 
 
 def test_quoted_text_keeps_commas_and_colons() -> None:
@@ -144,14 +166,14 @@ def test_everything_wrong_with_a_recipe_is_named_with_its_file(workdir: Path) ->
     with pytest.raises(ConfigError) as raised:
         compose.load("mine", ["lora.dropuot=1"])
     groups = "caption, data, export, hardware, lora, loss, model, optim, sample, trainer"
-    assert str(raised.value).splitlines() == [
+    assert sorted(str(raised.value).splitlines()) == [
         "conf/base.yaml: no key called sead; did you mean seed?",
-        f"conf/mine.yaml: no preset group called 'modle'; did you mean model? there are: {groups}",
-        "conf/mine.yaml: no lora preset called 'r33'; did you mean r32? there are: all_linear, default, r32",
-        "conf/mine.yaml: no key called lora.rnk; did you mean lora.rank?",
         "conf/mine.yaml: lora.alpha must be a number, got 'much'",
-        "conf/mine.yaml: optim is a section, got 'fast'; set a key in it, such as optim.name",
+        "conf/mine.yaml: no key called lora.rnk; did you mean lora.rank?",
         "conf/mine.yaml: no key called trianer; did you mean trainer?",
+        "conf/mine.yaml: no lora preset called 'r33'; did you mean r32? there are: all_linear, default, r32",
+        f"conf/mine.yaml: no preset group called 'modle'; did you mean model? there are: {groups}",
+        "conf/mine.yaml: optim is a section, got 'fast'; set a key in it, such as optim.name",
         "conf/mine.yaml: sample.seeds must be a list, each item a whole number, such as [a,b], got ['a']",
         "no key called lora.dropuot; did you mean lora.dropout?",
     ]
@@ -168,10 +190,64 @@ def test_a_recipe_that_extends_itself_or_nothing(workdir: Path) -> None:
         compose.load("orphan")
 
 
-def test_a_wrong_key_in_a_users_preset_is_named_with_its_file(workdir: Path) -> None:
-    write(workdir / "conf/lora/mine.yaml", "rank: 4\nalhpa: 8\n")
-    with pytest.raises(ConfigError, match=r"conf/lora/mine\.yaml: no key called lora\.alhpa; did you mean lora\.alpha"):
-        compose.load("pixar_style", ["lora=mine"])
+@pytest.mark.parametrize("choice", ["lora=mine", "lora=extended", "conf=recipe", "conf=default"])
+def test_a_wrong_key_in_a_users_preset_is_named_with_its_file(workdir: Path, choice: str) -> None:
+    name = "default" if choice == "conf=default" else "mine"
+    write(workdir / f"conf/lora/{name}.yaml", "rank: 4\nalhpa: 8\n")
+    write(workdir / "conf/lora/extended.yaml", "defaults: [mine]\n")
+    write(workdir / "conf/recipe.yaml", "defaults: [pixar_style, override /lora: mine]\n")
+    overrides = ["seed=-1", *([choice] if choice.startswith("lora") else [])]
+    with pytest.raises(ConfigError) as raised:
+        compose.load("recipe" if choice == "conf=recipe" else "pixar_style", overrides)
+    line = f"conf/lora/{name}.yaml: no key called lora.alhpa; did you mean lora.alpha?"
+    assert str(raised.value) == line  # not composed: values wait
+
+
+def test_files_that_are_not_chosen_are_not_judged(workdir: Path) -> None:
+    write(workdir / "conf/lora/mine.yaml", "alhpa: 8\n")
+    write(workdir / "conf/recipe.yaml", "defaults: [pixar_style, override /lora: mine]\n")
+    assert compose.load("recipe", ["lora=r32"]).lora.rank == 32
+
+
+def test_everything_is_named_at_once_keys_types_values_and_the_other_kinds_settings() -> None:
+    with pytest.raises(ConfigError) as raised:
+        compose.load("pirate_chat", ["lora.rnk=1", "trainer.steps=x", "lora.rank=0", "caption.prefix=x", "lora=r33"])
+    lines = str(raised.value).splitlines()
+    assert [line.split(",")[0].split(";")[0] for line in lines[:3]] == [
+        "no key called lora.rnk",
+        "trainer.steps must be a whole number",
+        "no lora preset called 'r33'",
+    ]
+    with pytest.raises(ConfigError) as raised:
+        compose.load("pirate_chat", ["lora.rnk=1", "trainer.steps=x", "lora.rank=0", "caption.prefix=x"])
+    lines = str(raised.value).splitlines()
+    assert lines[2].startswith("caption.prefix is a setting of diffusion models")
+    assert lines[3:] == ["lora.rank must be at least 1, got 0; try lora.rank=16"]
+
+
+@pytest.mark.parametrize("wrong", ["", "lora.rnk=1", "data.length=2"])
+def test_a_call_composes_once_at_most(monkeypatch: pytest.MonkeyPatch, wrong: str) -> None:
+    calls = []
+
+    def counting(*words: object, **more: object) -> object:
+        calls.append(words)
+        return hydra_compose(*words, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(compose, "compose", counting)
+    try:
+        compose.load("pixar_style", [wrong] if wrong else [])
+    except ConfigError:
+        assert wrong
+    assert len(calls) == 1
+
+
+def test_a_recipe_is_data_and_sets_nothing_of_hydras(workdir: Path) -> None:
+    """What Hydra is told to instantiate it runs."""
+    write(workdir / "conf/mine.yaml", "defaults: [pixar_style]\nhydra: {callbacks: {x: {_target_: os.getcwd}}}\n")
+    write(workdir / "conf/hydra/config.yaml", "run: {dir: elsewhere}\n")
+    with pytest.raises(ConfigError, match=r"^conf/mine\.yaml: no key called hydra; there are: model, "):
+        compose.load("mine")
+    assert compose.load("pixar_style").name == "pixar_style"
 
 
 def test_hydra_around_us_is_left_alone(workdir: Path) -> None:
@@ -181,6 +257,27 @@ def test_hydra_around_us_is_left_alone(workdir: Path) -> None:
         assert GlobalHydra.instance().hydra is outer
         hydra_compose(overrides=[])
     assert not GlobalHydra.instance().is_initialized()
+
+
+def test_a_host_applications_config_store_is_left_alone(workdir: Path) -> None:
+    store = ConfigStore.instance()
+    before = dict(store.repo)
+    try:
+        store.store(name="my_app", node={"port": 1})
+        store.store(name="config", node={"defaults": [{"db": "postgres"}, {"lora": "theirs"}]})  # names of ours
+        store.store(group="db", name="postgres", node={"host": "here"})
+        store.store(group="lora", name="theirs", node={"rank": "their own"})
+        stored = deepcopy(store.repo)
+        assert compose.load("pixar_style").lora.rank == 16
+        with pytest.raises(ConfigError):
+            compose.load("pixar_style", ["lora.rank=x"])
+        with pytest.raises(ConfigError, match="no lora preset called 'theirs'"):
+            compose.load("pixar_style", ["lora=theirs"])
+        assert store.repo == stored
+        with initialize(version_base="1.3", config_path=None):
+            assert hydra_compose("config") == {"db": {"host": "here"}, "lora": {"rank": "their own"}}
+    finally:
+        store.repo = before
 
 
 def test_apply_changes_a_copy() -> None:

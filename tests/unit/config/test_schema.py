@@ -1,16 +1,18 @@
-"""The schema: documented, checked all at once, true to the libraries it names things of."""
+"""The schema: documented, checked all at once, true to the libraries it names things of; what memory hints say."""
 
 import ast
 from pathlib import Path
 
 import pytest
 
-from finetune.config import describe
+from finetune.config import describe, hints
 from finetune.config import schema as module
 from finetune.config.compose import load
 from finetune.config.describe import as_dict
-from finetune.config.schema import Config
-from finetune.config.validate import check
+from finetune.config.model_kinds import MODEL_KINDS, model_kind
+from finetune.config.schema import CheckpointChoice, Config
+from finetune.config.validate import cautions, check
+from finetune.errors import ConfigError
 
 
 def test_every_field_says_what_it_is() -> None:
@@ -34,14 +36,19 @@ def test_keys_that_scripts_rely_on_are_there() -> None:
 BAD = [
     ("seed", -1, "seed must be in 0 … 2^63-1, got -1"),
     ("run_dir", " ", "run_dir must name a folder"),
+    ("data.cache", "", "data.cache must name a folder, got ''; try data.cache=outputs/.cache"),
+    ("name", "style/v2", "name must be one name, not a path, got 'style/v2'; try name=mine"),
     ("model.resolution", 100, "model.resolution must be a multiple of model.bucket_step=32, got 100; try model"),
     ("model.bucket_step", 0, "model.bucket_step must be at least 1"),
     ("lora.rank", 0, "lora.rank must be at least 1, got 0; try lora.rank=16"),
     ("lora.alpha", 0.0, "lora.alpha must be above 0"),
     ("lora.dropout", 1.0, "lora.dropout must be in 0 … 1 (1 excluded)"),
     ("lora.targets", "all", "lora.targets=all is not a preset of this model; it offers: attention, attention_ff, wide"),
-    ("optim.lr", 0.0, "optim.lr must be above 0, got 0.0; try optim.lr=1e-4"),
-    ("optim.betas", [0.9], "optim.betas must be two numbers"),
+    ("optim.lr", 0.0, "optim.lr must be above 0, got 0.0; try optim.lr=0.0001"),
+    ("optim.betas", [0.9], "optim.betas must be two numbers in 0 … 1 (1 excluded), got [0.9]; try optim.betas=[0.9,0"),
+    ("data.max_aspect", float("inf"), "data.max_aspect must be a finite number, got inf; try data.max_aspect=2.0"),
+    ("loss.noise_offset", float("nan"), "loss.noise_offset must be a finite number, got nan"),
+    ("data.length", 1, "data.length must be at least 2, got 1; try data.length=2048"),
     ("trainer.steps", 0, "trainer.steps must be at least 1"),
     ("trainer.micro_batch", 0, "trainer.micro_batch must be at least 1"),
     (
@@ -53,6 +60,7 @@ BAD = [
     ("loss.caption_dropout", 2.0, "loss.caption_dropout must be in 0 … 1"),
     ("sample.seeds", [], "sample.seeds must name at least one seed"),
     ("export.tolerance", 0.0, "export.tolerance must be above 0"),
+    ("export.formats", [], "export.formats must name at least one format, got []; try export.formats=[peft]"),
 ]
 
 
@@ -61,6 +69,62 @@ def test_check_names_a_bad_value(key: str, value: object, said: str) -> None:
     config = load("pixar_style")
     _set(config, key, value)
     assert any(problem.startswith(said) for problem in check(config)), check(config)
+
+
+def test_every_number_has_a_rule_that_its_default_keeps_and_help_shows() -> None:
+    default = Config()
+    for key, hint in describe.leaf_types().items():
+        if hint in (int, float):
+            assert key in describe.rules(), key
+    for key, rule in describe.rules().items():
+        section, _, name = key.rpartition(".")
+        assert rule.holds(getattr(getattr(default, section) if section else default, name)), key
+        assert f"ust {rule.words}" in describe.meanings()[key]
+
+
+@pytest.mark.parametrize("name", ["", " ", ".", "..", ".cache", "a/b", "a\\b", "../up", "a\0"])
+def test_a_name_is_no_path(name: str) -> None:
+    config = load("pixar_style")
+    config.name = name
+    (problem,) = check(config)
+    assert problem.startswith("name must be one name, not a path, got ")
+
+
+@pytest.mark.parametrize("name", ["mine", "2024_05_01", "größer v2.1", "a=b,c"])
+def test_a_name_may_be_what_a_file_may_be_called(name: str) -> None:
+    config = load("pixar_style")
+    config.name = name
+    assert check(config) == []
+
+
+def test_settings_that_contradict_each_other_are_refused() -> None:
+    config = load("pirate_chat", ["trainer.validate_every=0"])
+    assert (config.trainer.patience, config.export.checkpoint) == (4, CheckpointChoice.best)
+    assert [problem.partition("; ")[::2] for problem in check(config)] == [
+        (
+            "trainer.patience=4 needs validation losses, and trainer.validate_every=0 makes none",
+            "try trainer.patience=0, or trainer.validate_every=100",
+        ),
+        (
+            "export.checkpoint=best needs validation losses, and trainer.validate_every=0 makes none",
+            "try export.checkpoint=last, or trainer.validate_every=100",
+        ),
+    ]
+    off = ["trainer.validate_every=0", "trainer.patience=0", "export.checkpoint=last"]
+    assert check(load("pirate_chat", off)) == []
+    config = load("pirate_chat", ["lora.init=loftq"])
+    assert check(config) == [
+        "lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4"
+    ]
+
+
+def test_a_warm_up_longer_than_the_run_is_a_caution() -> None:
+    assert cautions(load("pixar_style", ["optim.warmup_steps=50", "trainer.steps=50"])) == []
+    config = load("pixar_style", ["optim.warmup_steps=100", "trainer.steps=50"])
+    assert check(config) == []
+    (line,) = cautions(config)
+    assert line.startswith("optim.warmup_steps=100 is longer than the run (trainer.steps=50)")
+    assert line.endswith("try optim.warmup_steps=5")
 
 
 def test_int8_layers_do_not_go_to_main_memory() -> None:
@@ -75,7 +139,7 @@ def test_check_names_all_bad_values_at_once() -> None:
     for key, value, _ in BAD:
         if key != "model.bucket_step":  # hides the rule about multiples
             _set(config, key, value)
-    assert len(check(config)) == len(BAD) - 1
+    assert len(check(config)) == len({key for key, _, _ in BAD}) - 1
 
 
 def _set(config: Config, key: str, value: object) -> None:
@@ -105,3 +169,53 @@ def test_lora_targets_exist_in_the_unet(preset: str) -> None:
     for targets in load("pixar_style", [f"model={preset}"]).model.lora_targets.values():
         for target in targets:
             assert any(name.endswith(f".{target}") for name in names), target
+
+
+# -- kinds of model ------------------------------------------------------------------------------------------------
+
+
+def test_every_kind_of_model_has_a_recipe_to_begin_with() -> None:
+    for name, kind in MODEL_KINDS.items():
+        config = load(kind.example_recipe)
+        assert (config.model.kind, kind.name) == (name, name)
+        assert kind.data_key in describe.leaf_types()
+        assert describe.kind_of(kind.data_key) == name
+        assert set(config.export.formats) <= set(kind.export_formats)
+        assert kind.captioned == (describe.kind_of("caption") == name)
+
+
+def test_a_kind_that_there_is_not() -> None:
+    with pytest.raises(ConfigError, match=r"^model\.kind=video is not known; allowed: diffusion, language$"):
+        model_kind("video")
+    config = load("pixar_style")
+    config.model.kind, config.lora.rank = "video", 0
+    problems = check(config)
+    assert problems[0] == "model.kind=video is not known; allowed: diffusion, language"
+    assert problems[1].startswith("lora.rank must be at least 1")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "setting", "smaller"),
+    [
+        ("pixar_style", "model.resolution=128", ["model.resolution=96", "model.resolution=64", "model.resolution=32"]),
+        ("pixar_style", "model.resolution=64", ["model.resolution=32"]),
+        ("pixar_style", "model.resolution=32", []),
+        ("pirate_chat", "data.length=512", ["data.length=256", "data.length=128", "data.length=64"]),
+        ("pirate_chat", "data.length=5", ["data.length=2"]),
+        ("pirate_chat", "data.length=2", []),
+    ],
+)
+def test_smaller_examples_are_named_and_hinted_at(recipe: str, setting: str, smaller: list[str]) -> None:
+    config = load(recipe, [setting])
+    found = list(model_kind(config.model.kind).smaller_examples(config))
+    assert [words for words, _ in found] == smaller
+    for words, changed in found:
+        assert changed == load(recipe, [setting, words])
+        assert check(changed) == []
+    hint = hints.smallest(config)
+    assert hint.startswith("try ")
+    half = model_kind(config.model.kind).resize(config, 0.5)[0]
+    assert (half in smaller and half in hint) if smaller else (half not in hint)
+    config = load(recipe, [setting, "model.quantize=nf4"])
+    assert "quantize" not in hints.smallest(config)
+    assert smaller or hints.smallest(config) == "try a smaller base model"

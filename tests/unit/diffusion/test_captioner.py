@@ -7,14 +7,15 @@ import pytest
 import torch
 from PIL import Image
 
-from finetune.diffusion.captioner import Captioner
+from finetune.config.schema import CaptionConfig
+from finetune.diffusion.captioner import Blip, load_captioner, model_without_weights, trace_step
 from finetune.errors import ModelError
+from finetune.planning.tracer import Tracer
+from tests.tiny_language_models import save_language
 from tests.tiny_models import save_captioner
 
 CPU = torch.device("cpu")
-DIFFUSION = [
-    Image.new("RGB", size, colour) for size, colour in [((40, 30), "red"), ((9, 90), "blue"), ((64, 64), "tan")]
-]
+IMAGES = [Image.new("RGB", size, colour) for size, colour in [((40, 30), "red"), ((9, 90), "blue"), ((64, 64), "tan")]]
 
 
 @pytest.fixture(scope="module")
@@ -22,31 +23,35 @@ def model(tmp_path_factory):
     return str(save_captioner(tmp_path_factory.mktemp("captioner")))
 
 
+def load(model, dtype=torch.float32, *, tokens=8, beams=1):
+    return load_captioner(CaptionConfig(model=str(model), max_new_tokens=tokens, num_beams=beams), CPU, dtype)
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
-def test_one_plain_caption_a_picture_and_always_the_same(model, num_beams):
-    captioner = Captioner(model, CPU, torch.float32)
-    first = captioner.caption(DIFFUSION, 8, num_beams)
+def test_one_plain_caption_an_image_and_always_the_same(model, num_beams):
+    captioner = load(model, beams=num_beams)
+    first = captioner.caption(IMAGES)
     torch.manual_seed(99)
-    again = [captioner.caption([image], 8, num_beams)[0] for image in DIFFUSION]
+    again = [captioner.caption([image])[0] for image in IMAGES]
     assert first == again
     assert len(first) == 3
     assert all(text == text.strip() and "[" not in text and len(text.split()) <= 8 for text in first)
 
 
 def test_length_is_limited(model):
-    captioner = Captioner(model, CPU, torch.float32)
-    assert all(len(text.split()) <= 2 for text in captioner.caption(DIFFUSION, 2, 1))
+    assert all(len(text.split()) <= 2 for text in load(model, tokens=2).caption(IMAGES))
 
 
 def test_half_precision_weights(model):
-    captioner = Captioner(model, CPU, torch.bfloat16)
+    captioner = load(model, torch.bfloat16, tokens=4)
+    assert isinstance(captioner, Blip)
     assert {weight.dtype for weight in captioner.model.parameters()} == {torch.bfloat16}
-    assert len(captioner.caption(DIFFUSION, 4, 1)) == 3
+    assert len(captioner.caption(IMAGES)) == 3
 
 
 def test_the_model_is_gone_after(model):
-    captioner = Captioner(model, CPU, torch.float32)
-    captioner.caption(DIFFUSION, 4, 1)
+    captioner = load(model, tokens=4)
+    captioner.caption(IMAGES)
     weights = weakref.ref(next(captioner.model.parameters()))
     del captioner
     gc.collect()
@@ -55,4 +60,27 @@ def test_the_model_is_gone_after(model):
 
 def test_a_folder_without_a_captioner(tmp_path):
     with pytest.raises(ModelError, match=r"holds no config\.json \(of a language model or captioner\); "):
-        Captioner(str(tmp_path), CPU, torch.float32)
+        load(tmp_path)
+
+
+def test_a_model_that_is_no_captioner_is_named(tmp_path):
+    folder = save_language(tmp_path / "llama")
+    with pytest.raises(ModelError, match=r"is a llama model; captions are made by: blip; try caption="):
+        load(folder)
+    with pytest.raises(ModelError, match=r"is a llama model; captions are made by: blip"):
+        model_without_weights(str(folder), torch.float32)
+
+
+def test_without_weights_it_is_the_model_that_is_loaded(model):
+    loaded, empty = load(model, torch.bfloat16).model, model_without_weights(model, torch.bfloat16)
+    assert {name: (weight.shape, weight.dtype) for name, weight in empty.named_parameters()} == {
+        name: (weight.shape, weight.dtype) for name, weight in loaded.named_parameters()
+    }
+    tracer = Tracer(torch.bfloat16, like_cuda=False)
+    traced = tracer.fakify(empty)
+
+    def peak_bytes(batch):
+        trace = tracer.run(traced, lambda: trace_step(traced, batch=batch, beams=3, new_tokens=5))
+        return max(kernel.live for kernel in trace.kernels)
+
+    assert 0 < peak_bytes(1) < peak_bytes(8)

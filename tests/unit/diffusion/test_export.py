@@ -87,14 +87,8 @@ def test_a_file_that_does_not_reproduce_the_module_fails_the_stage_and_leaves_th
 def test_an_untrained_adapter_is_reported(
     config: Config, run: Run, capsys: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    unet = lora.inject(
-        load_backbone(config.model, torch.float32),
-        rank=4,
-        alpha=3.0,
-        dropout=0.0,
-        targets=config.model.lora_targets[config.lora.targets],
-        seed=0,
-    )
+    unet = load_backbone(config.model, torch.float32)
+    lora.inject(unet, config.lora, config.model.lora_targets[config.lora.targets], seed=0)
     diffusion_export.write(config, run, lora.state(unet), None, tmp_path)
     assert "changes the output by only 0.0e+00" in capsys.readouterr().err
 

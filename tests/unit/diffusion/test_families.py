@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from finetune.adapters import lora
-from finetune.config.schema import Config, LossConfig, ModelConfig
+from finetune.config.schema import Config, LoraConfig, LossConfig, ModelConfig
 from finetune.diffusion import families, tiling
 from finetune.diffusion.families import family, flux
 from finetune.diffusion.families.spec import FamilySpec, stacked
@@ -159,7 +159,7 @@ def test_frozen_blocks_in_main_memory_and_recomputed_ones_give_the_same_gradient
     kind, random = family(model.family), torch.Generator().manual_seed(0)
     backbones = [load_backbone(model, torch.float32) for _ in range(3)]
     for backbone in backbones:
-        lora.inject(backbone, rank=4, alpha=8, dropout=0.2, targets=["to_q", "to_v"], seed=0)
+        lora.inject(backbone, LoraConfig(rank=4, alpha=8, dropout=0.2), ["to_q", "to_v"], seed=0)
         for weight in backbone.parameters():  # where it lies in a file, sums round otherwise
             weight.data = weight.data.clone()
     shape = (1, kind.latent_channels(backbones[0].config), 16, 16)
@@ -270,7 +270,7 @@ def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
 def test_sixteen_bits_train_too(model: ModelConfig) -> None:
     kind = family(model.family)
     backbone = load_backbone(model, torch.bfloat16)
-    lora.inject(backbone, rank=2, alpha=2, dropout=0.0, targets=model.lora_targets["attention"], seed=0)
+    lora.inject(backbone, LoraConfig(rank=2, alpha=2, dropout=0.0), model.lora_targets["attention"], seed=0)
     for parameter in lora.adapter_parameters(backbone):
         parameter.data += 0.1  # B starts at zero, and A's gradient with it
     text = stacked(TextEncoder(model, CPU).encode([PROMPT, "a cat"]))

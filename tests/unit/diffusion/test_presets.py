@@ -15,7 +15,7 @@ from torch import nn
 import finetune
 from finetune.adapters import lora
 from finetune.config import recipes
-from finetune.config.schema import ModelConfig
+from finetune.config.schema import LoraConfig, ModelConfig
 from finetune.diffusion import families
 from finetune.diffusion.families import family
 from finetune.diffusion.objectives import Flow
@@ -144,6 +144,6 @@ def test_adapters_are_put_on_exactly_those_layers(name: str) -> None:
         if isinstance(module, nn.Linear | nn.Conv2d) and any(f".{key}".endswith(f".{end}") for end in ends)
     }  # fmt: skip
     with torch.device("meta"):
-        lora.inject(model, rank=1, alpha=1, dropout=0.0, targets=ends, seed=0)
+        lora.inject(model, LoraConfig(rank=1, alpha=1, dropout=0.0), ends, seed=0)
     adapted = {key.partition(".lora_A.")[0] for key, _ in model.named_parameters() if ".lora_A." in key}
     assert adapted == wanted

@@ -5,7 +5,6 @@ import shutil
 import warnings
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import bitsandbytes
 import numpy as np
@@ -17,7 +16,7 @@ from torch.nn.attention import varlen
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.adapters import attach, formats, lora
-from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.data.text.packing import build
 from finetune.data.text.tokens import Encoded
 from finetune.errors import ConfigError, ModelError
@@ -66,7 +65,7 @@ def packs(length: int = 20) -> tuple[Tensor, Tensor, Tensor]:
 
 def adapted(model: nn.Module, targets: list[str], dropout: float = 0.0) -> nn.Module:
     """The model with adapters that change it, in training mode."""
-    lora.inject(model, rank=4, alpha=8, dropout=dropout, targets=targets, seed=0)
+    lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=dropout), targets, seed=0)
     random = torch.Generator().manual_seed(0)
     for parameter in lora.adapter_parameters(model):
         change = 0.1 * torch.randn(parameter.shape, generator=random)
@@ -203,8 +202,8 @@ def test_of_a_model_that_reads_pictures_the_language_model_is_taken(
 
 def test_an_adapter_of_the_language_model_fits_the_whole_model(base: Base, tmp_path: Path) -> None:
     """Whoever loads the base as it is released, images and all, gets what was trained, as we do with the part."""
-    settings: Any = {"rank": 2, "alpha": 4.0, "dropout": 0.0, "targets": ["q_proj", "down_proj"], "seed": 0}
-    trained = lora.inject(load(base("gemma3")), **settings)
+    settings, targets = LoraConfig(rank=2, alpha=4.0, dropout=0.0), ["q_proj", "down_proj"]
+    trained = lora.inject(load(base("gemma3")), settings, targets, seed=0)
     for parameter in lora.adapter_parameters(trained):
         torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(parameter.numel()))
     formats.save_peft(trained, tmp_path, lora.state(trained), str(base("gemma3")))
@@ -213,11 +212,11 @@ def test_an_adapter_of_the_language_model_fits_the_whole_model(base: Base, tmp_p
         warnings.filterwarnings("error", category=UserWarning)  # PEFT only warns of weights that have no place
         expected = trained.eval()(input_ids=ids_BL).logits
         whole = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base("gemma3")), str(tmp_path)).eval()
-        part = attach.attach(load(base("gemma3")), tmp_path)
+        part = attach.attach_peft_folder(load(base("gemma3")), tmp_path)
         assert torch.allclose(whole(input_ids=ids_BL).logits, expected, atol=1e-5)
         assert torch.allclose(part(input_ids=ids_BL).logits, expected, atol=1e-5)
         assert not torch.allclose(expected, load(base("gemma3"))(input_ids=ids_BL).logits, atol=1e-2)
-    continued = lora.inject(load(base("gemma3")), **settings)
+    continued = lora.inject(load(base("gemma3")), settings, targets, seed=0)
     lora.load_state(continued, formats.read_peft_folder(tmp_path), "the folder")
     assert all(torch.equal(weight, lora.state(trained)[name]) for name, weight in lora.state(continued).items())
 
@@ -353,7 +352,7 @@ def test_borders_isolate_rows_as_masks_do(base: Base, architecture: str, monkeyp
     masked = adapted(load(base(architecture)), targets)
     model = adapted(load(base(architecture)), targets)
     monkeypatch.setattr(varlen, "varlen_attn", reference_varlen)
-    own_varlen.use(model)
+    own_varlen.enable(model)
     found, expected = (causal_lm.packed_hidden_states(each, *packs()) for each in (model, masked))
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
     expected_gradients = gradients(masked)
@@ -367,7 +366,7 @@ def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkey
 
     def works(kernel: Callable[..., Tensor]) -> bool:
         monkeypatch.setattr(varlen, "varlen_attn", kernel)
-        return own_varlen.works(model, torch.bfloat16, CPU)
+        return own_varlen.self_test(model, torch.bfloat16, CPU)
 
     def missing(*_: object, **__: object) -> Tensor:
         raise NotImplementedError("no kernel for this GPU")
@@ -384,7 +383,7 @@ def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkey
 
 def test_without_borders_the_same_model_still_writes(base: Base) -> None:
     model, plain = load(base("gemma3")), load(base("gemma3"))
-    own_varlen.use(model)
+    own_varlen.enable(model)
     written = [each.generate(packs()[0], max_new_tokens=8, do_sample=False, pad_token_id=3) for each in (model, plain)]
     assert torch.equal(*written)
     ids_BL, positions_BL, _ = packs()
@@ -395,7 +394,7 @@ def test_without_borders_the_same_model_still_writes(base: Base) -> None:
 
 def test_attention_that_knows_no_borders_fails_instead_of_mixing_rows(base: Base) -> None:
     model = load(base())
-    own_varlen.use(model)
+    own_varlen.enable(model)
     for layer in model.model.layers:  # as if the architecture did not hand them on
         attention = layer.self_attn.forward
         layer.self_attn.forward = lambda *_, attention=attention, cu_seq_lens_q, **rest: attention(**rest)
@@ -473,7 +472,7 @@ def test_torchs_kernel_isolates_rows_as_masks_do(base: Base, architecture: str, 
     gpu = torch.device("cuda")
     targets = TARGETS.get(architecture, ["q_proj", "down_proj"])
     model = adapted(load(base(architecture), dtype, gpu), targets)
-    assert own_varlen.used(model)
+    assert own_varlen.is_enabled(model)
     masked = adapted(load(base(architecture), dtype, gpu), targets)
     masked.set_attn_implementation("sdpa")
     exact = adapted(load(base(architecture), torch.float32, gpu), targets)

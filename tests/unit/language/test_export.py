@@ -17,13 +17,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from finetune import hub
 from finetune.adapters import attach, formats, lora
 from finetune.config.schema import Config, Device, ExportFormat, Quantize
-from finetune.data.text.store import reopen
+from finetune.data.text.store import open_store
 from finetune.errors import ConfigError, ExportError, ModelError
 from finetune.language import export, tokenize
 from finetune.language.causal_lm import load_model
 from finetune.language.task import inject
 from finetune.memory.device import pick_device
-from finetune.run.records import Run, save_receipt
+from finetune.run.receipts import save_receipt
+from finetune.run.records import Run
 from finetune.stages.export import _usage as usage
 from tests.tiny_language_models import save_language
 
@@ -36,7 +37,7 @@ def weights_of(config: Config, size: float = 0.05) -> dict[str, Tensor]:
     """Adapters as far from their start as a training would bring them."""
     device = pick_device(config.hardware.device)
     base = load_model(config.model, torch.float32, device)
-    model = inject(config, base, tokenize.chat_of(config).tokenizer)
+    model = inject(config, base, tokenize.chat_of(config.model, config.data).tokenizer)
     random = torch.Generator().manual_seed(1)
     for weight in lora.trainable_tensors(model).values():
         weight += size * torch.randn(weight.shape, generator=random).to(device)
@@ -98,7 +99,7 @@ def test_all_dialects_reproduce_the_trained_model(language_config: Config, write
 def test_the_chat_template_travels_with_model_and_adapter(language_config: Config, write: Write, folder: Path) -> None:
     language_config.data.chat_template = "chatml"
     write()
-    text = tokenize.chat_of(language_config).template.text
+    text = tokenize.chat_of(language_config.model, language_config.data).template.text
     assert "<|im_start|>" in text
     template = json.loads((folder / "peft" / "chat_template.json").read_text())
     assert template == {"sha256": hashlib.sha256(text.encode()).hexdigest(), "base": language_config.model.base}
@@ -147,14 +148,14 @@ def test_a_base_in_fp16_stays_in_fp16(language_config: Config, write: Write, fol
 
 
 def test_the_comparison_is_made_on_held_out_rows(language_config: Config, tmp_path: Path) -> None:
-    chat = tokenize.chat_of(language_config)
+    chat = tokenize.chat_of(language_config.model, language_config.data)
     rows, source = export._rows(language_config, chat)
     assert source == "random tokens"
     assert all(0 <= number < len(chat.tokenizer) for row in rows for number in row)
 
     record = tokenize.build(language_config, None)
     save_receipt(Path(language_config.run_dir), "dataset", record, input_hash="", seconds=0.0, figures={})
-    stored = reopen(Path(record.rows))
+    stored = open_store(Path(record.rows))
     language_config.data.length = 12
     training, held_out = stored.split(language_config.data.validation_share)
     rows, source = export._rows(language_config, chat)
@@ -258,7 +259,7 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
 
 
 def test_a_card_that_is_too_small_is_not_called_another_base(tmp_path: Path) -> None:
-    with pytest.raises(torch.OutOfMemoryError), attach.fitting(tmp_path):
+    with pytest.raises(torch.OutOfMemoryError), attach.mismatch_as_model_error(tmp_path):
         raise torch.OutOfMemoryError
 
 

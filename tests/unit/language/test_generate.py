@@ -52,11 +52,11 @@ def model(chat: Chat) -> Any:
 
 @pytest.fixture(scope="module")
 def writer(chat: Chat) -> TextGenerator:
-    return TextGenerator(chat.tokenizer, chat.ends(), CPU, torch.float32)
+    return TextGenerator(chat.tokenizer, chat.stop_ids(), CPU, torch.float32)
 
 
 def by(chat: Chat, batch_size: int) -> TextGenerator:
-    made = TextGenerator(chat.tokenizer, chat.ends(), CPU, torch.float32)
+    made = TextGenerator(chat.tokenizer, chat.stop_ids(), CPU, torch.float32)
     made.adaptive_batch.batch_size = batch_size
     return made
 
@@ -74,7 +74,7 @@ def test_greedy_answers_are_the_likeliest_tokens_one_after_another(
         for _ in range(12):
             with torch.no_grad():
                 read.append(int(model(torch.tensor([read])).logits[0, -1].argmax()))
-            if read[-1] in chat.ends():
+            if read[-1] in chat.stop_ids():
                 read.pop()
                 break
         assert text == chat.tokenizer.decode(read[len(ids) :], skip_special_tokens=True).strip()
@@ -85,10 +85,10 @@ def test_greedy_answers_are_the_likeliest_tokens_one_after_another(
 def test_the_batch_does_not_show_in_the_answers(chat: Chat, model: Any, temperature: float) -> None:
     requested = jobs(chat, seeds=(0, 1))
     whole, few, alone = (
-        by(chat, batch).write(model, requested, max_new_tokens=12, temperature=temperature) for batch in (10, 3, 1)
+        by(chat, batch).generate(model, requested, max_new_tokens=12, temperature=temperature) for batch in (10, 3, 1)
     )
     assert whole == few == alone
-    backwards = by(chat, 4).write(model, requested[::-1], max_new_tokens=12, temperature=temperature)
+    backwards = by(chat, 4).generate(model, requested[::-1], max_new_tokens=12, temperature=temperature)
     assert backwards[::-1] == whole
 
 
@@ -96,7 +96,7 @@ def test_a_small_card_writes_fewer_at_once(
     chat: Chat, model: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     requested = jobs(chat, seeds=(0, 1))
-    whole = by(chat, len(requested)).write(model, requested, max_new_tokens=12, temperature=0.7)
+    whole = by(chat, len(requested)).generate(model, requested, max_new_tokens=12, temperature=0.7)
     generate = model.generate
 
     def limited(ids_BL: Any, **options: Any) -> Any:
@@ -116,7 +116,7 @@ def test_no_architecture_minds_the_batch(tmp_path: Path, architecture: str) -> N
     config = ModelConfig(kind="language", base=str(save_language(tmp_path, architecture)))
     chat = Chat(causal_lm.load_tokenizer(config.base))
     base = causal_lm.load_model(config, torch.float32, CPU)
-    together, alone = (by(chat, b).write(base, jobs(chat), max_new_tokens=9, temperature=0.5) for b in (8, 1))
+    together, alone = (by(chat, b).generate(base, jobs(chat), max_new_tokens=9, temperature=0.5) for b in (8, 1))
     assert together == alone
     assert len(set(alone)) == len(PROMPTS)
 
@@ -150,11 +150,11 @@ def test_tokens_are_drawn_with_the_chances_of_the_scores(temperature: float) -> 
 
 def test_an_answer_stops_at_any_of_its_ends_and_shows_none(chat: Chat, model: Any) -> None:
     requested = jobs(chat)
-    free = TextGenerator(chat.tokenizer, chat.ends(), CPU, torch.float32)
+    free = TextGenerator(chat.tokenizer, chat.stop_ids(), CPU, torch.float32)
     whole = free.write(model, requested, max_new_tokens=12, temperature=0.0)
     longest = max(whole, key=len)
     ids = chat.tokenizer(longest, add_special_tokens=False)["input_ids"]
-    stopped = TextGenerator(chat.tokenizer, [*chat.ends(), ids[2]], CPU, torch.float32)
+    stopped = TextGenerator(chat.tokenizer, [*chat.stop_ids(), ids[2]], CPU, torch.float32)
     texts = stopped.write(model, requested, max_new_tokens=12, temperature=0.0)
     text = texts[whole.index(longest)]
     assert longest.startswith(text)
@@ -193,7 +193,7 @@ def test_dropout_and_checkpointing_are_off_while_writing(chat: Chat, model: Any,
 
 
 def test_sixteen_bit_arithmetic_writes_too(chat: Chat, model: Any) -> None:
-    half = TextGenerator(chat.tokenizer, chat.ends(), CPU, torch.bfloat16)
+    half = TextGenerator(chat.tokenizer, chat.stop_ids(), CPU, torch.bfloat16)
     assert len(half.write(model, jobs(chat), max_new_tokens=3, temperature=0.5)) == len(PROMPTS)
 
 

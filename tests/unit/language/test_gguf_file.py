@@ -3,6 +3,7 @@
 import json
 import math
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from torch import Tensor
 from transformers import AutoConfig
 
 from finetune.adapters import formats, lora
-from finetune.config.schema import ModelConfig
+from finetune.config.schema import LoraConfig, ModelConfig
 from finetune.errors import ConfigError
 from finetune.language import gguf_file
 from finetune.language.causal_lm import load_model
@@ -30,12 +31,12 @@ NAMES = {
 }  # fmt: skip
 
 
-def save(folder: Path, architecture: str, **options: Any) -> tuple[Path, Any]:
+def save(folder: Path, architecture: str, targets: Sequence[str] = (), **options: Any) -> tuple[Path, Any]:
     """A PEFT folder of random adapters for a tiny base, and the base's configuration."""
     base = save_language(folder / "base", architecture)
     model = load_model(ModelConfig(kind="language", base=str(base)), torch.float32, torch.device("cpu"))
-    targets = TARGETS.get(architecture, LINEAR)
-    lora.inject(model, **{"rank": 4, "alpha": 6.0, "dropout": 0.0, "targets": targets, "seed": 0} | options)
+    settings = LoraConfig(rank=4, alpha=6.0, dropout=0.0, **options)
+    lora.inject(model, settings, targets or TARGETS.get(architecture, LINEAR), seed=0)
     random = torch.Generator().manual_seed(1)
     for weight in lora.trainable_tensors(model).values():
         weight += 0.1 * torch.randn(weight.shape, generator=random)

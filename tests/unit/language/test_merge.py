@@ -1,6 +1,6 @@
 """A merged model predicts what base and adapter predict, with one rounding of each weight."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +10,8 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM
 
 from finetune.adapters import formats, lora
-from finetune.adapters.attach import attach
-from finetune.config.schema import LoraInit, ModelConfig, Quantize
+from finetune.adapters.attach import attach_peft_folder
+from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize
 from finetune.errors import ExportError
 from finetune.language.causal_lm import load_model, load_tokenizer
 from finetune.language.merge import merge
@@ -30,9 +30,10 @@ def load(tiny_language: Path) -> Callable[..., Any]:
     return build
 
 
-def save_adapter(folder: Path, base: Any, size: float = 0.05, **options: Any) -> Path:
+def save_adapter(folder: Path, base: Any, size: float = 0.05, rows: Sequence[int] = (), **options: Any) -> Path:
     """A PEFT folder of random adapters for that base, rank 4 and alpha 6 on the attention's layers."""
-    model = lora.inject(base, rank=4, alpha=6.0, dropout=0.0, targets=ATTENTION, seed=0, **options)
+    settings = LoraConfig(rank=4, alpha=6.0, dropout=0.0, **options)
+    model = lora.inject(base, settings, ATTENTION, seed=0, new_token_rows=rows)
     random = torch.Generator().manual_seed(1)
     for weight in lora.trainable_tensors(model).values():
         weight += size * torch.randn(weight.shape, generator=random)
@@ -58,7 +59,7 @@ def apart(model: Any, reference: Any) -> float:
 )
 def test_base_and_adapter_merged_predict_the_same(load: Callable[..., Any], tmp_path: Path, options: Any) -> None:
     adapter = save_adapter(tmp_path, load(), **options)
-    trained = attach(load(), adapter)
+    trained = attach_peft_folder(load(), adapter)
     merged = merge(load(), adapter)
     assert apart(load(), trained) > 0.1
     assert apart(merged, trained) < 1e-5
@@ -70,8 +71,8 @@ def test_new_tokens_keep_what_they_learnt(load: Callable[..., Any], tiny_languag
     tokens = ["<|note|>"]
     row = load_tokenizer(str(tiny_language), tokens).convert_tokens_to_ids(tokens[0])
     assert row == LAST + 1
-    adapter = save_adapter(tmp_path / "peft", load(added_tokens=tokens), new_token_rows=[row])
-    trained = attach(load(added_tokens=tokens), adapter)
+    adapter = save_adapter(tmp_path / "peft", load(added_tokens=tokens), rows=[row])
+    trained = attach_peft_folder(load(added_tokens=tokens), adapter)
     merged = merge(load(added_tokens=tokens), adapter)
     assert apart(load(added_tokens=tokens), trained) > 0.1
     assert apart(merged, trained) < 1e-5
@@ -83,7 +84,7 @@ def test_a_sum_is_rounded_once(load: Callable[..., Any], tmp_path: Path) -> None
     adapter = save_adapter(tmp_path, load())
     layers = {
         name: layer
-        for name, layer in attach(load(), adapter).get_base_model().named_modules()
+        for name, layer in attach_peft_folder(load(), adapter).get_base_model().named_modules()
         if name.endswith(tuple(ATTENTION))
     }
     before, after = load(torch.bfloat16).state_dict(), merge(load(torch.bfloat16), adapter).state_dict()
@@ -106,7 +107,7 @@ def test_the_dequantised_weights_are_those_the_adapter_was_trained_with(
 ) -> None:
     """All of them, in layers without an adapter too: only then does the merged model predict the same."""
     adapter = save_adapter(tmp_path, load(quantize=quantize), **options)
-    trained = attach(load(quantize=quantize), adapter).get_base_model()
+    trained = attach_peft_folder(load(quantize=quantize), adapter).get_base_model()
     before = logits(trained)
     found = apart(merge(load(), adapter, load(quantize=quantize)), trained)
     assert found < noise

@@ -9,7 +9,7 @@ from torch import nn
 
 from finetune.adapters import lora
 from finetune.config import recipes
-from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.language import causal_lm
 from finetune.language.losses import summed_cross_entropy
 from tests.tiny_language_models import save_language
@@ -81,7 +81,7 @@ def test_every_adapter_of_a_preset_gets_a_gradient(name: str, targets: str, tmp_
     found = preset(name)
     model = tiny(name, tmp_path, found.quantize)
     adapted = len(linear_layers(model)) if targets == "all_linear" else None
-    lora.inject(model, rank=4, alpha=8, dropout=0.05, targets=found.lora_targets[targets], seed=0).train()
+    lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=0.05), found.lora_targets[targets], seed=0).train()
     parameters = dict(lora.trainable_tensors(model))
     assert adapted is None or len(parameters) == 2 * adapted
     for parameter in lora.adapter_parameters(model):

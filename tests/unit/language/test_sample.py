@@ -25,7 +25,7 @@ def adapter(language_config: Config, tmp_path: Path) -> Path:
     """A PEFT folder whose update is large enough to change every answer."""
     cpu = torch.device("cpu")
     base = causal_lm.load_model(language_config.model, torch.float32, cpu)
-    model = inject(language_config, base, chat_of(language_config).tokenizer)
+    model = inject(language_config, base, chat_of(language_config.model, language_config.data).tokenizer)
     random = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(value.shape, generator=random) for name, value in lora.state(model).items()}
     formats.save_peft(model, tmp_path / "peft", weights, language_config.model.base)
@@ -49,8 +49,8 @@ def test_every_prompt_is_answered_by_both(language_config: Config, adapter: Path
     ]
     assert all(item.base != item.tuned for item in items)
     assert items[0].base != items[1].base
-    chat = chat_of(config)
-    writer = TextGenerator(chat.tokenizer, chat.ends(), torch.device("cpu"), torch.float32)
+    chat = chat_of(config.model, config.data)
+    writer = TextGenerator(chat.tokenizer, chat.stop_ids(), torch.device("cpu"), torch.float32)
     base = causal_lm.load_model(config.model, torch.float32, torch.device("cpu"))
     alone = writer.generate(base, [(chat.prompt_ids("hi!"), 3)], max_new_tokens=8, temperature=0.3)
     assert alone == [items[3].base]

@@ -14,7 +14,7 @@ from tests.unit.models import test_language as packs
 from torch import Tensor, nn
 
 from finetune.adapters import attach, formats, lora
-from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.language import causal_lm
 from finetune.memory import block_offload, checkpointing, fallbacks
 from finetune.memory.activation_offload import ActivationOffload
@@ -127,7 +127,7 @@ def test_4bit_blocks_move_with_their_scales(llama: Path, dora: bool, monkeypatch
     config = ModelConfig(kind="language", base=str(llama), quantize=Quantize.nf4)
     kept, away = (causal_lm.load_model(config, torch.float32, CPU) for _ in range(2))
     for model in (kept, away):
-        lora.inject(model, rank=4, alpha=8, dropout=0.1, targets=TARGETS, seed=0, dora=dora)
+        lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=0.1, dora=dora), TARGETS, seed=0)
         random = torch.Generator().manual_seed(0)
         for parameter in lora.adapter_parameters(model):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
@@ -217,7 +217,7 @@ def test_an_adapter_is_loaded_without_spreading_the_model_anew(llama: Path, tmp_
     """PEFT would move blocks that rest in CPU memory to wherever it thinks there is room."""
     config = ModelConfig(kind="language", base=str(llama))
     model: Any = causal_lm.load_model(config, torch.float32, CPU)
-    lora.inject(model, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
+    lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=0.0), TARGETS, seed=0)
     random = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(value.shape, generator=random) for name, value in lora.state(model).items()}
     lora.load_state(model, weights, "here")
@@ -227,7 +227,7 @@ def test_an_adapter_is_loaded_without_spreading_the_model_anew(llama: Path, tmp_
     away: Any = causal_lm.load_model(config, torch.float32, CPU)
     block_offload.stream(away, block_offload.find(away), CPU)
     places = dict(away.hf_device_map)
-    loaded = attach.attach(away, tmp_path)
+    loaded = attach.attach_peft_folder(away, tmp_path)
     assert not any(hasattr(module, "_hf_hook") for module in loaded.modules())
     assert away.hf_device_map == places
     with torch.no_grad():
@@ -301,7 +301,7 @@ def test_blocks_in_main_memory_leave_the_card_free() -> None:
     def peak(away: bool) -> tuple[int, list[Tensor]]:
         torch.manual_seed(0)
         model = LlamaForCausalLM(LlamaConfig(**sizes, vocab_size=64, pad_token_id=0)).requires_grad_(False)
-        lora.inject(model, rank=4, alpha=8, dropout=0.0, targets=TARGETS, seed=0)
+        lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=0.0), TARGETS, seed=0)
         torch.cuda.empty_cache()
         base = torch.cuda.memory_allocated()
         torch.cuda.reset_peak_memory_stats()

@@ -9,6 +9,7 @@ from diffusers import SD3Transformer2DModel, UNet2DConditionModel
 from torch import Tensor, nn
 
 from finetune.adapters import lora
+from finetune.config.schema import LoraConfig
 from finetune.errors import ModelError
 from finetune.memory import checkpointing
 from tests.tiny_language_models import CHATS, SIZES, _model
@@ -84,7 +85,7 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], Callable[[nn.Module], Tensor], 
 def adapted(make: Callable[[], nn.Module], targets: list[str]) -> nn.Module:
     """The model with adapters that change it and drop inputs, in training mode."""
     model = make().requires_grad_(False)
-    lora.inject(model, rank=4, alpha=8, dropout=0.3, targets=targets, seed=0)
+    lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=0.3), targets, seed=0)
     random = torch.Generator().manual_seed(2)
     for parameter in lora.adapter_parameters(model):
         parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)

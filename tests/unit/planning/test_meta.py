@@ -9,7 +9,7 @@ from torch import nn
 
 from finetune import hub
 from finetune.adapters import lora
-from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.diffusion import meta
 from finetune.diffusion.pipeline import load_backbone, load_vae_model
 from finetune.errors import ModelError
@@ -32,7 +32,7 @@ def base_of(name: str) -> str:
     return str(json.loads((hub.ARCHITECTURES / name / "config.json").read_text())["_name_or_path"])
 
 
-def test_a_picture_model_is_the_one_that_is_loaded(tiny_base: Path) -> None:
+def test_an_image_model_is_the_one_that_is_loaded(tiny_base: Path) -> None:
     model = ModelConfig(base=str(tiny_base))
     assert shapes(meta.backbone(model, torch.bfloat16)) == shapes(load_backbone(model, torch.bfloat16))
     assert shapes(meta.autoencoder(model)) == shapes(load_vae_model(model))
@@ -65,15 +65,14 @@ def test_a_base_on_this_machine_wins_over_the_shipped_configuration(
     (cached / "refs/main").write_text("abc")
     snapshot = cached / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
-    assert (
-        hub.config_folder(base) == hub.ARCHITECTURES / "llama31_8b"
-    )  # a download that was cut off has no configuration
+    # A download that was interrupted has no configuration.
+    assert hub.config_folder(base) == hub.ARCHITECTURES / "llama31_8b"
     (snapshot / "config.json").write_text((tiny_language / "config.json").read_text())
     assert hub.config_folder(base) == snapshot
 
 
-def test_a_base_that_nobody_knows_says_what_to_type() -> None:
-    with pytest.raises(ModelError, match=r"configuration of somebody/something is neither .* hf download somebody/som"):
+def test_an_unknown_base_is_reported_with_what_to_type() -> None:
+    with pytest.raises(ModelError, match=r"somebody/something .* hf download somebody/something"):
         hub.config_folder("somebody/something")
 
 
@@ -85,7 +84,7 @@ def test_quantised_layers_take_what_bitsandbytes_stores(how: Quantize, bytes_a_w
         "meta"
     )
     model.requires_grad_(False)
-    lora.inject(model, rank=4, alpha=8, dropout=0.0, targets=["q_proj"], seed=0)
+    lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=0.0), ["q_proj"], seed=0)
     before = {name: weight.nbytes for name, weight in model.named_parameters() if "base_layer" not in name}
     planning_meta.quantised(model, how, model["head"])
     stored = next(weight for name, weight in model.named_parameters() if "base_layer" in name)

@@ -6,7 +6,7 @@ import xml.etree.ElementTree as Xml
 
 import pytest
 
-from finetune.reporting.charts import HEIGHT, MOST_POINTS, WIDTH, Line, Mark, _tick_texts, _ticks, line_chart
+from finetune.reporting.charts import HEIGHT, MOST_POINTS, WIDTH, Line, line_chart, tick_texts, ticks
 
 
 def numbers(path: str) -> list[float]:
@@ -56,9 +56,9 @@ def test_one_outlier_of_a_faint_line_does_not_flatten_the_rest() -> None:
 
 
 def test_words_are_escaped_and_the_mark_is_named() -> None:
-    svg = line_chart("A & B", [Line("<b>", [(0, 1.0), (1, 2.0)])], y_label="x<y", mark=Mark(1, 2.0, "best <2>"))
-    assert [item.text for item in Xml.fromstring(svg).iter("text") if item.text in ("A & B", "x<y", "best <2>")]
-    assert "<b>" not in svg
+    svg = line_chart("A & B", [Line("<i>", [(0, 1.0), (1, 2.0)])], y_label="x<y", mark=(1, 2.0, "best <2>"))
+    assert {item.text for item in Xml.fromstring(svg).iter()} >= {"A & B", "x<y", "best <2>"}
+    assert "<i>" not in svg
 
 
 def test_no_points_no_chart() -> None:
@@ -66,18 +66,18 @@ def test_no_points_no_chart() -> None:
 
 
 def test_ticks_are_round_and_enclose_the_values() -> None:
-    assert _tick_texts(_ticks(0.061, 0.089)) == ["0.060", "0.065", "0.070", "0.075", "0.080", "0.085", "0.090"] or (
-        _ticks(0.061, 0.089)[0] <= 0.061 and _ticks(0.061, 0.089)[-1] >= 0.089
+    assert tick_texts(ticks(0.061, 0.089)) == ["0.060", "0.065", "0.070", "0.075", "0.080", "0.085", "0.090"] or (
+        ticks(0.061, 0.089)[0] <= 0.061 and ticks(0.061, 0.089)[-1] >= 0.089
     )
-    assert _ticks(1, 150, whole=True) == [0, 50, 100, 150]
-    assert _tick_texts([0.0, 2e-4, 4e-4]) == ["0", "2e−4", "4e−4"]
-    assert _tick_texts([-10.0, 0.0]) == ["−10", "0"]
+    assert ticks(1, 150, whole=True) == [0, 50, 100, 150]
+    assert tick_texts([0.0, 2e-4, 4e-4]) == ["0", "2e−4", "4e−4"]
+    assert tick_texts([-10.0, 0.0]) == ["−10", "0"]
 
 
 def test_a_logarithmic_axis_spaces_equal_ratios_equally_and_has_room_for_its_labels() -> None:
     svg = line_chart("P", [Line("p", [(0, 20000.0), (1, 200.0), (2, 2.0)])], y_label="perplexity", log=True)
     first, second, third = (y for _, y in curve(svg))
     assert second - first == pytest.approx(third - second, abs=0.11)
-    ticks = [text.text for text in Xml.fromstring(svg).iter("text") if text.get("text-anchor") == "end"]
-    assert ticks == ["1e0", "1e1", "1e2", "1e3", "1e4", "1e5"]
+    labels = [text.text for text in Xml.fromstring(svg).iter("text") if text.get("text-anchor") == "end"]
+    assert labels == ["1e0", "1e1", "1e2", "1e3", "1e4", "1e5"]
     assert curve(line_chart("P", [Line("p", [(0, 5.0), (1, 5.0)])], y_label="p", log=True))

@@ -7,17 +7,27 @@ from typing import Any
 import pytest
 
 from finetune.config.schema import Config
+from finetune.planning.plan import Plan
 from finetune.reporting import terminal
-from finetune.run.records import Adapter, Answer, Answers, Report, Result, save_receipt
-from tests.unit.reporting.test_notebook import run_record, text_set
+from finetune.run.receipts import save_receipt
+from finetune.run.records import Adapter, Answer, Answers, Caption, CaptionSet, Dataset, Report, Result, Samples
+from tests.unit.reporting.records import returned_records, run_record, text_set
 
+CAPTIONS = CaptionSet("pics", (Caption("a.jpg", "a", "generated"),))
 ANSWERS = Answers("outputs/mine/samples", "outputs/mine/samples/answers.md", (Answer("p", 0, "hello", "ahoy"),))
+
+
+def test_every_record_that_a_command_returns_can_be_printed() -> None:
+    assert set(terminal.LINES) | {Result, Plan} == returned_records()
 
 
 @pytest.mark.parametrize(
     ("record", "line"),
     [
-        (text_set(), "dataset: 180 rows to train, 20 held out; 20,000 tokens, 5,000 of them trained"),
+        (CAPTIONS, "captions: 1 image, 1 captioned by the model, 0 by you; correct them in pics/metadata.jsonl"),
+        (Adapter("out/adapter", {"peft": "peft"}, {}, "base", ""), "adapter: out/adapter (peft)"),
+        (Samples("s", "s/grid.png", ()), "samples: s/grid.png"),
+        (Report("report.html"), "report: report.html"),
         (ANSWERS, "p\n  base:  hello\n  tuned: ahoy\nsamples: outputs/mine/samples/answers.md"),
     ],
 )
@@ -26,10 +36,24 @@ def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record:
     assert capsys.readouterr().out == line + "\n"
 
 
+@pytest.mark.parametrize(
+    ("record", "facts"),
+    [
+        (text_set(), {"rows to train on: 180", "rows held out: 20", "tokens: 20,000", "trained tokens: 5,000 (25.0%)"}),
+        (Dataset("i", 9, 1, {"128x128": 10}, "e"), {"to train on: 9", "held out: 1", "buckets: 10 of 128x128 pixels"}),
+    ],
+)
+def test_a_data_set_ends_with_its_figures(capsys: pytest.CaptureFixture[str], record: Any, facts: set[str]) -> None:
+    terminal.show(Config(), record)
+    title, *lines = capsys.readouterr().out.splitlines()
+    assert title == "dataset"
+    assert {line.strip() for line in lines} >= facts
+
+
 def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
     config = Config(name="mine", run_dir="outputs/mine")
     save_receipt(Path(config.run_dir), "train", Report("x"), input_hash="", seconds=61.0, figures={})
-    tried = {"planned_gib": 19.0, "probed_gib": 19.11, "measured_gib": 19.2}
+    tried = {"planned_gib": 19.0, "dry_run_gib": 19.11, "measured_gib": 19.2}
     run = run_record(
         Path("outputs/mine"),
         unit="tokens",
@@ -45,19 +69,19 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     assert max(map(len, out.split("next\n")[0].splitlines())) <= 80
     for words in (
         "2.0 tokens/s",
-        " answers ",
-        " 2 × 4 accumulated × 2 processes = effective batch 16",
-        "19.00 GiB planned, 19.11 GiB tried out, 19.20 GiB measured",
-        "ran out; went on with micro-batch 2 instead of 4",
+        "\nanswers ",
+        "16 (2 × 4 accumulated, 2 processes)",
+        "1.50 GiB (planned 19.00, dry run 19.11, training 19.20)",
+        "memory ran out      continued with micro-batch 2 instead of 4",
         "outputs/mine/samples/answers.md",
         'sample.prompts=["What colour is the',
     ):
         assert words in out
     assert "grid" not in out
-    assert "that were trained on" not in out
+    assert "on training examples" not in out
     none = replace(text_set(), validation=0)
     terminal.show(config, Result(None, none, run, adapter, ANSWERS, Report("outputs/mine/report.html")))
-    assert ", on examples that were trained on" in " ".join(capsys.readouterr().out.split())
+    assert ", on training examples)" in " ".join(capsys.readouterr().out.split())
     undrawn = Answers("", "", ())
     terminal.show(config, Result(None, text_set(), run, adapter, undrawn, Report("outputs/mine/report.html")))
     assert "answers none (sample.prompts is empty)" in " ".join(capsys.readouterr().out.split())

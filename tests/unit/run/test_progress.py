@@ -1,4 +1,4 @@
-"""Long steps show life: lines without a terminal, and no line twice."""
+"""Progress of long steps: lines without a terminal, and no line twice."""
 
 import re
 
@@ -19,7 +19,7 @@ def test_without_a_terminal_there_are_plain_lines(
     assert lines == ["train: 1/2 steps, 0 s, loss 0.5", "train: 2/2 steps, 0 s, loss 0.5"]
 
 
-def test_a_short_step_says_how_it_ended(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_short_step_prints_its_end(capsys: pytest.CaptureFixture[str]) -> None:
     with progress("encode", 3, unit="images", done=1) as bar:
         bar.advance(2)
     assert capsys.readouterr().err.splitlines() == ["encode: 3/3 images, 0 s"]
@@ -34,7 +34,7 @@ def test_in_a_terminal_there_is_a_bar(capsys: pytest.CaptureFixture[str], monkey
     assert "steps" in shown
 
 
-def test_a_long_text_leaves_the_bar_its_place(
+def test_a_long_text_leaves_room_for_the_bar(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("sys.stderr.isatty", lambda: True)

@@ -7,8 +7,10 @@ import pytest
 from PIL import Image
 
 from finetune.config.schema import CaptionConfig, Config, DataConfig, Device, HardwareConfig
+from finetune.diffusion.captioner import Blip
 from finetune.errors import DataError, ModelError
-from finetune.run.records import CaptionSet, load_receipt
+from finetune.run.receipts import load_receipt
+from finetune.run.records import CaptionSet
 from finetune.stages import caption as stage
 from finetune.stages.caption import caption, wording
 from tests.tiny_models import save_captioner
@@ -28,7 +30,7 @@ def config(tmp_path, model):
         Image.new("RGB", (30 + index, 40), (index * 50, 90, 200 - index * 40)).save(root / name)
     return Config(
         run_dir=str(tmp_path / "run"),
-        data=DataConfig(folder=str(root)),
+        data=DataConfig(folder=str(root), cache=str(tmp_path / "cache")),
         caption=CaptionConfig(model=model, batch=2, max_new_tokens=5, trigger="pixar style"),
         hardware=HardwareConfig(device=Device.cpu),
     )
@@ -39,7 +41,7 @@ def no_captioner(monkeypatch):
     def refuse(*arguments):
         raise AssertionError("the captioner was loaded")
 
-    monkeypatch.setattr(stage, "Captioner", refuse)
+    monkeypatch.setattr(stage, "load_captioner", refuse)
 
 
 def metadata(config):
@@ -52,7 +54,7 @@ def write_rows(config, **texts):
     (stage.Path(config.data.folder) / "metadata.jsonl").write_text("\n".join(lines), "utf-8")
 
 
-def test_only_pictures_without_a_caption_are_captioned(config):
+def test_only_images_without_a_caption_are_captioned(config):
     write_rows(config, **{"1": "my own words"})
     (stage.Path(config.data.folder) / "2.txt").write_text("from a sidecar")
     captions = caption(config)
@@ -70,27 +72,27 @@ def test_only_pictures_without_a_caption_are_captioned(config):
     assert receipt.figures["images_per_s"] > 0
 
 
-def test_a_second_run_is_fresh_and_loads_nothing(config, no_captioner, monkeypatch, capsys):
+def test_a_second_run_is_skipped_and_loads_nothing(config, no_captioner, monkeypatch, capsys):
     monkeypatch.undo()
     first = caption(config)
-    monkeypatch.setattr(stage, "Captioner", None)
+    monkeypatch.setattr(stage, "load_captioner", None)
     assert caption(config) == first
-    assert "caption: fresh" in capsys.readouterr().err
-    # Same contents under another time are fresh too.
+    assert "caption: up to date, skipped" in capsys.readouterr().err
+    # The same contents under another time are up to date too.
     for path in stage.Path(config.data.folder).rglob("*.png"):
         path.write_bytes(path.read_bytes())
     caption(config)
-    assert "caption: fresh" in capsys.readouterr().err
+    assert "caption: up to date, skipped" in capsys.readouterr().err
 
 
-def test_freshness_follows_pictures_captions_and_settings(config, model, capsys):
+def test_being_up_to_date_follows_images_captions_and_settings(config, model, capsys):
     first = caption(config)
     root = stage.Path(config.data.folder)
 
     def again():
         capsys.readouterr()
         captions = caption(config)
-        assert "fresh" not in capsys.readouterr().err
+        assert "up to date" not in capsys.readouterr().err
         return captions
 
     rows = metadata(config) | {"0.png": "corrected by hand"}
@@ -115,8 +117,9 @@ def test_a_txt_that_comes_after_a_generated_caption_is_not_ignored_in_silence(co
     assert "warning" not in capsys.readouterr().err  # they agree
     sidecar.write_text("my own words")
     assert caption(config).items[2].text == first.items[2].text
-    said = "1 images have a .txt that metadata.jsonl outvotes, first 2.png; to take the .txt delete the image's line"
-    assert said in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "1 images have a .txt that differs from their caption in metadata.jsonl" in said
+    assert "first 2.png; to use the .txt delete the image's line there" in said
     rows = {name.removesuffix(".png"): text for name, text in metadata(config).items() if name != "2.png"}
     write_rows(config, **rows)
     assert caption(config).items[2].text == "my own words"  # what the warning says works
@@ -135,14 +138,14 @@ def test_nothing_to_caption_loads_no_captioner(config, no_captioner):
 def test_a_kill_loses_one_batch_at_most(config, monkeypatch):
     calls = []
 
-    class Dying(stage.Captioner):
-        def caption(self, images, max_new_tokens, num_beams):
+    class Dying(Blip):
+        def caption(self, images):
             calls.append(len(images))
             if len(calls) == 2:
                 raise KeyboardInterrupt
-            return super().caption(images, max_new_tokens, num_beams)
+            return super().caption(images)
 
-    monkeypatch.setattr(stage, "Captioner", Dying)
+    monkeypatch.setattr(stage, "load_captioner", Dying)
     with pytest.raises(KeyboardInterrupt):
         caption(config)
     kept = metadata(config)
@@ -153,24 +156,37 @@ def test_a_kill_loses_one_batch_at_most(config, monkeypatch):
 
 
 def test_a_caption_typed_meanwhile_is_kept(config, monkeypatch):
-    class Slow(stage.Captioner):
-        def caption(self, images, max_new_tokens, num_beams):
+    class Slow(Blip):
+        def caption(self, images):
             if not (stage.Path(config.data.folder) / "metadata.jsonl").exists():
                 write_rows(config, **{"0": "typed meanwhile"})
-            return super().caption(images, max_new_tokens, num_beams)
+            return super().caption(images)
 
-    monkeypatch.setattr(stage, "Captioner", Slow)
+    monkeypatch.setattr(stage, "load_captioner", Slow)
     assert caption(config).items[0].text == "typed meanwhile"
 
 
-def test_overwrite_captions_all_anew_once(config, capsys):
+def test_overwrite_captions_all_again_once(config, capsys):
     write_rows(config, **{"1": "my own words"})
     config.caption.overwrite = True
     captions = caption(config)
     assert {item.source for item in captions.items} == {"generated"}
     assert "my own words" not in metadata(config).values()
     caption(config)
-    assert "caption: fresh" in capsys.readouterr().err
+    assert "caption: up to date, skipped" in capsys.readouterr().err
+
+
+def test_a_captioner_without_words_leaves_the_caption_empty(config, monkeypatch, capsys):
+    class Silent(Blip):
+        def caption(self, images):
+            return [""] * len(images)
+
+    monkeypatch.setattr(stage, "load_captioner", Silent)
+    config.caption.trigger = ""
+    captions = caption(config)
+    assert [(item.text, item.source) for item in captions.items] == [("", "generated")] * 5
+    assert caption(config) == captions
+    assert "caption: up to date, skipped" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(
@@ -194,7 +210,7 @@ def spoil(config):
     (root / "2.png").write_bytes((root / "2.png").read_bytes()[:60])
 
 
-def test_all_bad_pictures_are_named_before_any_work(config, no_captioner):
+def test_all_bad_images_are_named_before_any_work(config, no_captioner):
     spoil(config)
     with pytest.raises(DataError, match=r"2 unreadable images") as error:
         caption(config)
@@ -203,18 +219,20 @@ def test_all_bad_pictures_are_named_before_any_work(config, no_captioner):
     assert "data.skip_bad=true" in str(error.value)
 
 
-def test_bad_pictures_are_left_out_if_the_recipe_says_so(config, capsys):
+def test_bad_images_are_left_out_if_the_recipe_says_so(config, capsys):
     spoil(config)
+    (stage.Path(config.data.folder) / "2.txt").write_text("the caption of a bad image")
     config.data.skip_bad = True
     captions = caption(config)
     assert [item.file for item in captions.items] == ["1.png", "3.png", "sub/4.png"]
     assert captions.skipped == ("0.png", "2.png")
     assert capsys.readouterr().err.count("warning: left out") == 2
     assert caption(config) == captions
+    assert "caption: up to date, skipped" in capsys.readouterr().err
     assert load_receipt(stage.Path(config.run_dir), "caption").figures["skipped"] == 2
 
 
-def test_all_pictures_bad(config):
+def test_all_images_bad(config):
     config.data.skip_bad = True
     for path in stage.Path(config.data.folder).rglob("*.png"):
         path.write_bytes(b"x")

@@ -9,26 +9,16 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.errors import RunError
 from finetune.run import rundir
-from finetune.run.records import (
-    METRICS,
-    Adapter,
-    Caption,
-    CaptionSet,
-    Dataset,
-    Report,
-    Run,
-    load_receipt,
-    load_record,
-    receipt_path,
-    save_receipt,
-)
+from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
+from finetune.run.records import METRICS, Adapter, Caption, CaptionSet, Dataset, Report, Run
 from finetune.stages.report import report
 from finetune.stages.sample import sample
 from finetune.stages.train import train
-from tests.unit.reporting.test_notebook import run_record, text_set
+from tests.unit.reporting.records import run_record, text_set
 
 EVIL = "a robot <script>alert(1)</script> & \"friends\" <img src=x onerror='alert(2)'>"
 VOID = {"meta", "img", "br"}
@@ -109,7 +99,7 @@ def talk(tmp_path: Path) -> Config:
     config = Config(name="pirate", run_dir=str(tmp_path / "talk"))
     config.model.kind, config.model.base = "language", "tiny"
     run_dir = Path(config.run_dir)
-    rundir.write_config(config, run_dir)
+    rundir.write_config(as_dict(config), run_dir)
     save(config, "dataset", text_set())
     save(config, "train", run_record(run_dir, unit="tokens", items=56_960, best_step=4))
     save(config, "export", Adapter(str(run_dir / "adapter"), {"peft": "peft"}, {"peft": 0.0}, "tiny", ""))
@@ -128,7 +118,7 @@ def trained(config: Config, make_dataset: Callable[..., Dataset]) -> Config:
     dataset = make_dataset()
     save(config, "dataset", dataset)
     train(config, dataset)
-    rundir.write_config(config, Path(config.run_dir))
+    rundir.write_config(as_dict(config), Path(config.run_dir))
     return config
 
 
@@ -137,7 +127,7 @@ def test_a_whole_run_on_one_page(trained: Config) -> None:
     add_samples(trained)
     save(trained, "export", Adapter(trained.run_dir, {"peft": "peft"}, {"peft": 1e-7}, "tiny", "toy style"))
     page = read(trained)
-    assert page.sections() == ["images", "curves", "captions", "stages", "adapter", "configuration"]
+    assert page.sections() == ["images", "curves", "captions", "data", "stages", "adapter", "configuration"]
     assert [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"] == [
         "Training loss: loss against step",
         "Validation loss: mean squared error against step",
@@ -147,7 +137,7 @@ def test_a_whole_run_on_one_page(trained: Config) -> None:
         "Speed: images/s against step",
         "Memory: GiB in use against step",
     ]
-    for words in ("In 4 steps the training loss went from", "On held-out images the loss", "images a second"):
+    for words in ("In 4 steps the training loss", " and the validation loss ", "images/s"):
         assert words in page.text
     for words in ("a red robot", "seed 1", "toy style", "1.0e-07", "it went", "rank: 4", "diffusers", "trained on"):
         assert words in page.text
@@ -195,13 +185,11 @@ def test_what_an_earlier_command_drew_is_not_shown_for_a_run_without_prompts(tra
     assert (Path(trained.run_dir) / "samples" / "samples.jsonl").exists()
 
 
-def test_without_held_out_pictures_the_sentence_does_not_speak_of_them(
-    config: Config, make_dataset: Callable[..., Dataset]
-) -> None:
+def test_without_held_out_images_the_page_says_so(config: Config, make_dataset: Callable[..., Dataset]) -> None:
     dataset = make_dataset(held_out=0)
     save(config, "dataset", dataset)
     train(config, dataset)
-    assert "On training images with fixed noise the loss" in read(config).text
+    assert "on training examples" in read(config).text
 
 
 def test_pictures_that_are_gone_are_said_to_be(trained: Config) -> None:
@@ -222,8 +210,8 @@ def test_many_large_pictures_stay_under_five_megabytes(config: Config) -> None:
     save(config, "caption", CaptionSet(str(folder), tuple(Caption(f"{n}.jpg", "text", "user") for n in range(62))))
     page = read(config)
     assert (Path(config.run_dir) / "report.html").stat().st_size < 5_000_000
-    assert "2 more pairs in the samples folder" in page.text
-    assert "2 more captions in metadata.jsonl" in page.text
+    assert "2 more in the samples folder" in page.text
+    assert "2 more in metadata.jsonl" in page.text
 
 
 def test_samples_of_another_adapter_are_named(trained: Config, tmp_path: Path) -> None:
@@ -251,25 +239,25 @@ def test_a_second_report_takes_the_place_of_the_first(trained: Config) -> None:
 
 def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
     page = read(talk)
-    assert page.sections() == ["answers", "curves", "conversations", "stages", "adapter", "configuration"]
+    assert page.sections() == ["answers", "curves", "data", "stages", "adapter", "configuration"]
     assert [attributes["aria-label"] for tag, attributes in page.tags if tag == "svg"] == [
         "Training loss: loss against step",
-        "Validation loss: nats a token against step",
+        "Validation loss: nats per token against step",
         "Perplexity: perplexity against step",
         "Speed: tokens/s against step",
     ]
     for words in (
-        "On held-out conversations the loss fell from 0.4000 to 0.3000 (−25.0 %) and the perplexity from 8.50 to 4.50",
-        ", best at step 4.",
-        "7,120 tokens a second",
-        "always the likeliest token, at most 48 tokens an answer",
+        "In 4 steps the training loss fell by 50.0 % and the validation loss fell by 25.0 %.",
+        "0.4000 → 0.3000",
+        "8.50 → 4.50",
+        "7,120 tokens/s",
+        "greedy decoding, at most 48 tokens per answer",
         "I am well.",
         "How are you?",
         "88 packs",
     ):
         assert words in page.text
     assert page.text.count("<script>alert(1)</script>") == 3, "as text: once as a prompt, twice as an answer"
-    assert "image" not in page.text.split("config.yaml, every value resolved")[0]
     assert "image" not in page.text.split("config.yaml, every value resolved")[0].replace("images 2", "")
     assert sum(tag == "mark" for tag, _ in page.tags) == 2, "a word of the note, and the answer of the row"
     receipt = load_receipt(Path(talk.run_dir), "report")
@@ -277,19 +265,19 @@ def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
     assert receipt.figures["pairs"] == 2
 
 
-def test_without_held_out_conversations_the_sentence_says_so(talk: Config) -> None:
+def test_without_held_out_conversations_the_page_says_so(talk: Config) -> None:
     save(talk, "dataset", text_set(validation=0, preview=""))
     page = read(talk)
-    assert "On training conversations the loss" in page.text
+    assert "on training examples" in page.text
     assert not [tag for tag, _ in page.tags if tag == "mark"]
 
 
 def test_answers_say_how_they_were_written(talk: Config, tmp_path: Path) -> None:
     add_answers(Path(talk.run_dir), temperature=0.7, adapter=str(tmp_path / "other" / "peft"), pairs=40)
     page = read(talk)
-    assert "the same random numbers, temperature 0.7, at most 48 tokens" in page.text
+    assert "temperature 0.7, at most 48 tokens" in page.text
     assert "Made with another adapter than this run's" in page.text
-    assert "20 more pairs in the samples folder" in page.text
+    assert "20 more in the samples folder" in page.text
 
 
 def test_a_run_without_perplexity_or_data_set_still_has_its_sentence(talk: Config) -> None:
@@ -297,7 +285,8 @@ def test_a_run_without_perplexity_or_data_set_still_has_its_sentence(talk: Confi
     receipt_path(Path(talk.run_dir), "dataset").unlink()
     save(talk, "train", run_record(Path(talk.run_dir), unit="tokens", best_step=None))
     page = read(talk)
-    assert "On held-out examples the loss fell from 0.4000 to 0.3000 (−25.0 %)." in page.text
+    assert "the validation loss fell by 25.0 %." in page.text
+    assert "8.50" not in page.text
     assert page.sections() == ["answers", "stages", "adapter", "configuration"]
     assert load_record(Path(talk.run_dir), "train", Run) is not None
 
@@ -311,5 +300,5 @@ def test_a_damaged_receipt_is_named(trained: Config) -> None:
 def test_a_damaged_list_of_samples_is_named(tmp_path: Path) -> None:
     (tmp_path / "samples").mkdir()
     (tmp_path / "samples" / "samples.jsonl").write_text("{broken\n")
-    with pytest.raises(RunError, match=r"samples.jsonl is damaged .*delete it and draw again"):
+    with pytest.raises(RunError, match=r"samples.jsonl is damaged .*delete it and run `finetune sample`"):
         report(Config(name="mine", run_dir=str(tmp_path)))

@@ -1,15 +1,12 @@
-"""Training to the end, cut and continued, refused and set aside: the properties a user relies on."""
+"""Training to the end, interrupted and resumed, refused and set aside: the properties a user relies on."""
 
 import gc
-import itertools
 import json
 import signal
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -17,17 +14,22 @@ from accelerate import Accelerator
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from finetune import kinds
 from finetune.adapters import lora
 from finetune.config.schema import CheckpointChoice, Config, ExportFormat, LossWeighting, Schedule
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.language import tokenize
 from finetune.memory import block_offload
-from finetune.run.records import Dataset, load_receipt
-from finetune.stages import train as stage
+from finetune.run.receipts import load_receipt
+from finetune.run.records import Dataset
+from finetune.stages.export import export
 from finetune.stages.train import train
-from finetune.training import checkpoint, loop
+from finetune.training import checkpoint
+from finetune.training.task import Task
 from tests import cutting
-from tests.unit.conftest import Setting
+from tests.unit.conftest import Setting, change_tasks
+
+CPU = torch.device("cpu")
 
 
 def adapter(run_dir: str, step: int) -> dict[str, torch.Tensor]:
@@ -82,63 +84,40 @@ def test_the_loss_at_the_end_is_the_mean_of_the_last_tenth(
 
 def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     """The next stages need the memory: two models of 7 billion parameters don't fit a 24 GB GPU."""
-    models = []
-    build = stage.kinds.build_task
+    models: list[weakref.ref[torch.nn.Module]] = []
 
-    def noting(*arguments: Any) -> Any:
-        task = build(*arguments)
+    def keep_reference(task: Task) -> None:
         models.append(weakref.ref(task.model))
-        return task
 
-    monkeypatch.setattr(stage.kinds, "build_task", noting)
+    change_tasks(monkeypatch, keep_reference)
     train(setting.config, setting.dataset)
     gc.collect()
     assert len(models) == 1
     assert models[0]() is None
 
 
-def test_steps_that_turn_slow_are_said_and_counted(
-    config: Config,
-    make_dataset: Callable[..., Dataset],
-    capsys: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    """By a clock of our own, which two looks a step take from 1 s to 4 s after the twentieth."""
-    looks = itertools.count()
-    times = itertools.accumulate(1.0 if look < 2 * 20 else 4.0 for look in looks)
-    monkeypatch.setattr(loop, "time", SimpleNamespace(perf_counter=lambda: next(times)))
-    config.trainer.steps = 28
-    run = train(config, make_dataset())
-    (line,) = [line for line in capsys.readouterr().err.splitlines() if "times as long" in line]
-    assert line.startswith("step 25: steps take 4.0 times as long as before; another program may be at work")
-    assert run.slow_steps == 8
-    receipt = load_receipt(Path(config.run_dir), "train")
-    assert receipt is not None
-    assert receipt.figures["slow_steps"] == 8
-    config.trainer.steps = 29
-    assert train(config, make_dataset()).slow_steps == 8  # what is known goes on
-
-
-def test_a_finished_run_is_fresh(
+def test_a_finished_run_is_up_to_date(
     config: Config, make_dataset: Callable[..., Dataset], capsys: pytest.CaptureFixture[str]
 ) -> None:
     dataset = make_dataset()
     first = train(config, dataset)
     capsys.readouterr()
     assert train(config, dataset) == first
-    assert "train: fresh (4 steps)" in capsys.readouterr().err
+    assert "train: up to date, skipped (4 steps)" in capsys.readouterr().err
 
 
 def test_a_signal_after_the_last_step_does_not_promise_more_steps(
     config: Config, make_dataset: Callable[..., Dataset]
 ) -> None:
-    said = "after step 4; the same command exports what was trained"
-    with cutting.cut(config.trainer.steps), pytest.raises(Interrupted, match=said):
+    with (
+        cutting.cut(config.trainer.steps),
+        pytest.raises(Interrupted, match=r"after step 4; .* exports what was trained"),
+    ):
         train(config, make_dataset())
 
 
 @pytest.mark.parametrize(("cut", "number"), [(1, signal.SIGINT), (2, signal.SIGTERM), (3, signal.SIGINT)])
-def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
+def test_a_run_interrupted_by_a_signal_and_resumed_equals_one_that_was_not(
     setting: Setting, tmp_path: Path, cut: int, number: signal.Signals
 ) -> None:
     config, dataset = setting.config, setting.dataset
@@ -146,8 +125,7 @@ def test_a_run_cut_by_a_signal_and_continued_equals_one_that_was_not(
     config.run_dir = str(tmp_path / "whole")
     whole = train(config, dataset)
     config.run_dir = str(tmp_path / "cut")
-    said = f"after step {cut}; the same command goes on"
-    with cutting.cut(cut, number), pytest.raises(Interrupted, match=said) as caught:
+    with cutting.cut(cut, number), pytest.raises(Interrupted, match=f"after step {cut}; .* goes on") as caught:
         train(config, dataset)
     assert caught.value.exit_code == 128 + number
     torch.rand(7)  # whatever else happens in the process must not matter
@@ -190,14 +168,14 @@ def test_kill_at_any_moment_leaves_the_last_complete_checkpoint(
     monkeypatch.undo()
     assert checkpoint.steps_on_disk(tmp_path / "killed" / "checkpoints") == [2]
 
-    flush = checkpoint._flush
+    write_text = Path.write_text
 
-    def die_while_saving(path: Path) -> None:
-        if path.name == "state.json":
+    def die_while_saving(path: Path, *text: str, **options: str) -> int:
+        if path.name == checkpoint.MANIFEST:  # the last file of a checkpoint
             raise Killed
-        flush(path)
+        return write_text(path, *text, **options)
 
-    monkeypatch.setattr(checkpoint, "_flush", die_while_saving)
+    monkeypatch.setattr(Path, "write_text", die_while_saving)
     with pytest.raises(Killed):
         train(config, dataset)
     monkeypatch.undo()
@@ -238,7 +216,7 @@ def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(
 
 
 @pytest.mark.parametrize("held_out", [0, 2])
-def test_a_set_too_small_to_hold_any_out_is_announced(
+def test_a_data_set_too_small_to_hold_examples_out_is_announced(
     config: Config, make_dataset: Callable[..., Dataset], capsys: pytest.CaptureFixture[str], held_out: int
 ) -> None:
     train(config, make_dataset(10, held_out))
@@ -250,18 +228,18 @@ def test_changed_captions_are_listed(config: Config, make_dataset: Callable[...,
     shorter = make_dataset(11)
     index = Path(shorter.index)
     index.write_text(index.read_text().replace('"image 4"', '"another caption"'))
-    said = r"1 caption changed: 004.png, 5 images removed: 011.png, 012.png, 013.png and 2 more\).*restart=true"
-    with pytest.raises(RunError, match=said):
+    differences = r"1 caption changed: 004.png, 5 images removed: 011.png, 012.png, 013.png and 2 more"
+    with pytest.raises(RunError, match=rf"{differences}.*trainer.restart=true"):
         train(config, shorter)
     Path(config.run_dir, "trained_on.json").unlink()
-    with pytest.raises(RunError, match=r"\(other images and captions\)"):  # a run of an earlier version
+    with pytest.raises(RunError, match=r"other images and captions"):  # a run of an earlier version
         train(config, shorter)
 
 
-def test_changed_conversations_are_said_without_hashes(language_config: Config) -> None:
+def test_changed_conversations_are_reported_without_hashes(language_config: Config) -> None:
     train(language_config, tokenize.build(language_config, None))
     language_config.data.validation_share = 0.3
-    with pytest.raises(RunError, match=r"\(other conversations and template\)"):
+    with pytest.raises(RunError, match=r"other conversations and template"):
         train(language_config, tokenize.build(language_config, None))
 
 
@@ -282,25 +260,25 @@ def test_micro_batch_and_accumulation_may_be_exchanged_on_resume(
     train(config, dataset)
     config.trainer.steps, config.trainer.micro_batch, config.trainer.accumulate = 6, 4, 1
     found = train(config, dataset)
-    assert (found.steps, found.batch) == (6, "4 × 1 accumulated = effective batch 4")
+    assert (found.steps, found.micro_batch, found.effective) == (6, 4, 4)
     figures = json.loads((Path(config.run_dir) / "receipts" / "train.json").read_text())["figures"]
     assert (figures["micro_batch"], figures["effective_batch"], figures["processes"]) == (4, 4, 1)
 
 
-def test_blocks_in_main_memory_change_nothing_and_may_come_and_go(
+def test_offloaded_blocks_change_nothing_and_may_be_switched_on_resume(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Training, validation and previews; the GPU is played by the CPU."""
+    """Training, validation and previews, all on a CPU."""
     config, dataset = setting.config, setting.dataset
     config.lora.dropout, config.optim.schedule = 0.2, Schedule.constant
     config.run_dir = str(tmp_path / "resident")
     resident = checkpoint.load(Path(train(config, dataset).checkpoint))
-    monkeypatch.setattr(block_offload, "wanted", lambda model, _: model.offload)
+    monkeypatch.setattr(block_offload, "is_active", lambda model, _: model.offload)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (0, 0))
     config.run_dir, config.model.offload, config.trainer.steps = str(tmp_path / "away"), True, 2
     capfd.readouterr()
     train(config, dataset)
-    assert "GiB of weights stay in CPU memory" in capfd.readouterr().err
+    assert "model.offload: " in capfd.readouterr().err
     config.model.offload, config.trainer.steps = False, 4
     legs = checkpoint.load(Path(train(config, dataset).checkpoint))
     assert same(legs.adapter, resident.adapter)
@@ -314,7 +292,7 @@ def test_a_damaged_checkpoint_is_named(config: Config, make_dataset: Callable[..
     newest = checkpoint.at(Path(config.run_dir) / "checkpoints", 4)
     file = newest / "adapter.safetensors"
     file.write_bytes(file.read_bytes()[:-1])
-    with pytest.raises(RunError, match=r"step-000004 is damaged.*adapter.safetensors differs.*delete that folder"):
+    with pytest.raises(RunError, match=r"step-000004 is damaged.*adapter.safetensors.*delete that folder"):
         train(config, dataset)
 
 
@@ -340,25 +318,20 @@ def test_only_the_newest_and_the_best_checkpoints_are_kept(
 
 
 def test_a_run_can_continue_from_an_earlier_adapter(config: Config, make_dataset: Callable[..., Dataset]) -> None:
-    from finetune.diffusion.task import DiffusionTask
-    from finetune.stages.export import export
-
     dataset = make_dataset()
     export(config, train(config, dataset))
     before = adapter(config.run_dir, 4)
     for folder in ("adapter", "adapter/peft"):
         config.lora.start_from = str(Path(config.run_dir) / folder)
-        assert same(before, lora.state(DiffusionTask(config, dataset, torch.device("cpu")).model))
+        assert same(before, lora.state(kinds.of(config).build_task(config, dataset, CPU).model))
     config.lora.start_from = str(Path(config.run_dir) / "nothing")
     with pytest.raises(ModelError, match=r"nothing/adapter_model.safetensors does not exist"):
-        DiffusionTask(config, dataset, torch.device("cpu"))
+        kinds.of(config).build_task(config, dataset, CPU)
 
 
-def test_training_stops_once_the_validation_loss_no_longer_falls_and_the_best_is_handed_out(
+def test_training_stops_early_and_the_best_checkpoint_is_exported(
     setting: Setting, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    from finetune.stages.export import export
-
     config = setting.config
     config.trainer.steps, config.trainer.save_every, config.trainer.patience = 60, 1, 2
     config.optim.lr, config.optim.warmup_steps = 1.0, 0  # far too much: it gets worse at once
@@ -367,8 +340,8 @@ def test_training_stops_once_the_validation_loss_no_longer_falls_and_the_best_is
     run = train(config, setting.dataset)
     assert run.best_step is not None
     assert run.steps == run.best_step + 2 < 60
-    assert f"no better validation loss since step {run.best_step}; stopping early" in capsys.readouterr().err
-    assert train(config, setting.dataset) == run  # fresh, not trained on
+    assert f"since step {run.best_step}; stopping early" in capsys.readouterr().err
+    assert train(config, setting.dataset) == run  # up to date: no more steps are taken
     exported = load_file(Path(export(config, run).folder) / "peft" / "adapter_model.safetensors")
     best = adapter(config.run_dir, run.best_step)
     assert same({name.removeprefix("base_model.model."): weight for name, weight in exported.items()}, best)

@@ -22,7 +22,7 @@ def prepared(config: Config, dataset: Any) -> tuple[Task, Any, torch.optim.Optim
     """Task, accelerator and optimiser."""
     device = pick_device(config.hardware.device)
     accelerator = build_accelerator(config.trainer.precision, device)
-    task = kinds.build_task(config, dataset, device)
+    task = kinds.of(config).build_task(config, dataset, device)
     optimizer = build_optimizer(lora.parameter_groups(task.model, config.optim.lora_plus), config.optim)
     task.model, optimizer = prepare(accelerator, task.model, optimizer)
     return task, accelerator, optimizer

@@ -33,27 +33,27 @@ def test_micro_batch_and_accumulation_do_not_change_the_adapter(setting: Setting
 def test_loss_is_the_mean_over_items(setting: Setting) -> None:
     config, dataset = setting.config, setting.dataset
     _, steps = run(config, dataset, steps=1)
-    fresh = kinds.build_task(config, dataset, CPU)
-    batches = [fresh.collate([draw]) for draw in next(iter(fresh.steps(effective=4, start=0)))]
-    alone = [float(fresh.loss(batch).detach()) for batch in batches]
+    other = kinds.of(config).build_task(config, dataset, CPU)
+    batches = [other.collate([draw]) for draw in next(iter(other.steps(effective=4, start=0)))]
+    alone = [float(other.loss(batch).detach()) for batch in batches]
     assert steps[0].count == sum(batch.count for batch in batches)
     assert steps[0].loss == pytest.approx(sum(alone) / sum(batch.items for batch in batches), rel=1e-5)
 
 
-def test_a_non_finite_step_is_refused_and_named(setting: Setting) -> None:
+def test_a_non_finite_step_is_skipped_and_named(setting: Setting) -> None:
     config, dataset = setting.config, setting.dataset
     task, steps = run(config, dataset, poison=0, steps=1)
     assert steps[0].skip_reason is not None
     assert re.search(r"in fp32 on (\d+\.png at timestep|conversations) \d+", steps[0].skip_reason)
-    fresh = lora.state(kinds.build_task(config, dataset, CPU).model)
-    assert all(torch.equal(weight, fresh[name]) for name, weight in lora.state(task.model).items())
+    untrained = lora.state(kinds.of(config).build_task(config, dataset, CPU).model)
+    assert all(torch.equal(weight, untrained[name]) for name, weight in lora.state(task.model).items())
     _, steps = run(config, dataset, poison=1)
     assert [step.skip_reason is not None for step in steps] == [False, True, False, False]
 
 
 def test_bad_steps_in_a_row_end_the_run(setting: Setting) -> None:
     setting.config.trainer.max_bad_steps = 1
-    with pytest.raises(TrainingError, match=r"1 steps in a row were not finite.*try a lower optim.lr"):
+    with pytest.raises(TrainingError, match=r"not finite.*optim\.lr"):
         run(setting.config, setting.dataset, poison=2)
 
 

@@ -1,4 +1,4 @@
-"""Running out of memory: the same steps in smaller portions, nothing lost, nothing counted twice."""
+"""OOM fallbacks: the same steps in smaller micro-batches, nothing lost, nothing counted twice."""
 
 import weakref
 from collections.abc import Callable, Iterator, Sequence
@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from finetune import kinds
 from finetune.adapters import lora
@@ -21,7 +21,7 @@ from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.oom import OomFallbacks
 from finetune.training.task import Batch, Draw, Task
-from tests.unit.conftest import Setting
+from tests.unit.conftest import Setting, change_tasks
 
 FULL = "CUDA out of memory. Tried to allocate 20.00 MiB"
 
@@ -40,7 +40,7 @@ class _Full(torch.autograd.Function):
 
 @dataclass
 class Gpu:
-    """A GPU with room for so many examples; `fits` tells by (examples, step from 0, whether blocks are recomputed)."""
+    """A GPU with room for some micro-batches: `fits` says so by (examples, step from 0, activation checkpointing)."""
 
     fits: Callable[[int, int, bool], bool]
     where: str = "forward"
@@ -49,15 +49,13 @@ class Gpu:
     losses: int = 0
 
     def install(self, monkeypatch: pytest.MonkeyPatch) -> "Gpu":
-        build = kinds.build_task
         set_checkpointing = checkpointing.set_checkpointing
 
         def spied(model: Any, every: int) -> None:
             set_checkpointing(model, every)
             self.checkpointed = every == 1
 
-        def built(*arguments: Any) -> Task:
-            task = build(*arguments)
+        def limit(task: Task) -> None:
             steps, loss = task.steps, task.loss
 
             def counted(*, effective: int, start: int) -> Iterator[Sequence[Draw]]:
@@ -78,10 +76,9 @@ class Gpu:
                 raise torch.OutOfMemoryError(FULL)
 
             task.steps, task.loss = counted, limited  # type: ignore[method-assign]
-            return task
 
-        monkeypatch.setattr(kinds, "build_task", built)
-        monkeypatch.setattr(checkpointing, "recompute", spied)
+        change_tasks(monkeypatch, limit)
+        monkeypatch.setattr(checkpointing, "set_checkpointing", spied)
         return self
 
 
@@ -91,6 +88,11 @@ def at_most(limit: int) -> Callable[[int, int, bool], bool]:
 
 def adapter(run: Run) -> dict[str, Tensor]:
     return checkpoint.load(Path(run.checkpoint)).adapter
+
+
+def oom_lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
+    """The messages so far that memory ran out."""
+    return [line for line in capfd.readouterr().err.splitlines() if "memory ran out" in line]
 
 
 def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
@@ -122,10 +124,10 @@ def test_a_run_that_runs_out_equals_one_with_smaller_micro_batches(
     gpu = Gpu(at_most(limit), where).install(monkeypatch)
     capfd.readouterr()
     run = train(into(config, tmp_path / "full", 4, 1), dataset)
-    said = capfd.readouterr().err
-    rungs = {1: "micro-batch 2, then micro-batch 1", 2: "micro-batch 2"}[limit]
-    assert f"step 1: memory ran out; going on with {rungs}; effective batch still 4\n" in said
-    assert said.count("memory ran out") == 1
+    (line,) = oom_lines(capfd)
+    assert line.startswith("step 1:")
+    assert {1: "micro-batch 2, then micro-batch 1;", 2: "micro-batch 2;"}[limit] in line
+    assert line.endswith("effective batch still 4")
     assert difference(adapter(run), adapter(small)) == 0
     assert (run.steps, run.items, run.skipped_steps) == (small.steps, small.items, 0)
     assert run.last_loss == pytest.approx(small.last_loss, rel=1e-6)
@@ -146,7 +148,7 @@ def test_gradients_of_the_failed_attempt_are_dropped(
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
-def test_memory_that_runs_out_in_the_middle_changes_nothing_but_rounding(
+def test_out_of_memory_in_the_middle_changes_nothing_but_rounding(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, where: str
 ) -> None:
     config, dataset = setting.config, setting.dataset
@@ -161,10 +163,10 @@ def test_memory_that_runs_out_in_the_middle_changes_nothing_but_rounding(
     assert (run.items, run.micro_batch) == (small.items, 1)
 
 
-def test_a_resumed_run_stays_where_it_had_to_go(
+def test_a_resumed_run_keeps_its_fallbacks(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    """Cut after memory ran out, so far that blocks are recomputed: the second leg is the same, bit for bit."""
+    """Stopped after fallbacks down to activation checkpointing, and resumed: the same adapter, bit for bit."""
     config, dataset = setting.config, setting.dataset
     config.lora.dropout = 0.2
     Gpu(lambda examples, step, checkpointed: (examples == 1 and checkpointed) or step < 1).install(monkeypatch)
@@ -177,13 +179,13 @@ def test_a_resumed_run_stays_where_it_had_to_go(
     config.trainer.steps = 6
     capfd.readouterr()
     legs = train(config, dataset)
-    assert "memory ran out" not in capfd.readouterr().err
+    assert not oom_lines(capfd)
     assert difference(adapter(whole), adapter(legs)) == 0
     assert legs.items == whole.items
     assert legs.oom_fallbacks == whole.oom_fallbacks == "micro-batch 1 instead of 4, trainer.activation_checkpointing=1"
 
 
-def test_a_person_who_changes_the_settings_of_memory_is_heard(
+def test_other_memory_settings_replace_the_fallbacks_of_an_earlier_run(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, dataset = setting.config, setting.dataset
@@ -196,36 +198,31 @@ def test_a_person_who_changes_the_settings_of_memory_is_heard(
     assert (again.micro_batch, again.oom_fallbacks) == (2, "")
 
 
-def test_at_the_foot_of_the_ladder_it_says_what_was_tried_and_what_may_fit(
+def test_when_no_fallback_is_left_it_says_what_was_tried_and_what_may_fit(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, dataset = setting.config, setting.dataset
     Gpu(lambda examples, step, checkpointed: step < 2).install(monkeypatch)
-    advice = {
-        "diffusion": r"try smaller images: model\.resolution=16, model\.quantize=nf4, or a smaller base model",
-        "language": r"try shorter rows: data\.length=96, model\.quantize=nf4, or a smaller base model",
-    }[config.model.kind]
-    words = r"^out of memory with micro-batch 1 instead of 4, trainer\.checkpointing=1; " + advice + "$"
-    with pytest.raises(OutOfMemory, match=words):
+    smaller = {"diffusion": r"model\.resolution=16", "language": r"data\.length=96"}[config.model.kind]
+    tried = r"micro-batch 1 instead of 4, trainer\.activation_checkpointing=1; "
+    with pytest.raises(OutOfMemory, match=rf"{tried}.*{smaller}, model\.quantize=nf4"):
         train(into(config, tmp_path / "run", 4, 1), dataset)
     assert checkpoint.steps_on_disk(tmp_path / "run" / "checkpoints") == [2]  # and nothing that was done is lost
 
 
-def test_blocks_that_are_recomputed_already_are_no_measure(
+def test_activation_checkpointing_that_is_on_already_is_no_fallback(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Gpu(lambda *_: False).install(monkeypatch)
     setting.config.trainer.activation_checkpointing = 1
-    with pytest.raises(OutOfMemory, match=r"^out of memory with micro-batch 1; try"):
+    with pytest.raises(OutOfMemory, match=r"with micro-batch 1; try"):
         train(into(setting.config, tmp_path / "run", 1, 4), setting.dataset)
 
 
-def shrinking(monkeypatch: pytest.MonkeyPatch, name: str, fits: Callable[[Any], bool]) -> None:
+def limited_to(monkeypatch: pytest.MonkeyPatch, name: str, fits: Callable[[Any], bool]) -> None:
     """A task whose `name` runs out of memory, in eval mode as it would, unless its first argument `fits`."""
-    build = kinds.build_task
 
-    def built(*arguments: Any) -> Task:
-        task = build(*arguments)
+    def limit(task: Task) -> None:
         whole = getattr(task, name)
 
         def limited(first: Any, *rest: Any) -> Any:
@@ -235,12 +232,11 @@ def shrinking(monkeypatch: pytest.MonkeyPatch, name: str, fits: Callable[[Any], 
             raise torch.OutOfMemoryError(FULL)
 
         setattr(task, name, limited)
-        return task
 
-    monkeypatch.setattr(kinds, "build_task", built)
+    change_tasks(monkeypatch, limit)
 
 
-def test_validation_shrinks_alone(
+def test_validation_takes_smaller_batches_and_training_does_not(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config, dataset = setting.config, setting.dataset
@@ -248,30 +244,31 @@ def test_validation_shrinks_alone(
     config.sample.prompts = ["a red robot", "a cat", "a boat"]
     plain = train(into(config, tmp_path / "plain", 4, 1), dataset)
     with monkeypatch.context() as patch:
-        shrinking(patch, "validate", lambda size: size <= 1)
+        limited_to(patch, "validate", lambda size: size <= 1)
         capfd.readouterr()
         run = train(into(config, tmp_path / "full", 4, 1), dataset)
-    said = capfd.readouterr().err
-    assert "step 0: memory ran out; validation by 2 at a time\nstep 0: memory ran out; validation by 1 at" in said
-    assert said.count("memory ran out") == 2  # once for all later validations
+    lines = oom_lines(capfd)  # of the first validation alone: the later ones start with its size
+    assert [(line[:7], "validation by" in line) for line in lines] == [("step 0:", True)] * 2
+    assert ["2" in lines[0], "1" in lines[1]] == [True, True]
     assert difference(adapter(run), adapter(plain)) == 0
     assert run.best_validation == pytest.approx(plain.best_validation, rel=1e-5)
     assert (run.micro_batch, run.oom_fallbacks) == (4, "")
 
 
-def test_no_room_for_one_preview_costs_the_preview_and_for_one_validation_the_run(
+def test_without_room_for_one_preview_training_continues_and_without_room_for_one_validation_it_ends(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config, dataset = setting.config, setting.dataset
     with monkeypatch.context() as patch:
-        shrinking(patch, "sample", lambda _: False)
+        limited_to(patch, "sample", lambda _: False)
         config.sample.every = 2
         capfd.readouterr()
         assert train(into(config, tmp_path / "run", 4, 1), dataset).steps == 4
-    assert capfd.readouterr().err.count("memory ran out even for a single preview; training goes on without\n") == 1
+    (line,) = oom_lines(capfd)
+    assert "preview" in line
     with monkeypatch.context() as patch:
-        shrinking(patch, "validate", lambda _: False)
-        with pytest.raises(OutOfMemory, match=r"^out of memory in validation, one example at a time; try "):
+        limited_to(patch, "validate", lambda _: False)
+        with pytest.raises(OutOfMemory, match=r"in validation, one example at a time; try "):
             train(into(config, tmp_path / "other", 4, 1), dataset)
 
 
@@ -285,13 +282,13 @@ def test_no_room_for_one_preview_costs_the_preview_and_for_one_validation_the_ru
         RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     ],
 )
-def test_every_way_to_run_out_is_known(error: Exception) -> None:
+def test_every_kind_of_out_of_memory_error_is_recognised(error: Exception) -> None:
     def fail() -> None:
         raise error
 
-    dropped: list[bool] = []
-    assert try_within_memory(fail, cleanup=lambda: dropped.append(True)) is None
-    assert dropped
+    cleaned: list[bool] = []
+    assert try_within_memory(fail, cleanup=lambda: cleaned.append(True)) is None
+    assert cleaned
     assert is_out_of_memory(error)
 
 
@@ -300,8 +297,8 @@ def test_other_errors_pass() -> None:
         try_within_memory(lambda: (_ for _ in ()).throw(RuntimeError("shapes differ")))
 
 
-def test_a_failed_attempt_holds_nothing_when_it_is_dropped() -> None:
-    """What the frames of the attempt held is gone by then: its traceback would keep it."""
+def test_a_failed_attempt_holds_no_tensor_when_it_is_cleaned_up() -> None:
+    """The traceback would keep those of every frame."""
     held: list[weakref.ref[Tensor]] = []
     gone: list[bool] = []
 
@@ -315,16 +312,16 @@ def test_a_failed_attempt_holds_nothing_when_it_is_dropped() -> None:
 
 
 @pytest.mark.parametrize("every", [0, 1, 2])
-def test_activations_in_main_memory_give_the_same_gradients(
+def test_offloaded_activations_give_the_same_gradients(
     setting: Setting, every: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """On the CPU CPU memory is another copy."""
+    """Without a GPU, CPU memory is another copy."""
     config, dataset = setting.config, setting.dataset
     config.lora.dropout, config.trainer.activation_checkpointing = 0.2, every
     monkeypatch.setattr(activation_offload, "WORTH_BYTES", 0)
     moved: list[int] = []
     real = torch.empty_like
-    task: Any = kinds.build_task(config, dataset, torch.device("cpu"))
+    task: Any = kinds.of(config).build_task(config, dataset, torch.device("cpu"))
     task.model.train()
     batch = task.collate(next(iter(task.steps(effective=2, start=0))))
     found = []
@@ -343,7 +340,7 @@ def test_activations_in_main_memory_give_the_same_gradients(
     assert all(torch.equal(one, other) for one, other in zip(resident, away, strict=True))
 
 
-def test_of_checkpointed_blocks_the_inputs_alone_go_to_main_memory_and_no_weights(
+def test_of_checkpointed_blocks_the_inputs_alone_are_offloaded_and_no_weights(
     setting: Setting, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config, dataset = setting.config, setting.dataset
@@ -352,7 +349,7 @@ def test_of_checkpointed_blocks_the_inputs_alone_go_to_main_memory_and_no_weight
     real = torch.empty_like
     for every in (0, 1):
         config.trainer.activation_checkpointing = every
-        task: Any = kinds.build_task(config, dataset, torch.device("cpu"))
+        task: Any = kinds.of(config).build_task(config, dataset, torch.device("cpu"))
         batch = task.collate(next(iter(task.steps(effective=2, start=0))))
         frozen = {p.untyped_storage().data_ptr() for p in task.model.parameters() if not p.requires_grad}
         moved: list[Tensor] = []
@@ -365,35 +362,47 @@ def test_of_checkpointed_blocks_the_inputs_alone_go_to_main_memory_and_no_weight
     assert 0 < away[1] < away[0] / 2
 
 
-def test_training_with_activations_in_main_memory(
+def test_training_with_offloaded_activations(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     config, dataset = setting.config, setting.dataset
     config.lora.dropout, config.trainer.offload_activations = 0.2, True
     capfd.readouterr()
     resident = train(into(config, tmp_path / "resident", 2, 2), dataset)
-    words = "trainer.offload_activations=true changes nothing without a CUDA GPU: all is in CPU memory anyway\n"
-    assert words in capfd.readouterr().err
+    assert "trainer.offload_activations=true changes nothing without a CUDA GPU" in capfd.readouterr().err
     entered: list[bool] = []
 
-    def spied(self: activation_offload.ActivationOffload) -> Any:
-        entered.append(True)
-        return activation_offload._away(self.model)
+    class WithoutGpu(activation_offload.ActivationOffload):
+        def __init__(self, model: nn.Module, device: torch.device, enabled: bool) -> None:
+            super().__init__(model, device, enabled)
+            self.enabled = enabled
 
-    monkeypatch.setattr(activation_offload.ActivationOffload, "__call__", spied)
+        def __call__(self) -> Any:
+            entered.append(True)
+            return super().__call__()
+
+    monkeypatch.setattr(activation_offload, "ActivationOffload", WithoutGpu)
     away = train(into(config, tmp_path / "away", 2, 2), dataset)
     assert len(entered) >= 4 * 2  # images of different shapes need more micro-batches
     assert difference(adapter(away), adapter(resident)) == 0
 
 
-def test_a_ladder_goes_down_from_what_failed_and_not_from_what_was_asked() -> None:
-    fallbacks = iter(["one", "two"])
-    fallbacks = OomFallbacks(64, lambda: next(fallbacks, None), "try less")
+def test_fallbacks_start_from_the_batch_that_failed_and_not_from_the_requested_one() -> None:
+    of_task = iter(["one", "two"])
+    fallbacks = OomFallbacks(64, lambda: next(of_task, None), "try less")
     assert fallbacks.summary == ""
-    assert fallbacks.next_fallback(6) == "micro-batch 3"  # of 64 asked for, a bucket had 6 images
+    assert fallbacks.next_fallback(6) == "micro-batch 3"  # of 64 requested, a bucket had 6 images
     assert fallbacks.next_fallback(3) == "micro-batch 1"
     assert fallbacks.next_fallback(1) == "one"
     assert fallbacks.next_fallback(1) == "two"
     assert fallbacks.summary == "micro-batch 1 instead of 64, one, two"
-    with pytest.raises(OutOfMemory, match=r"^out of memory with micro-batch 1 instead of 64, one, two; try less$"):
+    with pytest.raises(OutOfMemory, match=r"micro-batch 1 instead of 64, one, two; try less$"):
         fallbacks.next_fallback(1)
+
+
+def test_fallbacks_of_an_earlier_part_of_the_run_are_applied_at_once() -> None:
+    of_task = iter(["one", "two"])
+    fallbacks = OomFallbacks(64, lambda: next(of_task, None), "try less")
+    fallbacks.restore(8, 1)
+    assert (fallbacks.micro_batch, fallbacks.applied) == (8, ["one"])
+    assert fallbacks.summary == "micro-batch 8 instead of 64, one"

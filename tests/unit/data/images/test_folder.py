@@ -1,6 +1,8 @@
 """Folders of images and captions as users have them."""
 
+import glob
 import json
+import zipfile
 
 import pytest
 from PIL import Image
@@ -30,13 +32,34 @@ def write(path, *values):
     path.write_text("".join(json.dumps(value) + "\n" for value in values), encoding="utf-8")
 
 
-def test_pictures_are_found_recursively_whatever_they_are_called(root):
+def test_images_are_found_recursively_whatever_they_are_called(root):
     put(root, "b.png", "test_1.JPG", "train/deep/x.webp", "validation/Ü ä.png", "[1].png", ".hidden.png", ".dir/a.png")
     (root / "notes.txt").write_text("no image")
     assert folder.images(root) == ["[1].png", "b.png", "test_1.JPG", "train/deep/x.webp", "validation/Ü ä.png"]
 
 
-def test_listing_reads_no_picture(root):
+def test_the_same_files_are_listed_as_by_imagefolder(root):
+    import datasets
+
+    put(root, "a.png", "__b.png", "__dir/c.png", ".dir/d.png", "sub/.e.png", "folder.png/f.jpg", "sub/g.webp")
+    (root / "outside").mkdir()
+    (root / "link.png").symlink_to(root / "a.png")
+    (root / "linked").symlink_to(root / "sub")
+    (root / "broken.png").symlink_to(root / "gone.png")
+    pattern = f"{glob.escape(str(root))}/**"
+    table = datasets.load_dataset("imagefolder", data_files={"train": pattern}, split="train", streaming=True)
+    listed = [row["image"]["path"] for row in table.cast_column("image", datasets.Image(decode=False))]
+    assert folder.images(root) == sorted(folder.Path(path).relative_to(root).as_posix() for path in listed)
+
+
+def test_archives_are_passed_over(root):
+    put(root, "a.png")
+    with zipfile.ZipFile(root / "more.zip", "w") as archive:
+        archive.write(root / "a.png", "b.png")
+    assert folder.images(root) == ["a.png"]
+
+
+def test_listing_reads_no_image(root):
     (root / "a.jpg").write_bytes(b"")
     assert folder.images(root) == ["a.jpg"]
 
@@ -62,7 +85,7 @@ def test_bad_folders_say_what_to_type(root):
     put(root, ".only-hidden.png")
     with pytest.raises(DataError, match=r"has no images"):
         folder.images(root)
-    assert folder.unread(root) == ["a.heic"]
+    assert folder.unsupported_files(root) == ["a.heic"]
 
 
 def test_captions_from_metadata_then_from_sidecar(root):
@@ -88,7 +111,7 @@ def test_names_match_across_unicode_forms(root):
     assert rows(root / "metadata.jsonl") == [{"file_name": "B\u00e4r.png", "text": "another"}]
 
 
-def test_rows_of_pictures_that_are_gone_are_named(root, capsys):
+def test_rows_of_images_that_are_gone_are_named(root, capsys):
     put(root, "a.png")
     write(root / "metadata.jsonl", {"file_name": "gone.png", "text": "x"}, {"file_name": "../a.png", "text": "x"})
     assert folder.captions(root, ["a.png"]) == {}
@@ -200,11 +223,3 @@ def test_a_full_disk_loses_nothing(root, monkeypatch):
         folder.add_captions(root, {"a.png": "new"}, overwrite=False)
     assert (root / "metadata.jsonl").read_bytes() == before
     assert len(list(root.iterdir())) == 2
-
-
-def test_content_hashes_are_of_bytes_alone(root):
-    put(root, "a.png", "sub/b.png")
-    hashes = folder.content_hashes(root, ["a.png", "sub/b.png"])
-    assert hashes["a.png"] == hashes["sub/b.png"]
-    with pytest.raises(DataError, match=r"gone.png: can't be read"):
-        folder.content_hashes(root, ["gone.png"])

@@ -69,7 +69,7 @@ def test_every_format_from_every_kind_of_file(tmp_path, format_, kind):
     assert str(source) == f"{path}: {format_.value} (recognised)"
     rows = list(formats.read(source))
     assert [row.messages for row in rows] == [WANTED[format_]] * 3
-    first = {"jsonl": 1, "json": 2, "csv": 2}.get(kind, 1)  # lines of texts, rows of tables
+    first = 2 if kind == "csv" else 1  # lines of JSON lines and CSV, rows of the others
     assert rows[0].source == f"{path}:{first}"
     assert str(open_source(path, format_=format_)) == f"{path}: {format_.value} (as named)"
 
@@ -96,6 +96,17 @@ def test_completion_as_messages_trains_only_the_completion():
     prompt = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}]
     found = one({"prompt": prompt, "completion": [{"role": "assistant", "content": "d"}]})
     assert [(turn.content, turn.trained) for turn in found if turn.role == "assistant"] == [("b", False), ("d", True)]
+
+
+def test_groups_ignore_case_and_white_space_only():
+    def group(question, answer):
+        return Conversation((Message("user", question), Message("assistant", answer)), "f:1").group
+
+    first = group("What is 3+4?", "It is 7.")
+    assert first == group(" what  is\n3+4?", "IT is 7. ")
+    assert first != group("What is 3-4?", "It is 7.")
+    assert first != group("What is 3+4? It is", "7.")
+    assert 0 <= first < 2**64
 
 
 def test_weights_and_parts_of_openai():

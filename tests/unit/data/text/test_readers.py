@@ -1,7 +1,6 @@
 """Files: what is in them, where it stands, and what is wrong with them."""
 
 import json
-import random
 import re
 
 import pytest
@@ -29,17 +28,16 @@ def test_missing_and_unknown_files_say_what_to_type(tmp_path):
         readers.files_of(tmp_path)
 
 
-@pytest.mark.parametrize("block", [1, 2, 3, 7, 64, 1 << 20])
-def test_json_arrays_read_alike_in_any_blocks(tmp_path, monkeypatch, block):
-    monkeypatch.setattr(readers, "BLOCK", block)
-    draw = random.Random(0)
-    texts = ["☃ü", '\\" \u2028', 'x"y', "💥", "\ttab", ""]
-    made = [{"a": draw.choice(texts) * draw.randrange(9), "b": [1.5, None, True]} for _ in range(20)]
+def test_json_arrays_come_as_they_are_written(tmp_path):
+    made = [
+        {"text": "2009-01-01", "messages": [{"role": "user", "content": "☃ü💥"}, {"weight": 0}]},
+        {"text": "007", "b": [1.5, None, True]},
+        {"text": [{"mixed": '\\" \u2028'}]},
+    ]
+    (tmp_path / "a[1]").mkdir()
     for indent, ascii_ in ((None, True), (2, False)):
-        path = put(tmp_path, "a.json", json.dumps(made, indent=indent, ensure_ascii=ascii_))
-        assert [value for _, value in rows(path)] == made
-        lines = path.read_text().split("\n")
-        assert all(indent is None or lines[line - 1].strip() == "{" for line, _ in rows(path))
+        path = put(tmp_path, "a[1]/x::a.json", json.dumps(made, indent=indent, ensure_ascii=ascii_))
+        assert rows(path) == list(enumerate(made, start=1))
 
 
 @pytest.mark.parametrize("text", ['{"a": 1}\n{"a": 2}\n', '{\n "a": 1\n}\n{"a": 2}', '\ufeff[{"a": 1},\n{"a": 2}]\n'])
@@ -51,23 +49,21 @@ def test_empty_json(tmp_path):
     assert rows(put(tmp_path, "a.json", " [ ] ")) == rows(put(tmp_path, "b.json", "")) == []
 
 
-@pytest.mark.parametrize("block", [1, 16, 1 << 20])
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ('[{"a": 1},\n{"a": 2', r":2: is not JSON"),
-        ('[{"a": 1},\n\n{"a" 2}, {"b": "' + "x" * 99 + '"}]', r":3: is not JSON \(Expecting ':'"),
-        ('[{"a": 1},\n{"a": 2}', r":2: ends inside its array"),
-        ('[{"a": 1}\n{"a": 2}]', r":2: lacks a comma between two rows"),
-        ('[{"a": 1}]\n[]', r":2: goes on behind the end of its array"),
-        ("[" * 200_000, r"is (nested too deeply|not JSON)"),
-        ('[\n{"a": "un', r":2: is not JSON \(Unterminated string"),
+        ('[{"a": 1},\n{"a": 2', r"a.json:2: is not JSON"),
+        ('[{"a": 1},\n\n{"a" 2}, {"b": "' + "x" * 99 + '"}]', r"a.json:3: is not JSON \(Expecting ':'"),
+        ('[{"a": 1}\n{"a": 2}]', r"a.json:2: is not JSON \(Expecting ','"),
+        ('[\n{"a": "un', r"a.json:2: is not JSON \(Unterminated string"),
+        ("[" * 200_000, r"a.json.* is not JSON"),
+        ("[" + "1" * 5000 + "]", r"a.json: is not JSON \(Exceeds the limit"),
     ],
 )
-def test_broken_json_names_the_line(tmp_path, monkeypatch, block, text, message):
-    monkeypatch.setattr(readers, "BLOCK", block)
-    with pytest.raises(DataError, match=message):
+def test_broken_json_names_the_line(tmp_path, text, message):
+    with pytest.raises(DataError, match=message + ".* holds one array of objects") as caught:
         rows(put(tmp_path, "a.json", text))
+    assert "\n" not in str(caught.value)
 
 
 def test_broken_json_lines_name_the_line_and_the_rest_is_read(tmp_path):
@@ -78,15 +74,14 @@ def test_broken_json_lines_name_the_line_and_the_rest_is_read(tmp_path):
     assert "a.jsonl:5: is not JSON" in str(found[3][1])
 
 
-@pytest.mark.parametrize("block", [1, 5, 1 << 20])
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
-def test_wrong_encodings_name_the_byte_and_the_line(tmp_path, monkeypatch, name, block):
-    monkeypatch.setattr(readers, "BLOCK", block)
+def test_wrong_encodings_name_the_line_and_the_byte(tmp_path, name):
     head = {"a.jsonl": b'{"text": "\xc3\xbc"}\n{"text": "', "a.json": b'[{"text": "\xc3\xbc"},\n{"text": "'}.get(
         name, b"text\n"
     )
     path = put(tmp_path, name, head + "Grüße".encode("latin-1") + b'"}')
-    message = rf"{name}:2: byte {len(head) + 2} is not UTF-8 \(0xfc\); save the file as UTF-8"
+    byte = len(head.split(b"\n")[1]) + 3
+    message = rf"{name}:2: byte {byte} of the line is not UTF-8 \(0xfc\); save the file as UTF-8"
     if name == "a.jsonl":  # the next line can still be found
         assert re.search(message, str(rows(path)[1][1]))
     else:
@@ -96,8 +91,8 @@ def test_wrong_encodings_name_the_byte_and_the_line(tmp_path, monkeypatch, name,
 
 def test_utf16_is_named_at_its_first_byte(tmp_path):
     [(_, error), *_] = rows(put(tmp_path, "a.jsonl", '{"a": 1}'.encode("utf-16")))
-    assert "a.jsonl:1: byte 0 is not UTF-8 (0xff)" in str(error)
-    with pytest.raises(DataError, match=r"a.json:1: byte 8 is not UTF-8"):
+    assert "a.jsonl:1: byte 1 of the line is not UTF-8 (0xff)" in str(error)
+    with pytest.raises(DataError, match=r"a.json:1: byte 9 of the line is not UTF-8"):
         rows(put(tmp_path, "a.json", b'[{"a": "\xc3'))
 
 
@@ -107,6 +102,9 @@ def test_csv_of_spreadsheets(tmp_path):
         (2, {"prompt": "a;\r\nb", "completion": 'say "x"'}), (5, {"prompt": "c", "completion": "d"})
     ]  # fmt: skip
     assert rows(put(tmp_path, "b.tsv", "a\tb\n1\t2,3\n")) == [(2, {"a": "1", "b": "2,3"})]
+    assert rows(put(tmp_path, "d.csv", "a,b\n007,NA\n,2009-01-01\n")) == [
+        (2, {"a": "007", "b": "NA"}), (3, {"a": "", "b": "2009-01-01"})
+    ]  # fmt: skip
     long = "x" * 300_000
     assert rows(put(tmp_path, "c.csv", f"a,b\n{long},1\n"))[0][1]["a"] == long
 

@@ -1,4 +1,4 @@
-"""Two processes of one run: what they tell one another, and that their steps are those of a single one."""
+"""Two processes of one run: how they communicate, and that their steps are those of a single one."""
 
 import itertools
 import json
@@ -34,11 +34,11 @@ STOPPED = 3  # the step in which the second process gets a signal
 class Line:
     """A task as small as can be: a line through points, of which every third counts twice."""
 
-    def __init__(self, short_of_memory: bool = False) -> None:
+    def __init__(self, out_of_memory: bool = False) -> None:
         torch.manual_seed(1 + ranks.rank())  # the first one's weights have to come to count
         self.model = nn.Sequential(nn.Linear(3, 4), nn.Dropout(0.5), nn.Linear(4, 1))
         self.unused = nn.Parameter(torch.ones(2))
-        self.short_of_memory = short_of_memory
+        self.out_of_memory = out_of_memory
 
     def split(self, draws: Sequence[Draw], micro_batch: int) -> list[Sequence[Draw]]:
         return [draws[first : first + micro_batch] for first in range(0, len(draws), micro_batch)]
@@ -50,7 +50,7 @@ class Line:
         return Batch({"x": points, "w": weights}, int(weights.sum()), names, count=len(draws), padded_count=len(draws))
 
     def loss(self, batch: Batch) -> Tensor:
-        if self.short_of_memory and len(batch.names) > 1:
+        if self.out_of_memory and len(batch.names) > 1:
             raise torch.OutOfMemoryError("out of memory")
         error_B = (self.model(batch.tensors["x"]).squeeze(1) - 3).square()
         return (error_B * batch.tensors["w"]).sum() / (not any(name == "666" for name in batch.names))
@@ -89,22 +89,22 @@ def steps_of(line: Any, stop: Stop, *, dropout: bool = True, keys: Sequence[int]
     )
 
 
-def trained(dropout: bool = True, short_of_memory: bool = False) -> dict[str, Any]:
+def trained(dropout: bool = True, out_of_memory: bool = False) -> dict[str, Any]:
     """What the steps were, and the weights after them."""
-    line = Line(short_of_memory)
-    seen: dict[str, Any] = {"loss": [], "units": [], "eased": [], "stopped": []}
+    line = Line(out_of_memory)
+    seen: dict[str, Any] = {"loss": [], "count": [], "fallbacks": [], "stopped": []}
     with catch_stop() as stop:
         for step in steps_of(line, stop, dropout=dropout):
             seen["loss"].append(step.loss)
-            seen["units"].append(step.count)
-            seen["eased"].append(step.oom_fallbacks)
+            seen["count"].append(step.count)
+            seen["fallbacks"].append(step.oom_fallbacks)
             seen["stopped"].append(stop.number)
     weights = [parameter.flatten().tolist() for parameter in line.model.parameters()]
     return {**seen, "weights": weights, "unused": line.unused.tolist()}
 
 
-def refusal() -> str | None:
-    """Why a step is refused of which the second process has the bad example."""
+def skip_reason() -> str | None:
+    """Of a step of which the second process has the bad example."""
     return next(iter(steps_of(Line(), Stop(), keys=[1, 2, 666, 4]))).skip_reason
 
 
@@ -116,7 +116,7 @@ def broken() -> None:
     list(steps_of(line, Stop()))
 
 
-def told(work: Callable[[], object]) -> str:
+def error_of(work: Callable[[], object]) -> str:
     """The error in which a run ends, as this process sees it."""
     try:
         with distributed.process_group():
@@ -152,13 +152,13 @@ def take_part(index: int, port: int, folder: str) -> None:
             "first": distributed.on_first_rank(lambda: ranks.rank()),
             "gathered": distributed.gather(f"I am {index}"),
             "trained": trained(),
-            "short of memory": trained(dropout=False, short_of_memory=index == 1),
-            "refused": refusal(),
+            "out of memory": trained(dropout=False, out_of_memory=index == 1),
+            "skipped": skip_reason(),
         }
-    seen["from the second"] = told(fail(1, DataError("a bad image")))
-    seen["from the first"] = told(lambda: distributed.on_first_rank(lambda: fail(0, FinetuneError("no disk"))()))
-    seen["odd"] = told(fail(0, Interrupted("by hand", 2)))
-    seen["in a step"] = told(broken)  # the last: the first process leaves a reduction unfinished
+    seen["from the second"] = error_of(fail(1, DataError("a bad image")))
+    seen["from the first"] = error_of(lambda: distributed.on_first_rank(lambda: fail(0, FinetuneError("no disk"))()))
+    seen["odd"] = error_of(fail(0, Interrupted("by hand", 2)))
+    seen["in a step"] = error_of(broken)  # the last: the first process leaves a reduction unfinished
     Path(folder, f"{index}.json").write_text(json.dumps(seen))
 
 
@@ -173,7 +173,7 @@ def be_killed(index: int, port: int, folder: str) -> None:
         try:
             broadcast_start([nn.Parameter(torch.ones(2))])
         except RunError as error:
-            Path(folder, "said").write_text(str(error))
+            Path(folder, "error").write_text(str(error))
 
 
 def free_port() -> int:
@@ -192,7 +192,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{index}.json").read_text()) for index in range(2)]
 
 
-def test_the_first_works_for_all_and_everybody_is_heard(two: list[dict[str, Any]]) -> None:
+def test_the_first_process_works_for_all_and_values_of_all_are_gathered(two: list[dict[str, Any]]) -> None:
     assert [seen["first"] for seen in two] == [0, 0]
     assert [seen["gathered"] for seen in two] == [["I am 0", "I am 1"]] * 2
 
@@ -206,14 +206,13 @@ def test_an_error_in_one_is_raised_in_all(two: list[dict[str, Any]]) -> None:
     assert two[1]["odd"] == "RuntimeError: Interrupted: by hand"  # its constructor's arguments are not kept
 
 
-def test_a_killed_process_ends_the_others_in_our_words(tmp_path: Path) -> None:
+def test_a_killed_process_ends_the_others_with_an_error(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(be_killed, (free_port(), str(tmp_path)), nprocs=2)
-    said = (tmp_path / "said").read_text()
-    assert said == "another process was killed; the same command goes on from the last checkpoint"
+    assert "another process was killed" in (tmp_path / "error").read_text()
 
 
 def same(two: dict[str, Any], one: dict[str, Any]) -> None:
-    assert two["units"] == one["units"] == list(STEPS)
+    assert two["count"] == one["count"] == list(STEPS)
     assert two["loss"] == pytest.approx(one["loss"], rel=1e-5)
     for mine, whole in zip(two["weights"], one["weights"], strict=True):
         assert mine == pytest.approx(whole, rel=1e-4, abs=1e-6)
@@ -227,11 +226,11 @@ def test_two_take_the_steps_of_one_whatever_each_has_to_do(two: list[dict[str, A
     assert two[0]["trained"]["weights"] == two[1]["trained"]["weights"]
 
 
-def test_memory_that_runs_out_in_one_is_said_by_all_and_changes_nothing(two: list[dict[str, Any]]) -> None:
+def test_out_of_memory_in_one_is_reported_by_all_and_changes_nothing(two: list[dict[str, Any]]) -> None:
     one = trained(dropout=False)  # whose masks are drawn for each micro-batch
     for seen in two:
-        same(seen["short of memory"], one)
-        assert seen["short of memory"]["eased"] == [["micro-batch 1"], [], [], []]
+        same(seen["out of memory"], one)
+        assert seen["out of memory"]["fallbacks"] == [["micro-batch 1"], [], [], []]
 
 
 def test_a_signal_to_one_ends_all_after_the_same_step(two: list[dict[str, Any]]) -> None:
@@ -239,19 +238,19 @@ def test_a_signal_to_one_ends_all_after_the_same_step(two: list[dict[str, Any]])
         assert seen["trained"]["stopped"] == [None, None, signal.SIGTERM, signal.SIGTERM]
 
 
-def test_a_refused_step_names_the_examples_of_all(two: list[dict[str, Any]]) -> None:
+def test_a_skipped_step_names_the_examples_of_all(two: list[dict[str, Any]]) -> None:
     for seen in two:
-        assert seen["refused"].endswith("in fp32 on 1; 2; 666; 4")
+        assert seen["skipped"].endswith("in fp32 on 1; 2; 666; 4")
 
 
-def test_nobody_waits_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_wait_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "TIMEOUT_S", 0.0)
-    with pytest.raises(FinetuneError, match=r"process 0 waited 0 hours for another; start all of them again"):
+    with pytest.raises(FinetuneError, match=r"process 0 waited 0 hours"):
         distributed.wait(lambda: False)
 
 
 @pytest.mark.parametrize("verb", ["export", "plan"])
-def test_other_verbs_refuse_and_only_the_first_says_so(
+def test_other_verbs_refuse_several_processes_and_only_the_first_prints_it(
     finetune_cli: Callable[..., Answer], workdir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
@@ -260,12 +259,11 @@ def test_other_verbs_refuse_and_only_the_first_says_so(
         answer = finetune_cli(verb, "conf=pixar_style")
         assert answer.code == 2
         assert len(answer.errors) == lines
-        said = "error: several processes can only train; type this command without torchrun or accelerate"
-        assert answer.err.strip() == said * lines
+        assert answer.err.count("several processes can only train") == lines
     assert not list(workdir.iterdir())
 
 
-def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_each_process_has_a_gpu_of_its_own(monkeypatch: pytest.MonkeyPatch) -> None:
     taken: list[int] = []
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
@@ -275,5 +273,5 @@ def test_each_process_has_a_card_of_its_own(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setenv("LOCAL_RANK", "1")
     assert pick_device(Device.auto) == torch.device("cuda", 1)
     monkeypatch.setenv("LOCAL_RANK", "2")
-    with pytest.raises(FinetuneError, match="process 2 finds no GPU of its own; start as many as there are GPUs: 2"):
+    with pytest.raises(FinetuneError, match=r"process 2 .* GPUs: 2"):
         pick_device(Device.auto)

@@ -1,0 +1,33 @@
+"""What a value of the configuration must be: declared beside its field, read by help, check and error."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Rule:
+    """What a value must do, in words that stand behind "must"; example: what to type instead of the default."""
+
+    words: str
+    holds: Callable[[Any], object]
+    example: str = ""
+
+
+def must(words: str, holds: Callable[[Any], object], example: str = "") -> dict[str, Any]:
+    """The metadata of a field whose value must do something."""
+    return {"rule": Rule(words, holds, example)}
+
+
+def at_least(least: int, example: str = "") -> dict[str, Any]:
+    """The metadata of a number with a smallest value."""
+    return must(f"be at least {least}", lambda value: value >= least, example)
+
+
+POSITIVE = must("be above 0", lambda value: value > 0)
+SHARE = must("be in 0 … 1 (1 excluded)", lambda value: 0 <= value < 1)
+
+
+def is_file_name(text: str) -> bool:
+    """Whether a file or folder of this name lies in plain sight, right below the one that it is put in."""
+    return bool(text.strip()) and not text.startswith(".") and not set(text) & set("/\\\0")

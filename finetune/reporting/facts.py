@@ -1,0 +1,223 @@
+"""Records as rows of plain text: the one place for labels, number formats and wording.
+
+Terminal, notebook, report and model card take their figures from here; they only lay them out.
+"""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+from finetune.planning.plan import Plan, Setting
+from finetune.run.records import Adapter, CaptionSet, Dataset, Run, TextSet
+
+
+class Fact(NamedTuple):
+    """One row. note: what the value means or how it came about."""
+
+    label: str
+    value: str
+    note: str = ""
+
+    @property
+    def text(self) -> str:
+        """The value, with the note in brackets."""
+        return f"{self.value} ({self.note})" if self.note else self.value
+
+
+class Table(NamedTuple):
+    """Rows of cells under a title. head: of every column but the first."""
+
+    title: str
+    head: tuple[str, ...]
+    rows: Sequence[Sequence[str]]
+
+
+def run_facts(run: Run, *, held_out: bool = True) -> list[Fact]:
+    """What a finished run did and took. held_out: validation was on examples that are not trained on."""
+    share = run.trainable / run.total if run.total else 0.0
+    found = [Fact("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}", "first step → mean of the last 10 %")]
+    if run.first_validation is not None and run.best_validation is not None:
+        at = [] if run.best_step is None else [f"best at step {run.best_step:,}"]
+        where = [] if held_out else ["on training examples"]
+        losses = f"{run.first_validation:.4f} → {run.best_validation:.4f}"
+        found.append(Fact("validation loss", losses, ", ".join(at + where)))
+    found += [
+        Fact("trained on", f"{run.items:,} {run.unit}", f"in {plural(run.steps, 'step')}"),
+        *_batch(run),
+        Fact("trained parameters", f"{run.trainable:,}", f"{share:.2%} of {run.total:,}"),
+        Fact("training time", duration(run.seconds)),
+        Fact("speed", f"{rate(run.items_per_s)} {run.unit}/s"),
+        Fact("peak memory", f"{run.peak_gib:.2f} GiB", _memory(run)),
+    ]
+    if run.oom_fallbacks:
+        found.append(Fact("memory ran out", f"continued with {run.oom_fallbacks}"))
+    if run.skipped_steps:
+        found.append(Fact("skipped steps", f"{run.skipped_steps:,}", "loss or gradient not finite"))
+    return found
+
+
+def _batch(run: Run) -> list[Fact]:
+    """How many examples an optimiser step takes, and how it is cut up; nothing where an old record doesn't say."""
+    one = run.effective // run.processes
+    if not one:
+        return []
+    parts = f"{run.micro_batch} × {one // run.micro_batch} accumulated"
+    if one % run.micro_batch:  # half of an odd micro-batch leaves a rest
+        parts = f"micro-batch {run.micro_batch} at most"
+    of_all = f", {run.processes} processes" if run.processes > 1 else ""
+    return [Fact("effective batch", f"{run.effective}", parts + of_all)]
+
+
+def _memory(run: Run) -> str:
+    """GiB of the training alone; empty without a GPU or with trainer.autotune=off."""
+    figures = {"planned": run.planned_gib, "dry run": run.dry_run_gib, "training": run.measured_gib}
+    return ", ".join(f"{name} {gib:.2f}" for name, gib in figures.items() if gib is not None)
+
+
+def caption_counts(captions: CaptionSet) -> str:
+    """Such as "40 images, 12 captioned by the model, 28 by you"."""
+    generated = sum(item.source == "generated" for item in captions.items)
+    bad = f", {len(captions.skipped):,} unreadable and left out" if captions.skipped else ""
+    by_hand = len(captions.items) - generated
+    return f"{plural(len(captions.items), 'image')}, {generated:,} captioned by the model, {by_hand:,} by you{bad}"
+
+
+def dataset_facts(dataset: Dataset) -> list[Fact]:
+    """How many images, in which buckets, and what the cache saved."""
+    buckets = [f"{count} of {name} pixels" for name, count in dataset.buckets.items()]
+    return [
+        Fact("to train on", f"{dataset.train:,}"),
+        Fact("held out", f"{dataset.validation:,}"),
+        Fact("buckets", ", ".join(buckets) or "–"),
+        Fact("smaller than their bucket", f"{dataset.upscaled:,}"),
+        Fact("encoded", f"{dataset.encoded:,} now, {dataset.cached:,} found in the cache"),
+    ]
+
+
+def text_set_facts(texts: TextSet) -> list[Fact]:
+    """What became of the conversations."""
+    share = texts.trained / texts.tokens if texts.tokens else 0.0
+    fill = f"{texts.fill_share:.1%} filled, {texts.trained_share:.1%} with trained tokens"
+    found = [
+        Fact("read from", texts.source),
+        Fact("rows to train on", f"{texts.train:,}"),
+        Fact("rows held out", f"{texts.validation:,}"),
+        Fact("tokens", f"{texts.tokens:,}"),
+        Fact("trained tokens", f"{texts.trained:,}", f"{share:.1%}"),
+        Fact("one epoch", f"{plural(texts.packs, 'pack')}, {fill}"),
+        Fact("encoded", "earlier, found in the cache" if texts.cached else "now"),
+    ]
+    if texts.truncated_share:
+        found.append(Fact("trained tokens cut off by the length", f"{texts.truncated_share:.2%}"))
+    if texts.bad:
+        found.append(Fact("unusable rows, left out", f"{texts.bad:,}"))
+    return found
+
+
+def adapter_table(adapter: Adapter) -> Table:
+    """A row for each exported file."""
+    rows = [
+        (name, file, file_size(Path(adapter.folder) / file), difference(name, adapter.differences))
+        for name, file in adapter.files.items()
+    ]
+    return Table("format", ("file", "size", "difference to the trained model"), rows)
+
+
+def difference(export_format: str, differences: Mapping[str, float]) -> str:
+    """How far an exported file is from the trained model: relative, or in nats per token for a merged model."""
+    if export_format not in differences:
+        return "average of the weights"
+    unit = " nats per token (KL)" if export_format == "merged" else ""
+    return f"{differences[export_format]:.1e}{unit}" if differences[export_format] else "no difference"
+
+
+BAR = 24  # characters of a bar against the budget
+OFFLOADED = {"offload_activations": "activations", "offload": "blocks"}
+
+
+def plan_tables(plan: Plan) -> list[Table]:
+    """What was planned for what, settings, a training step, and all phases against the budget."""
+    step = plan.chosen or plan.requested
+    return [
+        Table("plan", ("",), [(fact.label, fact.text) for fact in _plan_facts(plan)]),
+        Table(
+            "settings of the same effective batch",
+            ("micro-batch", "checkpointing", "offload", "GiB", "s/step", f"{plan.unit}/s"),
+            _settings(plan),
+        ),
+        Table("a training step", ("GiB",), [(name, f"{gib:.2f}") for name, gib in step.parts.items() if gib >= 0.005]),
+        Table(
+            "phases at their peak",
+            ("GiB", ""),
+            [(name, f"{gib:.2f}" if gib else "–", _bar(gib, plan.budget_gib)) for name, gib in plan.phases.items()],
+        ),
+    ]
+
+
+def _plan_facts(plan: Plan) -> list[Fact]:
+    stored = f", base in {plan.quantize}" if plan.quantize != "none" else ""
+    found = [
+        Fact("base", plan.base),
+        Fact("GPU", f"{plan.gpu}; {plan.budget_gib:.1f} GiB for this process"),
+        Fact("precision", plan.precision + stored),
+    ]
+    if plan.cpu_gib:
+        uses = ", ".join(f"{gib:.1f} GiB for {name}" for name, gib in plan.cpu_gib.items())
+        found.append(Fact("CPU memory", f"at most {uses}"))
+    return found
+
+
+def _settings(plan: Plan) -> list[tuple[str, ...]]:
+    """The chosen setting, the next best that fit, and the recipe's own, each with what it is."""
+    named = [("fastest", plan.chosen)] if plan.chosen else []
+    named += [("next", other) for other in plan.others]
+    own = "recipe's own" if plan.requested.gib <= plan.budget_gib else "own, too large"
+    return [(name, *_setting(setting)) for name, setting in [*named, (own, plan.requested)]]
+
+
+def _setting(setting: Setting) -> list[str]:
+    """Micro-batch × accumulation, activation checkpointing, offloading, GiB, seconds per step, throughput."""
+    per_s = setting.count / setting.seconds
+    return [
+        f"{setting.micro_batch} × {setting.accumulate}",
+        {0: "none", 1: "all blocks"}.get(setting.checkpointing, f"1 block in {setting.checkpointing}"),
+        " + ".join(OFFLOADED[name] for name in OFFLOADED if getattr(setting, name)) or "no",
+        f"{setting.gib:.1f}",
+        f"{setting.seconds:.2f}" if setting.seconds < 100 else f"{setting.seconds:.0f}",
+        f"{per_s:,.{0 if per_s > 100 else 1 if per_s > 1 else 2}f}",
+    ]
+
+
+def _bar(gib: float, budget_gib: float) -> str:
+    if not gib:
+        return "in CPU memory"
+    length = max(1, round(BAR * gib / budget_gib)) if budget_gib else 0
+    return "█" * min(BAR, length) + (" too large" if gib > budget_gib else "")
+
+
+def plural(count: int, thing: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+def rate(per_s: float) -> str:
+    """ "18.5", "7,120"."""
+    return f"{per_s:,.0f}" if per_s >= 100 else f"{per_s:.1f}"
+
+
+def duration(seconds: float) -> str:
+    """ "0.4 s", "42 s", "3 min 05 s", "2 h 10 min"."""
+    if seconds < 59.5:
+        return f"{seconds:.0f} s" if seconds >= 9.95 else f"{seconds:.1f} s"
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60:02d} min"
+
+
+def file_size(path: Path) -> str:
+    """Size of a file, or of everything in a folder, such as "5.7 MB"; "gone" where there is nothing."""
+    size = float(sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()))
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}" if size else "gone"
+        size /= 1000
+    return f"{size:.1f} GB"

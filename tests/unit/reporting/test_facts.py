@@ -1,0 +1,127 @@
+"""Facts: the same labels, numbers and words wherever a record is shown."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.planning.plan import Plan, Setting
+from finetune.reporting.facts import (
+    caption_counts,
+    difference,
+    duration,
+    file_size,
+    plan_tables,
+    rate,
+    run_facts,
+    text_set_facts,
+)
+from finetune.run.records import Caption, CaptionSet
+from tests.unit.reporting.records import run_record, text_set
+
+
+def texts(folder: Path, *, held_out: bool = True, **values: object) -> dict[str, str]:
+    return {fact.label: fact.text for fact in run_facts(run_record(folder, **values), held_out=held_out)}
+
+
+def test_a_run_says_what_it_did_and_took(tmp_path: Path) -> None:
+    assert texts(tmp_path, micro_batch=2, effective=4) == {
+        "trained on": "16 images (in 4 steps)",
+        "effective batch": "4 (2 × 2 accumulated)",
+        "loss": "0.5000 → 0.2500 (first step → mean of the last 10 %)",
+        "validation loss": "0.4000 → 0.3000 (best at step 4)",
+        "trained parameters": "25 (2.50% of 1,000)",
+        "training time": "8.0 s",
+        "speed": "2.0 images/s",
+        "peak memory": "1.50 GiB",
+    }
+
+
+@pytest.mark.parametrize(
+    ("values", "label", "text"),
+    [
+        ({"micro_batch": 2, "effective": 8, "processes": 2}, "effective batch", "8 (2 × 2 accumulated, 2 processes)"),
+        ({"micro_batch": 2, "effective": 5}, "effective batch", "5 (micro-batch 2 at most)"),
+        ({"best_step": None}, "validation loss", "0.4000 → 0.3000"),
+        ({"held_out": False}, "validation loss", "0.4000 → 0.3000 (best at step 4, on training examples)"),
+        (
+            {"planned_gib": 19.0, "dry_run_gib": 19.11, "measured_gib": 19.2},
+            "peak memory",
+            "1.50 GiB (planned 19.00, dry run 19.11, training 19.20)",
+        ),
+        (
+            {"oom_fallbacks": "micro-batch 1 instead of 4"},
+            "memory ran out",
+            "continued with micro-batch 1 instead of 4",
+        ),
+        ({"skipped_steps": 3}, "skipped steps", "3 (loss or gradient not finite)"),
+    ],
+)
+def test_what_happened_is_said(tmp_path: Path, values: dict[str, Any], label: str, text: str) -> None:
+    assert texts(tmp_path, **values)[label] == text
+
+
+def test_what_did_not_happen_is_not_mentioned(tmp_path: Path) -> None:
+    plain = texts(tmp_path, first_validation=None, best_validation=None, best_step=None)
+    assert plain.keys().isdisjoint({"validation loss", "effective batch", "memory ran out", "skipped steps"})
+
+
+def test_conversations_say_what_was_lost_only_where_something_was() -> None:
+    assert len(text_set_facts(text_set(truncated_share=0.01, bad=3))) == len(text_set_facts(text_set())) + 2
+
+
+def test_captions_are_counted_by_who_wrote_them() -> None:
+    items = tuple(Caption(f"{number}.jpg", "text", "user" if number else "generated") for number in range(1200))
+    assert caption_counts(CaptionSet("f", items)) == "1,200 images, 1 captioned by the model, 1,199 by you"
+    assert caption_counts(CaptionSet("f", items[:1], ("a", "b"))).endswith("0 by you, 2 unreadable and left out")
+
+
+def test_differences_have_their_unit() -> None:
+    found = {"peft": 0.0, "kohya": 1.25e-7, "merged": 0.012}
+    assert [difference(name, found) for name in ("peft", "kohya", "merged", "ema")] == [
+        "no difference",
+        "1.2e-07",
+        "1.2e-02 nats per token (KL)",
+        "average of the weights",
+    ]
+
+
+def test_a_plan_shows_settings_memory_and_phases() -> None:
+    fast = Setting(2, 4, 2, True, True, 0.25, 8, {"weights": 5.0, "activations": 10.0, "rest": 0.001})
+    own = Setting(8, 1, 1, False, False, 500.0, 8, {"weights": 50.0})
+    phases = {"training": 15.0, "encoding": 0.0, "export": 30.0}
+    plan = Plan("n", "base", "a GPU", 20.0, "bf16", "nf4", "images", fast, own, (), phases, (), (), {"export": 9.5})
+    facts, settings, step, shown = plan_tables(plan)
+    assert ("precision", "bf16, base in nf4") in facts.rows
+    assert ("CPU memory", "at most 9.5 GiB for export") in facts.rows
+    assert [row[1:] for row in settings.rows] == [
+        ("2 × 4", "1 block in 2", "activations + blocks", "15.0", "0.25", "32.0"),
+        ("8 × 1", "all blocks", "no", "50.0", "500", "0.02"),
+    ]
+    assert settings.rows[1][0] == "own, too large"
+    assert step.rows == [("weights", "5.00"), ("activations", "10.00")]
+    assert [row[1:] for row in shown.rows] == [
+        ("15.00", "█" * 18),
+        ("–", "in CPU memory"),
+        ("30.00", "█" * 24 + " too large"),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [(0.04, "0.0 s"), (9.94, "9.9 s"), (9.96, "10 s"), (59.7, "1 min 00 s"), (185, "3 min 05 s"), (7800, "2 h 10 min")],
+)
+def test_durations(seconds: float, words: str) -> None:
+    assert duration(seconds) == words
+
+
+def test_rates() -> None:
+    assert (rate(18.46), rate(99.96), rate(1234.5)) == ("18.5", "100.0", "1,234")
+
+
+def test_file_sizes(tmp_path: Path) -> None:
+    assert file_size(tmp_path) == "gone"
+    (tmp_path / "a").write_bytes(b"0" * 999)
+    assert file_size(tmp_path) == "999 B"
+    (tmp_path / "a").write_bytes(b"0" * 3_200_000)
+    assert file_size(tmp_path / "a") == "3.2 MB"

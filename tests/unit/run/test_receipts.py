@@ -1,0 +1,97 @@
+"""Receipts and checkpoints: read back as they were written, by this version and by earlier ones."""
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import RunError
+from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
+from finetune.run.records import Caption, CaptionSet, Run, TextSet, from_plain
+from finetune.training import checkpoint
+from finetune.training.checkpoint import TrainState
+from tests.conftest import ROOT
+from tests.unit.reporting.records import run_record, text_set
+
+STATE = TrainState(
+    {"seed": 1}, step=4, count=16, last_losses=((3, 0.5), (4, 0.25)), requested={"offload": False}, fallbacks=1
+)
+
+
+def in_old_words(record: Any) -> dict[str, Any]:
+    old = {new: name for name, new in type(record).RENAMED.items()}
+    return {old.get(name, name): value for name, value in asdict(record).items()}
+
+
+def test_a_record_comes_back_unless_the_inputs_have_changed(tmp_path: Path) -> None:
+    captions = CaptionSet("images", (Caption("a.jpg", "a robot", "user"),), ("b.jpg",))
+    save_receipt(tmp_path, "caption", captions, input_hash="h", seconds=1.5, figures={"images": 1})
+    assert load_record(tmp_path, "caption", CaptionSet, input_hash="h") == captions
+    assert load_record(tmp_path, "caption", CaptionSet, input_hash="other") is None
+    assert load_record(tmp_path, "train", Run) is None
+    receipt = load_receipt(tmp_path, "caption")
+    assert receipt is not None
+    assert (receipt.seconds, receipt.figures, receipt.versions.keys() >= {"torch", "peft"}) == (
+        1.5,
+        {"images": 1},
+        True,
+    )
+
+
+@pytest.mark.parametrize("damage", ["{", "[]", '{"stage": "train"}'])
+def test_a_damaged_receipt_is_named(tmp_path: Path, damage: str) -> None:
+    save_receipt(tmp_path, "train", run_record(tmp_path), input_hash="h", seconds=1.0, figures={})
+    receipt_path(tmp_path, "train").write_text(damage)
+    with pytest.raises(RunError, match=r"train\.json is damaged"):
+        load_receipt(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        (
+            run_record(Path("run"), oom_fallbacks="micro-batch 1", dry_run_gib=3.5),
+            {"eased": "micro-batch 1", "probed_gib": 3.5},
+        ),
+        (
+            text_set(truncated_share=0.1),
+            {"lost": 0.1, "real": 0.97, "learnt": 0.25, "marked": text_set().preview},
+        ),
+        (
+            replace(STATE, dry_run_gib=3.5),
+            {"units": 16, "asked": {"offload": False}, "measures": 1, "probed_gib": 3.5},
+        ),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_records_in_the_words_of_an_earlier_version_are_read(
+    tmp_path: Path, record: Any, words: dict[str, Any]
+) -> None:
+    old = in_old_words(record)
+    assert old.items() >= words.items()
+    gone = {"slow_steps": 3} if isinstance(record, Run) else {}
+    assert from_plain(type(record), json.loads(json.dumps(old | gone))) == record
+
+
+def test_a_receipt_in_the_words_of_an_earlier_version_is_read(tmp_path: Path) -> None:
+    texts = text_set(truncated_share=0.1)
+    save_receipt(tmp_path, "dataset", texts, input_hash="h", seconds=1.0, figures={})
+    path = receipt_path(tmp_path, "dataset")
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"record": in_old_words(texts)}))
+    assert load_record(tmp_path, "dataset", TextSet) == texts
+
+
+def test_the_stored_runs_of_an_earlier_version_are_read() -> None:
+    images, chat = (ROOT / "tests" / "stored" / name for name in ("run_pictures", "run_chat"))
+    for folder, unit in ((images, "images"), (chat, "tokens")):
+        run = load_record(folder, "train", Run)
+        assert run is not None
+        assert (run.unit, run.steps, run.oom_fallbacks) == (unit, 2, "")
+        state = checkpoint.load(checkpoint.at(folder / "checkpoints", 2)).state
+        assert (state.step, state.count) == (2, run.items)
+    texts = load_record(chat, "dataset", TextSet)
+    assert texts is not None
+    assert 0 < texts.trained_share < texts.fill_share <= 1
+    assert "⟦" in texts.preview
