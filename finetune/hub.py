@@ -18,12 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, ModelError, is_out_of_memory
+from finetune.run.hashing import known_hash
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 ARCHITECTURES = Path(__file__).resolve().parent / "architectures"  # configurations of released bases, without weights
 HUB_ANSWER_S = 8.0  # one request that normally takes 0.2 s; name resolution may hang without an own time limit
-WHOLE_FILE_BYTES = 64 << 20  # files up to this size are hashed whole; an embedded model then never passes for another
-SAMPLED_BLOCKS, SAMPLED_BLOCK_BYTES = 64, 64 << 10  # of larger ones: retraining changes every block
+REMEMBERED_BYTES = 64 << 20  # the hash of larger files is remembered: reading 24 GB again takes half a minute
+HASHES = "finetune-hashes.json"  # beside the hub's cache, for every project of this user
 HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")  # what model sites offer besides safetensors
@@ -32,7 +33,7 @@ PICKLE_WAY_OUT = (  # weights_only runs no code
     'w = torch.load("{old}", map_location="cpu", weights_only=True); w = w.get("state_dict", w); '
     's.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, "{new}")\''
 )
-MODEL_FILES = {"model_index.json": "image model", "config.json": "language model or captioner"}
+MODEL_FILES = {"model_index.json": "an image model", "config.json": "a language model or captioner"}
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
 
 
@@ -94,7 +95,7 @@ def require(reference: str, *names: str) -> None:
     """
     source, wanted = resolve(reference), names or MODEL_FILES
     if isinstance(source, Path) and not any((source / name).is_file() for name in wanted):
-        kinds = " and no ".join(f"{name} (of a {MODEL_FILES[name]})" for name in wanted)
+        kinds = " and no ".join(f"{name} (of {MODEL_FILES[name]})" for name in wanted)
         raise ModelError(
             f"the folder {reference} holds no {kinds}; name the folder that does, in the ordinary Hugging Face layout, "
             f"or another base ({OFFLINE_WAYS_OUT})"
@@ -159,7 +160,7 @@ def content_hash(reference: str, *parts: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
-        counts = file.suffix in (".json", ".txt", ".model", ".safetensors") and file.is_file()
+        counts = file.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors") and file.is_file()
         if counts and (not parts or any(fnmatch.fnmatchcase(relative.parts[0], part) for part in parts)):
             digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
             hash_file_content(file, digest.update)
@@ -333,18 +334,13 @@ def _is_model(folder: Path) -> bool:
 
 
 def hash_file_content(file: Path, update: Callable[[bytes], object]) -> None:
-    """Feed a file to a hash: all of it, or of a large one its safetensors header and samples of its weights."""
-    size = file.stat().st_size
+    """Feed a file to a hash: all of it, or of a large one the hash of all of it, which is remembered."""
+    if file.stat().st_size > REMEMBERED_BYTES:
+        update(bytes.fromhex(known_hash(file, _cache().parent / HASHES)))
+        return
     with open(file, "rb") as stream:
-        if size <= WHOLE_FILE_BYTES:
-            while block := stream.read(1 << 20):
-                update(block)
-            return
-        header = int.from_bytes(stream.read(8), "little")
-        update(stream.read(min(header, HEADER_LIMIT_BYTES)))
-        for number in range(SAMPLED_BLOCKS):
-            stream.seek(number * (size - SAMPLED_BLOCK_BYTES) // (SAMPLED_BLOCKS - 1))
-            update(stream.read(SAMPLED_BLOCK_BYTES))
+        while block := stream.read(1 << 20):
+            update(block)
 
 
 @contextmanager

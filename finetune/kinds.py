@@ -43,6 +43,10 @@ class Kind(Protocol):
         """For the receipt."""
         ...
 
+    def contents(self, config: Config) -> dict[str, str]:
+        """Setting that names something outside the configuration -> hash of what it names: the base, a template."""
+        ...
+
     def build_task(self, config: Config, dataset: Any, device: "torch.device") -> "Task":
         """The model with adapters injected, on `device`. Raises ConfigError for exports that can't be made of it."""
         ...

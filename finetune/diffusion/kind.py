@@ -13,6 +13,7 @@ from finetune.diffusion import encode
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
 from finetune.diffusion.memory_model import DiffusionMemoryModel
+from finetune.diffusion.pipeline import base_hash
 from finetune.diffusion.task import DiffusionTask
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
@@ -28,6 +29,10 @@ dataset_inputs = encode.inputs
 build_dataset = encode.build
 dataset_complete = encode.complete
 dataset_figures = encode.figures
+
+
+def contents(config: Config) -> dict[str, str]:
+    return {"model.base": base_hash(config.model)}
 
 
 def build_task(config: Config, dataset: Dataset, device: torch.device) -> Task:

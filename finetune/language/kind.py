@@ -1,5 +1,6 @@
 """Language models as a `finetune.kinds.Kind`: here the whole configuration becomes the values that this slice takes."""
 
+import os
 from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from finetune import hub
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ExportFormat, ModelConfig
 from finetune.data.text import store
@@ -19,6 +21,7 @@ from finetune.language.task import LanguageTask
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Workload
+from finetune.run.hashing import hash_file
 from finetune.run.receipts import load_record
 from finetune.run.records import Answer, Answers, Run, TextSet
 from finetune.training.optim import OPTIMIZERS, optimizer_bytes
@@ -31,6 +34,13 @@ dataset_inputs = tokenize.inputs
 build_dataset = tokenize.build
 dataset_complete = tokenize.complete
 dataset_figures = tokenize.figures
+
+
+def contents(config: Config) -> dict[str, str]:
+    found, template = {"model.base": hub.content_hash(config.model.base)}, config.data.chat_template
+    if os.path.isfile(template):  # noqa: PTH113 - a template itself may be given, too long for a path
+        found["data.chat_template"] = hash_file(Path(template))
+    return found
 
 
 def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:

@@ -2,9 +2,18 @@
 
 import hashlib
 import json
+import time
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+from finetune.errors import RunError
+from finetune.run.atomic import write_atomically
+
+# A file that is written twice within one tick of the file system's clock shows the same times (git calls it "racy").
+# Times this close to the moment of reading are not trusted. FAT counts in steps of 2 s, all others are finer.
+RACY_NS = 2 * 10**9
 
 
 def hash_of(*values: Any) -> str:
@@ -24,3 +33,38 @@ def hash_files(paths: Iterable[Path]) -> str:
     for path in paths:
         digest.update(bytes.fromhex(hash_file(path)))
     return digest.hexdigest()
+
+
+def hash_adapter(path: Path) -> str:
+    """Content of an adapter, a file or a folder; of a path that isn't there, which its loader reports, of nothing."""
+    if not path.is_dir():
+        return hash_files([path] if path.exists() else [])
+    return hash_files(sorted([*path.rglob("*.safetensors"), *path.rglob("adapter_config.json")]))
+
+
+def known_hash(path: Path, memory: Path) -> str:
+    """`hash_file` of a large file, which is read again only if its size or one of its times has changed.
+
+    memory: the JSON file that remembers; it only saves work and may be deleted at any time. Raises OSError.
+    """
+    path, known = path.resolve(), _remembered(memory)
+    found, now = path.stat(), time.time_ns()
+    stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]  # the last one catches what keeps the second
+    before = known.get(str(path))
+    if before and before[0] == stamp:
+        return str(before[1])
+    sha256 = hash_file(path)
+    if max(stamp[1:]) < now - RACY_NS:
+        rows = {file: row for file, row in known.items() if Path(file).is_file()} | {str(path): [stamp, sha256]}
+        with suppress(RunError):  # the next run reads the file again, that is all
+            write_atomically(memory, json.dumps([hash_of(rows), rows]))
+    return sha256
+
+
+def _remembered(memory: Path) -> dict[str, list[Any]]:
+    """Path -> stamp and hash; none where nothing is remembered or the file is damaged."""
+    try:
+        checksum, rows = json.loads(memory.read_bytes())
+    except (OSError, ValueError, TypeError):
+        return {}
+    return dict(rows) if checksum == hash_of(rows) else {}

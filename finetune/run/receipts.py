@@ -5,12 +5,14 @@ carries the hash of today's inputs is up to date and is skipped.
 """
 
 import json
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.errors import RunError
+from finetune.run import ranks
 from finetune.run.atomic import write_atomically
 from finetune.run.records import from_plain
 
@@ -33,8 +35,7 @@ class Receipt:
 
 def save_receipt(run_dir: Path, stage: str, record: Any, *, input_hash: str, seconds: float, figures: Figures) -> None:
     """Write `receipts/STAGE.json` atomically."""
-    receipt = Receipt(stage, input_hash, seconds, figures, versions(), asdict(record))
-    write_atomically(receipt_path(run_dir, stage), json.dumps(asdict(receipt), indent=2, ensure_ascii=False) + "\n")
+    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), asdict(record)))
 
 
 def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
@@ -48,12 +49,31 @@ def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
         raise RunError(f"{path} is damaged ({error}); delete it and the stage `{stage}` runs again") from error
 
 
-def load_record(run_dir: Path, stage: str, record_type: type[R], *, input_hash: str | None = None) -> R | None:
-    """The record that the stage left, or None if it never ran or (when `input_hash` is given) ran on other inputs."""
+def load_record(
+    run_dir: Path,
+    stage: str,
+    record_type: type[R],
+    *,
+    input_hash: str | None = None,
+    earlier: str = "",
+    noted: Mapping[str, str] | None = None,
+) -> R | None:
+    """The record that the stage left, or None if it never ran or (when `input_hash` is given) ran on other inputs.
+
+    earlier: what an earlier version, which knew less of its inputs, called the same ones: such a receipt counts, and
+    from now on has `input_hash` and the figures `noted`.
+    """
     receipt = load_receipt(run_dir, stage)
-    if receipt is None or (input_hash is not None and receipt.input_hash != input_hash):
+    if receipt is None or (input_hash is not None and receipt.input_hash not in (input_hash, earlier)):
         return None
+    if input_hash is not None and receipt.input_hash != input_hash and ranks.rank() == 0:
+        _write(run_dir, replace(receipt, input_hash=input_hash, figures=receipt.figures | dict(noted or {})))
     return from_plain(record_type, receipt.record)
+
+
+def _write(run_dir: Path, receipt: Receipt) -> None:
+    text = json.dumps(asdict(receipt), indent=2, ensure_ascii=False)
+    write_atomically(receipt_path(run_dir, receipt.stage), text + "\n")
 
 
 def receipt_path(run_dir: Path, stage: str) -> Path:

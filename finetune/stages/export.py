@@ -32,8 +32,9 @@ def export(config: Config, run: Run) -> Adapter:
     run_dir = Path(config.run_dir)
     folder = run_dir / "adapter"
     settings = as_dict(config)
-    input_hash = hash_of(run.training_hash, run.steps, settings["export"], config.caption.trigger, config.name)
-    record = load_record(run_dir, "export", Adapter, input_hash=input_hash)
+    inputs = (run.training_hash, run.steps, settings["export"], config.caption.trigger, config.name)
+    input_hash = hash_of(*inputs, config.model.base, kinds.of(config).contents(config))
+    record = load_record(run_dir, "export", Adapter, input_hash=input_hash, earlier=hash_of(*inputs))
     if record and all((folder / name).exists() for name in record.files.values()):
         say("export: up to date, skipped")
         return record

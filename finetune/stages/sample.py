@@ -10,7 +10,7 @@ from finetune.config.schema import Config
 from finetune.errors import ModelError
 from finetune.memory.device import release_memory
 from finetune.run.atomic import replace_folder
-from finetune.run.hashing import hash_files, hash_of
+from finetune.run.hashing import hash_adapter, hash_files, hash_of
 from finetune.run.progress import say
 from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Adapter, Answers, Samples
@@ -32,10 +32,12 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
     if not config.sample.prompts:
         return _none(config, run_dir, hash_of(settings["sample"]))
     path = _path(config, adapter)
-    input_hash = hash_of(_hash(path), settings["sample"], settings["model"], settings["trainer"]["precision"])
-    kind = kinds.of(config)
+    kind, precision = kinds.of(config), settings["trainer"]["precision"]
+    earlier = hash_of(_weights_hash(path), settings["sample"], settings["model"], precision)
+    model = {key: value for key, value in settings["model"].items() if key != "base"}
+    input_hash = hash_of(hash_adapter(path), settings["sample"], model, kind.contents(config), precision)
     folder = run_dir / "samples" if own else run_dir / "samples_more" / input_hash[:8]
-    record = load_record(run_dir, "sample", kind.SAMPLES, input_hash=input_hash)
+    record = load_record(run_dir, "sample", kind.SAMPLES, input_hash=input_hash, earlier=earlier)
     if own and record and Path(record.page).exists():
         say("sample: up to date, skipped")
         return record
@@ -75,7 +77,7 @@ def _path(config: Config, adapter: Adapter | None) -> Path:
     return Path(adapter.folder) / next(iter(adapter.files.values()))
 
 
-def _hash(path: Path) -> str:
-    """Content of an adapter, whatever its format; a path that isn't there is left to the loader to report."""
+def _weights_hash(path: Path) -> str:
+    """What 0.1 knew an adapter by: its weights."""
     files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
     return hash_files(files)

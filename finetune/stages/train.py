@@ -1,11 +1,13 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from finetune import hub, kinds
+from finetune.adapters import formats
 from finetune.config import hints
 from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
@@ -13,9 +15,9 @@ from finetune.errors import Interrupted, RunError
 from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import previous, ranks
-from finetune.run.hashing import hash_of
+from finetune.run.hashing import hash_adapter, hash_of
 from finetune.run.progress import say
-from finetune.run.receipts import load_record, save_receipt
+from finetune.run.receipts import load_receipt, load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
 from finetune.training import checkpoint, distributed
 from finetune.training.accelerator import build_accelerator
@@ -25,6 +27,7 @@ from finetune.training.trainer import Trainer
 
 ADDED = {"loss.weighting": "min_snr"}
 """Settings that 0.1 did not have, at the value that it stood for: its runs go on."""
+CONTENT = "content of "  # before the key of a setting that names a base or an adapter
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 FIGURES = (
     *("steps", "micro_batch", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib", "measured_gib"),
@@ -42,9 +45,13 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     run_dir = Path(config.run_dir)
     if config.trainer.restart:
         distributed.on_first_rank(lambda: previous.set_aside(run_dir))
-    identity = _identity(config, dataset)
-    input_hash = hash_of(identity, config.trainer.steps)
-    record = load_record(run_dir, "train", Run, input_hash=input_hash)
+    contents = distributed.on_first_rank(lambda: _contents(config))
+    settings = _settings(config, dataset)
+    identity = settings | contents
+    known = {key: value for key, value in identity.items() if f"{CONTENT}{key}" not in contents}  # names aside
+    input_hash = hash_of(known, config.trainer.steps)
+    earlier = hash_of(settings, config.trainer.steps)
+    record = load_record(run_dir, "train", Run, input_hash=input_hash, earlier=earlier, noted=contents)
     if record and Path(record.checkpoint).is_dir():
         say(f"train: up to date, skipped ({record.steps} steps)")
         return record
@@ -146,7 +153,15 @@ def _heed(stop: Stop, step: Step, trainer: Trainer) -> None:
     raise Interrupted(f"stopped by signal {stop.number} after step {step.number}; the same command {then}", stop.number)
 
 
-def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
+def _contents(config: Config) -> dict[str, str]:
+    """Hashes of what the settings name outside the data set; an equal one may have moved."""
+    found = kinds.of(config).contents(config)
+    if config.lora.start_from:
+        found["lora.start_from"] = hash_adapter(formats.peft_folder(Path(config.lora.start_from)))
+    return {f"{CONTENT}{key}": value for key, value in found.items()}
+
+
+def _settings(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
     """What decides the result, flat; a run may only be continued with the same. Steps may be raised, micro-batch and
     accumulation exchanged, and weights kept elsewhere."""
     settings = as_dict(config)
@@ -171,25 +186,34 @@ def _resume(
     if not found:
         return None
     newest = checkpoint.load(checkpoint.at(folder, found[-1]))
-    keys, defaults = (newest.state.identity.keys() | identity.keys()) - {OFFLOAD}, _defaults()
-    # A setting that is newer than the run counts as its default.
-    before, now = (
-        {key: values.get(key, defaults.get(key, "not set")) for key in keys}
-        for values in (newest.state.identity, identity)
-    )
-    changed = [
-        f"{key}: {before[key]} -> {now[key]}"
-        if key != dataset.identity_key
-        else previous.changes(folder.parent, dataset)
-        for key in sorted(keys)
-        if before[key] != now[key]
-    ]
+    changed = list(_changes(newest.state.identity, identity, folder.parent, dataset))
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
         raise RunError(f"{folder.parent} was trained with other settings ({'; '.join(changed)}); {advice}")
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
+
+
+def _changes(
+    before: dict[str, Any], identity: dict[str, Any], run_dir: Path, dataset: Dataset | TextSet
+) -> Iterator[str]:
+    """Every difference, in words. Contents that an earlier version didn't note are taken for today's."""
+    receipt = load_receipt(run_dir, "train")
+    noted = {key: value for key, value in (receipt.figures if receipt else {}).items() if key.startswith(CONTENT)}
+    before = noted | before
+    defaults = _defaults()  # what a setting that is newer than the run counts as
+    for key in sorted((before.keys() | identity.keys()) - {OFFLOAD}):
+        unset = defaults.get(key, "not set")
+        old, new, content = before.get(key, unset), identity.get(key, unset), f"{CONTENT}{key}"
+        moved = content in before and before[content] == identity.get(content)
+        if old == new:
+            if content in before and not moved:
+                yield f"{key}: other files in {new}"
+        elif key == dataset.identity_key:
+            yield previous.changes(run_dir, dataset)
+        elif not moved and not key.startswith(CONTENT):
+            yield f"{key}: {old} -> {new}"
 
 
 def _defaults() -> dict[str, Any]:

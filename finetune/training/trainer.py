@@ -201,7 +201,7 @@ class Trainer:
             self.tracker.close()
 
     def _resume(self, resumed: checkpoint.Checkpoint, optimizer: Any) -> None:
-        self.state = resumed.state
+        self.state = replace(resumed.state, identity=self.identity)
         lora.load_state(self.task.model, resumed.adapter, str(resumed.folder))
         load_state(optimizer, resumed.optimizer)
         if self.state.requested == self.requested:  # else the user has thought about memory again

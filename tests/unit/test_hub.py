@@ -16,6 +16,7 @@ from finetune.config.schema import ModelConfig
 from finetune.diffusion import single_file
 from finetune.errors import ModelError
 from finetune.language import causal_lm
+from finetune.run import hashing
 from tests.tiny_models import save_captioner, save_diffusion
 
 
@@ -184,14 +185,32 @@ def test_identity_is_of_content_and_of_the_parts_asked_for(copy, pipeline, tmp_p
     assert hub.content_hash(str(copy), "vae") != hub.content_hash(str(pipeline), "vae")
 
 
-def test_identity_of_large_files_sees_every_region(copy, monkeypatch):
-    monkeypatch.setattr(hub, "WHOLE_FILE_BYTES", 1000)
-    monkeypatch.setattr(hub, "SAMPLED_BLOCK_BYTES", 512)
-    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+def test_identity_of_large_files_sees_every_byte_and_reads_them_once(copy, tmp_path, monkeypatch):
+    monkeypatch.setattr(hub, "REMEMBERED_BYTES", 1000)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "home" / "hub"))
+    file, read = copy / "unet" / "diffusion_pytorch_model.safetensors", []
+    plain = hashing.hash_file
+    monkeypatch.setattr(hashing, "hash_file", lambda path: read.append(path) or plain(path))
+    monkeypatch.setattr(hashing, "RACY_NS", -(10**12))  # files of a test are young
     before = hub.content_hash(str(copy))
-    assert before == hub.content_hash(str(copy))
-    save_file({name: weight + 1 for name, weight in load_file(file).items()}, file, metadata={"format": "pt"})
+    assert file in read
+    read.clear()
+    assert hub.content_hash(str(copy)) == before
+    assert not read
+    data, times = bytearray(file.read_bytes()), file.stat()
+    data[-7] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))  # as `touch -r` does
     assert hub.content_hash(str(copy)) != before
+    assert read == [file]
+    data[-7] ^= 1
+    file.write_bytes(data)
+    assert hub.content_hash(str(copy)) == before
+    read.clear()
+    for damage in (b"", b"[]", b'["x", {}]', b"{"):
+        (tmp_path / "home" / hub.HASHES).write_bytes(damage)
+        assert hub.content_hash(str(copy)) == before
+    assert read.count(file) == 4
 
 
 @pytest.mark.parametrize("kind", ["empty", "short", "long", "header", "text", "huge"])

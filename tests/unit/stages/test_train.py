@@ -2,6 +2,7 @@
 
 import gc
 import json
+import shutil
 import signal
 import weakref
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from finetune import kinds
@@ -23,6 +24,7 @@ from finetune.memory import block_offload
 from finetune.run.receipts import load_receipt
 from finetune.run.records import Dataset
 from finetune.stages.export import export
+from finetune.stages.sample import sample
 from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.task import Task
@@ -345,3 +347,84 @@ def test_training_stops_early_and_the_best_checkpoint_is_exported(
     exported = load_file(Path(export(config, run).folder) / "peft" / "adapter_model.safetensors")
     best = adapter(config.run_dir, run.best_step)
     assert same({name.removeprefix("base_model.model."): weight for name, weight in exported.items()}, best)
+
+
+def with_own_base(config: Config, tmp_path: Path) -> Path:
+    """The run gets a copy of its base, which a test may change."""
+    base = shutil.copytree(config.model.base, tmp_path / "own_base")
+    config.model.base = str(base)
+    return base
+
+
+def change_weights(folder: Path) -> None:
+    """Other numbers under the same names, in the first file of weights."""
+    file = next(path for path in sorted(folder.rglob("*.safetensors")) if "vae" not in path.parts)
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
+
+
+def test_a_base_is_known_by_its_weights_wherever_it_lies(
+    setting: Setting, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    base = with_own_base(config, tmp_path)
+    config.export.formats = [ExportFormat.peft]
+    run = train(config, dataset)
+    exported = export(config, run)
+    sample(config, exported)
+    config.model.base = str(base.rename(tmp_path / "moved"))
+    capsys.readouterr()
+    assert train(config, dataset) == run
+    sample(config, exported)
+    assert capsys.readouterr().err.count("up to date") == 2
+    change_weights(tmp_path / "moved")
+    with pytest.raises(RunError, match=rf"model.base: .*{config.model.base}\).*trainer.restart=true"):
+        train(config, dataset)
+    export(config, run)
+    sample(config, exported)
+    assert "up to date" not in capsys.readouterr().err
+
+
+def test_an_adapter_to_start_from_is_known_by_its_weights(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    dataset = make_dataset()
+    config.export.formats = [ExportFormat.peft]
+    first = Path(export(config, train(config, dataset)).folder)
+    config.run_dir, config.lora.start_from = str(tmp_path / "second"), str(first)
+    train(config, dataset)
+    change_weights(first)
+    with pytest.raises(RunError, match=r"lora.start_from: other files"):
+        train(config, dataset)
+
+
+def test_a_run_that_knew_its_base_by_name_goes_on_and_knows_the_weights_from_then_on(
+    setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    base = with_own_base(config, tmp_path)
+    monkeypatch.setattr(kinds.of(config), "contents", lambda _: {})  # as 0.1
+    old = train(config, dataset)
+    monkeypatch.undo()
+    assert train(config, dataset) == old
+    change_weights(base)
+    with pytest.raises(RunError, match=r"model.base: other files"):
+        train(config, dataset)
+
+
+def test_an_unfinished_run_that_knew_its_base_by_name_goes_on(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, dataset = with_own_base(config, tmp_path), make_dataset()
+    monkeypatch.setattr(kinds.of(config), "contents", lambda _: {})  # as 0.1
+    with cutting.cut(2), pytest.raises(Interrupted):
+        train(config, dataset)
+    monkeypatch.undo()
+    other = shutil.copytree(base, tmp_path / "other")
+    config.model.base = str(other)
+    with pytest.raises(RunError, match=r"model.base: .*own_base -> .*other"):
+        train(config, dataset)
+    config.model.base = str(base)
+    train(config, dataset)
+    change_weights(base)
+    with pytest.raises(RunError, match=r"model.base: other files"):
+        train(config, dataset)
