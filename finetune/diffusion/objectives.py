@@ -11,7 +11,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune.config.schema import LossConfig, LossWeighting, require_all
+from finetune.config.schema import LossConfig, Weighting, require_all
 
 FLOW_STEPS = 1000.0  # the timestep of pure noise, as every released flow model counts
 IMAGE_PATCH = 2  # latent pixels on a side of what counts as one token where a schedule depends on the size
@@ -19,6 +19,9 @@ IMAGE_PATCH = 2  # latent pixels on a side of what counts as one token where a s
 
 class Objective(Protocol):
     """One way to make training inputs and targets of clean latents and noise."""
+
+    prediction_type: str
+    """What the model predicts, a key of `ERRORS`."""
 
     def draw(self, random: torch.Generator, clean_Chw: Tensor) -> float:
         """The timestep of one training input."""
@@ -34,6 +37,10 @@ class Objective(Protocol):
 
     def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
         """What the model should predict."""
+        ...
+
+    def snr(self, timesteps_B: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha² / sigma² of the model's inputs, (B,)."""
         ...
 
 
@@ -65,6 +72,10 @@ class Denoising:
             return alpha_B111 * noise_BChw - sigma_B111 * clean_BChw
         return clean_BChw if self.prediction_type == "sample" else noise_BChw
 
+    def snr(self, timesteps_B: Tensor) -> Tensor:
+        alphas_B = self.alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
+        return alphas_B / (1 - alphas_B)
+
     def _shares(self, timesteps_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the clean latents and of the noise is in an input, (B, 1, 1, 1) each."""
         kept_B = self.alphas_cumprod.to(like)[timesteps_B].view(-1, *[1] * (like.ndim - 1))
@@ -77,6 +88,8 @@ class Flow:
     Timesteps are drawn logit-normally (arXiv 2403.03206, §3.1) and shifted as the base's scheduler shifts them, which
     for some bases depends on the image's size.
     """
+
+    prediction_type = "flow"
 
     def __init__(self, scheduler: Any, patch: int = IMAGE_PATCH) -> None:
         self.config, self.patch = scheduler.config, patch
@@ -94,6 +107,10 @@ class Flow:
 
     def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
         return noise_BChw - clean_BChw
+
+    def snr(self, timesteps_B: Tensor) -> Tensor:
+        sigma_B = timesteps_B.float() / FLOW_STEPS
+        return ((1 - sigma_B) / sigma_B).square()
 
     def shift(self, clean_Chw: Tensor) -> float:
         """How far an image's noise levels move towards noise, as `shifted` does it.
@@ -121,37 +138,39 @@ def shifted(share: float, shift: float) -> float:
     return shift * share / (1 + (shift - 1) * share)
 
 
-def loss_weights(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
-    """How much each image's squared error counts in the loss, (B,)."""
-    return WEIGHTINGS[loss.weighting](objective, timesteps_B, loss)
+ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sample": torch.ones_like,
+    "epsilon": lambda snr_B: snr_B,
+    "v_prediction": lambda snr_B: snr_B + 1,
+    "flow": lambda snr_B: (snr_B.sqrt() + 1).square(),
+}
+"""What is predicted -> (signal-to-noise ratios (B,)): its squared error over that of the clean latents behind it."""
+
+
+def of_prediction(clean_weights_B: Tensor, snr_B: Tensor, prediction_type: str) -> Tensor:
+    """Weights of squared errors in the prediction, (B,), from those of the errors in the clean latents behind it."""
+    return clean_weights_B / ERRORS[prediction_type](snr_B).clamp(min=1e-8)  # zero-terminal SNR
 
 
 def min_snr(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
-    """Min-SNR (arXiv 2303.09556); for flow matching all alike: how often a level is drawn is its weight."""
-    if not loss.min_snr_gamma or not isinstance(objective, Denoising):
-        return all_alike(objective, timesteps_B, loss)
-    ratio_B = snr(objective.alphas_cumprod, timesteps_B)
-    return min_snr_weights(ratio_B, loss.min_snr_gamma, objective.prediction_type)
+    """min(SNR, γ) times the error in the clean latents (arXiv 2303.09556, eq. 4 and §3.4).
+
+    Flow models count all levels alike: how often a level is drawn is its weight.
+    """
+    if not loss.min_snr_gamma or objective.prediction_type == Flow.prediction_type:
+        return uniform(objective, timesteps_B, loss)
+    snr_B = objective.snr(timesteps_B)
+    return of_prediction(snr_B.clamp(max=loss.min_snr_gamma), snr_B, objective.prediction_type)
 
 
-def all_alike(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
+def uniform(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
+    """All noise levels alike."""
     return torch.ones_like(timesteps_B, dtype=torch.float32)
 
 
-Weighting = Callable[[Objective, Tensor, LossConfig], Tensor]
-WEIGHTINGS: dict[LossWeighting, Weighting] = {LossWeighting.min_snr: min_snr, LossWeighting.none: all_alike}
-require_all(LossWeighting, WEIGHTINGS, "diffusion.objectives.WEIGHTINGS")
-
-
-def snr(alphas_cumprod: Tensor, timesteps_B: Tensor) -> Tensor:
-    """Signal-to-noise ratio alpha² / sigma² at each timestep, (B,)."""
-    alphas_B = alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
-    return alphas_B / (1 - alphas_B)
-
-
-def min_snr_weights(snr_B: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weights that make the loss min(SNR, gamma) times the error in x0, (B,) (arXiv 2303.09556, eq. 4 and §3.4)."""
-    capped_B = snr_B.clamp(max=gamma)
-    if prediction_type == "v_prediction":
-        return capped_B / (snr_B + 1)
-    return capped_B if prediction_type == "sample" else capped_B / snr_B.clamp(min=1e-8)  # zero-terminal SNR
+WEIGHTINGS: dict[Weighting, Callable[[Objective, Tensor, LossConfig], Tensor]] = {
+    Weighting.uniform: uniform,
+    Weighting.min_snr: min_snr,
+}
+"""(objective, timesteps (B,), settings): weights of the squared errors of the predictions, (B,)."""
+require_all(Weighting, WEIGHTINGS, "diffusion.objectives.WEIGHTINGS")

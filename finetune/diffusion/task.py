@@ -19,7 +19,7 @@ from finetune.data import order
 from finetune.data.cache import read
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import FamilySpec
-from finetune.diffusion.objectives import Objective, loss_weights
+from finetune.diffusion.objectives import WEIGHTINGS, Objective
 from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler
 from finetune.memory import activation_offload, checkpointing, fallbacks
 from finetune.run import ranks
@@ -192,7 +192,8 @@ def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, T
 
 def weighted(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor], loss: LossConfig) -> Tensor:
     """The loss: the sum of all images' errors, each with its weight."""
-    return (errors(objective, predicted_BChw, tensors) * loss_weights(objective, tensors["timesteps"], loss)).sum()
+    weights_B = WEIGHTINGS[loss.weighting](objective, tensors["timesteps"], loss)
+    return (errors(objective, predicted_BChw, tensors) * weights_B).sum()
 
 
 def draw_seed(seed: int, key: str, epoch: int) -> int:

@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 
 from finetune.config.describe import as_dict
+from finetune.config.model_kinds import model_kind
 from finetune.config.schema import CaptionConfig, Config, DataConfig
 from finetune.data.images import decode, folder
 from finetune.data.images.index import ImageIndex
 from finetune.diffusion.captioner import load_captioner
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
 from finetune.run.hashing import hash_of
 from finetune.run.progress import progress, say
@@ -26,8 +27,11 @@ def caption(config: Config) -> CaptionSet:
 
     A caption that is there is kept unless `caption.overwrite`. Interrupted, it goes on with the next image. Raises
     DataError for a folder without images, one that can't be written, and unreadable images (all of them named at
-    once; left out with a warning under `data.skip_bad`), ModelError if the captioner can't be loaded.
+    once; left out with a warning under `data.skip_bad`), ModelError if the captioner can't be loaded, ConfigError for a
+    kind of model whose examples have no captions.
     """
+    if not model_kind(config.model.kind).captioned:
+        raise ConfigError(f"this recipe trains a {config.model.kind} model; only images have captions")
     start = time.monotonic()
     root, run_dir, data = Path(config.data.folder), Path(config.run_dir), config.data
     found = folder.images(root)

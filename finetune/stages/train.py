@@ -1,5 +1,6 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
+from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -23,8 +24,9 @@ from finetune.training.loop import Step, fit
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
 
+ADDED = {"loss.weighting": "min_snr"}
+"""Settings that 0.1 did not have, at the value that it stood for: its runs go on."""
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
-NEWER = ("loss.weighting",)  # than 0.1: noted where they aren't the default, so that its runs are still up to date
 FIGURES = (
     *("steps", "micro_batch", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib", "measured_gib"),
     *("first_loss", "last_loss", "first_validation", "best_validation", "skipped_steps"),
@@ -159,9 +161,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
         dataset.identity_key: dataset.content,
     }
-    identity, defaults = flat(kept), _defaults()
-    left_out = {OFFLOAD, *(key for key in NEWER if identity.get(key) == defaults[key])}
-    return {key: value for key, value in identity.items() if key not in left_out}
+    return {key: value for key, value in flat(kept).items() if key != OFFLOAD and ADDED.get(key) != value}
 
 
 def _resume(
@@ -172,18 +172,13 @@ def _resume(
     if not found:
         return None
     newest = checkpoint.load(checkpoint.at(folder, found[-1]))
-    keys, defaults = (newest.state.identity.keys() | identity.keys()) - {OFFLOAD}, _defaults()
-    # A setting that is newer than the run counts as its default.
-    before, now = (
-        {key: values.get(key, defaults.get(key, "not set")) for key in keys}
-        for values in (newest.state.identity, identity)
-    )
+    before = _defaults(identity) | newest.state.identity
     changed = [
-        f"{key}: {before[key]} -> {now[key]}"
+        f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
         if key != dataset.identity_key
         else previous.changes(folder.parent, dataset)
-        for key in sorted(keys)
-        if before[key] != now[key]
+        for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
+        if before.get(key) != identity.get(key)
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
@@ -193,10 +188,11 @@ def _resume(
     return newest
 
 
-def _defaults() -> dict[str, Any]:
-    """Every setting's default, flat."""
+def _defaults(keys: Iterable[str]) -> dict[str, Any]:
+    """Of those of `keys` that are settings: a run from before there was one was trained as it is by default."""
     config = Config()
-    return flat({section: as_dict(getattr(config, section)) for section in sections()})
+    settings = flat({section: as_dict(getattr(config, section)) for section in sections()})
+    return {key: settings[key] for key in keys if key in settings}
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
