@@ -43,6 +43,11 @@ def say(line: str) -> None:
     sys.stderr.flush()
 
 
+def plural(count: int, thing: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
 class _Plain:
     def __init__(self, title: str, total: int, unit: str, done: int) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done

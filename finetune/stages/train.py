@@ -1,6 +1,5 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
-from collections.abc import Iterable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -172,13 +171,18 @@ def _resume(
     if not found:
         return None
     newest = checkpoint.load(checkpoint.at(folder, found[-1]))
-    before = _defaults(identity) | newest.state.identity
+    keys, defaults = (newest.state.identity.keys() | identity.keys()) - {OFFLOAD}, _defaults()
+    # A setting that is newer than the run counts as its default.
+    before, now = (
+        {key: values.get(key, defaults.get(key, "not set")) for key in keys}
+        for values in (newest.state.identity, identity)
+    )
     changed = [
-        f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
+        f"{key}: {before[key]} -> {now[key]}"
         if key != dataset.identity_key
         else previous.changes(folder.parent, dataset)
-        for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
-        if before.get(key) != identity.get(key)
+        for key in sorted(keys)
+        if before[key] != now[key]
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
@@ -188,11 +192,10 @@ def _resume(
     return newest
 
 
-def _defaults(keys: Iterable[str]) -> dict[str, Any]:
-    """Of those of `keys` that are settings: a run from before there was one was trained as it is by default."""
+def _defaults() -> dict[str, Any]:
+    """Every setting's default, flat."""
     config = Config()
-    settings = flat({section: as_dict(getattr(config, section)) for section in sections()})
-    return {key: settings[key] for key in keys if key in settings}
+    return flat({section: as_dict(getattr(config, section)) for section in sections()})
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

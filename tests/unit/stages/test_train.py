@@ -16,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune import kinds
 from finetune.adapters import lora
-from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Schedule
+from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Schedule, Weighting
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.language import tokenize
 from finetune.memory import block_offload
@@ -205,13 +205,13 @@ def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(
     dataset, folder = make_dataset(), Path(config.run_dir) / "checkpoints"
     train(config, dataset)
     last = checkpoint.load(checkpoint.at(folder, 4))
-    older = {key: value for key, value in last.state.identity.items() if key != "loss.noise_offset"}
+    older = {key: value for key, value in last.state.identity.items() if key != "loss.weighting"}
     checkpoint.save(folder, replace(last.state, identity=older), last.adapter, last.optimizer, last.ema)
     config.trainer.steps = 6
-    config.loss.noise_offset = 0.1
-    with pytest.raises(RunError, match=r"\(loss.noise_offset: 0.0 -> 0.1\)"):
+    config.loss.weighting = Weighting.uniform
+    with pytest.raises(RunError, match=r"\(loss.weighting: min_snr -> uniform\)"):
         train(config, dataset)
-    config.loss.noise_offset = 0.0
+    config.loss.weighting = Weighting.min_snr
     assert train(config, dataset).steps == 6
 
 
