@@ -24,9 +24,9 @@ from finetune.data.images import buckets, decode, folder
 from finetune.data.images.index import ImageIndex
 from finetune.diffusion.families.spec import TEXT_BATCH
 from finetune.diffusion.pipeline import (
+    TextEncoder,
+    Vae,
     base_hash,
-    load_text_encoder,
-    load_vae,
     text_encoder_hash,
     vae_hash,
 )
@@ -241,7 +241,7 @@ def _encode_texts(
     keys = {text: hash_of("text", identity, text) for text in ["", *(image.caption for image in images)]}
     new = [text for text, key in keys.items() if not cache.has(key)]
     if new:
-        encoder = load_text_encoder(model, device)
+        encoder = TextEncoder(model, device)
         with progress("captions", len(new), unit="captions") as bar:
             for start in range(0, len(new), TEXT_BATCH):
                 batch = new[start : start + TEXT_BATCH]
@@ -273,7 +273,7 @@ def _encode_variants(
     """Encode and store latents under their keys, one bucket at a time."""
     if not new:
         return
-    vae = load_vae(model, device)
+    vae = Vae(model, device)
 
     def load(image: SourceImage) -> Tensor:
         return pixels(decode.resize_and_crop(decode.open_rgb(root / image.file, max_pixels), image.bucket)[0])

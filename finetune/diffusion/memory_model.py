@@ -179,9 +179,9 @@ class DiffusionMemoryModel:
             count //= 2
             yield PhaseOption(self._drawing(count, self.vae, held), f"{count} images at once" if count > 1 else ONE)
         if self.cuda and self.base.resolution > tiling.TILE:
-            thrifty = self.tracer.fakify(meta.autoencoder(self.base))
-            tiling.enable_tiling(thrifty)
-            yield PhaseOption(self._drawing(1, thrifty, held), f"{ONE}, decoded in tiles")
+            tiled = self.tracer.fakify(meta.autoencoder(self.base))
+            tiling.enable_tiling(tiled)
+            yield PhaseOption(self._drawing(1, tiled, held), f"{ONE}, decoded in tiles")
 
     def _drawing(self, count: int, vae: nn.Module, held: Mapping[str, float]) -> Trace:
         sample, side = self.sample, self.base.resolution

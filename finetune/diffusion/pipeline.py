@@ -19,7 +19,7 @@ from finetune.diffusion import single_file, tiling
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import Text
 from finetune.errors import ModelError, is_gpu_out_of_memory
-from finetune.memory import block_offload, quantize
+from finetune.memory import block_offload, policy, quantize
 from finetune.memory.device import release_memory
 from finetune.memory.fallbacks import AdaptiveBatch, try_within_memory
 from finetune.run.progress import say
@@ -36,9 +36,11 @@ class TextEncoder:
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        """Raises ModelError."""
         self.family = family(model.family)
         self.adaptive_batch = AdaptiveBatch(self.family.captions_per_pass, self._move_to_cpu)
-        dtypes = {"default": torch.float32} | dict.fromkeys(self.family.large_text, torch.bfloat16)
+        large = dict.fromkeys(self.family.large_text, policy.text_encoder_dtype(large=True))
+        dtypes = {"default": policy.text_encoder_dtype(large=False)} | large
         parts = dict.fromkeys((self.family.backbone, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
         if try_within_memory(lambda: self.pipeline.to(device), is_oom=is_gpu_out_of_memory) is None:
@@ -72,6 +74,7 @@ class Vae:
     """A frozen autoencoder; its latents are shifted and scaled as the backbone wants them."""
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        """Raises ModelError."""
         self.family, self.device = family(model.family), device
         self.model = load_vae_model(model).to(device)
 
@@ -89,7 +92,7 @@ class Vae:
 
 
 def base_hash(model: ModelConfig, *parts: str) -> str:
-    """Who the base is, by content; parts as for `hub.content_hash`. Raises ModelError."""
+    """Hash of the base's weights and configuration; parts as for `hub.content_hash`. Raises ModelError."""
     found = single_file.find(model)
     return hub.content_hash(model.base, *parts) if found is None else single_file.content_hash(found, *parts)
 
@@ -104,23 +107,10 @@ def vae_hash(model: ModelConfig) -> str:
     return base_hash(model, "vae")
 
 
-def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
-    """The base's text encoders. Raises ModelError."""
-    return TextEncoder(model, device)
-
-
-def load_vae(model: ModelConfig, device: torch.device) -> Vae:
-    """The base's autoencoder. Raises ModelError."""
-    return Vae(model, device)
-
-
 def load_vae_model(model: ModelConfig) -> nn.Module:
-    """The base's frozen autoencoder on the CPU.
-
-    fp32: several released ones overflow in fp16, and encoding happens once.
-    """
+    """The base's frozen autoencoder on the CPU. Raises ModelError."""
     loader = _class(family(model.family).vae_class)
-    vae: nn.Module = _load(loader, model, "vae", torch_dtype=torch.float32)
+    vae: nn.Module = _load(loader, model, "vae", torch_dtype=policy.VAE_DTYPE)
     return vae.eval().requires_grad_(False)
 
 
@@ -240,7 +230,7 @@ class ImageSampler:
         self, model: ModelConfig, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.family = family(model.family)
-        encoder = load_text_encoder(model, device)
+        encoder = TextEncoder(model, device)
         texts = [*prompts, negative]
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
         del encoder
@@ -301,7 +291,7 @@ class ImageSampler:
             return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))
         finally:  # also where memory ran out
             backbone.train(training)
-            pipeline.register_modules(**{self.family.backbone: None})  # what drops it shall get its memory
+            pipeline.register_modules(**{self.family.backbone: None})  # whose memory is free once the caller drops it
             self.vae.to("cpu")  # the training step needs the memory
 
     def _stacked(self, texts: Sequence[str]) -> Text:

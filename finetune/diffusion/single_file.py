@@ -115,7 +115,7 @@ def complete(found: SingleFile, given: Mapping[str, Any], dtypes: Mapping[str, A
 
 
 def content_hash(found: SingleFile, *parts: str) -> str:
-    """Who the base is, by content, as `hub.content_hash` says it of others: of those parts, or of everything.
+    """Hash of the base, as `hub.content_hash` makes it of others: of those parts, or of everything.
 
     Raises ModelError if a part that the file lacks is neither on disk nor on the hub.
     """

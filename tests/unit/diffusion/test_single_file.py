@@ -115,10 +115,10 @@ def test_a_phase_reads_its_part_alone(model: ModelConfig, monkeypatch: pytest.Mo
     found = single_file.find(model)
     assert found is not None
     monkeypatch.setattr(safetensors, "safe_open", Noting)
-    pipeline.load_text_encoder(model, CPU)
+    pipeline.TextEncoder(model, CPU)
     assert seen == found.names("text_encoder") != []
     seen.clear()
-    pipeline.load_vae(model, CPU)
+    pipeline.Vae(model, CPU)
     assert seen == found.names("vae") != []
     seen.clear()
     pipeline.load_scheduler(model)
@@ -205,7 +205,7 @@ def test_no_hub_is_asked_for_what_the_file_holds(model: ModelConfig, monkeypatch
     released = replace(model, parts="stable-diffusion-v1-5/stable-diffusion-v1-5")
     assert pipeline.base_hash(released).endswith("+stable-diffusion-v1-5/stable-diffusion-v1-5")
     pipeline.load_backbone(released, torch.float32)
-    pipeline.load_vae(released, CPU)
+    pipeline.Vae(released, CPU)
     assert requested == []
     change(released, lambda weights: [weights.pop(name) for name in list(weights) if "first_stage" in name])
     parts = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -275,7 +275,7 @@ def test_weights_that_a_part_lacks_are_not_made_up(model: ModelConfig) -> None:
     name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
     change(model, lambda weights: weights.pop(name))
     with pytest.raises(ModelError, match=r"lacks 1 weights of its text_encoder, first .*final_layer_norm.bias; get it"):
-        pipeline.load_text_encoder(model, CPU)
+        pipeline.TextEncoder(model, CPU)
 
 
 def test_a_part_that_cannot_be_read_is_named(model: ModelConfig) -> None:

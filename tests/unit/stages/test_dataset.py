@@ -17,7 +17,7 @@ from finetune.data.cache import Cache, read
 from finetune.data.images import decode
 from finetune.diffusion import encode
 from finetune.diffusion.encode import Path, hold_out
-from finetune.diffusion.pipeline import load_text_encoder, load_vae, vae_hash
+from finetune.diffusion.pipeline import TextEncoder, Vae, vae_hash
 from finetune.errors import DataError
 from finetune.run.hashing import hash_of
 from finetune.run.receipts import load_receipt
@@ -76,8 +76,8 @@ def loads(monkeypatch):
 
         return loading
 
-    monkeypatch.setattr(encode, "load_text_encoder", counting("text", load_text_encoder))
-    monkeypatch.setattr(encode, "load_vae", counting("vae", load_vae))
+    monkeypatch.setattr(encode, "TextEncoder", counting("text", TextEncoder))
+    monkeypatch.setattr(encode, "Vae", counting("vae", Vae))
     return counted
 
 
@@ -87,7 +87,7 @@ def test_every_image_with_its_own_caption_latents_and_bucket(config, base):
     found = list(record.examples())
     assert [example.file for example in found] == [f"{index}.png" for index in range(5)]
     assert (record.train, record.validation) == (5, 0)
-    encoder, vae = load_text_encoder(config.model, CPU), load_vae(config.model, CPU)
+    encoder, vae = TextEncoder(config.model, CPU), Vae(config.model, CPU)
     for example, size in zip(found, SIZES, strict=True):
         image, crop = decode.resize_and_crop(
             decode.open_rgb(Path(config.data.folder) / example.file, 10**6), example.bucket
@@ -188,7 +188,7 @@ def test_flipping_adds_the_mirrored_image(config, base):
     assert len({example.key for example in found}) == 10
     image, _ = decode.resize_and_crop(decode.open_rgb(Path(config.data.folder) / "0.png", 10**6), found[0].bucket)
     mirrored = encode.pixels(image).flip(-1)
-    expected = load_vae(config.model, CPU).encode(mirrored[None])[0]["mean"]
+    expected = Vae(config.model, CPU).encode(mirrored[None])[0]["mean"]
     assert torch.allclose(read(Path(found[1].latents))["mean"], expected, atol=1e-5)
 
 
