@@ -54,21 +54,21 @@ def untouched(*folders: Path) -> Iterator[None]:
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["conf=pixar_stile"], ["no recipe called 'pixar_stile'; did you mean pixar_style? there are: pirate_chat, "]),
-        (["conf=pixar_style", "lora.rnak=4"], ["no key called lora.rnak; did you mean lora.rank?"]),
+        (["conf=pixar_stile"], [["'pixar_stile'", "did you mean pixar_style?", "pirate_chat"]]),
+        (["conf=pixar_style", "lora.rnak=4"], [["lora.rnak", "did you mean lora.rank?"]]),
         (
             ["conf=pixar_style", "lora.rank=0", "optim.lr=-1", "trainer.micro_batch=0", "sample.seeds=[]"],
             [
-                "lora.rank must be at least 1, got 0; try lora.rank=16",
-                "trainer.micro_batch must be at least 1, got 0; try trainer.micro_batch=4",
-                "optim.lr must be above 0, got -1.0; try optim.lr=1e-4",
-                "sample.seeds must name at least one seed",
+                ["lora.rank must be at least 1, got 0", "lora.rank=16"],
+                ["optim.lr must be above 0, got -1.0", "optim.lr=0.0001"],
+                ["trainer.micro_batch must be at least 1, got 0", "trainer.micro_batch=4"],
+                ["sample.seeds", "sample.seeds=[0,1]"],
             ],
         ),
     ],
     ids=["recipe", "key", "values"],
 )
-def test_bad_configuration(workdir: Path, words: list[str], said: list[str]) -> None:
+def test_bad_configuration(workdir: Path, words: list[str], said: list[list[str]]) -> None:
     (workdir / "here").mkdir()
     refused(command.run("train", *words, cwd=workdir / "here"), ConfigError.exit_code, *said)
     assert list((workdir / "here").iterdir()) == []
