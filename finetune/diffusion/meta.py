@@ -12,6 +12,7 @@ from finetune import hub
 from finetune.config.schema import ModelConfig
 from finetune.diffusion.families import family
 from finetune.diffusion.objectives import Objective
+from finetune.memory import policy
 from finetune.planning.meta import on_meta
 
 
@@ -23,7 +24,7 @@ def backbone(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
 
 def autoencoder(model: ModelConfig) -> nn.Module:
     """What `pipeline.load_vae_model` loads."""
-    return _diffusers_part(model, "vae", family(model.family).vae_class, torch.float32).eval()
+    return _diffusers_part(model, "vae", family(model.family).vae_class, policy.VAE_DTYPE).eval()
 
 
 def text_encoders(model: ModelConfig) -> nn.ModuleDict:
@@ -37,7 +38,7 @@ def text_encoders(model: ModelConfig) -> nn.ModuleDict:
         if (found / part / "config.json").is_file():
             loader: Any = getattr(transformers, index[part][1])
             config = loader.config_class.from_pretrained(found / part)
-            dtype = torch.bfloat16 if part in spec.large_text else torch.float32
+            dtype = policy.text_encoder_dtype(large=part in spec.large_text)
             encoders[part] = on_meta(partial(loader, config), dtype).eval()
     return encoders
 

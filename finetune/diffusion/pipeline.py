@@ -19,7 +19,7 @@ from finetune.diffusion import single_file, tiling
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import Text
 from finetune.errors import ModelError, is_gpu_out_of_memory
-from finetune.memory import block_offload, quantize
+from finetune.memory import block_offload, policy, quantize
 from finetune.memory.device import release_memory
 from finetune.memory.fallbacks import AdaptiveBatch, try_within_memory
 from finetune.run.progress import say
@@ -38,7 +38,8 @@ class TextEncoder:
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         self.family = family(model.family)
         self.adaptive_batch = AdaptiveBatch(self.family.captions_per_pass, self._move_to_cpu)
-        dtypes = {"default": torch.float32} | dict.fromkeys(self.family.large_text, torch.bfloat16)
+        large, small = policy.text_encoder_dtype(large=True), policy.text_encoder_dtype(large=False)
+        dtypes = {"default": small} | dict.fromkeys(self.family.large_text, large)
         parts = dict.fromkeys((self.family.backbone, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
         if try_within_memory(lambda: self.pipeline.to(device), is_oom=is_gpu_out_of_memory) is None:
@@ -115,12 +116,9 @@ def load_vae(model: ModelConfig, device: torch.device) -> Vae:
 
 
 def load_vae_model(model: ModelConfig) -> nn.Module:
-    """The base's frozen autoencoder on the CPU.
-
-    fp32: several released ones overflow in fp16, and encoding happens once.
-    """
+    """The base's frozen autoencoder on the CPU."""
     loader = _class(family(model.family).vae_class)
-    vae: nn.Module = _load(loader, model, "vae", torch_dtype=torch.float32)
+    vae: nn.Module = _load(loader, model, "vae", torch_dtype=policy.VAE_DTYPE)
     return vae.eval().requires_grad_(False)
 
 
