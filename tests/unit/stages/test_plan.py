@@ -13,6 +13,7 @@ import finetune
 from finetune import kinds
 from finetune.config import recipes
 from finetune.config.schema import Config, Device, LoraInit, Precision, Quantize
+from finetune.diffusion import tiling
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload
 from finetune.planning import choice
@@ -221,8 +222,7 @@ def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(config: Config, mon
 
 def test_phases_take_less_memory_on_a_smaller_gpu(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images one by one, then in tiles; captions one by one, then in CPU memory: the first option that fits."""
-    for module in ("families.base", "memory_model"):
-        monkeypatch.setattr(f"finetune.diffusion.{module}.TILE", 16)
+    monkeypatch.setattr(tiling, "TILE", 16)
     on_a_gpu(config).sample.seeds = [0, 1, 2, 3]
     candidates = candidates_of(config)
     images = ["2 images at once", "one image at once"]
