@@ -106,8 +106,14 @@ def test_the_chat_template_travels_with_model_and_adapter(language_config: Confi
     assert "<|im_start|>" in text
     template = json.loads((folder / "peft" / "chat_template.json").read_text())
     assert template == {"sha256": hashlib.sha256(text.encode()).hexdigest(), "base": language_config.model.base}
+    for name in ("peft", "merged"):
+        assert AutoTokenizer.from_pretrained(folder / name).chat_template == text
+
+
+def test_an_adapter_with_the_bases_own_template_and_tokens_needs_no_tokenizer(write: Write, folder: Path) -> None:
+    write()
+    assert (folder / "peft" / "chat_template.json").exists()
     assert not (folder / "peft" / "tokenizer.json").exists()
-    assert AutoTokenizer.from_pretrained(folder / "merged").chat_template == text
 
 
 def test_new_tokens_travel_with_model_and_adapter(language_config: Config, write: Write, folder: Path) -> None:
@@ -145,8 +151,7 @@ def test_a_base_in_fp16_stays_in_fp16(language_config: Config, write: Write, fol
     language_config.model.base = str(half)
     language_config.export.formats = [ExportFormat.merged]
     files, differences = write()
-    assert set(files) == set(differences) == {"merged"}
-    assert not (folder / "peft").exists()
+    assert set(files) == set(differences) == {"peft", "merged"}  # samples and later trainings load the PEFT folder
     assert AutoModelForCausalLM.from_pretrained(folder / "merged").dtype is torch.float16
 
 
