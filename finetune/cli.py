@@ -35,6 +35,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    _open_missing_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -48,6 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _complain(error, debug)
+
+
+def _open_missing_streams() -> None:
+    """Put /dev/null where a service started us without a standard stream: the next file would take its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
 
 
 def _answer(words: list[str], debug: bool) -> int:

@@ -67,7 +67,8 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     config.inference_mode = True
     if hasattr(model, "generate"):  # AutoPeftModelForCausalLM asks for it
         config.task_type = "CAUSAL_LM"
-    if initial := lora.initial_tensors(model):
+    tensors = lora.adapter_tensors(model)
+    if initial := {name: start for name, start in tensors.items() if name.endswith(".initial")}:
         weights = _join_initial(weights, initial)
         config.r *= 2
         config.lora_alpha *= math.sqrt(2) if config.use_rslora else 2  # the scale stays

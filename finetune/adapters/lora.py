@@ -126,11 +126,6 @@ def trainable_tensors(model: nn.Module) -> dict[str, Tensor]:
     return {name: tensor.detach() for name, tensor in adapter_tensors(model).items() if tensor.requires_grad}
 
 
-def initial_tensors(model: nn.Module) -> dict[str, Tensor]:
-    """PiSSA's frozen start; empty for any other adapter."""
-    return {name: tensor for name, tensor in adapter_tensors(model).items() if name.endswith(".initial")}
-
-
 def state(model: nn.Module) -> dict[str, Tensor]:
     """`adapter_tensors` as fp32 copies on the CPU: what a checkpoint holds."""
     tensors = sorted(adapter_tensors(model).items())
@@ -166,11 +161,11 @@ def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
 
 def base_weight(layer: Any) -> Tensor:
     """The weights that an adapted layer's base computes with, fp32, in the shape they are stored in."""
-    from peft.utils.integrations import dequantize_bnb_weight
+    from peft.utils.integrations import dequantize_bnb_weight, get_bnb_param_type
 
     base = layer.get_base_layer()
     weight: Tensor = base.weight.detach()
-    if _quantised(base.weight):
+    if get_bnb_param_type(base.weight):
         weight = dequantize_bnb_weight(base.weight, state=getattr(base, "state", None))
     return weight.float()
 
@@ -218,13 +213,16 @@ def _token_rows(model: Any, rows: Sequence[int], targets: Sequence[str]) -> dict
 
 def _require_readable(model: nn.Module, device: torch.device) -> None:
     """DoRA reads the base's weights in every step. Raises ModelError where it can't."""
+    from peft.utils.integrations import get_bnb_param_type
+
     weights = [layer.get_base_layer().weight for _, layer in lora_layers(model)]
     if any(weight.device != device for weight in weights):
         raise ModelError(
             "lora.dora=true needs all weights where it computes, and model.offload=true keeps some in CPU memory; "
             "set one of the two to false"
         )
-    if device.type == "cpu" and any(_quantised(weight) == "8bit" for weight in weights):  # PEFT drops their scales
+    # PEFT drops the scales of int8 weights there.
+    if device.type == "cpu" and any(get_bnb_param_type(weight) == "8bit" for weight in weights):
         raise ModelError("lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4")
 
 
@@ -233,10 +231,12 @@ def _start_loftq(model: Any) -> None:
 
     PEFT's own `replace_lora_weights_loftq` needs a CUDA GPU, files with the model's very names, and alpha = rank.
     """
+    from peft.utils.integrations import get_bnb_param_type
+
     waiting = {
         _name_in_stack(name): (name, layer)
         for name, layer in lora_layers(model)
-        if _quantised(layer.get_base_layer().weight) == "4bit"
+        if get_bnb_param_type(layer.get_base_layer().weight) == "4bit"
     }
     if not waiting:
         raise ConfigError("lora.init=loftq makes up for nf4's loss; set model.quantize=nf4, or try lora.init=pissa")
@@ -280,9 +280,9 @@ def _start_pissa(model: nn.Module) -> None:
     """Start every adapter as the principal part of its layer's weights, and subtract that part beside it."""
     for name, layer in lora_layers(model):
         _start_at(name, layer, base_weight(layer))
-        for factors, sign, dim in ((layer.lora_A, 1, 0), (layer.lora_B, -1, 1)):
-            weight = factors[ADAPTER].weight.data
-            factors[ADAPTER] = _PissaFactor(weight, sign * weight, dim)
+        A_rI, B_Or = layer.lora_A[ADAPTER].weight.data, layer.lora_B[ADAPTER].weight.data
+        layer.lora_A[ADAPTER] = _PissaFactor(A_rI, A_rI.clone(), 0)
+        layer.lora_B[ADAPTER] = _PissaFactor(B_Or, -B_Or, 1)
 
 
 def _start_at(name: str, layer: Any, matrix: Tensor) -> None:
@@ -321,13 +321,8 @@ class _PissaFactor(nn.Module):
         return functional.linear(inputs, torch.cat([self.weight, self.initial], self.dim))
 
 
-def _quantised(weight: nn.Parameter) -> str:
-    """How bitsandbytes stores a weight: "4bit", "8bit", or "" for any other."""
-    from peft.utils.integrations import get_bnb_param_type
-
-    return get_bnb_param_type(weight) or ""
-
-
 def _numel(parameter: Any) -> int:
     """Numbers that a parameter stands for: bitsandbytes packs two 4-bit ones into a byte."""
-    return math.prod(parameter.quant_state.shape) if _quantised(parameter) == "4bit" else parameter.numel()
+    from peft.utils.integrations import get_bnb_param_type
+
+    return math.prod(parameter.quant_state.shape) if get_bnb_param_type(parameter) == "4bit" else parameter.numel()

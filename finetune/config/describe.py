@@ -10,6 +10,7 @@ import json
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -129,7 +130,8 @@ def value_problem(key: str, value: Any) -> str | None:
     hint = leaf_types().get(key)
     if hint is None:
         if key in sections() and not isinstance(value, dict):
-            return f"{key} is a section, got {value!r}; set a key in it, such as {_first_key(key)}"
+            first = next(leaf for leaf in leaf_types() if leaf.startswith(f"{key}."))
+            return f"{key} is a section, got {value!r}; set a key in it, such as {first}"
         return None
     if value == MISSING or (isinstance(value, str) and "${" in value) or _fits(hint, value):
         return None
@@ -159,23 +161,12 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, dict) and all(_fits(arguments[1], item) for item in value.values())
     if _is_enum(hint):
         return isinstance(value, hint) or str(value) in hint.__members__
-    if hint is str:
-        return isinstance(value, str | int | float) and not isinstance(value, bool)
-    if hint is bool:
-        return isinstance(value, bool)
-    if isinstance(value, bool):
-        return False
-    if hint is float:
-        return isinstance(value, int | float) or (isinstance(value, str) and _is_number(value))
-    return isinstance(value, int)
-
-
-def _is_number(text: str) -> bool:
-    try:
-        float(text)
-    except ValueError:
-        return False
-    return True
+    if isinstance(value, bool) or hint is bool:
+        return hint is bool and isinstance(value, bool)
+    if hint is float and isinstance(value, str):
+        with suppress(ValueError):
+            value = float(value)
+    return isinstance(value, {str: str | int | float, float: int | float, int: int}[hint])
 
 
 def _is_enum(hint: Any) -> bool:
@@ -183,18 +174,11 @@ def _is_enum(hint: Any) -> bool:
 
 
 def _described(hint: Any) -> str:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is list:
-        return f"a list, each item {_described(arguments[0])}, such as [a,b]"
-    if origin is dict:
-        return "a mapping"
+    if typing.get_origin(hint) is list:
+        return f"a list, each item {_described(typing.get_args(hint)[0])}, such as [a,b]"
     if _is_enum(hint):
         return f"one of {', '.join(hint.__members__)}"
-    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[hint]
-
-
-def _first_key(section: str) -> str:
-    return next(leaf for leaf in leaf_types() if leaf.startswith(f"{section}."))
+    return {int: "a whole number", float: "a number", bool: "true or false", str: "text"}.get(hint, "a mapping")
 
 
 def as_dict(config: Any) -> Any:

@@ -18,6 +18,8 @@ def smaller(config: Config) -> str:
 
 def smallest(config: Config) -> str:
     """What is left when every setting that trains the same was tried: another result, or another base."""
-    half, _ = model_kind(config.model.kind).resize(config, 0.5)
-    quantised = ", model.quantize=nf4" if config.model.quantize is Quantize.none else ""
-    return f"try {half}{quantised}, or a smaller base model"
+    half, changed = model_kind(config.model.kind).resize(config, 0.5)
+    ideas = [half] if changed != config else []
+    if config.model.quantize is Quantize.none:
+        ideas.append("model.quantize=nf4")
+    return f"try {', '.join([*ideas, 'or a smaller base model' if ideas else 'a smaller base model'])}"

@@ -31,8 +31,9 @@ class ModelKind:
         return tuple(export_format for export_format in ExportFormat if self.name in export_format.kinds)
 
     def smaller_examples(self, config: Config) -> Iterator[tuple[str, Config]]:
-        """Settings that make an example smaller, mildest first."""
-        return (self.resize(config, share) for share in self.smaller_shares)
+        """Settings that make an example smaller, mildest first; none where it is as small as it can be."""
+        resized = (self.resize(config, share) for share in self.smaller_shares)
+        return iter({words: changed for words, changed in resized if changed != config}.items())
 
 
 def _resized_images(config: Config, share: float) -> tuple[str, Config]:

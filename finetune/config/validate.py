@@ -7,15 +7,7 @@ from operator import attrgetter
 
 from finetune.config.describe import as_dict, rules
 from finetune.config.model_kinds import MODEL_KINDS, model_kind
-from finetune.config.schema import (
-    CheckpointChoice,
-    Config,
-    ExportConfig,
-    LoraInit,
-    ModelConfig,
-    Quantize,
-    TrainerConfig,
-)
+from finetune.config.schema import CheckpointChoice, Config, LoraInit, ModelConfig, Quantize
 from finetune.errors import ConfigError
 
 
@@ -26,7 +18,7 @@ def check(config: Config) -> list[str]:
         *_value_problems(config),
         *_resolution_problems(config.model),
         *_quantize_problems(config.model, config.lora.init),
-        *_validation_problems(config.trainer, config.export),
+        *_validation_problems(config.trainer.validate_every, config.trainer.patience, config.export.checkpoint),
     ]
 
 
@@ -91,12 +83,12 @@ def _quantize_problems(model: ModelConfig, init: LoraInit) -> Iterator[str]:
         yield "model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the GPU once used"
 
 
-def _validation_problems(trainer: TrainerConfig, export: ExportConfig) -> Iterator[str]:
-    if trainer.validate_every:
-        return
-    if trainer.patience:
-        rule = f"trainer.patience={trainer.patience} needs validation losses, and trainer.validate_every=0 makes none"
-        yield f"{rule}; try trainer.patience=0, or trainer.validate_every=100"
-    if export.checkpoint is CheckpointChoice.best:
-        rule = "export.checkpoint=best needs validation losses, and trainer.validate_every=0 makes none"
-        yield f"{rule}; try export.checkpoint=last, or trainer.validate_every=100"
+def _validation_problems(validate_every: int, patience: int, checkpoint: CheckpointChoice) -> Iterator[str]:
+    chosen = (
+        ("trainer.patience", str(patience), "0"),
+        ("export.checkpoint", checkpoint.name, CheckpointChoice.last.name),
+    )
+    for key, value, without in chosen:
+        if not validate_every and value != without:
+            rule = f"{key}={value} needs validation losses, and trainer.validate_every=0 makes none"
+            yield f"{rule}; try {key}={without}, or trainer.validate_every=100"

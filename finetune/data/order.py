@@ -7,10 +7,11 @@ the micro-batch or the number of processes.
 import hashlib
 import itertools
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Draw = tuple[int, int]  # (index of the example, number of the epoch)
 V = TypeVar("V")
+UINT64 = 2**64 - 1
 
 
 def steps(buckets: Sequence[Hashable], *, effective: int, seed: int, start: int = 0) -> Iterator[list[Draw]]:
@@ -34,6 +35,26 @@ def split(chunk: Sequence[V], bucket_of: Callable[[V], Hashable], micro_batch: i
     return [
         group[first : first + micro_batch] for group in grouped.values() for first in range(0, len(group), micro_batch)
     ]
+
+
+def seed_from(*numbers: int) -> int:
+    """One well-spread 63-bit seed from several numbers."""
+    state = 0
+    for number in numbers:
+        state = splitmix64(state + number)
+    return state >> 1
+
+
+def splitmix64(value: Any) -> Any:
+    """The random number, 0 to 2⁶⁴ - 1, that follows from an int, or from each element of a numpy array of uint64.
+
+    It is the same on every machine and in every version of Python and numpy. Source: SplitMix64 (Steele, Lea, Flood
+    2014, doi 10.1145/2714064.2660195).
+    """
+    value = (value + 0x9E3779B97F4A7C15) & UINT64
+    value = ((value ^ (value >> 30)) * 0xBF58476D1CE4E5B9) & UINT64
+    value = ((value ^ (value >> 27)) * 0x94D049BB133111EB) & UINT64
+    return value ^ (value >> 31)
 
 
 def _steps(buckets: Sequence[Hashable], effective: int, seed: int) -> Iterator[list[Draw]]:

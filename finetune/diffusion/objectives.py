@@ -113,7 +113,11 @@ class Flow:
         return ((1 - sigma_B) / sigma_B).square()
 
     def shift(self, clean_Chw: Tensor) -> float:
-        """s in σ → sσ / (1 + (s - 1)σ)."""
+        """How far an image's noise levels move towards noise, as `shifted` does it.
+
+        A constant (Stable Diffusion 3), or more for more image tokens (FLUX's timestep shift): then its logarithm is a
+        line between the two lengths that the scheduler's configuration names.
+        """
         config = self.config
         if not config.get("use_dynamic_shifting"):
             return float(config.shift)

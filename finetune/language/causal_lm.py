@@ -1,7 +1,7 @@
 """Language models as adapters see them: the tokenizer, the frozen base, the states of packed rows, the output layer.
 
-B packs, L token positions of a pack, D hidden channels, V vocabulary entries, H heads, K heads of keys and values, E channels of
-a head, G segments of all packs, N tokens
+B packs, L token positions of a pack, D hidden channels, V vocabulary entries, H heads, K heads of keys and values, E
+channels of a head, G segments of all packs, N tokens
 """
 
 from collections.abc import Iterator, Sequence

@@ -11,9 +11,9 @@ from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ExportFormat, ModelConfig
 from finetune.data.text import store
 from finetune.errors import DataError
+from finetune.language import card, tokenize
 from finetune.language import export as exporting
 from finetune.language import sample as sampling
-from finetune.language import tokenize
 from finetune.language.memory_model import LanguageMemoryModel
 from finetune.language.task import LanguageTask
 from finetune.memory import policy
@@ -102,7 +102,13 @@ def export(
 
 
 def usage(config: Config) -> str:
-    return exporting.USAGE
+    return card.usage(
+        config.model,
+        tokenize.chat_of(config.model, config.data),
+        template=config.data.chat_template,
+        dtype=pick_dtype(config.trainer.precision, pick_device(config.hardware.device)),
+        prompt=next(iter(config.sample.prompts), "Hello!"),
+    )
 
 
 def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answer, ...]]:
@@ -112,10 +118,10 @@ def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answ
     return sampling.sample(config.model, config.sample, chat, adapter, folder, device, dtype, config.hardware.vram_gib)
 
 
-def _stored_rows(config: Config) -> store.Rows | None:
+def _stored_rows(config: Config) -> store.TokenStore | None:
     """Of the run's data set, if they are still in the cache, which may be deleted at any time."""
     record = load_record(Path(config.run_dir), "dataset", TextSet)
     try:
-        return store.reopen(Path(record.rows)) if record else None
+        return store.open_store(Path(record.rows)) if record else None
     except DataError:
         return None

@@ -58,6 +58,7 @@ class LanguageMemoryModel:
         if model.quantize is not Quantize.none:
             self.notes.append("quantised layers are stood in for: stored bytes, and a copy of the weights a product")
         self.count = length
+        self.less_cpu_memory = {"export": "try 'export.formats=[peft]'"} if merges else {}
 
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`; offloading recomputes all."""

@@ -36,7 +36,7 @@ def sample(
     them. Without a temperature the seed decides nothing, and the first one stands for all. Raises ModelError for an
     adapter that doesn't fit.
     """
-    generator = TextGenerator(chat.tokenizer, chat.ends(), device, dtype)
+    generator = TextGenerator(chat.tokenizer, chat.stop_ids(), device, dtype)
     seeds = settings.seeds if settings.temperature else settings.seeds[:1]
     requested = [(prompt, seed) for prompt in settings.prompts for seed in seeds]
     jobs = [(chat.prompt_ids(prompt), seed) for prompt, seed in requested]

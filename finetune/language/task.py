@@ -57,7 +57,7 @@ class LanguageTask:
         self.base, self.data, self.sample_settings = model.base, data, sample
         self.device, self.dtype, self.seed = device, dtype, seed
         self.chat = chat_of(model, data)
-        self.rows = store.reopen(Path(dataset.rows))
+        self.rows = store.open_store(Path(dataset.rows))
         self.training, held_out = self.rows.split(data.validation_share)
         self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
         self.size = len(self.training)
@@ -73,7 +73,7 @@ class LanguageTask:
         if lora.start_from:
             folder = formats.peft_folder(Path(lora.start_from))
             lora_layers.load_state(self.model, formats.read_peft_folder(folder), str(folder))
-        self.generator = TextGenerator(self.chat.tokenizer, self.chat.ends(), device, self.dtype)
+        self.generator = TextGenerator(self.chat.tokenizer, self.chat.stop_ids(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
 
@@ -167,7 +167,8 @@ class LanguageTask:
             for name in ("ids", "positions", "segments", "trained")
         }
         names = tuple(
-            f"conversations {', '.join(str(self.rows.number(index) + 1) for index in pack)}" for pack in packs
+            f"conversations {', '.join(str(self.rows.conversation_index(index) + 1) for index in pack)}"
+            for pack in packs
         )
         return Batch(
             tensors,

@@ -34,7 +34,7 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
 def complete(record: TextSet) -> bool:
     """Whether every byte of the rows is still there."""
     try:
-        store.reopen(Path(record.rows), whole=True)
+        store.open_store(Path(record.rows), verify=True)
     except DataError:
         return False
     return True
@@ -56,14 +56,14 @@ def figures(record: TextSet) -> dict[str, float | int | str | None]:
 
 
 def build(config: Config, captions: CaptionSet | None) -> TextSet:
-    """Read, tokenise and cache every conversation; say what was cut, left out or is there twice.
+    """Read, tokenise and cache every conversation; say what was truncated, left out or repeated.
 
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
     data, chat = config.data, chat_of(config.model, config.data)
     source: Source = formats.open_source(Path(data.file), format_=data.format)
     say(f"dataset: {source}")
-    found = store.prepare(
+    found = store.encode_or_load(
         source,
         chat,
         cache=Path(data.cache),
@@ -75,10 +75,10 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     for line in found.figures.lines():
         say(f"dataset: {line}")
     train, held_out = found.split(data.validation_share)
-    if doubled := found.duplicates():
-        say(f"warning: {doubled:,} conversations are there more than once")
+    if repeated := found.duplicates():
+        say(f"warning: {repeated:,} conversations occur more than once")
     lengths, trained = found.lengths[train], found.trained[train]
-    fill = packing.utilisation(lengths, trained, length=data.length, seed=config.seed, pack=data.packing)
+    fill = packing.packing_stats(lengths, trained, length=data.length, seed=config.seed, pack=data.packing)
     say(f"dataset: {fill}")
     return TextSet(
         rows=str(found.folder),

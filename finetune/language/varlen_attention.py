@@ -1,6 +1,7 @@
 """Attention for rows of many lengths laid end to end (torch's kernel), as one of transformers' attention functions.
 
-B packs, L token positions of a pack, H heads, K heads of keys and values, E channels of a head, G segments of all packs, N tokens
+B packs, L token positions of a pack, H heads, K heads of keys and values, E channels of a head, G segments of all
+packs, N tokens
 """
 
 from typing import Any

@@ -97,7 +97,7 @@ def _chosen_settings(
     if workload.trainer.autotune is Autotune.auto:
         choice = choose(candidates)
         candidates, setting = choice.candidates, choice.best
-        for line in host_memory.warning(host_memory.peaks(candidates, setting), machine.cpu_gib, workload.model):
+        for line in host_memory.warning(host_memory.peaks(candidates, setting), machine.cpu_gib, candidates):
             say(f"autotune: {line}")  # now, and not when the training is over
         chosen = {name: getattr(setting, name) for name in KEYS}
         if choice.chosen is None:

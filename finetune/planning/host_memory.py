@@ -7,17 +7,12 @@ itself, a few GiB with CUDA's libraries, is not counted.
 
 from collections.abc import Collection, Iterator, Mapping
 
-from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.schema import Quantize
 from finetune.planning.candidates import Candidates
 from finetune.planning.machine import GIB
 from finetune.planning.plan import Setting
 
 LEAST_GIB = 0.05  # what is less isn't worth a word
-ADVICE = {
-    "export": "try 'export.formats=[peft]', or model.quantize=nf4",
-    "loading the text encoders": "close other programs first",
-}
-"""What takes less of it, by phase; all else: a base in 4 bit."""
 
 
 def peaks(candidates: Candidates, setting: Setting, on_cpu: Collection[str] = ()) -> dict[str, float]:
@@ -35,15 +30,14 @@ def peaks(candidates: Candidates, setting: Setting, on_cpu: Collection[str] = ()
     return dict(sorted(kept.items(), key=lambda item: -item[1]))
 
 
-def warning(found: Mapping[str, float], free_gib: float | None, model: ModelConfig) -> Iterator[str]:
-    """A line that says what to type, where the most of `found` is more than is free."""
+def warning(found: Mapping[str, float], free_gib: float | None, candidates: Candidates) -> Iterator[str]:
+    """A line that says what to type, where the most of `found`, the peaks of `candidates`, is more than is free."""
     if free_gib is None or not found:
         return
     name, gib = next(iter(found.items()))
     if gib <= free_gib:
         return
-    smaller = "try model.quantize=nf4" if model.quantize is Quantize.none else "close other programs first"
-    yield (
-        f"CPU memory: {name} takes up to {gib:.1f} GiB, and {free_gib:.1f} are free here now; "
-        f"{ADVICE.get(name, smaller)}"
-    )
+    plain = candidates.workload.model.quantize is Quantize.none
+    smaller = "try model.quantize=nf4" if plain else "close other programs first"
+    advice = candidates.memory_model.less_cpu_memory.get(name, smaller)
+    yield f"CPU memory: {name} takes up to {gib:.1f} GiB, and {free_gib:.1f} are free here now; {advice}"

@@ -23,6 +23,11 @@ class MemoryModel(Protocol):
     notes: list[str]
     """What the traces assume or leave out, a line each."""
 
+    @property
+    def less_cpu_memory(self) -> Mapping[str, str]:
+        """What to do about phases that take too much CPU memory, by name; about all others a base in 4 bit."""
+        ...
+
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`, for every step from now on."""
         ...

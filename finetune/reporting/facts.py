@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 from finetune.config.schema import ExportFormat
 from finetune.planning.plan import Plan, Setting
+from finetune.run.progress import plural
 from finetune.run.records import Adapter, CaptionSet, Dataset, Run, TextSet
 
 
@@ -163,7 +164,7 @@ def plan_tables(plan: Plan) -> list[Table]:
         ),
         Table("a training step", ("GiB",), [(name, f"{gib:.2f}") for name, gib in step.parts.items() if gib >= 0.005]),
         Table(
-            "phases, each at its worst moment",
+            "phases at their peak",
             ("GiB", ""),
             [(name, f"{gib:.2f}" if gib else "–", _bar(gib, plan.budget_gib)) for name, gib in plan.phases.items()],
         ),
@@ -209,11 +210,6 @@ def _bar(gib: float, budget_gib: float) -> str:
         return "in CPU memory"
     length = max(1, round(BAR * gib / budget_gib)) if budget_gib else 0
     return "█" * min(BAR, length) + (" too large" if gib > budget_gib else "")
-
-
-def plural(count: int, thing: str) -> str:
-    """ "1 image", "2 images"."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def rate(per_s: float) -> str:

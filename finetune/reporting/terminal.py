@@ -4,7 +4,6 @@ import os
 import shlex
 import shutil
 import sys
-import textwrap
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -90,8 +89,7 @@ def _plan(plan: Plan, overrides: Sequence[str]) -> None:
     for index, table in enumerate(plan_tables(plan)):
         title = f"\n{table.title}" if index else f"finetune plan conf={plan.name}"
         _print_table(title, ("", *table.head), table.rows)
-    for note in plan.notes:
-        _print_note(note)
+    _print_table("", ("", ""), [("·", note) for note in plan.notes])
     if plan.fits and plan.chosen:
         words = [word for word in overrides if word.partition("=")[0] not in KEYS.values()]
         settings = " ".join(map(shlex.quote, words or [f"conf={plan.name}"]))
@@ -99,26 +97,15 @@ def _plan(plan: Plan, overrides: Sequence[str]) -> None:
 
 
 def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    from rich.console import Console
     from rich.table import Table
 
-    table = Table(title=title, title_justify="left", show_header=any(head), box=None, pad_edge=False)
+    table = Table(title=title or None, title_justify="left", show_header=any(head), box=None, pad_edge=False)
     for name in head:
         table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    _console().print(table)
-
-
-def _print_note(note: str) -> None:
-    console = _console()
-    lines = textwrap.wrap(note, console.width, initial_indent="· ", subsequent_indent="  ", break_on_hyphens=False)
-    console.print("\n".join(lines), style="dim")
-
-
-def _console() -> Any:
-    from rich.console import Console
-
-    return Console(width=min(WIDTH, Console().width), highlight=False)
+    Console(width=min(WIDTH, Console().width), highlight=False).print(table)
 
 
 def _seconds(run_dir: Path) -> tuple[str, str]:

@@ -71,7 +71,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
             *candidates.memory_model.notes,
             *(f"{name}: {words}" for name, _, words in others if words),
             _unread(config),
-            *host_memory.warning(cpu_gib, machine.cpu_gib, config.model),
+            *host_memory.warning(cpu_gib, machine.cpu_gib, candidates),
         ),
         cpu_gib=cpu_gib,
     )

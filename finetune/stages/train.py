@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune import hub, kinds
 from finetune.config import hints
-from finetune.config.describe import as_dict
+from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
@@ -171,13 +171,18 @@ def _resume(
     if not found:
         return None
     newest = checkpoint.load(checkpoint.at(folder, found[-1]))
-    before = newest.state.identity
+    keys, defaults = (newest.state.identity.keys() | identity.keys()) - {OFFLOAD}, _defaults()
+    # A setting that is newer than the run counts as its default.
+    before, now = (
+        {key: values.get(key, defaults.get(key, "not set")) for key in keys}
+        for values in (newest.state.identity, identity)
+    )
     changed = [
-        f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
+        f"{key}: {before[key]} -> {now[key]}"
         if key != dataset.identity_key
         else previous.changes(folder.parent, dataset)
-        for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
-        if before.get(key) != identity.get(key)
+        for key in sorted(keys)
+        if before[key] != now[key]
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
@@ -185,6 +190,12 @@ def _resume(
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
+
+
+def _defaults() -> dict[str, Any]:
+    """Every setting's default, flat."""
+    config = Config()
+    return flat({section: as_dict(getattr(config, section)) for section in sections()})
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -12,10 +12,10 @@ from functools import partial
 import torch
 from accelerate import Accelerator
 
+from finetune.data.order import seed_from
 from finetune.errors import TrainingError
 from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks
-from finetune.run.seeds import splitmix64
 from finetune.training import distributed
 from finetune.training.oom import OomFallbacks
 from finetune.training.reduction import StepTotals, reduce_step
@@ -121,7 +121,7 @@ def forward_backward(
             for index, batch in enumerate(batches):
                 # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the
                 # same, and to the place among the micro-batches of all processes, so that one process with all does.
-                torch.manual_seed(splitmix64(seed, step, index * ranks.world_size() + ranks.rank(), 0))
+                torch.manual_seed(seed_from(seed, step, index * ranks.world_size() + ranks.rank(), 0))
                 with accelerator.autocast():
                     loss = task.loss(batch.to(accelerator.device))
                 accelerator.backward(loss * (1 / items))  # before backward: a sum over many tokens overflows fp16

@@ -38,7 +38,14 @@ ABSOLUTE = 1e-5
 TAGS = tuple(RELATIVE)
 LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "pillow")
 
-LEAN = ("trainer.validate_every=0", "sample.prompts=[]", "export.formats=[peft]", "hardware.device=cpu")
+LEAN = (
+    "trainer.validate_every=0",
+    "trainer.patience=0",
+    "export.checkpoint=last",
+    "sample.prompts=[]",
+    "export.formats=[peft]",
+    "hardware.device=cpu",
+)
 """Leaves out what follows the training, and GPUs; no step is another one."""
 TINY = (
     *("lora.rank=2", "lora.alpha=3", "lora.dropout=0", "optim.lr=1e-2", "optim.warmup_steps=0"),

@@ -227,8 +227,8 @@ def test_a_folder_in_use_is_refused_with_its_owner(plain: Config, calls: list[An
 
 def test_a_folder_in_use_by_another_process(plain: Config, calls: list[Any]) -> None:
     code = (
-        "import sys; from finetune.run import rundir; from finetune.config.schema import Config\n"
-        "with rundir.held(Config(run_dir='run')): print('held', flush=True); sys.stdin.read()"
+        "import sys; from pathlib import Path; from finetune.run import rundir\n"
+        "with rundir.held(Path('run'), {}): print('held', flush=True); sys.stdin.read()"
     )
     with subprocess.Popen([sys.executable, "-c", code], stdin=-1, stdout=-1, text=True) as other:
         assert other.stdout
@@ -317,7 +317,7 @@ def _failing(number: int) -> Callable[..., Any]:
         (["trainer.micro_batch=1", "trainer.activation_checkpointing=2"], "try trainer.activation_checkpointing=1"),
         (
             ["trainer.micro_batch=1", "trainer.activation_checkpointing=1"],
-            "try smaller images: model.resolution=96, model.quantize=nf4, or a smaller base model",
+            "try model.resolution=64, model.quantize=nf4, or a smaller base model",
         ),
     ],
 )

@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -15,6 +16,7 @@ import yaml
 from finetune import api, errors
 from finetune.config import describe, recipes
 from finetune.config.schema import Config
+from finetune.errors import ConfigError
 from finetune.planning.plan import Plan, Setting
 from finetune.reporting import terminal
 from finetune.run.receipts import save_receipt
@@ -34,6 +36,12 @@ def python(*words: str, cwd: Path | None = None, **environment: str) -> subproce
         env={**os.environ, **environment},
         check=False,
     )
+
+
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_a_command_without_standard_streams_keeps_its_exit_code(closed: str) -> None:
+    line = f"exec {shlex.quote(sys.executable)} -m finetune plan conf=nobody {closed}"
+    assert subprocess.run(["bash", "-c", line], check=False).returncode == ConfigError.exit_code
 
 
 # -- help ----------------------------------------------------------------------------------------------------------

@@ -23,13 +23,20 @@ ROLES = {
     "tool": ("tool", "function", "observation", "function_response"),
 }
 ALIASES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
-TURNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
-ANSWERS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
-UNREAD = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")  # keys that hold trained text
-SKIP = "correct it, or leave such rows out: data.skip_bad=true"
-
-
-NEEDS = {
+TURN_COLUMNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
+ANSWER_COLUMNS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
+# Columns of rows that are made for another training than this one, which shows good answers only.
+VERDICT_COLUMNS = ("label", "kto_tag", "chosen")  # KTO: whether the answer is a good one (TRL's name, LLaMA-Factory's)
+BAD_VERDICTS = ("false", "0", "0.0", "-1", "-1.0")
+PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages", "non_preferred_output")
+TOOL_COLUMNS = ("tools", "functions")  # OpenAI's, new and old
+EMPTY = ("", "[]", "{}", "null")  # JSON that holds nothing
+# Keys of a turn that may hold text to train on.
+UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
+LONGEST_SHOWN, MOST_NAMES = 60, 12  # characters of a value, and columns, that a message shows
+LEAVE_OUT = "or leave such rows out: data.skip_bad=true"
+SKIP = f"correct it, {LEAVE_OUT}"
+COLUMNS = {
     ConversationFormat.messages: '"messages": [{"role": …, "content": …}, …]',
     ConversationFormat.sharegpt: '"conversations": [{"from": …, "value": …}, …]',
     ConversationFormat.alpaca: '"instruction", "output" and perhaps "input", "system", "history"',
@@ -92,7 +99,7 @@ def open_source(path: Path, *, format_: ConversationFormat = ConversationFormat.
             named = format_ is not ConversationFormat.auto
             found = format_ if named else _recognise(_columns(row, where), where)
             return Source(path, files, found, named)
-    raise error or DataError(f"{path} holds no rows; a row has one of these: {_formats()}")
+    raise error or DataError(f"{path} holds no rows; a row has one of these: {_known_formats()}")
 
 
 def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> Iterator[Conversation]:
@@ -121,9 +128,11 @@ def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> I
 def conversation(row: object, format_: ConversationFormat, where: str, *, strict: bool = True) -> Conversation:
     """One row, normalised. strict: refuse a row that looks like another format than `format_`.
 
-    Raises DataError for missing columns, mixed formats, unknown roles, empty texts and rows without an answer.
+    Raises DataError for missing columns, mixed formats, unknown roles, empty texts, rows without an answer, and for
+    rows that are not made for supervised training.
     """
     columns = _columns(row, where)
+    _refuse_other_training(columns, where, format_)
     if strict and (found := _recognise(columns, where)) is not format_:
         raise DataError(
             f"{where}: is {found.value}, earlier rows are {format_.value}; keep one format in a file, or name it: "
@@ -134,60 +143,85 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
         if not messages[0].content.strip():
             raise DataError(f"{where}: its text is empty; {SKIP}")
         return Conversation(tuple(messages), where)
-    if columns.get("tools"):
-        raise DataError(f'{where}: holds "tools", which are not read; describe them in a system message, or remove it')
+    if tools := next((name for name in TOOL_COLUMNS if _is_filled(columns.get(name))), ""):
+        raise DataError(
+            f'{where}: holds "{tools}", which are not read; describe them in a system message, or remove it'
+        )
     if format_ is ConversationFormat.alpaca:
         messages = _alpaca(columns, where)
     elif format_ is ConversationFormat.prompt_completion:
         messages = _prompt_completion(columns, where)
     else:
-        name = next((name for name in TURNS if columns.get(name) is not None), TURNS[0])
+        name = next((name for name in TURN_COLUMNS if columns.get(name) is not None), TURN_COLUMNS[0])
         messages = _turns(columns.get(name), where, f'"{name}"', format_)
-    if isinstance(system := columns.get("system"), str) and system.strip():
-        messages = [Message("system", system), *messages]
+    if columns.get("system") is not None:  # a blank one is left out below
+        messages = [Message("system", _text(columns["system"], where, '"system"')), *messages]
     return Conversation(_checked(messages, where), where)
 
 
 def _columns(row: object, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
-        raise DataError(f"{where}: is no object with columns; a row has one of these: {_formats()}")
+        raise DataError(f"{where}: is no object with columns; a row has one of these: {_known_formats()}")
     return row
 
 
+def _refuse_other_training(columns: dict[str, Any], where: str, format_: ConversationFormat) -> None:
+    """Raises DataError for an answer that is marked as a bad one, and for a pair of a good and a bad answer."""
+    if names := [name for name in PREFERENCE_COLUMNS if _is_filled(columns.get(name))]:
+        raise DataError(
+            f"{where}: is a preference pair ({', '.join(names)}), which is for DPO and not for supervised training; "
+            f"keep the good answer alone, as {COLUMNS[ConversationFormat.prompt_completion]}, {LEAVE_OUT}"
+        )
+    for name in VERDICT_COLUMNS:
+        verdict = str(columns.get(name)).strip().lower()
+        if format_ is ConversationFormat.text and verdict != "false":
+            continue  # numbers beside a plain text are classes: of films' reviews, of topics
+        if verdict in BAD_VERDICTS:
+            raise DataError(
+                f"{where}: is a KTO row with {name} {verdict}: its answer is a bad one, and training would "
+                f"teach it; remove the row, {LEAVE_OUT}"
+            )
+
+
 def _recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
-    there = {name for name, value in columns.items() if value is not None}
-    for name in TURNS:
-        if name in there:
-            turns = _parsed(columns[name], where, f'"{name}"')
+    filled = {name for name, value in columns.items() if value is not None}
+    for name in TURN_COLUMNS:
+        if name in filled:
+            turns = _parsed_json(columns[name], where, f'"{name}"')
             first = turns[0] if isinstance(turns, list) and turns else None
             return (
                 ConversationFormat.sharegpt
                 if isinstance(first, dict) and "from" in first
                 else ConversationFormat.messages
             )
-    if "instruction" in there and there & {*ANSWERS}:
+    if "instruction" in filled and filled & {*ANSWER_COLUMNS}:
         return ConversationFormat.alpaca
-    if "prompt" in there and there & {"completion", "response"}:
+    if "prompt" in filled and filled & {"completion", "response"}:
         return ConversationFormat.prompt_completion
-    if "text" in there:
+    if "text" in filled:
         return ConversationFormat.text
+    _refuse_other_training(columns, where, ConversationFormat.prompt_completion)
+    if len(filled) > 1 and all(isinstance(value, dict) for value in columns.values()):
+        raise DataError(f"{where}: is one object of {len(columns)} rows by id; write them as a list: [{{…}}, {{…}}]")
+    names = sorted(map(str, filled))
+    seen = ", ".join(_printable(name) for name in names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
     raise DataError(
-        f"{where}: its columns ({', '.join(sorted(map(str, there))) or 'none'}) are of no known format; "
-        f"rename them to one of these: {_formats()}"
+        f"{where}: its columns ({seen or 'none'}) are of no known format; "
+        f"rename them to one of these: {_known_formats()}"
     )
 
 
-def _formats() -> str:
-    return "; ".join(f"{format_.value}: {needs}" for format_, needs in NEEDS.items())
+def _known_formats() -> str:
+    return "; ".join(f"{format_.value}: {columns}" for format_, columns in COLUMNS.items())
 
 
 def _alpaca(columns: dict[str, Any], where: str) -> list[Message]:
-    answer = next((name for name in ANSWERS if columns.get(name) is not None), ANSWERS[0])
+    answer = next((name for name in ANSWER_COLUMNS if columns.get(name) is not None), ANSWER_COLUMNS[0])
     context = next((name for name in ("input", "context") if columns.get(name)), "input")
     request = _text(columns.get("instruction"), where, '"instruction"')
     more = _text(columns.get(context) or "", where, f'"{context}"')
     messages = []
-    for pair in _parsed(columns.get("history") or [], where, '"history"'):
+    for pair in _parsed_json(columns.get("history") or [], where, '"history"'):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise DataError(f'{where}: "history" must be a list of [question, answer], got {_shown(pair)}; {SKIP}')
         for role, content in zip(("user", "assistant"), pair, strict=True):
@@ -204,7 +238,7 @@ def _prompt_completion(columns: dict[str, Any], where: str) -> list[Message]:
         value = columns.get(name)
         if isinstance(value, list):
             turns = _turns(value, where, f'"{name}"', ConversationFormat.messages)
-            # Answers that stand in the prompt are context: the completion is what shall be learnt.
+            # Answers that stand in the prompt are context: only the completion is trained.
             messages += [Message(turn.role, turn.content, turn.trained and name != "prompt") for turn in turns]
         else:
             messages.append(Message(role, _text(value, where, f'"{name}"')))
@@ -213,30 +247,30 @@ def _prompt_completion(columns: dict[str, Any], where: str) -> list[Message]:
 
 def _turns(value: object, where: str, name: str, format_: ConversationFormat) -> list[Message]:
     role_key, text_key = ("from", "value") if format_ is ConversationFormat.sharegpt else ("role", "content")
-    turns = _parsed(value, where, name)
+    turns = _parsed_json(value, where, name)
     if not isinstance(turns, list):
-        raise DataError(f"{where}: {name} must be a list of turns, got {_shown(turns)}; it needs {NEEDS[format_]}")
+        raise DataError(f"{where}: {name} must be a list of turns, got {_shown(turns)}; it needs {COLUMNS[format_]}")
     messages = []
     for number, turn in enumerate(turns, start=1):
         what = f"turn {number} of {name}"
         if not isinstance(turn, dict) or not {role_key, text_key} <= turn.keys():
             raise DataError(
-                f'{where}: {what} needs "{role_key}" and "{text_key}", got {_shown(turn)}; a row has {NEEDS[format_]}'
+                f'{where}: {what} needs "{role_key}" and "{text_key}", got {_shown(turn)}; a row has {COLUMNS[format_]}'
             )
-        if unread := next((key for key in UNREAD if turn.get(key)), ""):
+        if unsupported := next((key for key in UNSUPPORTED_KEYS if _is_filled(turn.get(key))), ""):
             raise DataError(
-                f'{where}: {what} holds "{unread}", which is not read; write it into "{text_key}" the way the model '
-                f"shall say it, or leave such rows out: data.skip_bad=true"
+                f'{where}: {what} holds "{unsupported}", which is not read; write it into "{text_key}" as the model '
+                "shall write it, or leave such rows out: data.skip_bad=true"
             )
         role = ALIASES.get(turn[role_key].strip().lower()) if isinstance(turn[role_key], str) else None
         if role is None:
             allowed = ", ".join(f"{name} ({', '.join(others)})" for name, (_, *others) in ROLES.items())
             raise DataError(f"{where}: unknown role {_shown(turn[role_key])} in {what}; allowed are {allowed}; {SKIP}")
-        messages.append(Message(role, _text(_joined(turn[text_key]), where, what), _weight(turn, where, what)))
+        messages.append(Message(role, _text(_joined_parts(turn[text_key]), where, what), _weight(turn, where, what)))
     return messages
 
 
-def _parsed(value: object, where: str, name: str) -> Any:
+def _parsed_json(value: object, where: str, name: str) -> Any:
     """A list that a CSV file or a column of texts holds as JSON."""
     if not isinstance(value, str):
         return value
@@ -246,7 +280,7 @@ def _parsed(value: object, where: str, name: str) -> Any:
         raise DataError(f"{where}: {name} is not JSON ({error}); write it as a list, in JSON; {SKIP}") from error
 
 
-def _joined(content: object) -> object:
+def _joined_parts(content: object) -> object:
     """OpenAI's list of parts as one text, where all of them are texts."""
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         return "".join(part["text"] for part in content)
@@ -261,6 +295,11 @@ def _weight(turn: dict[str, Any], where: str, what: str) -> bool:
         if value is not None and not value:
             return False
     return True
+
+
+def _is_filled(value: object) -> bool:
+    """Whether a column holds anything; a list that a CSV file or a column of texts holds as JSON may be empty."""
+    return value.strip() not in EMPTY if isinstance(value, str) else bool(value)
 
 
 def _text(value: object, where: str, what: str) -> str:
@@ -288,5 +327,10 @@ def _checked(messages: list[Message], where: str) -> tuple[Message, ...]:
 
 
 def _shown(value: object) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return shown if len(shown) <= 60 else shown[:57] + "…"
+    return _printable(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _printable(text: str) -> str:
+    """Text for a message: not too long, and half a character spelt out."""
+    spelt = text.encode(errors="backslashreplace").decode()
+    return spelt if len(spelt) <= LONGEST_SHOWN else spelt[: LONGEST_SHOWN - 3] + "…"

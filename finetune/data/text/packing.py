@@ -11,10 +11,11 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from finetune.data.order import splitmix64
 from finetune.data.text.tokens import Encoded
 from finetune.errors import DataError
 
-# L slots of a pack, N rows
+# L token positions of a pack, N rows
 WINDOW = 8192  # rows packed together: far more than fit a pack, far fewer than a large set
 PADDING = -1  # segment number of padding
 PAD_ID = 0  # any id will do: padding is a segment of its own that nothing sees and nothing is trained on
@@ -22,10 +23,10 @@ PAD_ID = 0  # any id will do: padding is a segment of its own that nothing sees 
 
 @dataclass(frozen=True, eq=False)
 class Pack:
-    """Rows side by side in L slots, the rest padding.
+    """Rows side by side in L token positions, the rest padding.
 
-    ids (L,) int64. trained (L,) bool: the slot's token is a target, predicted from the slot before; never so at a row's
-    first token, so nothing is predicted from a neighbour. positions (L,) int64: from 0 in each row, and in the padding.
+    ids (L,) int64. trained (L,) bool: the token is a target, predicted from the one before; never so at a row's first
+    token, so nothing is predicted from a neighbour. positions (L,) int64: from 0 in each row, and in the padding.
     segments (L,) int32: the row's number within the pack, -1 for padding. rows: the indices that `plan` gave.
     """
 
@@ -37,13 +38,16 @@ class Pack:
 
     @property
     def tokens(self) -> int:
-        """Slots that are not padding."""
+        """Token positions that are not padding."""
         return int((self.segments != PADDING).sum())
 
 
 @dataclass(frozen=True)
-class Utilisation:
-    """How full the packs of an epoch are: counts of packs, slots, slots with a token, slots with a trained token."""
+class PackingStats:
+    """How full the packs of an epoch are. packs: their number. capacity: their token positions, with padding.
+
+    tokens, trained: positions with a token, and with a trained one.
+    """
 
     packs: int
     capacity: int
@@ -52,7 +56,7 @@ class Utilisation:
 
     def __str__(self) -> str:
         tokens, trained = self.tokens / max(1, self.capacity), self.trained / max(1, self.capacity)
-        return f"{self.packs} packs, {tokens:.1%} of slots hold a token, {trained:.1%} a trained one"
+        return f"{self.packs} packs, {tokens:.1%} of token positions hold a token, {trained:.1%} a trained one"
 
 
 def plan(
@@ -97,13 +101,13 @@ def steps(
         for epoch in itertools.count()
         for rows in plan(lengths, length=length, seed=seed, epoch=epoch, pack=pack)
     )
-    left = itertools.islice(packs, start * effective, None)
+    remaining = itertools.islice(packs, start * effective, None)
     while True:
-        yield list(itertools.islice(left, effective))
+        yield list(itertools.islice(remaining, effective))
 
 
 def build(read: Callable[[int], Encoded], rows: Sequence[int], *, length: int) -> Pack:
-    """One pack of the rows that `read` gives for these indices. Raises DataError if they don't fit `length` slots."""
+    """One pack of the rows that `read` gives for these indices. Raises DataError if they don't fit `length` tokens."""
     ids, positions = np.full(length, PAD_ID, np.int64), np.zeros(length, np.int64)
     trained, segments = np.zeros(length, np.bool_), np.full(length, PADDING, np.int32)
     stop = 0
@@ -111,50 +115,40 @@ def build(read: Callable[[int], Encoded], rows: Sequence[int], *, length: int) -
         row = read(index)
         begin, stop = stop, stop + len(row.ids)
         if stop > length:
-            raise DataError(f"rows {tuple(rows)} need {stop} slots or more, a pack has {length}; plan again")
+            raise DataError(f"rows {tuple(rows)} need {stop} tokens or more, a pack holds {length}; plan again")
         ids[begin:stop], trained[begin + 1 : stop] = row.ids, row.trained[1:]
         positions[begin:stop], segments[begin:stop] = np.arange(stop - begin), number
     positions[stop:] = np.arange(length - stop)
     return Pack(ids, trained, positions, segments, tuple(rows))
 
 
-def utilisation(
+def packing_stats(
     lengths: Sequence[int] | NDArray[np.int64],
     trained: Sequence[int] | NDArray[np.int64],
     *,
     length: int,
     seed: int,
     pack: bool = True,
-) -> Utilisation:
+) -> PackingStats:
     """How full the packs of the first epoch are. lengths, trained: tokens and trained tokens of each row, (N,)."""
     packs = sum(1 for _ in plan(lengths, length=length, seed=seed, epoch=0, pack=pack))
-    return Utilisation(packs, packs * length, int(np.sum(lengths)), int(np.sum(trained)))
+    return PackingStats(packs, packs * length, int(np.sum(lengths)), int(np.sum(trained)))
 
 
 def shuffled(count: int, *key: int) -> NDArray[np.int64]:
-    """The numbers below `count` in an order that depends on `key` alone: the same in every version of numpy.
-
-    Sorted by SplitMix64 (Steele, Lea, Flood 2014) of key and number.
-    """
-    state = np.uint64(0)
+    """The numbers below `count` in an order that depends on `key` alone: the same in every version of numpy."""
+    state = 0
     for value in key:
-        state = _mixed(np.array([state ^ np.uint64(value % 2**64)]))[0]
-    return np.argsort(_mixed(np.arange(count, dtype=np.uint64) ^ state), kind="stable")
-
-
-def _mixed(values: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    with np.errstate(over="ignore"):
-        values = values + np.uint64(0x9E3779B97F4A7C15)
-        values = (values ^ (values >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        values = (values ^ (values >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return values ^ (values >> np.uint64(31))
+        state = splitmix64(state ^ value % 2**64)
+    numbers: NDArray[np.uint64] = splitmix64(np.arange(count, dtype=np.uint64) ^ np.uint64(state))
+    return np.argsort(numbers, kind="stable")
 
 
 def _best_fit(rows: list[int], lengths: list[int], length: int) -> list[tuple[int, ...]]:
     """Best-fit decreasing: the longest row first, each into the fullest pack that still has room for it."""
     packs: list[list[int]] = []
-    with_room: list[list[int]] = [[] for _ in range(length + 1)]  # packs by free slots
-    rooms = 0  # bit n: there is a pack with n free slots
+    with_room: list[list[int]] = [[] for _ in range(length + 1)]  # packs by free positions
+    rooms = 0  # bit n: there is a pack with n free positions
     for place in sorted(range(len(rows)), key=lambda place: -lengths[place]):
         need = lengths[place]
         fitting = rooms >> need

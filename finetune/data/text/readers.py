@@ -25,7 +25,7 @@ QUOTES = "put double quotes around cells that hold separators or line ends, and 
 NOT_SPACE = re.compile(r"[^ \t\r\n]")
 ARRAY = "a .json file holds one array of objects: [{…}, {…}]"
 
-Rows = Iterator[tuple[int, Any]]  # (line or row number from 1, the value or a DataError)
+NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the value or a DataError)
 
 
 def files_of(path: Path) -> tuple[Path, ...]:
@@ -50,7 +50,7 @@ def files_of(path: Path) -> tuple[Path, ...]:
     return (path,)
 
 
-def read(path: Path) -> Rows:
+def read(path: Path) -> NumberedRows:
     """The rows of one of `files_of`, numbered from 1: JSON lines and CSV by line, the others by row.
 
     Raises DataError for files that can't be read, wrong encodings and damage behind which no row can be found.
@@ -88,7 +88,7 @@ def _saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
 
 
-def _saved_dataset(path: Path) -> Rows:
+def _saved_dataset(path: Path) -> NumberedRows:
     import datasets
 
     try:
@@ -105,7 +105,7 @@ def _saved_dataset(path: Path) -> Rows:
     yield from enumerate(loaded.with_format(None), start=1)
 
 
-def _parquet(path: Path) -> Rows:
+def _parquet(path: Path) -> NumberedRows:
     import pyarrow
     import pyarrow.parquet
 
@@ -117,7 +117,7 @@ def _parquet(path: Path) -> Rows:
         raise DataError(f"{path}: is no readable Parquet file ({_short(error)}); write or copy it again") from error
 
 
-def _csv(path: Path) -> Rows:
+def _csv(path: Path) -> NumberedRows:
     csv.field_size_limit(LONGEST_CELL)
     with open(path, "rb") as lines:
         # Spreadsheets write semicolons where the comma is the decimal sign.
@@ -155,7 +155,7 @@ def _json(path: Path) -> list[Any]:
     return values[0] if len(values) == 1 and isinstance(values[0], list) else values
 
 
-def _json_lines(path: Path) -> Rows:
+def _json_lines(path: Path) -> NumberedRows:
     with open(path, "rb") as lines:
         for number, line in enumerate(lines, start=1):
             try:

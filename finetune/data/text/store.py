@@ -7,6 +7,7 @@ a time. A damaged folder is made again; folders appear whole or not at all, and 
 import json
 import time
 import zlib
+from collections import Counter
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,7 +21,7 @@ from finetune.data.text import formats, readers
 from finetune.data.text.formats import Source
 from finetune.data.text.template import SKIP
 from finetune.data.text.tokens import Chat, Encoded
-from finetune.data.text.workers import TRAINED, Chunk, Work, encode_stream
+from finetune.data.text.workers import TRAINED, EncodeSettings, encode_stream
 from finetune.errors import DataError, FinetuneError
 from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_of
@@ -28,8 +29,8 @@ from finetune.run.progress import PLAIN_LINE_EVERY_S, say
 
 # N rows
 MADE_BY = 1  # raised when the same input would give other rows
-NOTES = "rows.json"
-FILES = {
+METADATA = "rows.json"
+COLUMNS = {
     "tokens": np.uint32,  # ids of all rows end to end, the top bit set where trained
     "lengths": np.uint64,  # tokens of each row
     "trained": np.uint32,  # trained tokens of each row
@@ -43,11 +44,11 @@ READ_BLOCK = 1 << 24  # bytes
 
 @dataclass(frozen=True)
 class Figures:
-    """What became of a set. conversations: rows read, usable or not. rows: what is trained on, after cutting.
+    """What became of a set. conversations: rows read, usable or not. rows: what is trained on, after truncation.
 
     bad: left out as unusable (with the first few errors). long: over the length, of which left_out are gone whole.
-    tokens, trained: after cutting. whole: trained tokens before it. shortened: answers of which the template leaves out
-    a part. control: control tokens spelled in texts. seconds: time it took to read and encode, once.
+    tokens, trained: after truncation. whole: trained tokens before it. shortened: answers of which the template leaves
+    out a part. control: control tokens that stand in texts. seconds: time it took to read and encode, once.
     """
 
     conversations: int
@@ -88,16 +89,18 @@ class Figures:
         if self.shortened:
             found.append(f"warning: the chat template leaves out a part of {self.shortened:,} answers")
         if self.control:
-            found.append(f"warning: texts spell {self.control:,} control tokens, which are read as such")
+            found.append(
+                f"warning: messages contain {self.control:,} control tokens as text; they are tokenised as such"
+            )
         return found
 
 
-class Rows:
+class TokenStore:
     """Encoded rows on disk, memory-mapped. Pickles as its folder."""
 
     def __init__(self, folder: Path, figures: Figures, *, cached: bool) -> None:
         self.folder, self.figures, self.cached = folder, figures, cached
-        self._arrays = {name: np.memmap(folder / f"{name}.bin", kind, "r") for name, kind in FILES.items()}
+        self._arrays = {name: np.memmap(folder / f"{name}.bin", kind, "r") for name, kind in COLUMNS.items()}
         self.lengths: NDArray[np.int64] = self._arrays["lengths"].astype(np.int64)
         """Tokens of each row, (N,)."""
         self.trained: NDArray[np.int64] = self._arrays["trained"].astype(np.int64)
@@ -114,9 +117,9 @@ class Rows:
         return Encoded(np.asarray(tokens & ~TRAINED), np.asarray((tokens & TRAINED) != 0))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _reopened, (self.folder, self.figures, self.cached)
+        return _unpickled, (self.folder, self.figures, self.cached)
 
-    def number(self, index: int) -> int:
+    def conversation_index(self, index: int) -> int:
         """Which conversation a row comes from, counted from 0 among those that could be read."""
         return int(self._arrays["rows"][index])
 
@@ -145,7 +148,7 @@ class Rows:
         return len(groups) - len(np.unique(groups))
 
 
-def prepare(
+def encode_or_load(
     source: Source,
     chat: Chat,
     *,
@@ -154,7 +157,7 @@ def prepare(
     long_rows: LongRows,
     skip_bad: bool = False,
     workers: int = 0,
-) -> Rows:
+) -> TokenStore:
     """Every row of the source encoded, from the cache where it is there. Memory does not grow with the source.
 
     length: most tokens of a row. workers: processes that encode; 0 is one for each core. Raises DataError for unusable
@@ -171,97 +174,73 @@ def prepare(
         cache.mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache / f".{folder.name}.lock")
         with lock:
-            if (figures := _intact(folder, whole=True)) is not None:
-                return Rows(folder, figures, cached=True)
+            if (figures := _verified(folder, checksums=True)) is not None:
+                return TokenStore(folder, figures, cached=True)
             with replace_folder(folder) as temporary:
-                _write(temporary, source, Work(chat, length, long_rows, skip_bad), workers)
+                _write(temporary, source, EncodeSettings(chat, length, long_rows, skip_bad), workers)
     except OSError as error:
         raise DataError(f"cannot use the cache {cache} ({error.strerror}); try data.cache=FOLDER") from error
-    return Rows(folder, _noted(folder)[0], cached=False)
+    return TokenStore(folder, _read_metadata(folder)[0], cached=False)
 
 
-def reopen(folder: Path, *, whole: bool = False) -> Rows:
-    """Rows that `prepare` made. Raises DataError where they are gone or damaged.
+def open_store(folder: Path, *, verify: bool = False) -> TokenStore:
+    """The rows that `encode_or_load` wrote. Raises DataError where they are gone or damaged.
 
-    whole: compare every byte with its checksum, and not the files' lengths alone.
+    verify: compare every byte with its checksum, and not the files' lengths alone.
     """
-    figures = _intact(folder, whole=whole)
+    figures = _verified(folder, checksums=verify)
     if figures is None:
         raise DataError(
             f"the token rows {folder} are damaged or gone; run the same command again and they are made again"
         )
-    return Rows(folder, figures, cached=True)
+    return TokenStore(folder, figures, cached=True)
 
 
-def _write(folder: Path, source: Source, work: Work, workers: int) -> None:
+def _write(folder: Path, source: Source, settings: EncodeSettings, workers: int) -> None:
     start = last = time.monotonic()
-    totals: dict[str, int] = {}
-    sums = dict.fromkeys(FILES, 0)
-    sizes = dict.fromkeys(FILES, 0)
+    totals: Counter[str] = Counter()
+    sums = dict.fromkeys(COLUMNS, 0)
+    sizes = dict.fromkeys(COLUMNS, 0)
     errors: list[str] = []
-    unread = 0
 
     def bad(error: DataError) -> None:
-        nonlocal unread
-        unread += 1
+        totals.update(("conversations", "bad"))
         if len(errors) < ERRORS_KEPT:
             errors.append(str(error))
 
     with ExitStack() as opened:
-        files = {name: opened.enter_context(open(folder / f"{name}.bin", "wb")) for name in FILES}
-        stream = formats.read(source, bad=bad if work.skip_bad else None)
-        for chunk in encode_stream(stream, work, processes=workers):
+        files = {name: opened.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
+        stream = formats.read(source, bad=bad if settings.skip_bad else None)
+        for batch in encode_stream(stream, settings, processes=workers):
             for name, file in files.items():
-                data = getattr(chunk, name).tobytes()
+                data = getattr(batch, name).tobytes()
                 file.write(data)
                 sums[name], sizes[name] = zlib.crc32(data, sums[name]), sizes[name] + len(data)
-            _add(totals, chunk)
-            errors = (errors + chunk.errors)[:ERRORS_KEPT]
+            totals.update(batch.counts)
+            errors += batch.errors[: ERRORS_KEPT - len(errors)]
             if time.monotonic() - last > PLAIN_LINE_EVERY_S:
-                last = time.monotonic()
-                say(f"tokens: {totals['rows']:,} conversations, {totals['rows'] / (last - start):,.0f} conversations/s")
-    if not totals.get("kept"):
-        unusable = totals.get("bad", 0) + unread
+                last, read = time.monotonic(), totals["conversations"]
+                say(f"tokens: {read:,} conversations, {read / (last - start):,.0f} conversations/s")
+    if not totals["rows"]:
         raise DataError(
-            f"{source.path}: nothing is left of {totals.get('rows', 0) + unread} rows: {unusable} are unusable, of "
-            f"{totals.get('left_out', 0)} no trained token is within {work.length} tokens"
+            f"{source.path}: nothing is left of {totals['conversations']} rows: {totals['bad']} are unusable, of "
+            f"{totals['left_out']} no trained token is within {settings.length} tokens"
             + (f" ({errors[0]})" if errors else "")
             + "; allow longer rows with data.length, or choose: data.long_rows=keep_end"
         )
-    figures = Figures(
-        conversations=totals["rows"] + unread,
-        rows=totals["kept"],
-        bad=totals["bad"] + unread,
-        long=totals["long"],
-        left_out=totals["left_out"],
-        tokens=totals["tokens"],
-        trained=totals["trained"],
-        whole=totals["whole"],
-        shortened=totals["shortened"],
-        control=totals["control"],
-        seconds=round(time.monotonic() - start, 3),
-        errors=tuple(errors),
-    )
-    (folder / NOTES).write_text(json.dumps({"figures": asdict(figures), "sums": sums, "sizes": sizes}))
+    figures = Figures(**totals, seconds=round(time.monotonic() - start, 3), errors=tuple(errors))
+    (folder / METADATA).write_text(json.dumps({"figures": asdict(figures), "sums": sums, "sizes": sizes}))
 
 
-def _add(totals: dict[str, int], chunk: Chunk) -> None:
-    more = chunk.counts | {
-        "kept": len(chunk.lengths), "tokens": len(chunk.tokens), "trained": int(chunk.trained.sum())
-    }  # fmt: skip
-    for name, count in more.items():
-        totals[name] = totals.get(name, 0) + count
-
-
-def _intact(folder: Path, *, whole: bool) -> Figures | None:
-    """The figures of a folder whose files are as long as written and, if `whole`, the same; None for any other."""
+def _verified(folder: Path, *, checksums: bool) -> Figures | None:
+    """The figures of a folder whose files are as long as written and, with `checksums`, the same; else None."""
     try:
-        figures, sums, sizes = _noted(folder)
-        for name in FILES:
+        figures, sums, sizes = _read_metadata(folder)
+        for name in COLUMNS:
             path, total = folder / f"{name}.bin", 0
             if path.stat().st_size != sizes[name]:
                 return None
-            if not whole:
+            if not checksums:
                 continue
             with open(path, "rb") as file:
                 while block := file.read(READ_BLOCK):
@@ -273,11 +252,11 @@ def _intact(folder: Path, *, whole: bool) -> Figures | None:
     return figures
 
 
-def _noted(folder: Path) -> tuple[Figures, dict[str, int], dict[str, int]]:
-    notes = json.loads((folder / NOTES).read_text(encoding="utf-8"))
-    notes["figures"]["errors"] = tuple(notes["figures"]["errors"])
-    return Figures(**notes["figures"]), notes["sums"], notes["sizes"]
+def _read_metadata(folder: Path) -> tuple[Figures, dict[str, int], dict[str, int]]:
+    metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    metadata["figures"]["errors"] = tuple(metadata["figures"]["errors"])
+    return Figures(**metadata["figures"]), metadata["sums"], metadata["sizes"]
 
 
-def _reopened(folder: Path, figures: Figures, cached: bool) -> Rows:
-    return Rows(folder, figures, cached=cached)
+def _unpickled(folder: Path, figures: Figures, cached: bool) -> TokenStore:
+    return TokenStore(folder, figures, cached=cached)

@@ -17,9 +17,9 @@ from finetune.errors import DataError
 
 PROBE = "\ue0f3\ue0f7"  # private-use characters: no template strips them, nobody's text holds them
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
-LONGEST_LIKENESS = 16  # characters; </think> is 8
+LONGEST_COMMON_END = 16  # characters; </think> is 8
 SKIP = "or leave such rows out: data.skip_bad=true"
-BUILT_IN = {
+BUILT_IN_TEMPLATES = {
     "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
     "{% if message['role'] == 'assistant' %}{% generation %}{{ message['content'] + END }}{% endgeneration %}"
     "{% else %}{{ message['content'] + END }}{% endif %}{{ '\\n' }}{% endfor %}"
@@ -31,12 +31,12 @@ BUILT_IN = {
 class Rendered:
     """A conversation as text. spans: the trained characters, (from, to) each, end-of-turn tokens included.
 
-    closed: whether a token ends the last answer, if that is trained. shortened: answers that are not there whole.
+    has_end_token: whether a token ends the last answer, if that is trained. shortened: answers that are incomplete.
     """
 
     text: str
     spans: list[tuple[int, int]]
-    closed: bool
+    has_end_token: bool
     shortened: int
 
 
@@ -45,20 +45,20 @@ class Template:
 
     def __init__(self, tokenizer: Any, name: str = "") -> None:
         """name: empty for the tokenizer's own, a built-in one (chatml), or the text of one."""
-        self.text = _named(tokenizer, name)
+        self.text = _template_text(tokenizer, name)
         self._names = dict(tokenizer.special_tokens_map)
-        self._marked = bool(GENERATION.search(self.text))
+        self._has_marks = bool(GENERATION.search(self.text))
         start = tokenizer.bos_token if tokenizer.bos_token != tokenizer.eos_token else None
         added = {*tokenizer.all_special_tokens, *(token.content for token in tokenizer.added_tokens_decoder.values())}
         tokens = frozenset(token for token in added if token.strip() and token != start)
         longest_first = sorted(map(re.escape, tokens), key=len, reverse=True)
         self._token = re.compile(rf"\s*({'|'.join(longest_first)})" if longest_first else r"(?!)()")
         self._tokens = re.compile(rf"(?:{self._token.pattern})+")
-        self._parts = False
-        self._known: dict[tuple[str, ...], tuple[str, ...]] = {}
+        self._content_as_parts = False
+        self._turn_ends: dict[tuple[str, ...], tuple[str, ...]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_known": {}}
+        return self.__dict__ | {"_turn_ends": {}}
 
     def require(self) -> None:
         """Raises DataError if there is no template at all."""
@@ -72,99 +72,109 @@ class Template:
         """A row as text, up to its last answer. Raises DataError naming the row."""
         answers = [index for index, message in enumerate(row.messages) if message.role == "assistant"]
         turns = row.messages[: answers[-1] + 1]  # what follows is context of nothing
-        closings = self.closings(turns, row.source)
-        if self._marked and all(turns[index].trained for index in answers):
-            return self._by_marks(turns, answers, closings, row.source)
-        text, _ = self._call(turns, row.source)
+        turn_ends = self.turn_ends(turns, row.source)
+        if self._has_marks and all(turns[index].trained for index in answers):
+            return self._render_with_marks(turns, answers, turn_ends, row.source)
+        text, _ = self._render(turns, row.source)
         spans: list[tuple[int, int]] = []
         shortened = 0
-        for index, closing in zip(answers, closings, strict=True):
+        for index, turn_end in zip(answers, turn_ends, strict=True):
             if turns[index].trained:
-                begin, stop = self._by_prefix(turns, index, text, row.source)
+                begin, stop = self._answer_span(turns, index, text, row.source)
                 shortened += not text[:stop].rstrip().endswith(turns[index].content.strip())
-                spans.append((begin, self._closed(text, stop, closing, index == answers[-1], row.source)))
-        return Rendered(text, spans, self.is_token(closings[-1]) or not turns[-1].trained, shortened)
+                spans.append((begin, self._past_turn_end(text, stop, turn_end, index == answers[-1], row.source)))
+        return Rendered(text, spans, self.is_token(turn_ends[-1]) or not turns[-1].trained, shortened)
 
-    def closings(self, turns: Sequence[Message], source: str) -> tuple[str, ...]:
+    def generation_prompt(self, text: str, source: str) -> str:
+        """A user's turn, rendered up to where the answer begins. Raises DataError naming the source."""
+        turn = Message("user", text)
+        rendered = self.render(Conversation((turn, Message("assistant", "a")), source))
+        before = rendered.text[: rendered.spans[0][0]]
+        own = self._render_or_empty((turn,), prompt=True)
+        # The template's own may go on with the beginning of a thought; some templates ignore `add_generation_prompt`.
+        return own if own.startswith(before) else before
+
+    def turn_ends(self, turns: Sequence[Message], source: str) -> tuple[str, ...]:
         """What ends each answer of a conversation with these roles: a token, or a text where that is all there is.
 
         Raises DataError if the template leaves a turn out.
         """
         roles = tuple(turn.role for turn in turns)
-        if roles not in self._known:
-            words = [f"Zq{index}Zq" for index in range(len(turns))]
-            text = self._sounded([Message(role, word) for role, word in zip(roles, words, strict=True)], source)
-            spoken = [word for role, word in zip(roles, words, strict=True) if role == "assistant"]
-            behind = [text[text.rindex(word) + len(word) :] for word in spoken]
-            self._known[roles] = tuple(self._closing(rest, behind[-1]) for rest in behind)
-        return self._known[roles]
+        if roles not in self._turn_ends:
+            placeholders = [Message(role, f"Zq{index}Zq") for index, role in enumerate(roles)]
+            text = self._render_placeholders(placeholders, source)
+            answers = [turn.content for turn in placeholders if turn.role == "assistant"]
+            after = [text[text.rindex(answer) + len(answer) :] for answer in answers]
+            self._turn_ends[roles] = tuple(self._turn_end(rest, after[-1]) for rest in after)
+        return self._turn_ends[roles]
 
-    def is_token(self, closing: str) -> bool:
-        """Whether a closing is a token (or several), of which the last one ends the turn."""
-        return bool(closing) and self._tokens.fullmatch(closing) is not None
+    def is_token(self, turn_end: str) -> bool:
+        """Whether what ends a turn is a token (or several, of which the last one counts)."""
+        return bool(turn_end) and self._tokens.fullmatch(turn_end) is not None
 
-    def last_token(self, closing: str) -> str:
+    def last_token(self, turn_end: str) -> str:
         """The token that ends a turn."""
-        return self._token.findall(closing)[-1] if self.is_token(closing) else ""
+        return self._token.findall(turn_end)[-1] if self.is_token(turn_end) else ""
 
-    def _closing(self, rest: str, last: str) -> str:
+    def _turn_end(self, rest: str, last: str) -> str:
         """What ends an answer that `rest` follows; `last` follows the last answer."""
-        own, others = (list(self._token.finditer(self._run(part))) for part in (rest, last))
+        own, others = (list(self._token.finditer(self._leading_tokens(part))) for part in (rest, last))
         if own:
             # The tokens that stand behind every answer: one as a rule, Command R has two. Where there are none such,
             # the next turn's first token ends this one (GLM).
             shared = sum(1 for _ in itertools.takewhile(lambda p: p[0][1] == p[1][1], zip(own, others, strict=False)))
             return rest[own[0].start(1) : own[max(shared, 1) - 1].end()]
-        # Without a token, a text that follows every answer: <|im_end|> spelled in letters.
+        # Without a token, a text that follows every answer: <|im_end|> in plain letters.
         pairs = itertools.takewhile(lambda pair: pair[0] == pair[1], zip(rest, last, strict=False))
         return "".join(character for character, _ in pairs).strip()
 
-    def _run(self, text: str) -> str:
+    def _leading_tokens(self, text: str) -> str:
         match = self._tokens.match(text)
         return match.group() if match else ""
 
-    def _sounded(self, turns: Sequence[Message], source: str) -> str:
-        """A rendering of turns with telling texts. Raises DataError if one is left out."""
+    def _render_placeholders(self, turns: Sequence[Message], source: str) -> str:
+        """A rendering of turns whose texts are placeholders. Raises DataError if one is left out."""
         try:
-            return self._complete(turns, source)
+            return self._render_checked(turns, source)
         except DataError:
-            self._parts = not self._parts  # templates of models that also see take texts as lists of parts only
+            # Templates of models that also see images take texts as lists of parts only.
+            self._content_as_parts = not self._content_as_parts
             try:
-                return self._complete(turns, source)
+                return self._render_checked(turns, source)
             except DataError:
-                self._parts = not self._parts
+                self._content_as_parts = not self._content_as_parts
             raise
 
-    def _complete(self, turns: Sequence[Message], source: str) -> str:
-        text, _ = self._call(turns, source)
+    def _render_checked(self, turns: Sequence[Message], source: str) -> str:
+        text, _ = self._render(turns, source)
         for number, turn in enumerate(turns, start=1):
-            if turn.content not in text or (self._parts and "'type'" in text):
+            if turn.content not in text or (self._content_as_parts and "'type'" in text):
                 raise DataError(
                     f"{source}: the chat template leaves out or rewrites turn {number} ({turn.role}); remove it from "
                     "the row, or take another template: data.chat_template=chatml"
                 )
         return text
 
-    def _closed(self, text: str, stop: int, closing: str, last: bool, source: str) -> int:
+    def _past_turn_end(self, text: str, stop: int, turn_end: str, last: bool, source: str) -> int:
         """An answer's end, moved behind what ends its turn."""
-        if closing:
-            match = re.compile(rf"\s*{re.escape(closing)}").match(text, stop)
+        if turn_end:
+            match = re.compile(rf"\s*{re.escape(turn_end)}").match(text, stop)
             if match is None:
                 raise DataError(
-                    f"{source}: the chat template ends other answers with {closing!r}, but behind this one stands "
+                    f"{source}: the chat template ends other answers with {turn_end!r}, but behind this one stands "
                     f"{text[stop : stop + 30]!r}; correct the row or the template, {SKIP}"
                 )
             stop = match.end()
-        if last and not self.is_token(closing):
+        if last and not self.is_token(turn_end):
             return len(text)  # an end token follows, and nothing untrained may stand before it
         while last and (match := self._token.match(text, stop)):  # Phi has another token behind its end of turn
             stop = match.end()
         return stop
 
-    def _by_prefix(self, turns: Sequence[Message], index: int, text: str, source: str) -> tuple[int, int]:
+    def _answer_span(self, turns: Sequence[Message], index: int, text: str, source: str) -> tuple[int, int]:
         """The characters of an answer without what ends it: (from, to)."""
         before, content = turns[:index], turns[index].content.strip()
-        prompt = self._try(before, prompt=True)
+        prompt = self._render_or_empty(before, prompt=True)
         fits = bool(prompt) and text.startswith(prompt)
         if fits:
             at = text.find(content, len(prompt))
@@ -173,8 +183,8 @@ class Template:
         # Either the template changes the text, or more than the text stands behind the prompt.
         stop = self._probe(turns, index, text, source, behind=True)
         # Behind a prompt that calls for the answer, all is the answer's (such as an empty thought). A template that
-        # does not heed the wish for a prompt writes its heading there, which is not the assistant's.
-        if fits and len(prompt) <= stop and prompt != self._try(before, prompt=False):
+        # ignores `add_generation_prompt` writes its heading there, which is not the assistant's.
+        if fits and len(prompt) <= stop and prompt != self._render_or_empty(before, prompt=False):
             return len(prompt), stop
         return self._probe(turns, index, text, source, behind=False), stop
 
@@ -191,10 +201,10 @@ class Template:
                 lambda pair: pair[0] == pair[1], zip(content[::-1], text[stop - 1 :: -1], strict=False)
             )
             common = len(content) - sum(1 for _ in pairs)
-            places += range(common, min(common + LONGEST_LIKENESS, len(content)))
+            places += range(common, min(common + LONGEST_COMMON_END, len(content)))
         for place in places:
             changed = Message(turns[index].role, whole[:place] + PROBE + whole[place:])
-            probed, _ = self._call([*turns[:index], changed, *turns[index + 1 :]], source)
+            probed, _ = self._render([*turns[:index], changed, *turns[index + 1 :]], source)
             head, probe, tail = probed.partition(PROBE)
             at = len(text) - len(tail) if behind else len(head)
             # Templates that trim find nothing to trim before the probe, or behind it.
@@ -206,10 +216,10 @@ class Template:
             f"use a template with generation marks, {SKIP}"
         )
 
-    def _by_marks(
-        self, turns: Sequence[Message], answers: list[int], closings: tuple[str, ...], source: str
+    def _render_with_marks(
+        self, turns: Sequence[Message], answers: list[int], turn_ends: tuple[str, ...], source: str
     ) -> Rendered:
-        text, marks = self._call(turns, source, marks=True)
+        text, marks = self._render(turns, source, marks=True)
         marks = [(begin, begin + len(text[begin:stop].rstrip())) for begin, stop in marks if text[begin:stop].strip()]
         spans = [(begin, stop) for begin, stop in marks if self._tokens.fullmatch(text[begin:stop])]
         marks = [mark for mark in marks if mark not in spans]  # of those, it has to be said whose answer they are
@@ -218,40 +228,40 @@ class Template:
             marked = text[begin:stop]
             # A mark for each answer is the rule; a template may also mark the last one only, or one in two parts.
             numbers = [order] if len(marks) == len(answers) else range(number, len(answers))
-            fitting = (n for n in numbers if _same(marked, turns[answers[n]].content, closings[n]))
+            fitting = (n for n in numbers if _is_marked_answer(marked, turns[answers[n]].content, turn_ends[n]))
             number = next(fitting, -1)
             if number < 0:
                 raise DataError(
                     f"{source}: the chat template marks {marked[:40]!r} as generated, which is in no answer; "
                     f"correct its generation marks, {SKIP}"
                 )
-            closing, last = closings[number], number == len(answers) - 1
+            turn_end, last = turn_ends[number], number == len(answers) - 1
             shortened += turns[answers[number]].content.strip() not in marked
             reached |= last
-            stop = max(stop, self._closed(text, self._bare(text, begin, stop, closing), closing, last, source))
-            spans.append((begin, stop))
-        return Rendered(text, spans, self.is_token(closings[-1]) or not reached, shortened)
+            answer_stop = self._turn_end_start(text, begin, stop, turn_end)
+            spans.append((begin, max(stop, self._past_turn_end(text, answer_stop, turn_end, last, source))))
+        return Rendered(text, spans, self.is_token(turn_ends[-1]) or not reached, shortened)
 
-    def _bare(self, text: str, begin: int, stop: int, closing: str) -> int:
+    def _turn_end_start(self, text: str, begin: int, stop: int, turn_end: str) -> int:
         """Where what is marked goes over into what ends the turn: at its end, or before one of its last tokens."""
         run = re.search(rf"{self._tokens.pattern}$", text[begin:stop])
         tokens = self._token.finditer(text, begin + run.start(), stop) if run else ()
         places = [stop, *(match.start() for match in tokens)]
-        return next((at for at in places if re.compile(rf"\s*{re.escape(closing)}").match(text, at)), stop)
+        return next((at for at in places if re.compile(rf"\s*{re.escape(turn_end)}").match(text, at)), stop)
 
-    def _try(self, turns: Sequence[Message], *, prompt: bool) -> str:
+    def _render_or_empty(self, turns: Sequence[Message], *, prompt: bool) -> str:
         """A rendering, or nothing where the template refuses it or there is no turn to render."""
         try:
-            return self._call(turns, "", prompt=prompt)[0] if turns else ""
+            return self._render(turns, "", prompt=prompt)[0] if turns else ""
         except DataError:
             return ""
 
-    def _call(
+    def _render(
         self, turns: Sequence[Message], source: str, *, prompt: bool = False, marks: bool = False
     ) -> tuple[str, list[tuple[int, int]]]:
         from transformers.utils.chat_template_utils import render_jinja_template
 
-        if self._parts:
+        if self._content_as_parts:
             chat = [{"role": turn.role, "content": [{"type": "text", "text": turn.content}]} for turn in turns]
         else:
             chat = [{"role": turn.role, "content": turn.content} for turn in turns]
@@ -272,19 +282,19 @@ class Template:
         return texts[0], [(begin, stop) for begin, stop in found[0]] if found else []
 
 
-def _named(tokenizer: Any, name: str) -> str:
-    if name in BUILT_IN:
-        spelled = "'<|im_end|>'" if "<|im_end|>" in tokenizer.get_vocab() or not tokenizer.eos_token else "eos_token"
-        return BUILT_IN[name].replace("END", spelled)
+def _template_text(tokenizer: Any, name: str) -> str:
+    if name in BUILT_IN_TEMPLATES:
+        end = "'<|im_end|>'" if "<|im_end|>" in tokenizer.get_vocab() or not tokenizer.eos_token else "eos_token"
+        return BUILT_IN_TEMPLATES[name].replace("END", end)
     if name and "{" not in name:
         raise DataError(
-            f"there is no chat template {name}; built in is {', '.join(BUILT_IN)}, empty takes the tokenizer's own: "
-            "data.chat_template=chatml"
+            f"there is no chat template {name}; built in is {', '.join(BUILT_IN_TEMPLATES)}, empty takes the "
+            "tokenizer's own: data.chat_template=chatml"
         )
     return name or (tokenizer.get_chat_template() if tokenizer.chat_template else "")
 
 
-def _same(marked: str, content: str, closing: str) -> bool:
+def _is_marked_answer(marked: str, content: str, turn_end: str) -> bool:
     """Whether marked characters are an answer's: its last words are among them, or they are among its words."""
-    bare = marked.removesuffix(closing).strip() or marked.strip()
+    bare = marked.removesuffix(turn_end).strip() or marked.strip()
     return content.strip().rsplit("\n", 1)[-1][-40:] in marked or bare in content

@@ -4,16 +4,17 @@ Trained are the assistant's turns, each with the token that ends it, and nothing
 conversation is rendered and tokenised once and whole, so its ids are those of `apply_chat_template`.
 """
 
+import hashlib
 import itertools
+import json
 import re
-from collections.abc import Sequence
+from collections.abc import Sequence, Set
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from finetune.data.text import vocabulary
 from finetune.data.text.formats import TEXT, Conversation, Message
 from finetune.data.text.template import SKIP, Rendered, Template
 from finetune.errors import DataError
@@ -26,7 +27,7 @@ class Encoded:
     """One row. ids (T,) uint32; trained (T,) bool: whether the token is a target, predicted from those before it.
 
     The first token has none before it and is never trained. shortened: answers of which the template leaves out a part
-    (earlier thinking). control: control tokens that are spelled in the messages' own texts.
+    (earlier thinking). control: control tokens that the messages' own texts contain.
     """
 
     ids: NDArray[np.uint32]
@@ -45,33 +46,33 @@ class Chat:
     def __init__(self, tokenizer: Any, *, template: str = "") -> None:
         self.tokenizer = tokenizer
         self.template = Template(tokenizer, template)
-        control = map(re.escape, vocabulary.control_tokens(tokenizer))
+        control = map(re.escape, control_tokens(tokenizer))
         self._control = re.compile("|".join(control) or r"(?!)")
 
     @property
     def content_hash(self) -> str:
         """Hash (hex) of everything that decides ids and masks."""
-        return vocabulary.content_hash(self.tokenizer, self.template.text)
+        return content_hash(self.tokenizer, self.template.text)
 
-    def ends(self) -> tuple[int, ...]:
+    def stop_ids(self) -> tuple[int, ...]:
         """Ids that end an answer: what a sampler must stop at. Raises DataError where there are none."""
         turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
-        spelled = self.template.closings(turns, "the chat template") if self.template.text else ()
-        last = [self.template.last_token(closing) for closing in spelled if self.template.is_token(closing)]
+        turn_ends = self.template.turn_ends(turns, "the chat template") if self.template.text else ()
+        last = [self.template.last_token(turn_end) for turn_end in turn_ends if self.template.is_token(turn_end)]
         found = [self.tokenizer.convert_tokens_to_ids(token) for token in last]
-        own = self.tokenizer.eos_token_id
-        if not found and own is None:
-            raise _endless("the chat template")
-        return tuple(dict.fromkeys([*found, *([own] if own is not None else [])]))
+        eos = self.tokenizer.eos_token_id
+        if not found and eos is None:
+            raise _no_end_token("the chat template")
+        return tuple(dict.fromkeys([*found, *([eos] if eos is not None else [])]))
 
     def encode(self, row: Conversation) -> Encoded:
         """One row as tokens. Raises DataError naming the row for whatever would train the wrong tokens, or none."""
-        encoded = self.encode_all([row])[0]
+        encoded = self.encode_batch([row])[0]
         if isinstance(encoded, DataError):
             raise encoded
         return encoded
 
-    def encode_all(self, rows: Sequence[Conversation]) -> list[Encoded | DataError]:
+    def encode_batch(self, rows: Sequence[Conversation]) -> list[Encoded | DataError]:
         """Rows as tokens, in one call of the tokenizer; an unusable row gives the DataError that `encode` raises.
 
         Raises DataError if no row can be encoded, as without any chat template.
@@ -88,57 +89,47 @@ class Chat:
                 except DataError as error:
                     results[index] = error
         texts, spans = [item.text for item in rendered.values()], [item.spans for item in rendered.values()]
-        spread = vocabulary.token_spans(self.tokenizer, texts, spans)
-        for (index, item), (ids, trained) in zip(rendered.items(), spread, strict=True):
-            results[index] = self._finished(rows[index], ids, trained, item.closed, item.shortened)
-        for index, ids in zip(plain, self._plain([rows[index].messages[0].content for index in plain]), strict=True):
-            closed = bool(len(ids)) and int(ids[-1]) == self.tokenizer.eos_token_id
-            results[index] = self._finished(rows[index], ids, np.ones(len(ids), np.bool_), closed, 0)
+        tokenized = token_spans(self.tokenizer, texts, spans)
+        for (index, item), (ids, trained) in zip(rendered.items(), tokenized, strict=True):
+            results[index] = self._finished(rows[index], ids, trained, item.has_end_token, item.shortened)
+        for index, ids in zip(plain, self._plain_ids([rows[i].messages[0].content for i in plain]), strict=True):
+            has_end_token = bool(len(ids)) and int(ids[-1]) == self.tokenizer.eos_token_id
+            results[index] = self._finished(rows[index], ids, np.ones(len(ids), np.bool_), has_end_token, 0)
         return [results[index] for index in range(len(rows))]
 
     def prompt_ids(self, text: str) -> list[int]:
-        """What the model is given to answer a user's `text`: its turn and the template's call for an answer, as ids.
+        """The ids behind which the model answers a user's `text`: the turn with the template's generation prompt.
 
         Without a template it is the text itself, to be continued. Raises DataError if the template refuses the text or
         no token is left of it.
         """
-        end = self.tokenizer.eos_token_id
         if self.template.text:
-            ids = vocabulary.token_spans(self.tokenizer, [self._called(text)], [[]])[0][0]
+            ids = token_spans(self.tokenizer, [self.template.generation_prompt(text, "sample.prompts")], [[]])[0][0]
         else:
-            ids = self._plain([text])[0]
-            if len(ids) and ids[-1] == end != self.tokenizer.bos_token_id:  # some tokenizers close every text
+            ids = self._plain_ids([text])[0]
+            eos = self.tokenizer.eos_token_id
+            if len(ids) and ids[-1] == eos != self.tokenizer.bos_token_id:  # some tokenizers end every text
                 ids = ids[:-1]
         if not len(ids):
             raise DataError(f"sample.prompts: {text!r} holds no token of this tokenizer; write at least a word")
-        return [int(token) for token in ids[self._surplus(ids) :]]
+        return [int(token) for token in ids[self._repeated_bos(ids) :]]
 
-    def _called(self, text: str) -> str:
-        """A user's turn, rendered up to where the answer begins."""
-        turn = Message("user", text)
-        rendered = self.template.render(Conversation((turn, Message("assistant", "a")), "sample.prompts"))
-        before = rendered.text[: rendered.spans[0][0]]
-        own = self.template._try((turn,), prompt=True)
-        # The template's own may go on with the beginning of a thought; some templates do not heed the call at all.
-        return own if own.startswith(before) else before
-
-    def _plain(self, texts: list[str]) -> list[NDArray[np.uint32]]:
+    def _plain_ids(self, texts: list[str]) -> list[NDArray[np.uint32]]:
         if not texts:
             return []
         found = self.tokenizer(texts, return_attention_mask=False, return_token_type_ids=False, verbose=False)
         return [np.array(ids, np.uint32) for ids in found["input_ids"]]
 
     def _finished(
-        self, row: Conversation, ids: NDArray[np.uint32], trained: NDArray[np.bool_], closed: bool, shortened: int
+        self, row: Conversation, ids: NDArray[np.uint32], trained: NDArray[np.bool_], has_end: bool, shortened: int
     ) -> Encoded | DataError:
         """With an end token where the template writes none, and one start token at most."""
-        end = self.tokenizer.eos_token_id
-        if not closed:
-            if end is None:
-                return _endless(row.source)
-            ids, trained = np.append(ids, np.uint32(end)), np.append(trained, True)
-        surplus = self._surplus(ids)
-        ids, trained = ids[surplus:], trained[surplus:]
+        if not has_end:
+            if self.tokenizer.eos_token_id is None:
+                return _no_end_token(row.source)
+            ids, trained = np.append(ids, np.uint32(self.tokenizer.eos_token_id)), np.append(trained, True)
+        repeated = self._repeated_bos(ids)
+        ids, trained = ids[repeated:], trained[repeated:]
         trained[:1] = False
         if not trained.any():
             return DataError(
@@ -148,10 +139,10 @@ class Chat:
         control = sum(len(self._control.findall(message.content)) for message in row.messages)
         return Encoded(ids, trained, shortened, control)
 
-    def _surplus(self, ids: NDArray[np.uint32]) -> int:
-        """Start tokens in front of the one that belongs there."""
-        start, count = self.tokenizer.bos_token_id, 0
-        while start is not None and count + 1 < len(ids) and ids[count] == ids[count + 1] == start:
+    def _repeated_bos(self, ids: NDArray[np.uint32]) -> int:
+        """Start tokens in front of the one that belongs there: a template and its tokenizer may each write one."""
+        bos, count = self.tokenizer.bos_token_id, 0
+        while bos is not None and count + 1 < len(ids) and ids[count] == ids[count + 1] == bos:
             count += 1
         return count
 
@@ -166,7 +157,101 @@ def preview_row(tokenizer: Any, row: Encoded) -> str:
     return "".join(parts)
 
 
-def _endless(where: str) -> DataError:
+def control_tokens(tokenizer: Any) -> tuple[str, ...]:
+    """The special tokens of a tokenizer, as texts."""
+    added = [entry.content for entry in tokenizer.added_tokens_decoder.values() if entry.special]
+    return tuple(sorted({*tokenizer.all_special_tokens, *added}))
+
+
+def content_hash(tokenizer: Any, template: str = "") -> str:
+    """sha256 (hex) of a tokenizer with its template, whatever its path, padding or truncation."""
+    digest = hashlib.sha256()
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    if backend is not None:
+        whole = json.loads(backend.to_str())
+        whole.pop("padding", None)
+        whole.pop("truncation", None)
+        digest.update(json.dumps(whole, sort_keys=True).encode())
+    else:
+        digest.update(json.dumps([type(tokenizer).__name__, sorted(tokenizer.get_vocab().items())]).encode())
+    names = {key: str(value) for key, value in tokenizer.special_tokens_map.items()}
+    digest.update(json.dumps([names, template], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def token_spans(
+    tokenizer: Any, texts: Sequence[str], spans: Sequence[Sequence[tuple[int, int]]]
+) -> list[tuple[NDArray[np.uint32], NDArray[np.bool_]]]:
+    """Each text's ids and which of them (T,) hold a character of its spans, (from, to) in characters.
+
+    No token is added. A control token that lies in a span only by white space that it swallows is not counted in.
+    """
+    if not texts:
+        return []
+    if not tokenizer.is_fast:
+        return [_without_offsets(tokenizer, text, parts) for text, parts in zip(texts, spans, strict=True)]
+    output = tokenizer(
+        list(texts),
+        add_special_tokens=False,
+        return_offsets_mapping=True,
+        return_attention_mask=False,
+        return_token_type_ids=False,
+        verbose=False,
+    )
+    added = frozenset(tokenizer.added_tokens_decoder)
+    found = []
+    for ids, offsets, parts in zip(output["input_ids"], output["offset_mapping"], spans, strict=True):
+        array = np.array(ids, np.uint32)
+        found.append((array, _covered(ids, offsets, parts, added)))
+    return found
+
+
+def _covered(
+    ids: Sequence[int], offsets: Sequence[tuple[int, int]], spans: Sequence[tuple[int, int]], added: Set[int]
+) -> NDArray[np.bool_]:
+    """Which tokens lie in the spans.
+
+    Only the ends of tokens are trusted, and each begins where the one before it ended: vocabularies that trim offsets
+    report a space as nothing, at its end. Tokens within one character (bytes of an emoji) go with the first of them.
+    """
+    count = len(ids)
+    if not count:
+        return np.zeros(0, np.bool_)
+    stops = np.maximum.accumulate(np.array([stop for _, stop in offsets], np.int64))
+    starts = np.concatenate([np.zeros(1, np.int64), stops[:-1]])
+    trained = np.zeros(count, np.bool_)
+    for begin, stop in spans:
+        first, last = int(np.searchsorted(stops, begin, "right")), int(np.searchsorted(starts, stop, "left"))
+        if first < last and starts[first] < begin and ids[first] in added:
+            first += 1
+        trained[first:last] = True
+    wide = stops > starts
+    if wide.all():
+        return trained
+    return trained[np.maximum.accumulate(np.where(wide, np.arange(count), 0))]
+
+
+def _without_offsets(
+    tokenizer: Any, text: str, spans: Sequence[tuple[int, int]]
+) -> tuple[NDArray[np.uint32], NDArray[np.bool_]]:
+    """For tokenizers written in Python: the text is tokenised piece by piece, so that every border is a token's."""
+    ids: list[int] = []
+    trained: list[bool] = []
+    borders = [0]
+    for begin, stop in sorted(spans):  # marks may overlap with what was added to them
+        if begin > borders[-1] or len(borders) == 1:
+            borders += [begin, stop]
+        else:
+            borders[-1] = max(borders[-1], stop)
+    borders.append(len(text))
+    for number, (begin, stop) in enumerate(itertools.pairwise(borders)):
+        piece = tokenizer.encode(text[begin:stop], add_special_tokens=False) if stop > begin else []
+        ids += piece
+        trained += [number % 2 == 1] * len(piece)
+    return np.array(ids, np.uint32), np.array(trained, np.bool_)
+
+
+def _no_end_token(where: str) -> DataError:
     return DataError(
         f"{where}: neither template nor tokenizer has an end token, so the model would never stop; give the tokenizer "
         "an eos_token, or try data.chat_template=chatml"

@@ -1,4 +1,4 @@
-"""Rows that are longer than the model shall see: cut, divided, left out or refused, by choice and never silently."""
+"""Rows over the length: truncated, split, dropped or refused, as the recipe says."""
 
 from collections.abc import Iterator
 

@@ -4,6 +4,7 @@ import itertools
 import random
 from collections import Counter
 
+import numpy as np
 import pytest
 
 from finetune.data import order
@@ -77,3 +78,14 @@ KNOWN = [[(1, 0), (0, 0)], [(4, 0), (2, 0)], [(2, 1), (4, 1)], [(0, 1), (1, 1)],
 def test_nothing_to_order_is_refused(buckets, effective):
     with pytest.raises(ValueError, match="at least one example"):
         order.steps(buckets, effective=effective, seed=0)
+
+
+def test_splitmix64_of_numbers_and_arrays():
+    """The first numbers of the published generator from seed 0, whose state grows by its increment."""
+    states = [0x9E3779B97F4A7C15 * index % 2**64 for index in range(3)]
+    published = [0xE220A8397B1DCDAF, 0x6E789E6AA1B965F4, 0x06C45D188009454F]
+    assert [order.splitmix64(state) for state in states] == published
+    assert order.splitmix64(np.array(states, np.uint64)).tolist() == published
+    assert order.splitmix64(np.array(states, np.uint64)).dtype == np.uint64
+    assert len({order.seed_from(*numbers) for numbers in itertools.product(range(5), repeat=3)}) == 125
+    assert order.seed_from(2**70, -1) < 2**63

@@ -77,6 +77,21 @@ def test_texts_have_the_shapes_that_the_backbone_reads(model: ModelConfig) -> No
         assert torch.allclose(value.float(), short[name].float(), atol=1e-5)
 
 
+def test_text_encoders_read_as_many_captions_and_tokens_as_the_memory_plan_counts(model: ModelConfig) -> None:
+    encoder, read = TextEncoder(model, CPU), {}
+    for part in encoder.family.text_tokens:
+        seen = read.setdefault(part, [])
+        getattr(encoder.pipeline, part).register_forward_pre_hook(
+            lambda _, inputs, named, seen=seen: seen.append(named.get("input_ids", *inputs[:1]).shape), with_kwargs=True
+        )
+    encoder.encode([PROMPT, "very " * 600, PROMPT])
+    for part, tokens in encoder.family.text_tokens.items():
+        captions, longest = map(max, zip(*read[part], strict=True))
+        assert captions == min(3, encoder.family.captions_per_pass)
+        # Qwen-Image's pipeline cuts what has been read.
+        assert longest >= tokens if model.family == "qwen_image" else longest == tokens
+
+
 def test_what_a_text_encoder_does_not_read_is_named(model: ModelConfig) -> None:
     encoder = TextEncoder(model, CPU)
     assert encoder.truncated_tail(PROMPT) == ""

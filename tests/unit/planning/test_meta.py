@@ -32,7 +32,7 @@ def base_of(name: str) -> str:
     return str(json.loads((hub.ARCHITECTURES / name / "config.json").read_text())["_name_or_path"])
 
 
-def test_a_picture_model_is_the_one_that_is_loaded(tiny_base: Path) -> None:
+def test_an_image_model_is_the_one_that_is_loaded(tiny_base: Path) -> None:
     model = ModelConfig(base=str(tiny_base))
     assert shapes(meta.backbone(model, torch.bfloat16)) == shapes(load_backbone(model, torch.bfloat16))
     assert shapes(meta.autoencoder(model)) == shapes(load_vae_model(model))
@@ -65,15 +65,14 @@ def test_a_base_on_this_machine_wins_over_the_shipped_configuration(
     (cached / "refs/main").write_text("abc")
     snapshot = cached / "snapshots" / "abc"
     snapshot.mkdir(parents=True)
-    assert (
-        hub.config_folder(base) == hub.ARCHITECTURES / "llama31_8b"
-    )  # a download that was cut off has no configuration
+    # A download that was interrupted has no configuration.
+    assert hub.config_folder(base) == hub.ARCHITECTURES / "llama31_8b"
     (snapshot / "config.json").write_text((tiny_language / "config.json").read_text())
     assert hub.config_folder(base) == snapshot
 
 
-def test_a_base_that_nobody_knows_says_what_to_type() -> None:
-    with pytest.raises(ModelError, match=r"configuration of somebody/something is neither .* hf download somebody/som"):
+def test_an_unknown_base_is_reported_with_what_to_type() -> None:
+    with pytest.raises(ModelError, match=r"somebody/something .* hf download somebody/something"):
         hub.config_folder("somebody/something")
 
 

@@ -4,6 +4,8 @@ import base64
 import io
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -34,6 +36,11 @@ def test_every_record_that_a_command_returns_has_a_look() -> None:
     assert returned_records() >= {Plan, Result, CaptionSet, Report}
     assert set(RENDERERS) == returned_records() | parts(Result)
     assert all(record._repr_html_ is draw for record, draw in RENDERERS.items())  # type: ignore[attr-defined]
+
+
+def test_records_get_their_look_with_the_first_command() -> None:
+    code = "import finetune; finetune.train; from finetune.run.records import Run; Run._repr_html_"
+    assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
 
 
 def test_captions_show_thumbnails_beside_texts(tmp_path: Path) -> None:

@@ -1,5 +1,6 @@
 """The export stage where the GPU is too small for what it compares."""
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -10,8 +11,7 @@ from torch import Tensor
 
 from finetune import kinds
 from finetune.config.schema import Config, Device, Precision, Quantize
-from finetune.run.records import Adapter, Run
-from finetune.stages import export as stage
+from finetune.run.records import Adapter, Dataset, Run
 from finetune.stages.export import export
 from finetune.stages.train import train
 from tests.unit.conftest import Setting
@@ -23,7 +23,19 @@ def weights_of(adapter: Adapter) -> dict[str, Tensor]:
     return load_file(Path(adapter.folder) / "peft" / "adapter_model.safetensors")
 
 
-def test_a_card_too_small_for_the_comparison_leaves_it_to_main_memory(
+def on_a_gpu(config: Config, write: Callable[..., Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """The kind's export is `write`, and there is a GPU where the configuration doesn't ask for the CPU."""
+    kind, pick_device = kinds.of(config), kinds.of(config).pick_device  # type: ignore[attr-defined]
+
+    def with_gpu(wanted: Device) -> torch.device:
+        return pick_device(wanted) if wanted is Device.cpu else torch.device("cuda")
+
+    config.hardware.device = Device.auto
+    monkeypatch.setattr(kind, "export", write)
+    monkeypatch.setattr(kind, "pick_device", with_gpu)
+
+
+def test_a_gpu_too_small_for_the_comparison_leaves_it_to_the_cpu(
     setting: Setting, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """Half-written files of the attempt are gone, and the adapters are those of an export that fitted."""
@@ -31,8 +43,8 @@ def test_a_card_too_small_for_the_comparison_leaves_it_to_main_memory(
     run = train(config, setting.dataset)
     fitting = weights_of(export(config, run))
     config.trainer.precision = Precision.fp16  # which a CPU can't do
-    handout = kinds.kind(config).handout
-    write, tried = handout.write, []
+    write = kinds.of(config).export
+    tried: list[tuple[Device, list[str]]] = []
 
     def full(here: Config, run: Run, weights: Any, averaged: Any, folder: Path) -> Any:
         tried.append((here.hardware.device, sorted(path.name for path in folder.iterdir())))
@@ -42,45 +54,41 @@ def test_a_card_too_small_for_the_comparison_leaves_it_to_main_memory(
             raise FULL
         return write(here, run, weights, averaged, folder)
 
-    monkeypatch.setattr(handout, "write", full)
-    monkeypatch.setattr(stage, "pick_device", lambda wanted: torch.device("cuda"))
+    on_a_gpu(config, full, monkeypatch)
     capfd.readouterr()
     config.name += "_again"
-    config.hardware.device = Device.auto
     found = export(config, run)
     assert tried == [(Device.auto, []), (Device.cpu, [])]
-    said = "export: the GPU is too small; models are compared in CPU memory, which may take hours for large ones\n"
-    assert said in capfd.readouterr().err
+    assert "export: the GPU is too small; models are compared in CPU memory" in capfd.readouterr().err
     assert weights_of(found).keys() == fitting.keys()
     assert all(torch.equal(weight, fitting[name]) for name, weight in weights_of(found).items())
     assert not list(Path(found.folder).glob("half*"))
 
 
-def test_a_quantised_picture_model_has_no_other_place(
-    config: Config, make_dataset: Any, monkeypatch: pytest.MonkeyPatch
+def test_a_quantised_image_model_is_compared_on_the_gpu_alone(
+    config: Config, make_dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     run = train(config, make_dataset())
-    config.model.quantize = Quantize.nf4
-    monkeypatch.setattr(stage, "pick_device", lambda wanted: torch.device("cuda"))
+    config.model.quantize, config.trainer.precision = Quantize.nf4, Precision.fp16
 
     def full(*_: Any) -> Any:
         raise FULL
 
-    monkeypatch.setattr(kinds.kind(config).handout, "write", full)
+    on_a_gpu(config, full, monkeypatch)
     with pytest.raises(torch.OutOfMemoryError):
         export(config, run)
 
 
-def test_a_host_without_memory_is_not_tried_twice(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_too_little_cpu_memory_is_not_tried_twice(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:
     run = train(setting.config, setting.dataset)
-    monkeypatch.setattr(stage, "pick_device", lambda wanted: torch.device("cuda"))
+    setting.config.trainer.precision = Precision.fp16
     tried: list[bool] = []
 
     def full(*_: Any) -> Any:
         tried.append(True)
         raise RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes")
 
-    monkeypatch.setattr(kinds.kind(setting.config).handout, "write", full)
+    on_a_gpu(setting.config, full, monkeypatch)
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         export(setting.config, run)
     assert tried == [True]

@@ -14,7 +14,7 @@ from finetune.errors import ConfigError, RunError
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
-from finetune.training.optim import build_optimizer, learning_rate, load_state
+from finetune.training.optim import build_optimizer, learning_rate, load_state, optimizer_bytes
 
 STATE = TrainState(
     {"lora.rank": 4}, step=7, count=28, seconds=1.5, first_loss=0.4, smoothed_loss=0.2, last_losses=((6, 0.3), (7, 0.1))
@@ -41,6 +41,18 @@ def test_adamw_takes_its_settings_and_8bit_needs_a_gpu() -> None:
     for name in (Optimizer.adamw8bit, Optimizer.paged_adamw8bit):
         with pytest.raises(ConfigError, match=rf"optim.name={name.name} .*optim=adamw"):
             build_optimizer([parameter], OptimConfig(name=name))
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [(Optimizer.adamw, 8 * 2**17)]
+    + [(name, 2 * (2**17 + 4 * 512)) for name in (Optimizer.adamw8bit, Optimizer.paged_adamw8bit)],
+)
+def test_memory_of_adams_states(name: Optimizer, expected: float) -> None:
+    assert optimizer_bytes(name, [torch.empty(2**17)]) == expected
+    assert (
+        optimizer_bytes(name, [torch.empty(100)]) == 2 * 512
+    )  # small tensors keep 32 bits, and take whole blocks of the allocator
 
 
 def test_8bit_states_continue_bit_for_bit_from_a_checkpoint(tmp_path: Path) -> None:

@@ -1,20 +1,25 @@
 """A whole set: cached by content, in parallel, in constant memory, split and counted."""
 
 import json
+import multiprocessing
 import os
 import pickle
 import random
+import signal
 import subprocess
 import sys
 import threading
+import time
+import types
 
 import numpy as np
+import psutil
 import pytest
 
 from finetune.config.schema import LongRows
 from finetune.data.text import store, workers
 from finetune.data.text.formats import Conversation, Message, open_source
-from finetune.data.text.tokens import Chat, preview_row
+from finetune.data.text.tokens import Chat, Encoded, preview_row
 from finetune.errors import DataError, RunError
 from tests import chat_templates as templates
 from tests.chat_templates import tokenizer
@@ -48,7 +53,7 @@ def data(tmp_path):
 def prepare(tmp_path, chat):
     def call(path, **options):
         options = {"length": 256, "long_rows": LongRows.refuse, "workers": 1, "cache": tmp_path / "cache"} | options
-        return store.prepare(open_source(path), options.pop("chat", chat), **options)
+        return store.encode_or_load(open_source(path), options.pop("chat", chat), **options)
 
     return call
 
@@ -68,7 +73,7 @@ def test_rows_are_what_encoding_one_by_one_gives(prepare, data, chat):
         assert found[index].trained.tolist() == alone.trained.tolist()
         assert found.lengths[index] == len(alone.ids)
         assert found.trained[index] == alone.trained.sum()
-        assert found.number(index) == index
+        assert found.conversation_index(index) == index
     assert "⟦" in preview_row(chat.tokenizer, found[0])
     for bad in (60, -1):
         with pytest.raises(IndexError):
@@ -101,9 +106,9 @@ def test_the_cache_is_by_content(prepare, data, tmp_path):
     assert all(path.name.startswith("rows-") for path in folders), "nothing half-made stays"
 
 
-@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in store.FILES), store.NOTES])
+@pytest.mark.parametrize("name", [*(f"{name}.bin" for name in store.COLUMNS), store.METADATA])
 @pytest.mark.parametrize("damage", ["gone", "cut", "flipped"])
-def test_damaged_caches_are_made_anew(prepare, data, name, damage):
+def test_damaged_caches_are_made_again(prepare, data, name, damage):
     first = content(prepare(data))
     path = prepare(data).folder / name
     whole = bytearray(path.read_bytes())
@@ -143,14 +148,14 @@ def test_two_at_once_make_it_once(prepare, data):
 
 def test_processes_change_nothing(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "BATCH", 16)
-    monkeypatch.setattr(workers, "ALONE", 1)
+    monkeypatch.setattr(workers, "SEQUENTIAL", 1)
     draw = random.Random(2)
     path = save(tmp_path / "many.jsonl", [turns(draw, draw.randrange(1, 40)) for _ in range(200)])
     options = {"long_rows": LongRows.split, "length": 64}
     alone = prepare(path, **options)
     together = prepare(path, **options, workers=3, cache=tmp_path / "other")
     assert not together.cached
-    for name in store.FILES:
+    for name in store.COLUMNS:
         assert (alone.folder / f"{name}.bin").read_bytes() == (together.folder / f"{name}.bin").read_bytes()
     plain = [figures.__dict__ | {"seconds": 0} for figures in (alone.figures, together.figures)]
     assert plain[0] == plain[1]
@@ -158,23 +163,96 @@ def test_processes_change_nothing(prepare, tmp_path, monkeypatch):
 
 def test_errors_of_other_processes_arrive(prepare, tmp_path, monkeypatch):
     monkeypatch.setattr(workers, "BATCH", 4)
-    monkeypatch.setattr(workers, "ALONE", 1)
+    monkeypatch.setattr(workers, "SEQUENTIAL", 1)
     draw = random.Random(3)
     path = save(tmp_path / "long.jsonl", [turns(draw, 500 if index == 21 else 5) for index in range(40)])
     with pytest.raises(DataError, match=r"long.jsonl:22: has \d+ tokens, 256 fit"):
         prepare(path, workers=2)
-    with monkeypatch.context() as patched:
-        patched.setattr(workers, "SERVE", "import sys; sys.exit(3)")
-        with pytest.raises(RunError, match=r"a tokenising process ended by itself \(exit code 3;.*data.workers=1"):
-            prepare(path, workers=2)
-    with monkeypatch.context() as patched:
-        odd = (
-            "import sys; sys.path[:0] = [sys.argv[1]]; import finetune.data.text.workers as e;"
-            "e._encode = None; e.serve()"
-        )
-        patched.setattr(workers, "SERVE", odd)
-        with pytest.raises(RunError, match=r"tokenising failed with TypeError"):
-            prepare(path, workers=2)
+
+
+class Broken:
+    """A chat that fails in a worker; `how` is what it does there."""
+
+    tokenizer = types.SimpleNamespace(bos_token_id=None)
+
+    def __init__(self, how):
+        self.how = how
+
+    def encode_batch(self, rows):
+        if multiprocessing.parent_process() is None:
+            return [Encoded(np.arange(3, dtype=np.uint32), np.arange(3) > 0)] * len(rows)
+        return self.how(3)
+
+
+@pytest.mark.parametrize(
+    ("how", "message"),
+    [
+        (os._exit, "a tokenising process ended by itself .*data.workers=1"),
+        (len, "tokenising failed with TypeError: .*data.workers=1"),
+    ],
+)
+def test_workers_that_die_or_fail_are_reported(monkeypatch, how, message):
+    monkeypatch.setattr(workers, "BATCH", 4)
+    monkeypatch.setattr(workers, "SEQUENTIAL", 1)
+    rows = [Conversation((Message("user", "a"),), f"f:{number}") for number in range(100)]
+    settings = workers.EncodeSettings(Broken(how), length=8, long_rows=LongRows.refuse, skip_bad=False)
+    with pytest.raises(RunError, match=message):
+        list(workers.encode_stream(rows, settings, processes=2))
+    assert multiprocessing.active_children() == []
+
+
+UNGUARDED = """
+import sys
+from finetune.data.text import store, workers
+from finetune.data.text.tokens import Chat
+from tests import chat_templates
+from pathlib import Path
+
+print("the script runs", flush=True)
+workers.BATCH, workers.SEQUENTIAL = 4, 1
+found = store.encode_or_load(
+    store.formats.open_source(Path(sys.argv[1])), Chat(chat_templates.tokenizer(chat_templates.CHATML)),
+    cache=Path(sys.argv[2]), length=256, long_rows=store.LongRows.refuse, workers=2,
+)
+print(len(found))
+"""
+
+
+def script(tmp_path, data):
+    (tmp_path / "unguarded.py").write_text(UNGUARDED)
+    words = [sys.executable, str(tmp_path / "unguarded.py"), str(data), str(tmp_path / "cache")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.Popen(
+        words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    )
+
+
+def test_a_script_without_a_main_guard_runs_once(tmp_path, data):
+    output, errors = script(tmp_path, data).communicate(timeout=60)
+    assert output.split("\n") == ["the script runs", "60", ""], errors
+
+
+@pytest.mark.parametrize(
+    ("number", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)]
+)
+def test_workers_end_with_their_parent(tmp_path, number, to_all):
+    draw = random.Random(9)
+    data = save(tmp_path / "many.jsonl", [turns(draw)] * 100_000)
+    parent = script(tmp_path, data)
+    workers_ = wait_for(lambda: [each for each in psutil.Process(parent.pid).children() if each.cpu_times().user > 1])
+    os.killpg(parent.pid, number) if to_all else parent.send_signal(number)
+    parent.communicate(timeout=20)
+    assert parent.returncode != 0
+    wait_for(lambda: not any(each.is_running() and each.status() != psutil.STATUS_ZOMBIE for each in workers_))
+
+
+def wait_for(condition, seconds=20):
+    end = time.monotonic() + seconds
+    while time.monotonic() < end:
+        if found := condition():
+            return found
+        time.sleep(0.05)
+    raise AssertionError("it took too long")
 
 
 def test_a_process_for_each_core(monkeypatch):
@@ -195,7 +273,7 @@ def test_long_rows_by_choice_and_the_loss_is_told(prepare, tmp_path, policy, row
     assert (found.lengths <= 64).all()
     assert (found.trained > 0).all()
     assert (len(found) >= rows_, found.figures.long) == (True, 1)
-    assert found.number(len(found) - 1) == 2
+    assert found.conversation_index(len(found) - 1) == 2
     assert found.figures.whole > found.figures.trained
     if policy == "drop":
         assert found.figures.truncated_share == 1 - found.trained.sum() / found.figures.whole
@@ -222,7 +300,7 @@ def test_bad_rows_left_out_are_counted_and_shown(prepare, tmp_path):
     assert "a.jsonl:1: is not JSON" in lines
     assert "a.jsonl:3: the chat template refuses it (System role not supported)" in lines
     assert "data.skip_bad" not in lines  # it is on
-    assert found.number(1) == 2
+    assert found.conversation_index(1) == 2
     assert found.duplicates() == 1
 
 
@@ -233,7 +311,7 @@ def test_shortened_answers_and_control_tokens_are_told(prepare, tmp_path):
     lines = prepare(path, chat=Chat(tokenizer(templates.QWEN3))).figures.lines()
     assert lines[1:] == [
         "warning: the chat template leaves out a part of 1 answers",
-        "warning: texts spell 1 control tokens, which are read as such",
+        "warning: messages contain 1 control tokens as text; they are tokenised as such",
     ]
 
 
@@ -298,7 +376,7 @@ def test_pieces_of_a_row_are_on_one_side(prepare, tmp_path):
     draw = random.Random(6)
     path = save(tmp_path / "a.jsonl", [turns(draw, 40) for _ in range(60)])
     found = prepare(path, length=64, long_rows=LongRows.split)
-    train, held = ({found.number(index) for index in part} for part in found.split(0.2))
+    train, held = ({found.conversation_index(index) for index in part} for part in found.split(0.2))
     assert held
     assert not train & held
     assert found.duplicates() == 0
@@ -317,9 +395,9 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
             "from finetune.data.text.tokens import Encoded, Chat\nimport numpy as np\n"
             "chat = Chat(t.tokenizer(t.CHATML_MARKED)); ids = np.arange(90, dtype=np.uint32)\n"
             "row = Encoded(ids, ids > 5)\n"
-            "Chat.encode_all = lambda self, rows: [row] * len(rows)  # the rest of the way is what is looked at\n"
+            "Chat.encode_batch = lambda self, rows: [row] * len(rows)  # the rest of the way is what is looked at\n"
             "path = pathlib.Path(sys.argv[1])\n"
-            "found = store.prepare(store.formats.open_source(path), chat, cache=path.parent / 'cache', "
+            "found = store.encode_or_load(store.formats.open_source(path), chat, cache=path.parent / 'cache', "
             "length=128, long_rows=store.LongRows.refuse, workers=1)\n"
             "peak = re.search(r'VmHWM:\\s+(\\d+)', pathlib.Path('/proc/self/status').read_text())[1]\n"
             "print(len(found), peak)"

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from finetune.data.text.formats import Conversation, Message
-from finetune.data.text.tokens import Chat, preview_row
+from finetune.data.text.tokens import Chat, preview_row, token_spans
 from finetune.errors import DataError
 from tests import chat_templates as templates
 from tests.chat_templates import tokenizer
@@ -173,7 +173,7 @@ def test_several_tokens_may_end_a_turn():
     assert spans(made, Chat(made).encode(row(*TWO))) == [
         "It is blue.<|im_end|><|end|>", "The sea is green. 🦜<|im_end|><|end|>"
     ]  # fmt: skip
-    assert made.convert_ids_to_tokens(list(Chat(made).ends())) == ["<|end|>", "</s>"]
+    assert made.convert_ids_to_tokens(list(Chat(made).stop_ids())) == ["<|end|>", "</s>"]
 
 
 def test_templates_that_want_lists_of_parts():
@@ -324,14 +324,14 @@ def test_no_template_says_what_to_type_and_chatml_is_built_in():
 def test_what_a_sampler_must_stop_at():
     def spelled(name):
         made = tokenizer(getattr(templates, name))
-        return made.convert_ids_to_tokens(list(Chat(made).ends()))
+        return made.convert_ids_to_tokens(list(Chat(made).stop_ids()))
 
     assert spelled("LLAMA3") == ["<|eot_id|>", "</s>"]
     assert spelled("GLM") == ["<|user|>", "</s>"]
     assert spelled("ZEPHYR") == ["</s>"]
-    assert Chat(tokenizer()).ends() == (1,)
+    assert Chat(tokenizer()).stop_ids() == (1,)
     with pytest.raises(DataError, match="the chat template: neither"):
-        Chat(tokenizer(eos=None)).ends()
+        Chat(tokenizer(eos=None)).stop_ids()
 
 
 @pytest.mark.parametrize("metaspace", [False, True], ids=["byte-level", "metaspace"])
@@ -407,7 +407,7 @@ def test_many_at_once_equal_one_by_one_and_bad_rows_keep_their_place():
     made = tokenizer(templates.MISTRAL)
     chat = Chat(made)
     rows = [row(*TWO), row(SYSTEM, *TWO), row(("text", "Hello")), row(*TWO[:2])]
-    found = chat.encode_all(rows)
+    found = chat.encode_batch(rows)
     assert isinstance(found[1], DataError)
     for index in (0, 2, 3):
         alone = chat.encode(rows[index])
@@ -423,3 +423,62 @@ def test_marked_shows_all_of_a_row():
     text = preview_row(made, encoded)
     assert text.replace("⟦", "").replace("⟧", "") == made.decode(encoded.ids)
     assert text.count("⟦") == 2
+
+
+BARE = ["<s>", "</s>", "<|im_start|>", "<|im_end|>"]
+
+
+def test_identity_is_by_content(tmp_path):
+    from transformers import AutoTokenizer
+
+    made = tokenizer(templates.CHATML)
+    made.save_pretrained(tmp_path / "a")
+    again = AutoTokenizer.from_pretrained(tmp_path / "a")
+    again(["a", "b b b b"], padding=True, truncation=True, max_length=3) if again.pad_token else None
+    assert Chat(again).content_hash == Chat(made).content_hash
+    others = [Chat(tokenizer(templates.PHI)), Chat(tokenizer(templates.CHATML, eos="<|im_end|>")),
+              Chat(tokenizer(templates.CHATML, special=BARE)), Chat(made, template="chatml")]  # fmt: skip
+    assert len({chat.content_hash for chat in [*others, Chat(made)]}) == 5
+
+
+class Letters:
+    """As much of a tokenizer written in Python as is used: one id per character, without offsets."""
+
+    is_fast = False
+    bos_token, eos_token, bos_token_id, eos_token_id = "<s>", "$", None, ord("$")
+    special_tokens_map = {"eos_token": "$"}  # noqa: RUF012
+    all_special_tokens = ("$",)
+    added_tokens_decoder = {}  # noqa: RUF012
+    chat_template = templates.ZEPHYR
+
+    def get_chat_template(self):
+        return self.chat_template
+
+    def get_vocab(self):
+        return {chr(code): code for code in range(256)}
+
+    def encode(self, text, add_special_tokens):
+        assert not add_special_tokens
+        return [ord(letter) for letter in text]
+
+    def decode(self, ids, **_):
+        return "".join(map(chr, ids))
+
+
+def test_tokenizers_without_offsets_are_given_text_in_pieces():
+    letters = Letters()
+    turns = (Message("user", "a"), Message("assistant", "b"), Message("user", "c"), Message("assistant", "d"))
+    encoded = Chat(letters).encode(Conversation(turns, "f:1"))
+    assert preview_row(letters, encoded) == "<|user|>\na$\n<|assistant|>\n⟦b$⟧\n<|user|>\nc$\n<|assistant|>\n⟦d$⟧\n"
+    assert len(Chat(letters).content_hash) == 64
+    [(ids, trained)] = token_spans(letters, ["abcdefgh"], [[(4, 6), (1, 3), (2, 4), (7, 8)]])
+    assert (ids.tolist(), trained.astype(int).tolist()) == (list(b"abcdefgh"), [0, 1, 1, 1, 1, 1, 0, 1])
+    [(_, trained)] = token_spans(letters, ["ab"], [[(0, 1)]])
+    assert trained.tolist() == [True, False]
+
+
+def test_no_text_no_tokens():
+    assert token_spans(tokenizer(), [], []) == []
+    [(ids, trained)] = token_spans(tokenizer(), [""], [[(0, 0)]])
+    assert ids.dtype == np.uint32
+    assert len(ids) == len(trained) == 0
