@@ -99,8 +99,7 @@ class Exporter:
         # All others are made of the PEFT folder, which stays: it is what samples and a later training load.
         for name in dict.fromkeys([ExportFormat.peft, *settings.formats]):
             path, difference = WRITERS[name](found)
-            key = LIMITS[name]
-            _require(path, difference, getattr(settings, key), key)
+            _require(path, difference, getattr(settings, name.limit), name.limit)
             names[name.name], differences[name.name] = path.name, difference
         facts = {
             "rows": len(self.rows),
@@ -210,10 +209,7 @@ WRITERS: dict[ExportFormat, Callable[[_Export], tuple[Path, float]]] = {
     ExportFormat.gguf: _write_gguf,
 }
 """Each writes the adapter and returns where it is, and its difference to the trained model."""
-LIMITS = {ExportFormat.peft: "tolerance", ExportFormat.merged: "divergence", ExportFormat.gguf: "tolerance"}
-"""The setting that a format's difference must not exceed."""
 require_all(MODEL_KINDS["language"].export_formats, WRITERS, "language.export.WRITERS")
-require_all(MODEL_KINDS["language"].export_formats, LIMITS, "language.export.LIMITS")
 
 
 def check_formats(model: ModelConfig, lora: LoraConfig, formats: Sequence[ExportFormat]) -> Any:

@@ -87,6 +87,7 @@ SPEC = FamilySpec(
     large_text=("text_encoder_2",),
     kohya_prefix="lora_transformer_",  # OneTrainer's names, which ComfyUI reads too; diffusers only attention layers
     file_text_prefixes={"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."},
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     latent_channels=latent_channels,

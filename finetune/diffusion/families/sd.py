@@ -31,6 +31,7 @@ SPEC = FamilySpec(
     text_tokens={"text_encoder": CLIP_TOKENS},
     kohya_prefix="lora_unet_",  # sd-scripts' names, which diffusers and ComfyUI read too
     file_text_prefixes={"text_encoder": "cond_stage_model."},
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,

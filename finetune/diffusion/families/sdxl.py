@@ -47,6 +47,7 @@ SPEC = FamilySpec(
     text_tokens={"text_encoder": CLIP_TOKENS, "text_encoder_2": CLIP_TOKENS},
     kohya_prefix="lora_unet_",  # sd-scripts' names, which diffusers and ComfyUI read too
     file_text_prefixes={"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,
