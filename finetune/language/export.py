@@ -248,7 +248,7 @@ def comparison_rows(stored: TokenStore | None, chat: Chat, *, length: int, share
     """
     if stored is None:
         random = torch.Generator().manual_seed(RANDOM_SEED)
-        ids = torch.randint(len(chat.tokenizer), (RANDOM_ROWS, min(RANDOM_LENGTH, length)), generator=random)
+        ids = torch.randint(chat.tokenizer.vocab_size, (RANDOM_ROWS, min(RANDOM_LENGTH, length)), generator=random)
         return ids.tolist(), "random tokens"
     training, held_out = stored.split(share)
     indices, source = (held_out, "held-out rows") if len(held_out) else (training, "rows that were trained on")

@@ -63,6 +63,7 @@ class LanguageTask:
         self.size = len(self.training)
         loaded: Any = causal_lm.load_model(model, dtype, device, vram_gib=vram_gib)
         check_length(data.length, model.base, loaded)
+        causal_lm.require_rows(loaded, self.chat.tokenizer, self.rows.largest_id(), dataset.source)
         checkpointing.set_checkpointing(loaded, activation_checkpointing)
         new_tokens = self.chat.tokenizer.convert_tokens_to_ids(model.added_tokens)
         self.model: nn.Module = inject(loaded, model, lora, seed, new_tokens)

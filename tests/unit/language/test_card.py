@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import finetune
 from finetune import kinds
@@ -82,7 +82,7 @@ def test_the_code_on_the_card_loads_the_trained_model(
     assert float(difference.norm() / logits(own, ids).norm()) < 1e-5
 
 
-class _Speaks(LogitsProcessor):
+class _Speaks:
     """Makes the model write one token, and another one from the fifth on."""
 
     def __init__(self, prompt: int, word: int, end: int) -> None:
