@@ -9,10 +9,9 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from finetune import hub
+from finetune import hub, kinds
 from finetune.adapters import formats, lora
 from finetune.config.schema import Config, ModelConfig
-from finetune.diffusion import export as diffusion_export
 from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.errors import ExportError, ModelError
 from finetune.run.records import Dataset, Run
@@ -89,7 +88,7 @@ def test_an_untrained_adapter_is_reported(
 ) -> None:
     unet = load_backbone(config.model, torch.float32)
     lora.inject(unet, config.lora, config.model.lora_targets[config.lora.targets], seed=0)
-    diffusion_export.write(config, run, lora.state(unet), None, tmp_path)
+    kinds.of(config).export(config, run, lora.state(unet), None, tmp_path)
     assert "changes the output by only 0.0e+00" in capsys.readouterr().err
 
 
