@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.diffusion.families.spec import FamilySpec, Text
+from finetune.diffusion.families.spec import BaseVersion, FamilySpec, Text
 from finetune.diffusion.objectives import FLOW_STEPS, Flow
 from finetune.diffusion.tiling import set_slicing
 
@@ -75,6 +75,7 @@ SPEC = FamilySpec(
     text_tokens={"text_encoder": TEXT_TOKENS},
     large_text=("text_encoder",),
     kohya_prefix="lora_transformer_",  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
+    base_version=lambda *_: BaseVersion("flux2", "flux-2-klein"),
     encode=encode,
     chat_template={"enable_thinking": False},
     text_shapes=text_shapes,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.diffusion.families.flux import PATCH, latent_channels, pack, unpack
-from finetune.diffusion.families.spec import MASK, FamilySpec, Text, lengths, padded, stacked
+from finetune.diffusion.families.spec import MASK, BaseVersion, FamilySpec, Text, lengths, padded, stacked
 from finetune.diffusion.objectives import FLOW_STEPS
 from finetune.diffusion.tiling import set_slicing
 
@@ -86,6 +86,7 @@ SPEC = FamilySpec(
     text_tokens={"text_encoder": TEXT_TOKENS},  # what stands before the caption is taken off before it is cut
     large_text=("text_encoder",),
     kohya_prefix="lora_unet_",  # musubi-tuner's names, which diffusers and ComfyUI read too
+    base_version=lambda *_: BaseVersion("qwen_image", "Qwen-Image"),
     encode=encode,
     text_shapes=text_shapes,
     latent_channels=latent_channels,

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.spec import MASK, FamilySpec, Text, lengths, padded, stacked
+from finetune.diffusion.families.spec import MASK, BaseVersion, FamilySpec, Text, lengths, padded, stacked
 from finetune.diffusion.objectives import FLOW_STEPS
 
 TEXT_TOKENS = 512
@@ -62,6 +62,7 @@ SPEC = FamilySpec(
     text_tokens={"text_encoder": TEXT_TOKENS},
     large_text=("text_encoder",),
     kohya_prefix="diffusion_model.",  # the one form that both diffusers and ComfyUI read together with alpha
+    base_version=lambda *_: BaseVersion("z_image", "Z-Image"),
     encode=encode,
     chat_template={"enable_thinking": True},
     text_shapes=text_shapes,
