@@ -17,7 +17,7 @@ from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.diffusion import single_file, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.families.spec import TEXT_BATCH, FamilySpec, Text
+from finetune.diffusion.families.spec import FamilySpec, Text
 from finetune.errors import ModelError, is_gpu_out_of_memory
 from finetune.memory import block_offload, quantize
 from finetune.memory.device import release_memory
@@ -36,7 +36,8 @@ class TextEncoder:
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        self.family, self.adaptive_batch = family(model.family), AdaptiveBatch(TEXT_BATCH, self._move_to_cpu)
+        self.family = family(model.family)
+        self.adaptive_batch = AdaptiveBatch(self.family.captions_per_pass, self._move_to_cpu)
         dtypes = {"default": torch.float32} | dict.fromkeys(self.family.large_text, torch.bfloat16)
         parts = dict.fromkeys((self.family.backbone, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
@@ -169,7 +170,7 @@ def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> 
     found = single_file.find(model)
     if found is not None:
         source = str(found.settings)
-        parts = single_file.complete(found, model, parts, options.pop("torch_dtype", {"default": torch.float32}))
+        parts = single_file.complete(found, parts, options.pop("torch_dtype", {"default": torch.float32}))
     index = hub.model_index(source)
     if index and index["_class_name"] != spec.pipeline:
         raise ModelError(

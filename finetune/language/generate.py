@@ -75,7 +75,7 @@ class TextGenerator:
                 ids_BL.to(self.device),
                 attention_mask=mask_BL.to(self.device),
                 generation_config=model.generation_config,
-                logits_processor=[_Noise(jobs, temperature)] if temperature else [],
+                logits_processor=[GumbelNoise(jobs, temperature)] if temperature else [],
             )
         return [self._text(ids) for ids in written_BL[:, length:].tolist()]
 
@@ -94,7 +94,7 @@ class TextGenerator:
             )
 
 
-class _Noise:
+class GumbelNoise:
     """Makes the likeliest token a drawn one: argmax(scores / temperature + Gumbel noise) is a sample (arXiv 1411.0030).
 
     Unlike a draw from cumulated probabilities it hardly changes where the scores do: base and tuned model, or two sizes

@@ -11,7 +11,15 @@ from typing import Any
 from finetune.config.recipes import shown
 from finetune.config.schema import Config
 from finetune.planning.plan import KEYS, Plan
-from finetune.reporting.facts import Fact, caption_counts, dataset_facts, plan_tables, run_facts, text_set_facts
+from finetune.reporting.facts import (
+    Fact,
+    caption_counts,
+    dataset_facts,
+    plan_tables,
+    record_facts,
+    run_facts,
+    text_set_facts,
+)
 from finetune.run.receipts import load_receipt
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
 
@@ -32,7 +40,7 @@ def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
         for line in _next(config, record, overrides):
             print(f"  {line}")
     else:
-        print(LINES[type(record)](record))
+        print(LINES.get(type(record), _fields)(record))
 
 
 def _result_rows(config: Config, result: Result) -> list[tuple[str, str]]:
@@ -51,6 +59,11 @@ def _result_rows(config: Config, result: Result) -> list[tuple[str, str]]:
 
 def _facts(title: str, facts: Sequence[Fact]) -> str:
     return "\n".join([title, *(f"  {fact.label}: {fact.text}" for fact in facts)])
+
+
+def _fields(record: Any) -> str:
+    """A record without a line of its own."""
+    return _facts(type(record).__name__.lower(), record_facts(record))
 
 
 def _answers(answers: Answers) -> str:

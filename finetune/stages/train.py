@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune import hub, kinds
 from finetune.config import hints
-from finetune.config.describe import as_dict
+from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
@@ -23,6 +23,8 @@ from finetune.training.loop import Step, fit
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
 
+ADDED = {"loss.weighting": "min_snr"}
+"""Settings that 0.1 did not have, at the value that it stood for: its runs go on."""
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 FIGURES = (
     *("steps", "micro_batch", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib", "measured_gib"),
@@ -158,7 +160,7 @@ def _identity(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
         dataset.identity_key: dataset.content,
     }
-    return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
+    return {key: value for key, value in flat(kept).items() if key != OFFLOAD and ADDED.get(key) != value}
 
 
 def _resume(
@@ -169,13 +171,18 @@ def _resume(
     if not found:
         return None
     newest = checkpoint.load(checkpoint.at(folder, found[-1]))
-    before = newest.state.identity
+    keys, defaults = (newest.state.identity.keys() | identity.keys()) - {OFFLOAD}, _defaults()
+    # A setting that is newer than the run counts as its default.
+    before, now = (
+        {key: values.get(key, defaults.get(key, "not set")) for key in keys}
+        for values in (newest.state.identity, identity)
+    )
     changed = [
-        f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
+        f"{key}: {before[key]} -> {now[key]}"
         if key != dataset.identity_key
         else previous.changes(folder.parent, dataset)
-        for key in sorted((before.keys() | identity.keys()) - {OFFLOAD})
-        if before.get(key) != identity.get(key)
+        for key in sorted(keys)
+        if before[key] != now[key]
     ]
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
@@ -183,6 +190,12 @@ def _resume(
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
+
+
+def _defaults() -> dict[str, Any]:
+    """Every setting's default, flat."""
+    config = Config()
+    return flat({section: as_dict(getattr(config, section)) for section in sections()})
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -75,7 +75,7 @@ def test_a_run_that_was_cut_gives_the_same_adapter(config: Config, result: Resul
 
 
 @pytest.mark.parametrize(
-    "format", [ExportFormat.diffusers, ExportFormat.kohya], ids=lambda export_format: export_format.name
+    "export_format", [ExportFormat.diffusers, ExportFormat.kohya], ids=lambda export_format: export_format.name
 )
 def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, export_format: ExportFormat) -> None:
     kind, folder, name = (

@@ -19,7 +19,7 @@ from finetune.training.optim import build_optimizer, load_state
 from finetune.training.trainer import Trainer
 from tests.conftest import ROOT
 from tests.unit.conftest import Setting
-from tests.unit.training.test_oom import Gpu
+from tests.unit.training.small_gpu import Gpu
 
 pytestmark = pytest.mark.gpu
 

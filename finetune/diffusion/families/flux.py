@@ -92,6 +92,7 @@ SPEC = FamilySpec(
     kohya_prefix="lora_transformer_",  # OneTrainer's names, which ComfyUI reads too; diffusers only attention layers
     base_version=base_version,
     file_text_prefixes={"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."},
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     latent_channels=latent_channels,

@@ -43,6 +43,7 @@ SPEC = FamilySpec(
     kohya_prefix="lora_unet_",  # sd-scripts' names, which diffusers and ComfyUI read too
     base_version=base_version,
     file_text_prefixes={"text_encoder": "cond_stage_model."},
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,

@@ -56,6 +56,7 @@ SPEC = FamilySpec(
         "text_encoder_2": "text_encoders.clip_g.",
         "text_encoder_3": "text_encoders.t5xxl.",
     },
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,

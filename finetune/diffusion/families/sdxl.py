@@ -48,6 +48,7 @@ SPEC = FamilySpec(
     kohya_prefix="lora_unet_",  # sd-scripts' names, which diffusers and ComfyUI read too
     base_version=lambda *_: BaseVersion("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     file_text_prefixes={"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,

@@ -23,6 +23,7 @@ from finetune.diffusion.families import family, flux
 from finetune.diffusion.families.spec import BaseVersion, FamilySpec, stacked
 from finetune.diffusion.kind import workload
 from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL
+from finetune.diffusion.objectives import ERRORS
 from finetune.diffusion.pipeline import ImageSampler, TextEncoder, Vae, load_backbone, load_scheduler
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload, checkpointing
@@ -101,6 +102,21 @@ def test_texts_have_the_shapes_that_the_backbone_reads(model: ModelConfig) -> No
     assert encoder.encode([PROMPT])[0].keys() == short.keys()
     for name, value in encoder.encode([PROMPT])[0].items():
         assert torch.allclose(value.float(), short[name].float(), atol=1e-5)
+
+
+def test_text_encoders_read_as_many_captions_and_tokens_as_the_memory_plan_counts(model: ModelConfig) -> None:
+    encoder, read = TextEncoder(model, CPU), {}
+    for part in encoder.family.text_tokens:
+        seen = read.setdefault(part, [])
+        getattr(encoder.pipeline, part).register_forward_pre_hook(
+            lambda _, inputs, named, seen=seen: seen.append(named.get("input_ids", *inputs[:1]).shape), with_kwargs=True
+        )
+    encoder.encode([PROMPT, "very " * 600, PROMPT])
+    for part, tokens in encoder.family.text_tokens.items():
+        captions, longest = map(max, zip(*read[part], strict=True))
+        assert captions == min(3, encoder.family.captions_per_pass)
+        # Qwen-Image's pipeline cuts what has been read.
+        assert longest >= tokens if model.family == "qwen_image" else longest == tokens
 
 
 def test_what_a_text_encoder_does_not_read_is_named(model: ModelConfig) -> None:
@@ -314,7 +330,8 @@ def test_the_objective_is_the_schedulers(model: ModelConfig) -> None:
     last = torch.tensor([objective.level(0.999)] * 2)
     assert torch.corrcoef(torch.stack([objective.noisy(clean, noise, last).flatten(), noise.flatten()]))[0, 1] > 0.99
     assert objective.target(clean, noise, last).shape == clean.shape
-    assert objective.weights(last, 0.0).tolist() == [1.0, 1.0]
+    assert objective.snr(last).shape == (2,)
+    assert objective.prediction_type in ERRORS
 
 
 def test_a_base_of_another_family_is_refused_and_named(model: ModelConfig) -> None:

@@ -5,6 +5,7 @@ import json
 import signal
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune import kinds
 from finetune.adapters import lora
-from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Schedule
+from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Schedule, Weighting
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.language import tokenize
 from finetune.memory import block_offload
@@ -196,6 +197,22 @@ def test_changed_settings_are_listed_and_nothing_is_lost(config: Config, make_da
     train(config, dataset)
     assert not same(before, adapter(config.run_dir, 4))
     assert same(before, adapter(config.run_dir + "/previous-1", 4))
+
+
+def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    dataset, folder = make_dataset(), Path(config.run_dir) / "checkpoints"
+    train(config, dataset)
+    last = checkpoint.load(checkpoint.at(folder, 4))
+    older = {key: value for key, value in last.state.identity.items() if key != "loss.weighting"}
+    checkpoint.save(folder, replace(last.state, identity=older), last.adapter, last.optimizer, last.ema)
+    config.trainer.steps = 6
+    config.loss.weighting = Weighting.uniform
+    with pytest.raises(RunError, match=r"\(loss.weighting: min_snr -> uniform\)"):
+        train(config, dataset)
+    config.loss.weighting = Weighting.min_snr
+    assert train(config, dataset).steps == 6
 
 
 @pytest.mark.parametrize("held_out", [0, 2])
