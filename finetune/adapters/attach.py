@@ -20,8 +20,8 @@ def attach_peft_folder(model: nn.Module, folder: Path) -> Any:
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     require_adapter(folder)
-    require_adapter(folder / formats.PEFT_CONFIG)  # PEFT would look for the folder on the hub
     stored = formats.read_peft_folder(folder)  # names a damaged file better than PEFT does
+    require_adapter(folder / formats.PEFT_CONFIG)  # PEFT would look for the folder on the hub
     formats.read_peft_config(folder)
     with mismatch_as_model_error(folder):
         config: Any = PeftConfig.from_pretrained(str(folder))

@@ -56,26 +56,29 @@ class StoredAdapter:
     unused: tuple[str, ...] = ()
 
     def describe_unused(self) -> str:
-        """How many tensors aren't used, and the first; empty if all are."""
+        """How many tensors aren't used, of which kinds, and the first; empty if all are."""
         if not self.unused:
             return ""
-        parts = ", ".join(sorted({key.removesuffix(".weight").rpartition(".")[2] for key in self.unused})[:5])
-        return (
-            f"{len(self.unused)} tensors have no place in this base and are not used ({parts}; first {self.unused[0]})"
-        )
+        kinds = ", ".join(sorted({key.removesuffix(".weight").rpartition(".")[2] for key in self.unused})[:5])
+        count = f"{len(self.unused)} tensor{'s' if len(self.unused) > 1 else ''}"
+        return f"{count} without a place in this base ({kinds}; first {self.unused[0]})"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises ModelError for a missing or damaged one."""
+    """Tensors of an adapter's file. Raises ModelError for a missing or damaged one, or if one is not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}); export it again or restore it from a copy") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ModelError(f"{path} is damaged: {name} is not finite; export it again or restore it from a copy")
+    return tensors
 
 
 def peft_folder(path: Path) -> Path:
@@ -86,7 +89,9 @@ def peft_folder(path: Path) -> Path:
 
 
 def read_peft_folder(folder: Path) -> dict[str, Tensor]:
-    """An exported PEFT adapter's weights under the names that `load_state` takes."""
+    """An exported PEFT adapter's weights under the names that `load_state` takes. Raises ModelError."""
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file, and only an image model takes one; name a PEFT folder")
     weights = read_weights(folder / PEFT_WEIGHTS)
     return {_text_model_name(name.removeprefix("base_model.model.")): weight for name, weight in weights.items()}
 
@@ -153,6 +158,7 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     config: Any = copy.copy(model.peft_config[lora.ADAPTER])  # type: ignore[index]
     config.base_model_name_or_path = base
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set: another order in each process
     if hasattr(model, "generate"):  # AutoPeftModelForCausalLM asks for it
         config.task_type = "CAUSAL_LM"
     tensors = lora.adapter_tensors(model)

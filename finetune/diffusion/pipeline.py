@@ -222,7 +222,8 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
         return cast(nn.Module, attach.attach_peft_folder(backbone, path).get_base_model())
     with attach.mismatch_as_model_error(path):
         if any(".lokr_" in key for key in formats.read_weights(path)):
-            _load_lokr(model, backbone, path)
+            with hub.quiet_libraries():
+                _load_lokr(model, backbone, path)
         else:
             backbone.load_lora_adapter(read_adapter(model, backbone, path).weights, prefix=None)
     attach.move_adapters_to_gpu(backbone)
@@ -244,7 +245,7 @@ def read_adapter(model: ModelConfig, backbone: Any, path: Path) -> formats.Store
     if not stored.weights:
         raise attach.mismatch(path, stored.describe_unused() or "it holds nothing")
     if stored.unused:
-        say(f"{path}: {stored.describe_unused()}")
+        say(f"{path}: not used: {stored.describe_unused()}")
     return stored
 
 
