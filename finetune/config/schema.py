@@ -230,7 +230,8 @@ class LoraConfig:
     dora: bool = field(default=False, metadata=LANGUAGE)
     """Train the weights' magnitude apart from their direction (arXiv 2402.09353): a little better, slower."""
     start_from: str = ""
-    """PEFT folder of an adapter, or a run's adapter folder, to continue from; empty starts at zero."""
+    """PEFT folder of an adapter, or a run's adapter folder, to continue from; for image models also a diffusers or
+    kohya-style file. The start is the same function whatever alpha is here; empty starts at zero."""
 
 
 @dataclass

@@ -17,7 +17,7 @@ from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.diffusion import single_file, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.families.spec import Text
+from finetune.diffusion.families.spec import FamilySpec, Text
 from finetune.errors import ModelError, is_gpu_out_of_memory
 from finetune.memory import block_offload, policy, quantize
 from finetune.memory.device import release_memory
@@ -175,17 +175,25 @@ def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> 
 def save_adapter(
     model: ModelConfig, backbone: Any, folder: Path, weights: Mapping[str, Tensor], name: str = ADAPTER_FILE
 ) -> Path:
-    """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
+    """Write `name`, which `pipeline.load_lora_weights` reads.
+
+    The strength is within B, and alpha is the rank: readers that know no metadata apply alpha / r = 1.
+    """
     spec = family(model.family)
     folder.mkdir(parents=True, exist_ok=True)
     # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every image. It goes by
     # the names in the file, and warns of exclusions that exclude none of those.
-    settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
+    config = backbone.peft_config[lora.ADAPTER].to_dict()
+    settings = config | {"lora_dropout": 0.0, "exclude_modules": None, "lora_alpha": config["r"]}
+    settings["target_modules"] = sorted(config["target_modules"])
+    scaled = dict(weights)
+    for layer_name, layer in lora.lora_layers(backbone):
+        scaled[f"{layer_name}.lora_B.weight"] = weights[f"{layer_name}.lora_B.weight"] * layer.scaling[lora.ADAPTER]
     _class(spec.pipeline).save_lora_weights(
         folder,
         # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
         **{
-            f"{spec.backbone}_lora_layers": dict(weights),
+            f"{spec.backbone}_lora_layers": scaled,
             f"{spec.backbone}_lora_adapter_metadata": settings,
         },
         weight_name=name,
@@ -199,23 +207,61 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
     attach.require_adapter(path)
+    path = _located(path)
     if path.is_dir():
         return cast(nn.Module, attach.attach_peft_folder(backbone, path).get_base_model())
-    spec = family(model.family)
-    weights = formats.read_weights(path)  # names a damaged file better than the libraries do
     with attach.mismatch_as_model_error(path):
-        if formats.is_kohya(weights) and (own := formats.from_kohya(backbone, weights, spec.kohya_prefix)):
-            backbone.load_lora_adapter(own, prefix=None)
+        if any(".lokr_" in key for key in formats.read_weights(path)):
+            with hub.quiet_libraries():
+                _load_lokr(model, backbone, path)
         else:
-            shape = {"unet_config": backbone.config} if spec.backbone == "unet" else {}
-            state, *alphas, metadata = _class(spec.pipeline).lora_state_dict(
-                dict(weights) if formats.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
-            )
-            backbone.load_lora_adapter(
-                state, prefix=spec.backbone, network_alphas=alphas[0] if alphas else None, metadata=metadata
-            )
+            backbone.load_lora_adapter(read_adapter(model, backbone, path).weights, prefix=None)
     attach.move_adapters_to_gpu(backbone)
     return cast(nn.Module, backbone.eval())
+
+
+def read_adapter(model: ModelConfig, backbone: Any, path: Path) -> formats.StoredAdapter:
+    """An adapter in any format for this backbone, which may have adapters already; says what of a file isn't used.
+
+    Raises ModelError if it is missing, damaged, or has no layer of this base.
+    """
+    path = _located(path)
+    if not path.is_file():
+        return formats.read_peft(path)
+    spec = family(model.family)
+    layers = [name for name, module in backbone.named_modules() if hasattr(module, "weight")]
+    with attach.mismatch_as_model_error(path), hub.quiet_libraries():
+        stored = formats.read_file(path, spec.backbone, layers, lambda foreign: _converted(spec, backbone, foreign))
+    if not stored.weights:
+        raise attach.mismatch(path, stored.describe_unused() or "it holds nothing")
+    if stored.unused:
+        say(f"{path}: not used: {stored.describe_unused()}")
+    return stored
+
+
+def _located(path: Path) -> Path:
+    """The PEFT folder or the single file that `path` stands for."""
+    folder = formats.peft_folder(path)
+    return folder / ADAPTER_FILE if (folder / ADAPTER_FILE).exists() else folder
+
+
+def _converted(spec: FamilySpec, backbone: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layers under diffusers' names, from any of the forms that diffusers knows for this family."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    shape = {"unet_config": backbone.config} if spec.backbone == "unet" else {}
+    found = _class(spec.pipeline).lora_state_dict(tensors, **shape)
+    found = found[0] if isinstance(found, tuple) else found
+    return dict(convert_unet_state_dict_to_peft(found)) if shape else dict(found)
+
+
+def _load_lokr(model: ModelConfig, backbone: Any, path: Path) -> None:
+    """A LoKr (arXiv 2309.14859), where diffusers knows its names; its factors have no A and B."""
+    spec = family(model.family)
+    found = _class(spec.pipeline).lora_state_dict(str(path), return_lora_metadata=True)
+    backbone.load_lora_adapter(found[0], prefix=spec.backbone, metadata=found[-1])
+    if not getattr(backbone, "peft_config", None):
+        raise attach.mismatch(path, "none of its layers is in it")
 
 
 class ImageSampler:

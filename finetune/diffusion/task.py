@@ -12,7 +12,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters import formats
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
 from finetune.data import order
@@ -20,7 +19,7 @@ from finetune.data.cache import read
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import FamilySpec
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
-from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler
+from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler, read_adapter
 from finetune.memory import activation_offload, checkpointing, fallbacks
 from finetune.run import ranks
 from finetune.run.records import Dataset, Example
@@ -72,8 +71,8 @@ class DiffusionTask:
             self.model, model, activation_checkpointing, self.activation_offload, device
         )
         if lora.start_from:
-            folder = formats.peft_folder(Path(lora.start_from))
-            lora_layers.load_state(self.model, formats.read_peft_folder(folder), str(folder))
+            stored = read_adapter(model, self.model, Path(lora.start_from))
+            lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
         """The images of each step, each step's from as few buckets as possible."""

@@ -72,8 +72,8 @@ class LanguageTask:
             self.model, model, activation_checkpointing, self.activation_offload, device
         )
         if lora.start_from:
-            folder = formats.peft_folder(Path(lora.start_from))
-            lora_layers.load_state(self.model, formats.read_peft_folder(folder), str(folder))
+            stored = formats.read_peft(formats.peft_folder(Path(lora.start_from)))
+            lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
         self.generator = TextGenerator(self.chat.tokenizer, self.chat.stop_ids(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()

@@ -11,22 +11,11 @@ import shlex
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import pytest
-import torch
-from PIL import Image
-from safetensors.torch import load_file
-
-from finetune.run.receipts import load_record
-from finetune.run.records import Adapter, Run
 from tests.conftest import ROOT
-from tests.tiny_language_models import save_language
-from tests.tiny_models import save_diffusion
-from tests.unit.conftest import conversations
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 BLOCK = re.compile(

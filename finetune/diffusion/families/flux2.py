@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.diffusion.families.spec import FamilySpec, Text
+from finetune.diffusion.families.spec import BaseVersion, FamilySpec, Text
 from finetune.diffusion.objectives import FLOW_STEPS, Flow
 from finetune.diffusion.tiling import set_slicing
 
@@ -75,6 +75,7 @@ SPEC = FamilySpec(
     captions_per_pass=1,  # the hidden states and logits of many would fill a GPU
     large_text=("text_encoder",),
     kohya_prefix="lora_transformer_",  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
+    base_version=lambda *_: BaseVersion("flux2", "flux-2-klein"),
     file_vae=False,
     decode_workspace_measured=True,
     encode=encode,

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.diffusion.families.flux import PATCH, latent_channels, pack, unpack
-from finetune.diffusion.families.spec import MASK, FamilySpec, Text, lengths, padded, stacked
+from finetune.diffusion.families.spec import MASK, BaseVersion, FamilySpec, Text, lengths, padded, stacked
 from finetune.diffusion.objectives import FLOW_STEPS
 from finetune.diffusion.tiling import set_slicing
 
@@ -87,6 +87,7 @@ SPEC = FamilySpec(
     captions_per_pass=1,
     large_text=("text_encoder",),
     kohya_prefix="lora_unet_",  # musubi-tuner's names, which diffusers and ComfyUI read too
+    base_version=lambda *_: BaseVersion("qwen_image", "Qwen-Image"),
     file_vae=False,
     decode_workspace_measured=False,
     encode=encode,

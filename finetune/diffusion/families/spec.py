@@ -57,6 +57,19 @@ def guided_arguments(text: Text, negative: Text, guidance: float) -> Mapping[str
     return arguments
 
 
+@dataclass(frozen=True)
+class BaseVersion:
+    """How other programs name a base in an adapter's metadata, and filter by it.
+
+    name: `ss_base_model_version` of sd-scripts. architecture: of Stability AI's ModelSpec, without `/lora`. v2: Stable
+    Diffusion 2.
+    """
+
+    name: str
+    architecture: str
+    v2: bool = False
+
+
 @dataclass(frozen=True, kw_only=True, eq=False)
 class FamilySpec:
     """One architecture of image models; the `SPEC` of its module."""
@@ -77,6 +90,8 @@ class FamilySpec:
     """Text encoders of billions of parameters: loaded in bf16, as they are released; others in fp32."""
     kohya_prefix: str
     """What begins the names of layers in kohya-style files, so that other programs know them; see `save_kohya`."""
+    base_version: Callable[[Any, Any], BaseVersion]
+    """(backbone's configuration, scheduler's configuration): what kohya-style files say of their base."""
     file_text_prefixes: Mapping[str, str] = field(default_factory=dict)
     """How names of each text encoder begin in a single file of the original layout; others are never in one."""
     file_vae: bool = True

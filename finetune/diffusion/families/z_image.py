@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.spec import MASK, FamilySpec, Text, lengths, padded, stacked
+from finetune.diffusion.families.spec import MASK, BaseVersion, FamilySpec, Text, lengths, padded, stacked
 from finetune.diffusion.objectives import FLOW_STEPS
 
 TEXT_TOKENS = 512
@@ -59,6 +59,7 @@ SPEC = FamilySpec(
     captions_per_pass=1,  # the hidden states of many would fill a GPU
     large_text=("text_encoder",),
     kohya_prefix="diffusion_model.",  # the one form that both diffusers and ComfyUI read together with alpha
+    base_version=lambda *_: BaseVersion("z_image", "Z-Image"),
     decode_workspace_measured=True,
     encode=encode,
     chat_template={"enable_thinking": True},

@@ -41,6 +41,8 @@ def test_all_formats_reproduce_the_trained_module(config: Config, run: Run, caps
     assert metadata["recipe"] == "tiny"
     assert (metadata["rank"], metadata["alpha"]) == ("4", "3.0")
     assert metadata["trigger_phrase"] == "pixar style"
+    assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == ("sd_v1", "False")
+    assert (metadata["modelspec.architecture"], metadata["modelspec.title"]) == ("stable-diffusion-v1/lora", "tiny")
     assert metadata["training_hash"] == run.training_hash
     assert set(alphas) == {3.0}
     assert (folder / adapter.files["ema"]).is_file()

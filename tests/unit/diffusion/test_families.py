@@ -1,10 +1,12 @@
 """Every family reads texts, makes latents and calls its backbone as diffusers' own pipeline does."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,11 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import finetune
 from finetune.adapters import lora
 from finetune.config.schema import Config, LoraConfig, ModelConfig
 from finetune.diffusion import families, tiling
 from finetune.diffusion.families import family, flux
-from finetune.diffusion.families.spec import FamilySpec, stacked
+from finetune.diffusion.families.spec import BaseVersion, FamilySpec, stacked
 from finetune.diffusion.kind import workload
 from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL
 from finetune.diffusion.objectives import ERRORS
@@ -63,6 +66,30 @@ def test_a_family_that_there_is_not_is_refused_before_anything_is_loaded(tmp_pat
 def test_a_family_that_leaves_a_fact_out_is_no_family() -> None:
     with pytest.raises(TypeError, match=r"missing .* required keyword-only arguments"):
         FamilySpec(pipeline="StableDiffusionPipeline", backbone="unet")  # type: ignore[call-arg]
+
+
+@pytest.mark.parametrize(
+    ("base", "kind", "name", "architecture", "v2"),
+    [
+        ("sd15", "sd", "sd_v1", "stable-diffusion-v1", False),
+        ("sd21", "sd", "sd_v2_v", "stable-diffusion-v2-768-v", True),
+        ("sdxl", "sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", False),
+        ("sd35_medium", "sd3", "sd3", "stable-diffusion-3", False),
+        ("flux1_dev", "flux", "flux1", "flux-1-dev", False),
+        ("flux2_klein", "flux2", "flux2", "flux-2-klein", False),
+        ("qwen_image", "qwen_image", "qwen_image", "Qwen-Image", False),
+        ("z_image", "z_image", "z_image", "Z-Image", False),
+    ],
+)
+def test_an_adapters_file_names_its_base_as_other_programs_do(
+    base: str, kind: str, name: str, architecture: str, v2: bool
+) -> None:
+    folder, spec = Path(finetune.__file__).parent / "architectures" / base, family(kind)
+    config, scheduler = (
+        SimpleNamespace(**json.loads(file.read_text()))
+        for file in (folder / spec.backbone / "config.json", folder / "scheduler" / "scheduler_config.json")
+    )
+    assert spec.base_version(config, scheduler) == BaseVersion(name, architecture, v2)
 
 
 def test_texts_have_the_shapes_that_the_backbone_reads(model: ModelConfig) -> None:
