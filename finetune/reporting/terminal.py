@@ -73,7 +73,8 @@ def _answers(answers: Answers) -> str:
 
 LINES: dict[type, Callable[[Any], str]] = {
     CaptionSet: lambda captions: (
-        f"captions: {caption_counts(captions)}; correct them in {captions.folder}/metadata.jsonl"
+        f"captions: {caption_counts(captions)}; correct them in {captions.folder}"
+        + ("/metadata.jsonl" if all(item.source == "generated" for item in captions.items) else "")
     ),
     Dataset: lambda dataset: _facts("dataset", dataset_facts(dataset)),
     TextSet: lambda texts: _facts("dataset", text_set_facts(texts)),

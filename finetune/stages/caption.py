@@ -38,9 +38,9 @@ def caption(config: Config) -> CaptionSet:
     found = folder.images(root)
     index = ImageIndex(root, cache=Path(data.cache), max_pixels=data.max_pixels)
     hashes, captions = index.hashes(found), folder.captions(root, found)
-    _warn_about_unused(captions)
     input_hash = _input_hash(hashes, captions.texts, config.caption, data)
     if record := load_record(run_dir, STAGE, CaptionSet, input_hash=input_hash):
+        _warn_about_unused(captions)
         say(f"{STAGE}: up to date, skipped")
         return record
     broken = index.unreadable(found)
@@ -57,6 +57,7 @@ def caption(config: Config) -> CaptionSet:
         dtype = pick_dtype(config.trainer.precision, device)
         generated |= _generate(root, todo, config.caption, device, dtype, data)
         captions = folder.captions(root, found)
+    _warn_about_unused(captions)
     record = CaptionSet(str(root), _items(files, captions.texts, generated), tuple(broken))
     seconds = time.monotonic() - start
     save_receipt(

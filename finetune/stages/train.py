@@ -189,7 +189,11 @@ def _resume(
     changed = list(_changes(newest.state.identity, identity, folder.parent, dataset))
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
-        raise RunError(f"{folder.parent} was trained with other settings ({'; '.join(changed)}); {advice}")
+        other_data = before.get(dataset.identity_key) != now.get(dataset.identity_key)
+        if other_data and (adapter := folder.parent / "adapter").exists():
+            advice += f"; to continue from its adapter, take another name=… and lora.start_from={adapter}"
+        what = "data" if other_data and len(changed) == 1 else "settings"
+        raise RunError(f"{folder.parent} was trained with other {what} ({'; '.join(changed)}); {advice}")
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest

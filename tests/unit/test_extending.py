@@ -83,7 +83,7 @@ print(json.dumps(answers))
 
 @dataclass(frozen=True)
 class Block:
-    """Code of the page for a file. line: the beginning of the one that it goes above or below; empty: the whole file."""
+    """Code of the page for a file. line: the start of the one that it goes above or below; empty: the whole file."""
 
     file: str
     code: str

@@ -10,7 +10,7 @@ import posixpath
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -129,42 +129,25 @@ def captions(folder: Path, files: Sequence[str]) -> Captions:
     Blank texts count as none. Raises DataError for texts that aren't UTF-8, broken or contradictory metadata lines.
     """
     owners = [*files, *unsupported_files(folder)]
-    by_name = {_key(file): file for file in owners}
-    found: dict[str, tuple[str, str]] = {}  # file -> its caption and where that stands
+    rows, strays, unnamed = _from_metadata(folder, owners)
+    visible = _visible(folder)
+    beside = _sidecars(visible, owners)
+    found: dict[str, tuple[str, str]] = {}  # image -> its caption and where that stands
     unused: dict[str, str] = {}
-    unnamed: dict[str, Stray] = {}
-    strays: list[Stray] = []
-
-    def take(file: str, text: str, source: str) -> None:
+    for file, text, source in [*rows, *_from_sidecars(folder, beside)]:
         if file in found and found[file][0].split() != text.split():
             unused[file] = source
         found.setdefault(file, (text, source))
-
-    for metadata in metadata_files(folder):
-        source = metadata.relative_to(folder).as_posix()
-        for name, row in read_rows(metadata).items():
-            file = by_name.get(_key(posixpath.join(posixpath.dirname(source), name)))
-            where = f"{source}, line {row.number}"
-            if file is None and row.text:
-                strays.append(Stray(f"{where}: there is no image {name}", name, row.text))
-            elif file is not None and row.text:
-                take(file, row.text, source)
-            elif file is not None and row.other_texts:
-                columns = ", ".join(row.other_texts)
-                unnamed[file] = Stray(f'{where}: the caption must be called "text"; the columns are {columns}')
-    for path, its_images in _sidecars(folder, owners).items():
-        if its_images and (text := " ".join(_decode(folder / path).split())):
-            for file in its_images:
-                take(file, text, path)
-        elif not its_images and PurePosixPath(path).stem.lower() not in NO_CAPTIONS:
-            strays.append(Stray(f"{path}: there is no image {PurePosixPath(path).stem}"))
     strays += [stray for file, stray in unnamed.items() if file not in found]
-    strays += [Stray(f"{path}: captions are read from {METADATA} only") for path in _tables(folder)]
-    texts = {file: found[file] for file in files if file in found}
+    lonely = [PurePosixPath(path) for path, its_images in beside.items() if not its_images]
+    strays += [
+        Stray(f"{path}: there is no image {path.stem}") for path in lonely if path.stem.lower() not in NO_CAPTIONS
+    ]
+    strays += [Stray(f"{path}: captions are read from {METADATA} only") for path in _tables(visible)]
     return Captions(
-        {file: text for file, (text, _) in texts.items()},
-        {file: source for file, (_, source) in texts.items()},
-        {file: unused[file] for file in texts if file in unused},
+        {file: found[file][0] for file in files if file in found},
+        {file: found[file][1] for file in files if file in found},
+        {file: unused[file] for file in files if file in unused},
         tuple(strays),
     )
 
@@ -251,7 +234,29 @@ def read_rows(metadata: Path) -> dict[str, Row]:
     return rows
 
 
-def _sidecars(folder: Path, images: Sequence[str]) -> dict[str, list[str]]:
+def _from_metadata(
+    folder: Path, images: Sequence[str]
+) -> tuple[list[tuple[str, str, str]], list[Stray], dict[str, Stray]]:
+    """Of all metadata files: (image, caption, metadata file), rows of no image, and image -> a row without a caption
+    that may hold one under another name."""
+    by_name = {_key(image): image for image in images}
+    found, strays, unnamed = [], [], {}
+    for metadata in metadata_files(folder):
+        source = metadata.relative_to(folder).as_posix()
+        for name, row in read_rows(metadata).items():
+            image = by_name.get(_key(posixpath.join(posixpath.dirname(source), name)))
+            where = f"{source}, line {row.number}"
+            if image is None and row.text:
+                strays.append(Stray(f"{where}: there is no image {name}", name, row.text))
+            elif image is not None and row.text:
+                found.append((image, row.text, source))
+            elif image is not None and row.other_texts:
+                columns = ", ".join(row.other_texts)
+                unnamed[image] = Stray(f'{where}: the caption must be called "text"; the columns are {columns}')
+    return found, strays, unnamed
+
+
+def _sidecars(visible: Sequence[Path], images: Sequence[str]) -> dict[str, list[str]]:
     """Text file -> the images it belongs to: those of its name, with or without the image's own suffix, else those
     whose name differs in the case of letters only. What is read first comes first."""
     exact, folded = defaultdict(list), defaultdict(list)
@@ -259,18 +264,23 @@ def _sidecars(folder: Path, images: Sequence[str]) -> dict[str, list[str]]:
         for name in (_key(image), _key(str(PurePosixPath(image).with_suffix("")))):
             exact[name].append(image)
             folded[name.casefold()].append(image)
-    stems = {
-        path: _key(path.with_suffix("").as_posix()) for path in _visible(folder) if path.suffix.lower() in SIDECARS
-    }
+    stems = {path: _key(path.with_suffix("").as_posix()) for path in visible if path.suffix.lower() in SIDECARS}
     order = sorted(stems, key=lambda path: (stems[path] not in exact, SIDECARS.index(path.suffix.lower()), path))
     return {path.as_posix(): exact.get(stems[path]) or folded.get(stems[path].casefold(), []) for path in order}
 
 
-def _tables(folder: Path) -> list[str]:
+def _from_sidecars(folder: Path, sidecars: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str, str]]:
+    """(image, caption in one line, text file)."""
+    for path, images in sidecars.items():
+        if images and (text := " ".join(_decode(folder / path).split())):
+            yield from ((image, text, path) for image in images)
+
+
+def _tables(visible: Sequence[Path]) -> list[str]:
     """Files in which other tools keep the captions of a folder, and which are not read."""
     return [
         path.as_posix()
-        for path in _visible(folder)
+        for path in visible
         if path.suffix.lower() in TABLES and path.stem.lower() in TABLE_NAMES and path.name != METADATA
     ]
 

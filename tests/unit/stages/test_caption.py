@@ -235,6 +235,17 @@ def test_a_caption_typed_meanwhile_is_kept(config, monkeypatch):
     assert (first.text, first.source) == ("typed meanwhile", "user")
 
 
+def test_a_text_file_that_comes_meanwhile_is_not_passed_over_in_silence(config, monkeypatch, capsys):
+    class Slow(Blip):
+        def caption(self, images):
+            (stage.Path(config.data.folder) / "0.txt").write_text("typed meanwhile")
+            return super().caption(images)
+
+    monkeypatch.setattr(stage, "load_captioner", Slow)
+    caption(config)
+    assert "1 image with two captions, first 0.png" in capsys.readouterr().err
+
+
 def test_overwrite_captions_all_again_once(config, capsys):
     write_rows(config, **{"1": "my own words"})
     config.caption.overwrite = True

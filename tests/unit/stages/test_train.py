@@ -2,6 +2,7 @@
 
 import gc
 import json
+import re
 import shutil
 import signal
 import weakref
@@ -236,6 +237,22 @@ def test_changed_captions_are_listed(config: Config, make_dataset: Callable[...,
     Path(config.run_dir, "trained_on.json").unlink()
     with pytest.raises(RunError, match=r"other images and captions"):  # a run of an earlier version
         train(config, shorter)
+
+
+def test_added_images_are_no_other_settings_and_the_adapter_is_offered(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    train(config, make_dataset(11))
+    more = make_dataset(12)
+    with pytest.raises(RunError, match=r"was trained with other data \(1 image added: 011.png\)") as error:
+        train(config, more)
+    assert "start_from" not in str(error.value), "there is no adapter yet"
+    (Path(config.run_dir) / "adapter").mkdir()
+    with pytest.raises(RunError, match=rf"another name=… and lora.start_from={re.escape(config.run_dir)}/adapter"):
+        train(config, more)
+    config.seed += 1
+    with pytest.raises(RunError, match=r"other settings \(1 image added: 011.png; seed: 0 -> 1\).*lora.start_from="):
+        train(config, more)
 
 
 def test_changed_conversations_are_reported_without_hashes(language_config: Config) -> None:
