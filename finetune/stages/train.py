@@ -189,7 +189,7 @@ def _resume(
     changed = list(_changes(newest.state.identity, identity, folder.parent, dataset))
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
-        other_data = before.get(dataset.identity_key) != now.get(dataset.identity_key)
+        other_data = newest.state.identity.get(dataset.identity_key) != dataset.content
         if other_data and (adapter := folder.parent / "adapter").exists():
             advice += f"; to continue from its adapter, take another name=… and lora.start_from={adapter}"
         what = "data" if other_data and len(changed) == 1 else "settings"
