@@ -39,12 +39,12 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     Raises Interrupted on SIGINT or SIGTERM after saving; the same call continues from there.
     """
     config = _config(recipe, overrides)
+    _check_machine(config)
     with distributed.process_group(), _held(config, owns_config=True) as folder:
         from finetune.stages import dataset, export, report, sample, train
 
         for line in cautions(config):
             say(f"warning: {line}")
-        _warn_about_machine(config)
         captions = distributed.on_first_rank(lambda: _captions(config))
         data = distributed.on_first_rank(lambda: dataset.dataset(config, captions))
         run = train.train(config, data)
@@ -75,6 +75,7 @@ def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
     config = _config(recipe, overrides)
     if not model_kind(config.model.kind).captioned:
         raise ConfigError(f"this recipe trains a {config.model.kind} model; only images have captions")
+    _check_machine(config)
     with _held(config):
         from finetune.stages.caption import caption
 
@@ -84,6 +85,7 @@ def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
 def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | TextSet:
     """The encoded data set; captions come first where they are missing."""
     config = _config(recipe, overrides)
+    _check_machine(config)
     with _held(config):
         from finetune.stages.dataset import dataset
 
@@ -93,11 +95,11 @@ def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | Te
 def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
     """The adapter of the finished run in every file format. Raises RunError where no run has finished."""
     config = _config(recipe, overrides)
+    _check_machine(config)
     with _held(config) as folder:
         from finetune.stages.export import export
 
         run = _finished(folder)
-        _warn_about_machine(config)
         return export(_as_trained(config, folder), run)
 
 
@@ -107,11 +109,11 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
     With settings other than the run's own it is drawn into a folder apart, `samples_more/HASH/`.
     """
     config = _config(recipe, overrides, draws=True)
+    _check_machine(config)
     with _held(config) as folder:
         from finetune.stages.export import export
         from finetune.stages.sample import sample
 
-        _warn_about_machine(config)
         run = None if config.sample.adapter else load_record(folder, "train", Run)
         trained = export(_as_trained(config, folder), run) if run else None
         own = as_dict(config)["sample"] == rundir.written_config(folder).get("sample")
@@ -130,6 +132,7 @@ def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
 
 def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = False) -> Config:
     """A checked configuration; `draws` asks for prompts too. Raises ConfigError with every problem at once."""
+    ranks.check_launcher()
     if isinstance(recipe, str):
         config = load(recipe, overrides)
     elif overrides:
@@ -150,14 +153,15 @@ def _held(config: Config, *, owns_config: bool = False) -> AbstractContextManage
     return rundir.held(Path(config.run_dir), as_dict(config), owns_config=owns_config, hint=hints.smaller(config))
 
 
-def _warn_about_machine(config: Config) -> None:
-    """Say, before anything is loaded, what this machine can't do of what is asked."""
-    if not config.model.offload:
-        return
+def _check_machine(config: Config) -> None:
+    """Say, before anything is read or made, what this machine can't do of what is asked. Raises ConfigError."""
     from finetune.memory import block_offload
-    from finetune.memory.device import pick_device
+    from finetune.memory.device import pick_device, pick_precision
 
-    block_offload.warn_without_gpu(pick_device(config.hardware.device))
+    device = pick_device(config.hardware.device)
+    pick_precision(config.trainer.precision, device)
+    if config.model.offload:
+        block_offload.warn_without_gpu(device)
 
 
 def _captions(config: Config) -> CaptionSet | None:

@@ -84,7 +84,7 @@ def test_a_run_cut_by_a_signal_and_by_kill_gives_the_very_same_adapter(captioned
     newest = checkpoint.steps_on_disk(checkpoints)[-1]
     assert 2 < newest <= 6  # the step that the signal met is finished and saved
     assert ended.err.splitlines()[-1] == (
-        f"stopped by signal {signal.SIGTERM.value} after step {newest}; the same command goes on from there"
+        f"stopped by SIGTERM after step {newest}; the same command goes on from there"
     )
     assert "Traceback" not in ended.err
     assert "error" not in ended.err
