@@ -7,8 +7,10 @@ of them is called.
 import os
 from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from finetune.api import caption, dataset, export, load, plan, report, sample, train
+from finetune.stages import COMMANDS
+
+if TYPE_CHECKING:  # a command that is not named here has no types, and works
+    from finetune.api import caption, dataset, export, load, plan, report, sample, train  # noqa: F401
     from finetune.config.schema import Config
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name first
@@ -18,12 +20,12 @@ ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name 
 if not any(name in os.environ for name in ALLOCATOR):
     os.environ[ALLOCATOR[0]] = "expandable_segments:True"
 
-__all__ = ["Config", "caption", "dataset", "export", "load", "plan", "report", "sample", "train"]
+__all__ = ["Config", "load", *COMMANDS]
 
 
 def __getattr__(name: str) -> Any:
     if name not in __all__:
-        raise AttributeError(f"module 'finetune' has no attribute {name!r}; it offers {', '.join(__all__)}")
+        raise AttributeError(f"module 'finetune' has no attribute {name!r}; it offers {', '.join(__dir__())}")
     if name == "Config":
         from finetune.config.schema import Config
 

@@ -1,13 +1,17 @@
-"""What a notebook calls and the command line runs: one function per verb, each of them `recipe -> record`.
+"""What a notebook calls and the command line runs: one function per command, each of them `recipe -> record`.
 
-Every call checks the whole configuration first, makes the run folder, holds its lock, and brings the stages before its
-own up to date: a stage whose inputs haven't changed is skipped. Heavy imports wait until a stage runs.
+Every call checks the whole configuration first, has of the run folder what the command's row in `stages.COMMANDS` says,
+and brings the stages before its own up to date: a stage whose inputs haven't changed is skipped. A command of one stage
+needs no function here. Heavy imports wait until a stage runs.
 """
 
-from collections.abc import Sequence
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import replace
+from functools import partial
+from importlib import import_module
 from pathlib import Path
+from typing import Any, cast
 
 from finetune.config import hints
 from finetune.config.describe import as_dict
@@ -17,11 +21,12 @@ from finetune.config.validate import cautions, check
 from finetune.diffusion import families
 from finetune.errors import ConfigError, RunError
 from finetune.planning.plan import Plan
-from finetune.reporting import notebook  # noqa: F401 - tells notebooks how each record looks
+from finetune.reporting import notebook
 from finetune.run import ranks, rundir
 from finetune.run.progress import say
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
+from finetune.stages import COMMANDS
 from finetune.training import distributed
 
 
@@ -38,9 +43,7 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
     Several processes (torchrun, accelerate launch) train together; the first one does the rest.
     Raises Interrupted on SIGINT or SIGTERM after saving; the same call continues from there.
     """
-    config = _config(recipe, overrides)
-    _check_machine(config)
-    with distributed.process_group(), _held(config, owns_config=True) as folder:
+    with _begun("train", recipe, overrides) as config:
         from finetune.stages import dataset, export, report, sample, train
 
         for line in cautions(config):
@@ -50,7 +53,7 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
         run = train.train(config, data)
 
         def hand_out() -> Result:
-            rundir.write_config(as_dict(config), folder)  # the run now is what this configuration says
+            rundir.write_config(as_dict(config), Path(config.run_dir))  # the run now is what this configuration says
             adapter = export.export(config, run)
             samples = sample.sample(config, adapter)
             return Result(captions, data, run, adapter, samples, report.report(config))
@@ -63,30 +66,17 @@ def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
 
     Of one process: each of several takes as much. Raises ConfigError where several are to plan.
     """
-    config = _config(recipe, overrides)
-    ranks.require_single_process()
-    from finetune.stages.plan import plan
-
-    return plan(config)
+    return cast(Plan, _stage("plan", recipe, overrides))
 
 
 def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
     """Captions for every image that has none, in the image folder's metadata.jsonl."""
-    config = _config(recipe, overrides)
-    if not model_kind(config.model.kind).captioned:
-        raise ConfigError(f"this recipe trains a {config.model.kind} model; only images have captions")
-    _check_machine(config)
-    with _held(config):
-        from finetune.stages.caption import caption
-
-        return caption(config)
+    return cast(CaptionSet, _stage("caption", recipe, overrides))
 
 
 def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | TextSet:
     """The encoded data set; captions come first where they are missing."""
-    config = _config(recipe, overrides)
-    _check_machine(config)
-    with _held(config):
+    with _begun("dataset", recipe, overrides) as config:
         from finetune.stages.dataset import dataset
 
         return dataset(config, _captions(config))
@@ -94,13 +84,10 @@ def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | Te
 
 def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
     """The adapter of the finished run in every file format. Raises RunError where no run has finished."""
-    config = _config(recipe, overrides)
-    _check_machine(config)
-    with _held(config) as folder:
+    with _begun("export", recipe, overrides) as config:
         from finetune.stages.export import export
 
-        run = _finished(folder)
-        return export(_as_trained(config, folder), run)
+        return export(_as_trained(config), _finished(config))
 
 
 def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Answers:
@@ -108,30 +95,61 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
 
     With settings other than the run's own it is drawn into a folder apart, `samples_more/HASH/`.
     """
-    config = _config(recipe, overrides, draws=True)
-    _check_machine(config)
-    with _held(config) as folder:
+    with _begun("sample", recipe, overrides) as config:
         from finetune.stages.export import export
         from finetune.stages.sample import sample
 
+        folder = Path(config.run_dir)
         run = None if config.sample.adapter else load_record(folder, "train", Run)
-        trained = export(_as_trained(config, folder), run) if run else None
+        trained = export(_as_trained(config), run) if run else None
         own = as_dict(config)["sample"] == rundir.written_config(folder).get("sample")
         return sample(config, trained or load_record(folder, "export", Adapter), own=own)
 
 
 def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
-    """report.html again, from what the run folder holds."""
-    config = _config(recipe, overrides)
-    with _held(config) as folder:
-        from finetune.stages.report import report
-
-        _finished(folder)
-        return report(config)
+    """report.html again, from what the run folder holds. Raises RunError where no run has finished."""
+    return cast(Report, _stage("report", recipe, overrides))
 
 
-def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = False) -> Config:
-    """A checked configuration; `draws` asks for prompts too. Raises ConfigError with every problem at once."""
+def __getattr__(name: str) -> Callable[..., Any]:
+    """A command without a function above."""
+    if name not in COMMANDS:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return partial(_stage, name)
+
+
+def _stage(command: str, recipe: str | Config, overrides: Sequence[str] = ()) -> Any:
+    """What the command's stage makes of the configuration."""
+    with _begun(command, recipe, overrides) as config:
+        record = getattr(import_module(f"finetune.stages.{command}"), command)(config)
+    notebook.give_look(type(record))
+    return record
+
+
+@contextmanager
+def _begun(command: str, recipe: str | Config, overrides: Sequence[str]) -> Iterator[Config]:
+    """The checked configuration; inside, the command has of the run folder what its row says."""
+    row = COMMANDS[command]
+    config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
+    if row.uses_device:
+        _check_machine(config)
+    folder, hint = Path(config.run_dir), hints.smaller(config)
+    if not row.trains:
+        ranks.require_single_process()
+    together = distributed.process_group() if row.trains else nullcontext()
+    held = (
+        rundir.held(folder, as_dict(config), owns_config=row.trains, hint=hint)
+        if row.holds_folder
+        else rundir.explained(folder, hint)
+    )
+    with together, held:
+        if row.needs_run:
+            _finished(config)
+        yield config
+
+
+def _config(recipe: str | Config, overrides: Sequence[str], *, needs_prompts: bool) -> Config:
+    """A checked configuration. Raises ConfigError with every problem at once."""
     ranks.check_launcher()
     if isinstance(recipe, str):
         config = load(recipe, overrides)
@@ -142,15 +160,11 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, draws: bool = Fal
     else:
         config = recipe
     problems = check(config) + families.problems(config.model.family)
-    if draws and not config.sample.prompts:
+    if needs_prompts and not config.sample.prompts:
         problems.append("sample.prompts is empty, nothing could be drawn; try 'sample.prompts=[\"a red robot\"]'")
     if problems:
         raise ConfigError("\n".join(problems))
     return config
-
-
-def _held(config: Config, *, owns_config: bool = False) -> AbstractContextManager[Path]:
-    return rundir.held(Path(config.run_dir), as_dict(config), owns_config=owns_config, hint=hints.smaller(config))
 
 
 def _check_machine(config: Config) -> None:
@@ -173,16 +187,16 @@ def _captions(config: Config) -> CaptionSet | None:
     return caption(config)
 
 
-def _finished(folder: Path) -> Run:
-    """The run that finished in this folder. Raises RunError if none did."""
-    run = load_record(folder, "train", Run)
+def _finished(config: Config) -> Run:
+    """The run that finished in the run folder. Raises RunError if none did."""
+    run = load_record(Path(config.run_dir), "train", Run)
     if run is None:
-        raise RunError(f"{folder} holds no finished run; type the same command with train first")
+        raise RunError(f"{config.run_dir} holds no finished run; type the same command with train first")
     return run
 
 
-def _as_trained(config: Config, folder: Path) -> Config:
-    """With the name and the trigger phrase that the run in this folder was trained with: they belong to its adapter."""
-    written = rundir.written_config(folder)
+def _as_trained(config: Config) -> Config:
+    """With the name and the trigger phrase that the run in its folder was trained with: they belong to its adapter."""
+    written = rundir.written_config(Path(config.run_dir))
     caption = replace(config.caption, trigger=written.get("caption", {}).get("trigger", config.caption.trigger))
     return replace(config, name=written.get("name", config.name), caption=caption)

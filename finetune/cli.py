@@ -21,16 +21,8 @@ from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
 from finetune.run import ranks
 from finetune.run.progress import say
+from finetune.stages import COMMANDS
 
-COMMANDS = {
-    "train": "the whole line: caption, dataset, training, export, samples, report",
-    "plan": "say whether the run fits the GPU, and the fastest settings that do",
-    "caption": "write a caption for every image that has none",
-    "dataset": "read and encode images or conversations",
-    "export": "write the trained adapter in every file format, checked",
-    "sample": "draw or answer the recipe's prompts, base beside tuned",
-    "report": "write report.html again from what the run folder holds",
-}
 # Hydra's flags that make sense here; True: a value follows.
 FLAGS = {
     **dict.fromkeys(("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve"), False),
@@ -43,6 +35,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
+    _open_missing_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -56,6 +49,17 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 0
     except Exception as error:
         return _complain(error, debug)
+
+
+def _open_missing_streams() -> None:
+    """Put /dev/null where a service started us without a standard stream: the next file would take its number."""
+    for number in range(3):
+        try:
+            os.fstat(number)
+        except OSError:
+            os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
+    sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
 
 
 def _answer(words: list[str], debug: bool) -> int:
@@ -92,7 +96,7 @@ def help_text() -> str:
         lines = (f"  {name:<{width}}  {text}" for name, text in texts.items())
         return "\n".join(textwrap.fill(line, WIDTH, subsequent_indent=indent) for line in lines)
 
-    commands = rows(COMMANDS)
+    commands = rows({name: command.help for name, command in COMMANDS.items()})
     listed = rows({name: recipes.title(path) for name, path in files.items()})
     return f"""\
 LoRA fine-tuning from images or conversations to a tested adapter.

@@ -4,7 +4,7 @@ import gc
 import os
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,19 @@ if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes 
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 ROOT = Path(__file__).resolve().parent.parent
+TERMINAL = {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}
+NO_WISHES = ("NO_COLOR", "FORCE_COLOR", "TTY_COMPATIBLE", "TTY_INTERACTIVE")  # rich reads them
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _same_terminal_for_everyone() -> Iterator[None]:
+    """What is printed does not depend on where the tests are run from. pytest itself keeps the real terminal."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in TERMINAL.items():
+            patch.setenv(name, value)
+        for name in NO_WISHES:
+            patch.delenv(name, raising=False)
+        yield
 
 
 @pytest.fixture(scope="module", autouse=True)

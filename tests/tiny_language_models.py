@@ -48,7 +48,7 @@ def save_language(folder: Path, architecture: str = "llama", seed: int = 0) -> P
     }
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = _model(architecture, SIZES | control | {"vocab_size": len(tokenizer)})
+        model = build(architecture, SIZES | control | {"vocab_size": len(tokenizer)})
         for parameter in model.parameters():  # large enough that a token's neighbours show in its hidden state
             if parameter.ndim > 1:
                 parameter.data.mul_(5)
@@ -58,7 +58,7 @@ def save_language(folder: Path, architecture: str = "llama", seed: int = 0) -> P
     return folder
 
 
-def _model(architecture: str, sizes: dict[str, Any]) -> Any:
+def build(architecture: str, sizes: dict[str, Any]) -> Any:
     import transformers as hf
 
     half_sliding = {"sliding_window": WINDOW, "layer_types": ["sliding_attention", "full_attention"], "head_dim": 8}

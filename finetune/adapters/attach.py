@@ -1,6 +1,5 @@
 """Load an exported PEFT folder into a fresh base of any kind, for inference."""
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +20,9 @@ def attach_peft_folder(model: nn.Module, folder: Path) -> Any:
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
     require_adapter(folder)
-    require_adapter(folder / "adapter_config.json")  # PEFT would look for the folder on the hub
     stored = formats.read_peft_folder(folder)  # names a damaged file better than PEFT does
+    require_adapter(folder / formats.PEFT_CONFIG)  # PEFT would look for the folder on the hub
+    formats.read_peft_config(folder)
     with mismatch_as_model_error(folder):
         config: Any = PeftConfig.from_pretrained(str(folder))
         if config.exclude_modules == formats.OTHER_MODALITIES:
@@ -37,7 +37,7 @@ def attach_peft_folder(model: nn.Module, folder: Path) -> Any:
         for name, weight in get_peft_model_state_dict(attached, save_embedding_layers=False).items()
     }
     if odd := sorted(own.keys() ^ stored.keys()):  # PEFT leaves out what has no place, and says nothing
-        raise _mismatch(folder, f"{len(odd)} tensors differ, first {odd[0]}")
+        raise mismatch(folder, f"{len(odd)} tensors differ, first {odd[0]}")
     move_adapters_to_gpu(attached)
     return attached
 
@@ -55,12 +55,8 @@ def mismatch_as_model_error(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except json.JSONDecodeError as error:
-        raise ModelError(
-            f"{path / 'adapter_config.json'} is damaged ({error}); export it again or restore it from a copy"
-        ) from error
     except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise _mismatch(path, str(error).splitlines()[0]) from error
+        raise mismatch(path, str(error).splitlines()[0]) from error
 
 
 def move_adapters_to_gpu(model: nn.Module) -> None:
@@ -83,5 +79,6 @@ def _without_device_map(model: Any) -> Iterator[None]:
             model.hf_device_map = device_map
 
 
-def _mismatch(path: Path, reason: str) -> ModelError:
+def mismatch(path: Path, reason: str) -> ModelError:
+    """The error for an adapter of another base."""
     return ModelError(f"{path} does not fit this base ({reason}); was it trained on another?")

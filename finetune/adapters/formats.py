@@ -1,9 +1,14 @@
-"""The files that an adapter is exported in and read from: PEFT folders and kohya-style safetensors."""
+"""The files that an adapter is exported in and read from: PEFT folders and single safetensors files.
+
+r rank, O output features of a layer.
+"""
 
 import copy
+import json
 import math
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,32 +23,120 @@ from finetune.errors import ModelError
 FULL_MODEL_PREFIX, TEXT_MODEL_PREFIX = "full_model_prefix", "model."
 FULL_TO_TEXT_MODEL = {r"^model\.language_model\.": TEXT_MODEL_PREFIX}  # as PEFT's `key_mapping`
 OTHER_MODALITIES = r".*(vision|audio).*"  # parts of the full model whose layers have the same names
+PEFT_DEFAULT = 8  # of r and lora_alpha
+PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
-PEFT_FACTORS = {kohya: peft for peft, kohya in KOHYA_FACTORS.items()}
+A, B, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
+PARTS = {"lora_A": A, "lora_down": A, "lora_B": B, "lora_up": B, MAGNITUDE: MAGNITUDE, ALPHA: ALPHA, "lora_mid": ""}
+"""Parts of a layer's adapter, by their names in files of any program; LoCon's third factor has no place in PEFT."""
+KEY = re.compile(rf"(?P<layer>.+?)\.(?P<part>{'|'.join(PARTS)})(\.(?!bias)\w+)?(\.weight)?")
+FACTOR_A = re.compile(r"\.lora_(?:embedding_)?A")
+EARLY_DIFFUSERS = re.compile(r".+[._]lora\.(down|up)\.weight")  # named after attention processors, without an alpha
+PREFIXES = (
+    *("base_model.model.", "diffusion_model.", "transformer.", "unet."),
+    *("lora_transformer_", "lora_unet_", "lycoris_", ""),
+)
+"""What may stand before a layer's name; the rest may have underscores for dots."""
+TEXT_ENCODERS = ("lora_te", "text_encoder")  # begin names of their layers
+CONVERTER_ERRORS = (ValueError, LookupError, RuntimeError, TypeError, AttributeError)
+STARTS_AS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
+"""PEFT's starts that leave the base's weights as they are. After others A and B add to weights that no file holds."""
+
+
+@dataclass(frozen=True)
+class StoredAdapter:
+    """An adapter that was read from a file.
+
+    weights: under PEFT's names, as `lora.load_state` takes them. scales: by layer, the factor of its update B A.
+    unused: what else the file holds.
+    """
+
+    weights: dict[str, Tensor]
+    scales: dict[str, float]
+    unused: tuple[str, ...] = ()
+
+    def describe_unused(self) -> str:
+        """How many tensors aren't used, of which kinds, and the first; empty if all are."""
+        if not self.unused:
+            return ""
+        kinds = ", ".join(sorted({key.removesuffix(".weight").rpartition(".")[2] for key in self.unused})[:5])
+        count = f"{len(self.unused)} tensor{'s' if len(self.unused) > 1 else ''}"
+        return f"{count} without a place in this base ({kinds}; first {self.unused[0]})"
 
 
 def read_weights(path: Path) -> dict[str, Tensor]:
-    """Tensors of a safetensors file. Raises ModelError for a missing or damaged one."""
+    """Tensors of an adapter's file. Raises ModelError for a missing or damaged one, or if one is not finite."""
     from safetensors import SafetensorError
     from safetensors.torch import load_file
 
     try:
-        return load_file(path)
+        tensors = load_file(path)
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist") from error
     except (SafetensorError, OSError) as error:
         raise ModelError(f"{path} is damaged ({error}); export it again or restore it from a copy") from error
+    for name, tensor in tensors.items():
+        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+            raise ModelError(f"{path} is damaged: {name} is not finite; export it again or restore it from a copy")
+    return tensors
 
 
 def peft_folder(path: Path) -> Path:
-    """The PEFT folder in a run's `adapter/` folder; any other path as it is."""
-    return path / "peft" if (path / "peft" / "adapter_config.json").exists() else path
+    """The PEFT folder in a run's `adapter/` folder, or around a PEFT folder's weights; any other path as it is."""
+    if path.name == PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).exists():
+        return path.parent  # the file alone doesn't say how strong it is
+    return path / "peft" if (path / "peft" / PEFT_CONFIG).exists() else path
 
 
 def read_peft_folder(folder: Path) -> dict[str, Tensor]:
-    """An exported PEFT adapter's weights under the names that `load_state` takes."""
-    weights = read_weights(folder / "adapter_model.safetensors")
+    """An exported PEFT adapter's weights under the names that `load_state` takes. Raises ModelError."""
+    if folder.is_file():
+        raise ModelError(f"{folder} is a file, and only an image model takes one; name a PEFT folder")
+    weights = read_weights(folder / PEFT_WEIGHTS)
     return {_text_model_name(name.removeprefix("base_model.model.")): weight for name, weight in weights.items()}
+
+
+def read_peft_config(folder: Path) -> dict[str, Any]:
+    """A PEFT folder's settings. Raises ModelError if they are damaged, or those of anything but a LoRA."""
+    path = folder / PEFT_CONFIG
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise ModelError(f"{path} is damaged ({error}); export it again or restore it from a copy") from error
+    kind = settings.get("peft_type") if isinstance(settings, dict) else None
+    if kind != "LORA":
+        raise ModelError(f"{path} is of type {kind}, and only LORA adapters are read")
+    return dict(settings)
+
+
+def read_peft(folder: Path) -> StoredAdapter:
+    """A PEFT folder from any trainer. Raises ModelError if it is missing, damaged, or changes the base besides."""
+    weights = read_peft_folder(folder)
+    settings = read_peft_config(folder)
+    if (start := settings.get("init_lora_weights", True)) not in STARTS_AS_BASE:
+        raise ModelError(
+            f"{folder} was saved with init_lora_weights={start}, which changes the base too; save it again with "
+            "PEFT's path_initial_model_for_weight_conversion"
+        )
+    return StoredAdapter(weights, {layer: _scale(settings, layer) for layer in _layers(weights)})
+
+
+def _layers(weights: Iterable[str]) -> set[str]:
+    """Names of layers that have a factor A."""
+    return {FACTOR_A.split(name)[0] for name in weights if FACTOR_A.search(name)}
+
+
+def _scale(settings: Mapping[str, Any], layer: str) -> float:
+    """What PEFT multiplies a layer's update by: alpha / r, or alpha / sqrt(r) for rsLoRA."""
+    rank = _of_layer(settings.get("rank_pattern"), layer, settings.get("r", PEFT_DEFAULT))
+    alpha = _of_layer(settings.get("alpha_pattern"), layer, settings.get("lora_alpha", PEFT_DEFAULT))
+    return float(alpha / (math.sqrt(rank) if settings.get("use_rslora") else rank))
+
+
+def _of_layer(patterns: Mapping[str, float] | None, layer: str, default: float) -> float:
+    """The first of `patterns` that ends the layer's name, as PEFT finds it."""
+    matching = (value for key, value in (patterns or {}).items() if re.match(rf"(.*\.)?({key})$", layer))
+    return next(matching, default)
 
 
 def _text_model_name(name: str) -> str:
@@ -65,6 +158,7 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
     config: Any = copy.copy(model.peft_config[lora.ADAPTER])  # type: ignore[index]
     config.base_model_name_or_path = base
     config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set: another order in each process
     if hasattr(model, "generate"):  # AutoPeftModelForCausalLM asks for it
         config.task_type = "CAUSAL_LM"
     tensors = lora.adapter_tensors(model)
@@ -78,7 +172,7 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
         weights = {re.sub(rf"^{TEXT_MODEL_PREFIX}", prefix, name): weight for name, weight in weights.items()}
     config.save_pretrained(folder)
     named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
-    save_file(named, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
 
 
 def _join_initial(weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -111,24 +205,74 @@ def save_kohya(
     return file
 
 
-def from_kohya(model: nn.Module, weights: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor] | None:
-    """A kohya-style file under PEFT's names, alpha / r within B; None if it has other keys than layers of `model`."""
-    layers = {_kohya_name(prefix, name): name for name, _ in model.named_modules()}
-    found = {}
-    for key, weight in weights.items():
-        layer, _, factor = key.removesuffix(".weight").rpartition(".")
-        if layer not in layers or factor not in (*PEFT_FACTORS, "alpha"):
-            return None
-        if factor == "lora_up":
-            weight = weight * (weights[f"{layer}.alpha"] / weight.shape[1])
-        if factor in PEFT_FACTORS:
-            found[f"{layers[layer]}.{PEFT_FACTORS[factor]}.weight"] = weight
-    return found
+def read_file(
+    path: Path, part: str, layers: Iterable[str], convert: Callable[[dict[str, Tensor]], dict[str, Tensor]]
+) -> StoredAdapter:
+    """An adapter in one safetensors file of any program; its strength is within B, so all scales are 1.
+
+    The strength is the file's alphas, else that of PEFT's settings in its metadata, as diffusers writes them for each
+    `part` of a pipeline, else 1. layers: names in the base. convert: other programs' names of layers to the base's.
+    Raises ModelError for a missing or damaged file.
+    """
+    tensors = read_weights(path)
+    forms = {form: name for name in layers for form in (name.replace(".", "_"), name)}
+    pairs, unused = _complete_pairs(tensors)
+    weights, others = _renamed(pairs, forms)
+    if foreign := {key: tensor for key, tensor in others.items() if not key.startswith(TEXT_ENCODERS)}:
+        try:
+            converted, left = _renamed(convert(dict(foreign)), forms)
+        except CONVERTER_ERRORS:  # each converter meets an unknown name in its own way
+            converted, left = {}, foreign
+        weights |= converted
+        others = {key: tensor for key, tensor in others.items() if key not in foreign} | left
+    if not any(key.endswith(f".{ALPHA}") for key in tensors):
+        settings = _peft_settings(path, part)
+        for layer in _layers(weights) if settings else ():
+            weights[f"{layer}.{B}"] = weights[f"{layer}.{B}"] * _scale(settings, layer)
+    return StoredAdapter(weights, dict.fromkeys(_layers(weights), 1.0), (*others, *unused))
 
 
-def is_kohya(weights: Mapping[str, Tensor]) -> bool:
-    """Whether a file has kohya-style keys."""
-    return any(name.endswith(".lora_down.weight") for name in weights)
+def _peft_settings(path: Path, part: str) -> dict[str, Any]:
+    """PEFT's settings of a part in the metadata of a diffusers file; empty without."""
+    from safetensors import safe_open
+
+    with safe_open(path, framework="pt") as file:
+        stored = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
+    return {key.removeprefix(f"{part}."): value for key, value in stored.items() if key.startswith(f"{part}.")}
+
+
+def _complete_pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:
+    """The pairs A and B with alpha / r in B, under the file's names, and the names of everything else."""
+    parts: dict[str, dict[str, str]] = {}
+    for key in tensors:
+        if match := KEY.fullmatch(key):
+            parts.setdefault(match["layer"], {})[PARTS[match["part"]]] = key
+    found: dict[str, Tensor] = {}
+    used: set[str] = set()
+    for keys in parts.values():
+        if not keys.keys() >= {A, B} or "" in keys:
+            continue
+        found |= {key: tensors[key] for part, key in keys.items() if part != ALPHA}
+        if ALPHA in keys:
+            up_Or = tensors[keys[B]]
+            found[keys[B]] = up_Or * (float(tensors[keys[ALPHA]]) / up_Or.shape[1])
+        used.update(keys.values())
+    early = {key: tensor for key, tensor in tensors.items() if EARLY_DIFFUSERS.fullmatch(key)}
+    return found | early, [key for key in tensors if key not in used | early.keys()]
+
+
+def _renamed(tensors: Mapping[str, Tensor], forms: Mapping[str, str]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Those of the base's layers under PEFT's names, and the others. forms: layers by what files may call them."""
+    found, others = {}, {}
+    for key, tensor in tensors.items():
+        match = KEY.fullmatch(key)
+        names = [match["layer"].removeprefix(prefix) for prefix in PREFIXES if key.startswith(prefix)] if match else []
+        layer = next((forms[name] for name in names if name in forms), None)
+        if match and layer:
+            found[f"{layer}.{PARTS[match['part']]}"] = tensor
+        else:
+            others[key] = tensor
+    return found, others
 
 
 def _kohya_name(prefix: str, layer: str) -> str:

@@ -152,6 +152,31 @@ def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
 
 
+def start_from(model: nn.Module, weights: Mapping[str, Tensor], scales: Mapping[str, float], source: str) -> None:
+    """`load_state` of an adapter that was trained with other settings: B is rescaled so that it is the same function.
+
+    scales: by layer, the factor of its update B A where it was trained. Raises ModelError if it can't be the same.
+    """
+    own, (_, first) = adapter_tensors(model), lora_layers(model)[0]
+    if any(name.endswith(".initial") for name in own):
+        raise ModelError(f"lora.init=pissa does not start at {source}; set lora.init=default")
+    ranks, rank = sorted({len(weight) for name, weight in weights.items() if ".lora_A." in name}), first.r[ADAPTER]
+    if ranks and ranks != [rank]:
+        advice = f"set lora.rank={ranks[0]}" if len(ranks) == 1 else "only adapters of one rank can be continued"
+        raise ModelError(f"{source} has rank {', '.join(map(str, ranks))}, and lora.rank is {rank}; {advice}")
+    dora, here = (any("lora_magnitude_vector" in name for name in names) for names in (weights, own))
+    if dora != here:
+        setting, stored = str(here).lower(), str(dora).lower()
+        raise ModelError(f"{source} was trained with dora={stored}, and lora.dora is {setting}; set lora.dora={stored}")
+    scaled = dict(weights)
+    for name, layer in lora_layers(model):
+        factor = scales.get(name, 1.0) / layer.scaling[ADAPTER]
+        for key in (f"{name}.lora_B.weight", f"{name}.lora_embedding_B"):
+            if key in scaled and factor != 1:
+                scaled[key] = scaled[key].float() * factor
+    load_state(model, scaled, source)
+
+
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:
     """The layers with adapters, by name."""
     from peft.tuners.lora import LoraLayer

@@ -13,18 +13,22 @@ SHORTEST_ROW = 2  # tokens: one that is seen, and the one after it
 class ModelKind:
     """Facts of a kind of model; its package is `finetune.NAME`.
 
-    data_key: the setting that names the examples. export_formats: what its adapters can be exported in. example_recipe:
-    the recipe that shows it. captioned: its examples may need captions first. resize: make every example that share of
-    its size: what to type, and the configuration. smaller_shares: those that may help where memory is short.
+    data_key: the setting that names the examples. example_recipe: the recipe that shows it. captioned: its examples may
+    need captions first. resize: make every example that share of its size: what to type, and the configuration.
+    smaller_shares: those that may help where memory is short.
     """
 
     name: str
     data_key: str
-    export_formats: tuple[ExportFormat, ...]
     example_recipe: str
     captioned: bool
     resize: Callable[[Config, float], tuple[str, Config]]
     smaller_shares: tuple[float, ...]
+
+    @property
+    def export_formats(self) -> tuple[ExportFormat, ...]:
+        """What its adapters can be exported in."""
+        return tuple(export_format for export_format in ExportFormat if self.name in export_format.kinds)
 
     def smaller_examples(self, config: Config) -> Iterator[tuple[str, Config]]:
         """Settings that make an example smaller, mildest first; none where it is as small as it can be."""
@@ -49,7 +53,6 @@ MODEL_KINDS = {
         ModelKind(
             name="diffusion",
             data_key="data.folder",
-            export_formats=(ExportFormat.peft, ExportFormat.diffusers, ExportFormat.kohya),
             example_recipe="pixar_style",
             captioned=True,
             resize=_resized_images,
@@ -58,7 +61,6 @@ MODEL_KINDS = {
         ModelKind(
             name="language",
             data_key="data.file",
-            export_formats=(ExportFormat.peft, ExportFormat.merged, ExportFormat.gguf),
             example_recipe="pirate_chat",
             captioned=False,
             resize=_resized_rows,

@@ -56,17 +56,17 @@ class Device(Enum):
 
 
 class ExportFormat(Enum):
-    """File formats of an exported adapter.
+    """File formats of an exported adapter: what it is, the kinds of model that have it, and the setting in
+    `ExportConfig` that its difference to the trained model must not exceed."""
 
-    peft for every model, diffusers and kohya for image models, merged (a whole model in 16 bit) and gguf (an adapter
-    for llama.cpp) for language models.
-    """
+    peft = "a folder for PEFT", ("diffusion", "language")
+    diffusers = "a file for diffusers", ("diffusion",)
+    kohya = "a file for ComfyUI and others", ("diffusion",)
+    merged = "a whole model in 16 bit", ("language",), "divergence"
+    gguf = "a file for llama.cpp", ("language",)
 
-    peft = "peft"
-    diffusers = "diffusers"
-    kohya = "kohya"
-    merged = "merged"
-    gguf = "gguf"
+    def __init__(self, _meaning: str, kinds: tuple[str, ...], limit: str = "tolerance") -> None:
+        self.kinds, self.limit = kinds, limit
 
 
 class Quantize(Enum):
@@ -85,6 +85,13 @@ class LoraInit(Enum):
     default = "default"
     pissa = "pissa"
     loftq = "loftq"
+
+
+class Weighting(Enum):
+    """How much each noise level counts in the loss of an image model."""
+
+    uniform = "uniform"
+    min_snr = "min_snr"
 
 
 class ConversationFormat(Enum):
@@ -189,7 +196,7 @@ class CaptionConfig:
     """Automatic captions for images that have none."""
 
     model: str = "embedded:captioner"
-    """A BLIP captioning model: `embedded:captioner`, a local folder or a hub id."""
+    """A captioning model such as BLIP: `embedded:captioner`, a local folder or a hub id."""
     batch: int = field(default=8, metadata=at_least(1))
     """Images captioned at once."""
     max_new_tokens: int = field(default=40, metadata=at_least(1))
@@ -223,7 +230,8 @@ class LoraConfig:
     dora: bool = field(default=False, metadata=LANGUAGE)
     """Train the weights' magnitude apart from their direction (arXiv 2402.09353): a little better, slower."""
     start_from: str = ""
-    """PEFT folder of an adapter, or a run's adapter folder, to continue from; empty starts at zero."""
+    """PEFT folder of an adapter, or a run's adapter folder, to continue from; for image models also a diffusers or
+    kohya-style file. The start is the same function whatever alpha is here; empty starts at zero."""
 
 
 @dataclass
@@ -295,8 +303,10 @@ class TrainerConfig:
 class LossConfig:
     """The diffusion loss."""
 
+    weighting: Weighting = field(default=Weighting.min_snr, metadata=DIFFUSION)
+    """How noise levels are weighted: min_snr (arXiv 2303.09556; flow matching: alike) or uniform (alike)."""
     min_snr_gamma: float = field(default=5.0, metadata=DIFFUSION | at_least(0))
-    """Cap of the signal-to-noise weighting (arXiv 2303.09556); 0 weights all noise levels alike."""
+    """Cap of the signal-to-noise ratio in min_snr; 0 weights all noise levels alike."""
     noise_offset: float = field(default=0.0, metadata=DIFFUSION | at_least(0))
     """Size of a constant added to each channel's noise: lets very dark and bright images be learnt."""
     caption_dropout: float = field(default=0.1, metadata=DIFFUSION | SHARE)

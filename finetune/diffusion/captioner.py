@@ -107,4 +107,7 @@ class Blip:
         )
 
 
-CAPTIONERS: dict[str, type[Captioner]] = {"blip": Blip}  # by the `model_type` of a model's config.json
+CAPTIONERS: dict[str, type[Captioner]] = {
+    "blip": Blip,
+}
+"""By the `model_type` of a model's config.json."""

@@ -24,9 +24,9 @@ from finetune.data.images import buckets, decode, folder
 from finetune.data.images.index import ImageIndex
 from finetune.diffusion.families.spec import TEXT_BATCH
 from finetune.diffusion.pipeline import (
+    TextEncoder,
+    Vae,
     base_hash,
-    load_text_encoder,
-    load_vae,
     text_encoder_hash,
     vae_hash,
 )
@@ -34,12 +34,13 @@ from finetune.errors import DataError
 from finetune.memory.device import pick_device, release_memory
 from finetune.run.atomic import write_atomically
 from finetune.run.hashing import hash_of
-from finetune.run.progress import progress, say
+from finetune.run.progress import plural, progress, say
 from finetune.run.records import Caption, CaptionSet, Dataset, Example
 
 GEOMETRY = "lanczos-1"  # part of every image's key: change it when the same bucket and crop would give other pixels
 PIXELS_PER_BATCH = 512 * 512  # of one VAE batch: fills a GPU already; more would only cost memory
 SMALLEST_SPLIT = 20  # images; of fewer, holding some out costs more than the validation loss tells
+MUCH = 0.5  # of an image's area: more than that is not cut away in silence
 DECODE_THREADS = 4
 # Words of the first release. Entries of existing caches carry them: other words would encode everything again.
 LATENTS_KEY, TRUNCATED_NOTE = "picture", "lost"
@@ -47,7 +48,10 @@ LATENTS_KEY, TRUNCATED_NOTE = "picture", "lost"
 
 @dataclass(frozen=True)
 class SourceImage:
-    """One image before encoding: its content hash, caption, and how it is cut. `crop` in upright original pixels."""
+    """One image before encoding: its content hash, caption, and how it is cut.
+
+    crop: in upright original pixels. cut_away: share of the image's area outside it.
+    """
 
     file: str
     sha256: str
@@ -55,6 +59,7 @@ class SourceImage:
     bucket: buckets.Bucket
     crop: tuple[int, int, int, int]
     upscaled: bool
+    cut_away: float
 
 
 Variant = tuple[SourceImage, bool]  # an image, and whether it is mirrored
@@ -124,7 +129,7 @@ def encode_images(
     Raises DataError naming every unreadable image (left out with a warning under `data.skip_bad`).
     """
     images = read_images(captions, model, data)
-    _warn_about(images, trigger)
+    _warn_about(images, trigger, Path(captions.folder))
     held_out = hold_out([image.sha256 for image in images], data.validation_share)
     # A held-out image is never trained on, so its mirror image isn't either, and it is measured once, as it is.
     variants = [
@@ -195,25 +200,39 @@ def image_index(captions: CaptionSet, data: DataConfig) -> ImageIndex:
 def _source_image(item: Caption, sha256: str, size: tuple[int, int], shapes: Sequence[buckets.Bucket]) -> SourceImage:
     bucket = buckets.nearest(*size, shapes)
     crop = buckets.centre_crop(*size, bucket)
-    return SourceImage(item.file, sha256, item.text, bucket, crop, buckets.upscales(*size, bucket))
+    cut_away = 1 - crop[2] * crop[3] / (size[0] * size[1])
+    return SourceImage(item.file, sha256, item.text, bucket, crop, buckets.upscales(*size, bucket), cut_away)
 
 
-def _warn_about(images: Sequence[SourceImage], trigger: str) -> None:
+def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path) -> None:
     if len(images) == 1:
         say("warning: only one image; the adapter will draw it over and over; 10 to 40 of one style work well")
     trigger = trigger.strip()
     without = [image.file for image in images if trigger.casefold() not in image.caption.casefold()]
     if trigger and without:
         say(
-            f"warning: {len(without)} of {len(images)} captions lack the trigger phrase {trigger!r}, "
-            f"first {without[0]}; their style is learnt without it; add it to them in {folder.METADATA}"
+            f"warning: no trigger phrase {trigger!r} in {len(without)} of {plural(len(images), 'caption')}, first "
+            f"{without[0]}; their style is learnt without it; add it to them in {_places(root, without)}"
         )
     small = [image.file for image in images if image.upscaled]
     if small:
         say(
-            f"warning: {len(small)} of {len(images)} images are smaller than their bucket and are enlarged, "
-            f"first {small[0]}; try larger images or a smaller model.resolution"
+            f"warning: smaller than the bucket and enlarged: {len(small)} of {plural(len(images), 'image')}, first "
+            f"{small[0]}; try larger images or a smaller model.resolution"
         )
+    cut = sorted((image for image in images if image.cut_away > MUCH), key=lambda image: -image.cut_away)
+    if cut:
+        say(
+            f"warning: more than half is cut away: {len(cut)} of {plural(len(images), 'image')}, most of {cut[0].file} "
+            f"({cut[0].cut_away:.0%}); crop them to what you want to train, or try a larger data.max_aspect"
+        )
+
+
+def _places(root: Path, files: Sequence[str]) -> str:
+    """The file that holds the first image's caption, and how many others hold the rest."""
+    sources = folder.captions(root, files).sources
+    first, *others = dict.fromkeys(sources.get(file, folder.METADATA) for file in files)
+    return f"{first} and {plural(len(others), 'other file')}" if others else first
 
 
 def hold_out(hashes: Sequence[str], share: float) -> set[str]:
@@ -241,7 +260,7 @@ def _encode_texts(
     keys = {text: hash_of("text", identity, text) for text in ["", *(image.caption for image in images)]}
     new = [text for text, key in keys.items() if not cache.has(key)]
     if new:
-        encoder = load_text_encoder(model, device)
+        encoder = TextEncoder(model, device)
         with progress("captions", len(new), unit="captions") as bar:
             for start in range(0, len(new), TEXT_BATCH):
                 batch = new[start : start + TEXT_BATCH]
@@ -273,7 +292,7 @@ def _encode_variants(
     """Encode and store latents under their keys, one bucket at a time."""
     if not new:
         return
-    vae = load_vae(model, device)
+    vae = Vae(model, device)
 
     def load(image: SourceImage) -> Tensor:
         return pixels(decode.resize_and_crop(decode.open_rgb(root / image.file, max_pixels), image.bucket)[0])

@@ -14,8 +14,8 @@ from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import ExportFormat, LoraConfig, ModelConfig, Quantize, require_all
 from finetune.diffusion.families import family
-from finetune.diffusion.families.spec import MASK
-from finetune.diffusion.pipeline import load_adapter, load_backbone, save_adapter
+from finetune.diffusion.families.spec import MASK, BaseVersion
+from finetune.diffusion.pipeline import load_adapter, load_backbone, load_scheduler, save_adapter
 from finetune.errors import ExportError
 from finetune.memory import policy
 from finetune.memory.device import release_memory, usable_bytes
@@ -135,8 +135,10 @@ def _write_diffusers(exporter: Exporter, trained: nn.Module, weights: Mapping[st
 
 
 def _write_kohya(exporter: Exporter, trained: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> str:
-    file, names = folder / f"{exporter.name}.safetensors", family(exporter.model.family).kohya_prefix
-    return files.save_kohya(file, weights, names, exporter.lora.alpha, exporter.metadata).name
+    spec, file = family(exporter.model.family), folder / f"{exporter.name}.safetensors"
+    version = spec.base_version(trained.config, load_scheduler(exporter.model).config)
+    metadata = {**exporter.metadata, **version_metadata(version)}
+    return files.save_kohya(file, weights, spec.kohya_prefix, exporter.lora.alpha, metadata).name
 
 
 WRITERS: dict[ExportFormat, Callable[[Exporter, nn.Module, Mapping[str, Tensor], Path], str]] = {
@@ -169,11 +171,23 @@ def kohya_metadata(
         "training_hash": training_hash,
         "steps": str(steps),
         "adapter_id": hash_of(name, training_hash)[:16],
-        "ss_base_model_version": base,
+        "ss_sd_model_name": base,
         "ss_network_module": "networks.lora",
         "ss_network_dim": str(lora.rank),
         "ss_network_alpha": str(lora.alpha),
         "ss_output_name": name,
+        "modelspec.title": name,
+    }
+
+
+def version_metadata(version: BaseVersion) -> dict[str, str]:
+    """What programs filter adapters by: keys of sd-scripts and of Stability AI's ModelSpec."""
+    return {
+        "ss_base_model_version": version.name,
+        "ss_v2": str(version.v2),
+        "modelspec.sai_model_spec": "1.0.0",
+        "modelspec.architecture": f"{version.architecture}/lora",
+        "modelspec.implementation": "diffusers",
     }
 
 

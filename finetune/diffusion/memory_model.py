@@ -16,7 +16,6 @@ from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelC
 from finetune.data.images import buckets
 from finetune.diffusion import captioner, encode, export, meta, single_file, task, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.families.spec import TEXT_BATCH
 from finetune.diffusion.pipeline import IMAGE_BATCH
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
@@ -25,8 +24,6 @@ from finetune.planning.tracer import PhaseOption, Trace, Tracer
 # Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
 # on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
 WORKSPACE_GIB_PER_MEGAPIXEL = 1.9
-WORKSPACE_SEEN = ("AutoencoderKL", "AutoencoderKLFlux2")
-CLIP_TOKENS = 77
 ELSEWHERE, ONE = "in CPU memory, which is slower", "one image at once"  # words of a `PhaseOption`
 
 
@@ -85,7 +82,7 @@ class DiffusionMemoryModel:
 
     def loss(self, predicted_BChw: Tensor, batch: dict[str, Tensor]) -> Tensor:
         """The sum over images."""
-        return task.weighted(self.objective, predicted_BChw, batch, self.loss_settings.min_snr_gamma)
+        return task.weighted(self.objective, predicted_BChw, batch, self.loss_settings)
 
     def offloaded(self) -> dict[str, float]:
         """What `model.offload` takes from the weights on the GPU, and the ring of blocks that come for it."""
@@ -122,7 +119,7 @@ class DiffusionMemoryModel:
         return {
             "loading the base": loading,
             "export": max(export, compared),
-            "loading the text encoders": float(sum(map(block_offload.weight_bytes, meta.text_encoders(self.base)))),
+            "loading the text encoders": float(block_offload.weight_bytes(meta.text_encoders(self.base))),
         }
 
     @cached_property
@@ -137,9 +134,11 @@ class DiffusionMemoryModel:
 
     def _encoding_texts(self) -> Iterator[PhaseOption]:
         """As `TextEncoder` goes about it."""
-        yield PhaseOption(self._reading(TEXT_BATCH))
-        if self.cuda:
+        captions = self.family.captions_per_pass
+        yield PhaseOption(self._reading(captions))
+        if self.cuda and captions > 1:
             yield PhaseOption(self._reading(1), "fewer captions at once")
+        if self.cuda:
             yield PhaseOption(None, ELSEWHERE)
 
     def _reading(self, captions: int) -> Trace:
@@ -147,15 +146,11 @@ class DiffusionMemoryModel:
             return self.readings[captions]
         tracer = Tracer(torch.float32, like_cuda=self.tracer.like_cuda)
         encoders = tracer.fakify(meta.text_encoders(self.base))
-        shapes = self.family.text_shapes(_config(self.model))
-        longest = max(shape[0] for shape in shapes.values() if len(shape) == 2)
 
         def work() -> None:
-            for encoder in encoders.children():
-                name = type(encoder).__name__
-                tokens = CLIP_TOKENS if name.startswith("CLIP") else longest
-                rows = captions if name.startswith(("CLIP", "T5")) else 1  # as the families encode
-                encoder(input_ids=torch.zeros(rows, tokens, dtype=torch.long), output_hidden_states=True)
+            for part, encoder in encoders.named_children():
+                ids_BL = torch.zeros(captions, self.family.text_tokens[part], dtype=torch.long)
+                encoder(input_ids=ids_BL, output_hidden_states=True)
 
         self.readings[captions] = tracer.run(encoders, work)
         return self.readings[captions]
@@ -184,9 +179,9 @@ class DiffusionMemoryModel:
             count //= 2
             yield PhaseOption(self._drawing(count, self.vae, held), f"{count} images at once" if count > 1 else ONE)
         if self.cuda and self.base.resolution > tiling.TILE:
-            thrifty = self.tracer.fakify(meta.autoencoder(self.base))
-            tiling.enable_tiling(thrifty)
-            yield PhaseOption(self._drawing(1, thrifty, held), f"{ONE}, decoded in tiles")
+            tiled = self.tracer.fakify(meta.autoencoder(self.base))
+            tiling.enable_tiling(tiled)
+            yield PhaseOption(self._drawing(1, tiled, held), f"{ONE}, decoded in tiles")
 
     def _drawing(self, count: int, vae: nn.Module, held: Mapping[str, float]) -> Trace:
         sample, side = self.sample, self.base.resolution
@@ -208,7 +203,7 @@ class DiffusionMemoryModel:
             if tiling.is_tiled(vae):
                 pixels = min(pixels, tiling.TILE**2)
             held = dict(held) | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
-            others = "" if self.family.vae_class in WORKSPACE_SEEN else " with other autoencoders"
+            others = "" if self.family.decode_workspace_measured else " with other autoencoders"
             self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
         return self._evaluated(nn.ModuleList([self.model, vae]), work, held)
 

@@ -12,33 +12,34 @@ from finetune import hub
 from finetune.config.schema import ModelConfig
 from finetune.diffusion.families import family
 from finetune.diffusion.objectives import Objective
+from finetune.memory import policy
 from finetune.planning.meta import on_meta
 
 
 def backbone(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
-    """What `diffusion.load_backbone` loads."""
+    """What `pipeline.load_backbone` loads."""
     spec = family(model.family)
     return _diffusers_part(model, spec.backbone, spec.backbone_class, dtype)
 
 
 def autoencoder(model: ModelConfig) -> nn.Module:
-    """What `diffusion.load_vae_model` loads."""
-    return _diffusers_part(model, "vae", family(model.family).vae_class, torch.float32).eval()
+    """What `pipeline.load_vae_model` loads."""
+    return _diffusers_part(model, "vae", family(model.family).vae_class, policy.VAE_DTYPE).eval()
 
 
-def text_encoders(model: ModelConfig) -> nn.ModuleList:
-    """The text encoders of an image model, in the dtypes that `diffusion.TextEncoder` gives them."""
+def text_encoders(model: ModelConfig) -> nn.ModuleDict:
+    """The text encoders of an image model by part, in the dtypes that `pipeline.TextEncoder` gives them."""
     import transformers
 
     found, spec = _config_folder(model), family(model.family)
     index = json.loads((found / "model_index.json").read_text())
-    encoders = nn.ModuleList()
+    encoders = nn.ModuleDict()
     for part in spec.text_tokens:
         if (found / part / "config.json").is_file():
             loader: Any = getattr(transformers, index[part][1])
             config = loader.config_class.from_pretrained(found / part)
-            dtype = torch.bfloat16 if part in spec.large_text else torch.float32
-            encoders.append(on_meta(partial(loader, config), dtype).eval())
+            dtype = policy.text_encoder_dtype(large=part in spec.large_text)
+            encoders[part] = on_meta(partial(loader, config), dtype).eval()
     return encoders
 
 
@@ -54,7 +55,7 @@ def objective(model: ModelConfig) -> Objective:
 
 
 def _config_folder(model: ModelConfig) -> Path:
-    """The folder with the configuration of an image model's parts,."""
+    """The folder with the configuration of an image model's parts."""
     return hub.config_folder(model.base if hub.single_file(model.base) is None else model.parts or model.base)
 
 

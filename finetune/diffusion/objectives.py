@@ -5,10 +5,13 @@ them: whole numbers of a table of noise levels, or any number in between for flo
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch
 from torch import Tensor
+
+from finetune.config.schema import LossConfig, Weighting, require_all
 
 FLOW_STEPS = 1000.0  # the timestep of pure noise, as every released flow model counts
 IMAGE_PATCH = 2  # latent pixels on a side of what counts as one token where a schedule depends on the size
@@ -16,6 +19,9 @@ IMAGE_PATCH = 2  # latent pixels on a side of what counts as one token where a s
 
 class Objective(Protocol):
     """One way to make training inputs and targets of clean latents and noise."""
+
+    prediction_type: str
+    """What the model predicts, a key of `ERRORS`."""
 
     def draw(self, random: torch.Generator, clean_Chw: Tensor) -> float:
         """The timestep of one training input."""
@@ -33,8 +39,8 @@ class Objective(Protocol):
         """What the model should predict."""
         ...
 
-    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
-        """Weights of the squared errors, (B,); `gamma` caps the signal-to-noise ratio where there is a choice."""
+    def snr(self, timesteps_B: Tensor) -> Tensor:
+        """Signal-to-noise ratio alpha² / sigma² of the model's inputs, (B,)."""
         ...
 
 
@@ -46,7 +52,7 @@ class Denoising:
     """
 
     def __init__(self, scheduler: Any) -> None:
-        self.kind: str = scheduler.config.prediction_type
+        self.prediction_type: str = scheduler.config.prediction_type
         self.alphas_cumprod: Tensor = scheduler.alphas_cumprod
         self.levels = len(self.alphas_cumprod)
 
@@ -61,16 +67,14 @@ class Denoising:
         return alpha_B111 * clean_BChw + sigma_B111 * noise_BChw
 
     def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
-        if self.kind == "v_prediction":
+        if self.prediction_type == "v_prediction":
             alpha_B111, sigma_B111 = self._shares(timesteps_B, clean_BChw)
             return alpha_B111 * noise_BChw - sigma_B111 * clean_BChw
-        return clean_BChw if self.kind == "sample" else noise_BChw
+        return clean_BChw if self.prediction_type == "sample" else noise_BChw
 
-    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
-        """Min-SNR (arXiv 2303.09556, §3.4); 0 weights all alike."""
-        if not gamma:
-            return torch.ones_like(timesteps_B, dtype=torch.float32)
-        return min_snr_weights(snr(self.alphas_cumprod, timesteps_B), gamma, self.kind)
+    def snr(self, timesteps_B: Tensor) -> Tensor:
+        alphas_B = self.alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
+        return alphas_B / (1 - alphas_B)
 
     def _shares(self, timesteps_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the clean latents and of the noise is in an input, (B, 1, 1, 1) each."""
@@ -84,6 +88,8 @@ class Flow:
     Timesteps are drawn logit-normally (arXiv 2403.03206, §3.1) and shifted as the base's scheduler shifts them, which
     for some bases depends on the image's size.
     """
+
+    prediction_type = "flow"
 
     def __init__(self, scheduler: Any, patch: int = IMAGE_PATCH) -> None:
         self.config, self.patch = scheduler.config, patch
@@ -102,12 +108,16 @@ class Flow:
     def target(self, clean_BChw: Tensor, noise_BChw: Tensor, timesteps_B: Tensor) -> Tensor:
         return noise_BChw - clean_BChw
 
-    def weights(self, timesteps_B: Tensor, gamma: float) -> Tensor:
-        """All alike: how often a level is drawn is its weight."""
-        return torch.ones_like(timesteps_B, dtype=torch.float32)
+    def snr(self, timesteps_B: Tensor) -> Tensor:
+        sigma_B = timesteps_B.float() / FLOW_STEPS
+        return ((1 - sigma_B) / sigma_B).square()
 
     def shift(self, clean_Chw: Tensor) -> float:
-        """s in σ → sσ / (1 + (s - 1)σ)."""
+        """How far an image's noise levels move towards noise, as `shifted` does it.
+
+        A constant (Stable Diffusion 3), or more for more image tokens (FLUX's timestep shift): then its logarithm is a
+        line between the two lengths that the scheduler's configuration names.
+        """
         config = self.config
         if not config.get("use_dynamic_shifting"):
             return float(config.shift)
@@ -128,15 +138,39 @@ def shifted(share: float, shift: float) -> float:
     return shift * share / (1 + (shift - 1) * share)
 
 
-def snr(alphas_cumprod: Tensor, timesteps_B: Tensor) -> Tensor:
-    """Signal-to-noise ratio alpha² / sigma² at each timestep, (B,)."""
-    alphas_B = alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
-    return alphas_B / (1 - alphas_B)
+ERRORS: dict[str, Callable[[Tensor], Tensor]] = {
+    "sample": torch.ones_like,
+    "epsilon": lambda snr_B: snr_B,
+    "v_prediction": lambda snr_B: snr_B + 1,
+    "flow": lambda snr_B: (snr_B.sqrt() + 1).square(),
+}
+"""What is predicted -> (signal-to-noise ratios (B,)): its squared error over that of the clean latents behind it."""
 
 
-def min_snr_weights(snr_B: Tensor, gamma: float, prediction_type: str) -> Tensor:
-    """Weights that make the loss min(SNR, gamma) times the error in x0, (B,) (arXiv 2303.09556, eq. 4 and §3.4)."""
-    capped_B = snr_B.clamp(max=gamma)
-    if prediction_type == "v_prediction":
-        return capped_B / (snr_B + 1)
-    return capped_B if prediction_type == "sample" else capped_B / snr_B.clamp(min=1e-8)  # zero-terminal SNR
+def of_prediction(clean_weights_B: Tensor, snr_B: Tensor, prediction_type: str) -> Tensor:
+    """Weights of squared errors in the prediction, (B,), from those of the errors in the clean latents behind it."""
+    return clean_weights_B / ERRORS[prediction_type](snr_B).clamp(min=1e-8)  # zero-terminal SNR
+
+
+def min_snr(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
+    """min(SNR, γ) times the error in the clean latents (arXiv 2303.09556, eq. 4 and §3.4).
+
+    Flow models count all levels alike: how often a level is drawn is its weight.
+    """
+    if not loss.min_snr_gamma or objective.prediction_type == Flow.prediction_type:
+        return uniform(objective, timesteps_B, loss)
+    snr_B = objective.snr(timesteps_B)
+    return of_prediction(snr_B.clamp(max=loss.min_snr_gamma), snr_B, objective.prediction_type)
+
+
+def uniform(objective: Objective, timesteps_B: Tensor, loss: LossConfig) -> Tensor:
+    """All noise levels alike."""
+    return torch.ones_like(timesteps_B, dtype=torch.float32)
+
+
+WEIGHTINGS: dict[Weighting, Callable[[Objective, Tensor, LossConfig], Tensor]] = {
+    Weighting.uniform: uniform,
+    Weighting.min_snr: min_snr,
+}
+"""(objective, timesteps (B,), settings): weights of the squared errors of the predictions, (B,)."""
+require_all(Weighting, WEIGHTINGS, "diffusion.objectives.WEIGHTINGS")

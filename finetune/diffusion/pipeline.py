@@ -17,9 +17,9 @@ from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.diffusion import single_file, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.families.spec import TEXT_BATCH, Text
+from finetune.diffusion.families.spec import FamilySpec, Text
 from finetune.errors import ModelError, is_gpu_out_of_memory
-from finetune.memory import block_offload, quantize
+from finetune.memory import block_offload, policy, quantize
 from finetune.memory.device import release_memory
 from finetune.memory.fallbacks import AdaptiveBatch, try_within_memory
 from finetune.run.progress import say
@@ -36,8 +36,11 @@ class TextEncoder:
     """
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
-        self.family, self.adaptive_batch = family(model.family), AdaptiveBatch(TEXT_BATCH, self._move_to_cpu)
-        dtypes = {"default": torch.float32} | dict.fromkeys(self.family.large_text, torch.bfloat16)
+        """Raises ModelError."""
+        self.family = family(model.family)
+        self.adaptive_batch = AdaptiveBatch(self.family.captions_per_pass, self._move_to_cpu)
+        large = dict.fromkeys(self.family.large_text, policy.text_encoder_dtype(large=True))
+        dtypes = {"default": policy.text_encoder_dtype(large=False)} | large
         parts = dict.fromkeys((self.family.backbone, "vae"))
         self.pipeline = load_pipeline(model, parts, torch_dtype=dtypes)
         if try_within_memory(lambda: self.pipeline.to(device), is_oom=is_gpu_out_of_memory) is None:
@@ -71,6 +74,7 @@ class Vae:
     """A frozen autoencoder; its latents are shifted and scaled as the backbone wants them."""
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
+        """Raises ModelError."""
         self.family, self.device = family(model.family), device
         self.model = load_vae_model(model).to(device)
 
@@ -88,7 +92,7 @@ class Vae:
 
 
 def base_hash(model: ModelConfig, *parts: str) -> str:
-    """Who the base is, by content; parts as for `hub.content_hash`. Raises ModelError."""
+    """Hash of the base's weights and configuration; parts as for `hub.content_hash`. Raises ModelError."""
     found = single_file.find(model)
     return hub.content_hash(model.base, *parts) if found is None else single_file.content_hash(found, *parts)
 
@@ -103,23 +107,10 @@ def vae_hash(model: ModelConfig) -> str:
     return base_hash(model, "vae")
 
 
-def load_text_encoder(model: ModelConfig, device: torch.device) -> TextEncoder:
-    """The base's text encoders. Raises ModelError."""
-    return TextEncoder(model, device)
-
-
-def load_vae(model: ModelConfig, device: torch.device) -> Vae:
-    """The base's autoencoder. Raises ModelError."""
-    return Vae(model, device)
-
-
 def load_vae_model(model: ModelConfig) -> nn.Module:
-    """The base's frozen autoencoder on the CPU.
-
-    fp32: several released ones overflow in fp16, and encoding happens once.
-    """
+    """The base's frozen autoencoder on the CPU. Raises ModelError."""
     loader = _class(family(model.family).vae_class)
-    vae: nn.Module = _load(loader, model, "vae", torch_dtype=torch.float32)
+    vae: nn.Module = _load(loader, model, "vae", torch_dtype=policy.VAE_DTYPE)
     return vae.eval().requires_grad_(False)
 
 
@@ -169,7 +160,7 @@ def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> 
     found = single_file.find(model)
     if found is not None:
         source = str(found.settings)
-        parts = single_file.complete(found, model, parts, options.pop("torch_dtype", {"default": torch.float32}))
+        parts = single_file.complete(found, parts, options.pop("torch_dtype", {"default": torch.float32}))
     index = hub.model_index(source)
     if index and index["_class_name"] != spec.pipeline:
         raise ModelError(
@@ -184,17 +175,25 @@ def load_pipeline(model: ModelConfig, parts: dict[str, Any], **options: Any) -> 
 def save_adapter(
     model: ModelConfig, backbone: Any, folder: Path, weights: Mapping[str, Tensor], name: str = ADAPTER_FILE
 ) -> Path:
-    """Write `name`, which `pipeline.load_lora_weights` reads; alpha travels in its metadata."""
+    """Write `name`, which `pipeline.load_lora_weights` reads.
+
+    The strength is within B, and alpha is the rank: readers that know no metadata apply alpha / r = 1.
+    """
     spec = family(model.family)
     folder.mkdir(parents=True, exist_ok=True)
     # What diffusers adds to a pipeline stays in training mode: a dropout would be at work in every image. It goes by
     # the names in the file, and warns of exclusions that exclude none of those.
-    settings = backbone.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
+    config = backbone.peft_config[lora.ADAPTER].to_dict()
+    settings = config | {"lora_dropout": 0.0, "exclude_modules": None, "lora_alpha": config["r"]}
+    settings["target_modules"] = sorted(config["target_modules"])
+    scaled = dict(weights)
+    for layer_name, layer in lora.lora_layers(backbone):
+        scaled[f"{layer_name}.lora_B.weight"] = weights[f"{layer_name}.lora_B.weight"] * layer.scaling[lora.ADAPTER]
     _class(spec.pipeline).save_lora_weights(
         folder,
         # PEFT's names for every layer: diffusers' converter renames only some, and its loader judges by the first
         **{
-            f"{spec.backbone}_lora_layers": dict(weights),
+            f"{spec.backbone}_lora_layers": scaled,
             f"{spec.backbone}_lora_adapter_metadata": settings,
         },
         weight_name=name,
@@ -208,23 +207,61 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
     Raises ModelError if the adapter is missing, damaged, or made for another base.
     """
     attach.require_adapter(path)
+    path = _located(path)
     if path.is_dir():
         return cast(nn.Module, attach.attach_peft_folder(backbone, path).get_base_model())
-    spec = family(model.family)
-    weights = formats.read_weights(path)  # names a damaged file better than the libraries do
     with attach.mismatch_as_model_error(path):
-        if formats.is_kohya(weights) and (own := formats.from_kohya(backbone, weights, spec.kohya_prefix)):
-            backbone.load_lora_adapter(own, prefix=None)
+        if any(".lokr_" in key for key in formats.read_weights(path)):
+            with hub.quiet_libraries():
+                _load_lokr(model, backbone, path)
         else:
-            shape = {"unet_config": backbone.config} if spec.backbone == "unet" else {}
-            state, *alphas, metadata = _class(spec.pipeline).lora_state_dict(
-                dict(weights) if formats.is_kohya(weights) else str(path), return_lora_metadata=True, **shape
-            )
-            backbone.load_lora_adapter(
-                state, prefix=spec.backbone, network_alphas=alphas[0] if alphas else None, metadata=metadata
-            )
+            backbone.load_lora_adapter(read_adapter(model, backbone, path).weights, prefix=None)
     attach.move_adapters_to_gpu(backbone)
     return cast(nn.Module, backbone.eval())
+
+
+def read_adapter(model: ModelConfig, backbone: Any, path: Path) -> formats.StoredAdapter:
+    """An adapter in any format for this backbone, which may have adapters already; says what of a file isn't used.
+
+    Raises ModelError if it is missing, damaged, or has no layer of this base.
+    """
+    path = _located(path)
+    if not path.is_file():
+        return formats.read_peft(path)
+    spec = family(model.family)
+    layers = [name for name, module in backbone.named_modules() if hasattr(module, "weight")]
+    with attach.mismatch_as_model_error(path), hub.quiet_libraries():
+        stored = formats.read_file(path, spec.backbone, layers, lambda foreign: _converted(spec, backbone, foreign))
+    if not stored.weights:
+        raise attach.mismatch(path, stored.describe_unused() or "it holds nothing")
+    if stored.unused:
+        say(f"{path}: not used: {stored.describe_unused()}")
+    return stored
+
+
+def _located(path: Path) -> Path:
+    """The PEFT folder or the single file that `path` stands for."""
+    folder = formats.peft_folder(path)
+    return folder / ADAPTER_FILE if (folder / ADAPTER_FILE).exists() else folder
+
+
+def _converted(spec: FamilySpec, backbone: Any, tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Layers under diffusers' names, from any of the forms that diffusers knows for this family."""
+    from diffusers.utils import convert_unet_state_dict_to_peft
+
+    shape = {"unet_config": backbone.config} if spec.backbone == "unet" else {}
+    found = _class(spec.pipeline).lora_state_dict(tensors, **shape)
+    found = found[0] if isinstance(found, tuple) else found
+    return dict(convert_unet_state_dict_to_peft(found)) if shape else dict(found)
+
+
+def _load_lokr(model: ModelConfig, backbone: Any, path: Path) -> None:
+    """A LoKr (arXiv 2309.14859), where diffusers knows its names; its factors have no A and B."""
+    spec = family(model.family)
+    found = _class(spec.pipeline).lora_state_dict(str(path), return_lora_metadata=True)
+    backbone.load_lora_adapter(found[0], prefix=spec.backbone, metadata=found[-1])
+    if not getattr(backbone, "peft_config", None):
+        raise attach.mismatch(path, "none of its layers is in it")
 
 
 class ImageSampler:
@@ -239,7 +276,7 @@ class ImageSampler:
         self, model: ModelConfig, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
     ) -> None:
         self.family = family(model.family)
-        encoder = load_text_encoder(model, device)
+        encoder = TextEncoder(model, device)
         texts = [*prompts, negative]
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
         del encoder
@@ -300,7 +337,7 @@ class ImageSampler:
             return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))
         finally:  # also where memory ran out
             backbone.train(training)
-            pipeline.register_modules(**{self.family.backbone: None})  # what drops it shall get its memory
+            pipeline.register_modules(**{self.family.backbone: None})  # whose memory is free once the caller drops it
             self.vae.to("cpu")  # the training step needs the memory
 
     def _stacked(self, texts: Sequence[str]) -> Text:

@@ -10,13 +10,16 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
-from functools import cache
+from functools import cache, partial
+from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
+from unittest.mock import patch
 
 from finetune import hub
 from finetune.config.schema import ModelConfig
 from finetune.diffusion.families import family, names
+from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec
 from finetune.errors import ModelError, is_out_of_memory
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
@@ -25,34 +28,30 @@ VAE = ("first_stage_model.", "vae.")
 ADAPTER_MARKS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "hada_w", "lokr_w")
 SCALE_MARKS = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 CLIP_MERGES = Path(__file__).parent / "tokenizers" / "clip" / "merges.txt"
-CLIP_TOKENS = 77
-
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, ImportError)
-
-Shapes = Mapping[str, tuple[int, ...]]
 
 
 @dataclass(frozen=True)
 class SingleFile:
-    """A file that was found to be a base of the configured architecture."""
+    """A file that was found to be a base of the configured architecture.
+
+    shapes: of every weight, by its name in the file. settings: folder with the configuration of each part. parts:
+    `model.parts`.
+    """
 
     path: Path
-    kind: str
-    shapes: Shapes
-    """Of every weight, by its name in the file."""
+    spec: FamilySpec
+    shapes: Mapping[str, tuple[int, ...]]
     settings: Path
-    """Folder with the configuration of each part."""
     parts: str
-    """`model.parts`."""
 
     def names(self, part: str) -> list[str]:
-        """Names of a part's weights in the file; none if it lacks the part."""
-        spec = family(self.kind)
-        if part == spec.backbone:
-            others = (*VAE, *spec.file_text_prefixes.values())
+        """Names of a part's weights that can be read; none if the file lacks the part."""
+        texts = self.spec.file_text_prefixes
+        if part == self.spec.backbone:
             own = [name for name in self.shapes if name.startswith(BACKBONE)]
-            return own or [name for name in self.shapes if not name.startswith(others)]
-        begin = VAE if part == "vae" else spec.file_text_prefixes.get(part, ())
+            return own or [name for name in self.shapes if not name.startswith((*VAE, *texts.values()))]
+        begin = texts.get(part, VAE if part == "vae" and self.spec.file_vae else ())
         return [name for name in self.shapes if name.startswith(begin)]
 
 
@@ -71,7 +70,7 @@ def find(model: ModelConfig) -> SingleFile | None:
             f"{path} is a single file, which says nothing about its architecture; choose that with a preset: "
             f"model=sd15, model=sdxl, … model.base={path}"
         )
-    return _opened(path, path.stat().st_mtime_ns, model.family, model.parts)
+    return _opened(path, path.stat().st_mtime_ns, family(model.family), model.parts)
 
 
 def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
@@ -80,9 +79,9 @@ def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     loader: its class in transformers or diffusers. options: passed on (`torch_dtype`, `quantization_config`,
     `device_map` of one device). Raises ModelError if it can't be had.
     """
-    if "Tokenizer" in loader.__name__:
+    if "tokenizer" in part:
         return _tokenizer(loader, found, part)
-    if not _holds(found, part):
+    if not found.names(part):
         return _borrowed(loader, found, part, **options)
     if "device_map" in options:
         options["device"] = options.pop("device_map")[""]
@@ -100,38 +99,32 @@ def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     return built
 
 
-def complete(found: SingleFile, model: ModelConfig, given: dict[str, Any], dtypes: Mapping[str, Any]) -> dict[str, Any]:
+def complete(found: SingleFile, given: Mapping[str, Any], dtypes: Mapping[str, Any]) -> dict[str, Any]:
     """`given` and the pipeline's other parts, loaded; what is None in `given` stays away.
 
     dtypes: by part, and `default`. Raises ModelError.
     """
-    import diffusers
-    import transformers
-
-    spec = family(model.family)
     index = cast(dict[str, Any], hub.model_index(str(found.settings)))
     filled = dict(given)
-    for part in spec.parts:
+    for part in found.spec.parts:
         if part not in given:
-            library = diffusers if part in (spec.backbone, "vae") else transformers
-            dtype = dtypes.get(part, dtypes["default"])
-            filled[part] = load(getattr(library, index[part][1]), found, part, torch_dtype=dtype)
+            library, name = index[part]
+            loader = getattr(import_module(library), name)
+            filled[part] = load(loader, found, part, torch_dtype=dtypes.get(part, dtypes["default"]))
     return filled
 
 
 def content_hash(found: SingleFile, *parts: str) -> str:
-    """Who the base is, by content, as `hub.content_hash` says it of others: of those parts, or of everything.
+    """Hash of the base, as `hub.content_hash` makes it of others: of those parts, or of everything.
 
     Raises ModelError if a part that the file lacks is neither on disk nor on the hub.
     """
-    spec = family(found.kind)
-    wanted = [part for part in spec.parts if not parts or any(fnmatchcase(part, pattern) for pattern in parts)]
+    wanted = [part for part in found.spec.parts if not parts or any(fnmatchcase(part, pattern) for pattern in parts)]
     digest = hashlib.sha256()
     hub.hash_file_content(found.path, digest.update)
-    for part in wanted:
-        if (training_phases := _beside(found, part)) is not None:
-            digest.update(hub.content_hash(str(training_phases)).encode())
-    lacking = [part for part in wanted if "tokenizer" not in part and not _holds(found, part)]
+    for folder in filter(None, (_beside(found, part) for part in wanted)):
+        digest.update(hub.content_hash(str(folder)).encode())
+    lacking = [part for part in wanted if "tokenizer" not in part and not found.names(part)]
     # Configuration and tokenizers of a released model are the same wherever they come from: no hub is asked for those.
     others = found.parts
     if lacking or isinstance(hub.resolve(found.parts), Path):
@@ -141,7 +134,7 @@ def content_hash(found: SingleFile, *parts: str) -> str:
 
 
 @cache
-def _opened(path: Path, _changed_ns: int, kind: str, parts: str) -> SingleFile:
+def _opened(path: Path, _changed_ns: int, spec: FamilySpec, parts: str) -> SingleFile:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -152,14 +145,15 @@ def _opened(path: Path, _changed_ns: int, kind: str, parts: str) -> SingleFile:
         )
     if any(mark in name for name in shapes for mark in SCALE_MARKS):
         raise ModelError(f"{path} is quantised (8-bit weights with scales); get the same model in 16 bit")
-    found = SingleFile(path, kind, shapes, hub.config_folder(parts), parts)
-    if reason := _misfit(found):
+    found = SingleFile(path, spec, shapes, hub.config_folder(parts), parts)
+    if reason := misfit(found):
         others = " or ".join(f"model={name}" for name in _presets(found))
         raise ModelError(
             f"{path} is not of the architecture of {parts} ({reason}); "
             + (f"type {others} besides" if others else "none of the presets has its architecture: take another file")
         )
-    if "v_pred" in shapes and _scheduler(found).get("prediction_type") != "v_prediction":
+    scheduler = json.loads((found.settings / "scheduler" / "scheduler_config.json").read_text())
+    if "v_pred" in shapes and scheduler.get("prediction_type") != "v_prediction":
         raise ModelError(
             f"{path} predicts velocities, {parts} doesn't; name a folder of its configuration as model.parts, with "
             "prediction_type v_prediction in scheduler/scheduler_config.json"
@@ -167,28 +161,26 @@ def _opened(path: Path, _changed_ns: int, kind: str, parts: str) -> SingleFile:
     return found
 
 
-def _misfit(found: SingleFile) -> str:
+def misfit(found: SingleFile) -> str:
     """What keeps the file's backbone from being one of that configuration; empty if nothing. Reads no weights."""
     import diffusers
     import torch
     from diffusers.loaders.single_file_model import SINGLE_FILE_LOADABLE_CLASSES
 
-    spec = family(found.kind)
+    spec = found.spec
     loader = getattr(diffusers, spec.backbone_class)
     config = loader.load_config(str(found.settings / spec.backbone))
-    weights: dict[str, Any] = {
-        _original(found.kind, name): torch.empty(found.shapes[name], device="meta")
-        for name in found.names(spec.backbone)
-    }
-    convert = SINGLE_FILE_LOADABLE_CLASSES[spec.backbone_class]["checkpoint_mapping_fn"]
+    with torch.device("meta"):
+        wanted = loader.from_config(config).state_dict()
+        weights = {_original(spec, name): torch.empty(found.shapes[name]) for name in found.names(spec.backbone)}
     try:
-        converted = convert(checkpoint=dict(weights), config=config)
+        converted = SINGLE_FILE_LOADABLE_CLASSES[spec.backbone_class]["checkpoint_mapping_fn"](
+            checkpoint=weights, config=config
+        )
     except (KeyError, IndexError, ValueError, RuntimeError):  # what the converters say of names that they don't know
         converted = {}
     if not converted:
         return f"it holds no {spec.backbone} of that kind"
-    with torch.device("meta"):
-        wanted = loader.from_config(config).state_dict()
     for name, weight in wanted.items():
         if name not in converted:
             return f"it lacks {name}"
@@ -199,85 +191,57 @@ def _misfit(found: SingleFile) -> str:
 
 def _presets(found: SingleFile) -> Iterator[str]:
     """The presets whose architecture the file has."""
-    kinds = {family(kind).pipeline: kind for kind in names()}
+    specs = {spec.pipeline: spec for spec in map(family, names())}
     for folder in sorted(hub.ARCHITECTURES.iterdir()):
         index = hub.model_index(str(folder)) if folder.is_dir() else None
-        if index and not _misfit(replace(found, kind=kinds[index["_class_name"]], settings=folder)):
+        if index and not misfit(replace(found, spec=specs[index["_class_name"]], settings=folder)):
             yield folder.name
 
 
-def _original(kind: str, name: str) -> str:
+def _original(spec: FamilySpec, name: str) -> str:
     """A backbone's name as diffusers' converters know it: UNets' with their prefix, all of transformers' without."""
     bare = name.removeprefix(BACKBONE)
-    return BACKBONE + bare if family(kind).backbone == "unet" else bare
+    return BACKBONE + bare if spec.backbone == "unet" else bare
 
 
-def _current(kind: str, name: str) -> str:
+def _current(_spec: FamilySpec, name: str) -> str:
     """A name in a text encoder as transformers has had it since 2022; many a merged file still has older ones."""
     begin, older, rest = name.partition("cond_stage_model.transformer.")
     return f"{older}text_model.{rest}" if older and not begin and not rest.startswith("text_model.") else name
 
 
-def _holds(found: SingleFile, part: str) -> bool:
-    """Whether the file has a part's weights, in a form that diffusers can read."""
-    if part == "vae" and family(found.kind).vae_class != "AutoencoderKL":
-        return False
-    return bool(found.names(part))
-
-
-def _read(found: SingleFile, part: str) -> dict[str, Any]:
-    """A part's weights; others stay on disk."""
-    from safetensors import safe_open
-
-    with safe_open(found.path, "pt") as file:
-        weights = {name: file.get_tensor(name) for name in found.names(part)}
-    rename = _original if part == family(found.kind).backbone else _current
-    return {rename(found.kind, name): weight for name, weight in weights.items()}
-
-
 def _build(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     """A part from its weights in the file, by diffusers' converters; what is missing stays without memory."""
+    from diffusers.loaders import single_file_model
     from diffusers.loaders import single_file_utils as converters
+    from safetensors import safe_open
 
-    weights = _read(found, part)
-    if part == "vae" or part == family(found.kind).backbone:
+    rename = _original if part == found.spec.backbone else _current
+    with safe_open(found.path, "pt") as file:  # other parts stay on disk
+        weights = {rename(found.spec, name): file.get_tensor(name) for name in found.names(part)}
+    options |= {"config": str(found.settings), "subfolder": part}
+    if part in (found.spec.backbone, "vae"):
+        quantizer = single_file_model.DiffusersAutoQuantizer
+        # Else diffusers takes what a file holds for quantised already, and finds no scales.
+        quantize_anew = partial(quantizer.from_config, pre_quantized=False)
         try:
-            with _not_quantised_yet():
-                return loader.from_single_file(weights, config=str(found.settings), subfolder=part, **options)
+            with patch.object(quantizer, "from_config", quantize_anew):
+                return loader.from_single_file(weights, **options)
         except converters.SingleFileComponentError as error:  # no weight has a name that it knows
             raise ValueError(error) from error
     if loader.__name__ == "T5EncoderModel":
         build = converters.create_diffusers_t5_model_from_checkpoint
     else:
         build = converters.create_diffusers_clip_model_from_ldm
-    built = build(loader, checkpoint=weights, subfolder=part, config=str(found.settings), **options)
+    built = build(loader, checkpoint=weights, **options)
     built.tie_weights()  # of T5's two names for its embedding a file may have one
     return built.eval()  # diffusers leaves T5 with its dropout at work
 
 
-@contextmanager
-def _not_quantised_yet() -> Iterator[None]:
-    """Inside, diffusers quantises what a file holds; it takes that for quantised already, and finds no scales."""
-    from diffusers.loaders import single_file_model as module
-
-    known: Any = module.DiffusersAutoQuantizer
-
-    class Fresh:
-        @classmethod
-        def from_config(cls, config: Any, **options: Any) -> Any:
-            return known.from_config(config, pre_quantized=False, **options)
-
-    module.DiffusersAutoQuantizer = Fresh
-    try:
-        yield
-    finally:
-        module.DiffusersAutoQuantizer = known
-
-
 def _tokenizer(loader: Any, found: SingleFile, part: str) -> Any:
     """A tokenizer from beside the file, from `model.parts` if that is on disk, from the package, or from the hub."""
-    if (training_phases := _beside(found, part)) is not None:
-        return hub.load(loader, str(training_phases))
+    if (beside := _beside(found, part)) is not None:
+        return hub.load(loader, str(beside))
     folder = hub.local(found.parts)
     if loader.__name__ == "CLIPTokenizer" and not (folder and _is_tokenizer(folder / part)):
         return _clip_tokenizer(loader, found, part)
@@ -297,16 +261,18 @@ def _is_tokenizer(folder: Path) -> bool:
 
 def _clip_tokenizer(loader: Any, found: SingleFile, part: str) -> Any:
     """CLIP's tokenizer from its merges: single bytes, the same at the end of a word, what is merged, and two marks."""
-    encoder = json.loads((found.settings / part.replace("tokenizer", "text_encoder") / "config.json").read_text())
-    readable = [*range(ord("!"), ord("~") + 1), *range(ord("¡"), ord("¬") + 1), *range(ord("®"), ord("ÿ") + 1)]
-    letters = [chr(byte) for byte in readable] + [chr(256 + number) for number in range(256 - len(readable))]
-    merges = CLIP_MERGES.read_text(encoding="utf-8").splitlines()[1:]  # behind the version
-    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *(merge.replace(" ", "") for merge in merges)]
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
+
+    encoder = part.replace("tokenizer", "text_encoder")
+    activation = json.loads((found.settings / encoder / "config.json").read_text())["hidden_act"]
+    letters = list(bytes_to_unicode().values())
+    merges = [tuple(line.split()) for line in CLIP_MERGES.read_text(encoding="utf-8").splitlines()[1:]]
+    vocabulary = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]
     vocabulary += ["<|startoftext|>", "<|endoftext|>"]
     return loader(
         vocab={token: index for index, token in enumerate(vocabulary)},
-        merges=[tuple(merge.split()) for merge in merges],
-        pad_token="!" if encoder["hidden_act"] == "gelu" else "<|endoftext|>",  # OpenCLIP's models, and OpenAI's
+        merges=merges,
+        pad_token="!" if activation == "gelu" else "<|endoftext|>",  # OpenCLIP's models, and OpenAI's
         model_max_length=CLIP_TOKENS,
     )
 
@@ -327,8 +293,3 @@ def _borrowing(found: SingleFile, parts: Sequence[str]) -> Iterator[None]:
         raise ModelError(
             f"{found.path} holds no {' and no '.join(parts)}; it is to come from model.parts={found.parts}: {error}"
         ) from error
-
-
-def _scheduler(found: SingleFile) -> dict[str, Any]:
-    settings: dict[str, Any] = json.loads((found.settings / "scheduler" / "scheduler_config.json").read_text())
-    return settings

@@ -12,15 +12,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.adapters import formats
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
 from finetune.data import order
 from finetune.data.cache import read
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import FamilySpec
-from finetune.diffusion.objectives import Objective
-from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler
+from finetune.diffusion.objectives import WEIGHTINGS, Objective
+from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler, read_adapter
 from finetune.memory import activation_offload, checkpointing, fallbacks
 from finetune.run import ranks
 from finetune.run.records import Dataset, Example
@@ -72,8 +71,8 @@ class DiffusionTask:
             self.model, model, activation_checkpointing, self.activation_offload, device
         )
         if lora.start_from:
-            folder = formats.peft_folder(Path(lora.start_from))
-            lora_layers.load_state(self.model, formats.read_peft_folder(folder), str(folder))
+            stored = read_adapter(model, self.model, Path(lora.start_from))
+            lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
         """The images of each step, each step's from as few buckets as possible."""
@@ -98,7 +97,7 @@ class DiffusionTask:
         """Sum over images of the weighted mean squared error."""
         with self.activation_offload():
             predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
-            return weighted(self.objective, predicted_BChw, batch.tensors, self.loss_settings.min_snr_gamma)
+            return weighted(self.objective, predicted_BChw, batch.tensors, self.loss_settings)
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
@@ -190,9 +189,10 @@ def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, T
     return errors_B
 
 
-def weighted(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor], gamma: float) -> Tensor:
+def weighted(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor], loss: LossConfig) -> Tensor:
     """The loss: the sum of all images' errors, each with its weight."""
-    return (errors(objective, predicted_BChw, tensors) * objective.weights(tensors["timesteps"], gamma)).sum()
+    weights_B = WEIGHTINGS[loss.weighting](objective, tensors["timesteps"], loss)
+    return (errors(objective, predicted_BChw, tensors) * weights_B).sum()
 
 
 def draw_seed(seed: int, key: str, epoch: int) -> int:

@@ -134,6 +134,18 @@ def head(model: nn.Module) -> Head:
     )
 
 
+def require_rows(model: nn.Module, tokenizer: Any, largest: int, where: str) -> None:
+    """Raises ModelError if `largest`, a token's id in what `where` names, has no row in the embedding."""
+    causal: Any = model
+    rows = causal.get_input_embeddings().weight.shape[0]
+    if largest >= rows:
+        token = tokenizer.convert_ids_to_tokens(largest)
+        raise ModelError(
+            f"{where}: the tokenizer gives {token!r} the id {largest}, but the base's embedding has {rows} rows; train "
+            f"a row for it, model.added_tokens=['{token}'], or take the tokenizer that belongs to the base"
+        )
+
+
 def architecture(model: ModelConfig, folder: Path | None = None) -> tuple[Any, Any, dict[str, Any]]:
     """The causal language model's class, its configuration (of `folder`, if given), and options for loading it."""
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoConfig
@@ -147,6 +159,12 @@ def architecture(model: ModelConfig, folder: Path | None = None) -> tuple[Any, A
     config = text if type(text) in MODEL_FOR_CAUSAL_LM_MAPPING else whole
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise _no_language_model(model.base, whole.model_type)
+    pad = getattr(config, "pad_token_id", None)
+    if pad is not None and not -config.vocab_size <= pad < config.vocab_size:
+        raise ModelError(
+            f"{model.base}: its config.json has pad_token_id={pad}, but a vocabulary of {config.vocab_size} tokens; "
+            "correct it there, null is none"
+        )
     stored = getattr(whole, "quantization_config", None)
     if stored and (model.quantize is not Quantize.none or config is not whole):
         method = stored.get("quant_method", "unknown method") if isinstance(stored, dict) else stored.quant_method
@@ -185,13 +203,16 @@ def _add_rows(model: Any, wanted: ModelConfig) -> None:
 
     The mean leaves other tokens' probabilities nearly as they were; a row of random numbers may outdo them all.
     """
-    old = set(load_tokenizer(wanted.base).get_vocab().values())
-    new = sorted(set(load_tokenizer(wanted.base, wanted.added_tokens).get_vocab().values()) - old)
+    embedding = model.get_input_embeddings()
+    rows, old = embedding.weight.shape[0], set(load_tokenizer(wanted.base).get_vocab().values())
+    ids = load_tokenizer(wanted.base, wanted.added_tokens).convert_tokens_to_ids(wanted.added_tokens)
+    new = sorted({token for token in ids if token not in old or token >= rows})
     if not new:
         return
-    if new[-1] >= model.get_input_embeddings().weight.shape[0]:
+    if new[-1] >= rows:
         with torch.random.fork_rng():
             model.resize_token_embeddings(new[-1] + 1, mean_resizing=False)
+        new = sorted({*new, *range(rows, new[-1] + 1)})
     with torch.no_grad():
         for layer in (model.get_input_embeddings(), model.get_output_embeddings()):
             layer.weight[new] = layer.weight[: new[0]].float().mean(0).to(layer.weight.dtype)

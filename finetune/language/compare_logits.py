@@ -4,7 +4,7 @@ N tokens of all rows, L tokens of a row, D hidden channels, V vocabulary entries
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -51,15 +51,15 @@ def model_outputs(model: Any, rows: Sequence[Sequence[int]], device: torch.devic
         ids_1L = torch.tensor([list(row)], device=device)
         positions_1L = torch.arange(ids_1L.shape[1], device=device)[None]
         states.append(packed_hidden_states(model, ids_1L, positions_1L, None)[0].float().cpu())
-    return ModelOutputs(torch.cat(states), _moved(head(model), torch.device("cpu")))
+    return ModelOutputs(torch.cat(states), head(model).to(torch.device("cpu")))
 
 
 @torch.no_grad()
 def compare(reference: ModelOutputs, other: ModelOutputs, device: torch.device) -> LogitDifference:
     """How like the reference the other model is; the logits are made again on `device`, a chunk at a time, in fp32."""
-    heads = [_moved(reference.head, device)]
+    heads = [reference.head.to(device)]
     same_head = _equal(reference.head, other.head)  # as nearly always; a large vocabulary's takes 2 GiB in fp32
-    heads.append(heads[0] if same_head else _moved(other.head, device))
+    heads.append(heads[0] if same_head else other.head.to(device))
     chunk = max(1, CHUNK_BYTES // (4 * heads[0].weight.shape[0]))
     apart = size = divergence = 0.0
     largest, same = torch.zeros((), device=device), 0
@@ -84,8 +84,3 @@ def _equal(one: Head, other: Head) -> bool:
     """Whether two heads compute the same."""
     same = one.bias is other.bias if one.bias is None or other.bias is None else torch.equal(one.bias, other.bias)
     return same and torch.equal(one.weight, other.weight) and (one.softcap, one.scale) == (other.softcap, other.scale)
-
-
-def _moved(layer: Head, device: torch.device) -> Head:
-    bias = None if layer.bias is None else layer.bias.detach().to(device)
-    return replace(layer, weight=layer.weight.detach().to(device), bias=bias)

@@ -3,6 +3,7 @@
 Models are compared in fp32, one at a time on the device; merging holds another one, in 16 bit, in CPU memory.
 """
 
+import copy
 import hashlib
 import json
 import math
@@ -23,7 +24,7 @@ from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import ExportConfig, ExportFormat, LoraConfig, ModelConfig, Quantize, require_all
 from finetune.data.text.store import TokenStore
-from finetune.data.text.tokens import Chat
+from finetune.data.text.tokens import Chat, control_tokens
 from finetune.errors import ExportError
 from finetune.language import gguf_file
 from finetune.language.causal_lm import load_model
@@ -37,12 +38,6 @@ from finetune.run.progress import say
 
 ROWS = 16  # the most that are compared on
 RANDOM_ROWS, RANDOM_LENGTH, RANDOM_SEED = 4, 64, 20240131  # where there are no rows
-USAGE = """from peft import PeftModel
-from transformers import AutoModelForCausalLM, AutoTokenizer
-
-tokenizer = AutoTokenizer.from_pretrained({base})
-model = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained({base}), "adapter/peft")
-"""
 
 
 @dataclass(frozen=True)
@@ -71,8 +66,8 @@ class Exporter:
         folder: Path,
         settings: ExportConfig,
     ) -> tuple[dict[str, str], dict[str, float]]:
-        """Write the adapter into `folder` in each of the formats, its average, if there is one, as a PEFT folder, and
-        `comparison.json`: how like the trained model the base and each format are.
+        """Write the adapter into `folder` as a PEFT folder and in each of the formats, its average, if there is
+        one, as a PEFT folder too, and `comparison.json`: how like the trained model the base and each format are.
 
         Returns the files by format (relative to `folder`), and by format the relative difference of the logits (peft)
         or of the weights' updates (gguf), or the mean KL in nats a token (merged). Raises ExportError if one is over
@@ -101,14 +96,11 @@ class Exporter:
         if effect <= settings.tolerance:
             say(f"export: the adapter changes the logits by only {effect:.1e}; was it trained long enough?")
         names, differences = {}, {}
-        for name in dict.fromkeys([ExportFormat.peft, *settings.formats]):  # all others are made of the PEFT folder
+        # All others are made of the PEFT folder, which stays: it is what samples and a later training load.
+        for name in dict.fromkeys([ExportFormat.peft, *settings.formats]):
             path, difference = WRITERS[name](found)
-            key = LIMITS[name]
-            _require(path, difference, getattr(settings, key), key)
+            _require(path, difference, getattr(settings, name.limit), name.limit)
             names[name.name], differences[name.name] = path.name, difference
-        if ExportFormat.peft not in settings.formats:
-            shutil.rmtree(peft)
-            del names["peft"], differences["peft"]
         facts = {
             "rows": len(self.rows),
             "tokens": sum(map(len, self.rows)),
@@ -136,13 +128,17 @@ class Exporter:
         digest = hashlib.sha256(self.chat.template.text.encode()).hexdigest()
         template = {"sha256": digest, "base": self.model.base}
         write_atomically(folder / "chat_template.json", json.dumps(template, indent=2) + "\n")
-        if self.model.added_tokens:
+        if self.model.added_tokens or self.template:
             self._save_tokenizer(folder)
 
     def _save_tokenizer(self, folder: Path) -> None:
+        """The base's tokenizer with the new tokens, the run's template, and the token that ends its answers as eos."""
+        tokenizer, template = copy.deepcopy(self.chat.tokenizer), self.chat.template
         if self.template:
-            self.chat.tokenizer.chat_template = self.chat.template.text
-        self.chat.tokenizer.save_pretrained(folder)
+            tokenizer.chat_template = template.text
+        if "eos_token" not in template.text:  # else the template would write other texts
+            tokenizer.eos_token = tokenizer.convert_ids_to_tokens(self.chat.stop_ids()[0])
+        tokenizer.save_pretrained(folder)
 
 
 @dataclass(frozen=True)
@@ -177,6 +173,7 @@ def _write_merged(export: _Export) -> tuple[Path, float]:
         folder = merged.with_name(name.replace(" ", "-"))
         stored = exporter._base() if "dequantised" in name else None
         model = merge(load_model(plain, dtype, torch.device("cpu")), export.peft, stored)
+        stop_at(model, exporter.chat)
         model.save_pretrained(folder)
         exporter._save_tokenizer(folder)
         del model, stored
@@ -212,10 +209,7 @@ WRITERS: dict[ExportFormat, Callable[[_Export], tuple[Path, float]]] = {
     ExportFormat.gguf: _write_gguf,
 }
 """Each writes the adapter and returns where it is, and its difference to the trained model."""
-LIMITS = {ExportFormat.peft: "tolerance", ExportFormat.merged: "divergence", ExportFormat.gguf: "tolerance"}
-"""The setting that a format's difference must not exceed."""
 require_all(MODEL_KINDS["language"].export_formats, WRITERS, "language.export.WRITERS")
-require_all(MODEL_KINDS["language"].export_formats, LIMITS, "language.export.LIMITS")
 
 
 def check_formats(model: ModelConfig, lora: LoraConfig, formats: Sequence[ExportFormat]) -> Any:
@@ -236,6 +230,16 @@ def load(model: nn.Module, path: Path) -> nn.Module:
     return attach.attach_peft_folder(model, files.peft_folder(path)).get_base_model()  # type: ignore[no-any-return]
 
 
+def stop_at(model: Any, chat: Chat) -> None:
+    """Let the model's own `generate` end an answer where samples end, and at control tokens where it did before."""
+    own = model.generation_config.eos_token_id
+    control = set(chat.tokenizer.convert_tokens_to_ids(control_tokens(chat.tokenizer)))
+    before = [token for token in (own if isinstance(own, list) else [own]) if token in control]
+    stops = list(dict.fromkeys([*chat.stop_ids(), *before]))
+    for config in (model.generation_config, model.config.get_text_config()):
+        config.eos_token_id = stops if len(stops) > 1 else stops[0]
+
+
 def comparison_rows(stored: TokenStore | None, chat: Chat, *, length: int, share: float) -> tuple[list[list[int]], str]:
     """Token ids to compare on, and where they are from: held-out rows of the run's data set, spread over it.
 
@@ -244,7 +248,7 @@ def comparison_rows(stored: TokenStore | None, chat: Chat, *, length: int, share
     """
     if stored is None:
         random = torch.Generator().manual_seed(RANDOM_SEED)
-        ids = torch.randint(len(chat.tokenizer), (RANDOM_ROWS, min(RANDOM_LENGTH, length)), generator=random)
+        ids = torch.randint(chat.tokenizer.vocab_size, (RANDOM_ROWS, min(RANDOM_LENGTH, length)), generator=random)
         return ids.tolist(), "random tokens"
     training, held_out = stored.split(share)
     indices, source = (held_out, "held-out rows") if len(held_out) else (training, "rows that were trained on")

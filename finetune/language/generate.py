@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.errors import ModelError
+from finetune.language import causal_lm
 from finetune.memory.fallbacks import AdaptiveBatch
 from finetune.run.hashing import hash_of
 
@@ -47,6 +48,8 @@ class TextGenerator:
 
         causal: Any = model
         self._require_room(causal, jobs, max_new_tokens)
+        largest = max([self.ends[0], *(token for ids, _ in jobs for token in ids)])
+        causal_lm.require_rows(causal, self.tokenizer, largest, "sample.prompts")
         training, own = causal.training, causal.generation_config
         causal.eval()
         # What isn't set is taken from the model's own settings, which may ask for penalties and top-p.
@@ -75,7 +78,7 @@ class TextGenerator:
                 ids_BL.to(self.device),
                 attention_mask=mask_BL.to(self.device),
                 generation_config=model.generation_config,
-                logits_processor=[_Noise(jobs, temperature)] if temperature else [],
+                logits_processor=[GumbelNoise(jobs, temperature)] if temperature else [],
             )
         return [self._text(ids) for ids in written_BL[:, length:].tolist()]
 
@@ -94,7 +97,7 @@ class TextGenerator:
             )
 
 
-class _Noise:
+class GumbelNoise:
     """Makes the likeliest token a drawn one: argmax(scores / temperature + Gumbel noise) is a sample (arXiv 1411.0030).
 
     Unlike a draw from cumulated probabilities it hardly changes where the scores do: base and tuned model, or two sizes

@@ -13,9 +13,9 @@ from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ExportFormat, ModelConfig
 from finetune.data.text import store
 from finetune.errors import DataError
+from finetune.language import card, tokenize
 from finetune.language import export as exporting
 from finetune.language import sample as sampling
-from finetune.language import tokenize
 from finetune.language.memory_model import LanguageMemoryModel
 from finetune.language.task import LanguageTask
 from finetune.memory import policy
@@ -112,7 +112,13 @@ def export(
 
 
 def usage(config: Config) -> str:
-    return exporting.USAGE
+    return card.usage(
+        config.model,
+        tokenize.chat_of(config.model, config.data),
+        template=config.data.chat_template,
+        dtype=pick_dtype(config.trainer.precision, pick_device(config.hardware.device)),
+        prompt=next(iter(config.sample.prompts), "Hello!"),
+    )
 
 
 def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answer, ...]]:

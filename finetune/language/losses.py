@@ -37,6 +37,11 @@ class Head:
     softcap: float | None = None
     scale: float = 1.0
 
+    def to(self, device: torch.device) -> "Head":
+        """The same on another device, detached."""
+        bias = None if self.bias is None else self.bias.detach().to(device)
+        return replace(self, weight=self.weight.detach().to(device), bias=bias)
+
 
 def logits(head: Head, hidden_ND: Tensor) -> Tensor:
     """The logits of every token at once, (N, V) in fp32 (fp64 for a head in fp64), differentiable.

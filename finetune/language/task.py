@@ -63,6 +63,7 @@ class LanguageTask:
         self.size = len(self.training)
         loaded: Any = causal_lm.load_model(model, dtype, device, vram_gib=vram_gib)
         check_length(data.length, model.base, loaded)
+        causal_lm.require_rows(loaded, self.chat.tokenizer, self.rows.largest_id(), dataset.source)
         checkpointing.set_checkpointing(loaded, activation_checkpointing)
         new_tokens = self.chat.tokenizer.convert_tokens_to_ids(model.added_tokens)
         self.model: nn.Module = inject(loaded, model, lora, seed, new_tokens)
@@ -71,8 +72,8 @@ class LanguageTask:
             self.model, model, activation_checkpointing, self.activation_offload, device
         )
         if lora.start_from:
-            folder = formats.peft_folder(Path(lora.start_from))
-            lora_layers.load_state(self.model, formats.read_peft_folder(folder), str(folder))
+            stored = formats.read_peft(formats.peft_folder(Path(lora.start_from)))
+            lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
         self.generator = TextGenerator(self.chat.tokenizer, self.chat.stop_ids(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()

@@ -77,9 +77,9 @@ def stream(model: Any, away: Sequence[nn.Module], device: torch.device) -> None:
     for block, memory in zip(blocks, _memory([block.size for block in blocks], device.type == "cuda"), strict=True):
         block.move_to_cpu(memory)
     ring = Ring(blocks, device)
-    offloaded_blocks = {id(parameter) for block in ring.blocks for _, _, parameter in block.places}
+    offloaded = {id(parameter) for block in ring.blocks for _, _, parameter in block.places}
     for module in model.modules():  # adapters are modules of their own
-        if not any(id(parameter) in offloaded_blocks for parameter in module.parameters(recurse=False)):
+        if not any(id(parameter) in offloaded for parameter in module.parameters(recurse=False)):
             module._apply(lambda tensor: tensor.to(device), recurse=False)
         for name, buffer in module.named_buffers(recurse=False):
             setattr(module, name, buffer.to(device))
@@ -88,7 +88,7 @@ def stream(model: Any, away: Sequence[nn.Module], device: torch.device) -> None:
     names = [name for name, module in model.named_modules() if module in set(away)]
     if names:  # tells Accelerate to leave it so
         model.hf_device_map = {"": device} | dict.fromkeys(names, "cpu")
-    held = sum(block.offloaded_blocks.nbytes for block in ring.blocks) / 2**30
+    held = sum(block.flat.nbytes for block in ring.blocks) / 2**30
     say(f"model.offload: {held:.1f} of {whole / 2**30:.1f} GiB of weights stay in CPU memory")
 
 
@@ -110,12 +110,12 @@ def find(model: nn.Module) -> list[nn.Module]:
 
 
 class _Block:
-    """A block's frozen weights: `offloaded_blocks`, one flat tensor of `size` bytes, of which its parameters are views.
+    """A block's frozen weights: `flat`, one tensor of `size` bytes in CPU memory, of which its parameters are views.
 
     places: the modules with the names of their parameters, and those parameters.
     """
 
-    offloaded_blocks: Tensor
+    flat: Tensor
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module
@@ -132,7 +132,7 @@ class _Block:
 
     def move_to_cpu(self, memory: Tensor) -> None:
         """Copy the weights to CPU memory, which is their place from now on."""
-        self.offloaded_blocks = memory
+        self.flat = memory
         tensors = self._now()
         views = self._views(memory, tensors)
         for view, tensor in zip(views, tensors, strict=True):
@@ -185,7 +185,7 @@ class Ring:
 
     def __init__(self, blocks: Sequence[_Block], device: torch.device, slots: int = RING_SLOTS) -> None:
         self.blocks = list(blocks)
-        size = max((block.offloaded_blocks.numel() for block in blocks), default=0)
+        size = max((block.flat.numel() for block in blocks), default=0)
         cuda: Any = torch.cuda if device.type == "cuda" else None
         self.device, self.stream = device, cuda and cuda.Stream(device)
         self.slots = [
@@ -201,12 +201,12 @@ class Ring:
         """The block's weights are on the device inside; the next block's are under way."""
         slot = self._slot(block)
         if slot.holds is not block:
-            self._fetch(block, slot)
+            self.fetch(block, slot)
         if self.stream is not None:
             torch.cuda.current_stream(self.device).wait_event(slot.ready)
         following = self._next(block)
         if following is not None and (target := self._slot(following)) is not slot and target.holds is not following:
-            self._fetch(following, target)
+            self.fetch(following, target)
         if block not in self.twins:
             self.twins[block] = block.resident(slot.buffer)
         try:
@@ -226,6 +226,18 @@ class Ring:
         finally:
             self.backwards = False
 
+    def fetch(self, block: _Block, slot: _Slot) -> None:
+        """Copy a block to its slot as soon as everything that was queued so far is done with what lies there."""
+        target = slot.buffer[: block.flat.numel()]
+        slot.holds = block
+        if self.stream is None:
+            target.copy_(block.flat)
+            return
+        self.stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(self.stream):
+            target.copy_(block.flat, non_blocking=True)
+            slot.ready.record(self.stream)
+
     def _slot(self, block: _Block) -> _Slot:
         return self.slots[self.order.setdefault(block, len(self.order)) % len(self.slots)]
 
@@ -238,18 +250,6 @@ class Ring:
             return order[number + 1]
         again = len(order) == len(self.blocks) and not torch.is_grad_enabled()
         return order[0] if again else None
-
-    def _fetch(self, block: _Block, slot: _Slot) -> None:
-        """Copy a block to its slot as soon as everything that was queued so far is done with what lies there."""
-        target = slot.buffer[: block.offloaded_blocks.numel()]
-        slot.holds = block
-        if self.stream is None:
-            target.copy_(block.offloaded_blocks)
-            return
-        self.stream.wait_stream(torch.cuda.current_stream(self.device))
-        with torch.cuda.stream(self.stream):
-            target.copy_(block.offloaded_blocks, non_blocking=True)
-            slot.ready.record(self.stream)
 
 
 def _memory(sizes: Sequence[int], pin: bool) -> Iterator[Tensor]:

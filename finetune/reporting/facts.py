@@ -4,10 +4,13 @@ Terminal, notebook, report and model card take their figures from here; they onl
 """
 
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+from finetune.config.schema import ExportFormat
 from finetune.planning.plan import Plan, Setting
+from finetune.run.progress import plural
 from finetune.run.records import Adapter, CaptionSet, Dataset, Run, TextSet
 
 
@@ -114,6 +117,17 @@ def text_set_facts(texts: TextSet) -> list[Fact]:
     return found
 
 
+def record_facts(record: Any) -> list[Fact]:
+    """The fields of a record that nobody has described, a row for each entry of a mapping."""
+    found: list[Fact] = []
+    for name, value in ((field.name.replace("_", " "), getattr(record, field.name)) for field in fields(record)):
+        entries = value.items() if isinstance(value, Mapping) else [(name, value)]
+        found += [
+            Fact(str(label), f"{entry:.4g}" if isinstance(entry, float) else str(entry)) for label, entry in entries
+        ]
+    return found
+
+
 def adapter_table(adapter: Adapter) -> Table:
     """A row for each exported file."""
     rows = [
@@ -123,11 +137,14 @@ def adapter_table(adapter: Adapter) -> Table:
     return Table("format", ("file", "size", "difference to the trained model"), rows)
 
 
+IN_NATS = {export_format.name for export_format in ExportFormat if export_format.limit == "divergence"}
+
+
 def difference(export_format: str, differences: Mapping[str, float]) -> str:
-    """How far an exported file is from the trained model: relative, or in nats per token for a merged model."""
+    """How far an exported file is from the trained model: relative, or in nats per token for whole models."""
     if export_format not in differences:
         return "average of the weights"
-    unit = " nats per token (KL)" if export_format == "merged" else ""
+    unit = " nats per token (KL)" if export_format in IN_NATS else ""
     return f"{differences[export_format]:.1e}{unit}" if differences[export_format] else "no difference"
 
 
@@ -193,11 +210,6 @@ def _bar(gib: float, budget_gib: float) -> str:
         return "in CPU memory"
     length = max(1, round(BAR * gib / budget_gib)) if budget_gib else 0
     return "█" * min(BAR, length) + (" too large" if gib > budget_gib else "")
-
-
-def plural(count: int, thing: str) -> str:
-    """ "1 image", "2 images"."""
-    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 def rate(per_s: float) -> str:

@@ -16,6 +16,7 @@ from finetune.reporting.facts import (
     caption_counts,
     dataset_facts,
     plan_tables,
+    record_facts,
     run_facts,
     text_set_facts,
 )
@@ -79,9 +80,19 @@ def _plan(plan: Plan) -> str:
     return f"{problems}{tables}<p>{'<br>'.join(map(escape, plan.notes))}</p>"
 
 
+def _fields(record: Any) -> str:
+    """A record without a look of its own."""
+    return facts_table(type(record).__name__.lower(), record_facts(record))
+
+
 def html(record: Any) -> str:
     """Any record as HTML."""
-    return RENDERERS[type(record)](record)
+    return RENDERERS.get(type(record), _fields)(record)
+
+
+def give_look(record_type: type) -> None:
+    """Let notebooks show records of this type, those without an entry in `RENDERERS` by their fields."""
+    record_type._repr_html_ = RENDERERS.get(record_type, _fields)  # type: ignore[attr-defined]  # Jupyter asks for it
 
 
 RENDERERS: dict[type, Callable[[Any], str]] = {
@@ -98,5 +109,5 @@ RENDERERS: dict[type, Callable[[Any], str]] = {
 }
 """Record -> how a notebook shows it."""
 
-for _record, _draw in RENDERERS.items():
-    _record._repr_html_ = _draw  # type: ignore[attr-defined]  # the method that Jupyter asks for
+for _record in RENDERERS:
+    give_look(_record)

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.reporting import curves
-from finetune.reporting.facts import Fact, Table, duration, plural, run_facts
+from finetune.reporting.facts import Fact, Table, duration, run_facts
 from finetune.reporting.notebook import html
 from finetune.reporting.tables import answers_table, by_prompt_html, more_html, table_html, table_of
 from finetune.reporting.thumbnails import fitting
+from finetune.run.progress import plural
 from finetune.run.receipts import Receipt, receipt_path, versions
 from finetune.run.records import Adapter, Answer, CaptionSet, Dataset, Run, Sample, TextSet, from_plain
 

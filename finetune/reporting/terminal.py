@@ -11,7 +11,15 @@ from typing import Any
 from finetune.config.recipes import shown
 from finetune.config.schema import Config
 from finetune.planning.plan import KEYS, Plan
-from finetune.reporting.facts import Fact, caption_counts, dataset_facts, plan_tables, run_facts, text_set_facts
+from finetune.reporting.facts import (
+    Fact,
+    caption_counts,
+    dataset_facts,
+    plan_tables,
+    record_facts,
+    run_facts,
+    text_set_facts,
+)
 from finetune.run.receipts import load_receipt
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
 
@@ -32,7 +40,7 @@ def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
         for line in _next(config, record, overrides):
             print(f"  {line}")
     else:
-        print(LINES[type(record)](record))
+        print(LINES.get(type(record), _fields)(record))
 
 
 def _result_rows(config: Config, result: Result) -> list[tuple[str, str]]:
@@ -53,6 +61,11 @@ def _facts(title: str, facts: Sequence[Fact]) -> str:
     return "\n".join([title, *(f"  {fact.label}: {fact.text}" for fact in facts)])
 
 
+def _fields(record: Any) -> str:
+    """A record without a line of its own."""
+    return _facts(type(record).__name__.lower(), record_facts(record))
+
+
 def _answers(answers: Answers) -> str:
     pairs = (f"{item.prompt}\n  base:  {item.base}\n  tuned: {item.tuned}\n" for item in answers.items)
     return f"{''.join(pairs)}samples: {answers.page}"
@@ -60,7 +73,8 @@ def _answers(answers: Answers) -> str:
 
 LINES: dict[type, Callable[[Any], str]] = {
     CaptionSet: lambda captions: (
-        f"captions: {caption_counts(captions)}; correct them in {captions.folder}/metadata.jsonl"
+        f"captions: {caption_counts(captions)}; correct them in {captions.folder}"
+        + ("/metadata.jsonl" if all(item.source == "generated" for item in captions.items) else "")
     ),
     Dataset: lambda dataset: _facts("dataset", dataset_facts(dataset)),
     TextSet: lambda texts: _facts("dataset", text_set_facts(texts)),

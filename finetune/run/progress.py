@@ -3,6 +3,7 @@
 Of several processes only the first one speaks.
 """
 
+import os
 import sys
 import time
 from collections.abc import Iterator
@@ -12,6 +13,7 @@ from typing import Protocol
 from finetune.run import ranks
 
 BAR_AND_FIGURES, LEAST_TEXT = 60, 12  # columns of a terminal; a long text, such as a caption, would squeeze the bar
+NO_CURSOR = ("dumb", "unknown")  # values of TERM: a shell inside an editor shows a bar at its end only
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal (logs, CI): often enough to see life, rare enough to read
 
 
@@ -24,7 +26,7 @@ class Progress(Protocol):
 @contextmanager
 def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Progress]:
     """A progress display for `total` units, `done` of which were finished earlier."""
-    if sys.stderr.isatty() and ranks.rank() == 0:
+    if sys.stderr.isatty() and os.environ.get("TERM") not in NO_CURSOR and ranks.rank() == 0:
         with _bar(title, total, unit, done) as shown:
             yield shown
     else:
@@ -39,6 +41,11 @@ def say(line: str) -> None:
         return
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
+
+
+def plural(count: int, thing: str) -> str:
+    """ "1 image", "2 images"."""
+    return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
 class _Plain:
@@ -71,17 +78,20 @@ def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Progress]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
     from rich.progress import Progress as RichProgress
+    from rich.table import Column
 
+    console = Console(stderr=True)
+    wide = console.width >= BAR_AND_FIGURES
+    whole = Column(no_wrap=True)  # the bar shrinks, not the figures
     columns = (
         TextColumn("{task.description:<8}"),
         BarColumn(bar_width=None),
-        MofNCompleteColumn(),
+        MofNCompleteColumn(table_column=whole),
         TextColumn(unit),
-        TimeElapsedColumn(),
-        TimeRemainingColumn(),
-        TextColumn("{task.fields[text]}"),
+        *((TimeElapsedColumn(whole),) if wide else ()),
+        TimeRemainingColumn(table_column=whole),
+        *((TextColumn("{task.fields[text]}"),) if wide else ()),
     )
-    console = Console(stderr=True)
     room = max(LEAST_TEXT, console.width - BAR_AND_FIGURES)
     with RichProgress(*columns, console=console) as bars:
         task = bars.add_task(title, total=total, completed=done, text="")

@@ -27,21 +27,33 @@ def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False
     settings: as plain values, for config.yaml. owns_config: the caller trains, so config.yaml is its to write; other
     verbs write it only where there is none. hint: what to type where memory is too small. A command that fails before
     it leaves anything there leaves no folder either. Of several processes the first one holds the folder for all.
-    Raises RunError for a folder that is in use or can't be written, ConfigError where several processes are to do what
-    one does.
+    Raises RunError for a folder that is in use or can't be written.
     """
-    if not owns_config:
-        ranks.require_single_process()
     if ranks.rank():
-        with _explained(folder, hint):
+        with explained(folder, hint):
             yield folder
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     _make(folder)
-    with _locked(folder), _without_trace(made), _explained(folder, hint):
+    with _locked(folder), _without_trace(made), explained(folder, hint):
         if not (folder / CONFIG).exists() or (owns_config and not _has_training_state(folder)):
             write_config(settings, folder)
         yield folder
+
+
+@contextmanager
+def explained(folder: Path, hint: str) -> Iterator[None]:
+    """Turn out-of-memory and full-disk errors into ours."""
+    try:
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        if _is_disk_full(error):
+            raise RunError(_full(folder)) from error
+        if is_out_of_memory(error):
+            raise OutOfMemory(f"out of memory; {hint}") from error
+        raise
 
 
 def write_config(settings: Mapping[str, Any], folder: Path) -> None:
@@ -130,20 +142,6 @@ def _owner(folder: Path) -> str:
         return f"process {owner['pid']} since {owner['since']}"
     except (OSError, ValueError, KeyError):
         return "another process"  # it has only just begun
-
-
-@contextmanager
-def _explained(folder: Path, hint: str) -> Iterator[None]:
-    try:
-        yield
-    except FinetuneError:
-        raise
-    except Exception as error:
-        if _is_disk_full(error):
-            raise RunError(_full(folder)) from error
-        if is_out_of_memory(error):
-            raise OutOfMemory(f"out of memory; {hint}") from error
-        raise
 
 
 def _is_disk_full(error: BaseException) -> bool:

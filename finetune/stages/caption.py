@@ -7,53 +7,64 @@ from pathlib import Path
 import torch
 
 from finetune.config.describe import as_dict
+from finetune.config.model_kinds import model_kind
 from finetune.config.schema import CaptionConfig, Config, DataConfig
-from finetune.data.images import decode, folder
+from finetune.data.images import authors, decode, folder
 from finetune.data.images.index import ImageIndex
 from finetune.diffusion.captioner import load_captioner
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
 from finetune.run.hashing import hash_of
-from finetune.run.progress import progress, say
+from finetune.run.progress import plural, progress, say
 from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Caption, CaptionSet
 
 STAGE = "caption"
+LISTED = 10  # texts in an error; the rest is counted
 
 
 def caption(config: Config) -> CaptionSet:
     """Every image of `data.folder` with its caption; images without one are captioned, batch by batch.
 
     A caption that is there is kept unless `caption.overwrite`. Interrupted, it goes on with the next image. Raises
-    DataError for a folder without images, one that can't be written, and unreadable images (all of them named at
-    once; left out with a warning under `data.skip_bad`), ModelError if the captioner can't be loaded.
+    DataError for a folder without images, one that can't be written, texts that belong to no image while captions are
+    missing, and unreadable images (all of them named at once; left out with a warning under `data.skip_bad`),
+    ModelError if the captioner can't be loaded, ConfigError for a kind of model whose examples have no captions.
     """
+    if not model_kind(config.model.kind).captioned:
+        raise ConfigError(f"this recipe trains a {config.model.kind} model; only images have captions")
     start = time.monotonic()
     root, run_dir, data = Path(config.data.folder), Path(config.run_dir), config.data
     found = folder.images(root)
     index = ImageIndex(root, cache=Path(data.cache), max_pixels=data.max_pixels)
-    hashes, texts = index.hashes(found), folder.captions(root, found)
-    _warn_about_sidecars(root, texts)
-    record = load_record(run_dir, STAGE, CaptionSet, input_hash=_input_hash(hashes, texts, config.caption, data))
-    if record:
+    hashes, captions = index.hashes(found), folder.captions(root, found)
+    input_hash = _input_hash(hashes, captions.texts, config.caption, data)
+    if record := load_record(run_dir, STAGE, CaptionSet, input_hash=input_hash):
+        _warn_about_unused(captions)
         say(f"{STAGE}: up to date, skipped")
         return record
     broken = index.unreadable(found)
     files = _readable(root, found, broken, skip=data.skip_bad)
-    todo = [file for file in files if config.caption.overwrite or file not in texts]
+    todo = [file for file in files if config.caption.overwrite or file not in captions.texts]
+    generated = _generated(run_dir, Path(data.cache))
+    _report_strays(
+        [stray for stray in captions.strays if authors.key(stray.name, stray.text) not in generated],
+        missing=0 if config.caption.overwrite else len(todo),
+    )
     if todo:
         folder.check_writable(root, todo)
         device = pick_device(config.hardware.device)
         dtype = pick_dtype(config.trainer.precision, device)
-        _generate(root, todo, config.caption, device, dtype, max_pixels=data.max_pixels)
-        texts = folder.captions(root, found)
-    record = CaptionSet(str(root), _items(run_dir, files, texts, set(todo)), tuple(broken))
+        generated |= _generate(root, todo, config.caption, device, dtype, data)
+        captions = folder.captions(root, found)
+    _warn_about_unused(captions)
+    record = CaptionSet(str(root), _items(files, captions.texts, generated), tuple(broken))
     seconds = time.monotonic() - start
     save_receipt(
         run_dir,
         STAGE,
         record,
-        input_hash=_input_hash(hashes, texts, config.caption, data),
+        input_hash=_input_hash(hashes, captions.texts, config.caption, data),
         seconds=seconds,
         figures={
             "images": len(files),
@@ -69,18 +80,39 @@ def _input_hash(hashes: Mapping[str, str], texts: Mapping[str, str], caption: Ca
     return hash_of(hashes, texts, as_dict(caption), [data.folder, data.skip_bad, data.max_pixels])
 
 
-def _warn_about_sidecars(root: Path, texts: Mapping[str, str]) -> None:
-    if other := folder.overridden_sidecars(root, texts):
+def _warn_about_unused(captions: folder.Captions) -> None:
+    if unused := captions.unused:
+        file = min(unused)
         say(
-            f"warning: {len(other)} images have a .txt that differs from their caption in {folder.METADATA}, which is "
-            f"used, first {other[0]}; to use the .txt delete the image's line there"
+            f"warning: {plural(len(unused), 'image')} with two captions, first {file}: the one in "
+            f"{captions.sources[file]} is used, the one in {unused[file]} is not; delete one of them"
         )
+
+
+def _report_strays(strays: Sequence[folder.Stray], *, missing: int) -> None:
+    """Texts that fit no image: a warning. Raises DataError if captions are missing, which they may be."""
+    if not strays:
+        return
+    if not missing:
+        say(f"warning: {plural(len(strays), 'text')} for no image, first {strays[0].where}")
+        return
+    listed = "".join(f"\n  {stray.where}" for stray in strays[:LISTED])
+    more = f"\n  and {len(strays) - LISTED:,} more" if len(strays) > LISTED else ""
+    raise DataError(
+        f"{plural(missing, 'image')} without a caption, and {plural(len(strays), 'text')} for no image. Rename each "
+        f"text to fit its image, or move it out of the folder to have captions generated:{listed}{more}"
+    )
 
 
 def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, skip: bool) -> list[str]:
     """The files that decode, the others reported. Raises DataError if none does, or unless bad ones are to `skip`."""
     if other := folder.unsupported_files(root):
-        say(f"warning: {len(other)} images are in formats that can't be read and are left out, first {other[0]}")
+        say(f"warning: left out {plural(len(other), 'image')} in formats that can't be read, first {other[0]}")
+    if linked := folder.linked_folders(root):
+        say(
+            f"warning: left out {plural(len(linked), 'linked folder')}, first {linked[0]}; links to folders are not "
+            "followed, copy the folder or link its files"
+        )
     decode.report_bad(list(broken.values()), skip=skip)
     readable = [file for file in files if file not in broken]
     if not readable:
@@ -88,20 +120,31 @@ def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, sk
     return readable
 
 
+def _generated(run_dir: Path, cache: Path) -> set[str]:
+    """Keys of the captions that captioners wrote, by what the cache and the run before remember."""
+    before = load_record(run_dir, STAGE, CaptionSet)
+    items = before.items if before else ()
+    return authors.remembered(cache) | {authors.key(i.file, i.text) for i in items if i.source == "generated"}
+
+
 def _generate(
-    root: Path, todo: Sequence[str], settings: CaptionConfig, device: torch.device, dtype: torch.dtype, max_pixels: int
-) -> None:
-    """Caption images and write each batch at once, so that a kill loses one batch."""
+    root: Path, todo: Sequence[str], settings: CaptionConfig, device: torch.device, dtype: torch.dtype, data: DataConfig
+) -> set[str]:
+    """Caption images and write each batch at once, so that a kill loses one batch. The keys of the new captions."""
     captioner = load_captioner(settings, device, dtype)
+    generated: set[str] = set()
     with progress(STAGE, len(todo), unit="images") as bar:
         for first in range(0, len(todo), settings.batch):
             batch = todo[first : first + settings.batch]
-            texts = captioner.caption([decode.open_rgb(root / file, max_pixels) for file in batch])
+            texts = captioner.caption([decode.open_rgb(root / file, data.max_pixels) for file in batch])
             worded = {file: wording(text, settings) for file, text in zip(batch, texts, strict=True)}
+            authors.remember(Path(data.cache), worded)
             folder.add_captions(root, worded, overwrite=settings.overwrite)
+            generated |= {authors.key(file, text) for file, text in worded.items()}
             bar.advance(len(batch), worded[batch[-1]])
     del captioner
     release_memory()
+    return generated
 
 
 def wording(text: str, settings: CaptionConfig) -> str:
@@ -113,14 +156,12 @@ def wording(text: str, settings: CaptionConfig) -> str:
     return worded
 
 
-def _items(run_dir: Path, files: Sequence[str], texts: Mapping[str, str], made: set[str]) -> tuple[Caption, ...]:
-    """A caption counts as generated if this run or the one before wrote it and nobody changed it since.
+def _items(files: Sequence[str], texts: Mapping[str, str], generated: set[str]) -> tuple[Caption, ...]:
+    """A caption is the captioner's as long as nobody changed it.
 
     A captioner that found no words leaves an image without any.
     """
-    before = load_record(run_dir, STAGE, CaptionSet)
-    earlier = {(item.file, item.text) for item in before.items if item.source == "generated"} if before else set()
     found = [(file, texts.get(file, "")) for file in files]
     return tuple(
-        Caption(file, text, "generated" if file in made or (file, text) in earlier else "user") for file, text in found
+        Caption(file, text, "generated" if authors.key(file, text) in generated else "user") for file, text in found
     )

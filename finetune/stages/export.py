@@ -1,5 +1,6 @@
 """Export the trained adapter in every format, each one proven against the trained module."""
 
+import json
 import shutil
 import time
 from collections.abc import Callable
@@ -121,4 +122,5 @@ def _usage(code: str, base: str) -> str:
     if base.startswith("embedded:"):
         return "from finetune import hub\n" + code.format(base=f'str(hub.resolve("{base}"))')
     name, _, revision = base.partition("@")
-    return code.format(base=f'"{name}"' + (f', revision="{revision}"' if revision else ""))
+    spelt = json.dumps(name, ensure_ascii=False)  # a path may hold quotes and backslashes
+    return code.format(base=spelt + (f', revision="{revision}"' if revision else ""))

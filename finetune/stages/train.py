@@ -10,7 +10,7 @@ from typing import Any
 from finetune import hub, kinds
 from finetune.adapters import formats
 from finetune.config import hints
-from finetune.config.describe import as_dict
+from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import gpu_gib, limit_memory, peak_gib, pick_device, pick_precision, reset_peak
@@ -26,6 +26,8 @@ from finetune.training.loop import Step, fit
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
 
+ADDED = {"loss.weighting": "min_snr"}
+"""Settings that 0.1 did not have, at the value that it stood for: its runs go on."""
 CONTENT = "content of "  # before the key of a setting that names a base or an adapter
 OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
 FIGURES = (
@@ -176,7 +178,7 @@ def _settings(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
         dataset.identity_key: dataset.content,
     }
-    return {key: value for key, value in flat(kept).items() if key != OFFLOAD}
+    return {key: value for key, value in flat(kept).items() if key != OFFLOAD and ADDED.get(key) != value}
 
 
 def _resume(
@@ -190,7 +192,11 @@ def _resume(
     changed = list(_changes(newest.state.identity, identity, folder.parent, dataset))
     advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
     if changed:
-        raise RunError(f"{folder.parent} was trained with other settings ({'; '.join(changed)}); {advice}")
+        other_data = newest.state.identity.get(dataset.identity_key) != dataset.content
+        if other_data and (adapter := folder.parent / "adapter").exists():
+            advice += f"; to continue from its adapter, take another name=… and lora.start_from={adapter}"
+        what = "data" if other_data and len(changed) == 1 else "settings"
+        raise RunError(f"{folder.parent} was trained with other {what} ({'; '.join(changed)}); {advice}")
     if found[-1] > steps:
         raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
     return newest
@@ -203,8 +209,10 @@ def _changes(
     receipt = load_receipt(run_dir, "train")
     noted = {key: value for key, value in (receipt.figures if receipt else {}).items() if key.startswith(CONTENT)}
     before = noted | before
+    defaults = _defaults()  # what a setting that is newer than the run counts as
     for key in sorted((before.keys() | identity.keys()) - {OFFLOAD}):
-        old, new, content = before.get(key), identity.get(key), f"{CONTENT}{key}"
+        unset = defaults.get(key, "not set")
+        old, new, content = before.get(key, unset), identity.get(key, unset), f"{CONTENT}{key}"
         moved = content in before and before[content] == identity.get(content)
         if old == new:
             if content in before and not moved:
@@ -212,7 +220,13 @@ def _changes(
         elif key == dataset.identity_key:
             yield previous.changes(run_dir, dataset)
         elif not moved and not key.startswith(CONTENT):
-            yield f"{key}: {before.get(key, 'not set')} -> {identity.get(key, 'not set')}"
+            yield f"{key}: {old} -> {new}"
+
+
+def _defaults() -> dict[str, Any]:
+    """Every setting's default, flat."""
+    config = Config()
+    return flat({section: as_dict(getattr(config, section)) for section in sections()})
 
 
 def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

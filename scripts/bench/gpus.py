@@ -71,7 +71,7 @@ def main() -> None:
 
 def bases() -> list[str]:
     """Presets of real models, image models first."""
-    from finetune import recipes
+    from finetune.config import recipes
 
     kinds = {
         name: "kind: diffusion" not in file.read_text()
@@ -83,7 +83,7 @@ def bases() -> list[str]:
 
 def planned(base: str, gpus: Sequence[str]) -> Iterator[dict[str, Any]]:
     """A line for each GPU."""
-    from finetune import compose, recipes
+    from finetune.config import compose, recipes
     from finetune.planning.machine import read as machine
     from finetune.stages.plan import plans
 

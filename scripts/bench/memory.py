@@ -46,7 +46,7 @@ COMMON = (
     "sample.previews=1",
     "sample.seeds=[0]",
 )
-PICTURE = (
+IMAGE = (
     "data.validation_share=0",
     "sample.steps=4",
     "sample.prompts=[robot]",
@@ -76,7 +76,7 @@ Text encoders were shortened to a few layers. Several cases ran at the same time
 {rows}
 
 {count} cases, of which {failed} Planned against measured: median difference {median:.1f} %, worst {worst:.1f} %.
-Dry run against measured: median {probed_median:.1f} %, worst {probed_worst:.1f} %.
+Dry run against measured: median {dry_run_median:.1f} %, worst {dry_run_worst:.1f} %.
 
 No constant was fitted for training steps. For decoding a preview the plan adds a workspace. It was taken from four of
 these rows (SDXL with micro-batch 4, SD 3.5, FLUX.1, Z-Image) and used for FLUX.2 too. Where the preview is the peak,
@@ -122,42 +122,42 @@ def language(name: str, preset: str, length: int, quantize: str, *more: str, vra
     return Case(name, preset, vram_gib, (*own, *more))
 
 
-RECOMPUTE, NF4, AWAY = "trainer.activation_checkpointing=1", "model.quantize=nf4", "model.offload=true"
+CHECKPOINTING, NF4, OFFLOAD = "trainer.activation_checkpointing=1", "model.quantize=nf4", "model.offload=true"
 CASES = (
     image("sd15-512-16", "sd15", 512, 16),
     image("sd15-512-4", "sd15", 512, 4),
-    image("sd15-512-32", "sd15", 512, 32, RECOMPUTE),
+    image("sd15-512-32", "sd15", 512, 32, CHECKPOINTING),
     image("sd15-768-4", "sd15", 768, 4),
     image("sd21-768-2", "sd21", 768, 2),
-    image("sdxl-1024-4", "sdxl", 1024, 4, RECOMPUTE),
+    image("sdxl-1024-4", "sdxl", 1024, 4, CHECKPOINTING),
     image("sdxl-1024-1", "sdxl", 1024, 1),
-    image("sdxl-1024-1-12gb", "sdxl", 1024, 1, RECOMPUTE, vram_gib=12.0),
+    image("sdxl-1024-1-12gb", "sdxl", 1024, 1, CHECKPOINTING, vram_gib=12.0),
     image("sdxl-768-2", "sdxl", 768, 2),
-    image("sd35-1024-1", "sd35_medium", 1024, 1, RECOMPUTE),
-    image("sd35-1024-1-8gb", "sd35_medium", 1024, 1, RECOMPUTE, AWAY, vram_gib=8.0),
+    image("sd35-1024-1", "sd35_medium", 1024, 1, CHECKPOINTING),
+    image("sd35-1024-1-8gb", "sd35_medium", 1024, 1, CHECKPOINTING, OFFLOAD, vram_gib=8.0),
     image("sd35-512-4", "sd35_medium", 512, 4),
-    image("flux1-1024-nf4", "flux1_dev", 1024, 1, RECOMPUTE, NF4),
-    image("flux1-1024-nf4-10gb", "flux1_dev", 1024, 1, RECOMPUTE, NF4, AWAY, vram_gib=10.0),
-    image("flux1-1024-48gb", "flux1_dev", 1024, 1, RECOMPUTE, "model.quantize=none", vram_gib=44.0),
-    image("flux1-512-nf4", "flux1_dev", 512, 2, RECOMPUTE, NF4),
-    image("flux2-klein-1024", "flux2_klein", 1024, 1, RECOMPUTE),
-    image("flux2-klein-512", "flux2_klein", 512, 4, RECOMPUTE),
-    image("z-image-1024", "z_image", 1024, 1, RECOMPUTE),
-    image("z-image-512", "z_image", 512, 2, RECOMPUTE),
-    image("qwen-image-1024-nf4", "qwen_image", 1024, 1, RECOMPUTE, NF4),
-    image("qwen-image-1024-nf4-16gb", "qwen_image", 1024, 1, RECOMPUTE, NF4, AWAY, vram_gib=16.0),
-    language("llama2-7b-2048-bf16", "llama2_7b", 2048, "none", RECOMPUTE),
-    language("llama2-7b-2048-bf16-10gb", "llama2_7b", 2048, "none", RECOMPUTE, AWAY, vram_gib=10.0),
+    image("flux1-1024-nf4", "flux1_dev", 1024, 1, CHECKPOINTING, NF4),
+    image("flux1-1024-nf4-10gb", "flux1_dev", 1024, 1, CHECKPOINTING, NF4, OFFLOAD, vram_gib=10.0),
+    image("flux1-1024-48gb", "flux1_dev", 1024, 1, CHECKPOINTING, "model.quantize=none", vram_gib=44.0),
+    image("flux1-512-nf4", "flux1_dev", 512, 2, CHECKPOINTING, NF4),
+    image("flux2-klein-1024", "flux2_klein", 1024, 1, CHECKPOINTING),
+    image("flux2-klein-512", "flux2_klein", 512, 4, CHECKPOINTING),
+    image("z-image-1024", "z_image", 1024, 1, CHECKPOINTING),
+    image("z-image-512", "z_image", 512, 2, CHECKPOINTING),
+    image("qwen-image-1024-nf4", "qwen_image", 1024, 1, CHECKPOINTING, NF4),
+    image("qwen-image-1024-nf4-16gb", "qwen_image", 1024, 1, CHECKPOINTING, NF4, OFFLOAD, vram_gib=16.0),
+    language("llama2-7b-2048-bf16", "llama2_7b", 2048, "none", CHECKPOINTING),
+    language("llama2-7b-2048-bf16-10gb", "llama2_7b", 2048, "none", CHECKPOINTING, OFFLOAD, vram_gib=10.0),
     language("llama2-7b-2048-nf4", "llama2_7b", 2048, "nf4"),
-    language("llama2-7b-2048-int8", "llama2_7b", 2048, "int8", RECOMPUTE),
-    language("llama31-8b-2048-nf4", "llama31_8b", 2048, "nf4", RECOMPUTE),
-    language("llama31-8b-8192-nf4", "llama31_8b", 8192, "nf4", RECOMPUTE),
-    language("llama31-8b-32768-nf4", "llama31_8b", 32768, "nf4", RECOMPUTE, "trainer.offload_activations=true"),
-    language("llama31-8b-2048-nf4-12gb", "llama31_8b", 2048, "nf4", RECOMPUTE, vram_gib=12.0),
-    language("llama2-13b-2048-nf4", "llama2_13b", 2048, "nf4", RECOMPUTE),
-    language("mistral-7b-2048-nf4", "mistral_7b", 2048, "nf4", RECOMPUTE),
-    language("qwen3-8b-2048-nf4", "qwen3_8b", 2048, "nf4", RECOMPUTE),
-    language("glm4-9b-2048-nf4", "glm4_9b", 2048, "nf4", RECOMPUTE),
+    language("llama2-7b-2048-int8", "llama2_7b", 2048, "int8", CHECKPOINTING),
+    language("llama31-8b-2048-nf4", "llama31_8b", 2048, "nf4", CHECKPOINTING),
+    language("llama31-8b-8192-nf4", "llama31_8b", 8192, "nf4", CHECKPOINTING),
+    language("llama31-8b-32768-nf4", "llama31_8b", 32768, "nf4", CHECKPOINTING, "trainer.offload_activations=true"),
+    language("llama31-8b-2048-nf4-12gb", "llama31_8b", 2048, "nf4", CHECKPOINTING, vram_gib=12.0),
+    language("llama2-13b-2048-nf4", "llama2_13b", 2048, "nf4", CHECKPOINTING),
+    language("mistral-7b-2048-nf4", "mistral_7b", 2048, "nf4", CHECKPOINTING),
+    language("qwen3-8b-2048-nf4", "qwen3_8b", 2048, "nf4", CHECKPOINTING),
+    language("glm4-9b-2048-nf4", "glm4_9b", 2048, "nf4", CHECKPOINTING),
 )
 
 
@@ -236,7 +236,7 @@ def command(case: Case, base: Path, run: Path, images: Path) -> list[str]:
             images.mkdir(parents=True)
             for file in sorted(DIFFUSION.glob("*.jpg"))[:8]:
                 shutil.copy(file, images)
-        return ["conf=pixar_style", *shared, f"data.folder={images}", *COMMON, *PICTURE, *case.overrides]
+        return ["conf=pixar_style", *shared, f"data.folder={images}", *COMMON, *IMAGE, *case.overrides]
     return ["conf=pirate_chat", *shared, f"data.file={CONVERSATIONS}", *COMMON, *LANGUAGE, *case.overrides]
 
 
@@ -247,12 +247,12 @@ def figures(run: Path) -> dict[str, Any]:
         receipt = json.loads(file.read_text())
         found["stages"][receipt["stage"]] = round(receipt["seconds"], 1)
         if receipt["stage"] == "train":
-            found |= {key: receipt["figures"][key] for key in ("probed_gib", "measured_gib")}
+            found |= {key: receipt["figures"][key] for key in ("dry_run_gib", "measured_gib")}
     return found
 
 
 def speeds(run: Path) -> list[float]:
-    """Images, or slots of rows, in a second of each step."""
+    """Images, or tokens with padding, in a second of each step."""
     found = curves.read(run)
     (rates,) = [points for tag, points in found.items() if curves.SPEED.fullmatch(tag)] or [[]]
     padding = dict(found.get("train/padding", []))
@@ -276,6 +276,7 @@ def candidates_for(case: Case) -> tuple["Candidates", tuple[int, int, bool]]:
 
     Texts were encoded by shortened encoders, and what lies outside torch's allocator was not measured: neither counts.
     """
+    from finetune import kinds
     from finetune.config import compose
     from finetune.planning.candidates import Candidates
     from finetune.planning.machine import read
@@ -289,7 +290,7 @@ def candidates_for(case: Case) -> tuple["Candidates", tuple[int, int, bool]]:
     )
     trainer = config.trainer
     setting = trainer.micro_batch, trainer.activation_checkpointing, trainer.offload_activations
-    return Candidates(config, read(config.hardware)), setting
+    return Candidates(kinds.of(config).workload(config), read(config.hardware)), setting
 
 
 def planned_gib(candidates: "Candidates", setting: tuple[int, int, bool]) -> float:
@@ -298,7 +299,7 @@ def planned_gib(candidates: "Candidates", setting: tuple[int, int, bool]) -> flo
 
 
 def planned_a_second(candidates: "Candidates", setting: tuple[int, int, bool]) -> float:
-    """Images, or slots of rows, as the plan estimates."""
+    """Images, or tokens with padding, as the plan estimates."""
     step = candidates.setting(*setting)
     return step.count / step.seconds
 
@@ -307,7 +308,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
     """docs/memory.md."""
     done = [line for line in lines if "planned_gib" in line]
     errors = sorted(abs(line["planned_gib"] / line["measured_gib"] - 1) for line in done)
-    dry_run_gib = sorted(abs(line["probed_gib"] / line["measured_gib"] - 1) for line in done)
+    dry_run_errors = sorted(abs(line["dry_run_gib"] / line["measured_gib"] - 1) for line in done)
     failed = [line for line in lines if line["exit_code"]]
     ends = "; ".join(f"`{line['name']}` ({OUTCOMES.get(line['exit_code'], line['exit_code'])})" for line in failed)
     return PAGE.format(
@@ -318,8 +319,8 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
         speeds="\n".join(speed_row(line) for line in done if "a_second" in line),
         median=100 * errors[len(errors) // 2],
         worst=100 * errors[-1],
-        probed_median=100 * dry_run_gib[len(dry_run_gib) // 2],
-        probed_worst=100 * dry_run_gib[-1],
+        dry_run_median=100 * dry_run_errors[len(dry_run_errors) // 2],
+        dry_run_worst=100 * dry_run_errors[-1],
         count=len(lines),
         failed=f"{len(failed)} did not end well: {ends}." if failed else "none ran out of memory.",
         warm_up=WARM_UP,
@@ -328,7 +329,7 @@ def table(lines: Sequence[dict[str, Any]]) -> str:
 
 def row(line: dict[str, Any]) -> str:
     """One case of the table of memory."""
-    gib = [f"{line[name]:.1f}" for name in ("vram_gib", "planned_gib", "probed_gib", "measured_gib")]
+    gib = [f"{line[name]:.1f}" for name in ("vram_gib", "planned_gib", "dry_run_gib", "measured_gib")]
     error = 100 * (line["planned_gib"] / line["measured_gib"] - 1)
     return "| " + " | ".join([f"`{line['preset']}`", settings(line), *gib, f"{error:+.1f} %"]) + " |"
 

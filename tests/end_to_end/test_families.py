@@ -1,17 +1,20 @@
-"""Every family of image models from a folder of images to an adapter that others read, on tiny models."""
+"""Every family of image models, from a folder of images to an adapter that diffusers loads, on tiny models."""
 
 import copy
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from PIL import Image
+from torch import Tensor
 
 import finetune
 from finetune.adapters import formats
 from finetune.config.schema import Config, Device, ExportFormat, Precision
-from finetune.diffusion import export, families, pipeline
+from finetune.diffusion import families, pipeline
 from finetune.diffusion.families import family
+from finetune.diffusion.families.spec import MASK
 from finetune.errors import Interrupted
 from finetune.run.records import Result
 from tests import cutting
@@ -19,8 +22,8 @@ from tests.tiny_families import save_family
 
 torch.set_num_threads(1)
 
-CUT = {"sdxl", "flux"}  # a UNet and a transformer
-UNREAD = {"sd3", "flux2"}  # diffusers leaves every layer of their kohya-style files out, and says little
+INTERRUPTED = {"sdxl", "flux"}  # a UNet and a transformer
+UNREAD = {"sd3", "flux2"}  # diffusers skips every layer of their kohya-style files
 
 
 @pytest.fixture(scope="module", params=families.names())
@@ -48,7 +51,7 @@ def result(config: Config) -> Result:
     return finetune.train(config)
 
 
-def test_a_folder_of_pictures_becomes_an_adapter_and_samples(config: Config, result: Result) -> None:
+def test_a_folder_of_images_becomes_an_adapter_and_samples(config: Config, result: Result) -> None:
     assert result.run.steps == 3
     assert set(result.adapter.files) == {export_format.name for export_format in config.export.formats}
     assert all(difference <= 1e-5 for difference in result.adapter.differences.values())
@@ -59,9 +62,9 @@ def test_a_folder_of_pictures_becomes_an_adapter_and_samples(config: Config, res
     assert (Path(result.samples.folder) / result.samples.grid).is_file()
 
 
-def test_a_run_that_was_cut_gives_the_same_adapter(config: Config, result: Result, tmp_path: Path) -> None:
-    if config.model.family not in CUT:
-        pytest.skip("a UNet and a transformer show it: what a run goes on with knows no family")
+def test_an_interrupted_run_gives_the_same_adapter(config: Config, result: Result, tmp_path: Path) -> None:
+    if config.model.family not in INTERRUPTED:
+        pytest.skip("tested with a UNet and a transformer: resuming does not depend on the family")
     cut = copy.deepcopy(config)
     cut.run_dir, cut.export.formats = str(tmp_path / "cut"), [ExportFormat.peft]
     with cutting.cut(1), pytest.raises(Interrupted):
@@ -72,27 +75,34 @@ def test_a_run_that_was_cut_gives_the_same_adapter(config: Config, result: Resul
     assert all(torch.equal(ours[name], whole[name]) for name in whole)
 
 
-@pytest.mark.parametrize(
-    "format", [ExportFormat.diffusers, ExportFormat.kohya], ids=lambda export_format: export_format.name
-)
+@pytest.mark.parametrize("export_format", [ExportFormat.diffusers, ExportFormat.kohya], ids=lambda each: each.name)
 def test_the_librarys_own_loader_reads_the_file(config: Config, result: Result, export_format: ExportFormat) -> None:
-    kind, folder, name = (
-        family(config.model.family),
-        Path(result.adapter.folder),
-        result.adapter.files[export_format.name],
-    )
-    parts = dict.fromkeys((*kind.text_parts, "vae"))
-    loaded_into = pipeline.load_pipeline(config.model, parts)
-    backbone = getattr(loaded_into, kind.backbone)
-    loaded_into.load_lora_weights(folder, weight_name=name)
+    spec, folder = family(config.model.family), Path(result.adapter.folder)
+    loaded_into = pipeline.load_pipeline(config.model, dict.fromkeys((*spec.text_parts, "vae")))
+    backbone = getattr(loaded_into, spec.backbone)
+    loaded_into.load_lora_weights(folder, weight_name=result.adapter.files[export_format.name])
     if export_format is ExportFormat.kohya and config.model.family in UNREAD:
         assert not any("lora" in name for name, _ in backbone.named_parameters())
         return
-    probe = export._probe(config, torch.device("cpu"))
-    loaded, ours = probe(backbone), probe(pipeline.load_adapter(config.model, _base(config), folder / "peft"))
-    assert export._relative(loaded, ours) < 1e-5
-    assert export._relative(probe(_base(config)), ours) > 1e-4
+    base = pipeline.load_backbone(config.model, torch.float32)
+    untuned = output(config, base)
+    ours = output(config, pipeline.load_adapter(config.model, base, folder / "peft"))
+    assert difference(output(config, backbone), ours) < 1e-5
+    assert difference(untuned, ours) > 1e-4
 
 
-def _base(config: Config) -> torch.nn.Module:
-    return pipeline.load_backbone(config.model, torch.float32)
+@torch.no_grad()
+def output(config: Config, backbone: Any) -> Tensor:
+    """What a backbone predicts for fixed random latents and texts, at two noise levels."""
+    spec, random = family(config.model.family), torch.Generator().manual_seed(0)
+    latents_BChw = torch.randn((2, spec.latent_channels(backbone.config), 16, 16), generator=random)
+    text = {
+        name: torch.ones(2, *shape) if name == MASK else torch.randn((2, *shape), generator=random)
+        for name, shape in sorted(spec.text_shapes(backbone.config).items())
+    }
+    return spec.predict(backbone.eval(), latents_BChw, torch.tensor([100, 800]), text)
+
+
+def difference(one: Tensor, other: Tensor) -> float:
+    """Relative to the other one's size."""
+    return float((one - other).norm() / other.norm())

@@ -24,6 +24,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 import finetune
+from finetune.config.describe import as_dict
 from finetune.diffusion.sample import CELL, GAP, TEXT
 from finetune.hub import resolve
 from finetune.run import rundir
@@ -37,7 +38,7 @@ from tests.end_to_end.command import Finished
 
 pytestmark = pytest.mark.slow
 
-DIFFUSION = 40
+IMAGES = 40
 TRIGGER = "pixar style"
 # The recipe's own settings but for these: half of its steps bring the style with room to spare (a third do not), and
 # what is drawn in fewer steps is read as well. Whole it takes three minutes of a core.
@@ -52,7 +53,7 @@ class First:
     work: Path
     ended: Finished
     images: dict[str, str]
-    asked_hub: int
+    hub_requests: int
 
     @property
     def data(self) -> Path:
@@ -78,24 +79,24 @@ def first(tmp_path_factory: pytest.TempPathFactory) -> First:
     for image in sorted((ROOT / "datasets" / "pixar_style").glob("*.jpg")):
         shutil.copy(image, data)
     before = command.contents(data)
-    visitors: list[Any] = []
+    connections: list[Any] = []
     with socket.create_server(("127.0.0.1", 0)) as hub:
-        threading.Thread(target=_hang_up_on_everyone, args=(hub, visitors), daemon=True).start()
+        threading.Thread(target=_refuse_all, args=(hub, connections), daemon=True).start()
         address = f"http://127.0.0.1:{hub.getsockname()[1]}"
         # No model hub but this one, which would notice; an empty cache, so that nothing of this machine's can help.
         environment = {"HF_ENDPOINT": address, "HF_HOME": str(work.parent / "hub"), "HF_HUB_OFFLINE": "0"}
         ended = command.run("train", "conf=pixar_style", *SHORT, cwd=work, **environment)
-        requested = len(visitors)
+        requested = len(connections)
     return First(work, ended, before, requested)
 
 
-def _hang_up_on_everyone(server: socket.socket, visitors: list[Any]) -> None:
+def _refuse_all(server: socket.socket, connections: list[Any]) -> None:
     while True:
         try:
             connection, address = server.accept()
-        except OSError:  # closed: nobody is waited for any more
+        except OSError:  # closed at the end
             return
-        visitors.append(address)
+        connections.append(address)
         connection.close()
 
 
@@ -119,10 +120,10 @@ def test_it_ends_well_within_its_means(first: First) -> None:
 
 
 def test_no_hub_is_asked(first: First) -> None:
-    assert first.asked_hub == 0
+    assert first.hub_requests == 0
 
 
-def test_the_pictures_are_untouched_and_nothing_else_is_made(first: First) -> None:
+def test_the_images_are_untouched_and_nothing_else_is_made(first: First) -> None:
     kept = {path: content for path, content in command.contents(first.data).items() if path in first.images}
     assert kept == first.images
     assert {path.name for path in first.data.iterdir() if path.suffix != ".jpg"} == {"metadata.jsonl"}
@@ -134,9 +135,9 @@ def test_every_long_step_shows_its_progress_in_plain_lines(first: First) -> None
     steps = first.config["trainer"]["steps"]
     images = 2 * len(first.config["sample"]["prompts"]) * len(first.config["sample"]["seeds"])
     for done in (
-        f"caption: {DIFFUSION}/{DIFFUSION} images, ",
-        f"captions: {DIFFUSION + 1}/{DIFFUSION + 1} captions, ",  # and the empty one
-        f"images: {DIFFUSION}/{DIFFUSION} images, ",
+        f"caption: {IMAGES}/{IMAGES} images, ",
+        f"captions: {IMAGES + 1}/{IMAGES + 1} captions, ",  # and the empty one
+        f"images: {IMAGES}/{IMAGES} images, ",
         f"train: {steps}/{steps} steps, ",
         f"sample: {images}/{images} images, ",
     ):
@@ -147,7 +148,7 @@ def test_every_long_step_shows_its_progress_in_plain_lines(first: First) -> None
     assert "\x1b" not in first.ended.err + first.ended.out  # no terminal, no colours
 
 
-def test_the_table_says_what_was_done_in_eighty_columns(first: First) -> None:
+def test_the_table_fits_eighty_columns(first: First) -> None:
     table, _, following = first.ended.out.partition("\nnext\n")
     lines = table.splitlines()
     assert max(map(len, lines)) <= 80
@@ -167,17 +168,17 @@ def test_the_table_says_what_was_done_in_eighty_columns(first: First) -> None:
 # -- what it left ----------------------------------------------------------------------------------------------------
 
 
-def test_every_picture_has_a_true_caption_with_the_trigger_phrase_behind(first: First) -> None:
+def test_every_image_has_a_true_caption_with_the_trigger_phrase_at_its_end(first: First) -> None:
     texts = command.captions(first.data)
-    assert list(texts) == [f"{number:03d}.jpg" for number in range(1, DIFFUSION + 1)]
+    assert list(texts) == [f"{number:03d}.jpg" for number in range(1, IMAGES + 1)]
     wrong = {}
-    for (name, text), scene in zip(texts.items(), dataset_scenes(DIFFUSION), strict=True):
+    for (name, text), scene in zip(texts.items(), dataset_scenes(IMAGES), strict=True):
         assert text.endswith(f", {TRIGGER}")
         assert text.count(TRIGGER) == 1
         said = [(mention.kind, mention.colour) for mention in read_caption(text).things]
         if said != [(thing.kind, thing.colour) for thing in scene.things]:
             wrong[name] = text
-    assert len(wrong) <= DIFFUSION // 10, wrong  # the captioner is good for 90 % of unseen images in this style
+    assert len(wrong) <= IMAGES // 10, wrong  # the captioner is good for 90 % of unseen images in this style
     sources = {item.source for item in first.record("caption", CaptionSet).items}
     assert sources == {"generated"}
 
@@ -205,7 +206,7 @@ def test_the_run_folder_is_complete(first: First) -> None:
     assert left <= {".lock"}  # nothing half written
 
 
-def test_receipts_say_why_and_how(first: First) -> None:
+def test_receipts_hold_inputs_versions_and_figures(first: First) -> None:
     for stage in ("caption", "dataset", "train", "export", "sample", "report"):
         receipt = json.loads((first.run_dir / "receipts" / f"{stage}.json").read_text())
         assert re.fullmatch("[0-9a-f]{64}", receipt["input_hash"])
@@ -215,16 +216,16 @@ def test_receipts_say_why_and_how(first: First) -> None:
 
 
 def test_the_configuration_is_the_one_that_python_gives(first: First, tmp_path: Path) -> None:
-    rundir.write_config(finetune.load("pixar_style", SHORT), tmp_path)
+    rundir.write_config(as_dict(finetune.load("pixar_style", SHORT)), tmp_path)
     assert (first.run_dir / "config.yaml").read_bytes() == (tmp_path / "config.yaml").read_bytes()
 
 
-def test_the_data_set_holds_every_picture_once(first: First) -> None:
+def test_the_data_set_holds_every_image_once(first: First) -> None:
     record = first.record("dataset", Dataset)
     lines = [json.loads(line) for line in (first.run_dir / "dataset.jsonl").read_text().splitlines()]
-    assert [line["file"] for line in lines] == [f"{number:03d}.jpg" for number in range(1, DIFFUSION + 1)]
+    assert [line["file"] for line in lines] == [f"{number:03d}.jpg" for number in range(1, IMAGES + 1)]
     assert sum(line["held_out"] for line in lines) == record.validation > 0
-    assert record.train + record.validation == DIFFUSION
+    assert record.train + record.validation == IMAGES
     assert {line["file"]: line["caption"] for line in lines} == command.captions(first.data)
 
 
@@ -247,7 +248,7 @@ def test_metrics_have_a_line_for_every_step(first: First) -> None:
 # -- the adapter -----------------------------------------------------------------------------------------------------
 
 
-def test_three_dialects_reproduce_the_trained_module(first: First) -> None:
+def test_three_formats_reproduce_the_trained_module(first: First) -> None:
     adapter = first.record("export", Adapter)
     assert set(adapter.files) == set(adapter.differences) == {"peft", "diffusers", "kohya"}
     assert all(0 <= difference <= 1e-5 for difference in adapter.differences.values())
@@ -288,7 +289,7 @@ def test_the_libraries_own_loaders_read_all_three_alike(first: First) -> None:
         assert difference(output(through_a_pipeline(name)), tuned) <= 1e-5, name
 
 
-def test_the_single_file_tells_a_stranger_what_it_is(first: First) -> None:
+def test_the_single_file_describes_itself(first: First) -> None:
     with safe_open(first.run_dir / "adapter" / "pixar_style.safetensors", framework="pt") as file:
         metadata, names = file.metadata(), list(file.keys())
     lora = first.config["lora"]
@@ -363,7 +364,7 @@ def test_configuration_and_hparams_are_there(first: First, events: EventAccumula
 # -- images and page -----------------------------------------------------------------------------------------------
 
 
-def test_every_sample_carries_what_it_was_drawn_with(first: First) -> None:
+def test_every_sample_holds_the_settings_it_was_drawn_with(first: First) -> None:
     sample, resolution = first.config["sample"], first.config["model"]["resolution"]
     folder = first.run_dir / "samples"
     items = first.record("sample", Samples).items
@@ -427,7 +428,7 @@ def test_the_report_is_one_page_that_fetches_nothing(first: First) -> None:
     assert not re.findall(r"url\(|@import", html)
     images = [value for name, value in page.found if name == "src"]
     pairs = len(first.config["sample"]["prompts"]) * len(first.config["sample"]["seeds"])
-    assert len(images) >= 2 * pairs + DIFFUSION  # base and tuned, and every captioned image
+    assert len(images) >= 2 * pairs + IMAGES  # base and tuned, and every captioned image
     assert page.tags.count("svg") >= 3
     for words in (
         "pixar_style",
@@ -441,7 +442,7 @@ def test_the_report_is_one_page_that_fetches_nothing(first: First) -> None:
 # -- afterwards ------------------------------------------------------------------------------------------------------
 
 
-def test_the_same_command_again_finds_everything_fresh(first: First) -> None:
+def test_the_same_command_again_skips_what_is_up_to_date(first: First) -> None:
     def state() -> dict[str, str]:
         own = {"report.html", "report.json"}  # the page is written again: it takes a second and may be out of date
         return {
@@ -452,26 +453,23 @@ def test_the_same_command_again_finds_everything_fresh(first: First) -> None:
     again = command.run("train", "conf=pixar_style", *SHORT, cwd=first.work)
     assert again.code == 0, again.err
     steps = first.config["trainer"]["steps"]
-    fresh = [
-        "caption: up to date, skipped",
-        "dataset: up to date, skipped",
-        f"train: fresh ({steps} steps)",
-        "export: fresh",
-        "sample: fresh",
-    ]
-    assert again.err.splitlines() == [*fresh, "report: outputs/pixar_style/report.html"]
+    *skipped, report = again.err.splitlines()
+    stages = [line.partition(": up to date, skipped")[0] for line in skipped]
+    assert stages == ["caption", "dataset", "train", "export", "sample"]
+    assert f"{steps} steps" in skipped[2]
+    assert report == "report: outputs/pixar_style/report.html"
     assert state() == before
     assert again.cpu_s < first.ended.cpu_s / 4
     seconds = re.compile(r" seconds .*")  # the report's own
     assert seconds.sub("", again.out) == seconds.sub("", first.ended.out)
 
 
-def test_the_next_commands_do_what_they_say(first: First, tmp_path: Path) -> None:
+def test_the_suggested_commands_work(first: First, tmp_path: Path) -> None:
     work = shutil.copytree(first.work, tmp_path / "work")
     board, sample = (line.strip() for line in first.ended.out.partition("\nnext\n")[2].splitlines())
 
     def typed(line: str) -> subprocess.CompletedProcess[str]:
-        """In a shell that has not been told where the environment is."""
+        """In a shell without the environment on its path."""
         elsewhere = [part for part in os.environ["PATH"].split(":") if Path(part) != Path(sys.executable).parent]
         environment = {**os.environ, "PATH": ":".join(elsewhere)}
         return subprocess.run(line, shell=True, cwd=work, env=environment, capture_output=True, text=True, check=False)

@@ -14,7 +14,7 @@ from tests.tiny_language_models import save_language
 from tests.tiny_models import save_diffusion
 from tests.unit.conftest import conversations
 
-DIFFUSION, CHAT = ROOT / "scripts" / "retrain.ipynb", ROOT / "scripts" / "retrain_chat.ipynb"
+IMAGES, CHAT = ROOT / "scripts" / "retrain.ipynb", ROOT / "scripts" / "retrain_chat.ipynb"
 TIME_LIMIT_S = 300
 
 
@@ -82,7 +82,7 @@ def executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     draw(tmp_path / "more", 3, "blue")
     for name, value in {"PICTURES": tmp_path / "more", "STEPS": 4, "OVERRIDES": " ".join(small(tmp_path))}.items():
         monkeypatch.setenv(f"RETRAIN_{name}", str(value))
-    return execute(DIFFUSION, tmp_path)
+    return execute(IMAGES, tmp_path)
 
 
 @pytest.mark.slow
@@ -110,7 +110,7 @@ def test_retraining(executed: Any, tmp_path: Path) -> None:
     assert html.count("a blue disc, pixar style<br>seed 0") == 1
 
 
-@pytest.mark.parametrize("notebook", [DIFFUSION, CHAT], ids=lambda path: path.stem)
+@pytest.mark.parametrize("notebook", [IMAGES, CHAT], ids=lambda path: path.stem)
 def test_the_notebooks_are_stored_without_outputs(notebook: Path) -> None:
     cells = nbformat.read(notebook, as_version=4).cells
     assert not [cell for cell in cells if cell.get("outputs") or cell.get("execution_count")]

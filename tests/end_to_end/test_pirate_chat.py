@@ -56,7 +56,7 @@ def test_it_ends_well_within_its_means(talk: Talk) -> None:
     assert {path.name for path in talk.work.iterdir()} == {"datasets", "outputs"}
 
 
-def test_the_table_fits_eighty_columns_and_speaks_of_tokens(talk: Talk) -> None:
+def test_the_table_fits_eighty_columns_and_counts_tokens(talk: Talk) -> None:
     table = talk.ended.out.partition("\nnext\n")[0]
     assert max(map(len, table.splitlines())) <= 80
     assert re.search(r"[\d,.]+ tokens/s", table)
@@ -111,18 +111,19 @@ def test_curves_answers_and_a_marked_row_are_in_tensorboard(talk: Talk) -> None:
     assert [event.step for event in events.Tensors(shown[0])] == [0, run.steps]
 
 
-def test_the_same_command_again_finds_everything_fresh(talk: Talk) -> None:
+def test_the_same_command_again_skips_what_is_up_to_date(talk: Talk) -> None:
     again = command.run("train", "conf=pirate_chat", STEPS, cwd=talk.work)
     assert again.code == 0, again.err
-    assert "dataset: up to date, skipped" in again.err
-    for stage in ("train", "export", "sample"):
-        assert f"{stage}: fresh" in again.err
+    for stage in ("dataset", "train", "export", "sample"):
+        assert f"{stage}: up to date, skipped" in again.err
 
 
-def test_only_pictures_are_captioned(talk: Talk) -> None:
+def test_only_images_are_captioned(talk: Talk) -> None:
     ended = command.run("caption", "conf=pirate_chat", cwd=talk.work)
     assert ended.code == 2
-    assert ended.err.splitlines() == ["error: this recipe trains a language model; only images have captions"]
+    (line,) = ended.err.splitlines()
+    assert line.startswith("error: ")
+    assert "only images have captions" in line
 
 
 @pytest.fixture(scope="session")

@@ -1,4 +1,4 @@
-"""A base in a single file goes all the way: trained, cut, continued, exported and drawn with, as from its folder."""
+"""A base in a single file: trained, interrupted, resumed, exported and sampled, as from its folder."""
 
 import copy
 from dataclasses import replace
@@ -61,6 +61,6 @@ def test_a_run_from_a_file_is_the_run_from_its_folder(config: Config, tmp_path: 
                 for samples, item in ((result, one), (whole, other))
             )
             assert drawn == wanted
-    gpu = (Path(result.adapter.folder) / "README.md").read_text()
-    assert f'pipeline = StableDiffusionPipeline.from_single_file("{file}")' in gpu
-    assert finetune.train(single).run == result.run  # every stage is fresh
+    page = (Path(result.adapter.folder) / "README.md").read_text()
+    assert f'pipeline = StableDiffusionPipeline.from_single_file("{file}")' in page
+    assert finetune.train(single).run == result.run  # every stage is up to date

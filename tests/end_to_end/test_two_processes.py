@@ -1,4 +1,4 @@
-"""The real command in two processes: the adapter of one, one voice, one end."""
+"""The real command in two processes: the adapter of one process, output of the first alone, one end."""
 
 import shutil
 import signal
@@ -15,9 +15,9 @@ from finetune.training import checkpoint
 from tests.conftest import Answer
 from tests.end_to_end import command
 from tests.end_to_end.test_cutting import losses
+from tests.ports import free_port
 from tests.tiny_language_models import save_language
 from tests.unit.conftest import conversations
-from tests.unit.run.test_distributed import free_port
 
 pytestmark = pytest.mark.slow
 
@@ -27,7 +27,7 @@ TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 
 
 def started(cwd: Path, *words: str) -> list[command.Running]:
-    """Two processes of one run, as a launcher starts them, but with exit codes and voices to tell apart."""
+    """Two processes of one run, as a launcher starts them, each with an exit code and output of its own."""
     common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     return [
         command.start("train", *words, cwd=cwd, RANK=rank, LOCAL_RANK=rank, OMP_NUM_THREADS="1", **common)
@@ -53,10 +53,7 @@ def test_stopped_in_two_and_finished_in_one_it_is_the_adapter_of_one(
     (images / "brown.txt").write_text("a brown wall, pixar style")
     work = images.parent
     settings = [*small, f"trainer.steps={STEPS}", f"trainer.save_every={STEPS}", "trainer.validate_every=0"]
-    settings += [
-        "optim.eps=1e-3",
-        "lora.dropout=0.1",
-    ]  # with 1e-8 Adam turns rounding of vanishing gradients into steps
+    settings += ["lora.dropout=0.1", "optim.eps=1e-3"]  # with 1e-8 Adam turns rounding of tiny gradients into steps
     both = started(work, *settings, TWO)
     both[0].wait_for("step 2", lambda: 2 in dict(losses(work / "run")))
     both[1].send(signal.SIGTERM)
@@ -99,7 +96,7 @@ def test_torchrun_trains_a_language_model_as_one_process_does(
     assert dict(losses(work / "two")) == pytest.approx(dict(losses(work / "one")), rel=1e-5)
 
 
-def test_an_error_of_the_first_is_said_once_and_ends_both(small: Sequence[str], images: Path) -> None:
+def test_an_error_of_the_first_process_is_printed_once_and_ends_both(small: Sequence[str], images: Path) -> None:
     shutil.rmtree(images)
     first, second = (running.finish() for running in started(images.parent, *small))
     assert (first.code, second.code) == (3, 3)

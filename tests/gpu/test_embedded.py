@@ -1,4 +1,4 @@
-"""The models that come with the package, trained and asked on a GPU in 16 bit: what fp32 on a CPU does, they do."""
+"""The embedded models, trained and sampled on a GPU in 16 bit: they do what they do in fp32 on a CPU."""
 
 from pathlib import Path
 from typing import Any
@@ -67,7 +67,7 @@ def losses(config: Config, data: Any, precision: Precision, quantize: Quantize) 
 
 
 @pytest.mark.parametrize(("precision", "quantize"), list(UNLIKE_FP32))
-def test_losses_of_pictures_follow_fp32(images: list[str], precision: Precision, quantize: Quantize) -> None:
+def test_losses_of_images_follow_fp32(images: list[str], precision: Precision, quantize: Quantize) -> None:
     config, data = loaded("pixar_style", images)
     expected = losses(config, data, Precision.fp32, Quantize.none)
     found = losses(config, data, precision, quantize)
@@ -87,7 +87,7 @@ def test_losses_of_conversations_follow_fp32(talk: list[str], precision: Precisi
 
 
 @pytest.mark.parametrize("precision", [Precision.bf16, Precision.fp16])
-def test_a_style_trained_in_16_bit_on_a_card_is_the_style(
+def test_a_style_trained_in_16_bit_on_a_gpu_is_the_style(
     images: list[str], tmp_path: Path, precision: Precision
 ) -> None:
     """The whole line: captions, encoding, training, export and samples on the GPU, and what readers see in the end."""
@@ -107,7 +107,7 @@ def test_a_style_trained_in_16_bit_on_a_card_is_the_style(
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_samples_in_16_bit_show_what_was_asked_for(dtype: torch.dtype) -> None:
+def test_samples_in_16_bit_show_what_the_prompt_says(dtype: torch.dtype) -> None:
     """Pixels may differ from those of fp32: twenty steps make much of a rounded one."""
     base, device = ModelConfig(base="embedded:diffusion"), torch.device("cuda")
     scenes = held_out_scenes(measure_style.FIRST_SEED, 24)

@@ -7,10 +7,10 @@ import pytest
 import torch
 from diffusers import FluxTransformer2DModel
 
+from finetune import kinds
 from finetune.adapters import lora
 from finetune.config.schema import Config, Device, Optimizer, Precision
 from finetune.diffusion.families import flux
-from finetune.diffusion.task import DiffusionTask
 from finetune.memory.device import limit_memory, pick_device, pick_precision
 from finetune.run.records import Dataset
 from finetune.stages.export import export
@@ -25,7 +25,7 @@ pytestmark = pytest.mark.gpu
 
 
 @pytest.fixture
-def on_card(config: Config) -> Config:
+def on_gpu(config: Config) -> Config:
     """The tiny run of the unit tests, on the GPU."""
     config.hardware.device = Device.cuda
     return config
@@ -35,7 +35,7 @@ def losses(config: Config, dataset: Dataset, precision: Precision) -> list[float
     """Loss of every training image, one by one, with a freshly injected adapter."""
     config.trainer.precision = precision
     device = pick_device(Device.cuda)
-    task = DiffusionTask(config, dataset, device)
+    task = kinds.of(config).build_task(config, dataset, device)
     accelerator = build_accelerator(precision, device)
     values = []
     for example in dataset.examples():
@@ -46,49 +46,49 @@ def losses(config: Config, dataset: Dataset, precision: Precision) -> list[float
 
 @pytest.mark.parametrize(("precision", "tolerance"), [(Precision.bf16, 2e-2), (Precision.fp16, 5e-3)])
 def test_16_bit_losses_follow_fp32(
-    on_card: Config, make_dataset: Callable[..., Dataset], precision: Precision, tolerance: float
+    on_gpu: Config, make_dataset: Callable[..., Dataset], precision: Precision, tolerance: float
 ) -> None:
     dataset = make_dataset()
-    assert losses(on_card, dataset, precision) == pytest.approx(losses(on_card, dataset, Precision.fp32), rel=tolerance)
+    assert losses(on_gpu, dataset, precision) == pytest.approx(losses(on_gpu, dataset, Precision.fp32), rel=tolerance)
 
 
 @pytest.mark.parametrize("precision", [Precision.fp32, Precision.bf16, Precision.fp16])
 @pytest.mark.parametrize("optimizer", list(Optimizer))
 def test_every_precision_and_optimiser_trains_exports_and_resumes(
-    on_card: Config, make_dataset: Callable[..., Dataset], precision: Precision, optimizer: Optimizer
+    on_gpu: Config, make_dataset: Callable[..., Dataset], precision: Precision, optimizer: Optimizer
 ) -> None:
-    on_card.trainer.precision, on_card.optim.name, on_card.lora.dropout = precision, optimizer, 0.1
+    on_gpu.trainer.precision, on_gpu.optim.name, on_gpu.lora.dropout = precision, optimizer, 0.1
     dataset = make_dataset()
-    run = train(on_card, dataset)
+    run = train(on_gpu, dataset)
     assert run.steps == 4
-    on_card.trainer.steps = 6
-    run = train(on_card, dataset)
+    on_gpu.trainer.steps = 6
+    run = train(on_gpu, dataset)
     assert run.steps == 6
     assert run.last_loss < 2
-    assert max(export(on_card, run).differences.values()) <= 1e-5
+    assert max(export(on_gpu, run).differences.values()) <= 1e-5
 
 
-def test_a_resumed_run_equals_an_uninterrupted_one_on_the_card(
-    on_card: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+def test_a_resumed_run_equals_an_uninterrupted_one_on_the_gpu(
+    on_gpu: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
 ) -> None:
-    on_card.trainer.precision, on_card.lora.dropout = Precision.bf16, 0.1
-    on_card.optim.schedule = type(on_card.optim.schedule).constant  # more steps later must not change the early rates
+    on_gpu.trainer.precision, on_gpu.lora.dropout = Precision.bf16, 0.1
+    on_gpu.optim.schedule = type(on_gpu.optim.schedule).constant  # more steps later must not change the early rates
     dataset = make_dataset()
     adapters = []
     for name, legs in (("whole", (6,)), ("legs", (2, 4, 6))):
-        on_card.run_dir = str(tmp_path / name)
+        on_gpu.run_dir = str(tmp_path / name)
         for steps in legs:
-            on_card.trainer.steps = steps
-            train(on_card, dataset)
+            on_gpu.trainer.steps = steps
+            train(on_gpu, dataset)
         adapters.append(checkpoint.load(checkpoint.at(tmp_path / name / "checkpoints", 6)).adapter)
     whole, legs_ = adapters
     assert all(torch.equal(whole[name], legs_[name]) for name in whole)
 
 
-def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dataset: Callable[..., Dataset]) -> None:
-    on_card.trainer.precision = Precision.fp16
+def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_gpu: Config, make_dataset: Callable[..., Dataset]) -> None:
+    on_gpu.trainer.precision = Precision.fp16
     dataset = make_dataset()
-    task, accelerator, optimizer = prepared(on_card, dataset)
+    task, accelerator, optimizer = prepared(on_gpu, dataset)
     before = lora.state(task.model)
     examples = list(dataset.examples())
 
@@ -109,7 +109,7 @@ def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dat
         optimizer,
         lambda _: 1e-2,
         accelerator,
-        fallbacks=fallbacks(task, on_card),
+        fallbacks=fallbacks(task, on_gpu),
         seed=0,
         start=0,
         clip_norm=1.0,
@@ -124,14 +124,14 @@ def test_the_fp16_scaler_skips_an_overflow_and_goes_on(on_card: Config, make_dat
     assert not all(torch.equal(weight, before[name]) for name, weight in lora.state(task.model).items())
 
 
-def test_the_best_precision_of_the_card_is_picked() -> None:
+def test_the_best_precision_of_the_gpu_is_picked() -> None:
     device = pick_device(Device.auto)
     assert device.type == "cuda"
     expected = Precision.bf16 if torch.cuda.is_bf16_supported(including_emulation=False) else Precision.fp16
     assert pick_precision(Precision.auto, device) is expected
 
 
-def test_nvml_answers_for_the_card_in_use(tmp_path: Path) -> None:
+def test_nvml_answers_for_the_gpu_in_use(tmp_path: Path) -> None:
     tracker = Tracker(tmp_path, 0, pick_device(Device.cuda))
     values = tracker.hardware()
     tracker.close()

@@ -1,4 +1,4 @@
-"""The Python functions: order of the stages, the run folder's lock and configuration, errors in our own words."""
+"""The Python functions: order of the stages, the run folder's lock and configuration, errors."""
 
 import errno
 import os
@@ -38,10 +38,10 @@ RECORDS: dict[str, Any] = {
 
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
-    """Stages that only note their arguments."""
+    """Stages that only record their arguments."""
     seen: list[tuple[str, tuple[Any, ...]]] = []
 
-    def noting(name: str) -> Callable[..., Any]:
+    def recording(name: str) -> Callable[..., Any]:
         def stage(config: Config, *arguments: Any, **_: Any) -> Any:
             seen.append((name, arguments))
             return RECORDS[name]
@@ -52,7 +52,7 @@ def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[str, tuple[Any, ...]]]:
 
     for name in RECORDS:
         module = types.ModuleType(f"finetune.stages.{name}")
-        setattr(module, name, noting(name))
+        setattr(module, name, recording(name))
         monkeypatch.setitem(sys.modules, module.__name__, module)
         monkeypatch.setattr(finetune.stages, name, module, raising=False)
     return seen
@@ -124,7 +124,7 @@ def test_a_recipe_by_name_takes_overrides(workdir: Path, calls: list[Any]) -> No
 
 @pytest.mark.parametrize("verb", ["export", "report"])
 def test_what_needs_a_finished_run_says_how_to_get_one(plain: Config, calls: list[Any], verb: str) -> None:
-    with pytest.raises(RunError, match=r"^run holds no finished run; type the same command with train first$"):
+    with pytest.raises(RunError, match=r"^run holds no finished run; .*train first"):
         getattr(finetune, verb)(plain)
     assert calls == []
     finished(plain)
@@ -152,18 +152,18 @@ def test_an_adapter_keeps_the_name_and_the_trigger_of_its_run(
     assert [(config.name, config.caption.trigger) for config in seen] == [("mine", "mine style")]
     assert seen[0].export.tolerance == 1e-3
     Path("run/config.yaml").write_text("a: [")
-    with pytest.raises(RunError, match=r"run/config.yaml is damaged; the same `train` command writes it again"):
+    with pytest.raises(RunError, match=r"run/config.yaml is damaged"):
         getattr(finetune, verb)("smoke", ["run_dir=run"])
 
 
 @pytest.mark.parametrize("verb", ["train", "export", "sample"])
-def test_offload_without_a_card_is_said_once_to_change_nothing(
+def test_offload_without_a_gpu_is_warned_about_once(
     plain: Config, calls: list[Any], capfd: pytest.CaptureFixture[str], verb: str
 ) -> None:
     plain.model.offload, plain.hardware.device = True, Device.cpu
     finished(plain)
     getattr(finetune, verb)(plain)
-    line = "model.offload=true changes nothing without a CUDA GPU: every layer is in CPU memory anyway\n"
+    line = "model.offload=true changes nothing without a CUDA GPU"
     assert capfd.readouterr().err.count(line) == 1
     plain.model.offload = False
     getattr(finetune, verb)(plain)
@@ -182,8 +182,8 @@ def test_sample_draws_with_an_exported_adapter_whose_run_is_gone(plain: Config, 
     assert calls == [("sample", (RECORDS["export"],))]
 
 
-def test_sample_without_any_adapter_says_what_to_type(plain: Config) -> None:
-    with pytest.raises(ModelError, match="has no adapter; type the same command with train first, or set"):
+def test_sample_without_any_adapter_is_an_error(plain: Config) -> None:
+    with pytest.raises(ModelError, match=r"has no adapter; .*sample\.adapter="):
         finetune.sample(plain)
 
 
@@ -219,8 +219,8 @@ def test_overrides_apply_to_a_config_too(plain: Config, calls: list[Any]) -> Non
 
 
 def test_a_folder_in_use_is_refused_with_its_owner(plain: Config, calls: list[Any]) -> None:
-    said = rf"^run is in use by process {os.getpid()} since 20\d\d-.*run_dir=PATH$"
-    with rundir.held(Path(plain.run_dir), as_dict(plain)), pytest.raises(RunError, match=said):
+    owner = rf"^run is in use by process {os.getpid()} since 20\d\d-.*run_dir=PATH"
+    with rundir.held(Path(plain.run_dir), as_dict(plain)), pytest.raises(RunError, match=owner):
         finetune.caption(plain)
     assert calls == []
     finetune.caption(plain)  # free again
@@ -241,7 +241,7 @@ def test_a_folder_in_use_by_another_process(plain: Config, calls: list[Any]) -> 
     finetune.caption(plain)  # the lock died with its process
 
 
-def test_an_owner_that_has_not_signed_yet(plain: Config, calls: list[Any]) -> None:
+def test_a_folder_in_use_by_a_process_that_has_not_left_its_name_yet(plain: Config, calls: list[Any]) -> None:
     with rundir.held(Path(plain.run_dir), as_dict(plain)):
         Path("run/.lock.json").unlink()
         with pytest.raises(RunError, match="in use by another process"):
@@ -251,7 +251,7 @@ def test_an_owner_that_has_not_signed_yet(plain: Config, calls: list[Any]) -> No
 def test_a_folder_that_cannot_be_made(plain: Config, calls: list[Any]) -> None:
     Path("file").write_text("")
     plain.run_dir = "file/run"
-    with pytest.raises(RunError, match=r"cannot write in the run folder file/run \(Not a directory\); choose one"):
+    with pytest.raises(RunError, match=r"run folder file/run \(Not a directory\).*run_dir=PATH"):
         finetune.caption(plain)
 
 
@@ -282,7 +282,7 @@ def test_a_command_that_fails_later_leaves_what_it_has_done(
 
 def test_a_read_only_folder(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Path, "write_bytes", _failing(errno.EROFS))  # permissions don't bind root, who may run tests
-    with pytest.raises(RunError, match=r"cannot write in the run folder run \(Read-only file system\)"):
+    with pytest.raises(RunError, match=r"run folder run \(Read-only file system\).*run_dir=PATH"):
         finetune.caption(plain)
     assert calls == []
 
@@ -293,7 +293,7 @@ def test_a_full_disk(plain: Config, calls: list[Any], monkeypatch: pytest.Monkey
         monkeypatch.setattr(Path, "write_bytes", _failing(errno.ENOSPC))
     else:
         monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", _failing(errno.ENOSPC))
-    with pytest.raises(RunError, match="the disk of run is full; free some space"):
+    with pytest.raises(RunError, match=r"disk of run is full.*run_dir=PATH"):
         finetune.caption(plain)
 
 
@@ -330,7 +330,7 @@ def _failing(number: int) -> Callable[..., Any]:
         MemoryError(),
     ],
 )
-def test_out_of_memory_says_what_to_try(
+def test_out_of_memory_suggests_what_to_try(
     plain: Config,
     calls: list[Any],
     monkeypatch: pytest.MonkeyPatch,
@@ -422,12 +422,12 @@ def test_the_whole_line_with_tiny_models(config: Config) -> None:
     before = Path(first.report.file).stat().st_mtime_ns, Path(first.samples.grid).stat().st_mtime_ns
     again = finetune.train(config)
     assert asdict(again) == asdict(first)
-    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # fresh, not drawn again
+    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # up to date, not drawn again
     drawn = finetune.sample(config, ['sample.prompts=["a blue wall","a red wall"]'])
     assert [item.prompt for item in drawn.items] == ["a blue wall", "a red wall"]
     assert Path(drawn.grid).is_file()
     assert Path(drawn.folder).parent == Path(config.run_dir, "samples_more")
-    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # the run's own stay, and stay fresh
+    assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # the run's own stay up to date
     assert finetune.sample(config) == first.samples
     assert before[1] == Path(first.samples.grid).stat().st_mtime_ns
     assert finetune.export(config) == first.adapter

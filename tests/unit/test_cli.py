@@ -2,6 +2,7 @@
 
 import os
 import re
+import shlex
 import subprocess
 import sys
 from collections.abc import Callable
@@ -12,13 +13,15 @@ from typing import Any
 import pytest
 import yaml
 
-from finetune import api, cli, errors
+from finetune import api, errors
 from finetune.config import describe, recipes
 from finetune.config.schema import Config
+from finetune.errors import ConfigError
 from finetune.planning.plan import Plan, Setting
 from finetune.reporting import terminal
 from finetune.run.receipts import save_receipt
 from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples
+from finetune.stages import COMMANDS
 
 Cli = Callable[..., Any]
 
@@ -35,6 +38,12 @@ def python(*words: str, cwd: Path | None = None, **environment: str) -> subproce
     )
 
 
+@pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
+def test_a_command_without_standard_streams_keeps_its_exit_code(closed: str) -> None:
+    line = f"exec {shlex.quote(sys.executable)} -m finetune plan conf=nobody {closed}"
+    assert subprocess.run(["bash", "-c", line], check=False).returncode == ConfigError.exit_code
+
+
 # -- help ----------------------------------------------------------------------------------------------------------
 
 
@@ -43,7 +52,7 @@ def test_help_lists_commands_and_recipes(finetune_cli: Cli, words: list[str]) ->
     answer = finetune_cli(*words)
     assert answer.code == 0
     for name in [
-        *cli.COMMANDS,
+        *COMMANDS,
         *recipes.recipe_files(),
         "conf=pixar_style",
         "trainer.micro_batch",
@@ -349,7 +358,7 @@ def test_multirun_stops_at_an_interruption(finetune_cli: Cli, workdir: Path, mon
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("finetune ", {*cli.COMMANDS, "--help", "--version"}),
+        ("finetune ", {*COMMANDS, "--help", "--version"}),
         ("finetune tr", {"train"}),
         ("finetune train conf=", {f"conf={name}" for name in recipes.recipe_files()}),
         ("finetune train conf=pix", {"conf=pixar_style", "conf=pixar_style_sd15", "conf=pixar_style_sdxl"}),

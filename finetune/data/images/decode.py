@@ -4,13 +4,16 @@ No decoder is run before the size is known to be allowed, and only decoders of o
 """
 
 import io
+import sys
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
+from finetune.data.images import colour
 from finetune.data.images.buckets import Bucket, centre_crop
 from finetune.errors import DataError
 from finetune.run.progress import say
@@ -20,6 +23,11 @@ FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000
 ORIENTATION = 0x0112  # EXIF tag (Exif 2.32, §4.6.4)
 QUARTER_TURNS = (5, 6, 7, 8)  # orientations that exchange width and height
 SIXTEEN_TO_EIGHT = ((np.arange(65536) + 128) // 257).astype(np.uint8)  # 65535 / 255 = 257, rounded
+GREY_ALPHA = "LA;16B"  # Pillow's name of how the pixels of a grey PNG of 16 bits with alpha are stored
+OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}  # of the two bytes of a value
+TEXT_LIMITS = {"MAX_TEXT_CHUNK": 64 * 2**20, "MAX_TEXT_MEMORY": 256 * 2**20}  # bytes; Pillow's are 1 and 64 MiB
+PNG = b"\x89PNG\r\n\x1a\n"
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
 CHECK_SIDE = 512  # pixels; JPEGs are checked at a reduced size, which still reads every byte
 _pillow_limit = threading.Lock()
 
@@ -31,10 +39,12 @@ def open_rgb(path: Path, max_pixels: int) -> Image.Image:
     Raises DataError naming the file and the reason if it is missing, empty, corrupt, truncated, or has more than
     `max_pixels` pixels (seen before anything is decoded).
     """
-    image = _open(path, read_bytes(path), max_pixels)
+    data = read_bytes(path)
+    image = _open(path, data, max_pixels)
     try:
+        low = _low_bytes(image, lambda: _open(path, data, max_pixels))
         image.load()
-        return _rgb(_upright(image))
+        return _rgb(_upright(image), low)
     except Exception as error:  # decoders raise whatever they like at broken data
         raise DataError(f"{path}: {_reason(error)}") from error
 
@@ -87,18 +97,13 @@ def report_bad(problems: Sequence[str], *, skip: bool) -> None:
         say(f"warning: left out {problem}")
 
 
-def _open(path: Path, data: bytes, max_pixels: int) -> Image.Image:
+def _open(path: Path, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
     """The header only; the size is checked here."""
     if not data:
         raise DataError(f"{path}: is empty (0 bytes)")
     try:
-        # Pillow's own limit would hide the size from the message and could not be raised; ours replaces it.
-        with _pillow_limit:
-            limit, Image.MAX_IMAGE_PIXELS = Image.MAX_IMAGE_PIXELS, None
-            try:
-                image: Image.Image = Image.open(io.BytesIO(data), formats=FORMATS)
-            finally:
-                Image.MAX_IMAGE_PIXELS = limit
+        with _pillow_limits():
+            image = Image.open(io.BytesIO(_texts_first(data)), formats=FORMATS)
     except Exception as error:  # see open_rgb
         raise DataError(f"{path}: {_reason(error)}") from error
     width, height = image.size
@@ -108,6 +113,44 @@ def _open(path: Path, data: bytes, max_pixels: int) -> Image.Image:
             f"make it smaller or try data.max_pixels={width * height}"
         )
     return image
+
+
+@contextmanager
+def _pillow_limits() -> Iterator[None]:
+    """Pillow's own limit of pixels would hide the size from the message and could not be raised; ours replaces it. Its
+    limits of text refuse good images that carry their whole history as XMP, and large colour profiles."""
+    with _pillow_limit:
+        pixels, texts = Image.MAX_IMAGE_PIXELS, {name: getattr(PngImagePlugin, name) for name in TEXT_LIMITS}
+        try:
+            Image.MAX_IMAGE_PIXELS = None
+            for name, limit in TEXT_LIMITS.items():
+                setattr(PngImagePlugin, name, limit)
+            yield
+        finally:
+            Image.MAX_IMAGE_PIXELS = pixels
+            for name, limit in texts.items():
+                setattr(PngImagePlugin, name, limit)
+
+
+def _texts_first(data: bytes) -> bytes:
+    """A PNG whose texts stand before its pixels: Pillow then reads them when it opens the file, under our limits."""
+    if not data.startswith(PNG):
+        return data
+    pixels, start, texts = 0, len(PNG), []
+    while start + 12 <= len(data):  # length, name, content, checksum
+        end = start + 12 + int.from_bytes(data[start : start + 4], "big")
+        name = data[start + 4 : start + 8]
+        if name == b"IDAT":
+            pixels = pixels or start
+        elif name in TEXT_CHUNKS and pixels and end <= len(data):
+            texts.append((start, end))
+        start = end
+    if not texts:
+        return data
+    moved = b"".join(data[start:end] for start, end in texts)
+    ends = [*(start for start, _ in texts), len(data)]
+    rest = [data[start:end] for start, end in zip([pixels, *(end for _, end in texts)], ends, strict=True)]
+    return b"".join([data[:pixels], moved, *rest])
 
 
 def _reason(error: Exception) -> str:
@@ -135,20 +178,54 @@ def _upright(image: Image.Image) -> Image.Image:
     return turned
 
 
-def _rgb(image: Image.Image) -> Image.Image:
+def _low_bytes(image: ImageFile.ImageFile, again: Callable[[], ImageFile.ImageFile]) -> Image.Image | None:
+    """The low bytes of the colours of an image of 16 bits a channel, of which Pillow keeps the high ones.
+
+    None where 8 bits are enough: for an image in sRGB. image: not decoded yet. again: opens it once more.
+    """
+    rawmodes = {tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0] for tile in image.tile}
+    rawmode = str(rawmodes.pop()) if len(rawmodes) == 1 else ""
+    mode, _, order = rawmode.partition(";16")
+    grey = rawmode == GREY_ALPHA
+    if not (grey or (mode in ("RGB", "RGBA", "CMYK") and order in OTHER_ORDER)):
+        return None
+    if not colour.is_needed(image.info.get("icc_profile"), "L" if grey else mode.removesuffix("A")):
+        return None
+    # With the bytes in the other order the same decoder keeps the low ones. Of grey with alpha all four are taken.
+    exchanged = "RGBA" if grey else f"{mode};16{OTHER_ORDER[order]}"
+    low = again()
+    low.tile = [
+        tile._replace(args=exchanged if isinstance(tile.args, str) else (exchanged, *(tile.args or ())[1:]))
+        for tile in low.tile
+    ]
+    low.load()
+    upright = _upright(low)
+    return upright.getchannel("G") if grey else upright.convert(mode.removesuffix("A"))
+
+
+def _rgb(image: Image.Image, low: Image.Image | None) -> Image.Image:
+    profile = image.info.get("icc_profile")
+    if image.mode.startswith("I;16") and colour.is_needed(profile, "L"):
+        values_HW = np.asarray(image)
+        high, low = Image.fromarray((values_HW >> 8).astype(np.uint8)), Image.fromarray(values_HW.astype(np.uint8))
+        return colour.to_srgb(high, profile, low)
     if image.mode in ("I", "F") or image.mode.startswith("I;16"):
-        return _eight_bits(image).convert("RGB")
+        return colour.to_srgb(_eight_bits(image), profile)
     if image.has_transparency_data:
-        coloured = image.convert("RGBA")
-        # The colour profile belongs to RGB; alpha is not a colour.
-        opaque = _to_srgb(coloured.convert("RGB"), image.info.get("icc_profile"))
-        white = Image.new("RGB", image.size, "white")
-        white.paste(opaque, mask=coloured.getchannel("A"))
-        return white
-    if image.mode == "P":
-        image, profile = image.convert("RGB"), image.info.get("icc_profile")
-        return _to_srgb(image, profile)
-    return _to_srgb(image, image.info.get("icc_profile")).convert("RGB")
+        return _on_white(image, profile, low)
+    if image.mode not in colour.SPACES:
+        image = image.convert("L" if image.mode == "1" else "RGB")
+    return colour.to_srgb(image, profile, low)
+
+
+def _on_white(image: Image.Image, profile: bytes | None, low: Image.Image | None) -> Image.Image:
+    """The colour profile belongs to the colours; alpha is not a colour."""
+    coloured = image.convert("RGBA")
+    grey = image.getbands()[0] in ("L", "1") or (low is not None and low.mode == "L")
+    white = Image.new("RGB", image.size, "white")
+    opaque = colour.to_srgb(coloured.getchannel("R") if grey else coloured.convert("RGB"), profile, low)
+    white.paste(opaque, mask=coloured.getchannel("A"))
+    return white
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
@@ -162,17 +239,3 @@ def _eight_bits(image: Image.Image) -> Image.Image:
     else:  # floats carry no range: 0…1 and 0…255 are the two customs, anything else is stretched to its own maximum
         scale = 255.0 if top <= 1.0 else 1.0 if top <= 255.0 else 255.0 / top
     return Image.fromarray(np.clip(values_HW * scale + 0.5, 0, 255).astype(np.uint8))
-
-
-def _to_srgb(image: Image.Image, profile: bytes | None) -> Image.Image:
-    """Colours through the embedded ICC profile; without one, or with a broken one, Pillow's plain conversion."""
-    if not profile or image.mode not in ("RGB", "CMYK", "L"):
-        return image.convert("RGB")
-    try:
-        source = ImageCms.ImageCmsProfile(io.BytesIO(profile))
-        if image.mode == "RGB" and "sRGB" in ImageCms.getProfileDescription(source):
-            return image
-        converted = ImageCms.profileToProfile(image, source, ImageCms.createProfile("sRGB"), outputMode="RGB")
-        return converted if converted is not None else image.convert("RGB")
-    except (ImageCms.PyCMSError, OSError, ValueError, TypeError):
-        return image.convert("RGB")

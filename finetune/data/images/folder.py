@@ -1,24 +1,30 @@
-"""A folder of images and their captions: `metadata.jsonl` as imagefolder of the `datasets` library reads it, or a
-`.txt` beside an image.
+"""A folder of images and their captions: `metadata.jsonl` as imagefolder of the `datasets` library reads it, or a text
+file beside an image.
 
 Only names and texts are read here; nothing is decoded.
 """
 
 import json
+import os
 import posixpath
 import tempfile
 import unicodedata
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 from finetune.errors import DataError
 from finetune.run.atomic import write_atomically
-from finetune.run.progress import say
+from finetune.run.progress import plural
 
 METADATA = "metadata.jsonl"
+COLUMNS = ("text", "caption", "prompt")  # of a row's caption, the first that is filled; new ones go into the first
+SIDECARS = (".txt", ".caption", ".cap", ".text")  # beside an image, the first that is there; in any case of letters
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of captions for a whole folder, by other tools
+TABLE_NAMES = ("metadata", "captions", "caption", "prompts")
+NO_CAPTIONS = ("readme", "license", "licence")  # stems of files that come with a data set and hold no caption
 # What Pillow decodes by itself. imagefolder lists PostScript, fonts' and films' files too, and no AVIF.
 EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif"),
@@ -35,6 +41,43 @@ class Row:
     values: dict[str, Any]
     number: int
 
+    @property
+    def text(self) -> str:
+        """The caption, stripped; empty where there is none."""
+        named = self._named()
+        return next((text for column in COLUMNS if (text := (named.get(column) or "").strip())), "")
+
+    @property
+    def other_texts(self) -> list[str]:
+        """Of a row without a column for the caption: columns that may hold it under another name."""
+        if self._named().keys() & set(COLUMNS):
+            return []
+        return [name for name, value in self.values.items() if isinstance(value, str) and name != "file_name"]
+
+    def _named(self) -> dict[str, Any]:
+        return {name.casefold(): value for name, value in self.values.items()}
+
+
+@dataclass(frozen=True)
+class Stray:
+    """A text that a person may have meant for an image, but for none that is there: `where` it is and why it belongs to
+    none; of a row of metadata also its file name and text."""
+
+    where: str
+    name: str = ""
+    text: str = ""
+
+
+@dataclass(frozen=True)
+class Captions:
+    """texts: image -> its caption. sources: image -> the file that its caption stands in, relative to the folder.
+    unused: image -> another file with another text. strays: texts of no image."""
+
+    texts: dict[str, str]
+    sources: dict[str, str]
+    unused: dict[str, str]
+    strays: tuple[Stray, ...]
+
 
 def images(folder: Path) -> list[str]:
     """Every image below a folder, as sorted paths relative to it with forward slashes.
@@ -46,13 +89,22 @@ def images(folder: Path) -> list[str]:
         raise DataError(f"there is no folder {folder}; name the folder of your images: data.folder=path/to/images")
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; name the folder that holds it: data.folder={folder.parent}")
-    files = [path for path in folder.rglob("*") if path.is_file()]
-    paths = [path.relative_to(folder) for path in files if path.suffix.lower() in EXTENSIONS]
-    if found := sorted(path.as_posix() for path in paths if not _hidden(path)):
+    if found := sorted(path.as_posix() for path in _visible(folder) if path.suffix.lower() in EXTENSIONS):
+        if misnamed := [file for file in found if not _is_text(file)]:
+            raise DataError(
+                f"{folder}: {plural(len(misnamed), 'file name')} not in UTF-8, first {os.fsencode(misnamed[0])!r}; "
+                "give the image another name"
+            )
         return found
-    others = Counter(path.suffix.lower() or path.name for path in files)
-    if not others:
+    others = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
+    linked = linked_folders(folder)
+    if not others and not linked:
         raise DataError(f"{folder} is empty; put images into it or name another folder: data.folder=path/to/images")
+    if linked:
+        raise DataError(
+            f"{folder} has no images, and linked folders are not followed: {', '.join(linked[:5])}; name one of them: "
+            f"data.folder={folder / linked[0]}"
+        )
     seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
     raise DataError(
         f"{folder} has no images (found: {seen}); readable are {' '.join(EXTENSIONS)}; "
@@ -60,36 +112,44 @@ def images(folder: Path) -> list[str]:
     )
 
 
+def linked_folders(folder: Path) -> list[str]:
+    """Symbolic links to folders: what is in them is left out, as imagefolder does."""
+    links = [path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()]
+    return sorted(path.relative_to(folder).as_posix() for path in links)
+
+
 def unsupported_files(folder: Path) -> list[str]:
     """Files that look like images but are in formats that can't be read here (HEIC, SVG, camera raw, …)."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in UNSUPPORTED)
 
 
-def captions(folder: Path, files: Sequence[str]) -> dict[str, str]:
-    """The captions that are there, image -> text: from `metadata.jsonl` (here or below), else from the `.txt`.
+def captions(folder: Path, files: Sequence[str]) -> Captions:
+    """The captions that are there: from `metadata.jsonl` (here or below), else from the text file beside an image.
 
     Blank texts count as none. Raises DataError for texts that aren't UTF-8, broken or contradictory metadata lines.
     """
-    by_name = {unicodedata.normalize("NFC", file): file for file in files}
-    found: dict[str, str] = {}
-    unknown_rows: list[str] = []
-    for metadata in metadata_files(folder):
-        parent = metadata.parent.relative_to(folder).as_posix()
-        for name, row in read_rows(metadata).items():
-            file = by_name.get(posixpath.normpath(posixpath.join(parent, name)))
-            if file is None:
-                unknown_rows.append(name)
-            elif text := (row.values.get("text") or "").strip():
-                found[file] = text
-    if unknown_rows:
-        count = len(unknown_rows)
-        say(f"warning: {METADATA} of {folder} names {count} images that aren't there, first {unknown_rows[0]}")
-    return {file: text for file in files if file not in found and (text := _sidecar(folder, file))} | found
-
-
-def overridden_sidecars(folder: Path, texts: Mapping[str, str]) -> list[str]:
-    """Images whose `.txt` says something else than the caption that is taken, sorted."""
-    return sorted(file for file, text in texts.items() if _sidecar(folder, file) not in ("", " ".join(text.split())))
+    owners = [*files, *unsupported_files(folder)]
+    rows, strays, unnamed = _from_metadata(folder, owners)
+    visible = _visible(folder)
+    beside = _sidecars(visible, owners)
+    found: dict[str, tuple[str, str]] = {}  # image -> its caption and where that stands
+    unused: dict[str, str] = {}
+    for file, text, source in [*rows, *_from_sidecars(folder, beside)]:
+        if file in found and found[file][0].split() != text.split():
+            unused[file] = source
+        found.setdefault(file, (text, source))
+    strays += [stray for file, stray in unnamed.items() if file not in found]
+    lonely = [PurePosixPath(path) for path, its_images in beside.items() if not its_images]
+    strays += [
+        Stray(f"{path}: there is no image {path.stem}") for path in lonely if path.stem.lower() not in NO_CAPTIONS
+    ]
+    strays += [Stray(f"{path}: captions are read from {METADATA} only") for path in _tables(visible)]
+    return Captions(
+        {file: found[file][0] for file in files if file in found},
+        {file: found[file][1] for file in files if file in found},
+        {file: unused[file] for file in files if file in unused},
+        tuple(strays),
+    )
 
 
 def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> None:
@@ -102,12 +162,12 @@ def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> 
     for file, text in texts.items():
         metadata = metadata_of(folder, file)
         name = (folder / file).relative_to(metadata.parent).as_posix()
-        targets.setdefault(metadata, {})[unicodedata.normalize("NFC", name)] = text
+        targets.setdefault(metadata, {})[_key(name)] = text
     for metadata, named in targets.items():
         rows = read_rows(metadata) if metadata.exists() else {}
         lines = []
         for name, row in rows.items():
-            kept = name not in named or (not overwrite and (row.values.get("text") or "").strip())
+            kept = name not in named or (not overwrite and row.text)
             lines.append(row.line if kept else _line(row.values | {"text": named[name]}))
         lines += [_line({"file_name": name, "text": text}) for name, text in named.items() if name not in rows]
         write_atomically(metadata, "\n".join(lines) + "\n")
@@ -135,14 +195,18 @@ def check_writable(folder: Path, files: Sequence[str]) -> None:
 
 
 def metadata_files(folder: Path) -> list[Path]:
-    """Every `metadata.jsonl` in the folder and below, sorted. Raises DataError for a metadata file of another kind."""
+    """Every `metadata.jsonl` in the folder and below, the deepest first: an image belongs to the nearest above it.
+
+    Raises DataError for a metadata file of another kind.
+    """
     for other in ("metadata.csv", "metadata.parquet"):
         if (folder / other).exists():
             raise DataError(
                 f"{folder / other}: captions are read from {METADATA} only; write its rows there as "
                 f'{{"file_name": …, "text": …}}, one a line, and move {other} away'
             )
-    return sorted(path for path in folder.rglob(METADATA) if not _hidden(path.relative_to(folder)))
+    found = [path for path in folder.rglob(METADATA) if not _hidden(path.relative_to(folder))]
+    return sorted(found, key=lambda path: (-len(path.parts), path))
 
 
 def read_rows(metadata: Path) -> dict[str, Row]:
@@ -158,24 +222,92 @@ def read_rows(metadata: Path) -> dict[str, Row]:
             raise DataError(f'{where}: is not JSON ({error}); expected {{"file_name": …, "text": …}}') from error
         if not isinstance(values, dict) or not isinstance(values.get("file_name"), str) or not values["file_name"]:
             raise DataError(f'{where}: has no "file_name"; expected {{"file_name": "a.jpg", "text": "…"}}')
-        if not isinstance(values.get("text"), str | None):
-            raise DataError(f'{where}: "text" must be a text, got {json.dumps(values["text"])}')
-        name = unicodedata.normalize("NFC", posixpath.normpath(values["file_name"]))
+        for column, value in values.items():
+            if column.casefold() in COLUMNS and not isinstance(value, str | None):
+                raise DataError(f'{where}: "{column}" must be a text, got {json.dumps(value)}')
+        if not _is_text(_line(values)):
+            raise DataError(f"{where}: holds half a character (a surrogate without its pair); type the character again")
+        name = _key(values["file_name"])
         if name in rows:
             raise DataError(f"{where}: {name} has a row on line {rows[name].number} already; keep one of them")
         rows[name] = Row(line.rstrip("\r"), values, number)
     return rows
 
 
-def _sidecar(folder: Path, file: str) -> str:
-    """The text of the `.txt` beside an image, in one line; empty where there is none."""
-    sidecar = (folder / file).with_suffix(".txt")
-    return " ".join(_decode(sidecar).split()) if sidecar.is_file() else ""
+def _from_metadata(
+    folder: Path, images: Sequence[str]
+) -> tuple[list[tuple[str, str, str]], list[Stray], dict[str, Stray]]:
+    """Of all metadata files: (image, caption, metadata file), rows of no image, and image -> a row without a caption
+    that may hold one under another name."""
+    by_name = {_key(image): image for image in images}
+    found, strays, unnamed = [], [], {}
+    for metadata in metadata_files(folder):
+        source = metadata.relative_to(folder).as_posix()
+        for name, row in read_rows(metadata).items():
+            image = by_name.get(_key(posixpath.join(posixpath.dirname(source), name)))
+            where = f"{source}, line {row.number}"
+            if image is None and row.text:
+                strays.append(Stray(f"{where}: there is no image {name}", name, row.text))
+            elif image is not None and row.text:
+                found.append((image, row.text, source))
+            elif image is not None and row.other_texts:
+                columns = ", ".join(row.other_texts)
+                unnamed[image] = Stray(f'{where}: the caption must be called "text"; the columns are {columns}')
+    return found, strays, unnamed
+
+
+def _sidecars(visible: Sequence[Path], images: Sequence[str]) -> dict[str, list[str]]:
+    """Text file -> the images it belongs to: those of its name, with or without the image's own suffix, else those
+    whose name differs in the case of letters only. What is read first comes first."""
+    exact, folded = defaultdict(list), defaultdict(list)
+    for image in images:
+        for name in (_key(image), _key(str(PurePosixPath(image).with_suffix("")))):
+            exact[name].append(image)
+            folded[name.casefold()].append(image)
+    stems = {path: _key(path.with_suffix("").as_posix()) for path in visible if path.suffix.lower() in SIDECARS}
+    order = sorted(stems, key=lambda path: (stems[path] not in exact, SIDECARS.index(path.suffix.lower()), path))
+    return {path.as_posix(): exact.get(stems[path]) or folded.get(stems[path].casefold(), []) for path in order}
+
+
+def _from_sidecars(folder: Path, sidecars: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str, str]]:
+    """(image, caption in one line, text file)."""
+    for path, images in sidecars.items():
+        if images and (text := " ".join(_decode(folder / path).split())):
+            yield from ((image, text, path) for image in images)
+
+
+def _tables(visible: Sequence[Path]) -> list[str]:
+    """Files in which other tools keep the captions of a folder, and which are not read."""
+    return [
+        path.as_posix()
+        for path in visible
+        if path.suffix.lower() in TABLES and path.stem.lower() in TABLE_NAMES and path.name != METADATA
+    ]
+
+
+def _visible(folder: Path) -> list[Path]:
+    """Every file that isn't hidden, relative to the folder, sorted."""
+    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return [path for path in paths if not _hidden(path)]
+
+
+def _key(name: str) -> str:
+    """What two spellings of a path have in common: other separators, needless dots, other Unicode forms."""
+    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
 
 
 def _hidden(path: Path) -> bool:
     """Whether imagefolder passes over a path."""
     return path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parent.parts)
+
+
+def _is_text(value: str) -> bool:
+    """Whether it can be written as UTF-8: names that aren't and half surrogates can't."""
+    try:
+        value.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def _decode(path: Path) -> str:

@@ -25,9 +25,17 @@ ROLES = {
 ALIASES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 TURN_COLUMNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
 ANSWER_COLUMNS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
+# Columns of rows that are made for another training than this one, which shows good answers only.
+VERDICT_COLUMNS = ("label", "kto_tag", "chosen")  # KTO: whether the answer is a good one (TRL's name, LLaMA-Factory's)
+BAD_VERDICTS = ("false", "0", "0.0", "-1", "-1.0")
+PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages", "non_preferred_output")
+TOOL_COLUMNS = ("tools", "functions")  # OpenAI's, new and old
+EMPTY = ("", "[]", "{}", "null")  # JSON that holds nothing
 # Keys of a turn that may hold text to train on.
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
-SKIP = "correct it, or leave such rows out: data.skip_bad=true"
+LONGEST_SHOWN, MOST_NAMES = 60, 12  # characters of a value, and columns, that a message shows
+LEAVE_OUT = "or leave such rows out: data.skip_bad=true"
+SKIP = f"correct it, {LEAVE_OUT}"
 COLUMNS = {
     ConversationFormat.messages: '"messages": [{"role": …, "content": …}, …]',
     ConversationFormat.sharegpt: '"conversations": [{"from": …, "value": …}, …]',
@@ -120,9 +128,11 @@ def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> I
 def conversation(row: object, format_: ConversationFormat, where: str, *, strict: bool = True) -> Conversation:
     """One row, normalised. strict: refuse a row that looks like another format than `format_`.
 
-    Raises DataError for missing columns, mixed formats, unknown roles, empty texts and rows without an answer.
+    Raises DataError for missing columns, mixed formats, unknown roles, empty texts, rows without an answer, and for
+    rows that are not made for supervised training.
     """
     columns = _columns(row, where)
+    _refuse_other_training(columns, where, format_)
     if strict and (found := _recognise(columns, where)) is not format_:
         raise DataError(
             f"{where}: is {found.value}, earlier rows are {format_.value}; keep one format in a file, or name it: "
@@ -133,8 +143,10 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
         if not messages[0].content.strip():
             raise DataError(f"{where}: its text is empty; {SKIP}")
         return Conversation(tuple(messages), where)
-    if columns.get("tools"):
-        raise DataError(f'{where}: holds "tools", which are not read; describe them in a system message, or remove it')
+    if tools := next((name for name in TOOL_COLUMNS if _is_filled(columns.get(name))), ""):
+        raise DataError(
+            f'{where}: holds "{tools}", which are not read; describe them in a system message, or remove it'
+        )
     if format_ is ConversationFormat.alpaca:
         messages = _alpaca(columns, where)
     elif format_ is ConversationFormat.prompt_completion:
@@ -142,8 +154,8 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
     else:
         name = next((name for name in TURN_COLUMNS if columns.get(name) is not None), TURN_COLUMNS[0])
         messages = _turns(columns.get(name), where, f'"{name}"', format_)
-    if isinstance(system := columns.get("system"), str) and system.strip():
-        messages = [Message("system", system), *messages]
+    if columns.get("system") is not None:  # a blank one is left out below
+        messages = [Message("system", _text(columns["system"], where, '"system"')), *messages]
     return Conversation(_checked(messages, where), where)
 
 
@@ -151,6 +163,24 @@ def _columns(row: object, where: str) -> dict[str, Any]:
     if not isinstance(row, dict):
         raise DataError(f"{where}: is no object with columns; a row has one of these: {_known_formats()}")
     return row
+
+
+def _refuse_other_training(columns: dict[str, Any], where: str, format_: ConversationFormat) -> None:
+    """Raises DataError for an answer that is marked as a bad one, and for a pair of a good and a bad answer."""
+    if names := [name for name in PREFERENCE_COLUMNS if _is_filled(columns.get(name))]:
+        raise DataError(
+            f"{where}: is a preference pair ({', '.join(names)}), which is for DPO and not for supervised training; "
+            f"keep the good answer alone, as {COLUMNS[ConversationFormat.prompt_completion]}, {LEAVE_OUT}"
+        )
+    for name in VERDICT_COLUMNS:
+        verdict = str(columns.get(name)).strip().lower()
+        if format_ is ConversationFormat.text and verdict != "false":
+            continue  # numbers beside a plain text are classes: of films' reviews, of topics
+        if verdict in BAD_VERDICTS:
+            raise DataError(
+                f"{where}: is a KTO row with {name} {verdict}: its answer is a bad one, and training would "
+                f"teach it; remove the row, {LEAVE_OUT}"
+            )
 
 
 def _recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
@@ -170,8 +200,13 @@ def _recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
         return ConversationFormat.prompt_completion
     if "text" in filled:
         return ConversationFormat.text
+    _refuse_other_training(columns, where, ConversationFormat.prompt_completion)
+    if len(filled) > 1 and all(isinstance(value, dict) for value in columns.values()):
+        raise DataError(f"{where}: is one object of {len(columns)} rows by id; write them as a list: [{{…}}, {{…}}]")
+    names = sorted(map(str, filled))
+    seen = ", ".join(_printable(name) for name in names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
     raise DataError(
-        f"{where}: its columns ({', '.join(sorted(map(str, filled))) or 'none'}) are of no known format; "
+        f"{where}: its columns ({seen or 'none'}) are of no known format; "
         f"rename them to one of these: {_known_formats()}"
     )
 
@@ -222,7 +257,7 @@ def _turns(value: object, where: str, name: str, format_: ConversationFormat) ->
             raise DataError(
                 f'{where}: {what} needs "{role_key}" and "{text_key}", got {_shown(turn)}; a row has {COLUMNS[format_]}'
             )
-        if unsupported := next((key for key in UNSUPPORTED_KEYS if turn.get(key)), ""):
+        if unsupported := next((key for key in UNSUPPORTED_KEYS if _is_filled(turn.get(key))), ""):
             raise DataError(
                 f'{where}: {what} holds "{unsupported}", which is not read; write it into "{text_key}" as the model '
                 "shall write it, or leave such rows out: data.skip_bad=true"
@@ -262,6 +297,11 @@ def _weight(turn: dict[str, Any], where: str, what: str) -> bool:
     return True
 
 
+def _is_filled(value: object) -> bool:
+    """Whether a column holds anything; a list that a CSV file or a column of texts holds as JSON may be empty."""
+    return value.strip() not in EMPTY if isinstance(value, str) else bool(value)
+
+
 def _text(value: object, where: str, what: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: {what} must be a text, got {_shown(value)}; {SKIP}")
@@ -287,5 +327,10 @@ def _checked(messages: list[Message], where: str) -> tuple[Message, ...]:
 
 
 def _shown(value: object) -> str:
-    shown = json.dumps(value, ensure_ascii=False, default=str)
-    return shown if len(shown) <= 60 else shown[:57] + "…"
+    return _printable(json.dumps(value, ensure_ascii=False, default=str))
+
+
+def _printable(text: str) -> str:
+    """Text for a message: not too long, and half a character spelt out."""
+    spelt = text.encode(errors="backslashreplace").decode()
+    return spelt if len(spelt) <= LONGEST_SHOWN else spelt[: LONGEST_SHOWN - 3] + "…"

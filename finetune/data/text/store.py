@@ -39,7 +39,7 @@ COLUMNS = {
 }
 SMALLEST_SET = 20  # conversations; under it none is held out
 ERRORS_KEPT = 5
-READ_BLOCK = 1 << 24  # bytes
+READ_BLOCK = 1 << 24  # bytes, or tokens
 
 
 @dataclass(frozen=True)
@@ -118,6 +118,12 @@ class TokenStore:
 
     def __reduce__(self) -> tuple[Any, ...]:
         return _unpickled, (self.folder, self.figures, self.cached)
+
+    def largest_id(self) -> int:
+        """The largest token id of all rows."""
+        tokens = self._arrays["tokens"]
+        blocks = (tokens[first : first + READ_BLOCK] for first in range(0, len(tokens), READ_BLOCK))
+        return max(int((block & ~TRAINED).max()) for block in blocks)
 
     def conversation_index(self, index: int) -> int:
         """Which conversation a row comes from, counted from 0 among those that could be read."""

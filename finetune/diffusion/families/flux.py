@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec, Text, decode_kl
+from finetune.diffusion.families.spec import CLIP_TOKENS, BaseVersion, FamilySpec, Text, decode_kl
 from finetune.diffusion.objectives import FLOW_STEPS
 from finetune.diffusion.tiling import scale_factor
 
@@ -78,6 +78,10 @@ def pipeline_arguments(text: Text, negative: Text, guidance: float) -> Mapping[s
     return {"prompt_embeds": text["embedding"], "pooled_prompt_embeds": text["pooled"], "guidance_scale": guidance}
 
 
+def base_version(config: Any, _: Any) -> BaseVersion:
+    return BaseVersion("flux1", "flux-1-dev" if config.guidance_embeds else "flux-1-schnell")
+
+
 SPEC = FamilySpec(
     pipeline="FluxPipeline",
     unused={"feature_extractor": None, "image_encoder": None},
@@ -86,7 +90,9 @@ SPEC = FamilySpec(
     text_tokens={"text_encoder": CLIP_TOKENS, "text_encoder_2": T5_TOKENS},
     large_text=("text_encoder_2",),
     kohya_prefix="lora_transformer_",  # OneTrainer's names, which ComfyUI reads too; diffusers only attention layers
+    base_version=base_version,
     file_text_prefixes={"text_encoder": "text_encoders.clip_l.", "text_encoder_2": "text_encoders.t5xxl."},
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     latent_channels=latent_channels,

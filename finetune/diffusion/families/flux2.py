@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from finetune.diffusion.families.spec import FamilySpec, Text
+from finetune.diffusion.families.spec import BaseVersion, FamilySpec, Text
 from finetune.diffusion.objectives import FLOW_STEPS, Flow
 from finetune.diffusion.tiling import set_slicing
 
@@ -21,10 +21,9 @@ PATCH = 2  # latent pixels on a side
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
-    """One caption at a time: the hidden states and logits of many would fill a GPU."""
     device = pipeline.text_encoder.device
-    embeddings = [pipeline.encode_prompt(text, device=device, max_sequence_length=TEXT_TOKENS)[0] for text in texts]
-    return {"embedding": torch.cat(embeddings)}
+    embedding_BLD, _ = pipeline.encode_prompt(list(texts), device=device, max_sequence_length=TEXT_TOKENS)
+    return {"embedding": embedding_BLD}
 
 
 def text_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -73,8 +72,12 @@ SPEC = FamilySpec(
     backbone_class="Flux2Transformer2DModel",
     vae_class="AutoencoderKLFlux2",
     text_tokens={"text_encoder": TEXT_TOKENS},
+    captions_per_pass=1,  # the hidden states and logits of many would fill a GPU
     large_text=("text_encoder",),
     kohya_prefix="lora_transformer_",  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
+    base_version=lambda *_: BaseVersion("flux2", "flux-2-klein"),
+    file_vae=False,
+    decode_workspace_measured=True,
     encode=encode,
     chat_template={"enable_thinking": False},
     text_shapes=text_shapes,

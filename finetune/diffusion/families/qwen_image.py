@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from finetune.diffusion.families.flux import PATCH, latent_channels, pack, unpack
-from finetune.diffusion.families.spec import MASK, FamilySpec, Text, lengths, padded, stacked
+from finetune.diffusion.families.spec import MASK, BaseVersion, FamilySpec, Text, lengths, padded, stacked
 from finetune.diffusion.objectives import FLOW_STEPS
 from finetune.diffusion.tiling import set_slicing
 
@@ -15,7 +15,7 @@ TEXT_TOKENS = 512  # of up to 1024; as many as the pipeline takes unless told ot
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
-    """One caption at a time: together they would be filled up to the longest, and round otherwise."""
+    """Each by itself: together they would be filled up to the longest, and round otherwise."""
     device = pipeline.text_encoder.device
     captions = [pipeline.encode_prompt(text, device=device, max_sequence_length=TEXT_TOKENS)[0][0] for text in texts]
     return stacked([padded(caption_LD, TEXT_TOKENS) for caption_LD in captions])
@@ -84,8 +84,12 @@ SPEC = FamilySpec(
     backbone_class="QwenImageTransformer2DModel",
     vae_class="AutoencoderKLQwenImage",
     text_tokens={"text_encoder": TEXT_TOKENS},  # what stands before the caption is taken off before it is cut
+    captions_per_pass=1,
     large_text=("text_encoder",),
     kohya_prefix="lora_unet_",  # musubi-tuner's names, which diffusers and ComfyUI read too
+    base_version=lambda *_: BaseVersion("qwen_image", "Qwen-Image"),
+    file_vae=False,
+    decode_workspace_measured=False,
     encode=encode,
     text_shapes=text_shapes,
     latent_channels=latent_channels,

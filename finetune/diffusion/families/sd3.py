@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec, Text
+from finetune.diffusion.families.spec import CLIP_TOKENS, BaseVersion, FamilySpec, Text
 
 T5_TOKENS = 256
 
@@ -50,11 +50,13 @@ SPEC = FamilySpec(
     text_tokens={"text_encoder": CLIP_TOKENS, "text_encoder_2": CLIP_TOKENS, "text_encoder_3": T5_TOKENS},
     large_text=("text_encoder_3",),
     kohya_prefix="lora_transformer_",  # OneTrainer's names, which ComfyUI reads too; diffusers reads none of them
+    base_version=lambda *_: BaseVersion("sd3", "stable-diffusion-3"),
     file_text_prefixes={
         "text_encoder": "text_encoders.clip_l.",
         "text_encoder_2": "text_encoders.clip_g.",
         "text_encoder_3": "text_encoders.t5xxl.",
     },
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec, Text
+from finetune.diffusion.families.spec import CLIP_TOKENS, BaseVersion, FamilySpec, Text
 
 SIZES = 6  # numbers that tell the UNet of size and crop
 VAE_FACTOR = 8
@@ -46,7 +46,9 @@ SPEC = FamilySpec(
     backbone_class="UNet2DConditionModel",
     text_tokens={"text_encoder": CLIP_TOKENS, "text_encoder_2": CLIP_TOKENS},
     kohya_prefix="lora_unet_",  # sd-scripts' names, which diffusers and ComfyUI read too
+    base_version=lambda *_: BaseVersion("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     file_text_prefixes={"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
+    decode_workspace_measured=True,
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,

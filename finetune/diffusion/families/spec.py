@@ -21,7 +21,7 @@ Text = dict[str, Tensor]
 """What the text encoders make of one caption, or stacked of many; the same shapes for every one."""
 MASK = "mask"  # in a `Text` whose captions differ in length: 1 for a caption's own tokens, 0 for padding
 CLIP_TOKENS = 77  # what every CLIP text encoder reads
-TEXT_BATCH = 32  # captions
+TEXT_BATCH = 32  # captions in one pass; more would only take memory
 PLACEHOLDER = "\N{DOTTED CIRCLE}"  # any text that no chat template holds
 
 
@@ -57,7 +57,20 @@ def guided_arguments(text: Text, negative: Text, guidance: float) -> Mapping[str
     return arguments
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
+class BaseVersion:
+    """How other programs name a base in an adapter's metadata, and filter by it.
+
+    name: `ss_base_model_version` of sd-scripts. architecture: of Stability AI's ModelSpec, without `/lora`. v2: Stable
+    Diffusion 2.
+    """
+
+    name: str
+    architecture: str
+    v2: bool = False
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
 class FamilySpec:
     """One architecture of image models; the `SPEC` of its module."""
 
@@ -71,12 +84,20 @@ class FamilySpec:
     vae_class: str = "AutoencoderKL"
     text_tokens: Mapping[str, int]
     """By text encoder how many tokens of a caption it reads, the one that reads most last. Each has a tokenizer."""
+    captions_per_pass: int = TEXT_BATCH
+    """Most captions that the text encoders read at once."""
     large_text: tuple[str, ...] = ()
     """Text encoders of billions of parameters: loaded in bf16, as they are released; others in fp32."""
     kohya_prefix: str
     """What begins the names of layers in kohya-style files, so that other programs know them; see `save_kohya`."""
+    base_version: Callable[[Any, Any], BaseVersion]
+    """(backbone's configuration, scheduler's configuration): what kohya-style files say of their base."""
     file_text_prefixes: Mapping[str, str] = field(default_factory=dict)
     """How names of each text encoder begin in a single file of the original layout; others are never in one."""
+    file_vae: bool = True
+    """Whether diffusers reads the autoencoder of such a file."""
+    decode_workspace_measured: bool
+    """Whether the memory plan's figure for decoding was measured with this autoencoder too: see `memory_model`."""
 
     encode: Callable[[Any, Sequence[str]], Text]
     """(pipeline, captions): the captions as the backbone reads them; the pipeline has no weights but text encoders."""

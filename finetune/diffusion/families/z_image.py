@@ -9,22 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from finetune.diffusion.families.spec import MASK, FamilySpec, Text, lengths, padded, stacked
+from finetune.diffusion.families.spec import MASK, BaseVersion, FamilySpec, Text, lengths, padded, stacked
 from finetune.diffusion.objectives import FLOW_STEPS
 
 TEXT_TOKENS = 512
 
 
 def encode(pipeline: Any, texts: Sequence[str]) -> Text:
-    """One caption at a time: the hidden states of many would fill a GPU."""
     device = pipeline.text_encoder.device
-    captions = []
-    for text in texts:
-        embeddings, _ = pipeline.encode_prompt(
-            text, device=device, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
-        )
-        captions.append(padded(embeddings[0], TEXT_TOKENS))
-    return stacked(captions)
+    embeddings, _ = pipeline.encode_prompt(
+        list(texts), device=device, do_classifier_free_guidance=False, max_sequence_length=TEXT_TOKENS
+    )
+    return stacked([padded(embedding_LD, TEXT_TOKENS) for embedding_LD in embeddings])
 
 
 def text_shapes(config: Any) -> dict[str, tuple[int, ...]]:
@@ -60,8 +56,11 @@ SPEC = FamilySpec(
     backbone="transformer",
     backbone_class="ZImageTransformer2DModel",
     text_tokens={"text_encoder": TEXT_TOKENS},
+    captions_per_pass=1,  # the hidden states of many would fill a GPU
     large_text=("text_encoder",),
     kohya_prefix="diffusion_model.",  # the one form that both diffusers and ComfyUI read together with alpha
+    base_version=lambda *_: BaseVersion("z_image", "Z-Image"),
+    decode_workspace_measured=True,
     encode=encode,
     chat_template={"enable_thinking": True},
     text_shapes=text_shapes,

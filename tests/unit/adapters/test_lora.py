@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers as hf
-from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model_state_dict
+from peft import AutoPeftModelForCausalLM, PeftConfig, PeftModel, get_peft_model, get_peft_model_state_dict
+from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters import formats, lora
@@ -419,3 +420,51 @@ def test_lora_plus_gives_the_factors_b_a_group_of_their_own(load: Callable[[str]
     assert not any("lora_B" in named[id(parameter)] for parameter in others["params"])
     assert len(others["params"]) + len(factors["params"]) == len(single["params"])
     assert (others.get("lr_scale"), factors["lr_scale"]) == (None, 16.0)
+
+
+PEFT_SETTINGS: dict[str, dict[str, Any]] = {
+    "alpha": {"r": RANK, "lora_alpha": 32},
+    "rslora": {"r": RANK, "lora_alpha": 32, "use_rslora": True},
+    "alpha pattern": {"r": RANK, "lora_alpha": 1, "alpha_pattern": {"layers.0.self_attn.q_proj": 16, "down_proj": 8}},
+    "rank pattern": {"r": 16, "lora_alpha": 9, "rank_pattern": {".*_proj": RANK}},
+    "dora": {"r": RANK, "lora_alpha": 32, "use_dora": True},
+}
+
+
+@pytest.mark.parametrize("rslora", [False, True])
+@pytest.mark.parametrize("name", PEFT_SETTINGS)
+def test_an_adapter_made_elsewhere_is_the_same_function_at_the_start(
+    load: Callable[[str], Any], tmp_path: Path, name: str, rslora: bool
+) -> None:
+    base = get_peft_model(load("fp32"), PeftLoraConfig(target_modules=TARGETS, **PEFT_SETTINGS[name]))
+    for parameter_name, parameter in base.named_parameters():
+        if "lora_B" in parameter_name:
+            torch.nn.init.normal_(parameter, std=0.1, generator=torch.Generator().manual_seed(4))
+    base.save_pretrained(tmp_path)
+    stored = formats.read_peft(tmp_path)
+    continued = inject(load("fp32"), rslora=rslora, dora=name == "dora")
+    lora.start_from(continued, stored.weights, stored.scales, "the folder")
+    assert difference(logits(continued), logits(base.eval())) < 1e-5
+    assert difference(logits(continued), logits(load("fp32"))) > 0.01
+
+
+def test_a_start_that_would_be_another_function_is_refused(load: Callable[[str], Any], tmp_path: Path) -> None:
+    trained = inject(load("fp32"), dora=True)
+    formats.save_peft(trained, tmp_path, lora.state(trained), "")
+    stored = formats.read_peft(tmp_path)
+    for expected, settings in {
+        "has rank 4, and lora.rank is 8; set lora.rank=4": {"rank": 8, "dora": True},
+        "trained with dora=true, and lora.dora is false; set lora.dora=true": {},
+        "lora.init=pissa does not start at the folder; set lora.init=default": {"init": LoraInit.pissa},
+    }.items():
+        with pytest.raises(ModelError, match=expected):
+            lora.start_from(inject(load("fp32"), **settings), stored.weights, stored.scales, "the folder")
+    mixed = {
+        name: weight[:2] if "0.self_attn.q_proj.lora_A" in name else weight for name, weight in stored.weights.items()
+    }
+    with pytest.raises(ModelError, match=r"has rank 2, 4, and lora.rank is 4; only adapters of one rank"):
+        lora.start_from(inject(load("fp32"), dora=True), mixed, stored.scales, "the folder")
+    config = tmp_path / "adapter_config.json"
+    config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
+    with pytest.raises(ModelError, match=r"init_lora_weights=pissa, which changes the base too"):
+        formats.read_peft(tmp_path)

@@ -9,16 +9,16 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from finetune import hub
+from finetune import hub, kinds
 from finetune.adapters import formats, lora
 from finetune.config.schema import Config, ModelConfig
-from finetune.diffusion import export as diffusion_export
 from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.errors import ExportError, ModelError
 from finetune.run.records import Dataset, Run
-from finetune.stages.export import _usage as usage
 from finetune.stages.export import export
 from finetune.stages.train import train
+from finetune.training import checkpoint
+from finetune.training.checkpoint import Checkpoint, TrainState
 
 
 @pytest.fixture(params=["attention", "wide"])
@@ -29,9 +29,7 @@ def run(config: Config, make_dataset: Callable[..., Dataset], request: pytest.Fi
     return train(config, make_dataset())
 
 
-def test_all_dialects_reproduce_the_trained_module(
-    config: Config, run: Run, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_all_formats_reproduce_the_trained_module(config: Config, run: Run, capsys: pytest.CaptureFixture[str]) -> None:
     adapter = export(config, run)
     assert "compared with the trained model: no difference (peft" in capsys.readouterr().err
     assert set(adapter.differences) == {"peft", "diffusers", "kohya"}
@@ -43,6 +41,8 @@ def test_all_dialects_reproduce_the_trained_module(
     assert metadata["recipe"] == "tiny"
     assert (metadata["rank"], metadata["alpha"]) == ("4", "3.0")
     assert metadata["trigger_phrase"] == "pixar style"
+    assert (metadata["ss_base_model_version"], metadata["ss_v2"]) == ("sd_v1", "False")
+    assert (metadata["modelspec.architecture"], metadata["modelspec.title"]) == ("stable-diffusion-v1/lora", "tiny")
     assert metadata["training_hash"] == run.training_hash
     assert set(alphas) == {3.0}
     assert (folder / adapter.files["ema"]).is_file()
@@ -78,8 +78,8 @@ def test_a_file_that_does_not_reproduce_the_module_fails_the_stage_and_leaves_th
     monkeypatch.setattr(
         formats, "save_kohya", lambda file, weights, part, alpha, metadata: write(file, weights, part, 4.0, metadata)
     )
-    config.name = "renamed"  # no longer fresh
-    with pytest.raises(ExportError, match=r"kohya adapter .* does not reproduce the trained one.*export.tolerance"):
+    config.name = "renamed"  # not up to date
+    with pytest.raises(ExportError, match=r"kohya .*export.tolerance"):
         export(config, run)
     assert sorted(path.name for path in Path(config.run_dir, "adapter").iterdir()) == before
 
@@ -89,7 +89,7 @@ def test_an_untrained_adapter_is_reported(
 ) -> None:
     unet = load_backbone(config.model, torch.float32)
     lora.inject(unet, config.lora, config.model.lora_targets[config.lora.targets], seed=0)
-    diffusion_export.write(config, run, lora.state(unet), None, tmp_path)
+    kinds.of(config).export(config, run, lora.state(unet), None, tmp_path)
     assert "changes the output by only 0.0e+00" in capsys.readouterr().err
 
 
@@ -112,21 +112,21 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
         attention_head_dim=4,
     )  # fmt: skip
     for name in ("diffusers", "kohya"):
-        with pytest.raises(ModelError, match=r"does not fit this base"):
+        with pytest.raises(ModelError, match=r"does not fit"):
             load_adapter(config.model, other, Path(adapter.folder) / adapter.files[name])
 
 
 @pytest.mark.parametrize("embedded", [True, False])
-def test_the_code_on_the_card_runs(
+def test_the_code_of_the_model_card_runs(
     config: Config, run: Run, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
 ) -> None:
     if embedded:
         monkeypatch.setattr(hub, "EMBEDDED", tiny_base.parent)
         config.model.base = f"embedded:{tiny_base.name}"
-    gpu = Path(export(config, run).folder, "README.md").read_text()
+    page = Path(export(config, run).folder, "README.md").read_text()
     monkeypatch.chdir(config.run_dir)
     names: dict[str, Any] = {}
-    exec(gpu.split("```python\n")[1].split("```")[0], names)
+    exec(page.split("```python\n")[1].split("```")[0], names)
     assert names["pipeline"].get_active_adapters()
 
 
@@ -138,5 +138,13 @@ def test_the_code_on_the_card_runs(
         ("embedded:x", 'from finetune import hub\nload(str(hub.resolve("embedded:x")))'),
     ],
 )
-def test_the_card_names_the_base_as_its_library_takes_it(base: str, loaded: str) -> None:
-    assert usage("load({base})", base) == loaded
+def test_the_model_card_names_the_base_as_its_library_takes_it(
+    config: Config, monkeypatch: pytest.MonkeyPatch, base: str, loaded: str
+) -> None:
+    config.model.base = base
+    monkeypatch.setattr(checkpoint, "load", lambda _: Checkpoint(Path(), TrainState({}), {}, {}, None))
+    monkeypatch.setattr(kinds.of(config), "export", lambda *_: ({}, {}))
+    monkeypatch.setattr(kinds.of(config), "usage", lambda _: "load({base})\n")
+    run = Run("", "", 4, 0, 0, 1.0, 0.5, None, None, None, "images", 0, 0.0, 0.0, 0, "0" * 64)
+    page = Path(export(config, run).folder, "README.md").read_text()
+    assert f"```python\n{loaded}\n```" in page

@@ -1,10 +1,12 @@
 """Every family reads texts, makes latents and calls its backbone as diffusers' own pipeline does."""
 
+import json
 import subprocess
 import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -13,13 +15,15 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+import finetune
 from finetune.adapters import lora
 from finetune.config.schema import Config, LoraConfig, ModelConfig
 from finetune.diffusion import families, tiling
 from finetune.diffusion.families import family, flux
-from finetune.diffusion.families.spec import FamilySpec, stacked
+from finetune.diffusion.families.spec import BaseVersion, FamilySpec, stacked
 from finetune.diffusion.kind import workload
 from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL
+from finetune.diffusion.objectives import ERRORS
 from finetune.diffusion.pipeline import ImageSampler, TextEncoder, Vae, load_backbone, load_scheduler
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload, checkpointing
@@ -64,6 +68,30 @@ def test_a_family_that_leaves_a_fact_out_is_no_family() -> None:
         FamilySpec(pipeline="StableDiffusionPipeline", backbone="unet")  # type: ignore[call-arg]
 
 
+@pytest.mark.parametrize(
+    ("base", "kind", "name", "architecture", "v2"),
+    [
+        ("sd15", "sd", "sd_v1", "stable-diffusion-v1", False),
+        ("sd21", "sd", "sd_v2_v", "stable-diffusion-v2-768-v", True),
+        ("sdxl", "sdxl", "sdxl_base_v1-0", "stable-diffusion-xl-v1-base", False),
+        ("sd35_medium", "sd3", "sd3", "stable-diffusion-3", False),
+        ("flux1_dev", "flux", "flux1", "flux-1-dev", False),
+        ("flux2_klein", "flux2", "flux2", "flux-2-klein", False),
+        ("qwen_image", "qwen_image", "qwen_image", "Qwen-Image", False),
+        ("z_image", "z_image", "z_image", "Z-Image", False),
+    ],
+)
+def test_an_adapters_file_names_its_base_as_other_programs_do(
+    base: str, kind: str, name: str, architecture: str, v2: bool
+) -> None:
+    folder, spec = Path(finetune.__file__).parent / "architectures" / base, family(kind)
+    config, scheduler = (
+        SimpleNamespace(**json.loads(file.read_text()))
+        for file in (folder / spec.backbone / "config.json", folder / "scheduler" / "scheduler_config.json")
+    )
+    assert spec.base_version(config, scheduler) == BaseVersion(name, architecture, v2)
+
+
 def test_texts_have_the_shapes_that_the_backbone_reads(model: ModelConfig) -> None:
     encoder, backbone = TextEncoder(model, CPU), load_backbone(model, torch.float32)
     short, long = encoder.encode([PROMPT, "very " * 600])
@@ -74,6 +102,21 @@ def test_texts_have_the_shapes_that_the_backbone_reads(model: ModelConfig) -> No
     assert encoder.encode([PROMPT])[0].keys() == short.keys()
     for name, value in encoder.encode([PROMPT])[0].items():
         assert torch.allclose(value.float(), short[name].float(), atol=1e-5)
+
+
+def test_text_encoders_read_as_many_captions_and_tokens_as_the_memory_plan_counts(model: ModelConfig) -> None:
+    encoder, read = TextEncoder(model, CPU), {}
+    for part in encoder.family.text_tokens:
+        seen = read.setdefault(part, [])
+        getattr(encoder.pipeline, part).register_forward_pre_hook(
+            lambda _, inputs, named, seen=seen: seen.append(named.get("input_ids", *inputs[:1]).shape), with_kwargs=True
+        )
+    encoder.encode([PROMPT, "very " * 600, PROMPT])
+    for part, tokens in encoder.family.text_tokens.items():
+        captions, longest = map(max, zip(*read[part], strict=True))
+        assert captions == min(3, encoder.family.captions_per_pass)
+        # Qwen-Image's pipeline cuts what has been read.
+        assert longest >= tokens if model.family == "qwen_image" else longest == tokens
 
 
 def test_what_a_text_encoder_does_not_read_is_named(model: ModelConfig) -> None:
@@ -287,7 +330,8 @@ def test_the_objective_is_the_schedulers(model: ModelConfig) -> None:
     last = torch.tensor([objective.level(0.999)] * 2)
     assert torch.corrcoef(torch.stack([objective.noisy(clean, noise, last).flatten(), noise.flatten()]))[0, 1] > 0.99
     assert objective.target(clean, noise, last).shape == clean.shape
-    assert objective.weights(last, 0.0).tolist() == [1.0, 1.0]
+    assert objective.snr(last).shape == (2,)
+    assert objective.prediction_type in ERRORS
 
 
 def test_a_base_of_another_family_is_refused_and_named(model: ModelConfig) -> None:

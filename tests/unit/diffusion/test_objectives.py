@@ -1,6 +1,7 @@
 """Inputs, targets and weights are those of the papers and of the libraries' own schedulers."""
 
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -13,29 +14,62 @@ from diffusers import (
     PNDMScheduler,
 )
 
-from finetune.diffusion.objectives import FLOW_STEPS, Denoising, Flow, min_snr_weights, shifted, snr
+from finetune.config.schema import LossConfig, Weighting
+from finetune.diffusion.objectives import (
+    FLOW_STEPS,
+    WEIGHTINGS,
+    Denoising,
+    Flow,
+    Objective,
+    of_prediction,
+    shifted,
+)
 
 CLEAN, NOISE = torch.randn(2, 4, 8, 8), torch.randn(2, 4, 8, 8)
 
 
+def levels(prediction_type: str, *ratios: float) -> Denoising:
+    """Noise levels of those signal-to-noise ratios, one a timestep."""
+    snr = torch.tensor(ratios, dtype=torch.float64)
+    config = SimpleNamespace(prediction_type=prediction_type)
+    return Denoising(SimpleNamespace(config=config, alphas_cumprod=snr / (1 + snr)))
+
+
+def weights(objective: Objective, timesteps: list[float], weighting: Weighting, gamma: float = 5.0) -> torch.Tensor:
+    loss = LossConfig(weighting=weighting, min_snr_gamma=gamma)
+    return WEIGHTINGS[weighting](objective, torch.tensor(timesteps), loss)
+
+
 @pytest.mark.parametrize(("gamma", "ratio"), [(5.0, 0.5), (5.0, 20.0), (1.0, 3.0)])
-def test_min_snr_weights_equal_the_clipped_error_in_x0(gamma: float, ratio: float) -> None:
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_min_snr_weights_equal_the_clipped_error_in_x0(kind: str, gamma: float, ratio: float) -> None:
     """For the same prediction, weight x error must be min(SNR, gamma) x error in x0, whatever is predicted."""
-    value = torch.tensor([ratio], dtype=torch.float64)
-    alpha, sigma = (value / (1 + value)).sqrt(), (1 / (1 + value)).sqrt()
-    wrong = torch.tensor([0.37], dtype=torch.float64)  # the error in x0
-    error_in_noise = alpha / sigma * wrong
-    error_in_velocity = wrong / sigma  # v = alpha·noise - sigma·x0, with the noise implied by x0
-    expected = min(ratio, gamma) * wrong**2
-    assert min_snr_weights(value, gamma, "sample") * wrong**2 == pytest.approx(expected)
-    assert min_snr_weights(value, gamma, "epsilon") * error_in_noise**2 == pytest.approx(expected)
-    assert min_snr_weights(value, gamma, "v_prediction") * error_in_velocity**2 == pytest.approx(expected)
+    alpha, sigma, wrong = math.sqrt(ratio / (1 + ratio)), math.sqrt(1 / (1 + ratio)), 0.37  # the last: the error in x0
+    # v = alpha·noise - sigma·x0, with the noise implied by x0
+    error = {"sample": wrong, "epsilon": alpha / sigma * wrong, "v_prediction": wrong / sigma}[kind]
+    (weight,) = weights(levels(kind, ratio), [0], Weighting.min_snr, gamma)
+    assert float(weight) * error**2 == pytest.approx(min(ratio, gamma) * wrong**2)
 
 
-def test_a_zero_terminal_snr_stays_finite() -> None:
-    ratio = snr(torch.tensor([0.99, 0.0]), torch.tensor([0, 1]))
-    for kind in ("epsilon", "v_prediction", "sample"):
-        assert torch.isfinite(min_snr_weights(ratio, 5.0, kind)).all()
+def test_an_error_in_a_flows_velocity_is_one_in_its_clean_latents_over_sigma() -> None:
+    objective, timesteps = Flow(FlowMatchEulerDiscreteScheduler()), torch.tensor([100.0, 800.0])
+    snr = objective.snr(timesteps)
+    assert snr == pytest.approx(torch.tensor([9.0**2, 0.25**2]))
+    found = of_prediction(torch.ones(2), snr, objective.prediction_type)
+    assert found == pytest.approx((timesteps / FLOW_STEPS).square())  # velocity = (noisy - clean) / sigma
+
+
+@pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])
+def test_a_zero_terminal_snr_stays_finite(kind: str) -> None:
+    assert torch.isfinite(weights(levels(kind, 99.0, 0.0), [0, 1], Weighting.min_snr)).all()
+
+
+def test_where_levels_are_weighted_alike() -> None:
+    denoising, flow = levels("epsilon", 0.5, 20.0), Flow(FlowMatchEulerDiscreteScheduler())
+    assert weights(denoising, [0, 1], Weighting.uniform).tolist() == [1.0, 1.0]
+    assert weights(denoising, [0, 1], Weighting.min_snr, gamma=0.0).tolist() == [1.0, 1.0]
+    assert weights(flow, [10.0, 990.0], Weighting.min_snr).tolist() == [1.0, 1.0]
+    assert weights(denoising, [0, 1], Weighting.min_snr).tolist() != [1.0, 1.0]
 
 
 @pytest.mark.parametrize("kind", ["epsilon", "v_prediction", "sample"])

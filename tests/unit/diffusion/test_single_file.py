@@ -11,12 +11,14 @@ from typing import Any
 
 import pytest
 import torch
+from diffusers import AutoencoderKL
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from finetune import hub
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.diffusion import meta, pipeline, single_file
+from finetune.diffusion.families import family
 from finetune.errors import ModelError
 from finetune.language import meta as language_meta
 from finetune.memory.quantize import settings as settings_of
@@ -113,10 +115,10 @@ def test_a_phase_reads_its_part_alone(model: ModelConfig, monkeypatch: pytest.Mo
     found = single_file.find(model)
     assert found is not None
     monkeypatch.setattr(safetensors, "safe_open", Noting)
-    pipeline.load_text_encoder(model, CPU)
+    pipeline.TextEncoder(model, CPU)
     assert seen == found.names("text_encoder") != []
     seen.clear()
-    pipeline.load_vae(model, CPU)
+    pipeline.Vae(model, CPU)
     assert seen == found.names("vae") != []
     seen.clear()
     pipeline.load_scheduler(model)
@@ -132,7 +134,7 @@ def test_the_package_has_clips_tokenizer(model: ModelConfig, monkeypatch: pytest
     assert found is not None
     released = replace(found, settings=hub.ARCHITECTURES / "sdxl", parts="stabilityai/stable-diffusion-xl-base-1.0")
     monkeypatch.setattr(hub, "local", lambda reference: None)
-    first, second = (single_file._tokenizer(CLIPTokenizer, released, part) for part in ("tokenizer", "tokenizer_2"))
+    first, second = (single_file.load(CLIPTokenizer, released, part) for part in ("tokenizer", "tokenizer_2"))
     assert len(first) == len(second) == 49408
     # As OpenAI's own tokenizer reads them.
     assert first("a photo of a cat").input_ids == [49406, 320, 1125, 539, 320, 2368, 49407]
@@ -167,17 +169,17 @@ def test_a_tokenizer_beside_the_file_comes_first(model: ModelConfig) -> None:
     from transformers import CLIPTokenizer
 
     before = pipeline.text_encoder_hash(model)
-    training_phases = Path(model.base).parent / "tokenizer"
-    shutil.copytree(Path(model.parts) / "tokenizer", training_phases)
+    beside = Path(model.base).parent / "tokenizer"
+    shutil.copytree(Path(model.parts) / "tokenizer", beside)
     assert pipeline.text_encoder_hash(model) != before
-    settings = json.loads((training_phases / "tokenizer_config.json").read_text())
-    (training_phases / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 50}))
+    settings = json.loads((beside / "tokenizer_config.json").read_text())
+    (beside / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": 50}))
     found = single_file.find(model)
     assert found is not None
-    assert single_file._tokenizer(CLIPTokenizer, found, "tokenizer").model_max_length == 50
-    (training_phases / "tokenizer.json").unlink()
-    (training_phases / "merges.txt").unlink()  # a vocabulary alone is no tokenizer
-    assert single_file._tokenizer(CLIPTokenizer, found, "tokenizer").model_max_length == 77
+    assert single_file.load(CLIPTokenizer, found, "tokenizer").model_max_length == 50
+    (beside / "tokenizer.json").unlink()
+    (beside / "merges.txt").unlink()  # a vocabulary alone is no tokenizer
+    assert single_file.load(CLIPTokenizer, found, "tokenizer").model_max_length == 77
 
 
 def test_identity_is_of_content(model: ModelConfig, sd: tuple[ModelConfig, ModelConfig]) -> None:
@@ -203,7 +205,7 @@ def test_no_hub_is_asked_for_what_the_file_holds(model: ModelConfig, monkeypatch
     released = replace(model, parts="stable-diffusion-v1-5/stable-diffusion-v1-5")
     assert pipeline.base_hash(released).endswith("+stable-diffusion-v1-5/stable-diffusion-v1-5")
     pipeline.load_backbone(released, torch.float32)
-    pipeline.load_vae(released, CPU)
+    pipeline.Vae(released, CPU)
     assert requested == []
     change(released, lambda weights: [weights.pop(name) for name in list(weights) if "first_stage" in name])
     parts = "stable-diffusion-v1-5/stable-diffusion-v1-5"
@@ -273,7 +275,7 @@ def test_weights_that_a_part_lacks_are_not_made_up(model: ModelConfig) -> None:
     name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
     change(model, lambda weights: weights.pop(name))
     with pytest.raises(ModelError, match=r"lacks 1 weights of its text_encoder, first .*final_layer_norm.bias; get it"):
-        pipeline.load_text_encoder(model, CPU)
+        pipeline.TextEncoder(model, CPU)
 
 
 def test_a_part_that_cannot_be_read_is_named(model: ModelConfig) -> None:
@@ -293,7 +295,7 @@ def test_memory_that_runs_out_stays_what_it_is(model: ModelConfig, monkeypatch: 
     def fail(*_: object, **__: object) -> None:
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    monkeypatch.setattr(single_file, "_build", fail)
+    monkeypatch.setattr(AutoencoderKL, "from_single_file", fail)
     with pytest.raises(torch.OutOfMemoryError):
         pipeline.load_vae_model(model)
 
@@ -369,11 +371,11 @@ def test_a_released_file_fits_its_preset(preset: str, kind: str) -> None:
     shapes = {
         single_file.BACKBONE + name: tuple(weight.shape) for name, weight in original_backbone(kind, weights).items()
     }
-    found = single_file.SingleFile(Path("x.safetensors"), kind, shapes, settings, "")
-    assert single_file._misfit(found) == ""
+    found = single_file.SingleFile(Path("x.safetensors"), family(kind), shapes, settings, "")
+    assert single_file.misfit(found) == ""
     others = {name: other for name, other in RELEASED.items() if name in ("sd15", "sd21", preset) and name != preset}
     for name, other in others.items():
-        reason = single_file._misfit(replace(found, kind=other, settings=hub.ARCHITECTURES / name))
+        reason = single_file.misfit(replace(found, spec=family(other), settings=hub.ARCHITECTURES / name))
         assert re.match(r"it lacks |it holds no |\S+ is \[", reason)
 
 

@@ -1,10 +1,11 @@
-"""What an example sees depends on (seed, example, visit) alone; the loss weights are those of the paper."""
+"""What is drawn for an example depends on (seed, example, epoch) alone; the loss weights are those of the paper."""
 
 from collections.abc import Callable
 
 import pytest
 import torch
 
+from finetune import kinds
 from finetune.config.schema import Config
 from finetune.diffusion.objectives import Denoising
 from finetune.diffusion.task import DiffusionTask, draw_seed
@@ -14,11 +15,17 @@ from tests.tiny_models import save_diffusion
 CPU = torch.device("cpu")
 
 
+def build(config: Config, dataset: Dataset) -> DiffusionTask:
+    task = kinds.of(config).build_task(config, dataset, CPU)
+    assert isinstance(task, DiffusionTask)
+    return task
+
+
 def test_noise_and_timestep_do_not_depend_on_batch_or_order(
     config: Config, make_dataset: Callable[..., Dataset]
 ) -> None:
     dataset = make_dataset()
-    task = DiffusionTask(config, dataset, CPU)
+    task = build(config, dataset)
     examples = [example for example in dataset.examples() if example.bucket == (32, 32)][:3]
     forward = task.collate([(example, 5) for example in examples])
     backward = task.collate([(example, 5) for example in reversed(examples)])
@@ -31,7 +38,7 @@ def test_validation_repeats_exactly_and_names_noise_levels(
     config: Config, make_dataset: Callable[..., Dataset]
 ) -> None:
     dataset = make_dataset()
-    task = DiffusionTask(config, dataset, CPU)
+    task = build(config, dataset)
     first = task.validate(2)
     torch.rand(5)
     assert task.validate(1) == pytest.approx(first, rel=1e-5)
@@ -46,7 +53,7 @@ def test_a_perfect_prediction_has_no_loss(
     config.model.base = str(save_diffusion(tmp_path_factory.mktemp("base"), prediction_type=prediction))
     config.loss.min_snr_gamma = 0
     dataset = make_dataset()
-    task = DiffusionTask(config, dataset, CPU)
+    task = build(config, dataset)
     batch = task.collate([(next(dataset.examples()), 0)])
     clean, noise, timesteps = (batch.tensors[name] for name in ("clean", "noise", "timesteps"))
     assert isinstance(task.objective, Denoising)
@@ -65,13 +72,13 @@ def test_caption_dropout_noise_offset_and_min_snr_are_used(
     dataset = make_dataset()
     example = next(dataset.examples())
     config.loss.caption_dropout = 0.999999
-    dropped = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
+    dropped = build(config, dataset).collate([(example, 0)])
     assert not dropped.tensors["text.embedding"].any()
     config.loss.caption_dropout = 0.0
-    plain = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
+    plain = build(config, dataset).collate([(example, 0)])
     assert plain.tensors["text.embedding"].any()
     config.loss.noise_offset = 0.5
-    shifted = DiffusionTask(config, dataset, CPU).collate([(example, 0)])
+    shifted = build(config, dataset).collate([(example, 0)])
     difference = shifted.tensors["noise"] - plain.tensors["noise"]
     assert difference.std(dim=(2, 3)).max() < 1e-5
     assert difference.abs().max() > 0.05

@@ -7,7 +7,6 @@ from collections.abc import Callable
 from pathlib import Path
 
 import bitsandbytes
-import numpy as np
 import pytest
 import torch
 from peft import PeftModel
@@ -17,19 +16,17 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.adapters import attach, formats, lora
 from finetune.config.schema import LoraConfig, ModelConfig, Quantize
-from finetune.data.text.packing import build
-from finetune.data.text.tokens import Encoded
 from finetune.errors import ConfigError, ModelError
 from finetune.language import causal_lm
 from finetune.language import varlen_attention as own_varlen
-from finetune.language.losses import logits, summed_cross_entropy
+from finetune.language.losses import logits
 from tests.tiny_language_models import CHATS, save_language
 from tests.tiny_models import save_captioner
+from tests.unit.language.packs import LENGTHS, adapted, distance, gradients, packs
 
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")
-LENGTHS = (9, 1, 6), (3, 12)  # tokens of the rows of two packs of 17 and more slots
 TARGETS = {"phi3": ["qkv_proj", "down_proj"], "glm4": ["q_proj", "gate_up_proj"]}
 Base = Callable[..., Path]
 
@@ -49,48 +46,6 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Base:
 
 def load(folder: Path, dtype: torch.dtype = torch.float32, device: torch.device = CPU, **wanted: object) -> nn.Module:
     return causal_lm.load_model(ModelConfig(kind="language", base=str(folder), **wanted), dtype, device)
-
-
-def packs(length: int = 20) -> tuple[Tensor, Tensor, Tensor]:
-    """ids, positions and segments (2, L) of two packs with padding at their ends."""
-    random = np.random.default_rng(0)
-    built = []
-    for lengths in LENGTHS:
-        rows = [Encoded(random.integers(5, 390, n).astype(np.uint32), np.ones(n, np.bool_)) for n in lengths]
-        built.append(build(rows.__getitem__, range(len(rows)), length=length))
-    fields = ([getattr(pack, name) for pack in built] for name in ("ids", "positions", "segments"))
-    ids_BL, positions_BL, segments_BL = (torch.from_numpy(np.stack(field)) for field in fields)
-    return ids_BL, positions_BL, segments_BL
-
-
-def adapted(model: nn.Module, targets: list[str], dropout: float = 0.0) -> nn.Module:
-    """The model with adapters that change it, in training mode."""
-    lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=dropout), targets, seed=0)
-    random = torch.Generator().manual_seed(0)
-    for parameter in lora.adapter_parameters(model):
-        change = 0.1 * torch.randn(parameter.shape, generator=random)
-        parameter.data = (parameter.data.cpu() + change).to(model.device)  # where the base has layers in CPU memory
-    return model.train()
-
-
-def gradients(model: nn.Module) -> dict[str, Tensor]:
-    """What a packed batch's loss gives the adapters."""
-    model.zero_grad()
-    device = next(model.parameters()).device
-    ids_BL, positions_BL, segments_BL = packs()
-    states_BLD = causal_lm.packed_hidden_states(model, ids_BL.to(device), positions_BL.to(device), segments_BL)
-    trained = positions_BL[:, 1:] > 0
-    states_ND, targets_N = states_BLD[:, :-1][trained.to(device)], ids_BL[:, 1:][trained].to(device)
-    summed_cross_entropy(states_ND, causal_lm.head(model), targets_N).backward()
-    named = [(name, parameter) for name, parameter in model.named_parameters() if parameter.requires_grad]
-    assert all(parameter.grad is not None and parameter.grad.any() for _, parameter in named)
-    return {name: parameter.grad.float().cpu() for name, parameter in named}
-
-
-def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    """Relative difference of two sets of tensors, as one."""
-    one, other = (torch.cat([part[name].flatten() for name in sorted(part)]) for part in (a, b))
-    return float((one - other).norm() / other.norm())
 
 
 # Packs
@@ -133,7 +88,7 @@ def test_positions_that_disagree_with_the_segments_are_refused(base: Base) -> No
 
 
 @pytest.mark.parametrize("architecture", CHATS)
-def test_recomputed_activations_give_the_same_gradients(base: Base, architecture: str) -> None:
+def test_activation_checkpointing_gives_the_same_gradients(base: Base, architecture: str) -> None:
     """Nothing has to be done for the embedding's output to carry a gradient."""
     model = adapted(load(base(architecture)), TARGETS.get(architecture, ["q_proj", "down_proj"]))
     kept = gradients(model)
@@ -182,7 +137,7 @@ def test_a_base_is_frozen_in_eval_mode_and_in_the_dtype_asked_for(base: Base, dt
     assert {parameter.dtype for parameter in model.parameters()} == {dtype}
 
 
-def test_of_a_model_that_reads_pictures_the_language_model_is_taken(
+def test_of_a_model_that_reads_images_the_language_model_is_taken(
     base: Base, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     whole = AutoModelForCausalLM.from_pretrained(base("gemma3")).eval()
@@ -270,7 +225,7 @@ def test_gradients_through_nf4_are_those_of_the_weights_it_stands_for(base: Base
 def test_a_base_that_is_stored_quantised_is_read_as_it_is(base: Base, tmp_path: Path) -> None:
     load(base(), quantize=Quantize.nf4).save_pretrained(tmp_path)
     gradients(adapted(load(tmp_path), ["q_proj"]))
-    with pytest.raises(ModelError, match=r"is stored quantised \(bitsandbytes\) .* again; try model\.quantize=none"):
+    with pytest.raises(ModelError, match=r"\(bitsandbytes\) .*model\.quantize=none"):
         load(tmp_path, quantize=Quantize.int8)
 
 
@@ -312,12 +267,10 @@ def test_what_can_not_become_a_control_token_is_refused(base: Base, token: str) 
         causal_lm.load_tokenizer(str(base()), [token])
 
 
-# Layers in CPU memory
+# Offloaded blocks
 
 
-def test_a_load_does_not_say_that_offload_changes_nothing_without_a_card(
-    base: Base, capfd: pytest.CaptureFixture[str]
-) -> None:
+def test_a_load_does_not_warn_about_offload_without_a_gpu(base: Base, capfd: pytest.CaptureFixture[str]) -> None:
     folder = base()
     capfd.readouterr()
     load(folder, offload=True)
@@ -347,7 +300,9 @@ def reference_varlen(
 
 
 @pytest.mark.parametrize("architecture", ["llama", "qwen3", "mistral_sliding", "gemma3", "phi3", "glm4", "granite"])
-def test_borders_isolate_rows_as_masks_do(base: Base, architecture: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_varlen_attention_isolates_rows_as_masks_do(
+    base: Base, architecture: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     targets = TARGETS.get(architecture, ["q_proj", "down_proj"])
     masked = adapted(load(base(architecture)), targets)
     model = adapted(load(base(architecture)), targets)
@@ -377,11 +332,11 @@ def test_a_kernel_is_taken_only_if_it_computes_what_it_should(base: Base, monkey
     whole = torch.tensor([0, 8], dtype=torch.int32)
     assert not works(lambda q, k, v, _, __, *rest, **others: reference_varlen(q, k, v, whole, whole, *rest, **others))
     assert not works(lambda q, *rest, **others: reference_varlen(q.detach(), *rest, **others) + 0 * q)
-    fitting = {name: own_varlen.fits(load(base(name)), torch.bfloat16) for name in ("llama", "gemma3", "gemma2")}
+    fitting = {name: own_varlen.supports(load(base(name)), torch.bfloat16) for name in ("llama", "gemma3", "gemma2")}
     assert fitting == {"llama": True, "gemma3": True, "gemma2": False}
 
 
-def test_without_borders_the_same_model_still_writes(base: Base) -> None:
+def test_without_cu_seqlens_varlen_attention_is_the_models_own(base: Base) -> None:
     model, plain = load(base("gemma3")), load(base("gemma3"))
     own_varlen.enable(model)
     written = [each.generate(packs()[0], max_new_tokens=8, do_sample=False, pad_token_id=3) for each in (model, plain)]
@@ -392,17 +347,17 @@ def test_without_borders_the_same_model_still_writes(base: Base) -> None:
     assert torch.equal(found, expected)
 
 
-def test_attention_that_knows_no_borders_fails_instead_of_mixing_rows(base: Base) -> None:
+def test_attention_without_cu_seqlens_fails_instead_of_mixing_rows(base: Base) -> None:
     model = load(base())
     own_varlen.enable(model)
-    for layer in model.model.layers:  # as if the architecture did not hand them on
+    for layer in model.model.layers:  # as if the architecture did not pass them on
         attention = layer.self_attn.forward
         layer.self_attn.forward = lambda *_, attention=attention, cu_seq_lens_q, **rest: attention(**rest)
     with pytest.raises(RuntimeError, match="must match"):
         causal_lm.packed_hidden_states(model, *packs())
 
 
-def test_borders_are_those_of_all_packs_end_to_end() -> None:
+def test_cu_seqlens_are_those_of_all_packs_end_to_end() -> None:
     segments_BL = packs(length=18)[2]
     assert own_varlen.cu_seqlens(segments_BL).tolist() == [0, 9, 10, 16, 18, 21, 33, 36]
     assert own_varlen.cu_seqlens(torch.zeros(2, 3)).tolist() == [0, 3, 6]
@@ -412,11 +367,11 @@ def test_borders_are_those_of_all_packs_end_to_end() -> None:
 
 
 def test_bases_that_are_no_language_models_are_refused(base: Base, tiny_base: Path, tmp_path: Path) -> None:
-    with pytest.raises(ModelError, match="is a diffusion model and no causal language model; try a preset such as"):
+    with pytest.raises(ModelError, match=r"diffusion model .*model=qwen3_4b"):
         load(tiny_base)
-    with pytest.raises(ModelError, match="is a blip model and no causal language model; try a preset such as"):
+    with pytest.raises(ModelError, match=r"blip model .*model=qwen3_4b"):
         load(save_captioner(tmp_path / "captioner"))
-    with pytest.raises(ModelError, match=r"holds no config\.json \(of a language model"):
+    with pytest.raises(ModelError, match=r"no config\.json"):
         load(tmp_path)
 
 
@@ -433,15 +388,15 @@ def test_storage_that_the_machine_can_not_compute_in_is_refused(base: Base, monk
         raise RuntimeError("no kernel\nfor this GPU")
 
     monkeypatch.setattr(bitsandbytes.nn.Linear4bit, "forward", fail)
-    with pytest.raises(ModelError, match=r"^model\.quantize=nf4 does not work on this cpu \(no kernel for this GPU\)"):
+    with pytest.raises(ModelError, match=r"model\.quantize=nf4 .*no kernel for this GPU.*model\.quantize=none"):
         load(base(), quantize=Quantize.nf4)
 
 
-def test_a_quantised_release_with_a_picture_part_is_refused(base: Base, tmp_path: Path) -> None:
+def test_a_quantised_release_with_an_image_part_is_refused(base: Base, tmp_path: Path) -> None:
     folder = shutil.copytree(base("gemma3"), tmp_path / "quantised")
     config = (folder / "config.json").read_text()
     (folder / "config.json").write_text('{"quantization_config": {"quant_method": "gptq", "bits": 4},' + config[1:])
-    with pytest.raises(ModelError, match=r"stored quantised \(gptq\) .* take the release that isn't quantised"):
+    with pytest.raises(ModelError, match=r"stored quantised \(gptq\)"):
         load(folder)
 
 
@@ -453,12 +408,12 @@ def test_a_model_whose_packs_or_logits_work_in_an_unknown_way_is_refused(
         patch.setattr(
             causal_lm, "packed_hidden_states", lambda model, ids, positions, segments: seen(model, ids, positions, None)
         )
-        with pytest.raises(ModelError, match=r"LlamaForCausalLM\) can't be trained here.*logits differ by 0\.\d+"):
+        with pytest.raises(ModelError, match=r"LlamaForCausalLM.*logits differ by 0\.\d+"):
             load(base(), torch.bfloat16)
-    with monkeypatch.context() as patch:  # a softcap that the head knows nothing of
+    with monkeypatch.context() as patch:  # a softcap that the head leaves out
         own = causal_lm.head
         patch.setattr(causal_lm, "head", lambda model: dataclasses.replace(own(model), softcap=None))
-        with pytest.raises(ModelError, match=r"Gemma2ForCausalLM\) can't be trained here"):
+        with pytest.raises(ModelError, match=r"Gemma2ForCausalLM.*logits differ"):
             load(base("gemma2"))
 
 
@@ -484,7 +439,7 @@ def test_torchs_kernel_isolates_rows_as_masks_do(base: Base, architecture: str, 
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantize", [Quantize.int8, Quantize.nf4])
-def test_a_quantised_base_trains_on_a_card(base: Base, quantize: Quantize) -> None:
+def test_a_quantised_base_trains_on_a_gpu(base: Base, quantize: Quantize) -> None:
     models = (load(base(), torch.bfloat16, device, quantize=quantize) for device in (torch.device("cuda"), CPU))
     gpu, cpu = (gradients(adapted(model, ["q_proj", "down_proj"])) for model in models)
     assert distance(gpu, cpu) < 0.1

@@ -12,6 +12,7 @@ import torch
 from finetune.config.schema import ModelConfig
 from finetune.language import compare_logits
 from finetune.language.causal_lm import load_model
+from finetune.language.losses import Head
 
 CPU = torch.device("cpu")
 ROWS = [[5, 9, 40, 7], [33, 12, 61, 8, 90, 14, 3], [2]]
@@ -46,33 +47,35 @@ def test_the_figures_are_those_of_the_whole_logits(
     assert found.agreement == pytest.approx(float((ours.argmax(-1) == theirs.argmax(-1)).double().mean()))
 
 
-def test_a_head_that_both_have_is_moved_once(load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_head_that_both_share_is_moved_once(load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Of a large vocabulary it takes gigabytes of the GPU."""
-    view = compare_logits.model_outputs(load(1.0), ROWS, CPU)
-    copied = replace(view, head=replace(view.head, weight=view.head.weight.clone()))
-    bias = torch.ones(len(view.head.weight))
-    moved: list[Any] = []
-    real = compare_logits._moved
-    monkeypatch.setattr(compare_logits, "_moved", lambda head, device: moved.append(head) or real(head, device))
-    assert compare_logits.compare(view, copied, CPU).relative == 0
+    outputs = compare_logits.model_outputs(load(1.0), ROWS, CPU)
+    copied = replace(outputs, head=replace(outputs.head, weight=outputs.head.weight.clone()))
+    bias = torch.ones(len(outputs.head.weight))
+    moved: list[Head] = []
+    to = Head.to
+    monkeypatch.setattr(Head, "to", lambda head, device: moved.append(head) or to(head, device))
+    assert compare_logits.compare(outputs, copied, CPU).relative == 0
     assert len(moved) == 1
-    for other in ({"weight": 2 * view.head.weight}, {"bias": bias}, {"scale": 2.0}, {"softcap": 1.0}):
+    for other in ({"weight": 2 * outputs.head.weight}, {"bias": bias}, {"scale": 2.0}, {"softcap": 1.0}):
         moved.clear()
-        assert compare_logits.compare(view, replace(view, head=replace(view.head, **other)), CPU).relative > 0.01
+        assert (
+            compare_logits.compare(outputs, replace(outputs, head=replace(outputs.head, **other)), CPU).relative > 0.01
+        )
         assert len(moved) == 2
 
 
 def test_a_model_is_like_itself(load: Callable[[float], Any]) -> None:
-    view = compare_logits.model_outputs(load(1.0), ROWS, CPU)
-    assert compare_logits.compare(view, view, CPU) == compare_logits.LogitDifference(0.0, 0.0, 0.0, 1.0)
+    outputs = compare_logits.model_outputs(load(1.0), ROWS, CPU)
+    assert compare_logits.compare(outputs, outputs, CPU) == compare_logits.LogitDifference(0.0, 0.0, 0.0, 1.0)
 
 
 def test_what_is_not_a_number_shows_in_every_figure(
     load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(compare_logits, "CHUNK_BYTES", 1)
-    view = compare_logits.model_outputs(load(1.0), ROWS, CPU)
-    broken = replace(view, states=view.states.clone())
+    outputs = compare_logits.model_outputs(load(1.0), ROWS, CPU)
+    broken = replace(outputs, states=outputs.states.clone())
     broken.states[3, 0] = float("nan")
-    found = compare_logits.compare(view, broken, CPU)
+    found = compare_logits.compare(outputs, broken, CPU)
     assert all(math.isnan(figure) for figure in (found.relative, found.largest, found.divergence))

@@ -12,7 +12,7 @@ from finetune.config.schema import ModelConfig
 from finetune.data.text.tokens import Chat
 from finetune.errors import ModelError
 from finetune.language import causal_lm
-from finetune.language.generate import TextGenerator, _Noise
+from finetune.language.generate import GumbelNoise, TextGenerator
 from tests import chat_templates as templates
 from tests.tiny_language_models import save_language
 
@@ -51,7 +51,7 @@ def model(chat: Chat) -> Any:
 
 
 @pytest.fixture(scope="module")
-def writer(chat: Chat) -> TextGenerator:
+def generator(chat: Chat) -> TextGenerator:
     return TextGenerator(chat.tokenizer, chat.stop_ids(), CPU, torch.float32)
 
 
@@ -66,9 +66,9 @@ def jobs(chat: Chat, *, seeds: tuple[int, ...] = (0,)) -> list[tuple[list[int], 
 
 
 def test_greedy_answers_are_the_likeliest_tokens_one_after_another(
-    chat: Chat, model: Any, writer: TextGenerator
+    chat: Chat, model: Any, generator: TextGenerator
 ) -> None:
-    written = writer.generate(model, jobs(chat), max_new_tokens=12, temperature=0.0)
+    written = generator.generate(model, jobs(chat), max_new_tokens=12, temperature=0.0)
     for (ids, _), text in zip(jobs(chat), written, strict=True):
         read = list(ids)
         for _ in range(12):
@@ -92,7 +92,7 @@ def test_the_batch_does_not_show_in_the_answers(chat: Chat, model: Any, temperat
     assert backwards[::-1] == whole
 
 
-def test_a_small_card_writes_fewer_at_once(
+def test_a_small_gpu_writes_fewer_at_once(
     chat: Chat, model: Any, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     requested = jobs(chat, seeds=(0, 1))
@@ -106,8 +106,8 @@ def test_a_small_card_writes_fewer_at_once(
 
     monkeypatch.setattr(model, "generate", limited)
     small = by(chat, 8)
-    assert small.write(model, requested, max_new_tokens=12, temperature=0.7) == whole
-    assert capfd.readouterr().err.endswith("the GPU is too small for 4 at once; writing 2\n")
+    assert small.generate(model, requested, max_new_tokens=12, temperature=0.7) == whole
+    assert "too small for 4 at once" in capfd.readouterr().err.splitlines()[-1]
     assert small.adaptive_batch.batch_size == 2
 
 
@@ -121,18 +121,18 @@ def test_no_architecture_minds_the_batch(tmp_path: Path, architecture: str) -> N
     assert len(set(alone)) == len(PROMPTS)
 
 
-def test_seed_and_prompt_decide_what_is_drawn(chat: Chat, model: Any, writer: TextGenerator) -> None:
+def test_seed_and_prompt_decide_what_is_drawn(chat: Chat, model: Any, generator: TextGenerator) -> None:
     ids, other = chat.prompt_ids("hi!"), chat.prompt_ids("a")
 
     def drawn(*requested: tuple[list[int], int]) -> list[str]:
-        return writer.generate(model, requested, max_new_tokens=12, temperature=3.0)
+        return generator.generate(model, requested, max_new_tokens=12, temperature=3.0)
 
     torch.manual_seed(1)
     first = drawn((ids, 0), (ids, 1), (ids, 0))
     torch.manual_seed(2)
     assert first == drawn((ids, 0), (ids, 1), (ids, 0)), "no global stream is read"
     assert first[0] == first[2] != first[1]
-    noise = [_Noise([(prompt, 0)], 1.0)(torch.zeros(1, 1), torch.zeros(1, 50)) for prompt in (ids, other)]
+    noise = [GumbelNoise([(prompt, 0)], 1.0)(torch.zeros(1, 1), torch.zeros(1, 50)) for prompt in (ids, other)]
     assert not torch.equal(*noise)
 
 
@@ -140,7 +140,7 @@ def test_seed_and_prompt_decide_what_is_drawn(chat: Chat, model: Any, writer: Te
 def test_tokens_are_drawn_with_the_chances_of_the_scores(temperature: float) -> None:
     scores_V = torch.tensor([0.0, 1.0, 2.0, -1.0, -math.inf])
     count = 4000
-    noise = _Noise([([1], seed) for seed in range(count)], temperature)
+    noise = GumbelNoise([([1], seed) for seed in range(count)], temperature)
     drawn_BV = noise(torch.zeros(count, 1), scores_V.expand(count, -1))
     shares = torch.bincount(drawn_BV.argmax(-1), minlength=5) / count
     chances = torch.softmax(scores_V / temperature, -1)
@@ -151,22 +151,22 @@ def test_tokens_are_drawn_with_the_chances_of_the_scores(temperature: float) -> 
 def test_an_answer_stops_at_any_of_its_ends_and_shows_none(chat: Chat, model: Any) -> None:
     requested = jobs(chat)
     free = TextGenerator(chat.tokenizer, chat.stop_ids(), CPU, torch.float32)
-    whole = free.write(model, requested, max_new_tokens=12, temperature=0.0)
+    whole = free.generate(model, requested, max_new_tokens=12, temperature=0.0)
     longest = max(whole, key=len)
     ids = chat.tokenizer(longest, add_special_tokens=False)["input_ids"]
     stopped = TextGenerator(chat.tokenizer, [*chat.stop_ids(), ids[2]], CPU, torch.float32)
-    texts = stopped.write(model, requested, max_new_tokens=12, temperature=0.0)
+    texts = stopped.generate(model, requested, max_new_tokens=12, temperature=0.0)
     text = texts[whole.index(longest)]
     assert longest.startswith(text)
     assert len(text) < len(longest)
     assert not any(token in text for text in whole for token in ("<|im_end|>", "</s>", "<|im_start|>"))
 
 
-def test_the_model_is_left_as_it_came(chat: Chat, model: Any, writer: TextGenerator) -> None:
+def test_the_model_is_left_as_it_came(chat: Chat, model: Any, generator: TextGenerator) -> None:
     settings, weights = model.generation_config, {name: value.clone() for name, value in model.state_dict().items()}
     for training in (True, False):
         model.train(training)
-        writer.generate(model, jobs(chat), max_new_tokens=2, temperature=1.0)
+        generator.generate(model, jobs(chat), max_new_tokens=2, temperature=1.0)
         assert model.training is training
         assert model.generation_config is settings
         assert model.config.use_cache is False
@@ -176,14 +176,14 @@ def test_the_model_is_left_as_it_came(chat: Chat, model: Any, writer: TextGenera
 
 
 @pytest.mark.filterwarnings("ignore:`gradient_checkpointing_:FutureWarning")
-def test_dropout_and_checkpointing_are_off_while_writing(chat: Chat, model: Any, writer: TextGenerator) -> None:
-    before = writer.generate(model, jobs(chat), max_new_tokens=6, temperature=0.0)
+def test_dropout_and_checkpointing_are_off_while_writing(chat: Chat, model: Any, generator: TextGenerator) -> None:
+    before = generator.generate(model, jobs(chat), max_new_tokens=6, temperature=0.0)
     dropping = nn.Dropout(0.5)
     handle = model.model.layers[0].mlp.register_forward_hook(lambda _, __, output: dropping(output))
     model.model.layers[0].mlp.dropping = dropping  # so that the mode reaches it
     model.gradient_checkpointing_enable()
     try:
-        assert writer.generate(model.train(), jobs(chat), max_new_tokens=6, temperature=0.0) == before
+        assert generator.generate(model.train(), jobs(chat), max_new_tokens=6, temperature=0.0) == before
         assert dropping.training
     finally:
         handle.remove()
@@ -194,13 +194,13 @@ def test_dropout_and_checkpointing_are_off_while_writing(chat: Chat, model: Any,
 
 def test_sixteen_bit_arithmetic_writes_too(chat: Chat, model: Any) -> None:
     half = TextGenerator(chat.tokenizer, chat.stop_ids(), CPU, torch.bfloat16)
-    assert len(half.write(model, jobs(chat), max_new_tokens=3, temperature=0.5)) == len(PROMPTS)
+    assert len(half.generate(model, jobs(chat), max_new_tokens=3, temperature=0.5)) == len(PROMPTS)
 
 
-def test_a_prompt_without_room_for_an_answer_is_refused(chat: Chat, model: Any, writer: TextGenerator) -> None:
+def test_a_prompt_without_room_for_an_answer_is_refused(chat: Chat, model: Any, generator: TextGenerator) -> None:
     prompt = [(chat.prompt_ids("hi! " * 10), 0)]
     room = 128 - len(prompt[0][0])
-    assert writer.generate(model, prompt, max_new_tokens=room, temperature=0.0)
+    assert generator.generate(model, prompt, max_new_tokens=room, temperature=0.0)
     with pytest.raises(ModelError, match=rf"more than the 128 tokens that the base reads; .*max_new_tokens={room} or"):
-        writer.generate(model, prompt, max_new_tokens=room + 1, temperature=0.0)
-    assert writer.generate(model, [], max_new_tokens=1, temperature=0.0) == []
+        generator.generate(model, prompt, max_new_tokens=room + 1, temperature=0.0)
+    assert generator.generate(model, [], max_new_tokens=1, temperature=0.0) == []

@@ -4,7 +4,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 from finetune.adapters import lora
@@ -12,6 +11,7 @@ from finetune.config import recipes
 from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.language import causal_lm
 from finetune.language.losses import summed_cross_entropy
+from tests.presets import preset
 from tests.tiny_language_models import save_language
 
 torch.set_num_threads(1)
@@ -29,13 +29,6 @@ ARCHITECTURES = {
     "glm4_9b": "glm4",
     "tinyllama_1b": "tinyllama",
 }
-
-
-def preset(name: str) -> ModelConfig:
-    read = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(recipes.preset_files()["model"][name]))
-    found = OmegaConf.to_object(read)
-    assert isinstance(found, ModelConfig)
-    return found
 
 
 def tiny(name: str, folder: Path, quantize: Quantize = Quantize.none) -> nn.Module:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from markdown_it import MarkdownIt
 
+from finetune import kinds
 from finetune.adapters import formats, lora
 from finetune.config.schema import Config
 from finetune.errors import ModelError
@@ -25,7 +26,7 @@ def adapter(language_config: Config, tmp_path: Path) -> Path:
     """A PEFT folder whose update is large enough to change every answer."""
     cpu = torch.device("cpu")
     base = causal_lm.load_model(language_config.model, torch.float32, cpu)
-    model = inject(language_config, base, chat_of(language_config.model, language_config.data).tokenizer)
+    model = inject(base, language_config.model, language_config.lora, 0, [])
     random = torch.Generator().manual_seed(0)
     weights = {name: torch.randn(value.shape, generator=random) for name, value in lora.state(model).items()}
     formats.save_peft(model, tmp_path / "peft", weights, language_config.model.base)
@@ -34,9 +35,9 @@ def adapter(language_config: Config, tmp_path: Path) -> Path:
 
 def drawn(config: Config, adapter: Path, folder: Path) -> tuple[Answer, ...]:
     folder.mkdir()
-    page, items = sample.draw(config, adapter, folder)
-    assert (folder / page).name == "answers.md"
-    return items
+    page, items = kinds.of(config).sample(config, adapter, folder)
+    assert page == "answers.md"
+    return items  # type: ignore[return-value]
 
 
 def test_every_prompt_is_answered_by_both(language_config: Config, adapter: Path, tmp_path: Path) -> None:
@@ -50,9 +51,9 @@ def test_every_prompt_is_answered_by_both(language_config: Config, adapter: Path
     assert all(item.base != item.tuned for item in items)
     assert items[0].base != items[1].base
     chat = chat_of(config.model, config.data)
-    writer = TextGenerator(chat.tokenizer, chat.stop_ids(), torch.device("cpu"), torch.float32)
+    generator = TextGenerator(chat.tokenizer, chat.stop_ids(), torch.device("cpu"), torch.float32)
     base = causal_lm.load_model(config.model, torch.float32, torch.device("cpu"))
-    alone = writer.generate(base, [(chat.prompt_ids("hi!"), 3)], max_new_tokens=8, temperature=0.3)
+    alone = generator.generate(base, [(chat.prompt_ids("hi!"), 3)], max_new_tokens=8, temperature=0.3)
     assert alone == [items[3].base]
 
 
@@ -88,7 +89,7 @@ def test_an_adapter_that_is_not_there_is_named(language_config: Config, tmp_path
         drawn(language_config, tmp_path / "nowhere", tmp_path / "samples")
 
 
-def test_the_page_shows_what_was_said_to_the_letter() -> None:
+def test_the_page_shows_the_answers_to_the_letter() -> None:
     items = [Answer(f"Why?\n{ODD}", 0, "one\ntwo", ODD), Answer("next", 0, "", "|"), Answer("next", 1, "\\", "\\|")]
     html = MarkdownIt("commonmark").enable(["table", "strikethrough"]).render(sample.page(items))
     assert html.count("<table>") == html.count("<h2>") == 2

@@ -1,6 +1,6 @@
-"""Blocks in CPU memory: where they are when, that nothing else changes, and what only a GPU can show.
+"""Offloaded blocks: where they are when, that nothing else changes, and what only a GPU can show.
 
-On the CPU the part of the GPU is played by copies; what a stream would do later happens at once.
+Without a GPU the ring of buffers is in CPU memory too, and copies are done at once.
 """
 
 import itertools
@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import Accelerator
-from tests.unit.models import test_language as packs
 from torch import Tensor, nn
 
 from finetune.adapters import attach, formats, lora
@@ -19,8 +18,9 @@ from finetune.language import causal_lm
 from finetune.memory import block_offload, checkpointing, fallbacks
 from finetune.memory.activation_offload import ActivationOffload
 from tests.tiny_language_models import save_language
-from tests.unit.memory.test_checkpointing import MODELS, adapted, gradients
-from tests.unit.memory.test_checkpointing import language as tiny_llama
+from tests.unit.language import packs
+from tests.unit.memory.models import MODELS, adapted, gradients
+from tests.unit.memory.models import language as tiny_llama
 
 CPU = torch.device("cpu")
 TARGETS = ["q_proj", "down_proj"]
@@ -31,29 +31,35 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_language(tmp_path_factory.mktemp("llama"))
 
 
-def rings(model: nn.Module) -> block_offload.Ring:
-    """The ring of an offloaded model."""
-    block = next(module for module in model.modules() if getattr(module, checkpointing.SELF_CHECKPOINTING, False))
-    return next(cell for cell in closed_over(block.forward) if isinstance(cell, block_offload.Ring))
+class Watched(block_offload.Ring):
+    """A ring that keeps the numbers of the blocks in the order in which they are fetched."""
+
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.fetched: list[int] = []
+
+    def fetch(self, block: Any, slot: Any) -> None:
+        self.fetched.append(self.order[block])
+        slot.buffer.fill_(255)  # NaN in every dtype: a product that still needs what lies there will show it
+        super().fetch(block, slot)
 
 
-def closed_over(function: Any) -> list[Any]:
-    """What a function sees of those around it."""
-    return [cell.cell_contents for cell in function.__closure__]
+@pytest.fixture(autouse=True)
+def rings(monkeypatch: pytest.MonkeyPatch) -> list[Watched]:
+    """The rings that are made, in turn."""
+    made: list[Watched] = []
+
+    def make(*arguments: Any, **options: Any) -> Watched:
+        made.append(Watched(*arguments, **options))
+        return made[-1]
+
+    monkeypatch.setattr(block_offload, "Ring", make)
+    return made
 
 
-def watched(ring: block_offload.Ring, monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """Numbers of the blocks in the order in which they are fetched."""
-    fetched: list[int] = []
-    real = ring._fetch
-
-    def fetch(block: Any, slot: Any) -> None:
-        fetched.append(ring.order[block])
-        slot.buffer.fill_(255)  # NaN in every dtype: whoever still needs what lies there will notice
-        real(block, slot)
-
-    monkeypatch.setattr(ring, "_fetch", fetch)
-    return fetched
+def inside(tensor: Tensor, flat: Tensor) -> bool:
+    """Whether a tensor lies in another one's memory."""
+    return flat.data_ptr() <= tensor.data_ptr() < flat.data_ptr() + flat.nbytes
 
 
 def frozen(model: nn.Module) -> dict[str, Tensor]:
@@ -63,9 +69,7 @@ def frozen(model: nn.Module) -> dict[str, Tensor]:
 @pytest.mark.parametrize("training", [True, False])
 @pytest.mark.parametrize("share", [1, 2])
 @pytest.mark.parametrize("name", MODELS)
-def test_an_offloaded_model_has_the_same_gradients(
-    name: str, share: int, training: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_offloaded_model_has_the_same_gradients(name: str, share: int, training: bool) -> None:
     make, output, targets = MODELS[name]
     model = adapted(make, targets).train(training)
     expected, before = gradients(model, output), frozen(model)
@@ -73,7 +77,6 @@ def test_an_offloaded_model_has_the_same_gradients(
         drawn = output(model.eval())
     block_offload.stream(model.train(training), block_offload.find(model)[::share], CPU)
     checkpointing.set_checkpointing(model, 0)  # means 1 now
-    watched(rings(model), monkeypatch)
     for _ in range(2):
         with torch.no_grad():
             assert torch.equal(output(model.eval()), drawn)
@@ -84,12 +87,12 @@ def test_an_offloaded_model_has_the_same_gradients(
     assert all(torch.equal(after[key], before[key]) for key in before)
 
 
-def test_blocks_come_one_ahead_in_both_directions(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_blocks_are_fetched_one_ahead_in_both_directions(rings: list[Watched]) -> None:
     _, output, targets = MODELS["llama"]
     model = adapted(deep, targets)
     block_offload.stream(model, block_offload.find(model), CPU)
-    ring = rings(model)
-    fetched = watched(ring, monkeypatch)
+    (ring,) = rings
+    fetched = ring.fetched
     gradients(model, output)
     assert fetched == [0, 1, 2, 3, 4, 5, 3, 2, 1, 0]  # at the turn the last two are still there
     fetched.clear()
@@ -101,9 +104,9 @@ def test_blocks_come_one_ahead_in_both_directions(monkeypatch: pytest.MonkeyPatc
         output(model)
     assert fetched == [2, 3, 4, 5, 0, 1, 2, 3, 4, 5, 0, 1][: len(fetched)]
     assert len(fetched) == 10 + 1
-    assert len(ring.padded_count) == block_offload.SLOTS
-    largest = max(block.offloaded_blocks.numel() for block in ring.blocks)
-    assert sum(slot.buffer.nbytes for slot in ring.padded_count) == block_offload.SLOTS * largest
+    assert len(ring.slots) == block_offload.RING_SLOTS
+    largest = max(block.flat.numel() for block in ring.blocks)
+    assert sum(slot.buffer.nbytes for slot in ring.slots) == block_offload.RING_SLOTS * largest
 
 
 def deep() -> nn.Module:
@@ -111,19 +114,17 @@ def deep() -> nn.Module:
     return tiny_llama(layers=6)
 
 
-def test_frozen_blocks_rest_in_one_piece_and_adapters_stay_out() -> None:
+def test_frozen_blocks_lie_in_one_piece_and_adapters_stay_out(rings: list[Watched]) -> None:
     make, _, targets = MODELS["llama"]
     model = adapted(make, targets)
     block_offload.stream(model, block_offload.find(model), CPU)
-    for block in rings(model).blocks:
-        pointer, size = block.offloaded_blocks.data_ptr(), block.offloaded_blocks.nbytes
+    for block in rings[0].blocks:
         for name, parameter in block.module.named_parameters():
-            inside = pointer <= parameter.data_ptr() < pointer + size
-            assert inside == (".lora_" not in name), name
+            assert inside(parameter, block.flat) == (".lora_" not in name), name
 
 
 @pytest.mark.parametrize("dora", [False, True])
-def test_4bit_blocks_move_with_their_scales(llama: Path, dora: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_4bit_blocks_move_with_their_scales(llama: Path, dora: bool, rings: list[Watched]) -> None:
     config = ModelConfig(kind="language", base=str(llama), quantize=Quantize.nf4)
     kept, away = (causal_lm.load_model(config, torch.float32, CPU) for _ in range(2))
     for model in (kept, away):
@@ -132,20 +133,15 @@ def test_4bit_blocks_move_with_their_scales(llama: Path, dora: bool, monkeypatch
         for parameter in lora.adapter_parameters(model):
             parameter.data += 0.1 * torch.randn(parameter.shape, generator=random)
     block_offload.stream(away, block_offload.find(away), CPU)
-    watched(rings(away), monkeypatch)
-    ring = rings(away)
-    ring.padded_count = ring.padded_count[
-        :1
-    ]  # every block in the same buffer: what is kept from forward to backward is overwritten
+    (ring,) = rings
+    del ring.slots[1:]  # every block in the same buffer: what is kept from forward to backward is overwritten
     output = MODELS["llama"][1]
     found, expected = (gradients(model.train(), output) for model in (away, kept))
     assert expected
     assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     weight = away.get_submodule("model.layers.0.mlp.up_proj").weight
-    block = ring.blocks[0]
-    pointer, size = block.offloaded_blocks.data_ptr(), block.offloaded_blocks.nbytes
     for tensor in (weight, weight.quant_state.absmax, weight.quant_state.state2.absmax):
-        assert pointer <= tensor.data_ptr() < pointer + size
+        assert inside(tensor, ring.blocks[0].flat)
 
 
 @pytest.mark.parametrize("limit", ["hardware.vram_gib", "what is free"])
@@ -157,28 +153,32 @@ def test_as_many_blocks_stay_as_fit_evenly_spread(
         expected = output(model)
     blocks = block_offload.find(model)
     size = block_offload.weight_bytes(blocks[0])
-    room = (
-        int((block_offload.weight_bytes(model) - size) / block_offload.WEIGHTS_SHARE) + 9
-    )  # one too few, and two for the ring
+    # Room for all blocks but one: then two more have to go, for the ring.
+    room = int((block_offload.weight_bytes(model) - size) / block_offload.WEIGHTS_SHARE) + 9
     free, vram_gib = (10**12, room / 2**30) if limit == "hardware.vram_gib" else (room, 0.0)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (free, free))
     capfd.readouterr()
     block_offload.offload_to_fit(model.requires_grad_(False), CPU, vram_gib)
     away = [index for index, block in enumerate(blocks) if getattr(block, checkpointing.SELF_CHECKPOINTING, False)]
     assert away == [0, 2, 4]
-    assert capfd.readouterr().err == "model.offload: 0.0 of 0.0 GiB of weights stay in CPU memory\n"
+    assert capfd.readouterr().err.startswith("model.offload: 0.0 of 0.0 GiB ")
     assert Accelerator(cpu=True).verify_device_map(model)  # it won't move the model to the GPU as a whole
     with torch.no_grad():
         assert torch.equal(output(model), expected)
 
 
-def test_main_memory_comes_in_few_pieces_of_powers_of_two() -> None:
-    views = list(block_offload._memory([680] * 35, pin=False))
-    assert [view.numel() for view in views] == [680] * 35
-    pieces = {view.untyped_storage().data_ptr(): view.untyped_storage().nbytes() for view in views}
-    assert sorted(pieces.values()) == [1024, 1024, 2048, 4096, 16384]
-    starts = sorted(view.data_ptr() for view in views)
-    assert all(after - before >= 680 for before, after in itertools.pairwise(starts))
+def test_cpu_memory_is_taken_in_few_pieces_of_powers_of_two(rings: list[Watched]) -> None:
+    """As pinned memory comes."""
+    layers = nn.ModuleList(nn.Linear(13, 13, bias=False) for _ in range(35)).requires_grad_(False)
+    before = [layer.weight.clone() for layer in layers]
+    block_offload.stream(layers, list(layers), CPU)
+    assert all(torch.equal(layer.weight, weight) for layer, weight in zip(layers, before, strict=True))
+    flats = sorted((block.flat for block in rings[0].blocks), key=Tensor.data_ptr)
+    assert all(first.data_ptr() + first.nbytes <= second.data_ptr() for first, second in itertools.pairwise(flats))
+    pieces = {flat.untyped_storage().data_ptr(): flat.untyped_storage().nbytes() for flat in flats}
+    assert all(size.bit_count() == 1 for size in pieces.values())
+    assert len(pieces) <= 6
+    assert sum(pieces.values()) <= 1.1 * sum(flat.nbytes for flat in flats)
 
 
 def test_what_fits_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -200,7 +200,7 @@ def test_blocks_are_layers_transformer_blocks_and_residual_blocks() -> None:
     }
 
 
-def test_measures_on_a_cpu_end_with_recomputing() -> None:
+def test_without_a_gpu_the_only_fallback_is_activation_checkpointing() -> None:
     for make, _, _ in MODELS.values():
         for checkpointed, expected in (
             (0, ["trainer.activation_checkpointing=1"]),
@@ -213,8 +213,8 @@ def test_measures_on_a_cpu_end_with_recomputing() -> None:
             assert not offload.enabled
 
 
-def test_an_adapter_is_loaded_without_spreading_the_model_anew(llama: Path, tmp_path: Path) -> None:
-    """PEFT would move blocks that rest in CPU memory to wherever it thinks there is room."""
+def test_an_adapter_is_loaded_without_moving_the_model(llama: Path, tmp_path: Path) -> None:
+    """PEFT would move offloaded blocks to wherever it finds room."""
     config = ModelConfig(kind="language", base=str(llama))
     model: Any = causal_lm.load_model(config, torch.float32, CPU)
     lora.inject(model, LoraConfig(rank=4, alpha=8, dropout=0.0), TARGETS, seed=0)
@@ -241,13 +241,15 @@ GPU = torch.device("cuda")
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("name", MODELS)
-def test_a_card_computes_the_same_with_blocks_in_main_memory(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_gpu_computes_the_same_with_offloaded_blocks(
+    name: str, monkeypatch: pytest.MonkeyPatch, rings: list[Watched]
+) -> None:
     """Without TF32: with it a UNet's gradients differ by 1e-4 of their size from one run to the next, offload or not,
     because cuDNN adds up in no fixed order and TF32 rounds what it gets."""
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     make, output, targets = MODELS[name]
 
-    def on_card(model: nn.Module) -> Tensor:
+    def on_gpu(model: nn.Module) -> Tensor:
         return output_on(model, output)
 
     kept, away = (adapted(make, targets) for _ in range(2))
@@ -255,11 +257,11 @@ def test_a_card_computes_the_same_with_blocks_in_main_memory(name: str, monkeypa
     block_offload.stream(away, block_offload.find(away), GPU)
     for _ in range(3):
         with torch.no_grad():
-            assert torch.allclose(on_card(away.eval()), on_card(kept.eval()), rtol=1e-5, atol=1e-5)
-        found, expected = (gradients(model.train(), on_card) for model in (away, kept))
+            assert torch.allclose(on_gpu(away.eval()), on_gpu(kept.eval()), rtol=1e-5, atol=1e-5)
+        found, expected = (gradients(model.train(), on_gpu) for model in (away, kept))
         assert all(torch.allclose(one, other, rtol=1e-4, atol=1e-4) for one, other in zip(found, expected, strict=True))
-    for block in rings(away).blocks:
-        assert block.offloaded_blocks.is_pinned()
+    for block in rings[0].blocks:
+        assert block.flat.is_pinned()
         assert all(parameter.device == CPU for _, _, parameter in block.places)
 
 
@@ -279,7 +281,7 @@ def output_on(model: nn.Module, output: Any) -> Tensor:
 
 @pytest.mark.gpu
 @pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4])
-def test_a_language_model_that_does_not_fit_has_its_blocks_in_main_memory(llama: Path, quantize: Quantize) -> None:
+def test_a_language_model_that_does_not_fit_has_its_blocks_in_cpu_memory(llama: Path, quantize: Quantize) -> None:
     config = ModelConfig(kind="language", base=str(llama), quantize=quantize, offload=True)
     model: Any = causal_lm.load_model(config, torch.bfloat16, GPU, vram_gib=1e-6)
     weights = [layer.weight for layer in model.get_decoder().modules() if isinstance(layer, nn.Linear)]
@@ -292,7 +294,7 @@ def test_a_language_model_that_does_not_fit_has_its_blocks_in_main_memory(llama:
 
 
 @pytest.mark.gpu
-def test_blocks_in_main_memory_leave_the_card_free() -> None:
+def test_offloaded_blocks_leave_the_gpu_free() -> None:
     """A stack of 12 large layers: the resident model's weights alone are more than the offloaded one's peak."""
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -3,14 +3,14 @@
 import typing
 from pathlib import Path
 
-import finetune
 from finetune import api
 from finetune.run.records import Run, TextSet
+from finetune.stages import COMMANDS
 
 
 def returned_records() -> set[type]:
-    """Every class that a command returns in Python."""
-    commands = set(finetune.__all__) - {"Config", "load"}
+    """Every class that a command returns in Python, of the commands that say so."""
+    commands = COMMANDS.keys() & vars(api)
     return {kind for name in commands for kind in _classes(typing.get_type_hints(getattr(api, name))["return"])}
 
 

@@ -24,7 +24,7 @@ from finetune.stages.train import train
 from finetune.training.trainer import Trainer
 from tests import cutting
 from tests.unit.conftest import Setting
-from tests.unit.training.test_oom import Gpu, adapter, at_most, difference, into
+from tests.unit.training.small_gpu import Gpu, adapter, at_most, difference, into
 
 CPU = torch.device("cpu")
 

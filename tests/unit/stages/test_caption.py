@@ -1,6 +1,7 @@
 """The caption stage from end to end, with a tiny captioner."""
 
 import json
+import shutil
 import time
 
 import pytest
@@ -118,12 +119,79 @@ def test_a_txt_that_comes_after_a_generated_caption_is_not_ignored_in_silence(co
     sidecar.write_text("my own words")
     assert caption(config).items[2].text == first.items[2].text
     said = capsys.readouterr().err
-    assert "1 images have a .txt that differs from their caption in metadata.jsonl" in said
-    assert "first 2.png; to use the .txt delete the image's line there" in said
+    assert "1 image with two captions, first 2.png: the one in metadata.jsonl is used, the one in 2.txt is not" in said
     rows = {name.removesuffix(".png"): text for name, text in metadata(config).items() if name != "2.png"}
     write_rows(config, **rows)
     assert caption(config).items[2].text == "my own words"  # what the warning says works
     assert "warning" not in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("name", ["0.TXT", "0.caption", "0.png.txt"])
+def test_captions_beside_images_are_trained_whatever_they_are_called(config, name):
+    (stage.Path(config.data.folder) / name).write_text("my own words")
+    first = caption(config).items[0]
+    assert (first.text, first.source) == ("my own words", "user")
+    assert "0.png" not in metadata(config)
+
+
+@pytest.mark.parametrize("row", ['{"file_name": "0.jpg", "text": "mine"}', '{"file_name": "0.png", "words": "mine"}'])
+def test_texts_of_no_image_stop_before_captions_are_made(config, no_captioner, row):
+    root = stage.Path(config.data.folder)
+    (root / "metadata.jsonl").write_text(row, "utf-8")
+    (root / "zero.txt").write_text("mine")
+    with pytest.raises(DataError, match=r"5 images without a caption, and 2 texts for no image") as error:
+        caption(config)
+    assert "metadata.jsonl, line 1: " in str(error.value)
+    assert "zero.txt: there is no image zero" in str(error.value)
+    assert (root / "metadata.jsonl").read_text("utf-8") == row
+
+
+def test_texts_of_no_image_stop_nothing_where_every_image_has_its_caption(config, no_captioner, capsys):
+    write_rows(config, **dict.fromkeys(["0", "1", "2", "3", "sub/4"], "mine"))
+    (stage.Path(config.data.folder) / "notes.txt").write_text("shopping")
+    assert {item.text for item in caption(config).items} == {"mine"}
+    assert "warning: 1 text for no image, first notes.txt: there is no image notes" in capsys.readouterr().err
+
+
+def test_a_captioned_image_may_go_and_another_come(config):
+    caption(config)
+    root = stage.Path(config.data.folder)
+    (root / "0.png").unlink()
+    Image.new("RGB", (20, 20), "white").save(root / "new.png")
+    config.run_dir += "2"
+    assert {item.file for item in caption(config).items} == {"1.png", "2.png", "3.png", "new.png", "sub/4.png"}
+
+
+def test_who_wrote_a_caption_is_remembered_over_runs_and_run_folders(config):
+    write_rows(config, **{"1": "my own words"})
+    (stage.Path(config.data.folder) / "2.txt").write_text("from a sidecar")
+    first = caption(config)
+    assert [item.source for item in first.items] == ["generated", "user", "user", "generated", "generated"]
+    config.caption.prefix = "other settings"
+    assert caption(config).items == first.items
+    shutil.rmtree(stage.Path(config.run_dir))
+    assert caption(config).items == first.items
+    config.run_dir += "2"
+    assert caption(config).items == first.items
+    write_rows(config, **{name.removesuffix(".png"): text for name, text in metadata(config).items()} | {"3": "mine"})
+    config.run_dir += "3"
+    assert [item.source for item in caption(config).items] == ["generated", "user", "user", "user", "generated"]
+
+
+def test_a_cache_that_cannot_be_written_stops_no_caption(config, tmp_path):
+    (tmp_path / "file").write_text("no folder")
+    config.data.cache = str(tmp_path / "file")
+    first = caption(config)
+    assert {item.source for item in first.items} == {"generated"}
+    config.caption.prefix = "other settings"
+    assert caption(config).items == first.items, "the run's own record knows too"
+
+
+def test_linked_folders_are_not_left_out_in_silence(config, tmp_path, capsys):
+    (tmp_path / "elsewhere").mkdir()
+    (stage.Path(config.data.folder) / "linked").symlink_to(tmp_path / "elsewhere")
+    caption(config)
+    assert "left out 1 linked folder, first linked" in capsys.readouterr().err
 
 
 def test_nothing_to_caption_loads_no_captioner(config, no_captioner):
@@ -163,7 +231,19 @@ def test_a_caption_typed_meanwhile_is_kept(config, monkeypatch):
             return super().caption(images)
 
     monkeypatch.setattr(stage, "load_captioner", Slow)
-    assert caption(config).items[0].text == "typed meanwhile"
+    first = caption(config).items[0]
+    assert (first.text, first.source) == ("typed meanwhile", "user")
+
+
+def test_a_text_file_that_comes_meanwhile_is_not_passed_over_in_silence(config, monkeypatch, capsys):
+    class Slow(Blip):
+        def caption(self, images):
+            (stage.Path(config.data.folder) / "0.txt").write_text("typed meanwhile")
+            return super().caption(images)
+
+    monkeypatch.setattr(stage, "load_captioner", Slow)
+    caption(config)
+    assert "1 image with two captions, first 0.png" in capsys.readouterr().err
 
 
 def test_overwrite_captions_all_again_once(config, capsys):
@@ -252,7 +332,7 @@ def test_a_folder_that_cannot_be_written_is_said_first(config, no_captioner, mon
 def test_unreadable_formats_are_mentioned(config, capsys):
     (stage.Path(config.data.folder) / "phone.heic").write_bytes(b"x")
     caption(config)
-    assert "1 images are in formats that can't be read and are left out, first phone.heic" in capsys.readouterr().err
+    assert "warning: left out 1 image in formats that can't be read, first phone.heic" in capsys.readouterr().err
 
 
 def test_missing_captioner_is_said_quickly(config):

@@ -14,10 +14,10 @@ from PIL import Image
 
 from finetune.config.schema import CaptionConfig, Config, DataConfig, Device, HardwareConfig, ModelConfig
 from finetune.data.cache import Cache, read
-from finetune.data.images import decode
+from finetune.data.images import decode, folder
 from finetune.diffusion import encode
 from finetune.diffusion.encode import Path, hold_out
-from finetune.diffusion.pipeline import load_text_encoder, load_vae, vae_hash
+from finetune.diffusion.pipeline import TextEncoder, Vae, vae_hash
 from finetune.errors import DataError
 from finetune.run.hashing import hash_of
 from finetune.run.receipts import load_receipt
@@ -76,8 +76,8 @@ def loads(monkeypatch):
 
         return loading
 
-    monkeypatch.setattr(encode, "load_text_encoder", counting("text", load_text_encoder))
-    monkeypatch.setattr(encode, "load_vae", counting("vae", load_vae))
+    monkeypatch.setattr(encode, "TextEncoder", counting("text", TextEncoder))
+    monkeypatch.setattr(encode, "Vae", counting("vae", Vae))
     return counted
 
 
@@ -87,7 +87,7 @@ def test_every_image_with_its_own_caption_latents_and_bucket(config, base):
     found = list(record.examples())
     assert [example.file for example in found] == [f"{index}.png" for index in range(5)]
     assert (record.train, record.validation) == (5, 0)
-    encoder, vae = load_text_encoder(config.model, CPU), load_vae(config.model, CPU)
+    encoder, vae = TextEncoder(config.model, CPU), Vae(config.model, CPU)
     for example, size in zip(found, SIZES, strict=True):
         image, crop = decode.resize_and_crop(
             decode.open_rgb(Path(config.data.folder) / example.file, 10**6), example.bucket
@@ -188,7 +188,7 @@ def test_flipping_adds_the_mirrored_image(config, base):
     assert len({example.key for example in found}) == 10
     image, _ = decode.resize_and_crop(decode.open_rgb(Path(config.data.folder) / "0.png", 10**6), found[0].bucket)
     mirrored = encode.pixels(image).flip(-1)
-    expected = load_vae(config.model, CPU).encode(mirrored[None])[0]["mean"]
+    expected = Vae(config.model, CPU).encode(mirrored[None])[0]["mean"]
     assert torch.allclose(read(Path(found[1].latents))["mean"], expected, atol=1e-5)
 
 
@@ -250,16 +250,39 @@ def test_a_long_caption_is_warned_about_every_time(config, capsys):
 def test_missing_triggers_and_enlarged_images_are_counted(config, capsys):
     record = dataset(config, captions(config, _1="no phrase", _2="TOY"))
     errors = capsys.readouterr().err
-    assert "warning: 1 of 5 captions lack the trigger phrase 'toy', first 1.png" in errors
+    assert "warning: no trigger phrase 'toy' in 1 of 5 captions, first 1.png" in errors
     assert "learnt without it; add it to them in metadata.jsonl" in errors
     assert "enlarged" not in errors
     image(Path(config.data.folder) / "tiny.png", (10, 12), 5)
     record = dataset(config, captions(config))
     assert record.upscaled == 1
-    assert (
-        "warning: 1 of 6 images are smaller than their bucket and are enlarged, first tiny.png"
-        in capsys.readouterr().err
-    )
+    assert "warning: smaller than the bucket and enlarged: 1 of 6 images, first tiny.png" in capsys.readouterr().err
+
+
+def test_the_warning_about_triggers_names_the_file_and_ends_when_it_is_obeyed(config, capsys):
+    root = Path(config.data.folder)
+    for number in range(5):
+        (root / f"{number}.txt").write_text("a toy" if number < 3 else "no phrase")
+    texts = folder.captions(root, folder.images(root)).texts
+    dataset(config, CaptionSet(str(root), tuple(Caption(file, text, "user") for file, text in texts.items())))
+    assert "2 of 5 captions, first 3.png" in (said := capsys.readouterr().err)
+    assert "add it to them in 3.txt and 1 other file" in said
+    for number in (3, 4):
+        (root / f"{number}.txt").write_text("no phrase, toy")
+    found = folder.captions(root, folder.images(root))
+    items = tuple(Caption(file, text, "user") for file, text in found.texts.items())
+    dataset(config, CaptionSet(str(root), items))
+    assert "warning" not in capsys.readouterr().err
+    assert not found.unused
+    assert not found.strays
+
+
+def test_how_much_is_cut_away_is_said_where_it_is_much(config, capsys):
+    dataset(config, captions(config))
+    assert "cut away" not in capsys.readouterr().err
+    image(Path(config.data.folder) / "long.png", (3000, 60), 5)
+    dataset(config, captions(config))
+    assert re.search(r"more than half is cut away: 1 of 6 images, most of long.png \(9\d%\)", capsys.readouterr().err)
 
 
 def test_bad_images_are_all_named_or_skipped(config, loads):

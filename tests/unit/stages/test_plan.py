@@ -1,7 +1,5 @@
 """The plan: the fastest setting that fits the GPU, or what would fit where none does."""
 
-import json
-import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -10,12 +8,12 @@ from types import SimpleNamespace
 
 import pytest
 from huggingface_hub import HfApi
-from omegaconf import OmegaConf
 
 import finetune
-from finetune import hub, kinds
+from finetune import kinds
 from finetune.config import recipes
-from finetune.config.schema import Config, Device, LoraInit, ModelConfig, Precision, Quantize
+from finetune.config.schema import Config, Device, LoraInit, Precision, Quantize
+from finetune.diffusion import tiling
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload
 from finetune.planning import choice
@@ -24,6 +22,7 @@ from finetune.planning.machine import read
 from finetune.planning.plan import Plan, Setting
 from finetune.stages import plan as stage
 from finetune.stages.plan import plan, plans
+from tests.presets import preset, shortened
 
 
 @pytest.fixture(autouse=True)
@@ -223,8 +222,7 @@ def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(config: Config, mon
 
 def test_phases_take_less_memory_on_a_smaller_gpu(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
     """Images one by one, then in tiles; captions one by one, then in CPU memory: the first option that fits."""
-    for module in ("families.base", "memory_model"):
-        monkeypatch.setattr(f"finetune.diffusion.{module}.TILE", 16)
+    monkeypatch.setattr(tiling, "TILE", 16)
     on_a_gpu(config).sample.seeds = [0, 1, 2, 3]
     candidates = candidates_of(config)
     images = ["2 images at once", "one image at once"]
@@ -275,31 +273,6 @@ def test_on_a_cpu(roomy: Config) -> None:
     assert found.chosen is not None
     assert "CUDA context" not in found.chosen.parts
     assert "measured now" in found.notes[0]
-
-
-def preset(name: str) -> ModelConfig:
-    read = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(recipes.preset_files()["model"][name]))
-    found = OmegaConf.to_object(read)
-    assert isinstance(found, ModelConfig)
-    return found
-
-
-def shortened(base: str, folder: Path) -> Path:
-    """The configuration of a base with two of its layers, or one in each block of a UNet: all are alike."""
-    shutil.copytree(hub.config_folder(base), folder, ignore=shutil.ignore_patterns("*.safetensors"))
-    for file in (folder / "config.json", folder / "transformer" / "config.json"):
-        if file.exists():
-            settings = json.loads(file.read_text())
-            counted = settings.get("text_config", settings)
-            counted |= dict.fromkeys(("num_hidden_layers", "num_layers", "num_single_layers", "n_layers"), 2)
-            counted |= {"dual_attention_layers": [0]} if "dual_attention_layers" in counted else {}
-            settings.pop("layer_types", None)
-            file.write_text(json.dumps({key: settings[key] for key in settings}))
-    unet = folder / "unet" / "config.json"
-    if unet.exists():
-        single = {"layers_per_block": 1, "transformer_layers_per_block": 1}
-        unet.write_text(json.dumps(json.loads(unet.read_text()) | single))
-    return folder
 
 
 @pytest.mark.parametrize("name", recipes.preset_files()["model"])

@@ -2,10 +2,12 @@
 
 import gc
 import json
+import re
 import shutil
 import signal
 import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +18,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from finetune import kinds
 from finetune.adapters import lora
-from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Schedule
+from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Schedule, Weighting
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.language import tokenize
 from finetune.memory import block_offload
@@ -200,6 +202,22 @@ def test_changed_settings_are_listed_and_nothing_is_lost(config: Config, make_da
     assert same(before, adapter(config.run_dir + "/previous-1", 4))
 
 
+def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    dataset, folder = make_dataset(), Path(config.run_dir) / "checkpoints"
+    train(config, dataset)
+    last = checkpoint.load(checkpoint.at(folder, 4))
+    older = {key: value for key, value in last.state.identity.items() if key != "loss.weighting"}
+    checkpoint.save(folder, replace(last.state, identity=older), last.adapter, last.optimizer, last.ema)
+    config.trainer.steps = 6
+    config.loss.weighting = Weighting.uniform
+    with pytest.raises(RunError, match=r"\(loss.weighting: min_snr -> uniform\)"):
+        train(config, dataset)
+    config.loss.weighting = Weighting.min_snr
+    assert train(config, dataset).steps == 6
+
+
 @pytest.mark.parametrize("held_out", [0, 2])
 def test_a_data_set_too_small_to_hold_examples_out_is_announced(
     config: Config, make_dataset: Callable[..., Dataset], capsys: pytest.CaptureFixture[str], held_out: int
@@ -219,6 +237,22 @@ def test_changed_captions_are_listed(config: Config, make_dataset: Callable[...,
     Path(config.run_dir, "trained_on.json").unlink()
     with pytest.raises(RunError, match=r"other images and captions"):  # a run of an earlier version
         train(config, shorter)
+
+
+def test_added_images_are_no_other_settings_and_the_adapter_is_offered(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    train(config, make_dataset(11))
+    more = make_dataset(12)
+    with pytest.raises(RunError, match=r"was trained with other data \(1 image added: 011.png\)") as error:
+        train(config, more)
+    assert "start_from" not in str(error.value), "there is no adapter yet"
+    (Path(config.run_dir) / "adapter").mkdir()
+    with pytest.raises(RunError, match=rf"another name=… and lora.start_from={re.escape(config.run_dir)}/adapter"):
+        train(config, more)
+    config.seed += 1
+    with pytest.raises(RunError, match=r"other settings \(1 image added: 011.png; seed: 0 -> 1\).*lora.start_from="):
+        train(config, more)
 
 
 def test_changed_conversations_are_reported_without_hashes(language_config: Config) -> None:

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import signal
-import socket
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from finetune.training.reduction import broadcast_start
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.task import Batch, Draw
 from tests.conftest import Answer
+from tests.ports import free_port
 
 MICRO_BATCH = 2
 STEPS = (8, 5, 1, 4)  # examples of each step: even shares, uneven ones, none for the second process
@@ -174,14 +174,6 @@ def be_killed(index: int, port: int, folder: str) -> None:
             broadcast_start([nn.Parameter(torch.ones(2))])
         except RunError as error:
             Path(folder, "error").write_text(str(error))
-
-
-def free_port() -> int:
-    """One that nobody uses now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port: int = free.getsockname()[1]
-        return port
 
 
 @pytest.fixture(scope="module")

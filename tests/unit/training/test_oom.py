@@ -1,8 +1,7 @@
 """OOM fallbacks: the same steps in smaller micro-batches, nothing lost, nothing counted twice."""
 
 import weakref
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -12,99 +11,20 @@ from torch import Tensor, nn
 
 from finetune import kinds
 from finetune.adapters import lora
-from finetune.config.schema import Config, Schedule
 from finetune.errors import OutOfMemory, is_out_of_memory
-from finetune.memory import activation_offload, checkpointing
+from finetune.memory import activation_offload
 from finetune.memory.fallbacks import try_within_memory
-from finetune.run.records import Run
 from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.oom import OomFallbacks
-from finetune.training.task import Batch, Draw, Task
+from finetune.training.task import Task
 from tests.unit.conftest import Setting, change_tasks
-
-FULL = "CUDA out of memory. Tried to allocate 20.00 MiB"
-
-
-class _Full(torch.autograd.Function):
-    """Runs out of memory in the backward pass."""
-
-    @staticmethod
-    def forward(ctx: Any, loss: Tensor) -> Tensor:
-        return loss.clone()
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> Any:
-        raise torch.OutOfMemoryError(FULL)
-
-
-@dataclass
-class Gpu:
-    """A GPU with room for some micro-batches: `fits` says so by (examples, step from 0, activation checkpointing)."""
-
-    fits: Callable[[int, int, bool], bool]
-    where: str = "forward"
-    step: int = -1
-    checkpointed: bool = False
-    losses: int = 0
-
-    def install(self, monkeypatch: pytest.MonkeyPatch) -> "Gpu":
-        set_checkpointing = checkpointing.set_checkpointing
-
-        def spied(model: Any, every: int) -> None:
-            set_checkpointing(model, every)
-            self.checkpointed = every == 1
-
-        def limit(task: Task) -> None:
-            steps, loss = task.steps, task.loss
-
-            def counted(*, effective: int, start: int) -> Iterator[Sequence[Draw]]:
-                for number, draws in enumerate(steps(effective=effective, start=start), start):
-                    self.step = number
-                    yield draws
-
-            def limited(batch: Batch) -> Tensor:
-                found = loss(batch)
-                if not torch.is_grad_enabled():
-                    return found
-                self.losses += 1
-                if self.fits(len(batch.names), self.step, self.checkpointed):
-                    return found
-                if self.where == "backward":
-                    full: Tensor = _Full.apply(found)
-                    return full
-                raise torch.OutOfMemoryError(FULL)
-
-            task.steps, task.loss = counted, limited  # type: ignore[method-assign]
-
-        change_tasks(monkeypatch, limit)
-        monkeypatch.setattr(checkpointing, "set_checkpointing", spied)
-        return self
-
-
-def at_most(limit: int) -> Callable[[int, int, bool], bool]:
-    return lambda examples, step, checkpointed: examples <= limit
-
-
-def adapter(run: Run) -> dict[str, Tensor]:
-    return checkpoint.load(Path(run.checkpoint)).adapter
+from tests.unit.training.small_gpu import OOM_MESSAGE, Gpu, adapter, at_most, difference, into
 
 
 def oom_lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
     """The messages so far that memory ran out."""
     return [line for line in capfd.readouterr().err.splitlines() if "memory ran out" in line]
-
-
-def difference(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    assert a.keys() == b.keys()
-    return max(float((a[name] - b[name]).abs().max()) for name in a)
-
-
-def into(config: Config, folder: Path, micro_batch: int, accumulate: int) -> Config:
-    config.run_dir = str(folder)
-    config.trainer.micro_batch, config.trainer.accumulate = micro_batch, accumulate
-    config.optim.schedule = Schedule.constant  # a run that is cut short must not have other rates
-    return config
 
 
 @pytest.mark.parametrize("where", ["forward", "backward"])
@@ -229,7 +149,7 @@ def limited_to(monkeypatch: pytest.MonkeyPatch, name: str, fits: Callable[[Any],
             if fits(first):
                 return whole(first, *rest)
             task.model.eval()
-            raise torch.OutOfMemoryError(FULL)
+            raise torch.OutOfMemoryError(OOM_MESSAGE)
 
         setattr(task, name, limited)
 
@@ -275,7 +195,7 @@ def test_without_room_for_one_preview_training_continues_and_without_room_for_on
 @pytest.mark.parametrize(
     "error",
     [
-        torch.OutOfMemoryError(FULL),
+        torch.OutOfMemoryError(OOM_MESSAGE),
         MemoryError(),
         RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"),
         RuntimeError("CUDA error: out of memory"),
@@ -305,7 +225,7 @@ def test_a_failed_attempt_holds_no_tensor_when_it_is_cleaned_up() -> None:
     def fail() -> None:
         activations = torch.zeros(3)
         held.append(weakref.ref(activations))
-        raise torch.OutOfMemoryError(FULL)
+        raise torch.OutOfMemoryError(OOM_MESSAGE)
 
     try_within_memory(fail, cleanup=lambda: gone.append(held[0]() is None))
     assert gone == [True]

@@ -6,10 +6,11 @@ import zlib
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, PngImagePlugin
 
 from finetune.data.images import decode
 from finetune.errors import DataError
+from tests import profiles
 
 LIMIT = 10_000_000
 
@@ -162,12 +163,13 @@ def test_first_frame_of_an_animation(tmp_path):
 
 def bomb(side: int) -> bytes:
     """A PNG of side x side pixels in a few bytes: its data is never there."""
-
-    def chunk(kind: bytes, data: bytes) -> bytes:
-        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
-
     header = struct.pack(">IIBBBBB", side, side, 8, 2, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"")) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + profiles.chunk(b"IHDR", header)
+        + profiles.chunk(b"IDAT", zlib.compress(b""))
+        + profiles.chunk(b"IEND", b"")
+    )
 
 
 def jpeg(side: int = 256) -> bytes:
@@ -195,6 +197,42 @@ def test_bad_pictures_are_named_with_the_reason(tmp_path, name, reader):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(DataError, match=rf"{name}: {reason}"):
         reader(tmp_path / name, LIMIT)
+
+
+TEXTS = {
+    "zTXt": lambda data: b"Raw\0\0" + zlib.compress(data),
+    "iTXt": lambda data: b"XML:com.adobe.xmp\0\1\0\0\0" + zlib.compress(data),
+    "tEXt": lambda data: b"Comment\0" + data,
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("kind", TEXTS)
+def test_a_good_png_with_long_texts_is_read(tmp_path, kind, after):
+    buffer = io.BytesIO()
+    quarters().save(buffer, "PNG")
+    data = buffer.getvalue()
+    text = profiles.chunk(kind.encode(), TEXTS[kind](b'<x tiff:Orientation="6"/>' + b"history " * 2**19))
+    at = data.index(b"IEND" if after else b"IDAT") - 4
+    (tmp_path / "a.png").write_bytes(data[:at] + text + profiles.chunk(b"tIME", bytes(7)) + text + data[at:])
+    limits = (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, Image.MAX_IMAGE_PIXELS)
+    turned = quarters().rotate(-90, expand=True) if kind == "iTXt" else quarters()
+    assert upright_size(tmp_path / "a.png", LIMIT) == turned.size
+    assert difference(decode.open_rgb(tmp_path / "a.png", LIMIT), turned) == 0
+    assert limits == (PngImagePlugin.MAX_TEXT_CHUNK, PngImagePlugin.MAX_TEXT_MEMORY, Image.MAX_IMAGE_PIXELS)
+
+
+def test_a_large_colour_profile_is_used(tmp_path):
+    icc = profiles.rgb_profile(profiles.SRGB, 1.0) + bytes(2**21)
+    (tmp_path / "a.png").write_bytes(profiles.png(np.full((4, 4, 3), 128), 8, icc))
+    assert decode.open_rgb(tmp_path / "a.png", LIMIT).getpixel((0, 0)) == (188, 188, 188)
+
+
+def test_texts_without_end_are_refused(tmp_path):
+    text = profiles.chunk(b"zTXt", b"Raw\0\0" + zlib.compress(bytes(65 * 2**20)))
+    (tmp_path / "a.png").write_bytes(profiles.png(np.zeros((4, 4, 3)), 8, b"", extra=text))
+    with pytest.raises(DataError, match=r"a.png: is corrupt .*too large"):
+        decode.open_rgb(tmp_path / "a.png", LIMIT)
 
 
 @pytest.mark.parametrize("share", [0.3, 0.9, 0.995])

@@ -2,6 +2,7 @@
 
 import glob
 import json
+import os
 import zipfile
 
 import pytest
@@ -88,6 +89,32 @@ def test_bad_folders_say_what_to_type(root):
     assert folder.unsupported_files(root) == ["a.heic"]
 
 
+def test_a_name_that_is_not_utf8_is_said(tmp_path):
+    put(tmp_path, "a.png")
+    (tmp_path / "a.png").rename(tmp_path / os.fsdecode(b"B\xe4r.png"))
+    with pytest.raises(DataError, match=r"1 file name not in UTF-8, first b'B\\xe4r.png'"):
+        folder.images(tmp_path)
+
+
+def test_odd_names_are_images_like_others(root):
+    put(root, "a::b.png", "zip://c.png", "back\\slash.png")
+    files = folder.images(root)
+    assert files == ["a::b.png", "back\\slash.png", "zip:/c.png"]
+    folder.add_captions(root, dict.fromkeys(files, "words"), overwrite=False)
+    assert folder.captions(root, files).texts == dict.fromkeys(files, "words")
+
+
+def test_linked_folders_are_named(root, tmp_path):
+    (tmp_path / "elsewhere").mkdir()
+    put(tmp_path / "elsewhere", "a.png")
+    (root / "linked").symlink_to(tmp_path / "elsewhere")
+    with pytest.raises(DataError, match=r"has no images, and linked folders are not followed: linked; .*data.folder="):
+        folder.images(root)
+    put(root, "b.png")
+    assert folder.images(root) == ["b.png"]
+    assert folder.linked_folders(root) == ["linked"]
+
+
 def test_captions_from_metadata_then_from_sidecar(root):
     put(root, "a.png", "b.png", "c.png", "d.png", "sub/e.png", "sub/f.png")
     write(root / "metadata.jsonl", {"file_name": "a.png", "text": "from metadata"}, {"file_name": "d.png", "text": " "})
@@ -96,26 +123,121 @@ def test_captions_from_metadata_then_from_sidecar(root):
     (root / "b.txt").write_bytes("\ufeffein Bär\r\n".encode())
     (root / "sub/f.txt").write_text("\n")
     files = folder.images(root)
-    assert folder.captions(root, files) == {
+    assert folder.captions(root, files).texts == {
         "a.png": "from metadata",
         "b.png": "ein Bär",
         "sub/e.png": "nested \u2028 text",
     }
 
 
+@pytest.mark.parametrize("name", ["001.TXT", "001.caption", "001.jpg.txt", "001.JPG.Caption", "001.cap", "001.text"])
+def test_text_files_of_other_tools_are_captions(root, name):
+    put(root, "sub/001.jpg", "sub/002.jpg")
+    (root / "sub" / name).write_text("my own words\n")
+    found = folder.captions(root, folder.images(root))
+    assert found.texts == {"sub/001.jpg": "my own words"}
+    assert found.sources == {"sub/001.jpg": f"sub/{name}"}
+    assert not found.strays
+
+
+def test_a_text_belongs_to_the_image_of_its_very_name_first(root):
+    put(root, "Cat.png", "cat.png", "dog.png", "dog.jpg")
+    (root / "Cat.txt").write_text("upper")
+    (root / "CAT.png.txt").write_text("any")
+    (root / "dog.txt").write_text("both")
+    found = folder.captions(root, folder.images(root))
+    assert found.texts == {"Cat.png": "upper", "cat.png": "any", "dog.jpg": "both", "dog.png": "both"}
+
+
+@pytest.mark.parametrize(
+    "row",
+    [
+        {"file_name": "sub/a.png", "caption": "mine"},
+        {"file_name": "sub/a.png", "Text": "mine", "caption": "other"},
+        {"file_name": "sub/a.png", "text": " ", "prompt": "mine"},
+        {"file_name": "sub\\a.png", "text": "mine"},
+        {"file_name": ".\\sub\\a.png", "text": "mine"},
+    ],
+)
+def test_rows_of_other_tools_are_captions(root, row):
+    put(root, "sub/a.png")
+    write(root / "metadata.jsonl", row)
+    found = folder.captions(root, ["sub/a.png"])
+    assert found.texts == {"sub/a.png": "mine"}
+    assert not found.strays
+    folder.add_captions(root, {"sub/a.png": "generated"}, overwrite=False)
+    assert rows(root / "metadata.jsonl") == [row], "what a person wrote stays"
+    folder.add_captions(root, {"sub/a.png": "generated"}, overwrite=True)
+    assert rows(root / "metadata.jsonl") == [row | {"text": "generated"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "where"),
+    [
+        ("notes.txt", "x", "notes.txt: there is no image notes"),
+        ("sub/b.caption", "x", "sub/b.caption: there is no image b"),
+        ("captions.csv", "file,text", "captions.csv: captions are read from metadata.jsonl only"),
+        ("sub/metadata.csv", "file_name,text", "sub/metadata.csv: captions are read from metadata.jsonl only"),
+        ("Metadata.JSONL", "{}", "Metadata.JSONL: captions are read from metadata.jsonl only"),
+        (
+            "metadata.jsonl",
+            '{"file_name": "b.png", "words": "x", "rating": 1}',
+            'metadata.jsonl, line 1: the caption must be called "text"; the columns are words',
+        ),
+    ],
+)
+def test_texts_that_fit_no_image_are_named(root, name, text, where):
+    put(root, "a.png", "b.png", "sub/c.png")
+    (root / name).write_text(text)
+    found = folder.captions(root, folder.images(root))
+    assert [stray.where for stray in found.strays] == [where]
+
+
+def test_texts_that_are_no_captions_are_passed_over(root):
+    put(root, "a.png", "b.png", "readme.png")
+    (root / "photo.heic").write_bytes(b"x")
+    (root / "sub").mkdir()
+    for name in ("README.txt", "sub/LICENSE.txt", "photo.txt", ".hidden.txt", "a.json"):
+        (root / name).write_text("words")
+    (root / "b.txt").write_text("a caption")
+    write(root / "metadata.jsonl", {"file_name": "b.png", "words": "x"}, {"file_name": "a.png", "text": "", "by": "me"})
+    found = folder.captions(root, folder.images(root))
+    assert found.strays == ()
+    assert found.texts == {"b.png": "a caption", "readme.png": "words"}
+
+
+def test_the_other_of_two_captions_is_named(root):
+    put(root, "a.png", "sub/b.png", "c.png")
+    write(
+        root / "metadata.jsonl", {"file_name": "a.png", "text": "one  two"}, {"file_name": "sub/b.png", "text": "far"}
+    )
+    write(root / "sub/metadata.jsonl", {"file_name": "b.png", "text": "near"})
+    (root / "a.txt").write_text("one two\n")
+    (root / "c.txt").write_text("tags")
+    (root / "c.caption").write_text("a sentence")
+    found = folder.captions(root, folder.images(root))
+    assert found.texts == {"a.png": "one  two", "sub/b.png": "near", "c.png": "tags"}
+    assert found.sources == {"a.png": "metadata.jsonl", "sub/b.png": "sub/metadata.jsonl", "c.png": "c.txt"}
+    assert found.unused == {"sub/b.png": "metadata.jsonl", "c.png": "c.caption"}
+
+
 def test_names_match_across_unicode_forms(root):
     put(root, "Ba\u0308r.png")  # as macOS writes it
     write(root / "metadata.jsonl", {"file_name": "B\u00e4r.png", "text": "a bear"})
-    assert folder.captions(root, folder.images(root)) == {"Ba\u0308r.png": "a bear"}
+    assert folder.captions(root, folder.images(root)).texts == {"Ba\u0308r.png": "a bear"}
     folder.add_captions(root, {"Ba\u0308r.png": "another"}, overwrite=True)
     assert rows(root / "metadata.jsonl") == [{"file_name": "B\u00e4r.png", "text": "another"}]
 
 
-def test_rows_of_images_that_are_gone_are_named(root, capsys):
+def test_rows_of_images_that_are_gone_are_named(root):
     put(root, "a.png")
     write(root / "metadata.jsonl", {"file_name": "gone.png", "text": "x"}, {"file_name": "../a.png", "text": "x"})
-    assert folder.captions(root, ["a.png"]) == {}
-    assert "names 2 images that aren't there, first gone.png" in capsys.readouterr().err
+    found = folder.captions(root, ["a.png"])
+    assert found.texts == {}
+    assert [stray.where for stray in found.strays] == [
+        "metadata.jsonl, line 1: there is no image gone.png",
+        "metadata.jsonl, line 2: there is no image ../a.png",
+    ]
 
 
 @pytest.mark.parametrize(
@@ -126,6 +248,8 @@ def test_rows_of_images_that_are_gone_are_named(root, capsys):
         (b'{"text": "x"}', 'line 2: has no "file_name"'),
         (b'{"file_name": 3}', 'line 2: has no "file_name"'),
         (b'{"file_name": "a.png", "text": 5}', 'line 2: "text" must be a text, got 5'),
+        (b'{"file_name": "a.png", "Caption": ["x"]}', 'line 2: "Caption" must be a text'),
+        (b'{"file_name": "a.png", "text": "x \\ud83d"}', "line 2: holds half a character"),
         (b'{"file_name": "./z.png"}', "line 2: z.png has a row on line 1 already"),
         (b'{"file_name": "a.png", "text": "B\xe4r"}', r"byte 56 is not UTF-8 \(0xe4\); save the file as UTF-8"),
     ],
@@ -181,7 +305,7 @@ def test_captions_go_to_the_nearest_metadata(root):
     folder.add_captions(root, {"sub/deep/c.png": "c", "other/d.png": "d"}, overwrite=False)
     assert rows(root / "sub/metadata.jsonl")[1] == {"file_name": "deep/c.png", "text": "c"}
     assert rows(root / "metadata.jsonl") == [{"file_name": "other/d.png", "text": "d"}]
-    assert set(folder.captions(root, folder.images(root))) == {"sub/b.png", "sub/deep/c.png", "other/d.png"}
+    assert set(folder.captions(root, folder.images(root)).texts) == {"sub/b.png", "sub/deep/c.png", "other/d.png"}
 
 
 def test_imagefolder_reads_what_is_written(tmp_path):

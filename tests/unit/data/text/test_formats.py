@@ -146,6 +146,12 @@ def turns(*pairs):
         ({"messages": [{"role": "assistant", "content": "", "tool_calls": [1]}]}, r'"tool_calls", which is not read'),
         ({"messages": [{"role": "assistant", "content": "a", "weight": 0.5}]}, r'"weight" of turn 1.* must be 0 or 1'),
         (ROWS[ConversationFormat.messages] | {"tools": [{}]}, r'holds "tools", which are not read'),
+        (ROWS[ConversationFormat.messages] | {"functions": "[{\"name\": 1}]"}, r'holds "functions", which are not'),
+        (ROWS[ConversationFormat.alpaca] | {"system": "a\ud83d"}, r'"system" has half a character'),
+        (ROWS[ConversationFormat.alpaca] | {"system": {"a": 1}}, r'"system" must be a text'),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, r"is a preference pair \(chosen, rejected\).*skip_bad"),
+        ({"input": {}, "preferred_output": [{}], "non_preferred_output": [{}]}, r"is a preference pair"),
+        ({"messages": [{"role": "\ud83d", "content": "a"}]}, r'unknown role "\\ud83d" in turn 1'),
         ({"instruction": 1, "output": "a"}, r'"instruction" must be a text, got 1'),
         ({"instruction": "a", "output": ""}, r"the answer in turn 2 is empty"),
         ({"instruction": "a", "output": "b", "history": ["c"]}, r'"history" must be a list of \[question, answer\]'),
@@ -160,6 +166,51 @@ def test_bad_rows_say_where_what_and_what_to_type(row, message):
     assert "\n" not in str(caught.value)
 
 
+SUPERVISED = [format_ for format_ in ROWS if format_ is not ConversationFormat.text]
+
+
+@pytest.mark.parametrize("named", [False, True])
+@pytest.mark.parametrize("format_", SUPERVISED, ids=lambda item: item.name)
+@pytest.mark.parametrize("column", ["label", "kto_tag"])
+def test_an_answer_that_is_marked_as_bad_is_never_trained(format_, column, named):
+    for verdict in (False, 0, 0.0, -1, "False", "0"):
+        with pytest.raises(DataError, match=rf"^f:1: is a KTO row with {column} .*skip_bad=true"):
+            formats.conversation(ROWS[format_] | {column: verdict}, format_, "f:1", strict=not named)
+    for verdict in (True, 1, "true", None, "", "sports"):
+        assert formats.conversation(ROWS[format_] | {column: verdict}, format_, "f:1").messages == CHAT
+
+
+@pytest.mark.parametrize("format_", ROWS, ids=lambda item: item.name)
+def test_a_pair_of_answers_beside_other_columns_is_never_trained(format_):
+    for pair in ({"chosen": "a", "rejected": "b"}, {"rejected_response": "b"}, {"chosen": [{"role": "assistant"}]}):
+        with pytest.raises(DataError, match=r"^f:1: is a preference pair \("):
+            one(ROWS[format_] | pair)
+    assert one(ROWS[format_] | {"chosen": None, "rejected": ""}) == WANTED[format_]
+    with pytest.raises(DataError, match="KTO row with chosen false"):
+        one(ROWS[format_] | {"chosen": False})
+
+
+def test_numbers_beside_a_plain_text_are_classes_and_false_is_a_verdict():
+    assert one({"text": "a film", "label": 0}) == (Message("text", "a film"),)
+    with pytest.raises(DataError, match="KTO row with label false"):
+        one({"text": "a film", "label": False})
+
+
+def test_rows_of_other_trainings_can_be_left_out(tmp_path):
+    row = ROWS[ConversationFormat.prompt_completion]
+    path = save(tmp_path, "jsonl", [row | {"label": True}, row | {"label": False}, row | {"rejected": "x"}])
+    told = []
+    assert [found.source for found in read(path, bad=told.append)] == [f"{path}:1"]
+    assert [str(error).split(": ")[0] for error in told] == [f"{path}:2", f"{path}:3"]
+
+
+@pytest.mark.parametrize("empty", [None, [], "", "[]", " null ", {}])
+def test_empty_tools_are_no_tools(empty):
+    row = ROWS[ConversationFormat.messages] | {"tools": empty, "functions": empty}
+    row["messages"] = [turn | {"tool_calls": empty} for turn in row["messages"]]
+    assert one(row) == CHAT
+
+
 def test_unknown_columns_list_every_format(tmp_path):
     path = save(tmp_path, "jsonl", [{"question": "a", "answer": "b"}])
     with pytest.raises(
@@ -171,6 +222,21 @@ def test_unknown_columns_list_every_format(tmp_path):
     )
     with pytest.raises(DataError, match=r"rows.jsonl:1: is no object with columns; a row has one of"):
         open_source(save(tmp_path, "jsonl", [[1]]))
+
+
+def test_rows_by_id_and_many_columns_give_a_short_message(tmp_path):
+    path = tmp_path / "rows.json"
+    path.write_text(json.dumps({f"id{number}": ROWS[ConversationFormat.alpaca] for number in range(3000)}))
+    with pytest.raises(
+        DataError, match=r"rows.json:1: is one object of 3000 rows by id; write them as a list"
+    ) as caught:
+        open_source(path)
+    assert len(str(caught.value)) < 500
+    with pytest.raises(DataError, match=r"its columns \(c0, c1, .*, …\) are of no known format") as caught:
+        open_source(save(tmp_path, "jsonl", [{f"c{number}": "a" for number in range(3000)}]))
+    assert len(str(caught.value)) < 500 + len(str(tmp_path))
+    with pytest.raises(DataError, match=r"its columns \(\\ud83d\)"):
+        one({"\ud83d": "a"})
 
 
 def test_mixed_formats_are_refused_unless_named(tmp_path):

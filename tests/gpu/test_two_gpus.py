@@ -25,7 +25,7 @@ TOLERANCE = 5e-3
 
 
 @pytest.mark.parametrize("kind", ["images", "talk"])
-def test_two_cards_train_what_one_does(kind: str, tmp_path: Path) -> None:
+def test_two_gpus_train_what_one_does(kind: str, tmp_path: Path) -> None:
     work = tmp_path / "work"
     name = {"images": "pixar_style", "talk": "pirate_chat"}[kind]
     shutil.copytree(ROOT / "datasets" / name, work / "datasets" / name)

@@ -1,0 +1,34 @@
+"""Which captions a captioner wrote, remembered in the cache folder for every run; all others are a person's.
+
+Known by file name and text: a caption that is corrected is no longer the captioner's.
+"""
+
+import unicodedata
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+
+from finetune.run.hashing import hash_of
+
+FILE = "images/captioned.txt"  # in the cache folder; one key a line
+
+
+def remember(cache: Path, captions: Mapping[str, str]) -> None:
+    """Note that these captions, by file, were generated. A cache that can't be written forgets, that is all."""
+    with suppress(OSError):
+        (cache / FILE).parent.mkdir(parents=True, exist_ok=True)
+        with open(cache / FILE, "a", encoding="ascii") as file:
+            file.writelines(f"{key(name, text)}\n" for name, text in captions.items())
+
+
+def remembered(cache: Path) -> set[str]:
+    """The keys of all captions that were noted."""
+    try:
+        return set((cache / FILE).read_text(encoding="ascii", errors="replace").split())
+    except OSError:
+        return set()
+
+
+def key(file: str, text: str) -> str:
+    """A caption's key. Of the path only the name counts: folders move."""
+    return hash_of(unicodedata.normalize("NFC", PurePosixPath(file).name), text.strip())

@@ -1,0 +1,252 @@
+"""An adapter is the same function whichever file it came from; what a file holds and isn't used is said."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from finetune import kinds
+from finetune.adapters import formats, lora
+from finetune.config.schema import Config, LoraConfig, ModelConfig
+from finetune.diffusion.pipeline import ADAPTER_FILE, load_adapter, load_backbone, read_adapter, save_adapter
+from finetune.errors import ModelError
+from finetune.run.records import Dataset
+from tests.tiny_families import save_family
+
+Weights = dict[str, torch.Tensor]
+SETTINGS = LoraConfig(rank=4, alpha=3.0, dropout=0.0)  # alpha != rank: converters like to mix them up
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
+EARLY = {
+    "to_q": "processor.to_q_lora",
+    "to_k": "processor.to_k_lora",
+    "to_v": "processor.to_v_lora",
+    "to_out.0": "processor.to_out_lora",
+}
+ORIGINAL = {
+    "down_blocks.0.attentions.0": "input_blocks_1_1",
+    "mid_block.attentions.0": "middle_block_1",
+    "up_blocks.1.attentions.0": "output_blocks_2_1",
+    "up_blocks.1.attentions.1": "output_blocks_3_1",
+}
+"""Layers of the tiny UNet as Stable Diffusion's first code calls them."""
+
+
+@pytest.fixture
+def model(tiny_base: Path) -> ModelConfig:
+    return ModelConfig(base=str(tiny_base))
+
+
+@pytest.fixture
+def trained(model: ModelConfig) -> Any:
+    """A UNet whose adapters change its output."""
+    unet = lora.inject(load_backbone(model, torch.float32), SETTINGS, ATTENTION, seed=0)
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=random)
+    return unet
+
+
+def output(unet: Any) -> torch.Tensor:
+    random = torch.Generator().manual_seed(0)
+    latents, text = torch.randn((1, 4, 8, 8), generator=random), torch.randn((1, 77, 16), generator=random)
+    with torch.no_grad():
+        return unet(latents, torch.tensor([500]), encoder_hidden_states=text, return_dict=False)[0]
+
+
+def same(one: torch.Tensor, other: torch.Tensor) -> bool:
+    return float((one - other).norm() / other.norm()) < 1e-5
+
+
+def renamed(weights: Weights, layer_name: Callable[[str], str], *, alpha: bool, kohya: bool) -> Weights:
+    """A file of another program: with `lora_down` for lora_A, and an alpha for each layer, if told so."""
+    found = {}
+    for name, weight in weights.items():
+        layer, _, factor = name.removesuffix(".weight").rpartition(".")
+        found[f"{layer_name(layer)}.{FACTORS[factor] if kohya else factor}.weight"] = weight
+        if alpha:
+            found[f"{layer_name(layer)}.alpha"] = torch.tensor(SETTINGS.alpha)
+    return found
+
+
+def original(layer: str) -> str:
+    """`lora_unet_…` with the blocks of the original Stable Diffusion."""
+    found = next(name for name in ORIGINAL if layer.startswith(name))
+    return "lora_unet_" + ORIGINAL[found] + layer.removeprefix(found).replace(".", "_")
+
+
+def early(layer: str) -> str:
+    attention, _, projection = layer.partition(".to_")
+    return f"unet.{attention}.{EARLY['to_' + projection]}"
+
+
+FILES: dict[str, tuple[Callable[[str], str], bool, bool]] = {
+    "dots after diffusion_model": (lambda layer: f"diffusion_model.{layer}", True, False),
+    "dots after transformer": (lambda layer: f"transformer.{layer}", True, True),
+    "dots after base_model.model": (lambda layer: f"base_model.model.{layer}", True, False),
+    "no prefix": (lambda layer: layer, True, True),
+    "underscores after lora_unet": (lambda layer: "lora_unet_" + layer.replace(".", "_"), True, True),
+    "underscores after lora_transformer": (lambda layer: "lora_transformer_" + layer.replace(".", "_"), True, True),
+    "original blocks": (original, True, True),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_of_other_programs_are_the_same_function(
+    model: ModelConfig, trained: Any, tmp_path: Path, name: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    layer_name, alpha, kohya = FILES[name]
+    save_file(renamed(lora.state(trained), layer_name, alpha=alpha, kohya=kohya), tmp_path / "x.safetensors")
+    loaded = load_adapter(model, load_backbone(model, torch.float32), tmp_path / "x.safetensors")
+    assert same(output(loaded), output(trained))
+    assert "not used" not in capsys.readouterr().err
+
+
+def test_names_that_only_diffusers_knows_are_the_same_function(tmp_path: Path) -> None:
+    """sd-scripts' FLUX.1, where one layer stands for three."""
+    model = save_family(tmp_path / "base", "flux")
+    base: Any = load_backbone(model, torch.float32)
+    width = base.transformer_blocks[0].attn.to_q.weight.shape[0]
+    random = torch.Generator().manual_seed(1)
+    a, b = torch.randn((4, width), generator=random), torch.randn((3 * width, 4), generator=random)
+    layer = "lora_unet_double_blocks_0_img_attn_qkv"
+    file = {f"{layer}.lora_down.weight": a, f"{layer}.lora_up.weight": b, f"{layer}.alpha": torch.tensor(3.0)}
+    save_file(file, tmp_path / "x.safetensors")
+    loaded: Any = load_adapter(model, load_backbone(model, torch.float32), tmp_path / "x.safetensors")
+    inputs = torch.randn((1, width), generator=random)
+    for name, part in zip(("to_q", "to_k", "to_v"), b.chunk(3), strict=True):
+        before, after = (getattr(one.transformer_blocks[0].attn, name)(inputs) for one in (base, loaded))
+        assert torch.allclose(after - before, 3 / 4 * inputs @ a.T @ part.T, atol=1e-4)
+
+
+def test_a_file_without_alpha_has_strength_one(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
+    """Early diffusers files too, which name layers after attention processors."""
+    weights = lora.state(trained)
+    plain = renamed(weights, lambda layer: "lora_unet_" + layer.replace(".", "_"), alpha=False, kohya=True)
+    save_file(plain, tmp_path / "plain.safetensors")
+    processors = renamed(weights, early, alpha=False, kohya=True)
+    processors = {name.replace(".lora_down", ".down").replace(".lora_up", ".up"): w for name, w in processors.items()}
+    save_file(processors, tmp_path / "early.safetensors")
+    for _, layer in lora.lora_layers(trained):
+        layer.scaling[lora.ADAPTER] = 1.0
+    for name in ("plain", "early"):
+        loaded = load_adapter(model, load_backbone(model, torch.float32), tmp_path / f"{name}.safetensors")
+        assert same(output(loaded), output(trained))
+
+
+def test_readers_that_know_no_metadata_get_the_same_adapter(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
+    from diffusers import StableDiffusionPipeline
+    from safetensors import safe_open
+
+    for name in (ADAPTER_FILE, "averaged.safetensors"):
+        file = save_adapter(model, trained, tmp_path, lora.state(trained), name)
+        with safe_open(file, framework="pt") as opened:
+            settings = json.loads(opened.metadata()["lora_adapter_metadata"])
+        assert settings["unet.lora_alpha"] == settings["unet.r"] == 4
+        outputs = []
+        for stripped in (False, True):
+            if stripped:
+                save_file(load_file(file), file)
+            pipeline = StableDiffusionPipeline.from_pretrained(model.base, safety_checker=None)
+            pipeline.load_lora_weights(tmp_path, weight_name=name)
+            outputs += [output(pipeline.unet), output(load_adapter(model, load_backbone(model, torch.float32), file))]
+        assert all(same(one, output(trained)) for one in outputs)
+
+
+def test_a_diffusers_file_of_an_earlier_version_keeps_its_strength(
+    model: ModelConfig, trained: Any, tmp_path: Path
+) -> None:
+    """Alpha was in its metadata alone."""
+    from diffusers import StableDiffusionPipeline
+
+    settings = trained.peft_config[lora.ADAPTER].to_dict() | {"lora_dropout": 0.0, "exclude_modules": None}
+    StableDiffusionPipeline.save_lora_weights(
+        tmp_path, unet_lora_layers=lora.state(trained), unet_lora_adapter_metadata=settings
+    )
+    loaded = load_adapter(model, load_backbone(model, torch.float32), tmp_path / ADAPTER_FILE)
+    assert same(output(loaded), output(trained))
+
+
+def test_the_weights_of_a_peft_folder_have_the_folders_strength(
+    model: ModelConfig, trained: Any, tmp_path: Path
+) -> None:
+    formats.save_peft(trained, tmp_path, lora.state(trained), "")
+    for path in (tmp_path, tmp_path / "adapter_model.safetensors"):
+        assert same(output(load_adapter(model, load_backbone(model, torch.float32), path)), output(trained))
+
+
+def test_what_a_file_holds_and_is_not_used_is_said(
+    model: ModelConfig, trained: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "x.safetensors"
+    own = renamed(lora.state(trained), lambda layer: "lora_unet_" + layer.replace(".", "_"), alpha=True, kohya=True)
+    first = next(name for name in own if name.endswith("lora_down.weight")).removesuffix(".lora_down.weight")
+    others = {
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(4, 16),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.lora_up.weight": torch.ones(16, 4),
+        "lora_te_text_model_encoder_layers_0_mlp_fc1.alpha": torch.tensor(1.0),
+        "lora_unet_down_blocks_7_attentions_0_proj_in.lora_down.weight": torch.ones(4, 16),
+        "lora_unet_down_blocks_7_attentions_0_proj_in.lora_up.weight": torch.ones(16, 4),
+        f"{first}.dora_scale": torch.ones(16, 1),
+    }
+    save_file(own | others, file)
+    loaded = load_adapter(model, load_backbone(model, torch.float32), file)
+    assert same(output(loaded), output(trained))
+    said = capsys.readouterr().err.splitlines()
+    (line,) = (line for line in said if str(file) in line)
+    assert (
+        "not used: 5 tensors without a place in this base (dora_scale, lora_A, lora_B, lora_down, lora_up; first"
+        in line
+    )
+    save_file(others, file)
+    with pytest.raises(ModelError, match=r"does not fit this base \(5 tensors without a place"):
+        load_adapter(model, load_backbone(model, torch.float32), file)
+
+
+def test_a_folder_of_another_kind_of_adapter_is_refused(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
+    formats.save_peft(trained, tmp_path, lora.state(trained), "")
+    settings = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(settings | {"peft_type": "LOHA"}))
+    for use in (load_adapter, read_adapter):
+        with pytest.raises(ModelError, match=r"is of type LOHA, and only LORA adapters are read"):
+            use(model, load_backbone(model, torch.float32), tmp_path)
+
+
+@pytest.mark.parametrize("alpha", [1.0, 3.0, 32.0])
+@pytest.mark.parametrize("kind", ["peft", "diffusers", "kohya"])
+def test_a_run_starts_as_the_adapter_it_starts_from(
+    config: Config, trained: Any, make_dataset: Callable[..., Dataset], tmp_path: Path, kind: str, alpha: float
+) -> None:
+    weights = lora.state(trained)
+    if kind == "peft":
+        formats.save_peft(trained, tmp_path / "peft", weights, "")
+    elif kind == "diffusers":
+        save_adapter(config.model, trained, tmp_path, weights)
+    else:
+        formats.save_kohya(tmp_path / "kohya.safetensors", weights, "lora_unet_", SETTINGS.alpha, {})
+    config.lora.alpha, config.sample.previews = alpha, 0
+    config.lora.start_from = str(tmp_path / "kohya.safetensors" if kind == "kohya" else tmp_path)
+    task = kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
+    assert same(output(task.model.eval()), output(trained))
+
+
+def test_an_adapter_of_another_rank_is_not_continued(
+    config: Config, trained: Any, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    formats.save_peft(trained, tmp_path / "peft", lora.state(trained), "")
+    config.lora.rank, config.lora.start_from, config.sample.previews = 8, str(tmp_path), 0
+    with pytest.raises(ModelError, match=r"has rank 4, and lora.rank is 8; set lora.rank=4"):
+        kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
+
+
+def test_an_adapter_that_is_not_finite_is_refused(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
+    weights = lora.state(trained)
+    weights[next(iter(weights))][0, 0] = float("nan")
+    formats.save_peft(trained, tmp_path, weights, "")
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged: .* is not finite"):
+        load_adapter(model, load_backbone(model, torch.float32), tmp_path)
