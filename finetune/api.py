@@ -48,7 +48,6 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
 
         for line in cautions(config):
             say(f"warning: {line}")
-        _warn_about_machine(config)
         captions = distributed.on_first_rank(lambda: _captions(config))
         data = distributed.on_first_rank(lambda: dataset.dataset(config, captions))
         run = train.train(config, data)
@@ -88,7 +87,6 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
     with _begun("export", recipe, overrides) as config:
         from finetune.stages.export import export
 
-        _warn_about_machine(config)
         return export(_as_trained(config), _finished(config))
 
 
@@ -101,7 +99,6 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
         from finetune.stages.export import export
         from finetune.stages.sample import sample
 
-        _warn_about_machine(config)
         folder = Path(config.run_dir)
         run = None if config.sample.adapter else load_record(folder, "train", Run)
         trained = export(_as_trained(config), run) if run else None
@@ -134,6 +131,8 @@ def _begun(command: str, recipe: str | Config, overrides: Sequence[str]) -> Iter
     """The checked configuration; inside, the command has of the run folder what its row says."""
     row = COMMANDS[command]
     config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
+    if row.uses_device:
+        _check_machine(config)
     folder, hint = Path(config.run_dir), hints.smaller(config)
     if not row.trains:
         ranks.require_single_process()
@@ -151,6 +150,7 @@ def _begun(command: str, recipe: str | Config, overrides: Sequence[str]) -> Iter
 
 def _config(recipe: str | Config, overrides: Sequence[str], *, needs_prompts: bool) -> Config:
     """A checked configuration. Raises ConfigError with every problem at once."""
+    ranks.check_launcher()
     if isinstance(recipe, str):
         config = load(recipe, overrides)
     elif overrides:
@@ -167,14 +167,15 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, needs_prompts: bo
     return config
 
 
-def _warn_about_machine(config: Config) -> None:
-    """Say, before anything is loaded, what this machine can't do of what is asked."""
-    if not config.model.offload:
-        return
+def _check_machine(config: Config) -> None:
+    """Say, before anything is read or made, what this machine can't do of what is asked. Raises ConfigError."""
     from finetune.memory import block_offload
-    from finetune.memory.device import pick_device
+    from finetune.memory.device import pick_device, pick_precision
 
-    block_offload.warn_without_gpu(pick_device(config.hardware.device))
+    device = pick_device(config.hardware.device)
+    pick_precision(config.trainer.precision, device)
+    if config.model.offload:
+        block_offload.warn_without_gpu(device)
 
 
 def _captions(config: Config) -> CaptionSet | None:

@@ -1,7 +1,6 @@
 """Which device and which arithmetic."""
 
 import gc
-import os
 
 import torch
 
@@ -34,7 +33,7 @@ def pick_device(wanted: Device) -> torch.device:
 def _own_gpu() -> int:
     """The number of the GPU to use: of several processes on one machine, each has its own."""
     if ranks.world_size() > 1:
-        local, gpus = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+        local, gpus = ranks.local_rank(), torch.cuda.device_count()
         if local >= gpus:
             raise ConfigError(f"process {local} finds no GPU of its own; start as many as there are GPUs: {gpus}")
         torch.cuda.set_device(local)
@@ -69,10 +68,10 @@ def release_memory() -> None:
 
 
 def limit_memory(device: torch.device, vram_gib: float) -> None:
-    """Let this process take at most `vram_gib` GiB of the GPU; 0 is no limit."""
-    if device.type == "cuda" and vram_gib:
-        total = torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(min(1.0, vram_gib * 2**30 / total), device)
+    """Let this process take at most `vram_gib` GiB of the GPU; 0 is no limit, whatever an earlier run had."""
+    if device.type == "cuda":
+        share = usable_bytes(device, vram_gib) / torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(share, device)
 
 
 def usable_bytes(device: torch.device, vram_gib: float) -> float:

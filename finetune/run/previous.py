@@ -13,6 +13,7 @@ from finetune.run.receipts import receipt_path
 from finetune.run.records import METRICS, Dataset, TextSet
 
 TRAINED_ON = "trained_on.json"
+RESTARTED = "restarted.json"  # which run began with trainer.restart
 OUTPUTS = (
     "checkpoints",
     "tensorboard",
@@ -21,6 +22,7 @@ OUTPUTS = (
     "samples_more",
     METRICS,
     TRAINED_ON,
+    RESTARTED,
     "report.html",
     "config.yaml",
 )
@@ -44,6 +46,21 @@ def changes(run_dir: Path, dataset: Dataset | TextSet) -> str:
         return f"other {dataset.content_name}"
     found = list(_differences(before, _images(dataset)))
     return ", ".join(found) or "images are cut, mirrored or held out in another way"
+
+
+def restart(run_dir: Path, input_hash: str) -> None:
+    """Set an earlier run aside, unless what is there began with this very restart and isn't finished.
+
+    So the same command goes on after an interrupt. input_hash: of the training that is to begin.
+    """
+    file = run_dir / RESTARTED
+    begun = json.dumps(input_hash) + "\n"
+    same = file.exists() and file.read_text(encoding="utf-8", errors="replace") == begun
+    if same and not receipt_path(run_dir, "report").exists():
+        say(f"train: this run began with trainer.restart and goes on; to begin again delete {run_dir}/checkpoints")
+        return
+    set_aside(run_dir)
+    write_atomically(file, begun)
 
 
 def set_aside(run_dir: Path) -> None:

@@ -4,18 +4,42 @@ import os
 
 from finetune.errors import ConfigError
 
+NEEDED = ("RANK", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")  # what a launcher sets besides WORLD_SIZE
+
 
 def world_size() -> int:
     """How many processes this run has; 1 without a launcher."""
-    return int(os.environ.get("WORLD_SIZE", "1"))
+    return max(1, _number("WORLD_SIZE", 1))
 
 
 def rank() -> int:
     """This process among them, from 0."""
-    return int(os.environ.get("RANK", "0")) if world_size() > 1 else 0
+    return _number("RANK", 0) if world_size() > 1 else 0
+
+
+def local_rank() -> int:
+    """This process among those on this machine, from 0."""
+    return _number("LOCAL_RANK", 0) if world_size() > 1 else 0
+
+
+def check_launcher() -> None:
+    """Raises ConfigError where the environment says half of what a launcher says, as a forgotten variable does."""
+    size = world_size()
+    if size == 1:
+        return
+    way = f"start all of them with torchrun --nproc-per-node {size} -m finetune …, or type: unset WORLD_SIZE"
+    if lacking := [name for name in NEEDED if not os.environ.get(name)]:
+        raise ConfigError(f"WORLD_SIZE={size} announces {size} processes, but {', '.join(lacking)} is not set; {way}")
+    if not 0 <= rank() < size:
+        raise ConfigError(f"RANK={os.environ['RANK']} is none of the {size} processes of WORLD_SIZE={size}; {way}")
 
 
 def require_single_process() -> None:
     """Raises ConfigError where several processes are to do what one does."""
     if world_size() > 1:
         raise ConfigError("several processes can only train; type this command without torchrun or accelerate")
+
+
+def _number(name: str, otherwise: int) -> int:
+    text = os.environ.get(name, "")
+    return int(text) if text.lstrip("-").isdecimal() else otherwise

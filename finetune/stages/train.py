@@ -1,5 +1,6 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
+import signal
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,7 +13,7 @@ from finetune.config import hints
 from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
-from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_precision, reset_peak
+from finetune.memory.device import gpu_gib, limit_memory, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import previous, ranks
 from finetune.run.hashing import hash_adapter, hash_of
@@ -43,14 +44,14 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     checkpoint is damaged, TrainingError after too many non-finite steps, Interrupted after a signal (state saved).
     """
     run_dir = Path(config.run_dir)
-    if config.trainer.restart:
-        distributed.on_first_rank(lambda: previous.set_aside(run_dir))
     contents = distributed.on_first_rank(lambda: _contents(config))
     settings = _settings(config, dataset)
     identity = settings | contents
     known = {key: value for key, value in identity.items() if f"{CONTENT}{key}" not in contents}  # names aside
     input_hash = hash_of(known, config.trainer.steps)
     earlier = hash_of(settings, config.trainer.steps)
+    if config.trainer.restart:
+        distributed.on_first_rank(lambda: previous.restart(run_dir, input_hash))
     record = load_record(run_dir, "train", Run, input_hash=input_hash, earlier=earlier, noted=contents)
     if record and Path(record.checkpoint).is_dir():
         say(f"train: up to date, skipped ({record.steps} steps)")
@@ -80,7 +81,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
                     bar.advance(1, f"loss {trainer.state.smoothed_loss:.4f}")
                     _heed(stop, step, trainer)
                     if trainer.exhausted():
-                        say(f"train: no better validation loss since step {trainer.state.best_step}; stopping early")
+                        say(f"train: no better validation loss since step {trainer.state.lowest_step}; stopping early")
                         break
             record = distributed.on_first_rank(lambda: trainer.finish(input_hash))
         finally:
@@ -99,8 +100,9 @@ def _trainer(
     device = pick_device(config.hardware.device)
     limit_memory(device, config.hardware.vram_gib)
     requested = choice.settings(config.trainer, config.model) | {"fit": config.trainer.autotune.name}
+    requested |= {"gpu_gib": round(gpu_gib(device), 1), "vram_gib": config.hardware.vram_gib}
     planned_gib, before, dry_run_first = None, peak_gib(device), False
-    if resumed and resumed.state.requested == requested:
+    if resumed and resumed.state.fits(requested):
         config = _with_settings(config, **resumed.state.applied)
     elif dry_run_first := choice.is_needed(config.trainer.autotune, device):
         choose = partial(choice.choose_settings, kinds.of(config).workload(config), config.hardware)
@@ -150,7 +152,8 @@ def _heed(stop: Stop, step: Step, trainer: Trainer) -> None:
         return
     distributed.on_first_rank(trainer.save)
     then = "exports what was trained" if step.number == trainer.trainer.steps else "goes on from there"
-    raise Interrupted(f"stopped by signal {stop.number} after step {step.number}; the same command {then}", stop.number)
+    cause = "Ctrl-C" if stop.number == signal.SIGINT else signal.Signals(stop.number).name
+    raise Interrupted(f"stopped by {cause} after step {step.number}; the same command {then}", stop.number)
 
 
 def _contents(config: Config) -> dict[str, str]:

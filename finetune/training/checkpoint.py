@@ -31,10 +31,11 @@ class TrainState:
     """Everything but tensors that a resumed run needs.
 
     identity: what the run was trained with, flat key -> value; a resumed run must agree. count: images or tokens
-    trained on. last_losses: number and loss of the last steps that were taken. waited: saved steps in a row whose
-    validation loss was no better than the best. scaler: the fp16 loss scaler's. requested: the memory settings that the
-    run was given; applied: those it started with; micro_batch, fallbacks: how far it had to go below them when memory
-    ran out, in examples and in fallbacks of the task. planned_gib, dry_run_gib: as in `Run`.
+    trained on. last_losses: number and loss of the last steps that were taken. best_validation, best_step: of the saved
+    steps; lowest_validation, lowest_step: of all. waited: validations in a row that were no lower. scaler: the fp16
+    loss scaler's. requested: the memory settings that the run was given, and the GPU's memory; applied: those it
+    started with; micro_batch, fallbacks: how far it had to go below them when memory ran out, in examples and in
+    fallbacks of the task. planned_gib, dry_run_gib: as in `Run`.
     """
 
     identity: dict[str, Any]
@@ -47,6 +48,8 @@ class TrainState:
     first_validation: float | None = None
     best_validation: float | None = None
     best_step: int | None = None
+    lowest_validation: float | None = None
+    lowest_step: int | None = None
     waited: int = 0
     skipped_steps: int = 0
     scaler: dict[str, Any] | None = None
@@ -63,6 +66,10 @@ class TrainState:
         "measures": "fallbacks",
         "probed_gib": "dry_run_gib",
     }
+
+    def fits(self, requested: Mapping[str, Any]) -> bool:
+        """Whether memory settings and GPU are those of before. What an earlier version didn't note counts as equal."""
+        return {**requested, **self.requested} == requested
 
 
 @dataclass(frozen=True)

@@ -125,6 +125,7 @@ class Trainer:
         due = step.number == trainer.steps or step.number % trainer.save_every == 0
         if trainer.validate_every and (due or step.number % trainer.validate_every == 0):
             self._validate(may_be_best=due)
+        due = due or self.exhausted()
         last = step.number == trainer.steps or self.exhausted()
         if last or (self.sample.every and step.number % self.sample.every == 0):
             self._preview()
@@ -132,7 +133,7 @@ class Trainer:
             self.save()
 
     def exhausted(self) -> bool:
-        """Whether the validation loss has not improved for `trainer.patience` saved steps."""
+        """Whether the last `trainer.patience` validations found no lower loss."""
         return bool(self.trainer.patience) and self.state.waited >= self.trainer.patience
 
     def save(self) -> Path:
@@ -204,7 +205,7 @@ class Trainer:
         self.state = replace(resumed.state, identity=self.identity)
         lora.load_state(self.task.model, resumed.adapter, str(resumed.folder))
         load_state(optimizer, resumed.optimizer)
-        if self.state.requested == self.requested:  # else the user has thought about memory again
+        if self.state.fits(self.requested):  # else the user has thought about memory again
             self.fallbacks.restore(self.state.micro_batch, self.state.fallbacks)
         if resumed.ema is not None:
             self.ema = Ema.restore(self.trainer.ema_decay, resumed.ema, self.accelerator.device)
@@ -249,10 +250,15 @@ class Trainer:
         state, mean = self.state, losses["mean"]
         if state.first_validation is None:
             self.state = replace(state, first_validation=mean)
-        elif may_be_best and (state.best_validation is None or mean < state.best_validation):
-            self.state = replace(state, best_validation=mean, best_step=state.step, waited=0)
-        elif may_be_best:
-            self.state = replace(state, waited=state.waited + 1)
+            return
+        lowest = state.best_validation if state.lowest_validation is None else state.lowest_validation
+        if lowest is None or mean < lowest:
+            self.state = state = replace(state, lowest_validation=mean, lowest_step=state.step, waited=0)
+        else:
+            self.state = state = replace(state, waited=state.waited + 1)
+        saved = may_be_best or self.exhausted()  # the best checkpoint has to be one that is on disk
+        if saved and (state.best_validation is None or mean < state.best_validation):
+            self.state = replace(state, best_validation=mean, best_step=state.step)
 
     def _validation_losses(self) -> dict[str, float] | None:
         """Of so many examples at once as memory has room for; None if not even for one."""

@@ -59,7 +59,7 @@ def test_stopped_in_two_and_finished_in_one_it_is_the_adapter_of_one(
     both[1].send(signal.SIGTERM)
     first, second = (running.finish() for running in both)
     assert (first.code, second.code) == (143, 143), first.err + second.err
-    assert first.err.count("stopped by signal 15 after step") == 1
+    assert first.err.count("stopped by SIGTERM after step") == 1
     assert (second.out, second.err) == ("", "")
     stopped = checkpoint.steps_on_disk(work / "run" / "checkpoints")[-1]
     assert stopped < STEPS

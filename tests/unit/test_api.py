@@ -23,6 +23,7 @@ from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
 from finetune.run import rundir
 from finetune.run.receipts import save_receipt
 from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples
+from tests.conftest import Answer
 
 RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, "images", 8, 1.0, 0.1, 0, "hash")
 RECORDS: dict[str, Any] = {
@@ -431,3 +432,26 @@ def test_the_whole_line_with_tiny_models(config: Config) -> None:
     assert before[1] == Path(first.samples.grid).stat().st_mtime_ns
     assert finetune.export(config) == first.adapter
     assert first._repr_html_()  # type: ignore[attr-defined]
+
+
+@pytest.mark.parametrize("setting", ["hardware.device=cuda", "trainer.precision=fp16"])
+@pytest.mark.parametrize("verb", ["train", "caption", "dataset", "sample"])
+def test_what_the_machine_cannot_do_is_refused_before_anything_is_read(
+    verb: str, setting: str, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ConfigError, match=setting):
+        getattr(finetune, verb)("smoke", [setting, "data.folder=nowhere"])
+    assert not list(workdir.iterdir())
+
+
+def test_a_forgotten_variable_of_a_launcher_is_one_line(
+    workdir: Path, finetune_cli: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("RANK", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    answer = finetune_cli("train", "conf=smoke")
+    assert (answer.code, len(answer.errors)) == (2, 1)
+    assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in answer.errors[0]
+    assert not list(workdir.iterdir())

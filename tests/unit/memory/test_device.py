@@ -1,11 +1,13 @@
 """Devices and precisions: what is requested and not there is an error."""
 
+import types
+
 import pytest
 import torch
 
 from finetune.config.schema import Device, Precision
 from finetune.errors import ConfigError
-from finetune.memory.device import peak_gib, pick_device, pick_dtype, pick_precision
+from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_dtype, pick_precision
 
 CPU = torch.device("cpu")
 
@@ -30,3 +32,13 @@ def test_cuda_without_a_gpu_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_peak_memory_of_a_cpu_is_the_process_s() -> None:
     assert 0.1 < peak_gib(CPU) < 100
+
+
+def test_a_limit_of_gpu_memory_ends_with_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    shares: list[float] = []
+    total = types.SimpleNamespace(total_memory=24 * 2**30)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share))
+    for vram_gib in (6.0, 0.0, 48.0):
+        limit_memory(torch.device("cuda"), vram_gib)
+    assert shares == [0.25, 1.0, 1.0]

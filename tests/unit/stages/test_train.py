@@ -22,7 +22,7 @@ from finetune.config.schema import CheckpointChoice, Config, ExportFormat, Sched
 from finetune.errors import Interrupted, ModelError, RunError
 from finetune.language import tokenize
 from finetune.memory import block_offload
-from finetune.run.receipts import load_receipt
+from finetune.run.receipts import load_receipt, receipt_path
 from finetune.run.records import Dataset
 from finetune.stages.export import export
 from finetune.stages.sample import sample
@@ -445,3 +445,39 @@ def test_an_unfinished_run_that_knew_its_base_by_name_goes_on(
     change_weights(base)
     with pytest.raises(RunError, match=r"model.base: other files"):
         train(config, dataset)
+
+
+def test_patience_counts_validations_and_not_saved_steps(
+    config: Config, make_dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Lowest at step 2; three validations later, of which none is at a saved step, it is over, and that step saved."""
+    losses = iter([5.0, 1.0, 2.0, 4.0, 3.0, 0.0])
+
+    def give_losses(task: Task) -> None:
+        monkeypatch.setattr(task, "validate", lambda _: {"mean": next(losses)})
+
+    change_tasks(monkeypatch, give_losses)
+    config.trainer.steps, config.trainer.save_every, config.trainer.validate_every = 40, 20, 2
+    config.trainer.patience = 3
+    run = train(config, make_dataset())
+    assert (run.steps, run.best_step) == (8, 8)
+    assert checkpoint.steps_on_disk(Path(config.run_dir) / "checkpoints") == [8]
+
+
+def test_a_restart_is_spent_once_its_run_has_begun(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    dataset, run_dir = make_dataset(), Path(config.run_dir)
+    train(config, dataset)
+    config.trainer.restart, config.trainer.save_every = True, 1
+    with cutting.cut(2), pytest.raises(Interrupted, match=r"stopped by Ctrl-C after step 2; the same command goes on"):
+        train(config, dataset)
+    with cutting.cut(3), pytest.raises(Interrupted):
+        train(config, dataset)
+    assert [path.name for path in run_dir.glob("previous-*")] == ["previous-1"]
+    train(config, dataset)
+    lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines if "loss/step" in line] == [1, 2, 3, 4]
+    config.seed = 1  # another command
+    train(config, dataset)
+    receipt_path(run_dir, "report").write_text("{}")  # the whole line is done: typed again, it is meant again
+    train(config, dataset)
+    assert len(list(run_dir.glob("previous-*"))) == 3

@@ -245,9 +245,11 @@ def test_a_wait_ends_with_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_other_verbs_refuse_several_processes_and_only_the_first_prints_it(
     finetune_cli: Callable[..., Answer], workdir: Path, monkeypatch: pytest.MonkeyPatch, verb: str
 ) -> None:
-    monkeypatch.setenv("WORLD_SIZE", "2")
+    for name, value in (("WORLD_SIZE", "2"), ("MASTER_ADDR", "127.0.0.1"), ("MASTER_PORT", "29500")):
+        monkeypatch.setenv(name, value)
     for index, lines in (("0", 1), ("1", 0)):
         monkeypatch.setenv("RANK", index)
+        monkeypatch.setenv("LOCAL_RANK", index)
         answer = finetune_cli(verb, "conf=pixar_style")
         assert answer.code == 2
         assert len(answer.errors) == lines
