@@ -6,7 +6,7 @@ needs no function here. Heavy imports wait until a stage runs.
 """
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from importlib import import_module
@@ -131,8 +131,7 @@ def _begun(command: str, recipe: str | Config, overrides: Sequence[str]) -> Iter
     """The checked configuration; inside, the command has of the run folder what its row says."""
     row = COMMANDS[command]
     config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
-    if row.uses_device:
-        _check_machine(config)
+    limited = _machine(config) if row.uses_device else nullcontext()
     folder, hint = Path(config.run_dir), hints.smaller(config)
     if not row.trains:
         ranks.require_single_process()
@@ -142,7 +141,7 @@ def _begun(command: str, recipe: str | Config, overrides: Sequence[str]) -> Iter
         if row.holds_folder
         else rundir.explained(folder, hint)
     )
-    with together, held:
+    with together, held, limited:
         if row.needs_run:
             _finished(config)
         yield config
@@ -167,15 +166,19 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, needs_prompts: bo
     return config
 
 
-def _check_machine(config: Config) -> None:
-    """Say, before anything is read or made, what this machine can't do of what is asked. Raises ConfigError."""
+def _machine(config: Config) -> AbstractContextManager[None]:
+    """Say, before anything is read or made, what this machine can't do of what is asked. Raises ConfigError.
+
+    Inside, no more of its GPU is taken than `hardware.vram_gib`.
+    """
     from finetune.memory import block_offload
-    from finetune.memory.device import pick_device, pick_precision
+    from finetune.memory.device import memory_limit, pick_device, pick_precision
 
     device = pick_device(config.hardware.device)
     pick_precision(config.trainer.precision, device)
     if config.model.offload:
         block_offload.warn_without_gpu(device)
+    return memory_limit(device, config.hardware.vram_gib)
 
 
 def _captions(config: Config) -> CaptionSet | None:

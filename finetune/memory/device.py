@@ -1,6 +1,8 @@
 """Which device and which arithmetic."""
 
 import gc
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 
@@ -67,11 +69,19 @@ def release_memory() -> None:
         torch.cuda.empty_cache()
 
 
-def limit_memory(device: torch.device, vram_gib: float) -> None:
-    """Let this process take at most `vram_gib` GiB of the GPU; 0 is no limit, whatever an earlier run had."""
-    if device.type == "cuda":
-        share = usable_bytes(device, vram_gib) / torch.cuda.get_device_properties(device).total_memory
-        torch.cuda.set_per_process_memory_fraction(share, device)
+@contextmanager
+def memory_limit(device: torch.device, vram_gib: float) -> Iterator[None]:
+    """Let this process take at most `vram_gib` GiB of the GPU while the block runs; 0 leaves the limit as it is."""
+    if device.type != "cuda" or not vram_gib:
+        yield
+        return
+    before = torch.cuda.get_per_process_memory_fraction(device)
+    share = usable_bytes(device, vram_gib) / torch.cuda.get_device_properties(device).total_memory
+    torch.cuda.set_per_process_memory_fraction(share, device)
+    try:
+        yield
+    finally:
+        torch.cuda.set_per_process_memory_fraction(before, device)
 
 
 def usable_bytes(device: torch.device, vram_gib: float) -> float:

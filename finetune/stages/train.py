@@ -13,7 +13,7 @@ from finetune.config import hints
 from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
 from finetune.errors import Interrupted, RunError
-from finetune.memory.device import gpu_gib, limit_memory, peak_gib, pick_device, pick_precision, reset_peak
+from finetune.memory.device import gpu_gib, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import previous, ranks
 from finetune.run.hashing import hash_adapter, hash_of
@@ -98,7 +98,6 @@ def _trainer(
 ) -> Trainer:
     """Everything that trains, with the memory settings that suit this machine."""
     device = pick_device(config.hardware.device)
-    limit_memory(device, config.hardware.vram_gib)
     requested = choice.settings(config.trainer, config.model) | {"fit": config.trainer.autotune.name}
     requested |= {"gpu_gib": round(gpu_gib(device), 1), "vram_gib": config.hardware.vram_gib}
     planned_gib, before, dry_run_first = None, peak_gib(device), False

@@ -11,7 +11,7 @@ from finetune import kinds
 from finetune.adapters import lora
 from finetune.config.schema import Config, Device, Optimizer, Precision
 from finetune.diffusion.families import flux
-from finetune.memory.device import limit_memory, pick_device, pick_precision
+from finetune.memory.device import memory_limit, pick_device, pick_precision
 from finetune.run.records import Dataset
 from finetune.stages.export import export
 from finetune.stages.train import train
@@ -141,12 +141,9 @@ def test_nvml_answers_for_the_gpu_in_use(tmp_path: Path) -> None:
 
 def test_a_memory_limit_holds() -> None:
     device = pick_device(Device.cuda)
-    limit_memory(device, 1.0)
-    try:
-        with pytest.raises(torch.OutOfMemoryError):
-            torch.empty(2 * 2**30, dtype=torch.uint8, device=device)
-    finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+    with memory_limit(device, 1.0), pytest.raises(torch.OutOfMemoryError):
+        torch.empty(2 * 2**30, dtype=torch.uint8, device=device)
+    torch.empty(2 * 2**30, dtype=torch.uint8, device=device)
 
 
 def test_attention_as_large_as_that_of_flux_has_gradients() -> None:

@@ -144,6 +144,7 @@ def test_the_model_card_names_the_base_as_its_library_takes_it(
     config.model.base = base
     monkeypatch.setattr(checkpoint, "load", lambda _: Checkpoint(Path(), TrainState({}), {}, {}, None))
     monkeypatch.setattr(kinds.of(config), "export", lambda *_: ({}, {}))
+    monkeypatch.setattr(kinds.of(config), "contents", lambda _: {})
     monkeypatch.setattr(kinds.of(config), "usage", lambda _: "load({base})\n")
     run = Run("", "", 4, 0, 0, 1.0, 0.5, None, None, None, "images", 0, 0.0, 0.0, 0, "0" * 64)
     page = Path(export(config, run).folder, "README.md").read_text()

@@ -7,7 +7,7 @@ import torch
 
 from finetune.config.schema import Device, Precision
 from finetune.errors import ConfigError
-from finetune.memory.device import limit_memory, peak_gib, pick_device, pick_dtype, pick_precision
+from finetune.memory.device import memory_limit, peak_gib, pick_device, pick_dtype, pick_precision
 
 CPU = torch.device("cpu")
 
@@ -35,10 +35,14 @@ def test_peak_memory_of_a_cpu_is_the_process_s() -> None:
 
 
 def test_a_limit_of_gpu_memory_ends_with_its_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[float] = []
+    shares = [0.9]  # the user's own
     total = types.SimpleNamespace(total_memory=24 * 2**30)
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: total)
+    monkeypatch.setattr(torch.cuda, "get_per_process_memory_fraction", lambda _: shares[-1])
     monkeypatch.setattr(torch.cuda, "set_per_process_memory_fraction", lambda share, _: shares.append(share))
     for vram_gib in (6.0, 0.0, 48.0):
-        limit_memory(torch.device("cuda"), vram_gib)
-    assert shares == [0.25, 1.0, 1.0]
+        with memory_limit(torch.device("cuda"), vram_gib):
+            pass
+    with pytest.raises(RuntimeError), memory_limit(torch.device("cuda"), 12.0):
+        raise RuntimeError
+    assert shares == [0.9, 0.25, 0.9, 1.0, 0.9, 0.5, 0.9]

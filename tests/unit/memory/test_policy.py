@@ -151,7 +151,7 @@ def test_what_encodes_is_planned_in_the_dtype_that_it_is_loaded_in(name: str, mo
     with pytest.raises(Loaded):
         pipeline.load_vae_model(model)
     with pytest.raises(Loaded):
-        pipeline.load_text_encoder(model, torch.device("cpu"))
+        pipeline.TextEncoder(model, torch.device("cpu"))
     vae, texts = requested
     assert {weight.dtype for weight in meta.autoencoder(model).parameters()} == {vae}
     for part, encoder in meta.text_encoders(model).items():
