@@ -23,6 +23,7 @@ from finetune.errors import ConfigError, ModelError, OutOfMemory, RunError
 from finetune.run import rundir
 from finetune.run.receipts import save_receipt
 from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples
+from finetune.stages import COMMANDS, Command
 from tests.conftest import Answer
 
 RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, "images", 8, 1.0, 0.1, 0, "hash")
@@ -185,6 +186,58 @@ def test_sample_draws_with_an_exported_adapter_whose_run_is_gone(plain: Config, 
 def test_sample_without_any_adapter_is_an_error(plain: Config) -> None:
     with pytest.raises(ModelError, match=r"has no adapter; .*sample\.adapter="):
         finetune.sample(plain)
+
+
+# -- a command without a function of its own -----------------------------------------------------------------------
+
+
+@pytest.fixture
+def add_command(monkeypatch: pytest.MonkeyPatch) -> Callable[..., None]:
+    """Adds the command `look` with that row, whose stage is `work`."""
+
+    def add(work: Callable[[Config], Any], **row: Any) -> None:
+        module = types.ModuleType("finetune.stages.look")
+        module.look = work  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+        monkeypatch.setitem(COMMANDS, "look", Command(help="look at it", **row))
+
+    return add
+
+
+def test_a_row_and_a_stage_make_a_command(plain: Config, add_command: Any, finetune_cli: Callable[..., Any]) -> None:
+    add_command(lambda config: Report(f"{config.run_dir}/{config.seed}"))
+    assert api.look(plain, ["seed=3"]) == Report("run/3")
+    assert Path("run/config.yaml").is_file()
+    assert "look at it" in finetune_cli("--help").out
+    answer = finetune_cli("look", "conf=smoke", "run_dir=other", "seed=4")
+    assert (answer.code, answer.out) == (0, "report: other/4\n")
+
+
+def test_a_command_that_holds_no_folder_makes_none_and_keeps_nobody_out(plain: Config, add_command: Any) -> None:
+    add_command(lambda config: Report(""), holds_folder=False)
+    api.look(plain)
+    assert not Path("run").exists()
+    with rundir.held(Path("run"), as_dict(plain)):
+        api.look(plain)
+    add_command(lambda config: _failing(errno.ENOSPC)(), holds_folder=False)
+    with pytest.raises(RunError, match="the disk of run is full"):
+        api.look(plain)
+
+
+def test_a_row_says_what_a_command_needs(plain: Config, add_command: Any) -> None:
+    add_command(lambda config: Report(""), needs_run=True, holds_folder=False)
+    with pytest.raises(RunError, match="holds no finished run"):
+        api.look(plain)
+    finished(plain)
+    api.look(plain)
+    add_command(lambda config: Report(""), needs_prompts=True)
+    with pytest.raises(ConfigError, match=r"sample\.prompts is empty"):
+        api.look(plain, ["sample.prompts=[]"])
+
+
+def test_a_name_that_is_no_command_is_none_of_api() -> None:
+    with pytest.raises(AttributeError, match="has no attribute 'look'"):
+        _ = api.look
 
 
 # -- refusals before anything is touched ---------------------------------------------------------------------------

@@ -28,6 +28,8 @@ from tests.tiny_language_models import save_language
 from tests.tiny_models import save_diffusion
 from tests.unit.conftest import conversations
 
+pytestmark = pytest.mark.slow
+
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 BLOCK = re.compile(
     r"^(?:New file `(?P<new>[^`]+)`|In `(?P<file>[^`]+)`, (?P<where>above|below) `(?P<line>[^`]+)`):\n\n"
@@ -258,7 +260,7 @@ def extended(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Extende
     own = ["model.base=aura_flow", "model.quantize=none", "model.resolution=64", "model.bucket_step=32"]
     jobs = {
         "help": ["--help"],
-        "plan": [*plan, *SHORT, "data.folder=images"],
+        "plan": [*plan, *SHORT, "data.folder=images", "caption=git_base", "caption.model=git"],
         "family": [*family, *IMAGES, *own],
         "plain": ["train", "conf=smoke", *IMAGES],
         "optimiser": [*commands("An optimiser")[0], *IMAGES],

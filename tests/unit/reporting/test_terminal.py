@@ -1,6 +1,6 @@
 """What a run on conversations leaves on the screen; `test_cli` has that of a run on images."""
 
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -8,7 +8,7 @@ import pytest
 
 from finetune.config.schema import Config
 from finetune.planning.plan import Plan
-from finetune.reporting import terminal
+from finetune.reporting import notebook, terminal
 from finetune.run.receipts import save_receipt
 from finetune.run.records import Adapter, Answer, Answers, Caption, CaptionSet, Dataset, Report, Result, Samples
 from tests.unit.reporting.records import returned_records, run_record, text_set
@@ -48,6 +48,21 @@ def test_a_data_set_ends_with_its_figures(capsys: pytest.CaptureFixture[str], re
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == "dataset"
     assert {line.strip() for line in lines} >= facts
+
+
+@dataclass(frozen=True)
+class Undescribed:
+    run_dir: str
+    change: dict[str, float]
+
+
+def test_a_record_that_nobody_describes_is_shown_by_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    record = Undescribed("outputs/<mine>", {"layer.0": 0.123456, "layer.1": 0.1})
+    terminal.show(Config(), record)
+    assert capsys.readouterr().out == "undescribed\n  run dir: outputs/<mine>\n  layer.0: 0.1235\n  layer.1: 0.1\n"
+    notebook.give_look(Undescribed)
+    shown = record._repr_html_()  # type: ignore[attr-defined]
+    assert all(words in shown for words in ("undescribed", "run dir", "outputs/&lt;mine&gt;", "layer.0", "0.1235"))
 
 
 def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
