@@ -170,7 +170,7 @@ class DataConfig:
     max_aspect: float = field(default=2.0, metadata=DIFFUSION | at_least(1))
     """Longest side over shortest side of a bucket; longer images are cropped."""
     file: str = field(default="", metadata=LANGUAGE)
-    """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`."""
+    """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`; or a list."""
     format: ConversationFormat = field(default=ConversationFormat.auto, metadata=LANGUAGE)
     """What the columns mean; auto recognises it and says so."""
     chat_template: str = field(default="", metadata=LANGUAGE)
