@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetune.adapters import formats
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import DataConfig, LoraConfig, ModelConfig, SampleConfig
+from finetune.data import order
 from finetune.data.text import packing, store
 from finetune.data.text.tokens import preview_row
 from finetune.errors import ConfigError, ModelError
@@ -59,7 +60,8 @@ class LanguageTask:
         self.chat = chat_of(model, data)
         self.rows = store.open_store(Path(dataset.rows))
         self.training, held_out = self.rows.split(data.validation_share)
-        self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
+        candidates = held_out if len(held_out) else self.training
+        self.validation = candidates[order.by_content(self.rows.groups(candidates), VALIDATION_ROWS)]
         self.size = len(self.training)
         loaded: Any = causal_lm.load_model(model, dtype, device, vram_gib=vram_gib)
         check_length(data.length, model.base, loaded)
