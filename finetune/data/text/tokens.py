@@ -39,8 +39,7 @@ class Encoded:
 class Chat:
     """A tokenizer with a chat template; pickles, so that several processes may encode.
 
-    template: empty for the tokenizer's own, the name of a built-in one (chatml), or the text of one. A tokenizer
-    without one still takes plain text.
+    template: as `Template` takes it. A tokenizer without one still takes plain text.
     """
 
     def __init__(self, tokenizer: Any, *, template: str = "") -> None:
