@@ -58,6 +58,8 @@ class LanguageTask:
         self.base, self.data, self.sample_settings = model.base, data, sample
         self.device, self.dtype, self.seed = device, dtype, seed
         self.chat = chat_of(model, data)
+        for prompt in sample.prompts:  # one that can't be answered is named now, and not when training is over
+            self.chat.prompt_ids(prompt)
         self.rows = store.open_store(Path(dataset.rows))
         self.training, held_out = self.rows.split(data.validation_share)
         candidates = held_out if len(held_out) else self.training

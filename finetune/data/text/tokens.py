@@ -102,6 +102,10 @@ class Chat:
         Without a template it is the text itself, to be continued. Raises DataError if the template refuses the text or
         no token is left of it.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"sample.prompts: {text!a} has half a character, which no tokenizer takes") from error
         if self.template.text:
             ids = token_spans(self.tokenizer, [self.template.generation_prompt(text, "sample.prompts")], [[]])[0][0]
         else:

@@ -124,6 +124,12 @@ def test_rows_to_validate_on_are_chosen_by_content_and_not_by_order(
     assert len(validated[0]) == 4
 
 
+def test_prompts_that_cannot_be_answered_are_refused_before_training(language_config: Config) -> None:
+    language_config.sample.prompts = ["Hello", "a\ud83d"]
+    with pytest.raises(DataError, match=r"sample.prompts: .* has half a character"):
+        build(language_config)
+
+
 def test_rows_longer_than_the_model_reads_are_refused(language_config: Config) -> None:
     language_config.data.length = 100_000
     with pytest.raises(ConfigError, match=r"data.length=100000 .*data.length=256"):

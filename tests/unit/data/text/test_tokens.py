@@ -399,6 +399,8 @@ def test_without_a_template_a_prompt_is_text_to_be_continued():
 def test_prompts_that_the_template_refuses_are_named():
     with pytest.raises(DataError, match=r"^sample.prompts: the chat template leaves out or rewrites turn 1 \(user\)"):
         Chat(tokenizer(templates.SHOUTING)).prompt_ids("hi!")
+    with pytest.raises(DataError, match=r"^sample.prompts: 'hi\\ud83d' has half a character"):
+        Chat(tokenizer(templates.CHATML)).prompt_ids("hi\ud83d")
 
 
 def test_control_tokens_in_texts_are_counted():
