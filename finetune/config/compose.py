@@ -7,6 +7,7 @@ group `conf` (so `conf=a,b` sweeps, shell completion and recipes that extend rec
 
 import io
 import logging
+import os
 import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -43,6 +44,7 @@ PATHS = (
     *("run_dir", "data.folder", "data.file", "data.cache", "data.chat_template", "model.base", "model.parts"),
     *("caption.model", "sample.adapter", "lora.start_from"),
 )
+MANY_PATHS = "data.file"  # takes a list too, kept as one text with the system's path separator between its paths
 LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
 # Text in quotes, or a whole item that Hydra's grammar takes for a number or a truth value.
 NUMBERS = re.compile(
@@ -197,6 +199,9 @@ def _tree(text: str, prefix: str) -> tuple[dict[str, Any], list[str]]:
     written = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}  # every value as text
     hint = typing.get_type_hints(Config).get(prefix.rstrip(".")) if prefix else Config
     kept = _as_written(hint, renamed.new_tree(tree, prefix), renamed.new_tree(written, prefix))
+    section = kept if prefix == "data." else kept.get("data")
+    if isinstance(section, dict) and isinstance(paths := section.get("file"), list):
+        section["file"] = os.pathsep.join(map(str, paths))
     return kept, list(renamed.keys_of(tree, prefix))
 
 
@@ -365,6 +370,8 @@ def _hydra_word(word: str) -> str:
     key, value = renamed.new_key(old), renamed.new_value(old, value)
     if value.startswith("~"):
         value = f'"{_at_home(key, value)}"'
+    if key == MANY_PATHS and value.startswith("["):
+        value = _one_text(value)
     names_file = key == RECIPES or key in recipes.preset_files()
 
     def quoted(item: re.Match[str]) -> str:
@@ -375,6 +382,15 @@ def _hydra_word(word: str) -> str:
     if names_file or describe.leaf_types().get(key) in (str, list[str]):
         value = NUMBERS.sub(quoted, f"={value}")[1:]
     return f"{plus}{key}={value}"
+
+
+def _one_text(value: str) -> str:
+    """A list of paths as the one text that stands for it; anything else as it is."""
+    try:
+        paths = yaml.load(value, yaml.BaseLoader)
+    except yaml.YAMLError:
+        return value
+    return '"' + os.pathsep.join(map(str, paths)).replace('"', '\\"') + '"' if isinstance(paths, list) else value
 
 
 def _unreadable(word: str) -> str:

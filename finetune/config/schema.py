@@ -170,11 +170,11 @@ class DataConfig:
     max_aspect: float = field(default=2.0, metadata=DIFFUSION | at_least(1))
     """Longest side over shortest side of a bucket; longer images are cropped."""
     file: str = field(default="", metadata=LANGUAGE)
-    """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`."""
+    """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`; or a list."""
     format: ConversationFormat = field(default=ConversationFormat.auto, metadata=LANGUAGE)
     """What the columns mean; auto recognises it and says so."""
     chat_template: str = field(default="", metadata=LANGUAGE)
-    """Jinja template of conversations, or chatml; empty takes the tokenizer's own."""
+    """Jinja template of conversations, a file that holds one, or chatml; empty takes the tokenizer's own."""
     length: int = field(default=2048, metadata=LANGUAGE | at_least(2))
     """Tokens in a row that the model sees; longer conversations meet `data.long_rows`."""
     long_rows: LongRows = field(default=LongRows.keep_end, metadata=LANGUAGE)

@@ -58,7 +58,8 @@ class DiffusionTask:
         examples = list(dataset.examples())
         self.training = [example for example in examples if not example.held_out]
         # Small sets hold nothing out: the same training images with fixed noise still compare from step to step.
-        self.validation = ([example for example in examples if example.held_out] or self.training)[:PROBE]
+        candidates = [example for example in examples if example.held_out] or self.training
+        self.validation = [candidates[at] for at in order.by_content([example.key for example in candidates], PROBE)]
         self.size = len(self.training)
         self.family = family(model.family)
         self.objective = self.family.objective(load_scheduler(model))

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from finetune.adapters import formats
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import DataConfig, LoraConfig, ModelConfig, SampleConfig
+from finetune.data import order
 from finetune.data.text import packing, store
 from finetune.data.text.tokens import preview_row
 from finetune.errors import ConfigError, ModelError
@@ -57,9 +58,12 @@ class LanguageTask:
         self.base, self.data, self.sample_settings = model.base, data, sample
         self.device, self.dtype, self.seed = device, dtype, seed
         self.chat = chat_of(model, data)
+        for prompt in sample.prompts:  # one that can't be answered is named now, and not when training is over
+            self.chat.prompt_ids(prompt)
         self.rows = store.open_store(Path(dataset.rows))
         self.training, held_out = self.rows.split(data.validation_share)
-        self.validation = (held_out if len(held_out) else self.training)[:VALIDATION_ROWS]
+        candidates = held_out if len(held_out) else self.training
+        self.validation = candidates[order.by_content(self.rows.groups(candidates), VALIDATION_ROWS)]
         self.size = len(self.training)
         loaded: Any = causal_lm.load_model(model, dtype, device, vram_gib=vram_gib)
         check_length(data.length, model.base, loaded)

@@ -63,6 +63,11 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     data, chat = config.data, chat_of(config.model, config.data)
     source: Source = formats.open_source(Path(data.file), format_=data.format)
     say(f"dataset: {source}")
+    if others := [path for path in readers.held_out_files(source.path) if path not in source.files]:
+        say(
+            f"dataset: not trained on: {', '.join(path.name for path in others)} (by name a test or validation split; "
+            f"to train on it too: data.file=[{source.path},{others[0]}])"
+        )
     found = store.encode_or_load(
         source,
         chat,

@@ -11,6 +11,7 @@ nothing in a folder whose name holds a bracket, and leaves lock files in the use
 import csv
 import hashlib
 import json
+import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -23,20 +24,49 @@ PARQUET_ROWS = 256  # rows of a Parquet file held at once
 LONGEST_CELL = 1 << 30  # characters; csv's own limit of 131,072 is less than a long conversation
 QUOTES = "put double quotes around cells that hold separators or line ends, and double those within"
 NOT_SPACE = re.compile(r"[^ \t\r\n]")
+# As `datasets` takes file names for splits: test.jsonl, alpaca-val.json, validation-00000-of-00001.parquet.
+HELD_OUT = re.compile(
+    r"(?:^|[-_. ])(?:test|testing|eval|evaluation|val|valid|validation|dev)(?:[-_. ]?\d+(?:[-_. ]of[-_. ]\d+)?)?$", re.I
+)
 ARRAY = "a .json file holds one array of objects: [{…}, {…}]"
 
 NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the value or a DataError)
 
 
-def files_of(path: Path) -> tuple[Path, ...]:
-    """The files to read, sorted: the file itself, the readable files of a folder, or a folder saved by `datasets`.
+def files_of(named: Path) -> tuple[Path, ...]:
+    """The files to read, in the order of the paths, of a folder sorted.
 
-    Raises DataError for a missing path, an unknown suffix or a folder without readable files.
+    named: a path, or several with the system's path separator between them. Each is a file, a folder with readable
+    files (without hidden ones, and those of `held_out_files`), or a folder saved by `datasets`. Raises DataError for a
+    missing path, an unknown suffix or a folder without readable files.
     """
+    return tuple(file for path in paths_of(named) for file in _files_of(path))
+
+
+def held_out_files(named: Path) -> tuple[Path, ...]:
+    """Files, and parts of folders saved by `datasets`, that are a test or validation split by name.
+
+    They are not read beside a training split; whoever wants one names it.
+    """
+    folders = [path for path in paths_of(named) if path.is_dir()]
+    parts = [folder / name for folder in folders if _saved(folder) for name in _other_parts(folder)]
+    return (*parts, *(file for folder in folders if not _saved(folder) for file in _by_split(folder)[1]))
+
+
+def paths_of(named: Path) -> tuple[Path, ...]:
+    """One path, or each of those between the system's path separator."""
+    whole = str(named)
+    # A name may hold the separator too. `Path.exists` raises for a text that is longer than a path can be.
+    if os.pathsep not in whole or os.path.exists(whole):  # noqa: PTH110
+        return (named,)
+    return tuple(Path(part).expanduser() for part in whole.split(os.pathsep) if part)
+
+
+def _files_of(path: Path) -> tuple[Path, ...]:
     if not path.exists():
         raise DataError(f"there is no {path}; name your conversations: data.file=path/to/conversations.jsonl")
     if path.is_dir() and not _saved(path):
-        found = tuple(sorted(item for item in path.iterdir() if item.suffix.lower() in SUFFIXES))
+        found, _ = _by_split(path)
         if not found:
             raise DataError(
                 f"{path} is neither a folder saved by `datasets` nor one with {', '.join(SUFFIXES)} files; "
@@ -48,6 +78,16 @@ def files_of(path: Path) -> tuple[Path, ...]:
             f"{path}: files are read as {', '.join(SUFFIXES)}; convert it or rename it: data.file=conversations.jsonl"
         )
     return (path,)
+
+
+def _by_split(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The readable files of a folder: those to train on, and those that are named as another split."""
+    files = sorted(
+        item for item in folder.iterdir() if item.suffix.lower() in SUFFIXES and not item.name.startswith(".")
+    )
+    held_out = tuple(file for file in files if HELD_OUT.search(file.stem))
+    training = tuple(file for file in files if file not in held_out)
+    return (training, held_out) if training else (held_out, ())
 
 
 def read(path: Path) -> NumberedRows:
@@ -86,6 +126,15 @@ def content_hash(files: tuple[Path, ...]) -> str:
 
 def _saved(folder: Path) -> bool:
     return any((folder / name).is_file() for name in ("dataset_dict.json", "state.json"))
+
+
+def _other_parts(folder: Path) -> list[str]:
+    """Of a saved folder with a training part, all others."""
+    try:
+        parts = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+    except (OSError, ValueError, KeyError, TypeError):  # one part alone; or it is damaged, which reading it will say
+        return []
+    return [part for part in parts if part != "train"] if "train" in parts else []
 
 
 def _saved_dataset(path: Path) -> NumberedRows:

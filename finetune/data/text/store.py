@@ -125,6 +125,10 @@ class TokenStore:
         blocks = (tokens[first : first + READ_BLOCK] for first in range(0, len(tokens), READ_BLOCK))
         return max(int((block & ~TRAINED).max()) for block in blocks)
 
+    def groups(self, indices: NDArray[np.int64]) -> list[int]:
+        """A hash of the text of each of these rows' conversations, 64 bits."""
+        return [int(group) for group in self._arrays["groups"][indices]]
+
     def conversation_index(self, index: int) -> int:
         """Which conversation a row comes from, counted from 0 among those that could be read."""
         return int(self._arrays["rows"][index])

@@ -10,6 +10,7 @@ import itertools
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from finetune.data.text.formats import Conversation, Message
@@ -44,7 +45,10 @@ class Template:
     """A chat template with the tokens of its tokenizer. Pickles."""
 
     def __init__(self, tokenizer: Any, name: str = "") -> None:
-        """name: empty for the tokenizer's own, a built-in one (chatml), or the text of one."""
+        """name: empty for the tokenizer's own, one of several of its own, a built-in one, a file, or the text of one.
+
+        Raises DataError where there is none such.
+        """
         self.text = _template_text(tokenizer, name)
         self._names = dict(tokenizer.special_tokens_map)
         self._has_marks = bool(GENERATION.search(self.text))
@@ -286,12 +290,27 @@ def _template_text(tokenizer: Any, name: str) -> str:
     if name in BUILT_IN_TEMPLATES:
         end = "'<|im_end|>'" if "<|im_end|>" in tokenizer.get_vocab() or not tokenizer.eos_token else "eos_token"
         return BUILT_IN_TEMPLATES[name].replace("END", end)
+    named = tokenizer.chat_template if isinstance(tokenizer.chat_template, dict) else {}
+    if name in named or (not name and named):
+        if not name and "default" not in named:
+            raise DataError(
+                f"the tokenizer has several chat templates and none is called default ({', '.join(sorted(named))}); "
+                f"name one: data.chat_template={min(named)}"
+            )
+        return str(named[name or "default"])
     if name and "{" not in name:
+        return _read_template(name, (*BUILT_IN_TEMPLATES, *sorted(named)))
+    return name or tokenizer.chat_template or ""
+
+
+def _read_template(path: str, others: Sequence[str]) -> str:
+    try:
+        return Path(path).read_text(encoding="utf-8")
+    except (OSError, ValueError) as error:
         raise DataError(
-            f"there is no chat template {name}; built in is {', '.join(BUILT_IN_TEMPLATES)}, empty takes the "
-            "tokenizer's own: data.chat_template=chatml"
-        )
-    return name or (tokenizer.get_chat_template() if tokenizer.chat_template else "")
+            f"there is no chat template {path}; there are {', '.join(others)}, a file is read as UTF-8 "
+            f"({getattr(error, 'strerror', None) or error}), empty takes the tokenizer's own: data.chat_template=chatml"
+        ) from error
 
 
 def _is_marked_answer(marked: str, content: str, turn_end: str) -> bool:

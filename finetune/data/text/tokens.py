@@ -39,8 +39,7 @@ class Encoded:
 class Chat:
     """A tokenizer with a chat template; pickles, so that several processes may encode.
 
-    template: empty for the tokenizer's own, the name of a built-in one (chatml), or the text of one. A tokenizer
-    without one still takes plain text.
+    template: as `Template` takes it. A tokenizer without one still takes plain text.
     """
 
     def __init__(self, tokenizer: Any, *, template: str = "") -> None:
@@ -103,6 +102,10 @@ class Chat:
         Without a template it is the text itself, to be continued. Raises DataError if the template refuses the text or
         no token is left of it.
         """
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(f"sample.prompts: {text!a} has half a character, which no tokenizer takes") from error
         if self.template.text:
             ids = token_spans(self.tokenizer, [self.template.generation_prompt(text, "sample.prompts")], [[]])[0][0]
         else:

@@ -1,5 +1,6 @@
 """Recipes, presets and overrides: what composes, and what is said about what doesn't."""
 
+import os
 from copy import deepcopy
 from pathlib import Path
 
@@ -112,6 +113,22 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_typed(workdir: Path, monk
         "/home/me/a",
     )
     assert compose.apply(config, ["lora.start_from=~/b"]).lora.start_from == "/home/me/b"
+
+
+def test_conversations_may_be_a_list_of_paths(workdir: Path) -> None:
+    wanted = os.pathsep.join(["a b.jsonl", "my/c.csv", "7"])
+    for word in ('data.file=["a b.jsonl",my/c.csv,7]', f'data.file="{wanted}"'):
+        assert compose.load("pirate_chat", [word]).data.file == wanted
+        assert compose.apply(compose.load("pirate_chat"), [word]).data.file == wanted
+    assert compose.load("pirate_chat", ["data.file=[a.jsonl]"]).data.file == "a.jsonl"
+    (workdir / "conf" / "data").mkdir(parents=True)
+    (workdir / "conf" / "mine.yaml").write_text("defaults: [pirate_chat]\ndata:\n  file: [a b.jsonl, my/c.csv, 7]\n")
+    (workdir / "conf" / "data" / "all.yaml").write_text("file:\n- a b.jsonl\n- my/c.csv\n- 7\n")
+    assert compose.load("mine").data.file == wanted
+    (workdir / "conf" / "other.yaml").write_text(
+        "defaults: [override /model: embedded_language, override /data: all]\n"
+    )
+    assert compose.load("other").data.file == wanted
 
 
 def test_a_recipe_extends_a_recipe_with_another_model(workdir: Path) -> None:

@@ -89,3 +89,15 @@ def test_splitmix64_of_numbers_and_arrays():
     assert order.splitmix64(np.array(states, np.uint64)).dtype == np.uint64
     assert len({order.seed_from(*numbers) for numbers in itertools.product(range(5), repeat=3)}) == 125
     assert order.seed_from(2**70, -1) < 2**63
+
+
+def test_examples_are_chosen_by_content_and_keep_their_order():
+    hashes = [order.splitmix64(number) for number in range(1000)]
+    chosen = order.by_content(hashes, 50)
+    assert chosen == sorted(chosen)
+    assert len(chosen) == 50
+    assert {hashes[place] for place in chosen} == set(sorted(hashes)[:50])
+    assert 350 < sum(chosen) / 50 < 650, "spread over the set"
+    backwards = order.by_content(hashes[::-1], 50)
+    assert {hashes[::-1][place] for place in backwards} == {hashes[place] for place in chosen}
+    assert order.by_content(hashes[:50], 50) == list(range(50))

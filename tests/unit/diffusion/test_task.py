@@ -1,6 +1,7 @@
 """What is drawn for an example depends on (seed, example, epoch) alone; the loss weights are those of the paper."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -44,6 +45,20 @@ def test_validation_repeats_exactly_and_names_noise_levels(
     assert task.validate(1) == pytest.approx(first, rel=1e-5)
     assert list(first) == ["mean", "t=100", "t=300", "t=500", "t=700", "t=900"]
     assert first["mean"] == pytest.approx(sum(list(first.values())[1:]) / 5)
+
+
+def test_images_to_validate_on_are_chosen_by_content_and_not_by_order(
+    config: Config, make_dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.diffusion.task.PROBE", 3)
+    dataset = make_dataset(12, held_out=6)
+    index = Path(dataset.index)
+    lines = index.read_text().splitlines()
+    chosen = []
+    for order in (lines, lines[::-1]):
+        index.write_text("\n".join(order) + "\n")
+        chosen.append({example.key for example in build(config, dataset).validation})
+    assert chosen[0] == chosen[1] == {f"{number:064x}" for number in (1, 2, 3)}
 
 
 @pytest.mark.parametrize("prediction", ["epsilon", "v_prediction", "sample"])

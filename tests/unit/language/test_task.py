@@ -106,6 +106,30 @@ def test_one_row_is_shown_with_its_trained_tokens_marked(language_config: Config
     assert "How many" in text.partition("⟦")[0]
 
 
+def test_rows_to_validate_on_are_chosen_by_content_and_not_by_order(
+    language_config: Config, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("finetune.language.task.VALIDATION_ROWS", 4)
+    language_config.data.validation_share = 0.5
+    file = Path(language_config.data.file)
+    lines = file.read_text().splitlines()
+    validated = []
+    for order in (lines, lines[::-1]):
+        file.write_text("\n".join(order))
+        task = build(language_config)
+        _, held_out = task.rows.split(0.5)
+        assert len(held_out) > 4
+        validated.append({tuple(task.rows[int(row)].ids.tolist()) for row in task.validation})
+    assert validated[0] == validated[1]
+    assert len(validated[0]) == 4
+
+
+def test_prompts_that_cannot_be_answered_are_refused_before_training(language_config: Config) -> None:
+    language_config.sample.prompts = ["Hello", "a\ud83d"]
+    with pytest.raises(DataError, match=r"sample.prompts: .* has half a character"):
+        build(language_config)
+
+
 def test_rows_longer_than_the_model_reads_are_refused(language_config: Config) -> None:
     language_config.data.length = 100_000
     with pytest.raises(ConfigError, match=r"data.length=100000 .*data.length=256"):

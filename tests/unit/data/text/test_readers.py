@@ -1,6 +1,7 @@
 """Files: what is in them, where it stands, and what is wrong with them."""
 
 import json
+import os
 import re
 
 import pytest
@@ -26,6 +27,38 @@ def test_missing_and_unknown_files_say_what_to_type(tmp_path):
         readers.files_of(put(tmp_path, "a.docx", ""))
     with pytest.raises(DataError, match=r"neither a folder saved by `datasets` nor one with .json"):
         readers.files_of(tmp_path)
+
+
+def test_litter_and_other_splits_of_a_folder_are_not_read(tmp_path):
+    kept = ["1.jsonl", "contest.json", "latest-val-data.csv", "train-00000-of-00002.parquet"]
+    others = ["Test.jsonl", "a_dev.csv", "alpaca-val.json", "test_1.jsonl", "validation-00000-of-00001.parquet"]
+    for name in (*kept, *others, "._1.jsonl", "._train-00000-of-00002.parquet", ".hidden.json", "notes.md"):
+        put(tmp_path, name, "")
+    assert [path.name for path in readers.files_of(tmp_path)] == kept
+    assert [path.name for path in readers.held_out_files(tmp_path)] == others
+    for other in others:
+        assert readers.files_of(tmp_path / other) == (tmp_path / other,)
+    for name in kept:
+        (tmp_path / name).unlink()
+    assert [path.name for path in readers.files_of(tmp_path)] == others, "a folder of them alone is meant"
+    assert readers.held_out_files(tmp_path) == ()
+
+
+def test_other_parts_of_a_saved_folder_are_named(tmp_path):
+    import datasets
+
+    part = datasets.Dataset.from_list([{"text": "a"}])
+    datasets.DatasetDict({"train": part, "test": part}).save_to_disk(str(tmp_path / "two"))
+    assert readers.held_out_files(tmp_path / "two") == (tmp_path / "two" / "test",)
+    assert readers.held_out_files(tmp_path / "two" / "test") == ()
+
+
+def test_several_paths(tmp_path):
+    first, second, odd = (put(tmp_path, name, "") for name in ("b.jsonl", "a.csv", f"a{os.pathsep}b.json"))
+    assert readers.files_of(f"{first}{os.pathsep}{second}") == (first, second)
+    assert readers.files_of(odd) == (odd,)
+    with pytest.raises(DataError, match=r"there is no .*gone.jsonl"):
+        readers.files_of(f"{first}{os.pathsep}{tmp_path}/gone.jsonl")
 
 
 def test_json_arrays_come_as_they_are_written(tmp_path):

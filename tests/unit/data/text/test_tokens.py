@@ -312,7 +312,10 @@ def test_no_template_says_what_to_type_and_chatml_is_built_in():
     made = tokenizer()
     with pytest.raises(DataError, match=r"the tokenizer has no chat template; .*data.chat_template=chatml"):
         Chat(made).encode(row(*TWO))
-    with pytest.raises(DataError, match=r"there is no chat template alpaca; built in is chatml, empty takes"):
+    with pytest.raises(
+        DataError,
+        match=r"there is no chat template alpaca; there are chatml, .* empty takes.*data.chat_template=chatml",
+    ):
         Chat(made, template="alpaca")
     encoded = Chat(made, template="chatml").encode(row(SYSTEM, *TWO))
     assert spans(made, encoded) == ["It is blue.<|im_end|>", "The sea is green. 🦜<|im_end|>"]
@@ -396,6 +399,8 @@ def test_without_a_template_a_prompt_is_text_to_be_continued():
 def test_prompts_that_the_template_refuses_are_named():
     with pytest.raises(DataError, match=r"^sample.prompts: the chat template leaves out or rewrites turn 1 \(user\)"):
         Chat(tokenizer(templates.SHOUTING)).prompt_ids("hi!")
+    with pytest.raises(DataError, match=r"^sample.prompts: 'hi\\ud83d' has half a character"):
+        Chat(tokenizer(templates.CHATML)).prompt_ids("hi\ud83d")
 
 
 def test_control_tokens_in_texts_are_counted():
@@ -482,3 +487,24 @@ def test_no_text_no_tokens():
     [(ids, trained)] = token_spans(tokenizer(), [""], [[(0, 0)]])
     assert ids.dtype == np.uint32
     assert len(ids) == len(trained) == 0
+
+
+def test_a_template_may_be_a_file(tmp_path):
+    made = tokenizer(templates.CHATML)
+    file = tmp_path / "own.jinja"
+    file.write_text(templates.ZEPHYR, encoding="utf-8")
+    assert Chat(made, template=str(file)).content_hash == Chat(made, template=templates.ZEPHYR).content_hash
+    file.write_bytes(b"\xff")
+    for odd in (str(file), str(tmp_path), str(tmp_path / "gone.jinja")):
+        with pytest.raises(DataError, match=r"there is no chat template .*data.chat_template=chatml"):
+            Chat(made, template=odd)
+
+
+def test_one_of_several_templates_is_named():
+    made = tokenizer(templates.CHATML)
+    made.chat_template = {"rag": templates.ZEPHYR, "tool_use": templates.LLAMA3}
+    with pytest.raises(DataError, match=r"none is called default \(rag, tool_use\); name one: data.chat_template=rag"):
+        Chat(made)
+    assert Chat(made, template="rag").template.text == templates.ZEPHYR
+    made.chat_template = {"default": templates.CHATML, "rag": templates.ZEPHYR}
+    assert Chat(made).template.text == templates.CHATML
