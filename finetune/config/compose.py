@@ -15,7 +15,6 @@ from contextlib import contextmanager, suppress
 from dataclasses import is_dataclass
 from enum import Enum
 from functools import cache
-from hashlib import sha256
 from pathlib import Path
 from typing import Any, cast
 
@@ -45,7 +44,6 @@ PATHS = (
     *("caption.model", "sample.adapter", "lora.start_from"),
 )
 MANY_PATHS = "data.file"  # takes a list too, kept as one text with the system's path separator between its paths
-LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
 # Text in quotes, or a whole item that Hydra's grammar takes for a number or a truth value.
 NUMBERS = re.compile(
     r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
@@ -224,25 +222,14 @@ def job_overrides() -> list[str]:
 
 
 def name_sweep_folders(overrides: Sequence[str]) -> None:
-    """Teach Hydra the folder of each job of a sweep: recipe / swept settings, and a digest of the settings in common.
+    """Teach Hydra the folder of each job of a sweep.
 
     Two jobs then share a folder only if they are the same job, in this sweep or a later one; the second continues the
     first.
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    OmegaConf.register_new_resolver("sweep_folder", lambda words: _sweep_folder(words, swept), replace=True)
-
-
-def _sweep_folder(words: Sequence[str], swept: set[str]) -> str:
-    settings = {key: value for key, _, value in (word.partition("=") for word in words)}
-    settings.pop("run_dir", None)
-    recipe = settings.pop("conf")
-    varied = ",".join(f"{key}={value}" for key, value in sorted(settings.items()) if key in swept) or "all"
-    common = "".join(f"{key}={value}\n" for key, value in sorted(settings.items()) if key not in swept)
-    safe = re.sub(r"[^\w.=+,-]", "-", varied)[:LONGEST_FOLDER]
-    hidden = common if safe == varied else varied + common  # what the readable part doesn't tell
-    return f"{recipe}/{safe}" + (f"-{sha256(hidden.encode()).hexdigest()[:8]}" if hidden else "")
+    OmegaConf.register_new_resolver("sweep_folder", lambda words: recipes.sweep_folder(words, swept), replace=True)
 
 
 def judged(typed: Sequence[str], say: Say, sweep: bool = False) -> list[str]:

@@ -1,9 +1,13 @@
 """Where recipes and presets lie, found without Hydra so that `finetune --help` answers at once."""
 
+import re
+from collections.abc import Sequence
 from difflib import get_close_matches
+from hashlib import sha256
 from pathlib import Path
 
 BASE_NAME = "config"  # conf/config.yaml is the defaults list, not a recipe
+LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
 
 
 def conf_dir() -> Path:
@@ -59,3 +63,15 @@ def no_such(what: str, word: str, offered: list[str]) -> str:
     near = [name for name in offered if name.startswith(word)] or get_close_matches(word, offered, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no {what} called '{word}'; {hint}there are: {', '.join(offered) or 'none'}"
+
+
+def sweep_folder(words: Sequence[str], swept: set[str]) -> str:
+    """The folder of a job with these overrides: recipe / swept settings, and a digest of the settings in common."""
+    settings = {key: value for key, _, value in (word.partition("=") for word in words)}
+    settings.pop("run_dir", None)
+    recipe = settings.pop("conf")
+    varied = ",".join(f"{key}={value}" for key, value in sorted(settings.items()) if key in swept) or "all"
+    common = "".join(f"{key}={value}\n" for key, value in sorted(settings.items()) if key not in swept)
+    safe = re.sub(r"[^\w.=+,-]", "-", varied)[:LONGEST_FOLDER]
+    hidden = common if safe == varied else varied + common  # what the readable part doesn't tell
+    return f"{recipe}/{safe}" + (f"-{sha256(hidden.encode()).hexdigest()[:8]}" if hidden else "")

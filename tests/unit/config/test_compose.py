@@ -313,7 +313,7 @@ def test_apply_refuses_what_load_refuses_and_presets() -> None:
 
 
 def test_the_folder_of_a_sweep_job_is_readable_safe_and_its_own() -> None:
-    name = compose._sweep_folder
+    name = recipes.sweep_folder
     assert name(["conf=a", "lora.rank=4", "run_dir=x"], {"lora.rank"}) == "a/lora.rank=4"
     assert name(["conf=a"], set()) == "a/all"
     in_common = [name(["conf=a", "lora.rank=4", f"seed={seed}"], {"lora.rank"}) for seed in (1, 2)]
