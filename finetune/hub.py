@@ -346,30 +346,30 @@ def hash_file_content(file: Path, update: Callable[[bytes], object]) -> None:
 @contextmanager
 def _quiet() -> Iterator[None]:
     """No progress bars of the libraries: they count tensors, not seconds."""
-    # Only libraries that are there already: importing diffusers to silence it would cost two seconds.
-    found = [sys.modules.get(f"{library}.utils.logging") for library in ("diffusers", "transformers")]
-    shown = [library for library in found if library is not None and library.is_progress_bar_enabled()]
-    for library in shown:
-        library.disable_progress_bar()
+    shown = [log for log in _logs() if log.is_progress_bar_enabled()]
+    for log in shown:
+        log.disable_progress_bar()
     try:
         yield
     finally:
-        for library in shown:
-            library.enable_progress_bar()
+        for log in shown:
+            log.enable_progress_bar()
 
 
 @contextmanager
 def quiet_libraries() -> Iterator[None]:
     """Diffusers and transformers say nothing below an error."""
-    from diffusers.utils import logging as diffusers_log
-    from transformers.utils import logging as transformers_log
-
-    logs = (diffusers_log, transformers_log)
-    before = [log.get_verbosity() for log in logs]
-    for log in logs:
+    before = [(log, log.get_verbosity()) for log in _logs()]
+    for log, _ in before:
         log.set_verbosity_error()
     try:
         yield
     finally:
-        for log, level in zip(logs, before, strict=True):
+        for log, level in before:
             log.set_verbosity(level)
+
+
+def _logs() -> list[Any]:
+    """Of libraries that are there already: importing diffusers to silence it would cost two seconds."""
+    found = [sys.modules.get(f"{library}.utils.logging") for library in ("diffusers", "transformers")]
+    return [log for log in found if log is not None]

@@ -4,8 +4,7 @@ B packs, L token positions of a pack, D hidden channels, V vocabulary entries, H
 channels of a head, G segments of all packs, N tokens
 """
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, cast
 
@@ -65,7 +64,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
 
         quantize.prove(model, dtype, device)
         options["quantization_config"] = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
-    with _quiet_transformers():
+    with hub.quiet_libraries():  # about weights that are left out (those for images); `hub` reports missing ones
         loaded = hub.load(
             loader, model.base, config=config, dtype=dtype, device_map={"": "cpu" if streamed else device}, **options
         )
@@ -183,19 +182,6 @@ def _no_language_model(base: str, kind: str) -> ModelError:
         f"{base} is a {kind} model and no causal language model; try a preset such as model=qwen3_4b, or "
         "model.base=OWNER/NAME of a chat model"
     )
-
-
-@contextmanager
-def _quiet_transformers() -> Iterator[None]:
-    """No report of weights that are left out (those for images); `hub` reports missing ones."""
-    from transformers.utils import logging as library
-
-    before = library.get_verbosity()
-    library.set_verbosity_error()
-    try:
-        yield
-    finally:
-        library.set_verbosity(before)
 
 
 def _add_rows(model: Any, wanted: ModelConfig) -> None:

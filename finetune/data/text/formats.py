@@ -97,7 +97,7 @@ def open_source(path: Path, *, format_: ConversationFormat = ConversationFormat.
                 continue
             where = f"{file}:{number}"
             named = format_ is not ConversationFormat.auto
-            found = format_ if named else _recognise(_columns(row, where), where)
+            found = format_ if named else recognise(_columns(row, where), where)
             return Source(path, files, found, named)
     raise error or DataError(f"{path} holds no rows; a row has one of these: {_known_formats()}")
 
@@ -133,7 +133,7 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
     """
     columns = _columns(row, where)
     _refuse_other_training(columns, where, format_)
-    if strict and (found := _recognise(columns, where)) is not format_:
+    if strict and (found := recognise(columns, where)) is not format_:
         raise DataError(
             f"{where}: is {found.value}, earlier rows are {format_.value}; keep one format in a file, or name it: "
             f"data.format={format_.value}"
@@ -183,7 +183,8 @@ def _refuse_other_training(columns: dict[str, Any], where: str, format_: Convers
             )
 
 
-def _recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
+def recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
+    """The format that the columns of a row show; `where` names the row in a `DataError` when they show none."""
     filled = {name for name, value in columns.items() if value is not None}
     for name in TURN_COLUMNS:
         if name in filled:

@@ -55,7 +55,7 @@ def read(path, **options):
 
 
 def one(row, format_=None):
-    return formats.conversation(row, format_ or formats._recognise(row, "f:1"), "f:1").messages
+    return formats.conversation(row, format_ or formats.recognise(row, "f:1"), "f:1").messages
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved"])
