@@ -63,6 +63,7 @@ def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
         vram_gib=config.hardware.vram_gib,
         activation_checkpointing=config.trainer.activation_checkpointing,
         offload_activations=config.trainer.offload_activations,
+        fast=config.trainer.fast,
     )
 
 
@@ -76,6 +77,7 @@ def workload(config: Config) -> Workload:
             lora=config.lora,
             sample=config.sample,
             length=config.data.length,
+            fast=config.trainer.fast,
             merges=ExportFormat.merged in config.export.formats,
             validates=config.trainer.validate_every > 0,
             seed=config.seed,
