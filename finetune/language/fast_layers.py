@@ -26,7 +26,7 @@ from finetune.run.progress import say
 
 ARCHITECTURES = {"LlamaDecoderLayer": (), "MistralDecoderLayer": ("sliding_window",)}
 """Class of the layers, and the settings that its attention is called with besides the common ones."""
-COPIES = "fast_a", "fast_b"  # buffers of an adapted layer
+COPIES = "fast_a", "fast_b"  # buffers of an adapted layer's frozen one: what PEFT saves stays as it is
 DTYPES = (torch.bfloat16, torch.float32)  # fp16's gradients may overflow where autocast's don't
 
 
@@ -41,7 +41,7 @@ class Linear:
         if self.adapted:
             self.scale = float(layer.scaling[ADAPTER])
             for name, weight in zip(COPIES, self.parameters(), strict=True):
-                layer.register_buffer(name, torch.empty_like(weight, dtype=dtype), persistent=False)
+                self.frozen.register_buffer(name, torch.empty_like(weight, dtype=dtype), persistent=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """A (r, I) and B (O, r), or none."""
@@ -49,7 +49,7 @@ class Linear:
 
     def copies(self) -> list[Tensor]:
         """A and s B in the dtype of the arithmetic, as they were when a pass began."""
-        return [getattr(self.layer, name) for name in COPIES]
+        return [getattr(self.frozen, name) for name in COPIES]
 
     def product(self, x_NI: Tensor, onto_NO: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x W' + s x A' B' (+ onto), and x A' for the backward pass."""

@@ -98,6 +98,11 @@ def start(base: Path) -> list[Tensor]:
     ]
 
 
+def test_what_is_saved_stays_the_same(bases: Callable[[str], Path]) -> None:
+    plain, fast = (adapters.adapter_tensors(adapted(bases("llama"), ALL, fast=fast)) for fast in (False, True))
+    assert plain.keys() == fast.keys()
+
+
 def test_without_adapters_and_in_writing_the_layers_are_plain(bases: Callable[[str], Path]) -> None:
     plain, fast = (adapted(bases("llama"), ALL, fast=fast).eval() for fast in (False, True))
     with torch.no_grad():
