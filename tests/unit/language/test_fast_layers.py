@@ -69,7 +69,7 @@ def test_values_and_gradients_are_those_of_plain_layers(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize("every", [0, 1, 2])  # nothing, blocks, and blocks and feed-forward layers made again
 def test_twelve_steps_end_where_those_of_plain_layers_end(bases: Callable[[str], Path], every: int) -> None:
     """Copies of the adapters that went stale would pass every comparison of gradients."""
     ends = []
