@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finetune.adapters import lora as adapters
 from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.language import causal_lm, fast_layers, varlen_attention
-from finetune.language.fast_kernels import _Plain as plain
+from finetune.language.fast_kernels import Plain as plain
 
 pytestmark = pytest.mark.gpu
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
