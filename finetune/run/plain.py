@@ -11,6 +11,8 @@ R = TypeVar("R")
 
 UNREADABLE = (OSError, ValueError, TypeError, AttributeError, LookupError, RecursionError)
 """What reading a damaged JSON or YAML file as a record may raise; UnicodeDecodeError is a ValueError."""
+LARGEST = 2**63
+"""Of whole numbers in records; larger ones are no number of anything, and no float."""
 
 
 def inside(record: type[Any], values: dict[str, Any]) -> dict[str, Any]:
@@ -40,6 +42,12 @@ def first_line(error: Exception) -> str:
     """What an error says, in one line of bearable length."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if len(text) <= 200 else text[:200] + "…"
+
+
+def require_duration(seconds: float) -> None:
+    """Raises ValueError for seconds that no clock measures."""
+    if not 0 <= seconds < LARGEST:
+        raise ValueError(f"{seconds} is no number of seconds")
 
 
 def require_names(*names: str) -> None:
@@ -95,10 +103,8 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
 
 
 def _is_a(hint: Any, value: Any) -> bool:
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if hint is int:
-        return isinstance(value, int) and not isinstance(value, bool)
+    if hint in (int, float) and isinstance(value, int):
+        return not isinstance(value, bool) and abs(value) < LARGEST
     if hint is str and isinstance(value, str):
         value.encode()  # half a surrogate, which no file takes, is a ValueError
     return isinstance(value, hint)

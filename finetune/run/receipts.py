@@ -16,7 +16,7 @@ from finetune.errors import RunError
 from finetune.run import ranks
 from finetune.run.atomic import write_atomically
 from finetune.run.outputs import Output, compare, outputs_of
-from finetune.run.plain import UNREADABLE, first_line, from_plain, inside, placed
+from finetune.run.plain import UNREADABLE, first_line, from_plain, inside, placed, require_duration
 from finetune.run.progress import say
 
 R = TypeVar("R")
@@ -35,6 +35,9 @@ class Receipt:
     versions: dict[str, str]
     record: dict[str, Any]
     outputs: dict[str, Output] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_duration(self.seconds)
 
 
 def save_receipt(

@@ -13,7 +13,7 @@ from typing import ClassVar, TypeVar
 
 from finetune.errors import RunError
 from finetune.run.hashing import hash_of
-from finetune.run.plain import UNREADABLE, first_line, from_plain, require_names
+from finetune.run.plain import UNREADABLE, first_line, from_plain, require_duration, require_names
 
 METRICS = "metrics.jsonl"  # the run's curves, one JSON line per logged step
 
@@ -165,6 +165,11 @@ class Run:
     processes: int = 1
     RENAMED: ClassVar[dict[str, str]] = {"eased": "oom_fallbacks", "probed_gib": "dry_run_gib"}
     INSIDE: ClassVar[dict[str, int]] = {"folder": 0, "checkpoint": 2}
+
+    def __post_init__(self) -> None:
+        require_duration(self.seconds)
+        if self.processes < 1 or min(self.micro_batch, self.effective, self.steps, self.items, self.total) < 0:
+            raise ValueError("a number of something is negative")
 
     @property
     def items_per_s(self) -> float:
