@@ -193,6 +193,7 @@ def save_adapter(
         },
         weight_name=name,
     )
+    formats.sort_metadata(folder / name)
     return folder / name
 
 

@@ -28,8 +28,9 @@ from finetune.config.describe import as_dict
 from finetune.diffusion.sample import CELL, GAP, TEXT
 from finetune.hub import resolve
 from finetune.run import rundir
+from finetune.run.plain import from_plain
 from finetune.run.receipts import load_record
-from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Run, Sample, Samples, from_plain
+from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Run, Sample, Samples
 from scripts.toyworld.captions import read_caption
 from scripts.toyworld.output import dataset_scenes
 from tests.conftest import ROOT
@@ -374,7 +375,7 @@ def test_every_sample_holds_the_settings_it_was_drawn_with(first: First) -> None
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [from_plain(Sample, line) for line in lines] == list(items)
     for item in items:
-        for file, adapter in ((item.file, "outputs/pixar_style/adapter/peft"), (item.base_file, "")):
+        for file, adapter in ((item.file, "adapter/peft"), (item.base_file, "")):
             with Image.open(folder / file) as image:
                 assert image.size == (resolution, resolution)
                 facts = image.info
