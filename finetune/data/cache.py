@@ -1,23 +1,26 @@
 """Encoded examples on disk, found by content: a key hashes everything the entry depends on, never a path or a time.
 
-One safetensors file per key (`ab/abcdef….safetensors`), so entries are shared between runs, read memory-mapped, and
-the folder may be deleted at any time.
+One safetensors file per key (`ab/abcdef….safetensors`), so entries are shared between runs, and the folder may be
+deleted at any time. Each entry holds the checksum of its bytes, and no entry is used before it was compared.
 """
 
 import hashlib
 import json
 import os
 from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from finetune.errors import DataError, RunError
 
 HEADER_BYTES = 8 + 65536  # more than the length and header of an entry take: it has a handful of tensors
+NOTES = "notes"  # what the metadata is called that holds the texts of an entry
+READ_THREADS = 4  # reading and hashing release the interpreter lock
 
 
 class Cache:
@@ -32,17 +35,7 @@ class Cache:
 
     def has(self, key: str) -> bool:
         """Whether the entry is there and whole, by checksum; a damaged one is removed, to be made again."""
-        path = self.path(key)
-        try:
-            data = path.read_bytes()
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise RunError(f"cannot read {path} ({error.strerror}); delete the cache folder {self.folder}") from error
-        if _checksum(data) == _notes(data).get("checksum", ""):
-            return True
-        path.unlink(missing_ok=True)
-        return False
+        return _is_whole(self.path(key))
 
     def notes(self, key: str) -> dict[str, str]:
         """The texts that were stored with the entry."""
@@ -53,7 +46,9 @@ class Cache:
         """Store tensors (any shapes, CPU) and texts under a key. Raises RunError where the folder can't be written."""
         plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         body = _body(save(plain))
-        data = save(plain, metadata={**notes, "checksum": hashlib.sha256(body).hexdigest()})
+        # One text, because safetensors writes several in any order: equal entries are equal files.
+        notes["checksum"] = hashlib.sha256(body).hexdigest()
+        data = save(plain, metadata={NOTES: json.dumps(notes)})
         path = self.path(key)
         temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
         try:
@@ -70,31 +65,61 @@ class Cache:
         return path
 
 
+class Reader:
+    """Reads entries, and compares each with its checksum the first time."""
+
+    def __init__(self) -> None:
+        self._compared: set[Path] = set()
+
+    def read(self, path: Path) -> dict[str, Tensor]:
+        """The tensors of an entry. Raises DataError if it is missing or damaged."""
+        try:
+            data = path.read_bytes()
+            if path not in self._compared and not _matches(data):
+                raise SafetensorError("it is damaged")
+            self._compared.add(path)
+            return load(data)
+        except (OSError, SafetensorError) as error:
+            raise DataError(
+                f"cached example {path} can't be read ({error}); the same command encodes it again"
+            ) from error
+
+
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of an entry, memory-mapped. Raises DataError if it is missing or damaged."""
+    """The tensors of one entry. Raises DataError if it is missing or damaged."""
+    return Reader().read(path)
+
+
+def whole(paths: Iterable[Path]) -> bool:
+    """Whether all of these entries are there and whole, as `Cache.has`; every byte is read."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return all([*pool.map(_is_whole, paths)])  # all are looked at: damaged ones are removed together
+
+
+def _is_whole(path: Path) -> bool:
     try:
-        with safe_open(path, framework="pt") as entry:
-            return {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118 - not a dictionary
-    except (OSError, SafetensorError) as error:
-        raise DataError(f"cached example {path} can't be read ({error}); the same command encodes it again") from error
+        data = path.read_bytes()
+    except FileNotFoundError:
+        return False
+    except OSError as error:
+        raise RunError(f"cannot read {path} ({error.strerror}); delete the cache folder") from error
+    if _matches(data):
+        return True
+    path.unlink(missing_ok=True)
+    return False
 
 
-def missing(paths: Iterable[Path]) -> bool:
-    """Whether any of these entries is gone (someone deleted the cache)."""
-    return not all(path.is_file() for path in paths)
+def _matches(data: bytes) -> bool:
+    return hashlib.sha256(_body(data)).hexdigest() == _notes(data).get("checksum", "")
 
 
 def _notes(data: bytes) -> dict[str, str]:
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return dict(header.get("__metadata__", {}))
-    except (ValueError, AttributeError, TypeError):
+        return dict(json.loads(header["__metadata__"][NOTES]))
+    except (ValueError, LookupError, TypeError):
         return {}
 
 
 def _body(data: bytes) -> bytes:
     return data[8 + int.from_bytes(data[:8], "little") :]
-
-
-def _checksum(data: bytes) -> str:
-    return hashlib.sha256(_body(data)).hexdigest()

@@ -72,7 +72,20 @@ def test_an_entry_that_cannot_be_read(store):
         store.has("ab")
 
 
-def test_missing(store):
-    path = store.put("ab", TENSORS)
-    assert not cache.missing([path])
-    assert cache.missing([path, path.with_name("other")])
+def test_whole(store):
+    paths = [store.put("ab", TENSORS), store.put("cd", TENSORS)]
+    assert cache.whole(paths)
+    assert not cache.whole([*paths, paths[0].with_name("other")])
+    for path in paths:
+        path.write_bytes(path.read_bytes()[:-1] + b"!")
+    assert not cache.whole(paths)
+    assert not any(path.exists() for path in paths), "both are made again"
+
+
+def test_a_reader_compares_each_entry_before_it_is_used_the_first_time(store):
+    path, reader = store.put("ab", TENSORS), cache.Reader()
+    flipped = path.read_bytes()[:-1] + b"!"
+    assert torch.equal(reader.read(path)["mean"], TENSORS["mean"])
+    path.write_bytes(flipped)
+    with pytest.raises(DataError, match=r"damaged.*the same command encodes it again"):
+        cache.Reader().read(path)
