@@ -202,7 +202,21 @@ def save_kohya(
         named[f"{key}.{KOHYA_FACTORS[factor]}.weight"] = weight.contiguous()
         named[f"{key}.alpha"] = torch.tensor(float(alpha))
     save_file(named, file, metadata=dict(metadata))
+    sort_metadata(file)
     return file
+
+
+def sort_metadata(file: Path) -> None:
+    """Put a safetensors file's metadata in order, in place: safetensors writes another order in each process."""
+    with open(file, "r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        if metadata := header.get("__metadata__"):
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+            if len(ordered) == length:  # else the tensors behind would move; safetensors spells it as Python does
+                stream.seek(8)
+                stream.write(ordered)
 
 
 def read_file(

@@ -6,10 +6,9 @@ deleted at any time. Each entry holds the checksum of its bytes, and no entry is
 
 import hashlib
 import json
-import os
+import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -17,6 +16,8 @@ from safetensors.torch import load, save
 from torch import Tensor
 
 from finetune.errors import DataError, RunError
+from finetune.run.atomic import remove_abandoned, replace_file
+from finetune.run.hashing import Stamp, stamp_of, trusted
 
 HEADER_BYTES = 8 + 65536  # more than the length and header of an entry take: it has a handful of tensors
 NOTES = "notes"  # what the metadata is called that holds the texts of an entry
@@ -28,6 +29,11 @@ class Cache:
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
+
+    def remove_abandoned(self) -> None:
+        """Remove what killed processes left half written."""
+        for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
+            remove_abandoned(folder, r"[0-9a-f]{64}(?:\.safetensors)?")  # version 0.1 had it short
 
     def path(self, key: str) -> Path:
         """Where the entry of a key lies or would lie."""
@@ -50,44 +56,25 @@ class Cache:
         notes["checksum"] = hashlib.sha256(body).hexdigest()
         data = save(plain, metadata={NOTES: json.dumps(notes)})
         path = self.path(key)
-        temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             # Not flushed to disk: after a power cut the checksum finds a half-written entry, and it is made again.
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+            replace_file(path, data, durable=False)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise RunError(
                 f"cannot write the cache {self.folder} ({error.strerror}); free the disk or try data.cache=FOLDER"
             ) from error
         return path
 
 
-class Reader:
-    """Reads entries, and compares each with its checksum the first time."""
-
-    def __init__(self) -> None:
-        self._compared: set[Path] = set()
-
-    def read(self, path: Path) -> dict[str, Tensor]:
-        """The tensors of an entry. Raises DataError if it is missing or damaged."""
-        try:
-            data = path.read_bytes()
-            if path not in self._compared and not _matches(data):
-                raise SafetensorError("it is damaged")
-            self._compared.add(path)
-            return load(data)
-        except (OSError, SafetensorError) as error:
-            raise DataError(
-                f"cached example {path} can't be read ({error}); the same command encodes it again"
-            ) from error
-
-
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of one entry. Raises DataError if it is missing or damaged."""
-    return Reader().read(path)
+    """The tensors of an entry. Raises DataError if it is missing or damaged; then it is removed."""
+    reason = "it is damaged or gone"
+    try:
+        if _is_whole(path):
+            return load(path.read_bytes())
+    except (OSError, SafetensorError) as error:
+        reason = str(error)
+    raise DataError(f"cached example {path} can't be read ({reason}); the same command encodes it again")
 
 
 def whole(paths: Iterable[Path]) -> bool:
@@ -97,20 +84,26 @@ def whole(paths: Iterable[Path]) -> bool:
 
 
 def _is_whole(path: Path) -> bool:
+    """Whether an entry has the content that was stored; a damaged one is removed."""
     try:
+        stamp, now = stamp_of(path), time.time_ns()
+        if (path, stamp) in _compared:
+            return True
         data = path.read_bytes()
     except FileNotFoundError:
         return False
     except OSError as error:
         raise RunError(f"cannot read {path} ({error.strerror}); delete the cache folder") from error
-    if _matches(data):
-        return True
-    path.unlink(missing_ok=True)
-    return False
+    if hashlib.sha256(_body(data)).hexdigest() != _notes(data).get("checksum", ""):
+        path.unlink(missing_ok=True)
+        return False
+    if trusted(stamp, now):
+        _compared.add((path, stamp))
+    return True
 
 
-def _matches(data: bytes) -> bool:
-    return hashlib.sha256(_body(data)).hexdigest() == _notes(data).get("checksum", "")
+_compared: set[tuple[Path, Stamp]] = set()
+"""Entries as this process compared them: training reads each over and over."""
 
 
 def _notes(data: bytes) -> dict[str, str]:

@@ -198,6 +198,7 @@ def save_adapter(
         },
         weight_name=name,
     )
+    formats.sort_metadata(folder / name)
     return folder / name
 
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
 from finetune.data import order
-from finetune.data.cache import Reader
+from finetune.data.cache import read
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import FamilySpec
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
@@ -54,7 +54,7 @@ class DiffusionTask:
         """dtype: of the arithmetic. vram_gib and the two below: as in the configuration."""
         self.loss_settings, self.sample_settings = loss, sample
         self.device, self.dtype, self.seed, self.resolution = device, dtype, seed, model.resolution
-        self.empty_text, self.cached = Path(dataset.empty_text), Reader()
+        self.empty_text = Path(dataset.empty_text)
         examples = list(dataset.examples())
         self.training = [example for example in examples if not example.held_out]
         # Small sets hold nothing out: the same training images with fixed noise still compare from step to step.
@@ -144,7 +144,7 @@ class DiffusionTask:
     def _noisy_example(self, example: Example, epoch: int, timestep: float | None = None) -> dict[str, Any]:
         """One training input; a given `timestep` replaces the drawn one and keeps the caption (validation)."""
         random = torch.Generator().manual_seed(draw_seed(self.seed, example.key, epoch))
-        latents = self.cached.read(Path(example.latents))
+        latents = read(Path(example.latents))
         mean_Chw, std_Chw = latents["mean"], latents["std"]
         clean_Chw = mean_Chw + std_Chw * torch.randn(mean_Chw.shape, generator=random)
         noise_Chw = torch.randn(mean_Chw.shape, generator=random)
@@ -156,7 +156,7 @@ class DiffusionTask:
         return {
             "clean": clean_Chw,
             "noise": noise_Chw + self.loss_settings.noise_offset * offset_C11,
-            "text": self.cached.read(text),
+            "text": read(text),
             "timestep": chosen,
             "name": f"{example.file} at timestep {chosen:g}",
         }

@@ -1,5 +1,8 @@
 """The cache: content in, content out, and damage is noticed."""
 
+import os
+import subprocess
+
 import pytest
 import torch
 
@@ -82,10 +85,38 @@ def test_whole(store):
     assert not any(path.exists() for path in paths), "both are made again"
 
 
-def test_a_reader_compares_each_entry_before_it_is_used_the_first_time(store):
-    path, reader = store.put("ab", TENSORS), cache.Reader()
-    flipped = path.read_bytes()[:-1] + b"!"
-    assert torch.equal(reader.read(path)["mean"], TENSORS["mean"])
-    path.write_bytes(flipped)
+def test_an_entry_is_compared_before_it_is_read_and_again_once_it_was_written_to(store):
+    path = store.put("ab", TENSORS)
+    os.utime(path, ns=(10**18, 10**18))
+    assert torch.equal(cache.read(path)["mean"], TENSORS["mean"])
+    path.write_bytes(path.read_bytes()[:-1] + b"!")
     with pytest.raises(DataError, match=r"damaged.*the same command encodes it again"):
-        cache.Reader().read(path)
+        cache.read(path)
+    assert not path.exists()
+
+
+def test_what_killed_processes_left_is_removed_and_what_others_write_is_not(store):
+    folder = store.put("ab" * 32, TENSORS).parent
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    left, written = (folder / f".{'ab' * 32}.safetensors.{number}.tmp" for number in (ended.pid, os.getppid()))
+    for path in (left, written, folder / ".mine.1.tmp"):
+        path.write_bytes(b"half")
+    store.remove_abandoned()
+    assert not left.exists()
+    assert written.exists()
+    assert (folder / ".mine.1.tmp").exists(), "somebody else's"
+
+
+def test_a_writer_whose_file_was_taken_for_abandoned_writes_it_again(store, monkeypatch):
+    replace, removed = os.replace, []
+
+    def remove_first(source, target):
+        if not removed:
+            removed.append(source)
+            source.unlink()
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", remove_first)
+    assert torch.equal(cache.read(store.put("ab", TENSORS))["mean"], TENSORS["mean"])
+    assert removed

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from finetune.errors import RunError
+from finetune.run.plain import from_plain
 from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
-from finetune.run.records import Caption, CaptionSet, Run, TextSet, from_plain
+from finetune.run.records import Caption, CaptionSet, Run, TextSet
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from tests.conftest import ROOT
