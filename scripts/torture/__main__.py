@@ -10,6 +10,7 @@ import argparse
 import itertools
 import json
 import os
+import re
 import shutil
 import sys
 import tempfile
@@ -37,7 +38,7 @@ def main() -> int:
     from scripts.torture import cases, commands
 
     commands.warm()
-    chosen = [case for case in cases.all_cases() if arguments.only in case.name]
+    chosen = [case for case in cases.all_cases() if re.search(arguments.only, case.name)]
     folder = Path(tempfile.mkdtemp(prefix="torture-", dir=arguments.work))
     try:
         return _torture(chosen, arguments, folder)
@@ -54,7 +55,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--jobs", type=int, default=len(os.sched_getaffinity(0)), help="trials at once; one a core")
     parser.add_argument("--seed", type=int, default=0, help="of the places where it kills (0)")
     parser.add_argument("--seconds", type=float, default=float("inf"), help="begin no trial that would end later")
-    parser.add_argument("--only", default="", help="cases with this in their name, such as 'image train'")
+    parser.add_argument("--only", default="", help="cases whose name fits this expression, such as 'image train$'")
     parser.add_argument("--trial", type=int, help="this one alone, to look at its fault")
     parser.add_argument("--out", type=Path, help="a JSON file for the counts")
     parser.add_argument("--work", type=Path, help="where the runs are; a temporary folder")

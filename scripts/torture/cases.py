@@ -21,13 +21,13 @@ WORDS = {
     ),
     "language": (
         *("conf=mine", *COMMON, "data.length=128", "data.workers=1", "trainer.micro_batch=1"),
-        *("trainer.accumulate=2", "sample.max_new_tokens=2", "sample.prompts=[hello]", "export.formats=[peft,merged]"),
+        *("trainer.accumulate=2", "sample.max_new_tokens=2", "sample.prompts=[hello]", "export.formats=[peft]"),
     ),
 }
 BASES = {"image": "smoke", "language": "pirate_chat"}
 OTHERS = {
     "image": {"export": ("export.formats=[peft,kohya,diffusers]",), "sample": ('sample.prompts=["a blue fish"]',)},
-    "language": {"export": ("export.formats=[peft,gguf]",), "sample": ("sample.prompts=[goodbye]",)},
+    "language": {"export": ("export.formats=[peft,merged,gguf]",), "sample": ("sample.prompts=[goodbye]",)},
 }
 """What gives a command work to do where a run is finished."""
 OWN_CAPTION, OWN_ROW = "a scene in my own words, pixar style\n", "another one of mine, pixar style"

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from safetensors.torch import load_file
 
-TIMES = re.compile(r"second|time|per_s|gib|versions|since|cached|encoded|generated|skipped$")
-"""Names of figures that tell how a command went, and not what came of it."""
+TIMES = re.compile(r"second|time|per_s|gib|versions|since|cached|encoded|generated|skipped$|^outputs$")
+"""Names of values that tell how a command went, and not what came of it; outputs: the stamps of files."""
 OTHER_EACH_TIME = ("run/.lock", "cache/images/", "run/report.html", "run/receipts/report.json", "manifest.json")
 """Files that hold times, or hashes of files that do; of them it counts that they are there."""
 LOCKS = re.compile(r"cache/\.rows-\w+\.lock")
