@@ -120,6 +120,7 @@ def _counts(results: list["trials.Result"]) -> dict[str, Any]:
     ]
     return {
         "kills": sum(kinds.total() for kinds in by_stage.values()),
+        "of programs of their own": sum(result.plain for result in results),
         "trials": len(results),
         "by kind and stage": {kind: dict(sorted(stages.items())) for kind, stages in sorted(by_stage.items())},
         "trials by case": dict(sorted(Counter(result.case for result in results).items())),

@@ -6,14 +6,14 @@ import signal
 import socket
 import sys
 import time
+import traceback
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from scripts.torture.operations import Operations
 
-ROOT = Path(__file__).resolve().parents[2]
-LIMIT_S = 240  # many times what a run takes; one that hangs is a fault
+LIMIT_S = 150  # many times what a run takes; one that hangs is a fault
 POLL_S = 0.005
 CRASHED = 70  # exit code of a fork that failed outside the command
 OPERATIONS, OUTPUT = "operations.log", "output.log"
@@ -55,7 +55,7 @@ def run(
 ) -> int:
     """Exit code of a command in its folder: -9 if it was killed, at the operation `kill_at` of one of its processes.
 
-    plain: `python -m finetune`, started like any program, instead of a fork. Raises TimeoutError.
+    plain: a program of its own, which imports everything itself, instead of a fork. Raises TimeoutError.
     """
     logs.mkdir(parents=True, exist_ok=True)
     for file in logs.iterdir():
@@ -97,9 +97,11 @@ def _start(work: Path, logs: Path, words: Sequence[str], environment: Mapping[st
             os.execv(sys.executable, [sys.executable, "-c", PROGRAM, *words[1:]])
         code = counted(*words)
         atexit._run_exitfuncs()
+    except BaseException:
+        traceback.print_exc()
+    finally:
         sys.stdout.flush()
         sys.stderr.flush()
-    finally:
         os._exit(code)
 
 

@@ -31,13 +31,14 @@ class Reference:
 
 @dataclass
 class Result:
-    """Of one trial. kills: how many by stage. faults: in words."""
+    """Of one trial. kills: how many by stage, `plain` of them of programs of their own. faults: in words."""
 
     case: str
     number: int
     kills: Counter[str] = field(default_factory=Counter)
     places: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
+    plain: int = 0
     seconds: float = 0.0
 
 
@@ -63,17 +64,18 @@ def trial(whole: Reference, number: int, seed: int, folder: Path) -> Result:
     work, logs = folder / "work", folder / "logs"
     shutil.copytree(whole.start, work)
     try:
-        code = -signal.SIGKILL
-        while code == -signal.SIGKILL:
+        while True:
             killed = not result.kills or choose.random() < AGAIN_SHARE
             rank, kill_at = _place(whole, choose) if killed else (0, 0)
             plain = killed and choose.random() < PLAIN_SHARE
             code = run(work, logs, case.line, processes=case.processes, kill_at=kill_at, killed_rank=rank, plain=plain)
-            if code == -signal.SIGKILL:
-                last = read(logs / f"{rank}-{OPERATIONS}")[-1]
-                result.kills[last.stage] += 1
-                result.places.append(f"{last.stage}: {last.name} {last.path}")
-                _compare_persons_files(whole, work, "after the kill", result)
+            if not killed or code != -signal.SIGKILL:
+                break
+            last = read(logs / f"{rank}-{OPERATIONS}")[-1]
+            result.kills[last.stage] += 1
+            result.plain += plain
+            result.places.append(f"{last.stage}: {last.name} {last.path}")
+            _compare_persons_files(whole, work, "after the kill", result)
         if code:
             result.faults.append(f"ended with {code}: {last_lines(logs)}")
         else:

@@ -5,10 +5,11 @@ a time. A damaged folder is made again; folders appear whole or not at all, and 
 """
 
 import json
+import shutil
 import time
 import zlib
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,8 +183,8 @@ def encode_or_load(
     folder = cache / f"rows-{key[:32]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache / f".{folder.name}.lock")
-        with lock:
+        _remove_abandoned(cache)
+        with FileLock(_lock(folder)):
             if (figures := _verified(folder, checksums=True)) is not None:
                 return TokenStore(folder, figures, cached=True)
             with replace_folder(folder) as temporary:
@@ -191,6 +192,19 @@ def encode_or_load(
     except OSError as error:
         raise DataError(f"cannot use the cache {cache} ({error.strerror}); try data.cache=FOLDER") from error
     return TokenStore(folder, _read_metadata(folder)[0], cached=False)
+
+
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove folders that killed processes left half written: whoever writes one holds its lock."""
+    from filelock import FileLock, Timeout
+
+    for left in cache.glob(".rows-*.tmp"):
+        with suppress(Timeout), FileLock(_lock(cache / left.name[1:].removesuffix(".tmp")), timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def open_store(folder: Path, *, verify: bool = False) -> TokenStore:
