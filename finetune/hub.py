@@ -34,6 +34,8 @@ PICKLE_WAY_OUT = (  # weights_only runs no code
     's.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, "{new}")\''
 )
 MODEL_FILES = {"model_index.json": "an image model", "config.json": "a language model or captioner"}
+LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
+"""Of from_pretrained, for files that are damaged or of another kind; safetensors has one of its own besides."""
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
 
 
@@ -247,7 +249,7 @@ def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str,
             return _load(loader, reference, source, options)
     except FinetuneError:
         raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
+    except (*LOADING_ERRORS, SafetensorError) as error:
         if is_out_of_memory(error):
             raise
         raise ModelError(_unusable(loader, reference, options, " ".join(str(error).split())[:300])) from error

@@ -1,5 +1,6 @@
 """Load an exported PEFT folder into a fresh base of any kind, for inference."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -10,6 +11,12 @@ from torch import nn
 
 from finetune.adapters import formats, lora
 from finetune.errors import ModelError
+
+LOADING_ERRORS = (
+    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, ImportError),
+    re.error,  # a layer's name in a pattern of the settings
+)
+"""What libraries raise for an adapter that doesn't fit or whose settings are damaged."""
 
 
 def attach_peft_folder(model: nn.Module, folder: Path) -> Any:
@@ -55,8 +62,8 @@ def mismatch_as_model_error(path: Path) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise mismatch(path, str(error).splitlines()[0]) from error
+    except LOADING_ERRORS as error:
+        raise mismatch(path, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def move_adapters_to_gpu(model: nn.Module) -> None:

@@ -24,6 +24,7 @@ FULL_MODEL_PREFIX, TEXT_MODEL_PREFIX = "full_model_prefix", "model."
 FULL_TO_TEXT_MODEL = {r"^model\.language_model\.": TEXT_MODEL_PREFIX}  # as PEFT's `key_mapping`
 OTHER_MODALITIES = r".*(vision|audio).*"  # parts of the full model whose layers have the same names
 PEFT_DEFAULT = 8  # of r and lora_alpha
+LARGEST_ALPHA = 1e9  # far above any; its product with weights is still finite in fp32
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 A, B, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
@@ -101,12 +102,23 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     path = folder / PEFT_CONFIG
     try:
         settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RecursionError) as error:
         raise ModelError(f"{path} is damaged ({error}); export it again or restore it from a copy") from error
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise ModelError(f"{path} is of type {kind}, and only LORA adapters are read")
+    _require_strength(settings, path)
     return dict(settings)
+
+
+def _require_strength(settings: Mapping[str, Any], path: Path) -> None:
+    """Raises ModelError unless ranks are above 0 and alphas finite, of single layers too."""
+    for name, pattern, least in (("r", "rank_pattern", 1), ("lora_alpha", "alpha_pattern", -LARGEST_ALPHA)):
+        layers = settings.get(pattern) or {}
+        values = layers.values() if isinstance(layers, dict) else [None]
+        for value in (settings.get(name, PEFT_DEFAULT), *values):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LARGEST_ALPHA:
+                raise ModelError(f"{path} is damaged ({name} is {value}); export it again or restore it from a copy")
 
 
 def read_peft(folder: Path) -> StoredAdapter:
@@ -252,7 +264,9 @@ def _peft_settings(path: Path, part: str) -> dict[str, Any]:
 
     with safe_open(path, framework="pt") as file:
         stored = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    return {key.removeprefix(f"{part}."): value for key, value in stored.items() if key.startswith(f"{part}.")}
+    found = {key.removeprefix(f"{part}."): value for key, value in stored.items() if key.startswith(f"{part}.")}
+    _require_strength(found, path)
+    return found
 
 
 def _complete_pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -10,9 +10,9 @@ from torch import Tensor
 
 from finetune import hub
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import Config, ExportFormat, ModelConfig
+from finetune.config.schema import Config, ExportFormat, ModelConfig, Quantize
 from finetune.data.text import store
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.language import card, tokenize
 from finetune.language import export as exporting
 from finetune.language import sample as sampling
@@ -21,7 +21,7 @@ from finetune.language.task import LanguageTask
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Workload
-from finetune.run.hashing import hash_file
+from finetune.run.hashing import hash_file, hash_of
 from finetune.run.receipts import load_record
 from finetune.run.records import Answer, Answers, Run, TextSet
 from finetune.run.rundir import name_inside
@@ -37,15 +37,22 @@ dataset_complete = tokenize.complete
 dataset_figures = tokenize.figures
 
 
+def require(config: Config, device: torch.device) -> None:
+    exporting.check_formats(config.model, config.lora, config.export.formats)
+    if config.lora.dora and config.model.quantize is Quantize.int8 and device.type != "cuda":
+        # PEFT drops the scales of int8 weights there.
+        raise ConfigError("lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4")
+
+
 def contents(config: Config) -> dict[str, str]:
     found, template = {"model.base": hub.content_hash(config.model.base)}, config.data.chat_template
-    if os.path.isfile(template):  # noqa: PTH113 - a template itself may be given, too long for a path
-        found["data.chat_template"] = hash_file(Path(template))
+    if template:
+        is_file = os.path.isfile(template)  # noqa: PTH113 - a template itself may be given, too long for a path
+        found["data.chat_template"] = hash_file(Path(template)) if is_file else hash_of(template)
     return found
 
 
 def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
-    exporting.check_formats(config.model, config.lora, config.export.formats)  # now, and not when training is over
     return LanguageTask(
         dataset,
         device,
@@ -58,6 +65,7 @@ def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
         vram_gib=config.hardware.vram_gib,
         activation_checkpointing=config.trainer.activation_checkpointing,
         offload_activations=config.trainer.offload_activations,
+        fast=config.trainer.fast,
     )
 
 
@@ -71,6 +79,7 @@ def workload(config: Config) -> Workload:
             lora=config.lora,
             sample=config.sample,
             length=config.data.length,
+            fast=config.trainer.fast,
             merges=ExportFormat.merged in config.export.formats,
             validates=config.trainer.validate_every > 0,
             seed=config.seed,

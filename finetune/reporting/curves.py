@@ -37,6 +37,7 @@ def loss(curves: Curves) -> str:
 def charts(curves: Curves, best_step: int | None) -> list[str]:
     """Every chart that the run has points for. best_step: that of the best checkpoint."""
     mean, perplexity, norms = (curves.get(tag, []) for tag in ("validation/mean", PERPLEXITY, "train/gradient_norm"))
+    perplexity = [(step, value) for step, value in perplexity if value > 0]  # as each is, and its axis is logarithmic
     measure = "nats per token" if perplexity else "mean squared error"
     norm_lines = [Line("each step", norms, faint=True), Line("smoothed", _smoothed(norms))]
     speed = next((tag for tag in curves if SPEED.fullmatch(tag)), "")
@@ -47,7 +48,7 @@ def charts(curves: Curves, best_step: int | None) -> list[str]:
         ),
         line_chart(  # a base that never met such answers starts thousands of times higher
             "Perplexity",
-            [Line("", [point for point in perplexity if point[1] > 0], ORANGE)],
+            [Line("", perplexity, ORANGE)],
             y_label="perplexity",
             log=True,
             mark=_best(perplexity, best_step),

@@ -86,7 +86,7 @@ def _head(found: Found) -> str:
     model, lora = found.settings.get("model", {}), found.settings.get("lora", {})
     facts = []
     if model.get("base"):
-        facts.append(f"LoRA rank {lora.get('rank', '?')} on {escape(str(model['base']))}")
+        facts.append(escape(f"LoRA rank {lora.get('rank', '?')} on {model['base']}"))
     if run:
         trained = date.fromtimestamp(receipt_path(found.folder, "train").stat().st_mtime)
         facts.append(f"trained on {trained.day} {trained:%B %Y}")
@@ -166,7 +166,7 @@ def _how(found: Found) -> str:
     if {"steps", "guidance"} <= drawn.keys():
         note += f"; {drawn['steps']} denoising steps, guidance {drawn['guidance']}"
     temperature, most = drawn.get("temperature"), drawn.get("max_new_tokens")
-    if isinstance(temperature, int | float) and isinstance(most, int):
+    if isinstance(temperature, int | float) and isinstance(most, int) and abs(temperature) < 1e6:
         how = f"temperature {temperature:g}" if temperature else "greedy decoding"
         note += f"; {how}, at most {plural(most, 'token')} per answer"
     adapter = str(drawn.get("adapter", ""))

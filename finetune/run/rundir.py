@@ -92,7 +92,7 @@ def written_config(folder: Path) -> dict[str, Any]:
 
     file = folder / CONFIG
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8")) or {}
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
         if wrong := [key for key in SECTIONS if not isinstance(found.get(key, {}), dict)]:
             raise TypeError(f"{wrong[0]} has no settings")
         return dict(found)

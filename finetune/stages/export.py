@@ -68,7 +68,8 @@ def export(config: Config, run: Run) -> Adapter:
 
 def _outputs(adapter: Adapter) -> list[Path]:
     """What has to stay as it was written; the card is a person's to edit."""
-    return [Path(adapter.folder) / name for name in adapter.files.values()]
+    folder = Path(adapter.folder)
+    return [*(folder / name for name in adapter.files.values()), *folder.glob("*.json")]
 
 
 def _within_memory(config: Config, folder: Path, write: Callable[[Config], T]) -> T:

@@ -33,7 +33,7 @@ def report(config: Config) -> Report:
     start = time.monotonic()
     run_dir = Path(config.run_dir)
     found = _gather(run_dir)
-    html = page(found)
+    html = page(found).encode(errors="replace")  # half a surrogate of a damaged file
     write_atomically(run_dir / PAGE, html)
     record = Report(str(run_dir / PAGE))
     save_receipt(
@@ -42,7 +42,7 @@ def report(config: Config) -> Report:
         record,
         input_hash=hash_of({stage: receipt.input_hash for stage, receipt in found.receipts.items()}),
         seconds=time.monotonic() - start,
-        figures={"bytes": len(html.encode()), "pairs": len(found.samples) + len(found.answers)},
+        figures={"bytes": len(html), "pairs": len(found.samples) + len(found.answers)},
     )
     say(f"{STAGE}: {record.file}")
     return record
