@@ -111,9 +111,9 @@ def _has_training_state(folder: Path) -> bool:
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-{os.getpid()}"
+        probe = folder / ".write"  # always the same name: a command that is killed here leaves it to the next one
         probe.write_bytes(b"probe")
-        probe.unlink()
+        probe.unlink(missing_ok=True)
     except OSError as error:
         raise RunError(_unwritable(folder, error)) from error
 
