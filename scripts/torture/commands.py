@@ -32,7 +32,8 @@ def warm() -> None:
         importlib.import_module(name)
     for module in pkgutil.walk_packages(finetune.__path__, "finetune."):
         if not module.name.endswith("__main__"):
-            importlib.import_module(module.name)
+            with suppress(ImportError):  # of libraries that only a GPU has
+                importlib.import_module(module.name)
 
 
 def run_to_end(work: Path, line: Sequence[str], *, processes: int = 1) -> None:
