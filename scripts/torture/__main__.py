@@ -64,7 +64,7 @@ def _arguments() -> argparse.Namespace:
 
 
 def _torture(chosen: list["cases.Case"], arguments: argparse.Namespace, folder: Path) -> int:
-    from scripts.torture import cases, trials
+    from scripts.torture import cases, commands, trials
     from scripts.torture.jobs import in_forks
 
     began, longest, kills = time.monotonic(), 0.0, 0
@@ -73,6 +73,7 @@ def _torture(chosen: list["cases.Case"], arguments: argparse.Namespace, folder: 
     list(in_forks(prepare, folder, at_once=arguments.jobs))
     run_whole = [partial(trials.reference, case, starts[case.kind, case.before], folder / case.name) for case in chosen]
     wholes = {whole.case.name: whole for whole in in_forks(run_whole, folder, at_once=arguments.jobs)}
+    commands.warm(itertools.chain(*(whole.modules for whole in wholes.values())))
     operations = sum(len(rank) for whole in wholes.values() for rank in whole.operations)
     print(f"{len(chosen)} cases, {operations:,} file operations, {time.monotonic() - began:.0f} s", flush=True)
 

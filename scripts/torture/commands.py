@@ -1,13 +1,14 @@
 """The real command, in a fork of this process, which has the libraries already, or as a process of its own."""
 
 import atexit
+import importlib
 import os
 import signal
 import socket
 import sys
 import time
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
@@ -16,24 +17,18 @@ from scripts.torture.operations import Operations
 LIMIT_S = 150  # many times what a run takes; one that hangs is a fault
 POLL_S = 0.005
 CRASHED = 70  # exit code of a fork that failed outside the command
-OPERATIONS, OUTPUT = "operations.log", "output.log"
+OPERATIONS, OUTPUT, MODULES = "operations.log", "output.log", "modules.txt"
+LIBRARIES = ("torch", "diffusers", "transformers", "peft", "accelerate", "safetensors", "PIL", "hydra", "finetune")
 PLAIN = "plain"
 PROGRAM = "import sys; from scripts.torture.commands import counted; sys.exit(counted(*sys.argv[1:]))"
 
 
-def warm() -> None:
-    """Import what every command needs. No thread may be started: a fork has only the one that forked."""
-    import importlib
-    import pkgutil
-
-    import finetune
-
-    for name in ("torch", "diffusers", "transformers", "peft"):
-        importlib.import_module(name)
-    for module in pkgutil.walk_packages(finetune.__path__, "finetune."):
-        if not module.name.endswith("__main__"):
-            with suppress(ImportError):  # of libraries that only a GPU has
-                importlib.import_module(module.name)
+def warm(modules: Iterable[str] = ("torch", "diffusers", "transformers", "peft", "finetune.cli")) -> None:
+    """Import what a fork would have to. No thread may be started: a fork has only the one that forked."""
+    for name in modules:
+        if name not in sys.modules and name.partition(".")[0] in LIBRARIES:
+            with suppress(Exception):  # modules that exist under other names only
+                importlib.import_module(name)
 
 
 def run_to_end(work: Path, line: Sequence[str], *, processes: int = 1) -> None:
@@ -111,7 +106,9 @@ def counted(log: str, kill_at: str, *line: str) -> int:
     from finetune import cli
 
     Operations(Path(log), int(kill_at)).start()
-    return cli.main(line)
+    code = cli.main(line)
+    Path(log).with_name(MODULES).write_text("\n".join(sys.modules), encoding="utf-8")
+    return code
 
 
 def _ended(processes: Sequence[int], group: int) -> int:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from scripts.torture.cases import Case, persons_files
-from scripts.torture.commands import OPERATIONS, last_lines, run
+from scripts.torture.commands import MODULES, OPERATIONS, last_lines, run
 from scripts.torture.operations import Operation, read
 from scripts.torture.outcome import differences, outcome
 
@@ -20,13 +20,14 @@ AGAIN_SHARE = 0.35  # of the trials that are killed a second time, and of those 
 
 @dataclass(frozen=True)
 class Reference:
-    """A case that ran without a kill. start: its folder before. operations: of each process."""
+    """A case that ran without a kill. start: its folder before. operations: of each process. modules: it imported."""
 
     case: Case
     start: Path
     operations: list[list[Operation]]
     wanted: dict[str, object]
     persons: dict[str, bytes]
+    modules: list[str]
 
 
 @dataclass
@@ -54,7 +55,8 @@ def reference(case: Case, start: Path, folder: Path) -> Reference:
     if unequal := differences(*found):
         raise RuntimeError(f"{case.name}: differs without a kill: {'; '.join(unequal)}")
     operations = [read(logs / f"{rank}-{OPERATIONS}") for rank in range(case.processes)]
-    return Reference(case, start, operations, found[0], persons_files(work))
+    modules = (logs / MODULES).read_text(encoding="utf-8").split()
+    return Reference(case, start, operations, found[0], persons_files(work), modules)
 
 
 def trial(whole: Reference, number: int, seed: int, folder: Path) -> Result:
