@@ -3,12 +3,12 @@
 B images, N beams of all images, 3 colours, H×W the side that the captioner reads, L patches, D width, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from finetune import hub
 from finetune.config.schema import CaptionConfig
@@ -21,8 +21,8 @@ class Captioner(Protocol):
 
     def __init__(self, settings: CaptionConfig, device: torch.device, dtype: torch.dtype) -> None: ...
 
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        """One caption for each RGB image; nothing is drawn at random."""
+    def caption(self, images: Iterable[Image.Image]) -> list[str]:
+        """One caption for each RGB image; nothing is drawn at random. images: large ones, of which few fit memory."""
         ...
 
     @staticmethod
@@ -81,9 +81,9 @@ class Blip:
         self.model: Any = model.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+    def caption(self, images: Iterable[Image.Image]) -> list[str]:
         """See `Captioner`."""
-        pixels_B3HW: Tensor = self.processor(images=list(images), return_tensors="pt").pixel_values
+        pixels_B3HW = torch.cat([self.processor(images=image, return_tensors="pt").pixel_values for image in images])
         ids_BT = self.model.generate(
             pixel_values=pixels_B3HW.to(self.device, self.dtype), do_sample=False, **self.limits
         )
