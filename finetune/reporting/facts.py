@@ -38,7 +38,7 @@ class Table(NamedTuple):
 def run_facts(run: Run, *, held_out: bool = True) -> list[Fact]:
     """What a finished run did and took. held_out: validation was on examples that are not trained on."""
     share = run.trainable / run.total if run.total else 0.0
-    found = [Fact("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}", "first step → mean of the last 10 %")]
+    found = [Fact("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}", "first step → end, smoothed")]
     if run.first_validation is not None and run.best_validation is not None:
         at = [] if run.best_step is None else [f"best at step {run.best_step:,}"]
         where = [] if held_out else ["on training examples"]

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,7 @@ class Tracker:
         self.device = device
         self._forget_after(start)
         # purge_step hides the points that a killed run wrote after its last checkpoint
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        self.board = SummaryWriter(str(_board_folder(run_dir)), purge_step=start + 1 if start else None)
         self.gpu = _Gpu(device)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -49,12 +49,19 @@ class Tracker:
             else:
                 self.board.add_image(tag, np.asarray(preview), step, dataformats="HWC")
 
-    def hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """Settings against final figures, for TensorBoard's hparams table; in an event file of their own."""
+    def hparams(self, settings: Mapping[str, Any], tags: Iterable[str]) -> None:
+        """Settings against the last values of these curves, for TensorBoard's hparams table.
+
+        `SummaryWriter.add_hparams` would write a point of each figure besides, which hides the curves behind it.
+        """
+        from torch.utils.tensorboard.summary import hparams
+
         flat = {
             key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
         }
-        self.board.add_hparams(flat, dict(figures), run_name=".")
+        writer: Any = self.board.file_writer
+        for summary in hparams(flat, dict.fromkeys(tags, 0.0)):
+            writer.add_summary(summary)
 
     def hardware(self) -> dict[str, float]:
         """Memory in use, and utilisation and power where NVML answers."""
@@ -70,6 +77,15 @@ class Tracker:
         lines = self.file.read_text(encoding="utf-8").splitlines()
         kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
         write_atomically(self.file, "".join(line + "\n" for line in kept) if step else "")
+
+
+def _board_folder(run_dir: Path) -> Path:
+    """Where the event files are: TensorBoard calls a run by its folder below the one that it is given.
+
+    A run that an earlier version began goes on in the folder above.
+    """
+    folder = run_dir / "tensorboard"
+    return folder if any(folder.glob("events.*")) else folder / run_dir.resolve().name
 
 
 class _Gpu:

@@ -28,7 +28,7 @@ def test_a_run_says_what_it_did_and_took(tmp_path: Path) -> None:
     assert texts(tmp_path, micro_batch=2, effective=4) == {
         "trained on": "16 images (in 4 steps)",
         "effective batch": "4 (2 × 2 accumulated)",
-        "loss": "0.5000 → 0.2500 (first step → mean of the last 10 %)",
+        "loss": "0.5000 → 0.2500 (first step → end, smoothed)",
         "validation loss": "0.4000 → 0.3000 (best at step 4)",
         "trained parameters": "25 (2.50% of 1,000)",
         "training time": "8.0 s",

@@ -15,9 +15,7 @@ from finetune.training.checkpoint import TrainState
 from tests.conftest import ROOT
 from tests.unit.reporting.records import run_record, text_set
 
-STATE = TrainState(
-    {"seed": 1}, step=4, count=16, last_losses=((3, 0.5), (4, 0.25)), requested={"offload": False}, fallbacks=1
-)
+STATE = TrainState({"seed": 1}, step=4, count=16, smoothed_loss=0.25, requested={"offload": False}, fallbacks=1)
 
 
 def in_old_words(record: Any) -> dict[str, Any]:
