@@ -22,6 +22,8 @@ from finetune.training.reduction import StepTotals, reduce_step
 from finetune.training.signals import Stop
 from finetune.training.task import Draw, Task
 
+NAMED = 3  # examples of a step in a message; the rest is counted
+
 
 @dataclass(frozen=True)
 class Step:
@@ -67,7 +69,7 @@ def fit(
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     task.model.train()
-    bad = 0
+    bad, started = 0, start > 0
     for number, draws in enumerate(steps, start):
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -83,15 +85,12 @@ def fit(
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         skip_reason = None if finite else _skip_reason(loss, norm, names, accelerator)
-        bad = 0 if finite else bad + 1
+        bad, started = (0, True) if finite else (bad + 1, started)
         seconds, counts = time.perf_counter() - began, (totals.count, totals.padded_count)
         yield Step(number + 1, loss, norm, rate(number), *counts, seconds, skip_reason, tuple(tried))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
-            others = "" if _arithmetic(accelerator) == "fp32" else "trainer.precision=bf16 or fp32, "
-            raise TrainingError(
-                f"{bad} steps in a row were not finite, the last one: {skip_reason}; "
-                f"try a lower optim.lr, {others}or leave these examples out"
-            )
+            advice = _advice(accelerator, optimizer.defaults.get("lr", 0.0) if started else None)
+            raise TrainingError(f"{bad} steps in a row were not finite, the last one: {skip_reason}; {advice}")
 
 
 def forward_backward(
@@ -140,8 +139,20 @@ def _scaler_still_searching(accelerator: Accelerator) -> bool:
 
 
 def _skip_reason(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:
-    on = "; ".join(name for of_rank in distributed.gather(names) for name in of_rank)
+    all_names = [name for of_rank in distributed.gather(names) for name in of_rank]
+    more = f" and {len(all_names) - NAMED:,} more" if len(all_names) > NAMED else ""
+    on = "; ".join(all_names[:NAMED]) + more
     return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {on}"
+
+
+def _advice(accelerator: Accelerator, lr: float | None) -> str:
+    """lr: the peak of the learning rate; None if no step was taken yet, so that it can't be the cause."""
+    arithmetic = _arithmetic(accelerator)
+    wider = {"fp32": "", "bf16": "trainer.precision=fp32"}.get(arithmetic, "trainer.precision=bf16 or fp32")
+    if lr is not None:
+        return f"try optim.lr={lr / 10:g}" + (f", or {wider}" if wider else "")
+    no_cause = "no weight has changed yet, so the learning rate is not the cause"
+    return f"{no_cause}; try {wider}, or leave these examples out" if wider else f"{no_cause}; leave these examples out"
 
 
 def _arithmetic(accelerator: Accelerator) -> str:
