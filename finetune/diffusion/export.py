@@ -72,7 +72,7 @@ class Exporter:
         release_memory()
         effect = _relative(probe(self._base()), reference)
         if effect <= tolerance:
-            say(f"export: the adapter changes the output by only {effect:.1e}; was it trained long enough?")
+            say(f"warning: the adapter changes the output by only {effect:.1e}; was it trained long enough?")
         differences = {}
         for name, file in found.items():
             release_memory()

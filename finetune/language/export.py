@@ -95,7 +95,7 @@ class Exporter:
         release_memory()
         effect = found.models["base"].relative
         if effect <= settings.tolerance:
-            say(f"export: the adapter changes the logits by only {effect:.1e}; was it trained long enough?")
+            say(f"warning: the adapter changes the logits by only {effect:.1e}; was it trained long enough?")
         names, differences = {}, {}
         # All others are made of the PEFT folder, which stays: it is what samples and a later training load.
         for name in dict.fromkeys([ExportFormat.peft, *settings.formats]):

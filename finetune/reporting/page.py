@@ -59,6 +59,7 @@ class Found:
 def page(found: Found) -> str:
     """The whole page."""
     sections = [
+        ("warnings", "Warnings", _warnings(found)),
         ("images", "Base against tuned", _images(found)),
         ("answers", "Base against tuned", _answers(found)),
         ("curves", "Curves", _curves(found)),
@@ -119,7 +120,7 @@ def _tiles(found: Found, run: Run | None) -> str:
     if run is None:
         return ""
     dataset, perplexity = found.dataset(), found.curves.get(curves.PERPLEXITY, [])
-    facts = run_facts(run, held_out=dataset is None or bool(dataset.validation))
+    facts = run_facts(run, dataset, found.settings)
     if best := dict(perplexity).get(-1 if run.best_step is None else run.best_step):
         facts.insert(2, Fact("perplexity", f"{perplexity[0][1]:,.2f} → {best:,.2f}", f"at step {run.best_step:,}"))
     cells = (
@@ -127,6 +128,12 @@ def _tiles(found: Found, run: Run | None) -> str:
         for fact in (Fact(*map(escape, fact)) for fact in facts)
     )
     return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def _warnings(found: Found) -> str:
+    """What the stages warned of, each once."""
+    lines = dict.fromkeys(line for receipt in found.receipts.values() for line in receipt.warnings)
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _images(found: Found) -> str:

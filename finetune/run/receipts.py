@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 from finetune.errors import RunError
 from finetune.run import ranks
 from finetune.run.atomic import write_atomically
+from finetune.run.progress import taken_warnings
 from finetune.run.records import from_plain
 
 R = TypeVar("R")
@@ -23,7 +24,7 @@ Figures = dict[str, float | int | str | None]
 
 @dataclass(frozen=True)
 class Receipt:
-    """Why and how a stage ran: `figures` are what it measured."""
+    """Why and how a stage ran: `figures` are what it measured, `warnings` what it warned of."""
 
     stage: str
     input_hash: str
@@ -31,11 +32,12 @@ class Receipt:
     figures: Figures
     versions: dict[str, str]
     record: dict[str, Any]
+    warnings: tuple[str, ...] = ()
 
 
 def save_receipt(run_dir: Path, stage: str, record: Any, *, input_hash: str, seconds: float, figures: Figures) -> None:
     """Write `receipts/STAGE.json` atomically."""
-    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), asdict(record)))
+    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), asdict(record), taken_warnings()))
 
 
 def load_receipt(run_dir: Path, stage: str) -> Receipt | None:

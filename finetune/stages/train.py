@@ -111,7 +111,10 @@ def _trainer(
     reset_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
-        say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
+        say(
+            "warning: no examples are held out (under 20 none are); the validation loss, and what is chosen by it, "
+            "is of some that are trained on"
+        )
     return Trainer(
         task=kinds.of(config).build_task(config, dataset, device),
         accelerator=accelerator,

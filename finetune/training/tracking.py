@@ -54,14 +54,15 @@ class Tracker:
 
         `SummaryWriter.add_hparams` would write a point of each figure besides, which hides the curves behind it.
         """
-        from torch.utils.tensorboard.summary import hparams
+        from torch.utils.tensorboard import summary
 
         flat = {
             key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
         }
         writer: Any = self.board.file_writer
-        for summary in hparams(flat, dict.fromkeys(tags, 0.0)):
-            writer.add_summary(summary)
+        hparams: Any = summary.hparams
+        for written in hparams(flat, dict.fromkeys(tags, 0.0)):
+            writer.add_summary(written)
 
     def hardware(self) -> dict[str, float]:
         """Memory in use, and utilisation and power where NVML answers."""

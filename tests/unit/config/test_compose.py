@@ -183,7 +183,7 @@ def test_recipes_for_stable_diffusion_take_sixteen_pictures_a_step(name: str, pi
     lora, trainer, optim = config.lora, config.trainer, config.optim
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 32, 0.05, "attention")
     assert (trainer.micro_batch, trainer.micro_batch * trainer.accumulate, trainer.save_every) == (micro_batch, 16, 125)
-    assert (optim.name.name, optim.lr, optim.schedule.name, optim.warmup_steps) == ("adamw", 1e-4, "linear", 100)
+    assert (optim.name.name, optim.lr, optim.schedule.name, optim.warmup_steps) == ("adamw", 1e-4, "linear", 25)
     assert (config.caption.model, config.caption.trigger) == ("Salesforce/blip-image-captioning-base", "pixar style")
     assert (config.data.folder, config.hardware.vram_gib) == ("datasets/pixar_style", 23.5)
 
