@@ -73,6 +73,8 @@ def charts(curves: Curves, best_step: int | None) -> list[str]:
 
 
 def _alone(title: str, points: Points, y_label: str) -> str:
+    if len(points) < 2:  # a dot in an empty frame
+        return ""
     return line_chart(title, [Line("", points)], y_label=y_label, zero=True)
 
 

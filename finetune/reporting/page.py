@@ -108,7 +108,7 @@ def _verdict(run: Run | None) -> str:
         return "No run has finished in this folder yet."
     losses = {"training": (run.first_loss, run.last_loss), "validation": (run.first_validation, run.best_validation)}
     changes = [
-        f"the {name} loss {'fell' if last < first else 'rose'} by {100 * abs(last / first - 1):.1f} %"
+        f"the {name} loss {'fell' if last < first else 'rose'} by {100 * abs(last / first - 1):.1f}\N{NO-BREAK SPACE}%"
         for name, (first, last) in losses.items()
         if first and last is not None
     ]

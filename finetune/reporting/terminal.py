@@ -123,7 +123,7 @@ def _seconds(run_dir: Path, began: float) -> tuple[str, str]:
             ran = receipt_path(run_dir, stage).stat().st_mtime >= began - CLOCKS_DIFFER_S
             known[stage] = receipt.seconds if ran else None
     total = time.time() - began
-    known |= {"other": max(0.0, total - sum(filter(None, known.values()))), "total": total}
+    known |= {"rest": max(0.0, total - sum(filter(None, known.values()))), "total": total}
     widths = {stage: max(3, len(stage)) for stage in known}
     columns = [
         (f"{stage:>3}", f"{'–':>{widths[stage]}}" if seconds is None else f"{seconds:>{widths[stage]}.0f}")

@@ -153,7 +153,7 @@ def test_the_table_fits_eighty_columns(first: First) -> None:
     lines = table.splitlines()
     assert max(map(len, lines)) <= 80
     rows = {line.split()[0]: " ".join(line.split()[1:]) for line in lines[1:]}
-    assert rows["stage"] == "caption dataset train export sample report other total"
+    assert rows["stage"] == "caption dataset train export sample report rest total"
     seconds = [int(word) for word in rows["seconds"].split()]
     assert seconds[-1] == pytest.approx(sum(seconds[:-1]), abs=4)
     assert re.fullmatch(r"[\d.]+ images/s", rows["speed"])

@@ -444,8 +444,8 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     out = capsys.readouterr().out
     assert max(map(len, out.split("next\n")[0].splitlines())) <= 80
     for words in (
-        "caption  train  other  total",
-        "      –     61     39    100",  # the clock's
+        "caption  train  rest  total",
+        "      –     61    39    100",  # the clock's
         "1,200 images (in 150 steps)",
         "20.0 images/s",
         "1.50 GiB",
