@@ -141,13 +141,14 @@ def _keys_text(recipe: str, words: list[str]) -> str:
 
 
 def _run_hydra(command: str, words: list[str], debug: bool) -> int:
-    began = time.time()
     overrides, flags = _sorted_out(words)
     sweep = "--multirun" in flags or "-m" in flags
+    import psutil
     from hydra import main as hydra_main
 
     from finetune.config import compose
 
+    began = psutil.Process().create_time()
     failures: list[int] = []
 
     def job(tree: Any) -> None:

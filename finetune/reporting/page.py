@@ -106,13 +106,15 @@ def _verdict(run: Run | None) -> str:
     """What came of the run, in a sentence."""
     if run is None:
         return "No run has finished in this folder yet."
-    losses = {"training": (run.first_loss, run.last_loss), "validation": (run.first_validation, run.best_validation)}
-    changes = [
-        f"the {name} loss {'fell' if last < first else 'rose'} by {100 * abs(last / first - 1):.1f}\N{NO-BREAK SPACE}%"
-        for name, (first, last) in losses.items()
-        if first and last is not None
-    ]
-    return f"In {plural(run.steps, 'step')} {' and '.join(changes) or 'no loss was measured'}."
+    # The first step's loss is of a few examples at random noise levels: of the training losses no honest change can be
+    # told after a few steps. Validation is on the same inputs each time.
+    name, first, last = "validation", run.first_validation, run.best_validation
+    if not first or last is None:
+        name, first, last = "training", run.first_loss, run.last_loss
+    if not first:
+        return f"In {plural(run.steps, 'step')} no loss was measured."
+    change = f"{'fell' if last < first else 'rose'} by {100 * abs(last / first - 1):.1f}\N{NO-BREAK SPACE}%"
+    return f"In {plural(run.steps, 'step')} the {name} loss {change}."
 
 
 def _tiles(found: Found, run: Run | None) -> str:
