@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize, SampleConfig
-from finetune.language import causal_lm, compare_logits, meta, varlen_attention
+from finetune.language import causal_lm, compare_logits, fast_layers, meta, varlen_attention
 from finetune.language.export import ROWS
 from finetune.language.generate import ANSWER_BATCH
 from finetune.language.losses import logits, summed_cross_entropy
@@ -40,6 +40,7 @@ class LanguageMemoryModel:
         lora: LoraConfig,
         sample: SampleConfig,
         length: int,
+        fast: bool,
         merges: bool,
         validations: int,
         held_out: float | None,
@@ -47,15 +48,18 @@ class LanguageMemoryModel:
         seed: int,
     ) -> None:
         """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share. length:
-        tokens of a row. merges: whether a merged model is exported. validations, previews: how often there are some.
-        held_out: packs that are validated on, None where nobody knows.
+        tokens of a row. fast: as `trainer.fast`. merges: whether a merged model is exported. validations, previews: how
+        often there are some. held_out: packs that are validated on, None where nobody knows.
         """
         self.base, self.lora, self.sample, self.length = model, lora, sample, length
         self.cuda, self.room, self.merges, self.seed = cuda, room, merges, seed
         self.validations, self.held_out, self.previews = validations, held_out, previews
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.notes = ["every token of a row counts as trained, the most there can be"]
-        self.model = self.tracer.fakify(self._adapted(dtype)).train()
+        adapted = self._adapted(dtype)
+        if fast and cuda and not fast_layers.reason_against(model, lora, dtype) and fast_layers.install(adapted, dtype):
+            self.notes.append("layers: fast ones (trainer.fast)")
+        self.model = self.tracer.fakify(adapted).train()
         check_length(length, model.base, self.model)
         self.packed = cuda and varlen_attention.supports(self.model, dtype)
         if self.packed:
