@@ -295,7 +295,7 @@ def test_multirun_gives_each_job_a_folder_of_its_own(
 ) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(terminal, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
     assert finetune_cli("caption", "conf=smoke,pixar_style", "lora.rank=4,16", "--multirun").code == 0
     folders = [config.run_dir for config in seen]
     assert [config.lora.rank for config in seen] == [4, 16, 4, 16]
@@ -307,7 +307,7 @@ def test_multirun_gives_each_job_a_folder_of_its_own(
 def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(terminal, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
     finetune_cli("caption", "conf=smoke", "seed=1,2", "run_dir=mine", "-m")
     assert [config.run_dir for config in seen] == [str(workdir / f"mine/smoke/seed={n}") for n in (1, 2)]
 
@@ -315,7 +315,7 @@ def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, m
 def test_a_tilde_is_the_home_folder(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(terminal, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
     monkeypatch.setenv("HOME", str(workdir / "home"))
     assert finetune_cli("caption", "conf=smoke", "data.folder=~/pics", "run_dir=~/out").code == 0
     assert finetune_cli("caption", "conf=smoke", "run_dir=~/out", "seed=1,2", "-m").code == 0
@@ -335,7 +335,7 @@ def test_multirun_goes_on_after_a_failure_and_reports_it(
             raise errors.DataError("no images")
 
     monkeypatch.setattr(api, "caption", caption)
-    monkeypatch.setattr(terminal, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
     answer = finetune_cli("caption", "conf=smoke", "seed=1,2", "-m")
     assert (seen, answer.code) == ([1, 2], 3)
     assert "error: no images" in answer.errors
@@ -446,7 +446,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     for words in (
         "caption  train  rest  total",
         "      –     61    39    100",  # the clock's
-        "1,200 images (in 150 steps)",
+        "1,200 images (in 150 steps, 133 visits an image)",
         "20.0 images/s",
         "1.50 GiB",
         "0.5000 → 0.2500",
