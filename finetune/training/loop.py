@@ -16,13 +16,11 @@ from finetune.data.order import seed_from
 from finetune.errors import TrainingError
 from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks
-from finetune.training import distributed
+from finetune.training import non_finite
 from finetune.training.oom import OomFallbacks
 from finetune.training.reduction import StepTotals, reduce_step
 from finetune.training.signals import Stop
 from finetune.training.task import Draw, Task
-
-NAMED = 3  # examples of a step in a message; the rest is counted
 
 
 @dataclass(frozen=True)
@@ -84,12 +82,12 @@ def fit(
         if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        skip_reason = None if finite else _skip_reason(loss, norm, names, accelerator)
+        skip_reason = None if finite else non_finite.reason(loss, norm, names, accelerator)
         bad, started = (0, True) if finite else (bad + 1, started)
         seconds, counts = time.perf_counter() - began, (totals.count, totals.padded_count)
         yield Step(number + 1, loss, norm, rate(number), *counts, seconds, skip_reason, tuple(tried))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
-            advice = _advice(accelerator, optimizer.defaults.get("lr", 0.0) if started else None)
+            advice = non_finite.advice(accelerator, optimizer.defaults.get("lr", 0.0) if started else None)
             raise TrainingError(f"{bad} steps in a row were not finite, the last one: {skip_reason}; {advice}")
 
 
@@ -136,24 +134,3 @@ def forward_backward(
 def _scaler_still_searching(accelerator: Accelerator) -> bool:
     """Whether fp16's loss scale can still be lowered: early overflows are how it finds its scale, not failures."""
     return accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
-
-
-def _skip_reason(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:
-    all_names = [name for of_rank in distributed.gather(names) for name in of_rank]
-    more = f" and {len(all_names) - NAMED:,} more" if len(all_names) > NAMED else ""
-    on = "; ".join(all_names[:NAMED]) + more
-    return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {on}"
-
-
-def _advice(accelerator: Accelerator, lr: float | None) -> str:
-    """lr: the peak of the learning rate; None if no step was taken yet, so that it can't be the cause."""
-    arithmetic = _arithmetic(accelerator)
-    wider = {"fp32": "", "bf16": "trainer.precision=fp32"}.get(arithmetic, "trainer.precision=bf16 or fp32")
-    if lr is not None:
-        return f"try optim.lr={lr / 10:g}" + (f", or {wider}" if wider else "")
-    no_cause = "no weight has changed yet, so the learning rate is not the cause"
-    return f"{no_cause}; try {wider}, or leave these examples out" if wider else f"{no_cause}; leave these examples out"
-
-
-def _arithmetic(accelerator: Accelerator) -> str:
-    return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)
