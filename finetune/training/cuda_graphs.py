@@ -66,6 +66,7 @@ class _Graph:
         pool: Any,
     ) -> None:
         self.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        random = torch.cuda.get_rng_state()
         stream: Any = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):
@@ -81,6 +82,7 @@ class _Graph:
         with torch.cuda.graph(self.backward, pool=pool):
             self.gradients = torch.autograd.grad(output, parameters, self.upstream, allow_unused=True)
         self.output = output.detach()
+        torch.cuda.set_rng_state(random)  # dropout draws what it would draw without a capture
 
 
 class _Replay(torch.autograd.Function):
