@@ -24,7 +24,7 @@ from finetune.errors import ConfigError, RunError
 from finetune.planning.plan import Plan
 from finetune.reporting import notebook
 from finetune.run import ranks, rundir
-from finetune.run.progress import say
+from finetune.run.progress import say, taken_warnings
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
 from finetune.stages import COMMANDS, Command
@@ -94,7 +94,7 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
 def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Answers:
     """What base and tuned model make of the prompts; tuned by `sample.adapter`, or else by the run's adapter.
 
-    With settings other than the run's own it is drawn into a folder apart, `samples_more/HASH/`.
+    With settings other than the run's own it is drawn into a folder apart, `samples_more/PROMPT-HASH/`.
     """
     with _begun("sample", recipe, overrides) as config:
         from finetune.stages.export import export
@@ -131,6 +131,7 @@ def _stage(command: str, recipe: str | Config, overrides: Sequence[str] = ()) ->
 def _begun(command: str, recipe: str | Config, overrides: Sequence[str]) -> Iterator[Config]:
     """The checked configuration; inside, the command has of the run folder what its row says."""
     row = COMMANDS[command]
+    taken_warnings()  # of a command that failed
     config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
     limited = _machine(config, row) if row.uses_device else nullcontext()
     folder, hint = Path(config.run_dir), hints.smaller(config)

@@ -9,6 +9,7 @@ import os
 import sys
 import textwrap
 import threading
+import time
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
@@ -142,16 +143,18 @@ def _keys_text(recipe: str, words: list[str]) -> str:
 def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     overrides, flags = _sorted_out(words)
     sweep = "--multirun" in flags or "-m" in flags
+    import psutil
     from hydra import main as hydra_main
 
     from finetune.config import compose
 
+    began = psutil.Process().create_time()
     failures: list[int] = []
 
     def job(tree: Any) -> None:
         # Hydra prints a line of its own for an exception that leaves a job: none does.
         try:
-            _run_job(command, tree, sweep)
+            _run_job(command, tree, sweep, time.time() if sweep else began)
         except Interrupted as error:
             raise SystemExit(_complain(error, debug)) from error  # ends a sweep as well
         except Exception as error:
@@ -204,7 +207,7 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
     return overrides, flags
 
 
-def _run_job(command: str, tree: Any, sweep: bool) -> None:
+def _run_job(command: str, tree: Any, sweep: bool, began: float) -> None:
     from hydra.core.hydra_config import HydraConfig
 
     from finetune import api
@@ -218,7 +221,7 @@ def _run_job(command: str, tree: Any, sweep: bool) -> None:
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
     if ranks.rank() == 0:
-        terminal.show(config, record, overrides)
+        terminal.show(config, record, overrides, began=began)
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))
 

@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from finetune.planning.workload import Workload
+    from finetune.planning.workload import Examples, Workload
     from finetune.training.task import Task
 
 
@@ -57,6 +57,10 @@ class Kind(Protocol):
 
     def workload(self, config: Config) -> "Workload":
         """What the planner plans for."""
+        ...
+
+    def examples(self, config: Config) -> "Examples | None":
+        """What there is to train on, without reading it; None where it isn't there."""
         ...
 
     def exports_on_cpu(self, config: Config) -> bool:

@@ -4,18 +4,14 @@ import json
 import shutil
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
 from finetune import hub
-from finetune.config import recipes
+from finetune.config import compose, recipes
 from finetune.config.schema import ModelConfig
 
 
 def preset(name: str) -> ModelConfig:
-    read = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(recipes.preset_files()["model"][name]))
-    found = OmegaConf.to_object(read)
-    assert isinstance(found, ModelConfig)
-    return found
+    of_language = "kind: language" in recipes.preset_files()["model"][name].read_text()
+    return compose.load("pirate_chat" if of_language else "pixar_style", [f"model={name}"]).model
 
 
 def shortened(base: str, folder: Path) -> Path:

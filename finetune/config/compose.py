@@ -8,7 +8,6 @@ group `conf` (so `conf=a,b` sweeps, shell completion and recipes that extend rec
 import io
 import logging
 import os
-import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -32,24 +31,13 @@ from omegaconf.errors import OmegaConfBaseException
 from finetune.config import describe, recipes, renamed
 from finetune.config.schema import Config
 from finetune.config.validate import check
+from finetune.config.words import PATHS, at_home, hydra_word, unreadable
 from finetune.errors import ConfigError
 
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
 # configs, without what `registered` adds.
 SEARCH_PATH = "pkg://hydra.conf"
-RECIPES = "conf"  # the group of recipes; every other group holds presets
-# Values that may begin with the home folder's `~`, which a shell leaves alone behind a `=`.
-PATHS = (
-    *("run_dir", "data.folder", "data.file", "data.cache", "data.chat_template", "model.base", "model.parts"),
-    *("caption.model", "sample.adapter", "lora.start_from"),
-)
-MANY_PATHS = "data.file"  # takes a list too, kept as one text with the system's path separator between its paths
-# Text in quotes, or a whole item that Hydra's grammar takes for a number or a truth value.
-NUMBERS = re.compile(
-    r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
-    r"""|(?<=[=,\[])\s*(?P<number>[+-]?(?:\.?\d[\w.+-]*|inf|nan)|true|false)(?=\s*(?:[,\]]|$))""",
-    re.IGNORECASE,
-)
+MODEL, RECOMMENDED = "model", "recommended"  # presets that may say what suits their base in other sections
 Say = Callable[[str], object]
 LOG: Say = logging.getLogger(__name__).warning
 
@@ -61,7 +49,7 @@ def load(recipe: str, overrides: Sequence[str] = (), say: Say = LOG) -> Config:
     keys and types, and for settings of another kind of model.
     """
     with registered():
-        words = judged([f"{RECIPES}={recipe}", *overrides], say)
+        words = judged([f"{recipes.GROUP}={recipe}", *overrides], say)
         return resolve(_composed(words), words)
 
 
@@ -92,17 +80,12 @@ def resolve(tree: DictConfig, words: Iterable[str]) -> Config:
 
 def _typed(tree: DictConfig) -> Config:
     with explained():
-        missing = sorted(OmegaConf.missing_keys(tree) - {RECIPES})
+        missing = sorted(OmegaConf.missing_keys(tree) - {recipes.GROUP})
         refuse([f"{key} is not set; type {key}=…" for key in missing])
         typed = OmegaConf.merge(OmegaConf.structured(Config), tree)
         for key in PATHS:
-            OmegaConf.update(typed, key, _at_home(key, OmegaConf.select(typed, key)))
+            OmegaConf.update(typed, key, at_home(key, OmegaConf.select(typed, key)))
         return cast(Config, OmegaConf.to_object(typed))
-
-
-def _at_home(key: str, value: str) -> str:
-    """A value in which `~` stands for the home folder if it is a path."""
-    return str(Path(value).expanduser()) if key in PATHS and value.startswith("~") else value
 
 
 def _foreign(words: Iterable[str], kind: str) -> list[str]:
@@ -148,7 +131,7 @@ def registered() -> Iterator[None]:
     names every file that is not readable YAML.
     """
     files = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
-    files += [(RECIPES, name, path) for name, path in recipes.recipe_files().items()]
+    files += [(recipes.GROUP, name, path) for name, path in recipes.recipe_files().items()]
     files += [(group, name, path) for group, paths in recipes.preset_files().items() for name, path in paths.items()]
     nodes: list[tuple[str, str, Any]] = [("", "schema", Config)]
     unreadable = []
@@ -163,7 +146,7 @@ def registered() -> Iterator[None]:
     theirs = {name: store.repo.pop(name) for name in ours & store.repo.keys()}
     try:
         for group, name, node in nodes:
-            store.store(name, node, group or None, package="_global_" if group == RECIPES else None)
+            store.store(name, node, group or None, package=None if _prefix(group) else "_global_")
         yield
     finally:
         for name in ours:
@@ -174,33 +157,44 @@ def registered() -> Iterator[None]:
 def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
     """A recipe or preset under today's names, and the dotted keys that it holds as they stand there."""
     try:
-        tree, keys = _tree(path.read_text(encoding="utf-8"), _prefix(group))
+        tree, keys = _tree(path.read_text(encoding="utf-8"), group)
     except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{recipes.shown(path)}{where} is not readable YAML: {reason}") from error
-    return ({"name": path.stem} | tree if group == RECIPES else tree), keys
+    return ({"name": path.stem} | tree if group == recipes.GROUP else tree), keys
 
 
 def _prefix(group: str) -> str:
-    """What stands before the keys of a file: a preset holds a section."""
-    return "" if group in ("", RECIPES) else f"{group}."
+    """What stands before the keys of a file: a preset holds a section, and that of a model (`_spread`) says more."""
+    return "" if group in ("", recipes.GROUP, MODEL) else f"{group}."
 
 
 @cache
-def _tree(text: str, prefix: str) -> tuple[dict[str, Any], list[str]]:
+def _tree(text: str, group: str) -> tuple[dict[str, Any], list[str]]:
     """What YAML says; nobody changes it. The sixty files are read for each composition, and seldom differ."""
+    prefix = _prefix(group)
     tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     if not isinstance(tree, dict):
         raise yaml.YAMLError("it holds a list, not `key: value` lines")
     written = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}  # every value as text
+    if group == MODEL:
+        tree, written = _spread(tree), _spread(written)
     hint = typing.get_type_hints(Config).get(prefix.rstrip(".")) if prefix else Config
     kept = _as_written(hint, renamed.new_tree(tree, prefix), renamed.new_tree(written, prefix))
     section = kept if prefix == "data." else kept.get("data")
     if isinstance(section, dict) and isinstance(paths := section.get("file"), list):
         section["file"] = os.pathsep.join(map(str, paths))
     return kept, list(renamed.keys_of(tree, prefix))
+
+
+def _spread(preset: dict[Any, Any]) -> dict[Any, Any]:
+    """A model preset as a recipe has it: its own section, and the settings of others that it recommends."""
+    apart = ("defaults", RECOMMENDED)
+    own = {key: value for key, value in preset.items() if key not in apart}
+    order = {"defaults": preset["defaults"]} if "defaults" in preset else {}
+    return {**order, **(preset.get(RECOMMENDED) or {}), MODEL: own}
 
 
 def _as_written(hint: Any, value: Any, written: Any) -> Any:
@@ -261,12 +255,12 @@ class _Judge:
         """Those with which nothing is wrong; the files that they choose are checked by `files`."""
         self._names((word.partition("=")[0].lstrip("+") for word in typed), "")
         parser, good = OverridesParser.create(), []
-        for word in map(_hydra_word, typed):
+        for word in map(hydra_word, typed):
             try:
                 override = parser.parse_override(word)
                 problem = self._override_problem(override, word, sweep)
             except HydraException:
-                problem = _unreadable(word)
+                problem = unreadable(word)
             if problem:
                 self.problems.append(problem)
             else:
@@ -289,7 +283,7 @@ class _Judge:
         values = [
             _plain(v) for v in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])
         ]
-        if key == RECIPES or (key in self.presets and all(isinstance(value, str) for value in values)):
+        if key == recipes.GROUP or (key in self.presets and all(isinstance(value, str) for value in values)):
             self.chosen[key] = [(str(value), "") for value in values]
             return None
         found = [describe.key_problem(key), *(describe.value_problem(key, value) for value in values)]
@@ -298,12 +292,12 @@ class _Judge:
     def files(self) -> bool:
         """Check the recipes, and the presets that defaults, recipes and overrides choose; whether nothing is wrong."""
         chosen, self.chosen, before = self.chosen, {}, len(self.problems)
-        if RECIPES not in chosen:
+        if recipes.GROUP not in chosen:
             there = ", ".join(recipes.recipe_files())
             self.problems.append(f"conf= is missing: say which recipe, such as conf=pixar_style; there are: {there}")
         self._defaults("", _read(recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml", "")[0]["defaults"], "", ())
-        for name, where in chosen.pop(RECIPES, []):
-            self._file(RECIPES, name, where, ())
+        for name, where in chosen.pop(recipes.GROUP, []):
+            self._file(recipes.GROUP, name, where, ())
         for group, names in (self.chosen | chosen).items():
             for name, where in names:
                 self._file(group, name, where, ())
@@ -311,11 +305,11 @@ class _Judge:
 
     def _file(self, group: str, name: str, where: str, above: tuple[Path, ...]) -> None:
         """A recipe or preset, and what it extends. where: the file that names it, with a colon; above: the way here."""
-        files = recipes.recipe_files() if group == RECIPES else self.presets.get(group)
+        files = recipes.recipe_files() if group == recipes.GROUP else self.presets.get(group)
         if files is None:
             self.problems.append(where + recipes.no_such("preset group", group, sorted(self.presets)))
         elif name not in files:
-            what = "recipe" if group == RECIPES else f"{group} preset"
+            what = "recipe" if group == recipes.GROUP else f"{group} preset"
             self.problems.append(where + recipes.no_such(what, name, sorted(files)))
         elif files[name] in above:
             self.problems.append(f"{recipes.shown(files[name])} extends itself")
@@ -331,7 +325,7 @@ class _Judge:
             if isinstance(entry, dict):
                 for key, name in entry.items():
                     chosen = key.removeprefix("override ").strip().removeprefix("/").removeprefix("optional ")
-                    if isinstance(name, str) and chosen != RECIPES and not chosen.startswith("hydra/"):
+                    if isinstance(name, str) and chosen != recipes.GROUP and not chosen.startswith("hydra/"):
                         self.chosen[chosen] = [(name, where)]
             elif group and entry != "_self_":
                 self._file(group, str(entry).removeprefix(f"/{group}/"), where, above)
@@ -346,49 +340,6 @@ class _Judge:
         for note in self.notes.values():
             say(note)
         refuse(self.problems)
-
-
-def _hydra_word(word: str) -> str:
-    """An override under today's names, with quotes where Hydra's grammar would not take text as it was typed."""
-    match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", word, re.DOTALL)
-    if not match:
-        return word
-    plus, old, value = match.groups()
-    key, value = renamed.new_key(old), renamed.new_value(old, value)
-    if value.startswith("~"):
-        value = f'"{_at_home(key, value)}"'
-    if key == MANY_PATHS and value.startswith("["):
-        value = _one_text(value)
-    names_file = key == RECIPES or key in recipes.preset_files()
-
-    def quoted(item: re.Match[str]) -> str:
-        number = item["number"]
-        stays = not number or (re.fullmatch(r"-?\d+", number) and not names_file)
-        return item[0] if stays else item[0].replace(number, f'"{number}"')
-
-    if names_file or describe.leaf_types().get(key) in (str, list[str]):
-        value = NUMBERS.sub(quoted, f"={value}")[1:]
-    return f"{plus}{key}={value}"
-
-
-def _one_text(value: str) -> str:
-    """A list of paths as the one text that stands for it; anything else as it is."""
-    try:
-        paths = yaml.load(value, yaml.BaseLoader)
-    except yaml.YAMLError:
-        return value
-    return '"' + os.pathsep.join(map(str, paths)).replace('"', '\\"') + '"' if isinstance(paths, list) else value
-
-
-def _unreadable(word: str) -> str:
-    if "=" not in word:
-        hint = f"conf={word}" if word in recipes.recipe_files() else "lora.rank=32"
-        return f"'{word}' is not a setting; settings are written key=value, such as {hint}"
-    key, value = word.split("=", 1)
-    if value.startswith("["):
-        return f'cannot read {word}; a list of texts is quoted twice: \'{key}=["first text","second text"]\''
-    quoted = value.strip("'\"").replace('"', '\\"')
-    return f"cannot read {word}; text with spaces, commas, colons or brackets is quoted twice: '{key}=\"{quoted}\"'"
 
 
 def _plain(value: Any) -> Any:

@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 
+GROUP = "conf"  # of recipes; every other group holds presets
 BASE_NAME = "config"  # conf/config.yaml is the defaults list, not a recipe
 LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
 

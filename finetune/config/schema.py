@@ -4,7 +4,6 @@ Plain dataclasses without a heavy import: the CLI reads them before torch is loa
 field's metadata holds its rule and the kind of model that alone has it; `finetune.config.validate` has rules between.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -12,13 +11,6 @@ from finetune.config.rules import POSITIVE, SHARE, at_least, is_file_name, must
 
 DIFFUSION = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
-
-
-def require_all(members: Iterable[Enum], table: Iterable[Enum], name: str) -> None:
-    """Raises TypeError, at import, where a table lacks a member of an enum: a new member is an error until it is
-    everywhere that must know it."""
-    if missing := [member.name for member in members if member not in set(table)]:
-        raise TypeError(f"{name} has no entry for {', '.join(missing)}")
 
 
 class Precision(Enum):
@@ -31,11 +23,14 @@ class Precision(Enum):
 
 
 class Optimizer(Enum):
-    """The optimisers that are offered."""
+    """The optimisers that are offered; behind the name, if it isn't Adam's, the largest rate that makes sense."""
 
     adamw = "adamw"
     adamw8bit = "adamw8bit"
     paged_adamw8bit = "paged_adamw8bit"
+
+    def __init__(self, _name: str, largest_lr: float = 0.1) -> None:
+        self.largest_lr = largest_lr
 
 
 class Schedule(Enum):
@@ -241,6 +236,8 @@ class OptimConfig:
     """adamw (fused), adamw8bit (bitsandbytes; 8-bit states) or paged_adamw8bit (and in CPU memory on a full GPU)."""
     lr: float = field(default=1e-4, metadata=POSITIVE)
     """Peak learning rate."""
+    allow_large_lr: bool = False
+    """Take any rate; otherwise one that is beyond the optimiser's scale is refused as a slip."""
     lora_plus: float = field(default=1.0, metadata=POSITIVE)
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
     betas: list[float] = field(

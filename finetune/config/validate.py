@@ -7,8 +7,10 @@ from operator import attrgetter
 
 from finetune.config.describe import as_dict, rules
 from finetune.config.model_kinds import MODEL_KINDS, model_kind
-from finetune.config.schema import CheckpointChoice, Config, LoraInit, ModelConfig, Quantize
+from finetune.config.schema import CheckpointChoice, Config, LoraInit, ModelConfig, OptimConfig, Optimizer, Quantize
 from finetune.errors import ConfigError
+
+RATE_OF_SMALL_BASES = 1e-3  # from here on a rate for AdamW is none for a released base
 
 
 def check(config: Config) -> list[str]:
@@ -18,17 +20,25 @@ def check(config: Config) -> list[str]:
         *_value_problems(config),
         *_resolution_problems(config.model),
         *_quantize_problems(config.model, config.lora.init),
+        *_rate_problems(config.optim),
         *_validation_problems(config.trainer.validate_every, config.trainer.patience, config.export.checkpoint),
     ]
 
 
 def cautions(config: Config) -> list[str]:
     """What a training can do but hardly should, one line each."""
-    warmup, steps = config.optim.warmup_steps, config.trainer.steps
-    if warmup <= steps:
-        return []
-    line = f"optim.warmup_steps={warmup} is longer than the run (trainer.steps={steps})"
-    return [f"{line}: the learning rate never reaches optim.lr; try optim.warmup_steps={steps // 10}"]
+    found, optim = [], config.optim
+    warmup, steps = optim.warmup_steps, config.trainer.steps
+    if warmup > steps:
+        line = f"optim.warmup_steps={warmup} is longer than the run (trainer.steps={steps})"
+        found.append(f"{line}: the learning rate never reaches optim.lr; try optim.warmup_steps={steps // 10}")
+    of_adam = optim.name.largest_lr == Optimizer.adamw.largest_lr
+    if of_adam and optim.lr >= RATE_OF_SMALL_BASES and not config.model.base.startswith("embedded:"):
+        found.append(
+            f"optim.lr={optim.lr:g} is a rate for the small models of this package; {config.model.base} will hardly "
+            "take more than 5e-4; try optim.lr=1e-4, or the preset of its architecture (model=…), which brings its own"
+        )
+    return found
 
 
 def _kind_problems(config: Config) -> Iterator[str]:
@@ -81,6 +91,18 @@ def _quantize_problems(model: ModelConfig, init: LoraInit) -> Iterator[str]:
         yield "lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4"
     if model.offload and model.quantize is Quantize.int8:
         yield "model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the GPU once used"
+
+
+def _rate_problems(optim: OptimConfig) -> Iterator[str]:
+    largest = optim.name.largest_lr
+    highest = optim.lr * max(1.0, optim.lora_plus)
+    if optim.allow_large_lr or not math.isfinite(highest) or highest <= largest:
+        return
+    what = f"optim.lr={optim.lr:g}" + (f" times optim.lora_plus={optim.lora_plus:g}" if optim.lora_plus > 1 else "")
+    yield (
+        f"{what} is more than {optim.name.name} can learn with (over {largest:g} the weights are lost at once); "
+        "try optim.lr=1e-4, or optim.allow_large_lr=true if it is meant"
+    )
 
 
 def _validation_problems(validate_every: int, patience: int, checkpoint: CheckpointChoice) -> Iterator[str]:

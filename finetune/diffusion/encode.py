@@ -234,6 +234,11 @@ def _places(root: Path, files: Sequence[str]) -> str:
     return f"{first} and {plural(len(others), 'other file')}" if others else first
 
 
+def held_out_count(images: int, share: float) -> int:
+    """How many of so many images are held out at most."""
+    return round(share * images) if images >= SMALLEST_SPLIT else 0
+
+
 def hold_out(hashes: Sequence[str], share: float) -> set[str]:
     """Content hashes of the images that are validated on: about `share` of them, by the order of their hashes.
 
@@ -241,7 +246,7 @@ def hold_out(hashes: Sequence[str], share: float) -> set[str]:
     least two different images stay for training.
     """
     copies = Counter(hashes)
-    room = round(share * len(hashes)) if len(hashes) >= SMALLEST_SPLIT else 0
+    room = held_out_count(len(hashes), share)
     chosen: set[str] = set()
     # Hashed once more: an image's own hash may be sorted by elsewhere, and this order must not be that one.
     for content in sorted(copies, key=lambda content: hashlib.sha256(f"held out/{content}".encode()).hexdigest()):

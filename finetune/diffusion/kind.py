@@ -9,16 +9,17 @@ from torch import Tensor
 
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ModelConfig, Quantize
+from finetune.data.images import folder
 from finetune.diffusion import encode
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
 from finetune.diffusion.memory_model import DiffusionMemoryModel
 from finetune.diffusion.pipeline import base_hash
 from finetune.diffusion.task import DiffusionTask
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, DataError
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
-from finetune.planning.workload import Workload
+from finetune.planning.workload import Examples, Workload, previews, validations
 from finetune.run.records import Dataset, Run, Sample, Samples
 from finetune.run.rundir import name_inside
 from finetune.training.optim import OPTIMIZERS, optimizer_bytes
@@ -59,7 +60,20 @@ def build_task(config: Config, dataset: Dataset, device: torch.device) -> Task:
     )
 
 
+def examples(config: Config) -> Examples | None:
+    root = Path(config.data.folder)
+    try:
+        files = folder.images(root)
+        captions = folder.captions(root, files).texts
+    except DataError:  # the stage that reads them says what is wrong
+        return None
+    held_out = encode.held_out_count(len(files), config.data.validation_share)
+    return Examples(len(files), len(files) - len(captions), len(files) - held_out, measured=True)
+
+
 def workload(config: Config) -> Workload:
+    found = examples(config)
+
     def build(model: ModelConfig, dtype: torch.dtype, cuda: bool, room: float) -> DiffusionMemoryModel:
         return DiffusionMemoryModel(
             dtype,
@@ -71,13 +85,16 @@ def workload(config: Config) -> Workload:
             caption=config.caption,
             sample=config.sample,
             max_aspect=config.data.max_aspect,
-            validates=config.trainer.validate_every > 0,
+            validations=validations(config.trainer),
+            previews=previews(config.trainer, config.sample.every),
+            examples=found,
             seed=config.seed,
         )
 
     return Workload(
         config.model,
         config.trainer,
+        found,
         optimizer_bytes=partial(optimizer_bytes, config.optim.name),
         paged_optimizer=OPTIMIZERS[config.optim.name].paged,
         build=build,

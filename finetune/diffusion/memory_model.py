@@ -3,8 +3,9 @@
 B images, C latent channels, h×w latent pixels, H×W pixels, T tokens of a caption, D text width.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from finetune import hub
 from finetune.adapters import lora as lora_layers
+from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.data.images import buckets
 from finetune.diffusion import captioner, export, meta, single_file, task, tiling
@@ -20,10 +22,13 @@ from finetune.diffusion.pipeline import IMAGE_BATCH
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer
+from finetune.planning.workload import Examples
 
 # Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
 # on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
 WORKSPACE_GIB_PER_MEGAPIXEL = 1.9
+CAPTION_TOKENS = 12  # that BLIP mostly writes, each of them a step for a batch of images
+IMAGE_FORMATS = len(MODEL_KINDS["diffusion"].export_formats)
 ELSEWHERE, ONE = "in CPU memory, which is slower", "one image at once"  # words of a `PhaseOption`
 
 
@@ -45,14 +50,17 @@ class DiffusionMemoryModel:
         caption: CaptionConfig,
         sample: SampleConfig,
         max_aspect: float,
-        validates: bool,
+        validations: int,
+        previews: int,
+        examples: Examples | None,
         seed: int,
     ) -> None:
         """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share.
-        max_aspect: of buckets. validates: whether there is a validation at all.
+        max_aspect: of buckets. validations, previews: how often there are some in a run.
         """
         self.base, self.lora, self.loss_settings, self.caption, self.sample = model, lora, loss, caption, sample
-        self.cuda, self.room, self.validates, self.seed = cuda, room, validates, seed
+        self.cuda, self.room, self.seed = cuda, room, seed
+        self.validations, self.previews, self.examples = validations, previews, examples
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.family = family(model.family)
         single_file.find(model)  # which refuses one of another architecture
@@ -93,18 +101,28 @@ class DiffusionMemoryModel:
         self, micro_batch: int, held: Mapping[str, float]
     ) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Validation and previews."""
-        if self.validates:
-            yield "validation", [PhaseOption(self._validation(micro_batch, held))]
+        if self.validations:
+            passes = len(task.VALIDATION_LEVELS) * math.ceil(task.PROBE / micro_batch)
+            yield "validation", [PhaseOption(self._forward(micro_batch, held), runs=self.validations * passes)]
         if self.sample.prompts:
-            yield "sampling", self._sampling(held)
+            yield "sampling", self._sampling(micro_batch, held)
 
     def phases(self, micro_batch: int, held: Mapping[str, float]) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Every phase but the steps of training, by name."""
-        yield "captioning", [PhaseOption(self._captioning)]
+        found = self.examples
+        words = None if found is None else CAPTION_TOKENS * math.ceil(found.to_caption / self.caption.batch)
+        yield "captioning", [PhaseOption(self._captioning, runs=words)]
         yield "encoding texts", self._encoding_texts()
-        yield "encoding images", [PhaseOption(self._encoding_images)]
+        yield "encoding images", [PhaseOption(self._encoding_images, runs=None if found is None else found.to_encode)]
         yield from self.training_phases(micro_batch, held)
         yield "export", self._exporting()
+
+    def download_bytes(self) -> dict[str, float]:
+        """Of the base, and of the captioner where an image has no caption."""
+        found = meta.download_bytes(self.base)
+        if self.examples is None or self.examples.to_caption:
+            found |= captioner.download_bytes(self.caption.model)
+        return found
 
     def cpu_memory(self, *, export_on_cpu: bool) -> dict[str, float]:
         """Of weights on their way to the GPU, and of models that are compared."""
@@ -135,10 +153,10 @@ class DiffusionMemoryModel:
 
     def _encoding_texts(self) -> Iterator[PhaseOption]:
         """As `TextEncoder` goes about it."""
-        captions = self.family.captions_per_pass
-        yield PhaseOption(self._reading(captions))
+        captions, texts = self.family.captions_per_pass, None if self.examples is None else self.examples.to_encode
+        yield PhaseOption(self._reading(captions), runs=None if texts is None else math.ceil(texts / captions))
         if self.cuda and captions > 1:
-            yield PhaseOption(self._reading(1), "fewer captions at once")
+            yield PhaseOption(self._reading(1), "fewer captions at once", runs=texts)
         if self.cuda:
             yield PhaseOption(None, ELSEWHERE)
 
@@ -162,7 +180,7 @@ class DiffusionMemoryModel:
             self.vae, lambda: self.family.moments(self.vae, torch.empty(1, 3, self.height, self.width))
         )
 
-    def _validation(self, micro_batch: int, held: Mapping[str, float]) -> Trace:
+    def _forward(self, micro_batch: int, held: Mapping[str, float]) -> Trace:
         def work() -> None:
             with self.tracer.autocast():
                 batch = self.inputs(micro_batch)
@@ -170,30 +188,41 @@ class DiffusionMemoryModel:
 
         return self._evaluated(self.model, work, held)
 
-    def _sampling(self, held: Mapping[str, float]) -> Iterator[PhaseOption]:
-        """Previews in training, where the optimiser is there too, as `ImageSampler` goes about them."""
+    def _sampling(self, micro_batch: int, held: Mapping[str, float]) -> Iterator[PhaseOption]:
+        """Previews in training, where the optimiser is there too, as `ImageSampler` goes about them.
+
+        Its time is that of a validation's forward pass, whose images are as large, for each image and step.
+        """
         sample = self.sample
+        drawn = 2 * len(sample.prompts) * len(sample.seeds)  # without the adapter and with it
+        drawn += self.previews * min(sample.previews, len(sample.prompts))
+        rows = drawn * sample.steps * (2 if self._guided() else 1)
+        option = partial(PhaseOption, runs=rows / micro_batch, timed=self._forward(micro_batch, held))
         count = min(IMAGE_BATCH, max(min(sample.previews, len(sample.prompts)), len(sample.seeds)))
-        yield PhaseOption(self._drawing(count, self.vae, held))
+        yield option(self._drawing(count, self.vae, held))
         while self.cuda and count > 1:
             count //= 2
-            yield PhaseOption(self._drawing(count, self.vae, held), f"{count} images at once" if count > 1 else ONE)
+            words = f"{count} images at once" if count > 1 else ONE
+            yield option(self._drawing(count, self.vae, held), words)
         if self.cuda and self.base.resolution > tiling.TILE:
             tiled = self.tracer.fakify(meta.autoencoder(self.base))
             tiling.enable_tiling(tiled)
-            yield PhaseOption(self._drawing(1, tiled, held), f"{ONE}, decoded in tiles")
+            yield option(self._drawing(1, tiled, held), f"{ONE}, decoded in tiles")
+
+    def _guided(self) -> bool:
+        """Whether an image is drawn with and without its prompt."""
+        with self.tracer.autocast():
+            text = self._texts(1)
+            arguments = self.family.pipeline_arguments(text, text, self.sample.guidance)
+        return self.sample.guidance > 1 and "negative_prompt_embeds" in arguments
 
     def _drawing(self, count: int, vae: nn.Module, held: Mapping[str, float]) -> Trace:
-        sample, side = self.sample, self.base.resolution
+        side = self.base.resolution
         latents = self._latents(side, side)
 
         def work() -> None:
             with self.tracer.autocast():
-                text = self._texts(1)
-                guided = sample.guidance > 1 and "negative_prompt_embeds" in self.family.pipeline_arguments(
-                    text, text, sample.guidance
-                )
-                rows = count * (2 if guided else 1)
+                rows = count * (2 if self._guided() else 1)
                 timesteps_B = torch.zeros(rows, dtype=torch.long)
                 self.family.predict(self.model, torch.empty(rows, *latents), timesteps_B, self._texts(rows))
             self.family.decode(vae, self.family.pack_latents(torch.empty(count, *latents)), side, side)
@@ -204,11 +233,12 @@ class DiffusionMemoryModel:
                 pixels = min(pixels, tiling.TILE**2)
             held = dict(held) | {"workspace": WORKSPACE_GIB_PER_MEGAPIXEL * pixels * 2**10}
             others = "" if self.family.decode_workspace_measured else " with other autoencoders"
-            self._note(f"decoding: cuDNN's workspace as measured on an H200{others}")
+            self._note(f"sampling: what cuDNN takes to decode images is as measured on an H200{others}")
         return self._evaluated(nn.ModuleList([self.model, vae]), work, held)
 
     def _exporting(self) -> Iterator[PhaseOption]:
-        yield PhaseOption(self._export())
+        weights = sum(weight.numel() for weight in self.model.parameters())
+        yield PhaseOption(self._export(), runs=1 + IMAGE_FORMATS, moved=2.0 * weights)  # the base is read once
         if self._export_placement().cpu_fallback:
             yield PhaseOption(None, ELSEWHERE)
 

@@ -43,6 +43,16 @@ def text_encoders(model: ModelConfig) -> nn.ModuleDict:
     return encoders
 
 
+def download_bytes(model: ModelConfig) -> dict[str, float]:
+    """By hub id the bytes of a base that isn't on this machine, as its parts are released; nothing of a single file."""
+    if hub.single_file(model.base) is not None or hub.local(model.base) is not None:
+        return {}
+    index = json.loads((_config_folder(model) / "model_index.json").read_text())
+    dtype = policy.VAE_DTYPE if index.get("_dtype") == "float32" else torch.bfloat16
+    parts = [backbone(model, dtype), autoencoder(model).to(dtype), text_encoders(model).to(dtype)]
+    return {model.base: float(sum(weight.nbytes for part in parts for weight in part.parameters()))}
+
+
 def objective(model: ModelConfig) -> Objective:
     """What the base's backbone learns, with the noise levels of its scheduler."""
     import diffusers

@@ -22,7 +22,8 @@ from finetune.adapters import attach
 from finetune.adapters import formats as files
 from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import ExportConfig, ExportFormat, LoraConfig, ModelConfig, Quantize, require_all
+from finetune.config.rules import require_all
+from finetune.config.schema import ExportConfig, ExportFormat, LoraConfig, ModelConfig, Quantize
 from finetune.data.text.store import TokenStore
 from finetune.data.text.tokens import Chat, control_tokens
 from finetune.errors import ExportError
@@ -94,7 +95,7 @@ class Exporter:
         release_memory()
         effect = found.models["base"].relative
         if effect <= settings.tolerance:
-            say(f"export: the adapter changes the logits by only {effect:.1e}; was it trained long enough?")
+            say(f"warning: the adapter changes the logits by only {effect:.1e}; was it trained long enough?")
         names, differences = {}, {}
         # All others are made of the PEFT folder, which stays: it is what samples and a later training load.
         for name in dict.fromkeys([ExportFormat.peft, *settings.formats]):

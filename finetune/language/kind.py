@@ -9,9 +9,10 @@ import torch
 from torch import Tensor
 
 from finetune import hub
+from finetune.config.describe import as_dict
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ExportFormat, ModelConfig, Quantize
-from finetune.data.text import store
+from finetune.data.text import readers, store
 from finetune.errors import ConfigError, DataError
 from finetune.language import card, tokenize
 from finetune.language import export as exporting
@@ -20,16 +21,18 @@ from finetune.language.memory_model import LanguageMemoryModel
 from finetune.language.task import LanguageTask
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
-from finetune.planning.workload import Workload
+from finetune.planning.workload import Examples, Workload, previews, validations
 from finetune.run.hashing import hash_file, hash_of
 from finetune.run.receipts import load_record
 from finetune.run.records import Answer, Answers, Run, TextSet
-from finetune.run.rundir import name_inside
+from finetune.run.rundir import name_inside, written_config
 from finetune.training.optim import OPTIMIZERS, optimizer_bytes
 from finetune.training.task import Task
 
 FACTS = MODEL_KINDS["language"]
 DATASET, SAMPLES = TextSet, Answers
+TEXT_SUFFIXES = (".json", ".jsonl", ".csv", ".txt")
+BYTES_PER_TOKEN = 6  # of a file: about 4 of English, and what the format puts around it; a guess
 
 dataset_inputs = tokenize.inputs
 build_dataset = tokenize.build
@@ -69,7 +72,26 @@ def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
     )
 
 
+def examples(config: Config) -> Examples | None:
+    """Of the run's data set, if it is there; else guessed from the size of files of text."""
+    written = written_config(Path(config.run_dir))
+    record = load_record(Path(config.run_dir), "dataset", TextSet)
+    settings = as_dict(config)
+    if record and all(written.get(section) == settings[section] for section in ("model", "data")):
+        return Examples(0, 0, record.packs, measured=True)
+    try:
+        files = readers.files_of(Path(config.data.file))
+    except DataError:  # the stage that reads them says what is wrong
+        return None
+    if not all(file.is_file() and file.suffix.lower() in TEXT_SUFFIXES for file in files):
+        return None
+    size = sum(file.stat().st_size for file in files) * (1 - config.data.validation_share)
+    return Examples(0, 0, max(1.0, size / BYTES_PER_TOKEN / config.data.length), measured=False)
+
+
 def workload(config: Config) -> Workload:
+    found, share = examples(config), config.data.validation_share
+
     def build(model: ModelConfig, dtype: torch.dtype, cuda: bool, room: float) -> LanguageMemoryModel:
         return LanguageMemoryModel(
             dtype,
@@ -81,13 +103,16 @@ def workload(config: Config) -> Workload:
             length=config.data.length,
             fast=config.trainer.fast,
             merges=ExportFormat.merged in config.export.formats,
-            validates=config.trainer.validate_every > 0,
+            validations=validations(config.trainer),
+            held_out=None if found is None else found.per_epoch * share / (1 - share),
+            previews=previews(config.trainer, config.sample.every),
             seed=config.seed,
         )
 
     return Workload(
         config.model,
         config.trainer,
+        found,
         optimizer_bytes=partial(optimizer_bytes, config.optim.name),
         paged_optimizer=OPTIMIZERS[config.optim.name].paged,
         build=build,

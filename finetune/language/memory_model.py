@@ -3,6 +3,7 @@
 B packs, L token positions of a pack, D hidden channels, V vocabulary entries.
 """
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize, SampleConfig
 from finetune.language import causal_lm, compare_logits, fast_layers, meta, varlen_attention
+from finetune.language.export import ROWS
 from finetune.language.generate import ANSWER_BATCH
 from finetune.language.losses import logits, summed_cross_entropy
 from finetune.language.task import check_length, inject
@@ -41,15 +43,18 @@ class LanguageMemoryModel:
         length: int,
         fast: bool,
         merges: bool,
-        validates: bool,
+        validations: int,
+        held_out: float | None,
+        previews: int,
         seed: int,
     ) -> None:
         """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share. length:
-        tokens of a row. fast: as `trainer.fast`. merges: whether a merged model is exported. validates: whether there
-        is a validation at all.
+        tokens of a row. fast: as `trainer.fast`. merges: whether a merged model is exported. validations, previews: how
+        often there are some. held_out: packs that are validated on, None where nobody knows.
         """
         self.base, self.lora, self.sample, self.length = model, lora, sample, length
-        self.cuda, self.room, self.merges, self.validates, self.seed = cuda, room, merges, validates, seed
+        self.cuda, self.room, self.merges, self.seed = cuda, room, merges, seed
+        self.validations, self.held_out, self.previews = validations, held_out, previews
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.notes = ["every token of a row counts as trained, the most there can be"]
         adapted = self._adapted(dtype)
@@ -64,9 +69,10 @@ class LanguageMemoryModel:
         self.packed = cuda and varlen_attention.supports(self.model, dtype)
         if self.packed:
             varlen_attention.enable(self.model)
-        self.notes.append(f"attention: {'torch varlen_attn (flash)' if self.packed else 'sdpa with a mask'}")
+        attention = "flash, of each conversation alone" if self.packed else "with a mask of the whole row"
+        self.notes.append(f"attention: {attention}")
         if model.quantize is not Quantize.none:
-            self.notes.append("quantised layers are stood in for: stored bytes, and a copy of the weights a product")
+            self.notes.append("layers in 8 and 4 bit: as stored, and in 16 bit while they compute")
         self.count = length
         self.less_cpu_memory = {"export": "try 'export.formats=[peft]'"} if merges else {}
 
@@ -104,21 +110,35 @@ class LanguageMemoryModel:
         self, micro_batch: int, held: Mapping[str, float]
     ) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Validation and previews."""
-        if self.validates:
-            yield "validation", [PhaseOption(self._evaluated(lambda: self._validate(micro_batch), held))]
+        if self.validations:
+            yield (
+                "validation",
+                [
+                    PhaseOption(
+                        self._evaluated(lambda: self._validate(micro_batch), held), runs=self._validated(micro_batch)
+                    )
+                ],
+            )
         if self.sample.prompts:
-            yield "sampling", [PhaseOption(self._evaluated(self._write, held))]
+            yield "sampling", [PhaseOption(self._evaluated(self._write, held), runs=self._written_tokens())]
 
     def phases(self, micro_batch: int, held: Mapping[str, float]) -> Iterator[tuple[str, Iterable[PhaseOption]]]:
         """Every phase but the steps of training, by name."""
         yield from self.training_phases(micro_batch, held)
         slow = "in CPU memory, which may take hours; 'export.formats=[peft]' compares least"
         on_cpu = self._export_placement().cpu_fallback
-        yield "export", [PhaseOption(self._export()), *([PhaseOption(None, slow)] if on_cpu else [])]
+        weights = 2.0 * sum(weight.numel() for weight in self._weights())
+        # Each of two models reads the rows; the base is read from disk, a merged one written and read.
+        export = PhaseOption(self._export(), runs=2 * ROWS, moved=weights * (3 if self.merges else 1))
+        yield "export", [export, *([PhaseOption(None, slow)] if on_cpu else [])]
+
+    def download_bytes(self) -> dict[str, float]:
+        """Of the base."""
+        return meta.download_bytes(self.base, sum(weight.numel() for weight in self._weights()))
 
     def cpu_memory(self, *, export_on_cpu: bool) -> dict[str, float]:
         """Of the base where blocks of it stay behind, and of models that are compared."""
-        weights = sum(weight.numel() for weight in meta.language_model(self.base, torch.bfloat16).parameters())
+        weights = sum(weight.numel() for weight in self._weights())
         frozen = float(block_offload.frozen_bytes(self.model))
         plain = self.base.quantize is Quantize.none
         loading = frozen if self.base.offload else 0.0  # else straight to the GPU
@@ -130,6 +150,22 @@ class LanguageMemoryModel:
             count = sum(weight.numel() for weight in self.model.parameters())
             export = max(export, 4.0 * count if plain else 2.0 * block_offload.weight_bytes(self.model))
         return {"loading the base": loading, "export": export}
+
+    def _weights(self) -> Iterator[nn.Parameter]:
+        """Of the base, as it is before it is quantised."""
+        return meta.language_model(self.base, torch.bfloat16).parameters()
+
+    def _validated(self, micro_batch: int) -> float | None:
+        """Micro-batches in all."""
+        return None if self.held_out is None else self.validations * math.ceil(self.held_out / micro_batch)
+
+    def _written_tokens(self) -> float:
+        """One after the other in a run, each for as many prompts as are answered at once."""
+        sample = self.sample
+        previewed = min(sample.previews, len(sample.prompts))
+        batches = 2 * math.ceil(len(sample.prompts) * len(sample.seeds) / ANSWER_BATCH)  # base and tuned
+        batches += (self.previews + 1) * math.ceil(previewed / ANSWER_BATCH)  # the base's answers once
+        return float(batches * sample.max_new_tokens)
 
     def _validate(self, micro_batch: int) -> None:
         with self.tracer.autocast():

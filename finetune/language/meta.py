@@ -11,6 +11,14 @@ from finetune.language import causal_lm
 from finetune.planning.meta import on_meta
 
 
+def download_bytes(model: ModelConfig, weights: int) -> dict[str, float]:
+    """By hub id the bytes of a base of so many weights that isn't on this machine."""
+    if hub.local(model.base) is not None:
+        return {}
+    config: Any = causal_lm.architecture(model, hub.config_folder(model.base))[1]
+    return {model.base: float(weights * (config.dtype or torch.float32).itemsize)}
+
+
 def language_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """What `causal_lm.load_model` loads, before it is quantised; new tokens included."""
     loader, config, options = causal_lm.architecture(model, hub.config_folder(model.base))

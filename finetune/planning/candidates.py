@@ -7,6 +7,7 @@ weights wait in CPU memory. Nothing here changes what is learnt.
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from copy import copy
+from dataclasses import dataclass
 
 from finetune.adapters import lora
 from finetune.memory import activation_offload
@@ -21,9 +22,22 @@ TRACED = (2, 3)  # micro-batches; a batch of one may take fewer kernels, because
 SLACK = 0.10
 """Of what comes and goes: what the allocator reserves beyond it. 2 to 14 % were seen with UNets on an H200; assumed for
 others. What stays (weights) lies close."""
-OUTSIDE = ("CUDA context", "allocator slack")
+OUTSIDE = ("CUDA itself", "PyTorch's reserve")
 PINNED = 2  # times its size is the most that a tensor takes in pinned memory, which comes in powers of two
 WORKSPACES_GIB = 0.1  # of cuBLAS and cuDNN in training steps; assumed
+
+
+@dataclass(frozen=True)
+class Phase:
+    """Part of a run. gib: at its worst moment, 0 in CPU memory. words: in which way it is done, if there are several.
+
+    seconds: of a whole run, None where that isn't known.
+    """
+
+    name: str
+    gib: float
+    words: str
+    seconds: float | None
 
 
 class Candidates:
@@ -98,21 +112,28 @@ class Candidates:
             found.append(_room(self.machine) / GIB if others else _tensors_gib(held))  # what doesn't fit is tried first
         return max(found)
 
-    def phases(self, micro_batch: int) -> Iterator[tuple[str, float, str]]:
-        """Every other phase: its name, GiB at its worst moment, and in which way it is done, if there are several."""
+    def phases(self, micro_batch: int) -> Iterator[Phase]:
+        """Every phase but the steps of training."""
         for name, ways in self.memory_model.phases(micro_batch, self.held):
-            held, words, _ = self._taken(ways)
-            yield name, sum(held.values()), words
+            held, way, _ = self._taken(ways)
+            yield Phase(name, sum(held.values()), way.words, self._seconds(way))
 
-    def _taken(self, ways: Iterable[PhaseOption]) -> tuple[dict[str, float], str, int]:
-        """What the first way that fits holds, its words, and how many came before; of the last one where none does."""
-        held, words, before = {}, "", -1
+    def _taken(self, ways: Iterable[PhaseOption]) -> tuple[dict[str, float], PhaseOption, int]:
+        """What the first way that fits holds, that way, and how many came before; of the last one where none does."""
+        held, way, before = {}, PhaseOption(None), -1
         for way in ways:
-            held, words = parts(way.trace, self.machine) if way.trace else {}, way.words
+            held = parts(way.trace, self.machine) if way.trace else {}
             before += 1
             if sum(held.values()) <= self.machine.vram_gib:
                 break
-        return held, words, before
+        return held, way, before
+
+    def _seconds(self, way: PhaseOption) -> float | None:
+        """Of the whole run, where that is known."""
+        timed = way.timed or way.trace
+        if way.runs is None or timed is None:
+            return None
+        return way.runs * speed.seconds(timed, self.machine, self.precision) + way.moved / speed.DISK_BYTES_PER_S
 
     def step(self, micro_batch: int, checkpointing: int, away: bool = False) -> Trace:
         """One step, traced at this very size."""
@@ -163,7 +184,7 @@ def parts(trace: Trace, machine: Machine) -> dict[str, float]:
     held = {name: size / GIB for name, size in trace.held.items() if size}
     moving = peak.live / GIB - sum(held.values())
     of_loss = peak.of_loss / GIB
-    found = held | {"activations": moving - of_loss, "loss buffers": of_loss}
+    found = held | {"activations": moving - of_loss, "loss": of_loss}
     if machine.cuda:
         found |= {OUTSIDE[0]: machine.context_gib, OUTSIDE[1]: SLACK * moving + WORKSPACES_GIB}
     else:

@@ -12,6 +12,7 @@ from finetune.planning.candidates import Candidates
 from finetune.planning.machine import GIB
 from finetune.planning.plan import Setting
 
+USUAL_GIB = 16.0  # of a machine that isn't here
 LEAST_GIB = 0.05  # what is less isn't worth a word
 
 
@@ -32,12 +33,13 @@ def peaks(candidates: Candidates, setting: Setting, on_cpu: Collection[str] = ()
 
 def warning(found: Mapping[str, float], free_gib: float | None, candidates: Candidates) -> Iterator[str]:
     """A line that says what to type, where the most of `found`, the peaks of `candidates`, is more than is free."""
-    if free_gib is None or not found:
+    if not found:
         return
     name, gib = next(iter(found.items()))
-    if gib <= free_gib:
+    if gib <= (USUAL_GIB if free_gib is None else free_gib):
         return
     plain = candidates.workload.model.quantize is Quantize.none
     smaller = "try model.quantize=nf4" if plain else "close other programs first"
     advice = candidates.memory_model.less_cpu_memory.get(name, smaller)
-    yield f"CPU memory: {name} takes up to {gib:.1f} GiB, and {free_gib:.1f} are free here now; {advice}"
+    here = "where there is less" if free_gib is None else f"and {free_gib:.1f} are free here now"
+    yield f"CPU memory: {name} takes up to {gib:.1f} GiB; {here}, {advice}"

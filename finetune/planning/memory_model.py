@@ -63,6 +63,10 @@ class MemoryModel(Protocol):
         """The same of every phase but the steps of training."""
         ...
 
+    def download_bytes(self) -> dict[str, float]:
+        """What has to be downloaded before all phases can run, by name of the model; nothing that is here already."""
+        ...
+
     def cpu_memory(self, *, export_on_cpu: bool) -> dict[str, float]:
         """Bytes of CPU memory, at most, that phases on a GPU take besides, by name. export_on_cpu: the GPU is too small
         for the export."""

@@ -49,6 +49,9 @@ class Plan:
     fit, fastest first. phases: GiB of each phase at its worst moment, "training" among them, for `chosen` (or the
     setting that needs least); cpu_gib: CPU memory besides that of the GPU, at most, by what is done, the most first.
     problems: what doesn't fit, a line each that ends in what would. notes: what the figures rest on.
+    seconds: of each phase in a whole run, None where that isn't known. steps, effective: of the training. epochs: how
+    often it sees each example, None where the data can't be counted; guessed: from the size of files. lr, lr_scale: the
+    peak rate, and what the update is scaled by. download: bytes by name of the model that isn't on this machine.
     """
 
     name: str
@@ -65,6 +68,14 @@ class Plan:
     problems: tuple[str, ...]
     notes: tuple[str, ...]
     cpu_gib: dict[str, float] = field(default_factory=dict)
+    seconds: dict[str, float | None] = field(default_factory=dict)
+    steps: int = 0
+    effective: int = 0
+    epochs: float | None = None
+    guessed: bool = False
+    lr: float = 0.0
+    lr_scale: float = 1.0
+    download: dict[str, float] = field(default_factory=dict)
 
     @property
     def fits(self) -> bool:

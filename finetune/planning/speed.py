@@ -14,6 +14,7 @@ EFFICIENCY = 0.6  # of a GPU's peaks, of arithmetic and of memory
 CPU_EFFICIENCY = 0.5
 """Of what a CPU does in one large product and one long copy: the two examples reach 0.42 (images) and 0.63
 (conversations) of it on two cores of an AMD EPYC."""
+DISK_BYTES_PER_S = 1e9  # of an SSD; assumed
 KERNEL_S = 4.2e-6  # on the GPU, of each kernel
 LAUNCH_S = 37e-6  # on the host, of each kernel, with Python, autograd and autocast around it
 
@@ -33,11 +34,8 @@ def explained(machine: Machine, precision: Precision) -> str:
     """What the seconds rest on, for people."""
     if not machine.cuda:
         rates = f"{machine.tflops * 1e3:.0f} GFLOP/s and {machine.gb_per_s:.0f} GB/s measured now"
-        return f"seconds are an estimate: counted arithmetic and bytes at {CPU_EFFICIENCY:.0%} of the {rates}"
+        return f"times are estimates: the work counted, at {CPU_EFFICIENCY:.0%} of the {rates}"
     tflops = machine.fp32_tflops if precision is Precision.fp32 else machine.tflops
     rates = f"{EFFICIENCY:.0%} of {tflops:.0f} TFLOP/s and {machine.gb_per_s:.0f} GB/s"
     known = "" if machine.known else " (assumed: no preset knows this GPU, so compare, don't trust)"
-    return (
-        f"seconds are an estimate: counted arithmetic and bytes at {rates}{known}, {KERNEL_S * 1e6:.0f} µs a kernel, "
-        f"at least {LAUNCH_S * 1e6:.0f} µs a launch"
-    )
+    return f"times are estimates: the work counted, at {rates}{known}, without downloads"

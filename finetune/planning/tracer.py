@@ -83,10 +83,17 @@ class Trace:
 
 @dataclass(frozen=True)
 class PhaseOption:
-    """One way to do something. words: what sets it apart from those that take more. trace: None if it needs no GPU."""
+    """One way to do something. words: what sets it apart from those that take more. trace: None if it needs no GPU.
+
+    runs: how often it is done in a whole run, None where nobody knows. timed: what is then run, if not `trace`, which
+    shows the worst moment. moved: bytes that are read from disk, or written, besides.
+    """
 
     trace: Trace | None
     words: str = ""
+    runs: float | None = None
+    timed: Trace | None = None
+    moved: float = 0.0
 
 
 class Tracer:

@@ -5,12 +5,12 @@ from pathlib import Path
 
 from finetune.reporting.charts import ORANGE, SHADES, Line, line_chart
 from finetune.run.metrics import read_rows
+from finetune.run.smoothing import new_weight, smoothed
 
 Points = list[tuple[float, float]]
 Curves = dict[str, Points]
 """Tag ("loss/step") -> (step, value) in the order of steps."""
 
-SMOOTHING = 0.9  # share of the old value in curves that are smoothed for the eye only
 LEVELS = re.compile(r"validation/t=([0-9]+)")
 PERPLEXITY = "validation/perplexity"
 SPEED = re.compile(r"train/(\w+)_per_s", re.ASCII)
@@ -63,6 +63,8 @@ def charts(curves: Curves, best_step: int | None) -> list[str]:
 
 
 def _alone(title: str, points: Points, y_label: str) -> str:
+    if len(points) < 2:  # a dot in an empty frame
+        return ""
     return line_chart(title, [Line("", points)], y_label=y_label, zero=True)
 
 
@@ -81,11 +83,11 @@ def _levels(curves: Curves) -> list[Line]:
 
 
 def _smoothed(points: Points) -> Points:
-    smoothed: Points = []
-    for x, y in points:
-        old = smoothed[-1][1] if smoothed else y
-        smoothed.append((x, SMOOTHING * old + (1 - SMOOTHING) * y))
-    return smoothed
+    found: Points = []
+    weight = new_weight(int(points[-1][0])) if points else 1.0
+    for number, (x, y) in enumerate(points, 1):
+        found.append((x, smoothed(found[-1][1] if found else y, y, number, weight)))
+    return found
 
 
 def _best(points: Points, best_step: int | None, word: str = "") -> tuple[float, float, str] | None:

@@ -35,18 +35,21 @@ class Table(NamedTuple):
     rows: Sequence[Sequence[str]]
 
 
-def run_facts(run: Run, *, held_out: bool = True) -> list[Fact]:
-    """What a finished run did and took. held_out: validation was on examples that are not trained on."""
+def run_facts(
+    run: Run, dataset: Dataset | TextSet | None = None, settings: Mapping[str, Any] | None = None
+) -> list[Fact]:
+    """What a finished run did and took, on which data set and with which settings, as far as these are known."""
     share = run.trainable / run.total if run.total else 0.0
-    found = [Fact("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}", "first step → mean of the last 10 %")]
+    found = [Fact("loss", f"{run.first_loss:.4f} → {run.last_loss:.4f}", "first step → end, smoothed")]
     if run.first_validation is not None and run.best_validation is not None:
         at = [] if run.best_step is None else [f"best at step {run.best_step:,}"]
-        where = [] if held_out else ["on training examples"]
+        where = ["on training examples"] if dataset and not dataset.validation else []
         losses = f"{run.first_validation:.4f} → {run.best_validation:.4f}"
         found.append(Fact("validation loss", losses, ", ".join(at + where)))
     found += [
-        Fact("trained on", f"{run.items:,} {run.unit}", f"in {plural(run.steps, 'step')}"),
+        Fact("trained on", f"{run.items:,} {run.unit}", f"in {plural(run.steps, 'step')}{_visits(run, dataset)}"),
         *_batch(run),
+        *_rate(settings or {}),
         Fact("trained parameters", f"{run.trainable:,}", f"{share:.2%} of {run.total:,}"),
         Fact("training time", duration(run.seconds)),
         Fact("speed", f"{rate(run.items_per_s)} {run.unit}/s"),
@@ -57,6 +60,38 @@ def run_facts(run: Run, *, held_out: bool = True) -> list[Fact]:
     if run.skipped_steps:
         found.append(Fact("skipped steps", f"{run.skipped_steps:,}", "loss or gradient not finite"))
     return found
+
+
+def _visits(run: Run, dataset: Dataset | TextSet | None) -> str:
+    """How often the run saw an example; empty where nobody knows."""
+    if isinstance(dataset, Dataset) and dataset.train:
+        return f", {visits(run.items / dataset.train, 'images')}"
+    if isinstance(dataset, TextSet) and dataset.packs and run.effective:
+        return f", {visits(run.steps * run.effective / dataset.packs, 'tokens')}"
+    return ""
+
+
+def visits(epochs: float, unit: str) -> str:
+    """Such as "44 visits an image": what people count who train on few images; of texts the passes."""
+    count = f"{epochs:,.0f}" if epochs >= 9.95 else f"{epochs:.1f}"
+    return f"{count} visits an image" if unit == "images" else f"{count} passes over the data"
+
+
+def update_scale(lora: Mapping[str, Any]) -> float:
+    """What the update of an adapter with these settings is scaled by, alpha / rank mostly."""
+    rank = lora["rank"] ** 0.5 if lora.get("rslora") else lora["rank"]
+    return float(lora["alpha"] / rank)
+
+
+def rate_fact(lr: float, scale: float) -> Fact:
+    """The learning rate, and times `update_scale` the one by which different tools compare."""
+    return Fact("learning rate", f"{lr:g}", f"× alpha / rank = {lr * scale:g}")
+
+
+def _rate(settings: Mapping[str, Any]) -> list[Fact]:
+    """Nothing where a run folder of other days doesn't say."""
+    lr, lora = settings.get("optim", {}).get("lr"), settings.get("lora", {})
+    return [rate_fact(lr, update_scale(lora))] if lr and {"rank", "alpha"} <= lora.keys() else []
 
 
 def _batch(run: Run) -> list[Fact]:
@@ -158,17 +193,28 @@ def plan_tables(plan: Plan) -> list[Table]:
     return [
         Table("plan", ("",), [(fact.label, fact.text) for fact in _plan_facts(plan)]),
         Table(
-            "settings of the same effective batch",
+            "settings that train the same",
             ("micro-batch", "checkpointing", "offload", "GiB", "s/step", f"{plan.unit}/s"),
             _settings(plan),
         ),
         Table("a training step", ("GiB",), [(name, f"{gib:.2f}") for name, gib in step.parts.items() if gib >= 0.005]),
-        Table(
-            "phases at their peak",
-            ("GiB", ""),
-            [(name, f"{gib:.2f}" if gib else "–", _bar(gib, plan.budget_gib)) for name, gib in plan.phases.items()],
-        ),
+        Table("all phases, each at its largest", ("GiB", "time", ""), _phases(plan)),
     ]
+
+
+def _phases(plan: Plan) -> list[tuple[str, ...]]:
+    """Memory and time of each, and the time of all."""
+    rows = [
+        (name, f"{gib:.2f}" if gib else "–", _about(plan.seconds.get(name)), _bar(gib, plan.budget_gib))
+        for name, gib in plan.phases.items()
+    ]
+    known = [seconds for seconds in plan.seconds.values() if seconds is not None]
+    unknown = "" if len(known) == len(plan.phases) else "and what is unknown"
+    return [*rows, ("together", "", _about(sum(known)), unknown)]
+
+
+def _about(seconds: float | None) -> str:
+    return "unknown" if seconds is None else duration(seconds) if seconds else "none"
 
 
 def _plan_facts(plan: Plan) -> list[Fact]:
@@ -178,6 +224,15 @@ def _plan_facts(plan: Plan) -> list[Fact]:
         Fact("GPU", f"{plan.gpu}; {plan.budget_gib:.1f} GiB for this process"),
         Fact("precision", plan.precision + stored),
     ]
+    if plan.lr:
+        found.append(rate_fact(plan.lr, plan.lr_scale))
+    if plan.steps:
+        about = "roughly " if plan.guessed else ""
+        seen = "" if plan.epochs is None else about + visits(plan.epochs, plan.unit)
+        found.append(Fact("training", f"{plural(plan.steps, 'step')} of {plan.effective}", seen))
+    if plan.download:
+        sizes = ", ".join(f"{size / 1e9:.1f} GB for {name}" for name, size in plan.download.items())
+        found.append(Fact("to download", f"about {sizes}"))
     if plan.cpu_gib:
         uses = ", ".join(f"{gib:.1f} GiB for {name}" for name, gib in plan.cpu_gib.items())
         found.append(Fact("CPU memory", f"at most {uses}"))

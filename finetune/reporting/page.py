@@ -59,6 +59,7 @@ class Found:
 def page(found: Found) -> str:
     """The whole page."""
     sections = [
+        ("warnings", "Warnings", _warnings(found)),
         ("images", "Base against tuned", _images(found)),
         ("answers", "Base against tuned", _answers(found)),
         ("curves", "Curves", _curves(found)),
@@ -105,13 +106,15 @@ def _verdict(run: Run | None) -> str:
     """What came of the run, in a sentence."""
     if run is None:
         return "No run has finished in this folder yet."
-    losses = {"training": (run.first_loss, run.last_loss), "validation": (run.first_validation, run.best_validation)}
-    changes = [
-        f"the {name} loss {'fell' if last < first else 'rose'} by {100 * abs(last / first - 1):.1f} %"
-        for name, (first, last) in losses.items()
-        if first and last is not None
-    ]
-    return f"In {plural(run.steps, 'step')} {' and '.join(changes) or 'no loss was measured'}."
+    # The first step's loss is of a few examples at random noise levels: of the training losses no honest change can be
+    # told after a few steps. Validation is on the same inputs each time.
+    name, first, last = "validation", run.first_validation, run.best_validation
+    if not first or last is None:
+        name, first, last = "training", run.first_loss, run.last_loss
+    if not first:
+        return f"In {plural(run.steps, 'step')} no loss was measured."
+    change = f"{'fell' if last < first else 'rose'} by {100 * abs(last / first - 1):.1f}\N{NO-BREAK SPACE}%"
+    return f"In {plural(run.steps, 'step')} the {name} loss {change}."
 
 
 def _tiles(found: Found, run: Run | None) -> str:
@@ -119,7 +122,7 @@ def _tiles(found: Found, run: Run | None) -> str:
     if run is None:
         return ""
     dataset, perplexity = found.dataset(), found.curves.get(curves.PERPLEXITY, [])
-    facts = run_facts(run, held_out=dataset is None or bool(dataset.validation))
+    facts = run_facts(run, dataset, found.settings)
     if best := dict(perplexity).get(-1 if run.best_step is None else run.best_step):
         facts.insert(2, Fact("perplexity", f"{perplexity[0][1]:,.2f} → {best:,.2f}", f"at step {run.best_step:,}"))
     cells = (
@@ -127,6 +130,12 @@ def _tiles(found: Found, run: Run | None) -> str:
         for fact in (Fact(*map(escape, fact)) for fact in facts)
     )
     return f'<dl class="tiles">{"".join(cells)}</dl>'
+
+
+def _warnings(found: Found) -> str:
+    """What the stages warned of, each once."""
+    lines = dict.fromkeys(line for receipt in found.receipts.values() for line in receipt.warnings)
+    return f"<ul>{''.join(f'<li>{escape(line)}</li>' for line in lines)}</ul>" if lines else ""
 
 
 def _images(found: Found) -> str:

@@ -4,10 +4,12 @@ import os
 import shlex
 import shutil
 import sys
+import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
+from finetune.config.describe import as_dict
 from finetune.config.recipes import shown
 from finetune.config.schema import Config
 from finetune.planning.plan import KEYS, Plan
@@ -20,22 +22,26 @@ from finetune.reporting.facts import (
     run_facts,
     text_set_facts,
 )
-from finetune.run.receipts import load_receipt
+from finetune.run.receipts import load_receipt, receipt_path
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
 NOT_REPEATED = ("run_dir=", "sample.prompts=", "trainer.restart=")  # the next command gives its own, or none
-NUMBERS = ("GiB", "s/step", "images/s", "tokens/s")
+NUMBERS = ("GiB", "time", "s/step", "images/s", "tokens/s")
+CLOCKS_DIFFER_S = 0.1  # those of files are coarser than ours
 WIDTH = 80  # columns; a narrower terminal gets its own width
 
 
-def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
-    """Print what a command left. overrides: the settings it was given, which the next commands repeat."""
+def show(config: Config, record: Any, overrides: Sequence[str] = (), *, began: float) -> None:
+    """Print what a command left. overrides: the settings it was given, which the next commands repeat.
+
+    began: when, as `time.time` counts.
+    """
     if isinstance(record, Plan):
         _plan(record, overrides)
     elif isinstance(record, Result):
         recipe = next((word for word in overrides if word.startswith("conf=")), f"conf={config.name}")
-        _print_table(f"finetune train {recipe}", ("", ""), _result_rows(config, record))
+        _print_table(f"finetune train {recipe}", ("", ""), _result_rows(config, record, began))
         print("next")
         for line in _next(config, record, overrides):
             print(f"  {line}")
@@ -43,9 +49,9 @@ def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
         print(LINES.get(type(record), _fields)(record))
 
 
-def _result_rows(config: Config, result: Result) -> list[tuple[str, str]]:
-    names, seconds = _seconds(Path(config.run_dir))
-    facts = run_facts(result.run, held_out=bool(result.dataset.validation))
+def _result_rows(config: Config, result: Result, began: float) -> list[tuple[str, str]]:
+    names, seconds = _seconds(Path(config.run_dir), began)
+    facts = run_facts(result.run, result.dataset, as_dict(config))
     page = shown(Path(result.samples.page)) if result.samples.page else "none (sample.prompts is empty)"
     return [
         ("stage", names),
@@ -106,15 +112,23 @@ def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]])
         table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
     for row in rows:
         table.add_row(*row)
-    Console(width=min(WIDTH, Console().width), highlight=False).print(table)
+    Console(width=min(WIDTH, Console().width), highlight=False, markup=False).print(table)
 
 
-def _seconds(run_dir: Path) -> tuple[str, str]:
-    """Stages above the seconds each took when it last ran: one that was skipped shows its earlier figure."""
-    receipts = {stage: load_receipt(run_dir, stage) for stage in STAGES}
-    known = {stage: receipt.seconds for stage, receipt in receipts.items() if receipt}
-    known["total"] = sum(known.values())
-    columns = [(f"{stage:>3}", f"{seconds:>{max(3, len(stage))}.0f}") for stage, seconds in known.items()]
+def _seconds(run_dir: Path, began: float) -> tuple[str, str]:
+    """Stages above the seconds each took, none where it was skipped; what else took time, and the clock's total."""
+    known: dict[str, float | None] = {}
+    for stage in STAGES:
+        if receipt := load_receipt(run_dir, stage):
+            ran = receipt_path(run_dir, stage).stat().st_mtime >= began - CLOCKS_DIFFER_S
+            known[stage] = receipt.seconds if ran else None
+    total = time.time() - began
+    known |= {"rest": max(0.0, total - sum(filter(None, known.values()))), "total": total}
+    widths = {stage: max(3, len(stage)) for stage in known}
+    columns = [
+        (f"{stage:>3}", f"{'–':>{widths[stage]}}" if seconds is None else f"{seconds:>{widths[stage]}.0f}")
+        for stage, seconds in known.items()
+    ]
     head, figures = zip(*columns, strict=True)
     return "  ".join(head), "  ".join(figures)
 

@@ -4,6 +4,7 @@ Of several processes only the first one speaks.
 """
 
 import os
+import re
 import sys
 import time
 from collections.abc import Iterator
@@ -14,7 +15,10 @@ from finetune.run import ranks
 
 BAR_AND_FIGURES, LEAST_TEXT = 60, 12  # columns of a terminal; a long text, such as a caption, would squeeze the bar
 NO_CURSOR = ("dumb", "unknown")  # values of TERM: a shell inside an editor shows a bar at its end only
+WARNING = re.compile(r"(?:\w+: )?warning: ")
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal (logs, CI): often enough to see life, rare enough to read
+
+_warnings: list[str] = []  # of this process, until a receipt takes them
 
 
 class Progress(Protocol):
@@ -36,11 +40,20 @@ def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Pr
 
 
 def say(line: str) -> None:
-    """One line for the person at the terminal."""
+    """One line for the person at the terminal; a warning is kept for the receipt of its stage too."""
     if ranks.rank():
         return
+    if found := WARNING.match(line):
+        _warnings.append(line[found.end() :])
     sys.stderr.write(line + "\n")
     sys.stderr.flush()
+
+
+def taken_warnings() -> tuple[str, ...]:
+    """Those that were said since the last call."""
+    found = tuple(dict.fromkeys(_warnings))
+    _warnings.clear()
+    return found
 
 
 def plural(count: int, thing: str) -> str:

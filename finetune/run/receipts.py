@@ -17,7 +17,7 @@ from finetune.run import ranks
 from finetune.run.atomic import write_atomically
 from finetune.run.outputs import Output, compare, outputs_of
 from finetune.run.plain import UNREADABLE, first_line, from_plain, inside, placed, require_duration
-from finetune.run.progress import say
+from finetune.run.progress import say, taken_warnings
 
 R = TypeVar("R")
 
@@ -27,7 +27,8 @@ Figures = dict[str, float | int | str | None]
 
 @dataclass(frozen=True)
 class Receipt:
-    """Why and how a stage ran: `figures` are what it measured, `outputs` its files by their path in the run folder."""
+    """Why and how a stage ran: `figures` are what it measured, `outputs` its files by their path in the run folder,
+    `warnings` what it warned of."""
 
     stage: str
     input_hash: str
@@ -36,6 +37,7 @@ class Receipt:
     versions: dict[str, str]
     record: dict[str, Any]
     outputs: dict[str, Output] = field(default_factory=dict)
+    warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         require_duration(self.seconds)
@@ -53,7 +55,8 @@ def save_receipt(
 ) -> None:
     """Write `receipts/STAGE.json` atomically. outputs: files and folders in the run folder that the stage left."""
     values = inside(type(record), asdict(record))
-    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), values, outputs_of(run_dir, outputs)))
+    found = outputs_of(run_dir, outputs)
+    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), values, found, taken_warnings()))
 
 
 def load_receipt(run_dir: Path, stage: str) -> Receipt | None:

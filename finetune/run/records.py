@@ -131,7 +131,7 @@ class TextSet:
 class Run:
     """A finished training run. Seconds count training steps only; losses are means per image or trained token.
 
-    first_loss: of the first step. last_loss: mean over the last 10 % of the steps.
+    first_loss: of the first step. last_loss: the smoothed one at the end (`run.smoothing`).
     checkpoint: the last one's folder. unit, items: what was trained on, "images" or "tokens", and how many.
     micro_batch: examples in one forward pass at the end. effective: in one optimiser step, of all processes; 0 in
     records from before that was noted. oom_fallbacks: what was changed because memory ran out, empty if nothing.

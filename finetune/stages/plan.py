@@ -4,15 +4,18 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from finetune import kinds
+from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Quantize
 from finetune.planning import host_memory, speed
 from finetune.planning.candidates import Candidates
 from finetune.planning.choice import Choice, choose
 from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
-from finetune.reporting.facts import duration
+from finetune.reporting.facts import update_scale
 
 OTHERS = 3  # alternatives shown
+MONITOR_GIB = 1.0  # that a desktop takes of a GPU, at most mostly
+TRAIN_KNOWS = "train itself sees what is free"
 REMEDIES = {
     "captioning": "caption.batch=1, or finetune caption with these settings and hardware=cpu first",
     "encoding texts": "more CPU memory, or a base with smaller text encoders",
@@ -45,9 +48,11 @@ def plans(config: Config, machines: Iterable[Machine]) -> Iterator[Plan]:
 def _planned(config: Config, choice: Choice) -> Plan:
     candidates, chosen, best = choice.candidates, choice.chosen, choice.best
     machine = candidates.machine
-    requested = config.trainer
+    requested, examples = config.trainer, candidates.workload.examples
     others = list(candidates.phases(best.micro_batch))
-    phases = {"training": best.gib} | {name: gib for name, gib, _ in others}
+    phases = {"training": best.gib} | {phase.name: phase.gib for phase in others}
+    seconds: dict[str, float | None] = {"training": requested.steps * best.seconds}
+    seconds |= {phase.name: phase.seconds for phase in others}
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
     cpu_gib = host_memory.peaks(candidates, best, {name for name, gib in phases.items() if not gib})
     return Plan(
@@ -67,24 +72,37 @@ def _planned(config: Config, choice: Choice) -> Plan:
         problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),
         notes=(
             speed.explained(machine, candidates.precision),
-            _whole(best, requested.steps),
             *candidates.memory_model.notes,
-            *(f"{name}: {words}" for name, _, words in others if words),
+            *(f"{phase.name}: {phase.words}" for phase in others if phase.words),
             _unread(config),
+            *_monitor(chosen, machine),
             *host_memory.warning(cpu_gib, machine.cpu_gib, candidates),
         ),
         cpu_gib=cpu_gib,
+        seconds=seconds,
+        steps=requested.steps,
+        effective=candidates.effective,
+        epochs=None if examples is None else requested.steps * candidates.effective / examples.per_epoch,
+        guessed=examples is not None and not examples.measured,
+        lr=config.optim.lr,
+        lr_scale=update_scale(as_dict(config)["lora"]),
+        download=candidates.memory_model.download_bytes(),
     )
 
 
-def _whole(setting: Setting, steps: int) -> str:
-    return f"all {steps:,} steps take about {duration(steps * setting.seconds)}"
+def _monitor(chosen: Setting | None, machine: Machine) -> Iterator[str]:
+    """Of a GPU that isn't here nobody knows what else is on it."""
+    if chosen and machine.cuda and machine.cpu_gib is None and machine.vram_gib - chosen.gib < MONITOR_GIB:
+        yield (
+            f"the fastest settings fill this GPU; where a monitor is connected to it, plan for less: "
+            f"hardware.vram_gib={machine.vram_gib - MONITOR_GIB:.1f} ({TRAIN_KNOWS})"
+        )
 
 
 def _unread(config: Config) -> str:
     """Why a plan needs no data: what there is could only be smaller, and shapes of one area hardly are."""
     key = kinds.of(config).FACTS.data_key
-    return f"{key} is not looked at: no example can be larger than what is planned for"
+    return f"{key} is counted, not read: no example can be larger than what is planned for"
 
 
 def _others(tried: Sequence[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:

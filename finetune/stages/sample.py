@@ -1,5 +1,6 @@
 """Draw or answer the recipe's prompts, base beside tuned."""
 
+import re
 import time
 from pathlib import Path
 
@@ -15,12 +16,14 @@ from finetune.run.progress import say
 from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Adapter, Answers, Samples
 
+MOST_OF_PROMPT = 40  # characters in a folder's name
+
 
 def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samples | Answers:
     """Write `samples/`: all pairs on one page (a grid of images, or answers), `samples.jsonl`, each image alone.
 
-    own: the settings are those of the run. Others get a folder below `samples_more/`, named by what decides them: what
-    the run has drawn stays, fresh and in its report.
+    own: the settings are those of the run. Others get a folder below `samples_more/`, named by the first prompt and a
+    hash of what decides them: what the run has drawn stays, up to date and in its report.
 
     Without prompts nothing is drawn, which is a record too: what an earlier command drew into `samples/` stays there,
     and is none of this run's.
@@ -36,7 +39,9 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
     earlier = hash_of(_weights_hash(path), settings["sample"], settings["model"], precision)
     model = {key: value for key, value in settings["model"].items() if key != "base"}
     input_hash = hash_of(hash_adapter(path), settings["sample"], model, kind.contents(config), precision)
-    folder = run_dir / "samples" if own else run_dir / "samples_more" / input_hash[:8]
+    folder = (
+        run_dir / "samples" if own else run_dir / "samples_more" / _folder_name(config.sample.prompts[0], input_hash)
+    )
     if own and (
         record := load_record(run_dir, "sample", kind.SAMPLES, input_hash=input_hash, earlier=earlier, outputs=_outputs)
     ):
@@ -64,6 +69,11 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
 
 def _outputs(samples: Samples | Answers) -> list[Path]:
     return [Path(samples.page), Path(samples.folder)]
+
+
+def _folder_name(prompt: str, input_hash: str) -> str:
+    words = re.sub(r"[\W_]+", "-", prompt.casefold())[:MOST_OF_PROMPT].strip("-")
+    return "-".join(filter(None, [words, input_hash[:6]]))
 
 
 def _none(config: Config, run_dir: Path, input_hash: str) -> Samples | Answers:

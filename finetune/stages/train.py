@@ -29,7 +29,8 @@ from finetune.training.trainer import Trainer
 ADDED = {"loss.weighting": "min_snr"}
 """Settings that 0.1 did not have, at the value that it stood for: its runs go on."""
 CONTENT = "content of "  # before the key of a setting that names a base or an adapter
-OFFLOAD = "model.offload"  # says where weights are, not what they are; in 0.1 it was part of a run's identity
+NOT_THE_RESULT = ("model.offload", "optim.allow_large_lr")
+"""Where weights are, and a consent; in 0.1 the first was part of a run's identity."""
 FIGURES = (
     *("steps", "micro_batch", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib", "measured_gib"),
     *("first_loss", "last_loss", "first_validation", "best_validation", "skipped_steps"),
@@ -110,7 +111,10 @@ def _trainer(
     reset_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
-        say("train: no examples are held out (under 20 none are); the validation loss is of some that are trained on")
+        say(
+            "warning: no examples are held out (under 20 none are); the validation loss, and what is chosen by it, "
+            "is of some that are trained on"
+        )
     return Trainer(
         task=kinds.of(config).build_task(config, dataset, device),
         accelerator=accelerator,
@@ -177,7 +181,7 @@ def _settings(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
         "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
         dataset.identity_key: dataset.content,
     }
-    return {key: value for key, value in flat(kept).items() if key != OFFLOAD and ADDED.get(key) != value}
+    return {key: value for key, value in flat(kept).items() if key not in NOT_THE_RESULT and ADDED.get(key) != value}
 
 
 def _resume(
@@ -209,7 +213,7 @@ def _changes(
     noted = {key: value for key, value in (receipt.figures if receipt else {}).items() if key.startswith(CONTENT)}
     before = noted | before
     defaults = _defaults()  # what a setting that is newer than the run counts as
-    for key in sorted((before.keys() | identity.keys()) - {OFFLOAD}):
+    for key in sorted((before.keys() | identity.keys()) - set(NOT_THE_RESULT)):
         unset = defaults.get(key, "not set")
         old, new, content = before.get(key, unset), identity.get(key, unset), f"{CONTENT}{key}"
         moved = content in before and before[content] == identity.get(content)

@@ -16,7 +16,7 @@ from finetune.data.order import seed_from
 from finetune.errors import TrainingError
 from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks
-from finetune.training import distributed
+from finetune.training import non_finite
 from finetune.training.oom import OomFallbacks
 from finetune.training.reduction import StepTotals, reduce_step
 from finetune.training.signals import Stop
@@ -67,7 +67,7 @@ def fit(
     """
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     task.model.train()
-    bad = 0
+    bad, started = 0, start > 0
     for number, draws in enumerate(steps, start):
         began = time.perf_counter()
         for group in optimizer.param_groups:
@@ -82,16 +82,13 @@ def fit(
         if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
             optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        skip_reason = None if finite else _skip_reason(loss, norm, names, accelerator)
-        bad = 0 if finite else bad + 1
+        skip_reason = None if finite else non_finite.reason(loss, norm, names, accelerator)
+        bad, started = (0, True) if finite else (bad + 1, started)
         seconds, counts = time.perf_counter() - began, (totals.count, totals.padded_count)
         yield Step(number + 1, loss, norm, rate(number), *counts, seconds, skip_reason, tuple(tried))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
-            others = "" if _arithmetic(accelerator) == "fp32" else "trainer.precision=bf16 or fp32, "
-            raise TrainingError(
-                f"{bad} steps in a row were not finite, the last one: {skip_reason}; "
-                f"try a lower optim.lr, {others}or leave these examples out"
-            )
+            advice = non_finite.advice(accelerator, optimizer.defaults.get("lr", 0.0) if started else None)
+            raise TrainingError(f"{bad} steps in a row were not finite, the last one: {skip_reason}; {advice}")
 
 
 def forward_backward(
@@ -137,12 +134,3 @@ def forward_backward(
 def _scaler_still_searching(accelerator: Accelerator) -> bool:
     """Whether fp16's loss scale can still be lowered: early overflows are how it finds its scale, not failures."""
     return accelerator.scaler is not None and accelerator.scaler.get_scale() > 1.0
-
-
-def _skip_reason(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:
-    on = "; ".join(name for of_rank in distributed.gather(names) for name in of_rank)
-    return f"loss {loss:g}, gradient norm {norm:g} in {_arithmetic(accelerator)} on {on}"
-
-
-def _arithmetic(accelerator: Accelerator) -> str:
-    return "fp32" if accelerator.mixed_precision == "no" else str(accelerator.mixed_precision)

@@ -5,7 +5,7 @@ A place that can't be used costs no run: it is reported, and the curves are not 
 
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ class Tracker:
             self._forget_after(start)
         else:
             say(f"warning: {self.file} is no file; no curves are written there; delete it")
-        self.board = _board(run_dir / "tensorboard", start)
+        self.board = _board(run_dir, start)
         self.gpu = _Gpu(device)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -57,12 +57,20 @@ class Tracker:
             else:
                 self.board.add_image(tag, np.asarray(preview), step, dataformats="HWC")
 
-    def hparams(self, settings: Mapping[str, Any], figures: Mapping[str, float]) -> None:
-        """Settings against final figures, for TensorBoard's hparams table; in an event file of their own."""
+    def hparams(self, settings: Mapping[str, Any], tags: Iterable[str]) -> None:
+        """Settings against the last values of these curves, for TensorBoard's hparams table.
+
+        `SummaryWriter.add_hparams` would write a point of each figure besides, which hides the curves behind it.
+        """
+        from torch.utils.tensorboard import summary
+
         flat = {
             key: value if isinstance(value, int | float | str | bool) else str(value) for key, value in settings.items()
         }
-        self.board.add_hparams(flat, dict(figures), run_name=".")
+        writer: Any = self.board.file_writer
+        hparams: Any = summary.hparams
+        for written in hparams(flat, dict.fromkeys(tags, 0.0)):
+            writer.add_summary(written)
 
     def hardware(self) -> dict[str, float]:
         """Memory in use, and utilisation and power where NVML answers."""
@@ -78,14 +86,20 @@ class Tracker:
             write_atomically(self.file, "".join(line + "\n" for line in kept))
 
 
-def _board(folder: Path, start: int) -> Any:
-    """TensorBoard's writer; purge_step hides the points that a killed run wrote after its last checkpoint."""
+def _board(run_dir: Path, start: int) -> Any:
+    """TensorBoard's writer; purge_step hides the points that a killed run wrote after its last checkpoint.
+
+    TensorBoard calls a run by its folder below the one that it is given. A run that an earlier version began goes on in
+    the folder above.
+    """
     from torch.utils.tensorboard import SummaryWriter
 
+    folder = run_dir / "tensorboard"
     if folder.exists() and not folder.is_dir():
         say(f"warning: {folder} is no folder; no curves are written there; delete it")
         return _NoBoard()
-    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+    own = folder if any(folder.glob("events.*")) else folder / run_dir.resolve().name
+    return SummaryWriter(str(own), purge_step=start + 1 if start else None)
 
 
 class _NoBoard:

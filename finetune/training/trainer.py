@@ -1,7 +1,6 @@
 """One training run in progress: what surrounds the steps of `training.loop`, in the order in which it happens."""
 
 import itertools
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
@@ -16,7 +15,7 @@ from finetune.config.schema import OptimConfig, SampleConfig, TrainerConfig
 from finetune.errors import OutOfMemory
 from finetune.memory.device import peak_gib
 from finetune.memory.fallbacks import try_within_memory
-from finetune.run import ranks
+from finetune.run import ranks, smoothing
 from finetune.run.progress import Progress, progress, say
 from finetune.run.records import Run
 from finetune.training import checkpoint, distributed
@@ -29,10 +28,6 @@ from finetune.training.oom import OomFallbacks
 from finetune.training.optim import build_optimizer, learning_rate, load_state
 from finetune.training.task import Draw, Task
 from finetune.training.tracking import Tracker
-
-SMOOTHING = 0.95  # share of the old value in the smoothed loss: about the last 20 steps
-LAST_SHARE = 0.1
-"""Of the steps, over which the loss at the end is a mean: smoothing still feels the start of short runs."""
 
 
 @dataclass
@@ -168,7 +163,7 @@ class Trainer:
             trainable=trainable,
             total=total,
             first_loss=state.first_loss,
-            last_loss=self._last_loss(),
+            last_loss=state.smoothed_loss,
             first_validation=state.first_validation,
             best_validation=state.best_validation,
             best_step=state.best_step,
@@ -186,14 +181,9 @@ class Trainer:
             dry_run_gib=state.dry_run_gib,
             measured_gib=None if state.dry_run_gib is None else peak,
         )
-        figures = {
-            "final/loss": run.last_loss,
-            f"final/{run.unit}_per_s": run.items_per_s,
-            "final/peak_gib": run.peak_gib,
-        }
-        if run.best_validation is not None:
-            figures["final/validation"] = run.best_validation
-        self.tracker.hparams(self.identity, figures)
+        tags = ["loss/smoothed", f"train/{run.unit}_per_s", "system/memory_gib"]
+        tags += ["validation/mean"] if run.best_validation is not None else []
+        self.tracker.hparams(self.identity, tags)
         return run
 
     def close(self) -> None:
@@ -305,25 +295,18 @@ class Trainer:
             self.state = replace(state, step=step.number, skipped_steps=state.skipped_steps + 1)
             return
         first = state.count == 0
-        smoothed = step.loss if first else SMOOTHING * state.smoothed_loss + (1 - SMOOTHING) * step.loss
-        kept = math.ceil(LAST_SHARE * self.trainer.steps)
+        taken = step.number - state.skipped_steps
+        weight = smoothing.new_weight(self.trainer.steps)
         self.state = replace(
             state,
             step=step.number,
             count=state.count + step.count,
             seconds=state.seconds + step.seconds,
             first_loss=step.loss if first else state.first_loss,
-            smoothed_loss=smoothed,
-            last_losses=(*state.last_losses, (step.number, step.loss))[-kept:],
+            smoothed_loss=smoothing.smoothed(state.smoothed_loss, step.loss, taken, weight),
         )
         if self.ema:
             self.ema.update(lora.trainable_tensors(self.task.model))
-
-    def _last_loss(self) -> float:
-        """Mean over the last of the steps that were taken."""
-        steps = self.state.step
-        losses = [loss for number, loss in self.state.last_losses if number > steps - LAST_SHARE * steps]
-        return sum(losses) / len(losses) if losses else self.state.smoothed_loss
 
     def _log(self, step: Step) -> None:
         if ranks.rank():

@@ -101,7 +101,9 @@ def test_answers_stand_beside_one_another(talk: Talk) -> None:
 
 
 def test_curves_answers_and_a_marked_row_are_in_tensorboard(talk: Talk) -> None:
-    events = EventAccumulator(str(talk.run_dir / "tensorboard"), size_guidance={"tensors": 0, "scalars": 0}).Reload()
+    events = EventAccumulator(
+        str(talk.run_dir / "tensorboard" / talk.run_dir.name), size_guidance={"tensors": 0, "scalars": 0}
+    ).Reload()
     for tag in ("loss/step", "validation/mean", "validation/perplexity", "train/tokens_per_s", "train/padding"):
         assert events.Scalars(tag), tag
     marked = events.Tensors("trained tokens/text_summary")[0].tensor_proto.string_val[0].decode()

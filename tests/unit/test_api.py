@@ -557,11 +557,15 @@ def test_the_whole_line_with_tiny_models(config: Config) -> None:
     assert [item.prompt for item in drawn.items] == ["a blue wall", "a red wall"]
     assert Path(drawn.grid).is_file()
     assert Path(drawn.folder).parent == Path(config.run_dir, "samples_more")
+    assert Path(drawn.folder).name.startswith("a-blue-wall-")
     assert before[1] == Path(first.samples.grid).stat().st_mtime_ns  # the run's own stay up to date
     assert finetune.sample(config) == first.samples
     assert before[1] == Path(first.samples.grid).stat().st_mtime_ns
     assert finetune.export(config) == first.adapter
     assert first._repr_html_()  # type: ignore[attr-defined]
+    page = Path(first.report.file).read_text()
+    assert "<li>no examples are held out (under 20 none are)" in page
+    assert page.count("no examples are held out") == 1
 
 
 @pytest.mark.parametrize("setting", ["hardware.device=cuda", "trainer.precision=fp16"])

@@ -5,6 +5,7 @@ import re
 import shlex
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -19,7 +20,7 @@ from finetune.config.schema import Config
 from finetune.errors import ConfigError
 from finetune.planning.plan import Plan, Setting
 from finetune.reporting import terminal
-from finetune.run.receipts import save_receipt
+from finetune.run.receipts import receipt_path, save_receipt
 from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples
 from finetune.stages import COMMANDS
 
@@ -294,7 +295,7 @@ def test_multirun_gives_each_job_a_folder_of_its_own(
 ) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(terminal, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
     assert finetune_cli("caption", "conf=smoke,pixar_style", "lora.rank=4,16", "--multirun").code == 0
     folders = [config.run_dir for config in seen]
     assert [config.lora.rank for config in seen] == [4, 16, 4, 16]
@@ -306,7 +307,7 @@ def test_multirun_gives_each_job_a_folder_of_its_own(
 def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(terminal, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
     finetune_cli("caption", "conf=smoke", "seed=1,2", "run_dir=mine", "-m")
     assert [config.run_dir for config in seen] == [str(workdir / f"mine/smoke/seed={n}") for n in (1, 2)]
 
@@ -314,7 +315,7 @@ def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, m
 def test_a_tilde_is_the_home_folder(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)
-    monkeypatch.setattr(terminal, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
     monkeypatch.setenv("HOME", str(workdir / "home"))
     assert finetune_cli("caption", "conf=smoke", "data.folder=~/pics", "run_dir=~/out").code == 0
     assert finetune_cli("caption", "conf=smoke", "run_dir=~/out", "seed=1,2", "-m").code == 0
@@ -334,7 +335,7 @@ def test_multirun_goes_on_after_a_failure_and_reports_it(
             raise errors.DataError("no images")
 
     monkeypatch.setattr(api, "caption", caption)
-    monkeypatch.setattr(terminal, "show", lambda *_: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
     answer = finetune_cli("caption", "conf=smoke", "seed=1,2", "-m")
     assert (seen, answer.code) == ([1, 2], 3)
     assert "error: no images" in answer.errors
@@ -406,7 +407,7 @@ from finetune.reporting import terminal
 def caption(config):
     warnings.warn_explicit("chatter", FutureWarning, "other.py", 1, module="transformers.models")
     warnings.warn_explicit("worth knowing", UserWarning, "ours.py", 1, module="finetune.data")
-api.caption, terminal.show = caption, lambda *_: None
+api.caption, terminal.show = caption, lambda *_, began: None
 sys.exit(cli.main(["caption", "conf=smoke", *sys.argv[1:]]))
 """
     assert python("-c", code).stderr == "warning: worth knowing\n"
@@ -418,7 +419,7 @@ def test_settings_reach_the_end_as_they_were_typed(
 ) -> None:
     seen: list[Any] = []
     monkeypatch.setattr(api, "caption", lambda config: seen.append(config.run_dir))
-    monkeypatch.setattr(terminal, "show", lambda config, record, overrides: seen.append(overrides))
+    monkeypatch.setattr(terminal, "show", lambda config, record, overrides, began: seen.append(overrides))
     words = ["conf=smoke", "seed=3", "run_dir=out/${seed}"]
     assert finetune_cli("caption", *words).code == 0
     assert seen == ["out/3", words]
@@ -426,7 +427,7 @@ def test_settings_reach_the_end_as_they_were_typed(
 
 def test_the_next_commands_repeat_the_settings(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
     overrides = ["conf=big", "name=mine", "model=sd15", "caption.prefix=a b", "run_dir=z", "sample.prompts=[x]"]
-    terminal.show(Config(name="mine", run_dir="z"), _result(), overrides)
+    terminal.show(Config(name="mine", run_dir="z"), _result(), overrides, began=time.time())
     out = capsys.readouterr().out
     assert out.splitlines()[0].rstrip() == "finetune train conf=big"  # the recipe, which a run of another name keeps
     assert "sample conf=big name=mine model=sd15 'caption.prefix=a b' run_dir=z 'sample.prompts=[" in out
@@ -437,13 +438,15 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
     result = _result()
     for stage, seconds in (("caption", 3.2), ("train", 61.0)):
         save_receipt(Path(config.run_dir), stage, Report("x"), input_hash="", seconds=seconds, figures={})
-    terminal.show(config, result)
+    skipped = receipt_path(Path(config.run_dir), "caption")
+    os.utime(skipped, (0, 0))
+    terminal.show(config, result, began=time.time() - 100)
     out = capsys.readouterr().out
     assert max(map(len, out.split("next\n")[0].splitlines())) <= 80
     for words in (
-        "caption  train  total",
-        "      3     61     64",
-        "1,200 images (in 150 steps)",
+        "caption  train  rest  total",
+        "      –     61    39    100",  # the clock's
+        "1,200 images (in 150 steps, 133 visits an image)",
         "20.0 images/s",
         "1.50 GiB",
         "0.5000 → 0.2500",
@@ -486,7 +489,7 @@ def test_misspelt_keys_wrong_types_and_wrong_values_are_named_at_once(finetune_c
 
 
 def planned(**changes: Any) -> Plan:
-    fast = Setting(2, 4, 0, False, False, 0.25, 8, {"weights": 5.0, "activations": 10.0, "CUDA context": 0.5})
+    fast = Setting(2, 4, 0, False, False, 0.25, 8, {"weights": 5.0, "activations": 10.0, "CUDA itself": 0.5})
     own = Setting(8, 1, 0, False, False, 0.5, 8, {"weights": 5.0, "activations": 40.0})
     phases = {"training": fast.gib, "encoding images": 3.0, "export": 7.25}
     found = Plan("smoke", "a/base", "a GPU", 23.5, "bf16", "none", "images", fast, own, (), phases, (), ("x" * 150,))
@@ -497,11 +500,18 @@ def test_plan_prints_a_table_of_80_columns_and_what_to_type(
     finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("COLUMNS", "200")
-    monkeypatch.setattr(api, "plan", lambda config: planned(cpu_gib={"export": 46.04, "training": 3.0}))
+    monkeypatch.setattr(
+        api,
+        "plan",
+        lambda config: planned(
+            cpu_gib={"export": 46.04, "training": 3.0}, notes=("try 'export.formats=[peft]'", "x" * 150)
+        ),
+    )
     answer = finetune_cli("plan", "conf=smoke", "data.folder=images", "trainer.micro_batch=8", "trainer.accumulate=1")
     assert answer.code == 0, answer.err
-    for word in ("weights", "CUDA context", "phases", "export", "fastest", "own, too large", "32.0", "15.50"):
+    for word in ("weights", "CUDA itself", "phases", "export", "fastest", "own, too large", "32.0", "15.50"):
         assert word in answer.out
+    assert "export.formats=[peft]" in answer.out  # no markup of a terminal
     assert "CPU memory  at most 46.0 GiB for export, 3.0 GiB for training" in answer.out
     table, command = answer.out.split("next\n")
     assert max(map(len, table.splitlines())) <= 80

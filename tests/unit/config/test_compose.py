@@ -14,7 +14,7 @@ from hydra.core.global_hydra import GlobalHydra
 from finetune.config import compose, recipes
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Optimizer, Precision
-from finetune.config.validate import check
+from finetune.config.validate import cautions, check
 from finetune.errors import ConfigError
 
 PRESETS = [f"{group}={name}" for group, files in recipes.preset_files().items() for name in files]
@@ -41,6 +41,43 @@ def test_every_preset_composes(preset: str) -> None:
     of_language = "kind: language" in file.read_text() or preset in ("lora=all_linear", "export=language")
     assert check(compose.load("pirate_chat" if of_language else "pixar_style", [preset])) == []
     assert recipes.title(file)
+
+
+BASES = [name for name in recipes.preset_files()["model"] if not name.startswith("embedded")]
+
+
+@pytest.mark.parametrize("name", BASES)
+def test_a_recipe_with_another_base_takes_what_suits_that_base(name: str) -> None:
+    of_language = "kind: language" in recipes.preset_files()["model"][name].read_text()
+    config = compose.load("pirate_chat" if of_language else "pixar_style", [f"model={name}"])
+    assert config.optim.lr == (2e-4 if of_language else 1e-4)
+    assert config.trainer.micro_batch * config.trainer.accumulate == (4 if of_language else 16)
+    assert config.caption.model == "Salesforce/blip-image-captioning-base"
+    assert config.sample.guidance > 3
+    assert config.sample.max_new_tokens == 128
+    assert (config.lora.targets, config.loss.min_snr_gamma) == ("all_linear" if of_language else "attention", 5.0)
+    assert cautions(config) == []
+
+
+def test_a_model_recommends_and_recipe_command_line_and_chosen_presets_decide(
+    workdir: Path,
+) -> None:
+    typed = compose.load("pixar_style", ["model=flux1_dev", "caption=blip_large", "lora=r32", "sample.guidance=2.5"])
+    assert typed.caption.model == "Salesforce/blip-image-captioning-large"
+    assert (typed.lora.targets, typed.sample.guidance) == ("attention_ff", 2.5)
+    write(workdir / "conf" / "mine.yaml", "defaults: [pixar_style, override /model: own]\ntrainer: {micro_batch: 2}\n")
+    file = write(
+        workdir / "conf" / "model" / "own.yaml",
+        "defaults: [sd15]\nbase: some/base\n"
+        "recommended: {optim: {lr: 3e-4}, trainer: {micro_batch: 1, accumulate: 8}}\n",
+    )
+    own = compose.load("mine")
+    assert (own.model.base, own.model.resolution) == ("some/base", 512)
+    assert (own.optim.lr, own.trainer.micro_batch, own.trainer.accumulate) == (3e-4, 2, 8)
+    file.write_text("defaults: [sd15]\nrecommended: {optim: {rate: 3e-4}, lora: {rank: 8.5}}\n")
+    with pytest.raises(ConfigError, match=r"own\.yaml: .*optim\.rate") as caught:
+        compose.load("mine")
+    assert "lora.rank" in str(caught.value)
 
 
 def test_settings_of_the_other_kind_of_model_are_refused() -> None:
@@ -145,8 +182,8 @@ def test_recipes_for_stable_diffusion_take_sixteen_pictures_a_step(name: str, pi
     assert (config.model.family, config.model.resolution) == ("sd" if name == "sd15" else name, pixels)
     lora, trainer, optim = config.lora, config.trainer, config.optim
     assert (lora.rank, lora.alpha, lora.dropout, lora.targets) == (16, 32, 0.05, "attention")
-    assert (trainer.micro_batch, trainer.micro_batch * trainer.accumulate, trainer.save_every) == (micro_batch, 16, 500)
-    assert (optim.name.name, optim.lr, optim.schedule.name, optim.warmup_steps) == ("adamw", 1e-4, "linear", 100)
+    assert (trainer.micro_batch, trainer.micro_batch * trainer.accumulate, trainer.save_every) == (micro_batch, 16, 125)
+    assert (optim.name.name, optim.lr, optim.schedule.name, optim.warmup_steps) == ("adamw", 1e-4, "linear", 25)
     assert (config.caption.model, config.caption.trigger) == ("Salesforce/blip-image-captioning-base", "pixar style")
     assert (config.data.folder, config.hardware.vram_gib) == ("datasets/pixar_style", 23.5)
 

@@ -127,6 +127,30 @@ def test_a_warm_up_longer_than_the_run_is_a_caution() -> None:
     assert line.endswith("try optim.warmup_steps=5")
 
 
+@pytest.mark.parametrize("settings", [["optim.lr=2"], ["optim.lr=0.01", "optim.lora_plus=16"], ["optim.lr=0.11"]])
+def test_a_rate_beyond_the_optimisers_scale_is_refused_unless_it_is_meant(settings: list[str]) -> None:
+    (problem,) = check(load("pixar_style", settings))
+    assert problem.startswith("optim.lr=")
+    offered = problem.rpartition("; try ")[2]
+    assert offered == "optim.lr=1e-4, or optim.allow_large_lr=true if it is meant"
+    for words in ("optim.lr=1e-4", "optim.allow_large_lr=true"):
+        assert check(load("pixar_style", [*settings, words])) == []
+    assert check(load("pixar_style", ["optim.lr=0.1"])) == []
+
+
+def test_each_optimiser_has_its_own_scale(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load("pixar_style", ["optim.lr=1"])
+    monkeypatch.setattr(config.optim.name, "largest_lr", 10.0)  # as an optimiser that finds its own rate says
+    assert check(config) == []
+
+
+def test_a_rate_of_the_small_bases_is_a_caution_for_others() -> None:
+    (line,) = cautions(load("pirate_chat", ["model.base=Qwen/Qwen3-0.6B"]))
+    assert "optim.lr=0.002" in line
+    assert cautions(load("pirate_chat", ["model.base=Qwen/Qwen3-0.6B", "optim.lr=1e-4"])) == []
+    assert cautions(load("pirate_chat", ["model=qwen3_4b", "model.base=Qwen/Qwen3-0.6B"])) == []
+
+
 def test_int8_layers_do_not_go_to_main_memory() -> None:
     config = load("pirate_chat", ["model.quantize=int8", "model.offload=true"])
     assert check(config) == [

@@ -9,16 +9,16 @@ from typing import Any
 import diffusers
 import pytest
 import torch
-from omegaconf import OmegaConf
 from torch import nn
 
 import finetune
 from finetune.adapters import lora
 from finetune.config import recipes
-from finetune.config.schema import LoraConfig, ModelConfig
+from finetune.config.schema import LoraConfig
 from finetune.diffusion import families
 from finetune.diffusion.families import family
 from finetune.diffusion.objectives import Flow
+from tests.presets import preset
 
 ARCHITECTURES = Path(finetune.__file__).parent / "architectures"
 PRESETS = [
@@ -29,13 +29,6 @@ PRESETS = [
 GIB = 1 << 30
 # What VAE and patches or halvings need; sides of buckets are multiples of it.
 STRIDES = {"sd": 64, "sdxl": 32}
-
-
-def preset(name: str) -> ModelConfig:
-    read = OmegaConf.merge(OmegaConf.structured(ModelConfig), OmegaConf.load(recipes.preset_files()["model"][name]))
-    found = OmegaConf.to_object(read)
-    assert isinstance(found, ModelConfig)
-    return found
 
 
 def settings(name: str, part: str) -> dict[str, Any]:

@@ -86,7 +86,7 @@ def test_extrapolating_agrees_with_tracing(candidates: Candidates) -> None:
 def test_the_parts_are_the_whole(candidates: Candidates) -> None:
     trace = candidates.step(2, 0)
     found = parts(trace, GPU)
-    assert {"weights", "adapters", "gradients", "optimiser", "activations", "CUDA context"} <= found.keys()
+    assert {"weights", "adapters", "gradients", "optimiser", "activations", "CUDA itself"} <= found.keys()
     assert found["optimiser"] == pytest.approx(2 * found["adapters"], rel=1e-6)  # two states in fp32
     assert tensors_gib(found) * GIB == pytest.approx(trace.peak.live)
 

@@ -128,7 +128,9 @@ def advice(config: Config, name: str, free_gib: float | None = 16.0) -> str:
 
 def test_too_little_is_reported_with_what_to_type(language_config: Config) -> None:
     assert list(host_memory.warning({}, 1.0, on(language_config))) == []
-    assert advice(language_config, "export", None) == advice(language_config, "export", 46.0) == ""
+    assert advice(language_config, "export", 46.0) == ""
+    assert "where there is less, try model.quantize=nf4" in advice(language_config, "export", None)
+    assert list(host_memory.warning({"export": 15.0}, None, on(language_config))) == []
     assert "model.quantize=nf4" in advice(language_config, "export")
     language_config.model.quantize = Quantize.nf4
     assert "close other programs" in advice(language_config, "export")

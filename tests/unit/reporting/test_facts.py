@@ -1,5 +1,6 @@
 """Facts: the same labels, numbers and words wherever a record is shown."""
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,20 +16,22 @@ from finetune.reporting.facts import (
     rate,
     run_facts,
     text_set_facts,
+    update_scale,
 )
-from finetune.run.records import Caption, CaptionSet
+from finetune.run.records import Caption, CaptionSet, Dataset
 from tests.unit.reporting.records import run_record, text_set
 
 
 def texts(folder: Path, *, held_out: bool = True, **values: object) -> dict[str, str]:
-    return {fact.label: fact.text for fact in run_facts(run_record(folder, **values), held_out=held_out)}
+    dataset = None if held_out else Dataset("index", 0, 0, {}, "")
+    return {fact.label: fact.text for fact in run_facts(run_record(folder, **values), dataset)}
 
 
 def test_a_run_says_what_it_did_and_took(tmp_path: Path) -> None:
     assert texts(tmp_path, micro_batch=2, effective=4) == {
         "trained on": "16 images (in 4 steps)",
         "effective batch": "4 (2 × 2 accumulated)",
-        "loss": "0.5000 → 0.2500 (first step → mean of the last 10 %)",
+        "loss": "0.5000 → 0.2500 (first step → end, smoothed)",
         "validation loss": "0.4000 → 0.3000 (best at step 4)",
         "trained parameters": "25 (2.50% of 1,000)",
         "training time": "8.0 s",
@@ -91,6 +94,7 @@ def test_a_plan_shows_settings_memory_and_phases() -> None:
     own = Setting(8, 1, 1, False, False, 500.0, 8, {"weights": 50.0})
     phases = {"training": 15.0, "encoding": 0.0, "export": 30.0}
     plan = Plan("n", "base", "a GPU", 20.0, "bf16", "nf4", "images", fast, own, (), phases, (), (), {"export": 9.5})
+    plan = replace(plan, seconds={"training": 150.0, "encoding": None, "export": 0.0})
     facts, settings, step, shown = plan_tables(plan)
     assert ("precision", "bf16, base in nf4") in facts.rows
     assert ("CPU memory", "at most 9.5 GiB for export") in facts.rows
@@ -101,10 +105,34 @@ def test_a_plan_shows_settings_memory_and_phases() -> None:
     assert settings.rows[1][0] == "own, too large"
     assert step.rows == [("weights", "5.00"), ("activations", "10.00")]
     assert [row[1:] for row in shown.rows] == [
-        ("15.00", "█" * 18),
-        ("–", "in CPU memory"),
-        ("30.00", "█" * 24 + " too large"),
+        ("15.00", "2 min 30 s", "█" * 18),
+        ("–", "unknown", "in CPU memory"),
+        ("30.00", "none", "█" * 24 + " too large"),
+        ("", "2 min 30 s", "and what is unknown"),
     ]
+
+
+def test_a_plan_says_how_often_each_example_is_seen_at_which_rate_and_what_is_downloaded() -> None:
+    fast = Setting(2, 4, 2, True, True, 0.25, 8, {"weights": 5.0})
+    plan = Plan("n", "base", "a GPU", 20.0, "bf16", "nf4", "images", fast, fast, (), {"training": 5.0}, (), ())
+    told = replace(plan, steps=250, effective=16, epochs=111.1, lr=1e-4, lr_scale=2.0, download={"a/b": 4.27e9})
+    rows = dict(row[:2] for row in plan_tables(told)[0].rows)
+    assert rows["training"] == "250 steps of 16 (111 visits an image)"
+    assert rows["learning rate"] == "0.0001 (× alpha / rank = 0.0002)"
+    assert rows["to download"] == "about 4.3 GB for a/b"
+    rows = dict(row[:2] for row in plan_tables(replace(told, unit="tokens", epochs=3.2, guessed=True))[0].rows)
+    assert rows["training"] == "250 steps of 16 (roughly 3.2 passes over the data)"
+
+
+def test_a_run_says_how_often_each_example_was_seen_and_at_which_rate(tmp_path: Path) -> None:
+    run = run_record(tmp_path, micro_batch=2, effective=4)
+    settings = {"optim": {"lr": 1e-4}, "lora": {"rank": 16, "alpha": 32.0}}
+    of_images = {fact.label: fact.text for fact in run_facts(run, Dataset("index", 5, 1, {}, ""), settings)}
+    assert of_images["trained on"] == "16 images (in 4 steps, 3.2 visits an image)"
+    assert of_images["learning rate"] == "0.0001 (× alpha / rank = 0.0002)"
+    of_texts = {fact.label: fact.text for fact in run_facts(run, text_set(packs=8))}
+    assert of_texts["trained on"].endswith("in 4 steps, 2.0 passes over the data)")
+    assert update_scale({"rank": 16, "alpha": 32.0, "rslora": True}) == 8.0
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,6 @@
 """What a run on conversations leaves on the screen; `test_cli` has that of a run on images."""
 
+import time
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,7 +33,7 @@ def test_every_record_that_a_command_returns_can_be_printed() -> None:
     ],
 )
 def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record: Any, line: str) -> None:
-    terminal.show(Config(), record)
+    terminal.show(Config(), record, began=0.0)
     assert capsys.readouterr().out == line + "\n"
 
 
@@ -44,7 +45,7 @@ def test_each_stage_ends_with_a_line(capsys: pytest.CaptureFixture[str], record:
     ],
 )
 def test_a_data_set_ends_with_its_figures(capsys: pytest.CaptureFixture[str], record: Any, facts: set[str]) -> None:
-    terminal.show(Config(), record)
+    terminal.show(Config(), record, began=0.0)
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == "dataset"
     assert {line.strip() for line in lines} >= facts
@@ -58,7 +59,7 @@ class Undescribed:
 
 def test_a_record_that_nobody_describes_is_shown_by_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     record = Undescribed("outputs/<mine>", {"layer.0": 0.123456, "layer.1": 0.1})
-    terminal.show(Config(), record)
+    terminal.show(Config(), record, began=0.0)
     assert capsys.readouterr().out == "undescribed\n  run dir: outputs/<mine>\n  layer.0: 0.1235\n  layer.1: 0.1\n"
     notebook.give_look(Undescribed)
     shown = record._repr_html_()  # type: ignore[attr-defined]
@@ -79,7 +80,8 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
         **tried,
     )
     adapter = Adapter("outputs/mine/adapter", {}, {}, "base", "")
-    terminal.show(config, Result(None, text_set(), run, adapter, ANSWERS, Report("outputs/mine/report.html")))
+    whole = Result(None, text_set(), run, adapter, ANSWERS, Report("outputs/mine/report.html"))
+    terminal.show(config, whole, began=time.time())
     out = capsys.readouterr().out
     assert max(map(len, out.split("next\n")[0].splitlines())) <= 80
     for words in (
@@ -94,9 +96,7 @@ def test_train_ends_with_a_table_and_the_next_commands(capsys: pytest.CaptureFix
         assert words in out
     assert "grid" not in out
     assert "on training examples" not in out
-    none = replace(text_set(), validation=0)
-    terminal.show(config, Result(None, none, run, adapter, ANSWERS, Report("outputs/mine/report.html")))
+    terminal.show(config, replace(whole, dataset=replace(text_set(), validation=0)), began=time.time())
     assert ", on training examples)" in " ".join(capsys.readouterr().out.split())
-    undrawn = Answers("", "", ())
-    terminal.show(config, Result(None, text_set(), run, adapter, undrawn, Report("outputs/mine/report.html")))
+    terminal.show(config, replace(whole, samples=Answers("", "", ())), began=time.time())
     assert "answers none (sample.prompts is empty)" in " ".join(capsys.readouterr().out.split())

@@ -10,6 +10,7 @@ import pytest
 from finetune.errors import RunError
 from finetune.run import hashing, receipts
 from finetune.run.plain import from_plain
+from finetune.run.progress import say, taken_warnings
 from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
 from finetune.run.records import Adapter, Caption, CaptionSet, Run, TextSet
 from finetune.training import checkpoint
@@ -17,9 +18,17 @@ from finetune.training.checkpoint import TrainState
 from tests.conftest import ROOT
 from tests.unit.reporting.records import run_record, text_set
 
-STATE = TrainState(
-    {"seed": 1}, step=4, count=16, last_losses=((3, 0.5), (4, 0.25)), requested={"offload": False}, fallbacks=1
-)
+STATE = TrainState({"seed": 1}, step=4, count=16, smoothed_loss=0.25, requested={"offload": False}, fallbacks=1)
+
+
+def test_what_a_stage_warned_of_is_in_its_receipt(tmp_path: Path) -> None:
+    taken_warnings()  # of other tests
+    for line in ("warning: small", "dataset: warning: long", "warning: small", "train: 3 steps"):
+        say(line)
+    for stage in ("dataset", "train"):
+        save_receipt(tmp_path, stage, Caption("a", "b", "user"), input_hash="", seconds=1.0, figures={})
+    warned = [receipt.warnings for stage in ("dataset", "train") if (receipt := load_receipt(tmp_path, stage))]
+    assert warned == [("small", "long"), ()]
 
 
 def in_old_words(record: Any) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from finetune.diffusion import tiling
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload
 from finetune.planning import choice
-from finetune.planning.candidates import Candidates, parts
+from finetune.planning.candidates import Candidates, Phase, parts
 from finetune.planning.machine import read
 from finetune.planning.plan import Plan, Setting
 from finetune.stages import plan as stage
@@ -75,7 +75,7 @@ def test_the_fastest_that_fits_whatever_the_budget(roomy: Config, tmp_path: Path
     found = plan(roomy)
     consistent(found)
     assert found.fits
-    assert any(note.startswith(f"{kinds.of(roomy).FACTS.data_key} is not looked at") for note in found.notes)
+    assert any(note.startswith(f"{kinds.of(roomy).FACTS.data_key} is counted, not read") for note in found.notes)
     assert found.chosen is not None
     largest = found.chosen.gib
     roomy.hardware.vram_gib = largest - 1e-4
@@ -85,6 +85,37 @@ def test_the_fastest_that_fits_whatever_the_budget(roomy: Config, tmp_path: Path
     assert tighter.chosen.gib < largest
     assert tighter.chosen.seconds >= found.chosen.seconds
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_a_full_gpu_that_is_not_here_may_have_a_monitor(roomy: Config) -> None:
+    chosen = plan(roomy).chosen
+    assert chosen is not None
+    roomy.hardware.vram_gib = chosen.gib + 0.5
+    (line,) = [note for note in plan(roomy).notes if "monitor" in note]
+    assert f"hardware.vram_gib={chosen.gib - 0.5:.1f}" in line
+    roomy.hardware.vram_gib = chosen.gib + 1.5
+    assert not any("monitor" in note for note in plan(roomy).notes)
+
+
+def test_a_plan_counts_the_data_and_times_every_phase(roomy: Config) -> None:
+    config, path = roomy, Path(roomy.data.folder or roomy.data.file)
+    path.unlink(missing_ok=True)
+    assert kinds.of(config).examples(config) is None
+    if config.model.kind == "diffusion":
+        path.mkdir()
+        for number in range(6):
+            (path / f"{number}.png").write_bytes(b"not opened")
+        (path / "5.txt").write_text("a caption")
+    else:
+        path.write_text("x" * 6 * 10 * config.data.length)
+    found = plan(config)
+    expected = found.steps * found.effective / (6 if config.model.kind == "diffusion" else 0.8 * 10)
+    assert found.epochs == pytest.approx(expected)
+    assert found.guessed == (config.model.kind == "language")
+    assert found.seconds.keys() == found.phases.keys()
+    assert all(seconds and seconds > 0 for seconds in found.seconds.values())
+    assert found.download == {}  # the base is here
 
 
 def test_several_machines_share_what_was_traced_and_nothing_else(roomy: Config) -> None:
@@ -178,7 +209,9 @@ def test_a_phase_that_does_not_fit_says_what_to_do(config: Config, monkeypatch: 
         "sampling": "'sample.prompts=[]', and finetune sample",
         "export": "finetune export with these settings and hardware=cpu",
     }
-    monkeypatch.setattr(Candidates, "phases", lambda self, micro_batch: ((name, 30.0, "") for name in advice))
+    monkeypatch.setattr(
+        Candidates, "phases", lambda self, micro_batch: (Phase(name, 30.0, "", None) for name in advice)
+    )
     found = plan(on_a_gpu(config))
     assert found.chosen is not None
     assert not found.fits
@@ -240,7 +273,7 @@ def test_phases_take_less_memory_on_a_smaller_gpu(config: Config, monkeypatch: p
         for size, taken in zip(sizes, words, strict=True):
             small = candidates.on(replace(candidates.machine, vram_gib=size))
             monkeypatch.setattr(small.memory_model, "phases", lambda *_, found=(name, options): [found])
-            assert list(small.phases(1)) == [(name, size, taken)]
+            assert [(phase.name, phase.gib, phase.words) for phase in small.phases(1)] == [(name, size, taken)]
 
 
 @pytest.mark.usefixtures("training_alone")
@@ -271,7 +304,7 @@ def test_on_a_cpu(roomy: Config) -> None:
     found = plan(roomy)
     assert found.precision == "fp32"
     assert found.chosen is not None
-    assert "CUDA context" not in found.chosen.parts
+    assert "CUDA itself" not in found.chosen.parts
     assert "measured now" in found.notes[0]
 
 
@@ -303,6 +336,6 @@ def test_a_base_without_configuration_is_named(config: Config) -> None:
 def test_from_python_with_a_table(config: Config) -> None:
     found = finetune.plan(on_a_gpu(config))
     shown = found._repr_html_()  # type: ignore[attr-defined]
-    assert all(word in shown for word in ("CUDA context", "training", "fastest", "a GPU"))
+    assert all(word in shown for word in ("CUDA itself", "training", "fastest", "a GPU"))
     hopeless = replace(found, chosen=None, problems=("training needs <all>",))
     assert "training needs &lt;all&gt;" in hopeless._repr_html_()  # type: ignore[attr-defined]

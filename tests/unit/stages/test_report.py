@@ -140,7 +140,7 @@ def test_a_whole_run_on_one_page(trained: Config) -> None:
         "Speed: images/s against step",
         "Memory: GiB in use against step",
     ]
-    for words in ("In 4 steps the training loss", " and the validation loss ", "images/s"):
+    for words in ("In 4 steps the validation loss ", "images/s"):
         assert words in page.text
     for words in ("a red robot", "seed 1", "toy style", "1.0e-07", "it went", "rank: 4", "diffusers", "trained on"):
         assert words in page.text
@@ -250,7 +250,7 @@ def test_a_run_on_conversations_on_one_page(talk: Config) -> None:
         "Speed: tokens/s against step",
     ]
     for words in (
-        "In 4 steps the training loss fell by 50.0 % and the validation loss fell by 25.0 %.",
+        "In 4 steps the validation loss fell by 25.0\N{NO-BREAK SPACE}%.",
         "0.4000 → 0.3000",
         "8.50 → 4.50",
         "7,120 tokens/s",
@@ -288,7 +288,7 @@ def test_a_run_without_perplexity_or_data_set_still_has_its_sentence(talk: Confi
     receipt_path(Path(talk.run_dir), "dataset").unlink()
     save(talk, "train", run_record(Path(talk.run_dir), unit="tokens", best_step=None))
     page = read(talk)
-    assert "the validation loss fell by 25.0 %." in page.text
+    assert "the validation loss fell by 25.0\N{NO-BREAK SPACE}%." in page.text
     assert "8.50" not in page.text
     assert page.sections() == ["answers", "stages", "adapter", "configuration"]
     assert load_record(Path(talk.run_dir), "train", Run) is not None

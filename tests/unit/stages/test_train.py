@@ -15,6 +15,7 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from finetune import kinds
 from finetune.adapters import lora
@@ -55,7 +56,7 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     receipt = load_receipt(run_dir, "train")
     assert receipt is not None
     assert receipt.figures["last_loss"] == run.last_loss
-    events = EventAccumulator(str(run_dir / "tensorboard"), size_guidance={"images": 0}).Reload()
+    events = EventAccumulator(str(run_dir / "tensorboard" / run_dir.name), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     for tag in ("loss/step", "loss/smoothed", "train/learning_rate", "train/gradient_norm", "train/images_per_s"):
         assert [point.step for point in events.Scalars(tag)] == [1, 2, 3, 4]
@@ -65,7 +66,14 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     assert [image.step for image in events.Images("samples/0: a red robot")] == [0, 4]
     text = events.Tensors("configuration/text_summary")[0].tensor_proto.string_val[0].decode()
     assert "lora.rank: 4" in text
-    assert "final/loss" in tags["scalars"]
+    assert {tag.partition("/")[0] for tag in tags["scalars"]} == {"loss", "validation", "train", "system"}
+    assert min(tags["scalars"]).startswith("loss/")  # TensorBoard sorts by name, and opens with the first
+    assert len(list((run_dir / "tensorboard" / run_dir.name).iterdir())) == 1
+    metrics = HParamsPluginData.FromString(events.PluginTagToContent("hparams")["_hparams_/experiment"])
+    named = {info.name.tag for info in metrics.experiment.metric_infos}
+    assert named == {"loss/smoothed", "validation/mean", "train/images_per_s", "system/memory_gib"}
+    assert named <= set(tags["scalars"])
+    assert events.Scalars("loss/smoothed")[-1].value == pytest.approx(run.last_loss)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines if "loss/step" in line] == [1, 2, 3, 4]
     newest = checkpoint.load(checkpoint.at(run_dir / "checkpoints", 4))
@@ -73,7 +81,21 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     assert not same(newest.averaged, newest.adapter)
 
 
-def test_the_loss_at_the_end_is_the_mean_of_the_last_tenth(
+def test_a_run_that_began_elsewhere_keeps_its_curves_in_one_place(
+    config: Config, make_dataset: Callable[..., Dataset]
+) -> None:
+    config.trainer.steps, dataset = 2, make_dataset()
+    train(config, dataset)
+    board = Path(config.run_dir, "tensorboard")
+    for file in (board / Path(config.run_dir).name).iterdir():
+        file.rename(board / file.name)  # where 0.1 wrote them
+    config.trainer.steps = 4
+    train(config, dataset)
+    events = EventAccumulator(str(board)).Reload()
+    assert [point.step for point in events.Scalars("loss/step")] == [1, 2, 3, 4]
+
+
+def test_the_loss_at_the_end_is_the_one_that_the_bar_shows(
     config: Config, make_dataset: Callable[..., Dataset]
 ) -> None:
     config.trainer.steps, config.trainer.save_every, config.trainer.validate_every = 20, 10, 0
@@ -81,8 +103,12 @@ def test_the_loss_at_the_end_is_the_mean_of_the_last_tenth(
     run = train(config, dataset)
     lines = [json.loads(line) for line in Path(whole, "metrics.jsonl").read_text().splitlines()]
     losses = [line["loss/step"] for line in lines if "loss/step" in line]
-    assert run.last_loss == pytest.approx((losses[-1] + losses[-2]) / 2)
-    assert run.last_loss != pytest.approx(losses[-1])
+    # Of 20 steps two count most: half the weight on each newest one.
+    weights = [0.5**age for age in range(20)]
+    mean = sum(weight * loss for weight, loss in zip(weights, reversed(losses), strict=True)) / sum(weights)
+    assert run.last_loss == pytest.approx(mean)
+    smoothed = [line["loss/smoothed"] for line in lines if "loss/smoothed" in line]
+    assert (smoothed[0], smoothed[-1]) == (losses[0], run.last_loss)
 
 
 def test_nothing_keeps_the_model_alive_after_training(setting: Setting, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -53,8 +53,24 @@ def test_a_non_finite_step_is_skipped_and_named(setting: Setting) -> None:
 
 def test_bad_steps_in_a_row_end_the_run(setting: Setting) -> None:
     setting.config.trainer.max_bad_steps = 1
-    with pytest.raises(TrainingError, match=r"not finite.*optim\.lr"):
+    setting.config.optim.lr = 2e-3
+    with pytest.raises(TrainingError, match=r"not finite.*; try optim\.lr=0\.0002$") as caught:
         run(setting.config, setting.dataset, poison=2)
+    assert len(str(caught.value)) < 300
+
+
+def test_a_run_that_never_took_a_step_does_not_blame_the_rate(setting: Setting) -> None:
+    setting.config.trainer.max_bad_steps = 1
+    with pytest.raises(TrainingError, match=r"rate is not the cause; leave these examples out$"):
+        run(setting.config, setting.dataset, poison=0)
+
+
+def test_few_examples_of_a_bad_step_are_named(setting: Setting) -> None:
+    config, dataset = setting.config, setting.dataset
+    config.trainer.accumulate = 4
+    _, steps = run(config, dataset, poison=0, steps=1)
+    assert steps[0].skip_reason is not None
+    assert re.search(r" and \d+ more$", steps[0].skip_reason)
 
 
 def test_cudnns_attention_is_off() -> None:
