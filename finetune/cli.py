@@ -6,17 +6,17 @@ imported; a FinetuneError becomes one line a problem on stderr and the exit code
 
 import logging
 import os
+import shlex
 import sys
 import textwrap
 import threading
 import traceback
 import warnings
 from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from finetune.config import recipes
+from finetune.config import mistyped, recipes
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
 from finetune.run import ranks
@@ -25,7 +25,7 @@ from finetune.stages import COMMANDS
 
 # Hydra's flags that make sense here; True: a value follows.
 FLAGS = {
-    **dict.fromkeys(("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve"), False),
+    **dict.fromkeys(("--help", "-h", "--multirun", "-m", "--run", "-r", "--resolve"), False),
     **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--info", "-i"), True),
 }
 COMPLETION_FLAGS = ("-sc", "--shell-completion", "--shell_completion")
@@ -78,8 +78,8 @@ def _answer(words: list[str], debug: bool) -> int:
     if words[0] in FLAGS:  # the command may stand behind its flags
         words.sort(key=lambda word: word not in COMMANDS)
     command, rest = words[0], words[1:]
-    if command in FLAGS:
-        raise ConfigError(f"say which command, such as: finetune train {' '.join(words)}")
+    if command in FLAGS or "=" in command:
+        raise ConfigError(f"say which command, such as: {shlex.join(['finetune', 'train', *words])}")
     if command not in COMMANDS:
         raise ConfigError(recipes.no_such("command", command, list(COMMANDS)))
     _quieten(debug)
@@ -163,8 +163,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     before = sys.argv
     try:
         with compose.registered():
-            if "--hydra-help" not in flags:
-                overrides = compose.judged(overrides, say, sweep)
+            overrides = compose.judged(overrides, say, sweep)
             if sweep:
                 compose.name_sweep_folders(overrides)
                 # The folder of a sweep can't be read from a recipe, but `run_dir=` on the command line is known by now.
@@ -183,24 +182,27 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
 def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
     """Settings and flags apart, wherever they stood: Hydra's own parser refuses settings on both sides of a flag.
 
-    Raises ConfigError for a flag that isn't one.
+    Raises ConfigError for a flag that isn't one, and for flags that don't go together.
     """
-    overrides, flags, unknown, takes_value = [], [], [], False
+    overrides, flags, unknown, takes_value = [], [], dict[str, str](), False
     for word in words:
         if word.startswith("-"):
             flag, _, value = word.partition("=")
-            takes_value = FLAGS.get(flag, False) and not value
-            flags.append(word)
+            takes_value = (flag not in FLAGS or FLAGS[flag]) and not value
+            flags.append(flag if flag not in FLAGS else word)
             if flag not in FLAGS:
-                near = get_close_matches(flag, [*FLAGS, "--debug", "--version"], n=1)
-                unknown.append(f"no flag called {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+                unknown[flag] = value
         elif takes_value and "=" not in word:
             takes_value = False
+            if flags[-1] in unknown:
+                unknown[flags[-1]] = word
             flags.append(word)
         else:
             overrides.append(word)
-    if unknown:
-        raise ConfigError("\n".join(unknown))
+    known = [*FLAGS, "--debug", "--version"]
+    problems = [mistyped.flag_problem(flag, value, overrides, known) for flag, value in unknown.items()]
+    if problems := problems or list(mistyped.flags_at_odds(flags)):
+        raise ConfigError("\n".join(problems))
     return overrides, flags
 
 

@@ -9,6 +9,7 @@ reported within seconds.
 import fnmatch
 import hashlib
 import json
+import shlex
 import sys
 import textwrap
 import threading
@@ -29,9 +30,9 @@ HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")  # what model sites offer besides safetensors
 PICKLE_WAY_OUT = (  # weights_only runs no code
-    "python -c 'import torch, safetensors.torch as s; "
-    'w = torch.load("{old}", map_location="cpu", weights_only=True); w = w.get("state_dict", w); '
-    's.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, "{new}")\''
+    "import torch, safetensors.torch as s; "
+    'w = torch.load({old!r}, map_location="cpu", weights_only=True); w = w.get("state_dict", w); '
+    "s.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, {new!r})"
 )
 MODEL_FILES = {"model_index.json": "an image model", "config.json": "a language model or captioner"}
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
@@ -79,9 +80,10 @@ def single_file(reference: str) -> Path | None:
     if suffix == ".gguf":
         raise ModelError(f"{path} is quantised for inference (GGUF); get the same model as .safetensors in 16 bit")
     if suffix != ".safetensors":
+        code = PICKLE_WAY_OUT.format(old=str(path), new=str(path.with_suffix(".safetensors")))
         raise ModelError(
             f"{path} is no .safetensors file, and pickles may run code that comes with them; get the same model as "
-            f".safetensors, or type: {PICKLE_WAY_OUT.format(old=path, new=path.with_suffix('.safetensors'))}"
+            f".safetensors, or type: {shlex.join(['python', '-c', code])}"
         )
     if wrong := damage(path):
         raise ModelError(f"{path} is damaged ({wrong}); copy or download it again")
@@ -122,7 +124,7 @@ def config_folder(base: str) -> Path:
             return shipped
     raise ModelError(
         f"the configuration of {base} is neither on this machine nor in the package, so its memory can't be planned; "
-        f"type: hf download {base} --include '*.json', or name a local folder as model.base"
+        f"type: {shlex.join(['hf', 'download', base])} --include '*.json', or name a local folder as model.base"
     )
 
 
@@ -304,7 +306,7 @@ def _ask_hub(source: str) -> str:
     reason = textwrap.shorten(str(found), 120, placeholder=" …") or type(found).__name__
     raise ModelError(
         f"{source} is not on disk ({_cache()}) and the hub can't be reached ({reason}); on a machine with a network "
-        f"type: hf download {name}, copy that folder here and name it instead; {OFFLINE_WAYS_OUT}"
+        f"type: {shlex.join(['hf', 'download', name])}, copy that folder here and name it instead; {OFFLINE_WAYS_OUT}"
     )
 
 

@@ -8,7 +8,6 @@ group `conf` (so `conf=a,b` sweeps, shell completion and recipes that extend rec
 import io
 import logging
 import os
-import re
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -29,46 +28,34 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import describe, recipes, renamed
+from finetune.config import describe, mistyped, recipes, renamed, spelling, typed_text
 from finetune.config.schema import Config
+from finetune.config.typed_text import Overrides
 from finetune.config.validate import check
 from finetune.errors import ConfigError
 
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
 # configs, without what `registered` adds.
 SEARCH_PATH = "pkg://hydra.conf"
-RECIPES = "conf"  # the group of recipes; every other group holds presets
-# Values that may begin with the home folder's `~`, which a shell leaves alone behind a `=`.
-PATHS = (
-    *("run_dir", "data.folder", "data.file", "data.cache", "data.chat_template", "model.base", "model.parts"),
-    *("caption.model", "sample.adapter", "lora.start_from"),
-)
-MANY_PATHS = "data.file"  # takes a list too, kept as one text with the system's path separator between its paths
-# Text in quotes, or a whole item that Hydra's grammar takes for a number or a truth value.
-NUMBERS = re.compile(
-    r"""(?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')"""
-    r"""|(?<=[=,\[])\s*(?P<number>[+-]?(?:\.?\d[\w.+-]*|inf|nan)|true|false)(?=\s*(?:[,\]]|$))""",
-    re.IGNORECASE,
-)
 Say = Callable[[str], object]
 LOG: Say = logging.getLogger(__name__).warning
 
 
-def load(recipe: str, overrides: Sequence[str] = (), say: Say = LOG) -> Config:
+def load(recipe: str, overrides: Overrides = (), say: Say = LOG) -> Config:
     """The configuration of a recipe, as `conf=RECIPE OVERRIDES…` on the command line gives it.
 
     say: what reports keys under old names. Raises ConfigError, one line a problem, for whatever is wrong with names,
     keys and types, and for settings of another kind of model.
     """
     with registered():
-        words = judged([f"{RECIPES}={recipe}", *overrides], say)
+        words = judged([spelling.override(recipes.GROUP, recipe), *typed_text.as_words(overrides)], say)
         return resolve(_composed(words), words)
 
 
-def apply(config: Config, overrides: Sequence[str], say: Say = LOG) -> Config:
+def apply(config: Config, overrides: Overrides, say: Say = LOG) -> Config:
     """A copy of `config` with `key=value` overrides. Presets (`lora=r32`) need a recipe: use `load`."""
-    judge = _Judge()
-    good = judge.overrides(overrides)
+    judge, words = _Judge(), typed_text.as_words(overrides)
+    good = judge.overrides(words)
     for group, ((name, _), *_) in judge.chosen.items():
         judge.problems.append(f"{group}={name} chooses a preset, which needs a recipe; give it to finetune.load")
     judge.report(say)
@@ -76,7 +63,7 @@ def apply(config: Config, overrides: Sequence[str], say: Say = LOG) -> Config:
         tree = OmegaConf.structured(config)
         for override in good:
             OmegaConf.update(tree, override.key_or_group, override.value())
-    return resolve(tree, overrides)
+    return resolve(tree, words)
 
 
 def resolve(tree: DictConfig, words: Iterable[str]) -> Config:
@@ -92,17 +79,12 @@ def resolve(tree: DictConfig, words: Iterable[str]) -> Config:
 
 def _typed(tree: DictConfig) -> Config:
     with explained():
-        missing = sorted(OmegaConf.missing_keys(tree) - {RECIPES})
+        missing = sorted(OmegaConf.missing_keys(tree) - {recipes.GROUP})
         refuse([f"{key} is not set; type {key}=…" for key in missing])
         typed = OmegaConf.merge(OmegaConf.structured(Config), tree)
-        for key in PATHS:
-            OmegaConf.update(typed, key, _at_home(key, OmegaConf.select(typed, key)))
+        for key in typed_text.PATHS:
+            OmegaConf.update(typed, key, typed_text.at_home(key, OmegaConf.select(typed, key)))
         return cast(Config, OmegaConf.to_object(typed))
-
-
-def _at_home(key: str, value: str) -> str:
-    """A value in which `~` stands for the home folder if it is a path."""
-    return str(Path(value).expanduser()) if key in PATHS and value.startswith("~") else value
 
 
 def _foreign(words: Iterable[str], kind: str) -> list[str]:
@@ -148,7 +130,7 @@ def registered() -> Iterator[None]:
     names every file that is not readable YAML.
     """
     files = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
-    files += [(RECIPES, name, path) for name, path in recipes.recipe_files().items()]
+    files += [(recipes.GROUP, name, path) for name, path in recipes.recipe_files().items()]
     files += [(group, name, path) for group, paths in recipes.preset_files().items() for name, path in paths.items()]
     nodes: list[tuple[str, str, Any]] = [("", "schema", Config)]
     unreadable = []
@@ -163,7 +145,7 @@ def registered() -> Iterator[None]:
     theirs = {name: store.repo.pop(name) for name in ours & store.repo.keys()}
     try:
         for group, name, node in nodes:
-            store.store(name, node, group or None, package="_global_" if group == RECIPES else None)
+            store.store(name, node, group or None, package="_global_" if group == recipes.GROUP else None)
         yield
     finally:
         for name in ours:
@@ -180,12 +162,12 @@ def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or str(error).splitlines()[0]
         raise ConfigError(f"{recipes.shown(path)}{where} is not readable YAML: {reason}") from error
-    return ({"name": path.stem} | tree if group == RECIPES else tree), keys
+    return ({"name": path.stem} | tree if group == recipes.GROUP else tree), keys
 
 
 def _prefix(group: str) -> str:
     """What stands before the keys of a file: a preset holds a section."""
-    return "" if group in ("", RECIPES) else f"{group}."
+    return "" if group in ("", recipes.GROUP) else f"{group}."
 
 
 @cache
@@ -260,13 +242,14 @@ class _Judge:
     def overrides(self, typed: Sequence[str], sweep: bool = False) -> list[Override]:
         """Those with which nothing is wrong; the files that they choose are checked by `files`."""
         self._names((word.partition("=")[0].lstrip("+") for word in typed), "")
-        parser, good = OverridesParser.create(), []
-        for word in map(_hydra_word, typed):
+        self.problems += mistyped.stray_problems(typed)
+        good = []
+        for word in (typed_text.as_typed(word) for word in typed if "=" in word or word.startswith("~")):
             try:
-                override = parser.parse_override(word)
+                override = _parsed(word)
                 problem = self._override_problem(override, word, sweep)
             except HydraException:
-                problem = _unreadable(word)
+                problem = mistyped.unreadable(word)
             if problem:
                 self.problems.append(problem)
             else:
@@ -274,13 +257,8 @@ class _Judge:
         return good
 
     def _override_problem(self, override: Override, word: str, sweep: bool) -> str | None:
-        key, _, text = word.partition("=")
         if override.is_sweep_override() and not sweep:
-            quoted = text.replace('"', "")
-            return (
-                f"{key} got several values ({text}); if that is one text, quote it twice: '{key}=\"{quoted}\"'; "
-                f"a list needs brackets: {key}=[…]; several runs need --multirun"
-            )
+            return mistyped.several(word)
         key = override.key_or_group
         if override.is_delete():
             return f"{word} would delete a setting, which is not possible; give it a value: {key}=…"
@@ -289,7 +267,7 @@ class _Judge:
         values = [
             _plain(v) for v in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])
         ]
-        if key == RECIPES or (key in self.presets and all(isinstance(value, str) for value in values)):
+        if key == recipes.GROUP or (key in self.presets and all(isinstance(value, str) for value in values)):
             self.chosen[key] = [(str(value), "") for value in values]
             return None
         found = [describe.key_problem(key), *(describe.value_problem(key, value) for value in values)]
@@ -298,12 +276,12 @@ class _Judge:
     def files(self) -> bool:
         """Check the recipes, and the presets that defaults, recipes and overrides choose; whether nothing is wrong."""
         chosen, self.chosen, before = self.chosen, {}, len(self.problems)
-        if RECIPES not in chosen:
+        if recipes.GROUP not in chosen:
             there = ", ".join(recipes.recipe_files())
             self.problems.append(f"conf= is missing: say which recipe, such as conf=pixar_style; there are: {there}")
         self._defaults("", _read(recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml", "")[0]["defaults"], "", ())
-        for name, where in chosen.pop(RECIPES, []):
-            self._file(RECIPES, name, where, ())
+        for name, where in chosen.pop(recipes.GROUP, []):
+            self._file(recipes.GROUP, name, where, ())
         for group, names in (self.chosen | chosen).items():
             for name, where in names:
                 self._file(group, name, where, ())
@@ -311,11 +289,11 @@ class _Judge:
 
     def _file(self, group: str, name: str, where: str, above: tuple[Path, ...]) -> None:
         """A recipe or preset, and what it extends. where: the file that names it, with a colon; above: the way here."""
-        files = recipes.recipe_files() if group == RECIPES else self.presets.get(group)
+        files = recipes.recipe_files() if group == recipes.GROUP else self.presets.get(group)
         if files is None:
             self.problems.append(where + recipes.no_such("preset group", group, sorted(self.presets)))
         elif name not in files:
-            what = "recipe" if group == RECIPES else f"{group} preset"
+            what = "recipe" if group == recipes.GROUP else f"{group} preset"
             self.problems.append(where + recipes.no_such(what, name, sorted(files)))
         elif files[name] in above:
             self.problems.append(f"{recipes.shown(files[name])} extends itself")
@@ -331,7 +309,7 @@ class _Judge:
             if isinstance(entry, dict):
                 for key, name in entry.items():
                     chosen = key.removeprefix("override ").strip().removeprefix("/").removeprefix("optional ")
-                    if isinstance(name, str) and chosen != RECIPES and not chosen.startswith("hydra/"):
+                    if isinstance(name, str) and chosen != recipes.GROUP and not chosen.startswith("hydra/"):
                         self.chosen[chosen] = [(name, where)]
             elif group and entry != "_self_":
                 self._file(group, str(entry).removeprefix(f"/{group}/"), where, above)
@@ -348,47 +326,12 @@ class _Judge:
         refuse(self.problems)
 
 
-def _hydra_word(word: str) -> str:
-    """An override under today's names, with quotes where Hydra's grammar would not take text as it was typed."""
-    match = re.fullmatch(r"(\+{0,2})([\w.]+)=(.*)", word, re.DOTALL)
-    if not match:
-        return word
-    plus, old, value = match.groups()
-    key, value = renamed.new_key(old), renamed.new_value(old, value)
-    if value.startswith("~"):
-        value = f'"{_at_home(key, value)}"'
-    if key == MANY_PATHS and value.startswith("["):
-        value = _one_text(value)
-    names_file = key == RECIPES or key in recipes.preset_files()
-
-    def quoted(item: re.Match[str]) -> str:
-        number = item["number"]
-        stays = not number or (re.fullmatch(r"-?\d+", number) and not names_file)
-        return item[0] if stays else item[0].replace(number, f'"{number}"')
-
-    if names_file or describe.leaf_types().get(key) in (str, list[str]):
-        value = NUMBERS.sub(quoted, f"={value}")[1:]
-    return f"{plus}{key}={value}"
-
-
-def _one_text(value: str) -> str:
-    """A list of paths as the one text that stands for it; anything else as it is."""
+def _parsed(word: str) -> Override:
+    parser = OverridesParser.create()
     try:
-        paths = yaml.load(value, yaml.BaseLoader)
-    except yaml.YAMLError:
-        return value
-    return '"' + os.pathsep.join(map(str, paths)).replace('"', '\\"') + '"' if isinstance(paths, list) else value
-
-
-def _unreadable(word: str) -> str:
-    if "=" not in word:
-        hint = f"conf={word}" if word in recipes.recipe_files() else "lora.rank=32"
-        return f"'{word}' is not a setting; settings are written key=value, such as {hint}"
-    key, value = word.split("=", 1)
-    if value.startswith("["):
-        return f'cannot read {word}; a list of texts is quoted twice: \'{key}=["first text","second text"]\''
-    quoted = value.strip("'\"").replace('"', '\\"')
-    return f"cannot read {word}; text with spaces, commas, colons or brackets is quoted twice: '{key}=\"{quoted}\"'"
+        return parser.parse_override(word)
+    except HydraException:
+        return parser.parse_override(typed_text.literally(word))
 
 
 def _plain(value: Any) -> Any:

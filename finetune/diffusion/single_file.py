@@ -18,6 +18,7 @@ from unittest.mock import patch
 
 from finetune import hub
 from finetune.config.schema import ModelConfig
+from finetune.config.spelling import setting
 from finetune.diffusion.families import family, names
 from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec
 from finetune.errors import ModelError, is_out_of_memory
@@ -68,7 +69,7 @@ def find(model: ModelConfig) -> SingleFile | None:
     if not model.parts:
         raise ModelError(
             f"{path} is a single file, which says nothing about its architecture; choose that with a preset: "
-            f"model=sd15, model=sdxl, … model.base={path}"
+            f"model=sd15, model=sdxl, … {setting('model.base', path)}"
         )
     return _opened(path, path.stat().st_mtime_ns, family(model.family), model.parts)
 
@@ -141,7 +142,8 @@ def _opened(path: Path, _changed_ns: int, spec: FamilySpec, parts: str) -> Singl
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if any(mark in name for name in shapes for mark in ADAPTER_MARKS):
         raise ModelError(
-            f"{path} is an adapter, not a base; type sample.adapter={path} to draw with it, and a base as model.base"
+            f"{path} is an adapter, not a base; type {setting('sample.adapter', path)} to draw with it, and a base as "
+            "model.base"
         )
     if any(mark in name for name in shapes for mark in SCALE_MARKS):
         raise ModelError(f"{path} is quantised (8-bit weights with scales); get the same model in 16 bit")

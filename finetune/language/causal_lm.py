@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from finetune import hub
 from finetune.adapters.formats import FULL_MODEL_PREFIX
 from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.spelling import setting
 from finetune.errors import ConfigError, ModelError
 from finetune.language import varlen_attention
 from finetune.language.losses import Head, logits
@@ -141,7 +142,7 @@ def require_rows(model: nn.Module, tokenizer: Any, largest: int, where: str) -> 
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ModelError(
             f"{where}: the tokenizer gives {token!r} the id {largest}, but the base's embedding has {rows} rows; train "
-            f"a row for it, model.added_tokens=['{token}'], or take the tokenizer that belongs to the base"
+            f"a row for it, {setting('model.added_tokens', [token])}, or take the tokenizer that belongs to the base"
         )
 
 

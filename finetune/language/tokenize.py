@@ -1,10 +1,12 @@
 """Conversations -> token rows of a language model, with what became of them said out loud."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, DataConfig, ModelConfig
+from finetune.config.spelling import setting
 from finetune.data.text import formats, packing, readers, store
 from finetune.data.text.formats import Source
 from finetune.data.text.tokens import Chat, preview_row
@@ -66,7 +68,7 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     if others := [path for path in readers.held_out_files(source.path) if path not in source.files]:
         say(
             f"dataset: not trained on: {', '.join(path.name for path in others)} (by name a test or validation split; "
-            f"to train on it too: data.file=[{source.path},{others[0]}])"
+            f"to train on it too: {setting('data.file', os.pathsep.join(map(str, (source.path, others[0]))))})"
         )
     found = store.encode_or_load(
         source,

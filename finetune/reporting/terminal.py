@@ -10,6 +10,7 @@ from typing import Any
 
 from finetune.config.recipes import shown
 from finetune.config.schema import Config
+from finetune.config.spelling import override
 from finetune.planning.plan import KEYS, Plan
 from finetune.reporting.facts import (
     Fact,
@@ -24,7 +25,7 @@ from finetune.run.receipts import load_receipt
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
-NOT_REPEATED = ("run_dir=", "sample.prompts=", "trainer.restart=")  # the next command gives its own, or none
+NOT_REPEATED = ("run_dir", "sample.prompts", "trainer.restart")  # the next command gives its own, or none
 NUMBERS = ("GiB", "s/step", "images/s", "tokens/s")
 WIDTH = 80  # columns; a narrower terminal gets its own width
 
@@ -92,8 +93,8 @@ def _plan(plan: Plan, overrides: Sequence[str]) -> None:
         _print_table(title, ("", *table.head), table.rows)
     _print_table("", ("", ""), [("·", note) for note in plan.notes])
     if plan.fits and plan.chosen:
-        words = [word for word in overrides if word.partition("=")[0] not in KEYS.values()]
-        settings = " ".join(map(shlex.quote, words or [f"conf={plan.name}"]))
+        words = [word for word in overrides if word.partition("=")[0].lstrip("+") not in KEYS.values()]
+        settings = shlex.join(words or [override("conf", plan.name)])
         print(f"next\n  {_program()} train {settings} {' '.join(plan.chosen.overrides)}")
 
 
@@ -126,15 +127,14 @@ def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]
     wish = "What colour is the sea?" if isinstance(result.samples, Answers) else "a big green fish in space"
     prompt = f"{wish}, {result.adapter.trigger}".removesuffix(", ")
     run_dir = shown(Path(config.run_dir))
-    words = [f"conf={config.name}"] if not overrides else []
-    words += [word for word in overrides if not word.startswith(NOT_REPEATED)]
+    words = [override("conf", config.name)] if not overrides else []
+    words += [word for word in overrides if word.partition("=")[0].lstrip("+") not in NOT_REPEATED]
     if Path(run_dir) != Path("outputs") / config.name:
-        words.append(f"run_dir={run_dir}")
-    settings = " ".join(map(shlex.quote, words))
-    wanted = shlex.quote(f'sample.prompts=["{prompt}"]')
+        words.append(override("run_dir", run_dir))
+    words.append(override("sample.prompts", [prompt]))
     return [
-        f"{board} --logdir {shlex.quote(f'{run_dir}/tensorboard')}",
-        f"{program} sample {settings} {wanted}",
+        f"{board} {shlex.join(['--logdir', f'{run_dir}/tensorboard'])}",
+        f"{program} sample {shlex.join(words)}",
     ]
 
 

@@ -12,6 +12,7 @@ from finetune.adapters import formats
 from finetune.config import hints
 from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
+from finetune.config.spelling import setting
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import gpu_gib, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
@@ -193,7 +194,7 @@ def _resume(
     if changed:
         other_data = newest.state.identity.get(dataset.identity_key) != dataset.content
         if other_data and (adapter := folder.parent / "adapter").exists():
-            advice += f"; to continue from its adapter, take another name=… and lora.start_from={adapter}"
+            advice += f"; to continue from its adapter, take another name=… and {setting('lora.start_from', adapter)}"
         what = "data" if other_data and len(changed) == 1 else "settings"
         raise RunError(f"{folder.parent} was trained with other {what} ({'; '.join(changed)}); {advice}")
     if found[-1] > steps:

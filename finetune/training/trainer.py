@@ -13,6 +13,7 @@ from accelerate import Accelerator
 
 from finetune.adapters import lora
 from finetune.config.schema import OptimConfig, SampleConfig, TrainerConfig
+from finetune.config.spelling import override
 from finetune.errors import OutOfMemory
 from finetune.memory.device import peak_gib
 from finetune.memory.fallbacks import try_within_memory
@@ -216,7 +217,7 @@ class Trainer:
 
     def _dry_run(self) -> Any:
         """Returns the optimiser that was used, whose state takes the place of the real one's as long as it is held."""
-        settings = " ".join(f"{key}={str(value).lower()}" for key, value in self.applied.items())
+        settings = " ".join(override(key, value) for key, value in self.applied.items())
         planned = "" if self.planned_gib is None else f"; {self.planned_gib:.1f} GiB planned"
         say(f"autotune: {settings}{planned}; dry run of the largest step")
         spare = build_optimizer(self._parameter_groups(), self.optim)

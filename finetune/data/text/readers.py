@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.config.spelling import setting
 from finetune.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -148,7 +149,8 @@ def _saved_dataset(path: Path) -> NumberedRows:
         name = "train" if "train" in loaded else next(iter(loaded), "") if len(loaded) == 1 else ""
         if not name:
             raise DataError(
-                f"{path}: has the parts {', '.join(loaded)} and none is called train; name one: data.file={path}/PART"
+                f"{path}: has the parts {', '.join(loaded)} and none is called train; name one: "
+                + setting("data.file", path / next(iter(loaded), "PART"))
             )
         loaded = loaded[name]
     yield from enumerate(loaded.with_format(None), start=1)
