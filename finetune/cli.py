@@ -11,7 +11,6 @@ import sys
 import textwrap
 import threading
 import traceback
-import warnings
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from typing import Any
 from finetune.config import mistyped, recipes
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
-from finetune.run import ranks
+from finetune.run import libraries, ranks
 from finetune.run.progress import say
 from finetune.stages import COMMANDS
 
@@ -256,19 +255,7 @@ def _quieten(debug: bool) -> None:
     if debug:
         return
     threading.excepthook = lambda _: None  # TensorBoard's writer: what stops it is raised again by the next write
-    warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"finetune(\..*)?")
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
-    for name, value in (
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("DIFFUSERS_VERBOSITY", "error"),
-        ("DATASETS_VERBOSITY", "error"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("TF_CPP_MIN_LOG_LEVEL", "3"),
-    ):
-        os.environ.setdefault(name, value)
+    libraries.quieten()
 
 
 def _complete(words: list[str]) -> int:

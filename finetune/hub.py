@@ -10,15 +10,14 @@ import fnmatch
 import hashlib
 import json
 import shlex
-import sys
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, ModelError, is_out_of_memory
+from finetune.run import libraries
 from finetune.run.hashing import known_hash
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
@@ -245,7 +244,7 @@ def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str,
     from safetensors import SafetensorError
 
     try:
-        with _quiet():
+        with libraries.without_progress_bars():
             return _load(loader, reference, source, options)
     except FinetuneError:
         raise
@@ -343,35 +342,3 @@ def hash_file_content(file: Path, update: Callable[[bytes], object]) -> None:
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):
             update(block)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of the libraries: they count tensors, not seconds."""
-    shown = [log for log in _logs() if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Diffusers and transformers say nothing below an error."""
-    before = [(log, log.get_verbosity()) for log in _logs()]
-    for log, _ in before:
-        log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for log, level in before:
-            log.set_verbosity(level)
-
-
-def _logs() -> list[Any]:
-    """Of libraries that are there already: importing diffusers to silence it would cost two seconds."""
-    found = [sys.modules.get(f"{library}.utils.logging") for library in ("diffusers", "transformers")]
-    return [log for log in found if log is not None]

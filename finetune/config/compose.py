@@ -8,6 +8,7 @@ group `conf` (so `conf=a,b` sweeps, shell completion and recipes that extend rec
 import io
 import logging
 import os
+import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -38,6 +39,7 @@ from finetune.errors import ConfigError
 # configs, without what `registered` adds.
 SEARCH_PATH = "pkg://hydra.conf"
 Say = Callable[[str], object]
+_lock = threading.RLock()
 LOG: Say = logging.getLogger(__name__).warning
 
 
@@ -126,8 +128,8 @@ def _composed(words: Sequence[str]) -> DictConfig:
 def registered() -> Iterator[None]:
     """Inside, Hydra's ConfigStore holds the schema, presets and recipes: `./conf` follows the current folder.
 
-    Entries of the same names that an application around us stored are put back afterwards. Raises ConfigError that
-    names every file that is not readable YAML.
+    One thread at a time, because Hydra's state is global. Entries of the same names that an application around us
+    stored are put back afterwards. Raises ConfigError that names every file that is not readable YAML.
     """
     files = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
     files += [(recipes.GROUP, name, path) for name, path in recipes.recipe_files().items()]
@@ -142,15 +144,16 @@ def registered() -> Iterator[None]:
     refuse(unreadable)
     store = ConfigStore.instance()
     ours = {group or f"{name}.yaml" for group, name, _ in nodes}
-    theirs = {name: store.repo.pop(name) for name in ours & store.repo.keys()}
-    try:
-        for group, name, node in nodes:
-            store.store(name, node, group or None, package="_global_" if group == recipes.GROUP else None)
-        yield
-    finally:
-        for name in ours:
-            store.repo.pop(name, None)
-        store.repo.update(theirs)
+    with _lock:
+        theirs = {name: store.repo.pop(name) for name in ours & store.repo.keys()}
+        try:
+            for group, name, node in nodes:
+                store.store(name, node, group or None, package="_global_" if group == recipes.GROUP else None)
+            yield
+        finally:
+            for name in ours:
+                store.repo.pop(name, None)
+            store.repo.update(theirs)
 
 
 def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:

@@ -22,6 +22,7 @@ from finetune.config.spelling import setting
 from finetune.diffusion.families import family, names
 from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec
 from finetune.errors import ModelError, is_out_of_memory
+from finetune.run import libraries
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
 VAE = ("first_stage_model.", "vae.")
@@ -87,7 +88,7 @@ def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     if "device_map" in options:
         options["device"] = options.pop("device_map")[""]
     try:
-        with hub.quiet_libraries():  # about casts that change nothing
+        with libraries.without_warnings():  # about casts that change nothing
             built = _build(loader, found, part, **options)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):

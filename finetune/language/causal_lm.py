@@ -19,6 +19,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.language import varlen_attention
 from finetune.language.losses import Head, logits
 from finetune.memory import block_offload, quantize
+from finetune.run import libraries
 from finetune.run.progress import say
 
 # Where models that also read images keep the language model, in releases before and since transformers 5.
@@ -65,7 +66,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
 
         quantize.prove(model, dtype, device)
         options["quantization_config"] = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
-    with hub.quiet_libraries():  # about weights that are left out (those for images); `hub` reports missing ones
+    with libraries.without_warnings():  # about weights that are left out (those for images); `hub` reports missing ones
         loaded = hub.load(
             loader, model.base, config=config, dtype=dtype, device_map={"": "cpu" if streamed else device}, **options
         )

@@ -22,7 +22,7 @@ from finetune.run.progress import say
 from finetune.run.receipts import load_receipt, load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
 from finetune.training import checkpoint, distributed
-from finetune.training.accelerator import build_accelerator
+from finetune.training.accelerator import build_accelerator, without_cudnn_attention
 from finetune.training.loop import Step, fit
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
@@ -60,8 +60,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     resumed = _resume(run_dir / "checkpoints", identity, config.trainer.steps, dataset)
     if resumed is None and ranks.rank() == 0:
         previous.save_summary(run_dir, dataset)
-    trainer = _trainer(config, dataset, identity, resumed)
-    with catch_stop() as stop:
+    with without_cudnn_attention(), catch_stop() as stop:
+        trainer = _trainer(config, dataset, identity, resumed)
         try:
             trainer.start()
             with trainer.bar() as bar:
