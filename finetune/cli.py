@@ -6,16 +6,18 @@ imported; a FinetuneError becomes one line a problem on stderr and the exit code
 
 import logging
 import os
+import re
 import shlex
 import sys
 import textwrap
 import threading
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.config import mistyped, recipes
+from finetune.config import mistyped, recipes, typed_text
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
 from finetune.run import libraries, ranks
@@ -144,13 +146,16 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     from hydra import main as hydra_main
 
     from finetune.config import compose
+    from finetune.reporting import terminal
 
     failures: list[int] = []
+    runs: list[terminal.SweptRun] = []
 
     def job(tree: Any) -> None:
         # Hydra prints a line of its own for an exception that leaves a job: none does.
+        runs.append(terminal.SweptRun(compose.job_overrides(), compose.job_folder(), None))
         try:
-            _run_job(command, tree, sweep)
+            runs[-1] = replace(runs[-1], record=_run_job(command, tree, sweep))
         except Interrupted as error:
             raise SystemExit(_complain(error, debug)) from error  # ends a sweep as well
         except Exception as error:
@@ -175,6 +180,8 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
         return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
     finally:
         sys.argv = before
+        if sweep and ranks.rank() == 0:
+            terminal.show_sweep(runs)
     return failures[0] if failures else 0
 
 
@@ -205,9 +212,8 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
     return overrides, flags
 
 
-def _run_job(command: str, tree: Any, sweep: bool) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
+def _run_job(command: str, tree: Any, sweep: bool) -> Any:
+    """Run the command; returns its record."""
     from finetune import api
     from finetune.config import compose
     from finetune.reporting import terminal
@@ -215,13 +221,14 @@ def _run_job(command: str, tree: Any, sweep: bool) -> None:
     overrides = compose.job_overrides()
     config = compose.resolve(tree, overrides)
     if sweep:
-        config.run_dir = HydraConfig.get().runtime.output_dir
+        config.run_dir = compose.job_folder()
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
     if ranks.rank() == 0:
         terminal.show(config, record, overrides)
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))
+    return record
 
 
 def _complain(error: Exception, debug: bool) -> int:
@@ -275,6 +282,10 @@ def _complete(words: list[str]) -> int:
 
     from finetune.config import compose
 
+    key, sign, text = ("" if new_word else (typed or [""])[-1]).partition("=")
+    if sign and key in typed_text.PATHS:
+        print(" ".join(f"{key}={path}" for path in _paths(text)))
+        return 0
     done, last = (typed[1:], "") if new_word else (typed[1:-1], typed[-1] if typed else "")
     if not any(word.startswith("conf=") for word in typed) and not "conf=".startswith(last or "-"):
         done = [f"conf={next(iter(recipes.recipe_files()))}", *done]
@@ -286,3 +297,13 @@ def _complete(words: list[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _paths(text: str) -> Iterator[str]:
+    """Files and folders whose path begins like this. Those with spaces are left out: they would be several words."""
+    above, slash, name = text.rpartition("/")
+    folder = Path(f"{above}{slash}" or ".").expanduser()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        hidden = path.name.startswith(".") and not name.startswith(".")
+        if path.name.startswith(name) and not hidden and not re.search(r"\s", path.name):
+            yield f"{above}{slash}{path.name}{'/' if path.is_dir() else ''}"

@@ -206,6 +206,11 @@ def job_overrides() -> list[str]:
     return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
+def job_folder() -> str:
+    """The folder of the job that Hydra runs; of one in a sweep its run folder."""
+    return str(HydraConfig.get().runtime.output_dir)
+
+
 def name_sweep_folders(overrides: Sequence[str]) -> None:
     """Teach Hydra the folder of each job of a sweep.
 

@@ -59,6 +59,12 @@ def shown(path: Path) -> str:
         return str(path)
 
 
+def elsewhere(path: Path) -> Path | None:
+    """Where a path such as `datasets/pixar_style` lies that isn't in the current folder: in the program's checkout."""
+    shipped = conf_dir().parent / path
+    return shipped if shipped.exists() else None
+
+
 def no_such(what: str, word: str, offered: list[str]) -> str:
     """`no WHAT called WORD` with the nearest name and the list of what there is."""
     near = [name for name in offered if name.startswith(word)] or [name for name in offered if word and word in name]

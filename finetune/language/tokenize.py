@@ -13,7 +13,7 @@ from finetune.data.text.tokens import Chat, preview_row
 from finetune.errors import DataError
 from finetune.language.causal_lm import load_tokenizer
 from finetune.run.hashing import hash_of
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 from finetune.run.records import CaptionSet, TextSet
 
 
@@ -83,7 +83,7 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
         say(f"dataset: {line}")
     train, held_out = found.split(data.validation_share)
     if repeated := found.duplicates():
-        say(f"warning: {repeated:,} conversations occur more than once")
+        say(f"warning: more than once: {plural(repeated, 'conversation')}")
     lengths, trained = found.lengths[train], found.trained[train]
     fill = packing.packing_stats(lengths, trained, length=data.length, seed=config.seed, pack=data.packing)
     say(f"dataset: {fill}")

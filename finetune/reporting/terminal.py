@@ -4,7 +4,9 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,14 @@ from finetune.reporting.facts import (
     run_facts,
     text_set_facts,
 )
+from finetune.run.progress import plural
 from finetune.run.receipts import load_receipt
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
 NOT_REPEATED = ("run_dir", "sample.prompts", "trainer.restart")  # the next command gives its own, or none
-NUMBERS = ("GiB", "s/step", "images/s", "tokens/s")
+NUMBERS = ("GiB", "s/step", "images/s", "tokens/s", "loss", "validation")
+MOST_PREVIEWED = 1200  # characters of a row: about a screen
 WIDTH = 80  # columns; a narrower terminal gets its own width
 
 
@@ -42,6 +46,35 @@ def show(config: Config, record: Any, overrides: Sequence[str] = ()) -> None:
             print(f"  {line}")
     else:
         print(LINES.get(type(record), _fields)(record))
+
+
+@dataclass(frozen=True)
+class SweptRun:
+    """One run of a sweep. overrides: the settings it was given; record: None where it failed."""
+
+    overrides: Sequence[str]
+    folder: str
+    record: Any
+
+
+def show_sweep(runs: Sequence[SweptRun]) -> None:
+    """Print which settings led to which losses, where a sweep trained."""
+    if not any(isinstance(run.record, Result) for run in runs):
+        return
+    common = set.intersection(*(set(run.overrides) for run in runs))
+    rows = [
+        (" ".join(word for word in run.overrides if word not in common), *_losses(run.record), shown(Path(run.folder)))
+        for run in runs
+    ]
+    _print_table(f"\n{plural(len(runs), 'run')}", ("settings", "loss", "validation", "folder"), rows)
+
+
+def _losses(record: Any) -> tuple[str, str]:
+    """Of the last steps, and the lowest of the validations."""
+    if not isinstance(record, Result):
+        return "failed", ""
+    lowest = record.run.best_validation
+    return f"{record.run.last_loss:.4f}", "–" if lowest is None else f"{lowest:.4f}"
 
 
 def _result_rows(config: Config, result: Result) -> list[tuple[str, str]]:
@@ -67,6 +100,14 @@ def _fields(record: Any) -> str:
     return _facts(type(record).__name__.lower(), record_facts(record))
 
 
+def _preview(row: str) -> str:
+    """One row as the model sees it, cut where it is long."""
+    if not row:
+        return ""
+    text = row[:MOST_PREVIEWED] + (" …" if len(row) > MOST_PREVIEWED else "")
+    return "\none row as the model sees it, trained is what stands in ⟦ ⟧\n" + textwrap.indent(text, "  ")
+
+
 def _answers(answers: Answers) -> str:
     pairs = (f"{item.prompt}\n  base:  {item.base}\n  tuned: {item.tuned}\n" for item in answers.items)
     return f"{''.join(pairs)}samples: {answers.page}"
@@ -78,7 +119,7 @@ LINES: dict[type, Callable[[Any], str]] = {
         + ("/metadata.jsonl" if all(item.source == "generated" for item in captions.items) else "")
     ),
     Dataset: lambda dataset: _facts("dataset", dataset_facts(dataset)),
-    TextSet: lambda texts: _facts("dataset", text_set_facts(texts)),
+    TextSet: lambda texts: _facts("dataset", text_set_facts(texts)) + _preview(texts.preview),
     Adapter: lambda adapter: f"adapter: {adapter.folder} ({', '.join(adapter.files.values())})",
     Samples: lambda samples: f"samples: {samples.page}",
     Answers: _answers,

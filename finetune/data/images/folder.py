@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.errors import DataError
 from finetune.run.atomic import write_atomically
@@ -87,7 +88,9 @@ def images(folder: Path) -> list[str]:
     without images.
     """
     if not str(folder) or not folder.exists():
-        raise DataError(f"there is no folder {folder}; name the folder of your images: data.folder=path/to/images")
+        shipped = recipes.elsewhere(folder)
+        where = f"the example's is {setting('data.folder', shipped)}" if shipped else "data.folder=path/to/images"
+        raise DataError(f"there is no folder {folder}; name the folder of your images: {where}")
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; name the folder that holds it: {setting('data.folder', folder.parent)}")
     if found := sorted(path.as_posix() for path in _visible(folder) if path.suffix.lower() in EXTENSIONS):

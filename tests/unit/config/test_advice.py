@@ -147,6 +147,16 @@ def test_a_folder_of_any_name_is_offered_so_that_it_can_be_typed(
         assert finetune.load("smoke", [word]).data.folder == str(meant)
 
 
+@pytest.mark.parametrize(("recipe", "key"), [("smoke", "data.folder"), ("pirate_chat", "data.file")])
+def test_in_another_folder_the_example_is_offered_where_it_lies(
+    finetune_cli: Cli, workdir: Path, recipe: str, key: str
+) -> None:
+    (line,) = finetune_cli("dataset", f"conf={recipe}").errors
+    (word,) = shlex.split(line[line.index(f"{key}=") :])
+    assert Path(word.removeprefix(f"{key}=")).exists()
+    assert word.endswith(getattr(finetune.load(recipe).data, key.partition(".")[2]))
+
+
 def test_a_pickle_is_offered_a_line_that_converts_it(workdir: Path) -> None:
     import subprocess
     import sys

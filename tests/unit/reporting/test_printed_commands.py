@@ -71,6 +71,10 @@ def test_the_next_commands_of_every_run_of_a_sweep(
     monkeypatch.setattr(api, "train", lambda config: seen.append(config) or result(config))
     answer = finetune_cli("train", "conf=smoke", 'caption.trigger="a, b=c","it\'s [ä]"', "seed=1,2", "--multirun")
     assert answer.code == 0, answer.err
+    table = answer.out.rpartition("4 runs")[2].split()
+    assert table[:4] == ["settings", "loss", "validation", "folder"]
+    assert table.count("seed=1") == table.count("seed=2") == 2
+    assert "conf=smoke" not in table
     samples = [
         words for part in answer.out.split("next\n")[1:] for words in printed(f"next\n{part}") if "sample" in words
     ]
