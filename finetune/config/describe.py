@@ -130,6 +130,12 @@ def key_problem(key: str) -> str | None:
     return f"no key called {key}; {_nearest(key)}"
 
 
+def in_mapping(key: str) -> bool:
+    """Whether `key` is a mapping or an entry of one, whose names are the user's."""
+    leaf = _leaf_of(key)
+    return leaf is not None and typing.get_origin(leaf_types()[leaf]) is dict
+
+
 def _leaf_of(key: str) -> str | None:
     """The schema's key behind `key`: itself, or the list or mapping that it points into."""
     leaves = leaf_types()

@@ -1,7 +1,8 @@
 """What a value of the configuration must be: declared beside its field, read by help, check and error."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from enum import Enum
 from typing import Any
 
 
@@ -31,3 +32,10 @@ SHARE = must("be in 0 … 1 (1 excluded)", lambda value: 0 <= value < 1)
 def is_file_name(text: str) -> bool:
     """Whether a file or folder of this name lies in plain sight, right below the one that it is put in."""
     return bool(text.strip()) and not text.startswith(".") and not set(text) & set("/\\\0")
+
+
+def require_all(members: Iterable[Enum], table: Iterable[Enum], name: str) -> None:
+    """Raises TypeError, at import, where a table lacks a member of an enum: a new member is an error until it is
+    everywhere that must know it."""
+    if missing := [member.name for member in members if member not in set(table)]:
+        raise TypeError(f"{name} has no entry for {', '.join(missing)}")

@@ -5,7 +5,6 @@ fill them. A field's metadata holds the rule for its value, which help, check an
 that alone has it (`DIFFUSION`, `LANGUAGE`); rules between fields are in `finetune.config.validate`.
 """
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from enum import Enum
 
@@ -13,13 +12,6 @@ from finetune.config.rules import POSITIVE, SHARE, at_least, is_file_name, must
 
 DIFFUSION = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
-
-
-def require_all(members: Iterable[Enum], table: Iterable[Enum], name: str) -> None:
-    """Raises TypeError, at import, where a table lacks a member of an enum: a new member is an error until it is
-    everywhere that must know it."""
-    if missing := [member.name for member in members if member not in set(table)]:
-        raise TypeError(f"{name} has no entry for {', '.join(missing)}")
 
 
 class Precision(Enum):
@@ -173,6 +165,8 @@ class DataConfig:
     """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`; or a list."""
     format: ConversationFormat = field(default=ConversationFormat.auto, metadata=LANGUAGE)
     """What the columns mean; auto recognises it and says so."""
+    columns: dict[str, str] = field(default_factory=dict, metadata=LANGUAGE)
+    """What the format calls a column -> what the file calls it, such as {prompt:question,completion:answer}."""
     chat_template: str = field(default="", metadata=LANGUAGE)
     """Jinja template of conversations, a file that holds one, or chatml; empty takes the tokenizer's own."""
     length: int = field(default=2048, metadata=LANGUAGE | at_least(2))

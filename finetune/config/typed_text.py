@@ -64,6 +64,8 @@ def as_typed(word: str) -> str:
 
     if names_file or describe.leaf_types().get(key) in (str, list[str]):
         value = NUMBERS.sub(quoted, f"={value}")[1:]
+    if describe.in_mapping(key):
+        plus = "++"  # Hydra adds an entry only if it is told to
     return f"{plus}{key}={value}"
 
 

@@ -12,7 +12,8 @@ from finetune import hub
 from finetune.adapters import formats as files
 from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import ExportFormat, LoraConfig, ModelConfig, Quantize, require_all
+from finetune.config.rules import require_all
+from finetune.config.schema import ExportFormat, LoraConfig, ModelConfig, Quantize
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import MASK, BaseVersion
 from finetune.diffusion.pipeline import load_adapter, load_backbone, load_scheduler, save_adapter

@@ -11,7 +11,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from finetune.config.schema import LossConfig, Weighting, require_all
+from finetune.config.rules import require_all
+from finetune.config.schema import LossConfig, Weighting
 
 FLOW_STEPS = 1000.0  # the timestep of pure noise, as every released flow model counts
 IMAGE_PATCH = 2  # latent pixels on a side of what counts as one token where a schedule depends on the size

@@ -22,7 +22,8 @@ from finetune.adapters import attach
 from finetune.adapters import formats as files
 from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import ExportConfig, ExportFormat, LoraConfig, ModelConfig, Quantize, require_all
+from finetune.config.rules import require_all
+from finetune.config.schema import ExportConfig, ExportFormat, LoraConfig, ModelConfig, Quantize
 from finetune.data.text.store import TokenStore
 from finetune.data.text.tokens import Chat, control_tokens
 from finetune.errors import ExportError

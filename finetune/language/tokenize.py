@@ -24,11 +24,13 @@ def chat_of(model: ModelConfig, data: DataConfig) -> Chat:
 
 def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     """The files by content, the tokenizer with its template, and every setting of the data."""
-    files = readers.files_of(Path(config.data.file))
+    files, data = readers.files_of(Path(config.data.file)), as_dict(config)["data"]
+    if not data["columns"]:
+        del data["columns"]  # data sets from before there were any stay up to date
     return [
         readers.content_hash(files),
         chat_of(config.model, config.data).content_hash,
-        as_dict(config)["data"],
+        data,
         config.seed,
     ]
 
@@ -63,7 +65,7 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
     data, chat = config.data, chat_of(config.model, config.data)
-    source: Source = formats.open_source(Path(data.file), format_=data.format)
+    source: Source = formats.open_source(Path(data.file), format_=data.format, columns=data.columns)
     say(f"dataset: {source}")
     if others := [path for path in readers.held_out_files(source.path) if path not in source.files]:
         say(

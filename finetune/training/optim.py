@@ -8,7 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune.config.schema import OptimConfig, Optimizer, Schedule, require_all
+from finetune.config.rules import require_all
+from finetune.config.schema import OptimConfig, Optimizer, Schedule
 from finetune.errors import ConfigError
 from finetune.memory.device import allocated_bytes
 

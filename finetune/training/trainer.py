@@ -86,9 +86,8 @@ class Trainer:
     def start(self) -> None:
         """Say what is trained, make sure that the largest step fits, and look at the model before the first step."""
         trainable, total = lora.counts(self.task.model)
-        say(
-            f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {plural(self.task.size, 'example')}"
-        )
+        examples = plural(self.task.size, "example")
+        say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {examples}")
         spare = self._dry_run() if self.dry_run_first else None
         if self.state.step == 0:
             self._write_texts()

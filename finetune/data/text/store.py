@@ -176,9 +176,9 @@ def encode_or_load(
     from filelock import FileLock
 
     content = readers.content_hash(source.files)
-    key = hash_of(
-        MADE_BY, content, source.format.value, source.named, chat.content_hash, length, long_rows.value, skip_bad
-    )
+    renamed = [dict(source.columns)] if source.columns else []  # rows from before there were any stay
+    read_as = (source.format.value, source.named, *renamed)
+    key = hash_of(MADE_BY, content, *read_as, chat.content_hash, length, long_rows.value, skip_bad)
     folder = cache / f"rows-{key[:32]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)

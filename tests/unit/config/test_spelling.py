@@ -64,6 +64,13 @@ def test_text_that_the_grammar_does_not_take_is_taken_as_typed() -> None:
 # -- in Python -----------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("word", ["model.lora_targets={mine:[to_q]}", "model.lora_targets.mine=[to_q]"])
+def test_a_mapping_gets_further_entries(word: str) -> None:
+    targets = finetune.load("smoke", [word, "lora.targets=mine"]).model.lora_targets
+    assert targets["mine"] == ["to_q"]
+    assert "attention" in targets
+
+
 def test_one_text_is_one_setting() -> None:
     assert finetune.load("smoke", "lora.rank=4").lora.rank == 4
     assert finetune.load("smoke", "caption.prefix=a b").caption.prefix == "a b"
