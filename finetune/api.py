@@ -5,7 +5,7 @@ and brings the stages before its own up to date: a stage whose inputs haven't ch
 needs no function here. Heavy imports wait until a stage runs.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -18,12 +18,13 @@ from finetune.config import hints
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config
+from finetune.config.typed_text import Overrides
 from finetune.config.validate import cautions, check
 from finetune.diffusion import families
 from finetune.errors import ConfigError, RunError
 from finetune.planning.plan import Plan
 from finetune.reporting import notebook
-from finetune.run import ranks, rundir
+from finetune.run import libraries, ranks, rundir
 from finetune.run.progress import say, taken_warnings
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
@@ -31,14 +32,17 @@ from finetune.stages import COMMANDS, Command
 from finetune.training import distributed
 
 
-def load(recipe: str, overrides: Sequence[str] = ()) -> Config:
-    """The configuration of a recipe with overrides such as `"lora.rank=32"`. Raises ConfigError, one line a problem."""
+def load(recipe: str, overrides: Overrides = ()) -> Config:
+    """The configuration of a recipe with overrides: `["lora.rank=32"]`, `"lora.rank=32"` or `{"lora.rank": 32}`.
+
+    Raises ConfigError, one line a problem.
+    """
     from finetune.config import compose
 
     return compose.load(recipe, overrides, say)
 
 
-def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
+def train(recipe: str | Config, overrides: Overrides = ()) -> Result:
     """The whole line: captions, data set, training, export, samples, report; what is fresh is not done again.
 
     Several processes (torchrun, accelerate launch) train together; the first one does the rest.
@@ -62,7 +66,7 @@ def train(recipe: str | Config, overrides: Sequence[str] = ()) -> Result:
         return distributed.on_first_rank(hand_out)
 
 
-def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
+def plan(recipe: str | Config, overrides: Overrides = ()) -> Plan:
     """Whether the run fits `hardware`, and how it is fastest; nothing is written and no GPU is needed.
 
     Of one process: each of several takes as much. Raises ConfigError where several are to plan.
@@ -70,12 +74,12 @@ def plan(recipe: str | Config, overrides: Sequence[str] = ()) -> Plan:
     return cast(Plan, _stage("plan", recipe, overrides))
 
 
-def caption(recipe: str | Config, overrides: Sequence[str] = ()) -> CaptionSet:
+def caption(recipe: str | Config, overrides: Overrides = ()) -> CaptionSet:
     """Captions for every image that has none, in the image folder's metadata.jsonl."""
     return cast(CaptionSet, _stage("caption", recipe, overrides))
 
 
-def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | TextSet:
+def dataset(recipe: str | Config, overrides: Overrides = ()) -> Dataset | TextSet:
     """The encoded data set; captions come first where they are missing."""
     with _begun("dataset", recipe, overrides) as config:
         from finetune.stages.dataset import dataset
@@ -83,7 +87,7 @@ def dataset(recipe: str | Config, overrides: Sequence[str] = ()) -> Dataset | Te
         return dataset(config, _captions(config))
 
 
-def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
+def export(recipe: str | Config, overrides: Overrides = ()) -> Adapter:
     """The adapter of the finished run in every file format. Raises RunError where no run has finished."""
     with _begun("export", recipe, overrides) as config:
         from finetune.stages.export import export
@@ -91,7 +95,7 @@ def export(recipe: str | Config, overrides: Sequence[str] = ()) -> Adapter:
         return export(_as_trained(config), _finished(config))
 
 
-def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Answers:
+def sample(recipe: str | Config, overrides: Overrides = ()) -> Samples | Answers:
     """What base and tuned model make of the prompts; tuned by `sample.adapter`, or else by the run's adapter.
 
     With settings other than the run's own it is drawn into a folder apart, `samples_more/PROMPT-HASH/`.
@@ -107,7 +111,7 @@ def sample(recipe: str | Config, overrides: Sequence[str] = ()) -> Samples | Ans
         return sample(config, trained or load_record(folder, "export", Adapter), own=own)
 
 
-def report(recipe: str | Config, overrides: Sequence[str] = ()) -> Report:
+def report(recipe: str | Config, overrides: Overrides = ()) -> Report:
     """report.html again, from what the run folder holds. Raises RunError where no run has finished."""
     return cast(Report, _stage("report", recipe, overrides))
 
@@ -119,7 +123,7 @@ def __getattr__(name: str) -> Callable[..., Any]:
     return partial(_stage, name)
 
 
-def _stage(command: str, recipe: str | Config, overrides: Sequence[str] = ()) -> Any:
+def _stage(command: str, recipe: str | Config, overrides: Overrides = ()) -> Any:
     """What the command's stage makes of the configuration."""
     with _begun(command, recipe, overrides) as config:
         record = getattr(import_module(f"finetune.stages.{command}"), command)(config)
@@ -128,28 +132,29 @@ def _stage(command: str, recipe: str | Config, overrides: Sequence[str] = ()) ->
 
 
 @contextmanager
-def _begun(command: str, recipe: str | Config, overrides: Sequence[str]) -> Iterator[Config]:
+def _begun(command: str, recipe: str | Config, overrides: Overrides) -> Iterator[Config]:
     """The checked configuration; inside, the command has of the run folder what its row says."""
-    row = COMMANDS[command]
-    taken_warnings()  # of a command that failed
-    config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
-    limited = _machine(config, row) if row.uses_device else nullcontext()
-    folder, hint = Path(config.run_dir), hints.smaller(config)
-    if not row.trains:
-        ranks.require_single_process()
-    together = distributed.process_group() if row.trains else nullcontext()
-    held = (
-        rundir.held(folder, as_dict(config), owns_config=row.trains, hint=hint)
-        if row.holds_folder
-        else rundir.explained(folder, hint)
-    )
-    with together, held, limited:
-        if row.needs_run:
-            _finished(config)
-        yield config
+    with libraries.quiet_in_notebook():
+        row = COMMANDS[command]
+        taken_warnings()  # of a command that failed
+        config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
+        limited = _machine(config, row) if row.uses_device else nullcontext()
+        folder, hint = Path(config.run_dir), hints.smaller(config)
+        if not row.trains:
+            ranks.require_single_process()
+        together = distributed.process_group() if row.trains else nullcontext()
+        held = (
+            rundir.held(folder, as_dict(config), owns_config=row.trains, hint=hint)
+            if row.holds_folder
+            else rundir.explained(folder, hint)
+        )
+        with together, held, limited:
+            if row.needs_run:
+                _finished(config)
+            yield config
 
 
-def _config(recipe: str | Config, overrides: Sequence[str], *, needs_prompts: bool) -> Config:
+def _config(recipe: str | Config, overrides: Overrides, *, needs_prompts: bool) -> Config:
     """A checked configuration. Raises ConfigError with every problem at once."""
     ranks.check_launcher()
     if isinstance(recipe, str):
@@ -171,10 +176,10 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, needs_prompts: bo
 def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
     """Say, before anything is read or made, what this machine can't do of what is asked. Raises ConfigError.
 
-    Inside, no more of its GPU is taken than `hardware.vram_gib`.
+    Inside, no more of its GPU is taken than `hardware.vram_gib`; afterwards torch's global state is as it was.
     """
     from finetune.memory import block_offload
-    from finetune.memory.device import memory_limit, pick_device, pick_precision
+    from finetune.memory.device import borrowed, pick_device, pick_precision
     from finetune.training.optim import require_device
 
     device = pick_device(config.hardware.device)
@@ -185,7 +190,7 @@ def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
         kinds.of(config).require(config, device)
     if config.model.offload:
         block_offload.warn_without_gpu(device)
-    return memory_limit(device, config.hardware.vram_gib)
+    return borrowed(device, config.hardware.vram_gib)
 
 
 def _captions(config: Config) -> CaptionSet | None:

@@ -6,27 +6,28 @@ imported; a FinetuneError becomes one line a problem on stderr and the exit code
 
 import logging
 import os
+import re
+import shlex
 import sys
 import textwrap
 import threading
 import time
 import traceback
-import warnings
-from collections.abc import Mapping, Sequence
-from difflib import get_close_matches
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from finetune.config import recipes
+from finetune.config import mistyped, recipes, typed_text
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
-from finetune.run import ranks
+from finetune.run import libraries, ranks
 from finetune.run.progress import say
 from finetune.stages import COMMANDS
 
 # Hydra's flags that make sense here; True: a value follows.
 FLAGS = {
-    **dict.fromkeys(("--help", "-h", "--hydra-help", "--multirun", "-m", "--run", "-r", "--resolve"), False),
+    **dict.fromkeys(("--help", "-h", "--multirun", "-m", "--run", "-r", "--resolve"), False),
     **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--info", "-i"), True),
 }
 COMPLETION_FLAGS = ("-sc", "--shell-completion", "--shell_completion")
@@ -79,8 +80,8 @@ def _answer(words: list[str], debug: bool) -> int:
     if words[0] in FLAGS:  # the command may stand behind its flags
         words.sort(key=lambda word: word not in COMMANDS)
     command, rest = words[0], words[1:]
-    if command in FLAGS:
-        raise ConfigError(f"say which command, such as: finetune train {' '.join(words)}")
+    if command in FLAGS or "=" in command:
+        raise ConfigError(f"say which command, such as: {shlex.join(['finetune', 'train', *words])}")
     if command not in COMMANDS:
         raise ConfigError(recipes.no_such("command", command, list(COMMANDS)))
     _quieten(debug)
@@ -147,14 +148,18 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     from hydra import main as hydra_main
 
     from finetune.config import compose
+    from finetune.reporting import terminal
 
     began = psutil.Process().create_time()
     failures: list[int] = []
+    runs: list[terminal.SweptRun] = []
 
     def job(tree: Any) -> None:
         # Hydra prints a line of its own for an exception that leaves a job: none does.
+        runs.append(terminal.SweptRun(compose.job_overrides(), compose.job_folder(), None))
         try:
-            _run_job(command, tree, sweep, time.time() if sweep else began)
+            record = _run_job(command, tree, sweep, time.time() if sweep else began)
+            runs[-1] = replace(runs[-1], record=record)
         except Interrupted as error:
             raise SystemExit(_complain(error, debug)) from error  # ends a sweep as well
         except Exception as error:
@@ -166,8 +171,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     before = sys.argv
     try:
         with compose.registered():
-            if "--hydra-help" not in flags:
-                overrides = compose.judged(overrides, say, sweep)
+            overrides = compose.judged(overrides, say, sweep)
             if sweep:
                 compose.name_sweep_folders(overrides)
                 # The folder of a sweep can't be read from a recipe, but `run_dir=` on the command line is known by now.
@@ -180,36 +184,40 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
         return stop.code if isinstance(stop.code, int) else 1 if stop.code else 0
     finally:
         sys.argv = before
+        if sweep and ranks.rank() == 0:
+            terminal.show_sweep(runs)
     return failures[0] if failures else 0
 
 
 def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
     """Settings and flags apart, wherever they stood: Hydra's own parser refuses settings on both sides of a flag.
 
-    Raises ConfigError for a flag that isn't one.
+    Raises ConfigError for a flag that isn't one, and for flags that don't go together.
     """
-    overrides, flags, unknown, takes_value = [], [], [], False
+    overrides, flags, unknown, takes_value = [], [], dict[str, str](), False
     for word in words:
         if word.startswith("-"):
             flag, _, value = word.partition("=")
-            takes_value = FLAGS.get(flag, False) and not value
-            flags.append(word)
+            takes_value = (flag not in FLAGS or FLAGS[flag]) and not value
+            flags.append(flag if flag not in FLAGS else word)
             if flag not in FLAGS:
-                near = get_close_matches(flag, [*FLAGS, "--debug", "--version"], n=1)
-                unknown.append(f"no flag called {flag}" + (f"; did you mean {near[0]}?" if near else "; see --help"))
+                unknown[flag] = value
         elif takes_value and "=" not in word:
             takes_value = False
+            if flags[-1] in unknown:
+                unknown[flags[-1]] = word
             flags.append(word)
         else:
             overrides.append(word)
-    if unknown:
-        raise ConfigError("\n".join(unknown))
+    known = [*FLAGS, "--debug", "--version"]
+    problems = [mistyped.flag_problem(flag, value, overrides, known) for flag, value in unknown.items()]
+    if problems := problems or list(mistyped.flags_at_odds(flags)):
+        raise ConfigError("\n".join(problems))
     return overrides, flags
 
 
-def _run_job(command: str, tree: Any, sweep: bool, began: float) -> None:
-    from hydra.core.hydra_config import HydraConfig
-
+def _run_job(command: str, tree: Any, sweep: bool, began: float) -> Any:
+    """Run the command; returns its record. began: when it was started, for the clock of the summary."""
     from finetune import api
     from finetune.config import compose
     from finetune.reporting import terminal
@@ -217,13 +225,14 @@ def _run_job(command: str, tree: Any, sweep: bool, began: float) -> None:
     overrides = compose.job_overrides()
     config = compose.resolve(tree, overrides)
     if sweep:
-        config.run_dir = HydraConfig.get().runtime.output_dir
+        config.run_dir = compose.job_folder()
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
     record = getattr(api, command)(config)
     if ranks.rank() == 0:
         terminal.show(config, record, overrides, began=began)
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))
+    return record
 
 
 def _complain(error: Exception, debug: bool) -> int:
@@ -257,19 +266,7 @@ def _quieten(debug: bool) -> None:
     if debug:
         return
     threading.excepthook = lambda _: None  # TensorBoard's writer: what stops it is raised again by the next write
-    warnings.simplefilter("ignore")
-    warnings.filterwarnings("default", module=r"finetune(\..*)?")
-    warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
-    for name, value in (
-        ("TRANSFORMERS_VERBOSITY", "error"),
-        ("DIFFUSERS_VERBOSITY", "error"),
-        ("DATASETS_VERBOSITY", "error"),
-        ("HF_HUB_DISABLE_PROGRESS_BARS", "1"),
-        ("HF_DATASETS_DISABLE_PROGRESS_BARS", "1"),
-        ("TOKENIZERS_PARALLELISM", "false"),
-        ("TF_CPP_MIN_LOG_LEVEL", "3"),
-    ):
-        os.environ.setdefault(name, value)
+    libraries.quieten()
 
 
 def _complete(words: list[str]) -> int:
@@ -289,6 +286,10 @@ def _complete(words: list[str]) -> int:
 
     from finetune.config import compose
 
+    key, sign, text = ("" if new_word else (typed or [""])[-1]).partition("=")
+    if sign and key in typed_text.PATHS:
+        print(" ".join(f"{key}={path}" for path in _paths(text)))
+        return 0
     done, last = (typed[1:], "") if new_word else (typed[1:-1], typed[-1] if typed else "")
     if not any(word.startswith("conf=") for word in typed) and not "conf=".startswith(last or "-"):
         done = [f"conf={next(iter(recipes.recipe_files()))}", *done]
@@ -300,3 +301,13 @@ def _complete(words: list[str]) -> int:
     finally:
         sys.argv = before
     return 0
+
+
+def _paths(text: str) -> Iterator[str]:
+    """Files and folders whose path begins like this. Those with spaces are left out: they would be several words."""
+    above, slash, name = text.rpartition("/")
+    folder = Path(f"{above}{slash}" or ".").expanduser()
+    for path in sorted(folder.iterdir()) if folder.is_dir() else []:
+        hidden = path.name.startswith(".") and not name.startswith(".")
+        if path.name.startswith(name) and not hidden and not re.search(r"\s", path.name):
+            yield f"{above}{slash}{path.name}{'/' if path.is_dir() else ''}"

@@ -25,6 +25,10 @@ class FinetuneError(Exception):
 
     exit_code = 1
 
+    def _render_traceback_(self) -> list[str]:
+        """What IPython shows in place of a traceback, which would tell a person nothing."""
+        return [f"{type(self).__name__}: {line}" for line in str(self).splitlines()]
+
 
 class ConfigError(FinetuneError):
     """A recipe, key or value is wrong."""

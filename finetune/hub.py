@@ -9,15 +9,15 @@ reported within seconds.
 import fnmatch
 import hashlib
 import json
-import sys
+import shlex
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, ModelError, is_out_of_memory
+from finetune.run import libraries
 from finetune.run.hashing import known_hash
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
@@ -29,9 +29,9 @@ HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")  # what model sites offer besides safetensors
 PICKLE_WAY_OUT = (  # weights_only runs no code
-    "python -c 'import torch, safetensors.torch as s; "
-    'w = torch.load("{old}", map_location="cpu", weights_only=True); w = w.get("state_dict", w); '
-    's.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, "{new}")\''
+    "import torch, safetensors.torch as s; "
+    'w = torch.load({old!r}, map_location="cpu", weights_only=True); w = w.get("state_dict", w); '
+    "s.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, {new!r})"
 )
 MODEL_FILES = {"model_index.json": "an image model", "config.json": "a language model or captioner"}
 LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
@@ -81,9 +81,10 @@ def single_file(reference: str) -> Path | None:
     if suffix == ".gguf":
         raise ModelError(f"{path} is quantised for inference (GGUF); get the same model as .safetensors in 16 bit")
     if suffix != ".safetensors":
+        code = PICKLE_WAY_OUT.format(old=str(path), new=str(path.with_suffix(".safetensors")))
         raise ModelError(
             f"{path} is no .safetensors file, and pickles may run code that comes with them; get the same model as "
-            f".safetensors, or type: {PICKLE_WAY_OUT.format(old=path, new=path.with_suffix('.safetensors'))}"
+            f".safetensors, or type: {shlex.join(['python', '-c', code])}"
         )
     if wrong := damage(path):
         raise ModelError(f"{path} is damaged ({wrong}); copy or download it again")
@@ -124,7 +125,7 @@ def config_folder(base: str) -> Path:
             return shipped
     raise ModelError(
         f"the configuration of {base} is neither on this machine nor in the package, so its memory can't be planned; "
-        f"type: hf download {base} --include '*.json', or name a local folder as model.base"
+        f"type: {shlex.join(['hf', 'download', base])} --include '*.json', or name a local folder as model.base"
     )
 
 
@@ -245,7 +246,7 @@ def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str,
     from safetensors import SafetensorError
 
     try:
-        with _quiet():
+        with libraries.without_progress_bars():
             return _load(loader, reference, source, options)
     except FinetuneError:
         raise
@@ -306,7 +307,7 @@ def _ask_hub(source: str) -> str:
     reason = textwrap.shorten(str(found), 120, placeholder=" …") or type(found).__name__
     raise ModelError(
         f"{source} is not on disk ({_cache()}) and the hub can't be reached ({reason}); on a machine with a network "
-        f"type: hf download {name}, copy that folder here and name it instead; {OFFLINE_WAYS_OUT}"
+        f"type: {shlex.join(['hf', 'download', name])}, copy that folder here and name it instead; {OFFLINE_WAYS_OUT}"
     )
 
 
@@ -343,35 +344,3 @@ def hash_file_content(file: Path, update: Callable[[bytes], object]) -> None:
     with open(file, "rb") as stream:
         while block := stream.read(1 << 20):
             update(block)
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """No progress bars of the libraries: they count tensors, not seconds."""
-    shown = [log for log in _logs() if log.is_progress_bar_enabled()]
-    for log in shown:
-        log.disable_progress_bar()
-    try:
-        yield
-    finally:
-        for log in shown:
-            log.enable_progress_bar()
-
-
-@contextmanager
-def quiet_libraries() -> Iterator[None]:
-    """Diffusers and transformers say nothing below an error."""
-    before = [(log, log.get_verbosity()) for log in _logs()]
-    for log, _ in before:
-        log.set_verbosity_error()
-    try:
-        yield
-    finally:
-        for log, level in before:
-            log.set_verbosity(level)
-
-
-def _logs() -> list[Any]:
-    """Of libraries that are there already: importing diffusers to silence it would cost two seconds."""
-    found = [sys.modules.get(f"{library}.utils.logging") for library in ("diffusers", "transformers")]
-    return [log for log in found if log is not None]

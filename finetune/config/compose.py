@@ -8,6 +8,7 @@ group `conf` (so `conf=a,b` sweeps, shell completion and recipes that extend rec
 import io
 import logging
 import os
+import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
@@ -28,10 +29,10 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import describe, recipes, renamed
+from finetune.config import describe, mistyped, recipes, renamed, spelling, typed_text
 from finetune.config.schema import Config
+from finetune.config.typed_text import Overrides
 from finetune.config.validate import check
-from finetune.config.words import PATHS, at_home, hydra_word, unreadable
 from finetune.errors import ConfigError
 
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
@@ -39,24 +40,25 @@ from finetune.errors import ConfigError
 SEARCH_PATH = "pkg://hydra.conf"
 MODEL, RECOMMENDED = "model", "recommended"  # presets that may say what suits their base in other sections
 Say = Callable[[str], object]
+_lock = threading.RLock()
 LOG: Say = logging.getLogger(__name__).warning
 
 
-def load(recipe: str, overrides: Sequence[str] = (), say: Say = LOG) -> Config:
+def load(recipe: str, overrides: Overrides = (), say: Say = LOG) -> Config:
     """The configuration of a recipe, as `conf=RECIPE OVERRIDES…` on the command line gives it.
 
     say: what reports keys under old names. Raises ConfigError, one line a problem, for whatever is wrong with names,
     keys and types, and for settings of another kind of model.
     """
     with registered():
-        words = judged([f"{recipes.GROUP}={recipe}", *overrides], say)
+        words = judged([spelling.override(recipes.GROUP, recipe), *typed_text.as_words(overrides)], say)
         return resolve(_composed(words), words)
 
 
-def apply(config: Config, overrides: Sequence[str], say: Say = LOG) -> Config:
+def apply(config: Config, overrides: Overrides, say: Say = LOG) -> Config:
     """A copy of `config` with `key=value` overrides. Presets (`lora=r32`) need a recipe: use `load`."""
-    judge = _Judge()
-    good = judge.overrides(overrides)
+    judge, words = _Judge(), typed_text.as_words(overrides)
+    good = judge.overrides(words)
     for group, ((name, _), *_) in judge.chosen.items():
         judge.problems.append(f"{group}={name} chooses a preset, which needs a recipe; give it to finetune.load")
     judge.report(say)
@@ -64,7 +66,7 @@ def apply(config: Config, overrides: Sequence[str], say: Say = LOG) -> Config:
         tree = OmegaConf.structured(config)
         for override in good:
             OmegaConf.update(tree, override.key_or_group, override.value())
-    return resolve(tree, overrides)
+    return resolve(tree, words)
 
 
 def resolve(tree: DictConfig, words: Iterable[str]) -> Config:
@@ -83,8 +85,8 @@ def _typed(tree: DictConfig) -> Config:
         missing = sorted(OmegaConf.missing_keys(tree) - {recipes.GROUP})
         refuse([f"{key} is not set; type {key}=…" for key in missing])
         typed = OmegaConf.merge(OmegaConf.structured(Config), tree)
-        for key in PATHS:
-            OmegaConf.update(typed, key, at_home(key, OmegaConf.select(typed, key)))
+        for key in typed_text.PATHS:
+            OmegaConf.update(typed, key, typed_text.at_home(key, OmegaConf.select(typed, key)))
         return cast(Config, OmegaConf.to_object(typed))
 
 
@@ -127,8 +129,8 @@ def _composed(words: Sequence[str]) -> DictConfig:
 def registered() -> Iterator[None]:
     """Inside, Hydra's ConfigStore holds the schema, presets and recipes: `./conf` follows the current folder.
 
-    Entries of the same names that an application around us stored are put back afterwards. Raises ConfigError that
-    names every file that is not readable YAML.
+    One thread at a time, because Hydra's state is global. Entries of the same names that an application around us
+    stored are put back afterwards. Raises ConfigError that names every file that is not readable YAML.
     """
     files = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
     files += [(recipes.GROUP, name, path) for name, path in recipes.recipe_files().items()]
@@ -143,15 +145,16 @@ def registered() -> Iterator[None]:
     refuse(unreadable)
     store = ConfigStore.instance()
     ours = {group or f"{name}.yaml" for group, name, _ in nodes}
-    theirs = {name: store.repo.pop(name) for name in ours & store.repo.keys()}
-    try:
-        for group, name, node in nodes:
-            store.store(name, node, group or None, package=None if _prefix(group) else "_global_")
-        yield
-    finally:
-        for name in ours:
-            store.repo.pop(name, None)
-        store.repo.update(theirs)
+    with _lock:
+        theirs = {name: store.repo.pop(name) for name in ours & store.repo.keys()}
+        try:
+            for group, name, node in nodes:
+                store.store(name, node, group or None, package=None if _prefix(group) else "_global_")
+            yield
+        finally:
+            for name in ours:
+                store.repo.pop(name, None)
+            store.repo.update(theirs)
 
 
 def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
@@ -215,6 +218,11 @@ def job_overrides() -> list[str]:
     return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
 
 
+def job_folder() -> str:
+    """The folder of the job that Hydra runs; of one in a sweep its run folder."""
+    return str(HydraConfig.get().runtime.output_dir)
+
+
 def name_sweep_folders(overrides: Sequence[str]) -> None:
     """Teach Hydra the folder of each job of a sweep.
 
@@ -254,13 +262,14 @@ class _Judge:
     def overrides(self, typed: Sequence[str], sweep: bool = False) -> list[Override]:
         """Those with which nothing is wrong; the files that they choose are checked by `files`."""
         self._names((word.partition("=")[0].lstrip("+") for word in typed), "")
-        parser, good = OverridesParser.create(), []
-        for word in map(hydra_word, typed):
+        self.problems += mistyped.stray_problems(typed)
+        good = []
+        for word in (typed_text.as_typed(word) for word in typed if "=" in word or word.startswith("~")):
             try:
-                override = parser.parse_override(word)
+                override = _parsed(word)
                 problem = self._override_problem(override, word, sweep)
             except HydraException:
-                problem = unreadable(word)
+                problem = mistyped.unreadable(word)
             if problem:
                 self.problems.append(problem)
             else:
@@ -268,13 +277,8 @@ class _Judge:
         return good
 
     def _override_problem(self, override: Override, word: str, sweep: bool) -> str | None:
-        key, _, text = word.partition("=")
         if override.is_sweep_override() and not sweep:
-            quoted = text.replace('"', "")
-            return (
-                f"{key} got several values ({text}); if that is one text, quote it twice: '{key}=\"{quoted}\"'; "
-                f"a list needs brackets: {key}=[…]; several runs need --multirun"
-            )
+            return mistyped.several(word)
         key = override.key_or_group
         if override.is_delete():
             return f"{word} would delete a setting, which is not possible; give it a value: {key}=…"
@@ -340,6 +344,14 @@ class _Judge:
         for note in self.notes.values():
             say(note)
         refuse(self.problems)
+
+
+def _parsed(word: str) -> Override:
+    parser = OverridesParser.create()
+    try:
+        return parser.parse_override(word)
+    except HydraException:
+        return parser.parse_override(typed_text.literally(word))
 
 
 def _plain(value: Any) -> Any:

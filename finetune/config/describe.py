@@ -21,10 +21,35 @@ from typing import Any, NamedTuple
 from finetune.config import schema as declared
 from finetune.config.rules import Rule
 from finetune.config.schema import Config
+from finetune.config.spelling import setting
 
 MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
 # Keys whose type alone doesn't say what to type; in 0.1 checkpointing was true or false.
 MEANT = {"trainer.activation_checkpointing": "0 (none), 1 (every block) or n (every n-th block)"}
+
+
+# What other tools call a key, or a value of an enum.
+ELSEWHERE = {
+    "learning_rate": "optim.lr",
+    "batch_size": "trainer.micro_batch",
+    "train_batch_size": "trainer.micro_batch",
+    "gradient_accumulation_steps": "trainer.accumulate",
+    "gradient_checkpointing": "trainer.activation_checkpointing",
+    "max_steps": "trainer.steps",
+    "max_train_steps": "trainer.steps",
+    "output": "run_dir",
+    "output_dir": "run_dir",
+}
+SYNONYMS = {
+    "gpu": "cuda",
+    "float32": "fp32",
+    "float16": "fp16",
+    "half": "fp16",
+    "bfloat16": "bf16",
+    "4bit": "nf4",
+    "int4": "nf4",
+    "8bit": "int8",
+}
 
 
 class _Entry(NamedTuple):
@@ -105,6 +130,12 @@ def key_problem(key: str) -> str | None:
     return f"no key called {key}; {_nearest(key)}"
 
 
+def in_mapping(key: str) -> bool:
+    """Whether `key` is a mapping or an entry of one, whose names are the user's."""
+    leaf = _leaf_of(key)
+    return leaf is not None and typing.get_origin(leaf_types()[leaf]) is dict
+
+
 def _leaf_of(key: str) -> str | None:
     """The schema's key behind `key`: itself, or the list or mapping that it points into."""
     leaves = leaf_types()
@@ -114,15 +145,23 @@ def _leaf_of(key: str) -> str | None:
 
 
 def _nearest(key: str) -> str:
+    if near := nearest(key):
+        return f"did you mean {near}?"
+    section = key.rpartition(".")[0]
+    siblings = [leaf for leaf in leaf_types() if section and leaf.startswith(f"{section}.")]
+    return f"there are: {', '.join(siblings or [*sections(), 'seed', 'run_dir', 'name'])}"
+
+
+def nearest(key: str) -> str | None:
+    """The key that a wrong one is likest to: in its section, by its last name, or by its whole name."""
     leaves = list(leaf_types())
     section, _, name = key.rpartition(".")
     siblings = {leaf.rpartition(".")[2]: leaf for leaf in leaves if section and leaf.startswith(f"{section}.")}
     near = [siblings[leaf] for leaf in get_close_matches(name, siblings, n=1)]
     near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == name]
+    near = near or ([ELSEWHERE[name]] if name in ELSEWHERE else [])
     near = near or ([] if siblings else get_close_matches(key, [*leaves, *sections()], n=1))
-    if near:
-        return f"did you mean {near[0]}?"
-    return f"there are: {', '.join(siblings.values() or [*sections(), 'seed', 'run_dir', 'name'])}"
+    return near[0] if near else None
 
 
 def value_problem(key: str, value: Any) -> str | None:
@@ -135,9 +174,12 @@ def value_problem(key: str, value: Any) -> str | None:
         return None
     if value == MISSING or (isinstance(value, str) and "${" in value) or _fits(hint, value):
         return None
-    near = get_close_matches(str(value), [m.name for m in hint], n=1) if _is_enum(hint) else []
     wanted = MEANT.get(key) or _described(hint)
-    return f"{key} must be {wanted}, got {value!r}" + (f"; did you mean {near[0]}?" if near else "")
+    item = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
+    near = _nearest_member(item, value)
+    if item is not hint and (near or _fits(item, value)):
+        return f"{key} must be {wanted}, got {value!r}; try {setting(key, [near or value])}"
+    return f"{key} must be {wanted}, got {value!r}" + (f"; did you mean {near}?" if near else "")
 
 
 def tree_problems(tree: Mapping[Any, Any], prefix: str = "") -> list[str]:
@@ -151,6 +193,14 @@ def tree_problems(tree: Mapping[Any, Any], prefix: str = "") -> list[str]:
         elif problem := problem or value_problem(key, value):
             found.append(problem)
     return found
+
+
+def _nearest_member(hint: Any, value: Any) -> str | None:
+    if not _is_enum(hint):
+        return None
+    meant = SYNONYMS.get(str(value))
+    near = [meant] if meant in hint.__members__ else get_close_matches(str(value), hint.__members__, n=1)
+    return near[0] if near else None
 
 
 def _fits(hint: Any, value: Any) -> bool:

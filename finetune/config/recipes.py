@@ -6,7 +6,7 @@ from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 
-GROUP = "conf"  # of recipes; every other group holds presets
+GROUP = "conf"  # Hydra's group of recipes; every other group holds presets
 BASE_NAME = "config"  # conf/config.yaml is the defaults list, not a recipe
 LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
 
@@ -59,9 +59,16 @@ def shown(path: Path) -> str:
         return str(path)
 
 
+def elsewhere(path: Path) -> Path | None:
+    """Where a path such as `datasets/pixar_style` lies that isn't in the current folder: in the program's checkout."""
+    shipped = conf_dir().parent / path
+    return shipped if shipped.exists() else None
+
+
 def no_such(what: str, word: str, offered: list[str]) -> str:
     """`no WHAT called WORD` with the nearest name and the list of what there is."""
-    near = [name for name in offered if name.startswith(word)] or get_close_matches(word, offered, n=1, cutoff=0.5)
+    near = [name for name in offered if name.startswith(word)] or [name for name in offered if word and word in name]
+    near = near or get_close_matches(word, offered, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no {what} called '{word}'; {hint}there are: {', '.join(offered) or 'none'}"
 

@@ -12,15 +12,15 @@ class Rule:
 
     words: str
     holds: Callable[[Any], object]
-    example: str = ""
+    example: Any = None
 
 
-def must(words: str, holds: Callable[[Any], object], example: str = "") -> dict[str, Any]:
+def must(words: str, holds: Callable[[Any], object], example: Any = None) -> dict[str, Any]:
     """The metadata of a field whose value must do something."""
     return {"rule": Rule(words, holds, example)}
 
 
-def at_least(least: int, example: str = "") -> dict[str, Any]:
+def at_least(least: int, example: Any = None) -> dict[str, Any]:
     """The metadata of a number with a smallest value."""
     return must(f"be at least {least}", lambda value: value >= least, example)
 

@@ -167,6 +167,8 @@ class DataConfig:
     """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`; or a list."""
     format: ConversationFormat = field(default=ConversationFormat.auto, metadata=LANGUAGE)
     """What the columns mean; auto recognises it and says so."""
+    columns: dict[str, str] = field(default_factory=dict, metadata=LANGUAGE)
+    """What the format calls a column -> what the file calls it, such as {prompt:question,completion:answer}."""
     chat_template: str = field(default="", metadata=LANGUAGE)
     """Jinja template of conversations, a file that holds one, or chatml; empty takes the tokenizer's own."""
     length: int = field(default=2048, metadata=LANGUAGE | at_least(2))
@@ -281,7 +283,7 @@ class TrainerConfig:
     """Steps between validation losses; 0 turns them off."""
     ema_decay: float = field(default=0.0, metadata=SHARE)
     """Decay of an averaged copy of the adapter, saved as an extra file; 0 keeps none."""
-    activation_checkpointing: int = field(default=0, metadata=at_least(0, "1"))
+    activation_checkpointing: int = field(default=0, metadata=at_least(0, 1))
     """Blocks recomputed in the backward pass, less memory for more time: 0 none, 1 each, n every n-th."""
     autotune: Autotune = Autotune.auto
     """On a GPU: auto takes the fastest micro_batch, accumulate, activation_checkpointing and model.offload that fit,
@@ -364,7 +366,7 @@ class ExportConfig:
 
     formats: list[ExportFormat] = field(
         default_factory=lambda: [ExportFormat.peft, ExportFormat.diffusers, ExportFormat.kohya],
-        metadata=must("name at least one format", bool, "[peft]"),
+        metadata=must("name at least one format", bool, ["peft"]),
     )
     """File formats that are written, loaded back and compared."""
     tolerance: float = field(default=1e-5, metadata=POSITIVE)

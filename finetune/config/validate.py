@@ -1,6 +1,5 @@
 """Every problem of a configuration that can be seen without loading anything."""
 
-import json
 import math
 from collections.abc import Iterator
 from operator import attrgetter
@@ -8,6 +7,7 @@ from operator import attrgetter
 from finetune.config.describe import as_dict, rules
 from finetune.config.model_kinds import MODEL_KINDS, model_kind
 from finetune.config.schema import CheckpointChoice, Config, LoraInit, ModelConfig, OptimConfig, Optimizer, Quantize
+from finetune.config.spelling import setting
 from finetune.errors import ConfigError
 
 RATE_OF_SMALL_BASES = 1e-3  # from here on a rate for AdamW is none for a released base
@@ -71,11 +71,9 @@ def _value_problems(config: Config) -> Iterator[str]:
         value, default = attrgetter(key)(config), as_dict(attrgetter(key)(defaults))
         words = rule.words if not isinstance(value, float) or math.isfinite(value) else "be a finite number"
         if words != rule.words or not rule.holds(value):
-            example = rule.example or (
-                default if isinstance(default, str) else json.dumps(default, separators=(",", ":"))
-            )
             got = repr(value) if isinstance(value, str) else value
-            yield f"{key} must {words}, got {got}; try {key}={example}"
+            good = default if rule.example is None else rule.example
+            yield f"{key} must {words}, got {got}; try {setting(key, good)}"
 
 
 def _resolution_problems(model: ModelConfig) -> Iterator[str]:

@@ -1,5 +1,6 @@
 """Export a diffusion adapter in every format, and verify each file by loading it into a fresh base."""
 
+import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,6 +29,9 @@ USAGE = """from diffusers import DiffusionPipeline
 pipeline = DiffusionPipeline.from_pretrained({base})
 pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
 # ComfyUI and other programs take the kohya-style file: its strength (alpha) is in it.
+
+image = pipeline({prompt}, width={side}, height={side}, num_inference_steps={steps}).images[0]
+image.save("image.png")
 """
 EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 PROBE_SEED = 20240131  # any fixed number: the inputs of the comparison
@@ -151,12 +155,14 @@ WRITERS: dict[ExportFormat, Callable[[Exporter, nn.Module, Mapping[str, Tensor],
 require_all(MODEL_KINDS["diffusion"].export_formats, WRITERS, "diffusion.export.WRITERS")
 
 
-def usage(model: ModelConfig) -> str:
-    """Python that loads an adapter, `{base}` to be filled in: single files have loaders in their own pipelines only."""
-    if hub.single_file(model.base) is None:
-        return USAGE
-    pipeline = family(model.family).pipeline
-    return USAGE.replace("from_pretrained", "from_single_file").replace("DiffusionPipeline", pipeline)
+def usage(model: ModelConfig, *, prompt: str, steps: int) -> str:
+    """Python that loads an adapter and draws a prompt, `{base}` to be filled in as `str.format` does."""
+    spelt = json.dumps(prompt, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
+    code = USAGE
+    if hub.single_file(model.base) is not None:
+        pipeline = family(model.family).pipeline  # the others have no loader of single files
+        code = code.replace("from_pretrained", "from_single_file").replace("DiffusionPipeline", pipeline)
+    return code.format(base="{base}", prompt=spelt, side=model.resolution, steps=steps)
 
 
 def kohya_metadata(

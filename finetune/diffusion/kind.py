@@ -128,7 +128,8 @@ def export(
 
 
 def usage(config: Config) -> str:
-    return exporting.usage(config.model)
+    prompt = next(iter(config.sample.prompts), config.caption.trigger or "a house on a hill")
+    return exporting.usage(config.model, prompt=prompt, steps=config.sample.steps)
 
 
 def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample, ...]]:

@@ -22,6 +22,7 @@ from finetune.errors import ModelError, is_gpu_out_of_memory
 from finetune.memory import block_offload, policy, quantize
 from finetune.memory.device import release_memory
 from finetune.memory.fallbacks import AdaptiveBatch, try_within_memory
+from finetune.run import libraries
 from finetune.run.progress import say
 
 CPU = torch.device("cpu")
@@ -52,7 +53,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def _read(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        with hub.quiet_libraries():  # the libraries warn of each text that is cut; so do we, once and by file
+        with libraries.without_warnings():  # the libraries warn of each text that is cut; so do we, once and by file
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
@@ -208,7 +209,7 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
         return cast(nn.Module, attach.attach_peft_folder(backbone, path).get_base_model())
     with attach.mismatch_as_model_error(path):
         if any(".lokr_" in key for key in formats.read_weights(path)):
-            with hub.quiet_libraries():
+            with libraries.without_warnings():
                 _load_lokr(model, backbone, path)
         else:
             backbone.load_lora_adapter(read_adapter(model, backbone, path).weights, prefix=None)
@@ -226,7 +227,7 @@ def read_adapter(model: ModelConfig, backbone: Any, path: Path) -> formats.Store
         return formats.read_peft(path)
     spec = family(model.family)
     layers = [name for name, module in backbone.named_modules() if hasattr(module, "weight")]
-    with attach.mismatch_as_model_error(path), hub.quiet_libraries():
+    with attach.mismatch_as_model_error(path), libraries.without_warnings():
         stored = formats.read_file(path, spec.backbone, layers, lambda foreign: _converted(spec, backbone, foreign))
     if not stored.weights:
         raise attach.mismatch(path, stored.describe_unused() or "it holds nothing")

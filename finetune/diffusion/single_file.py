@@ -18,9 +18,11 @@ from unittest.mock import patch
 
 from finetune import hub
 from finetune.config.schema import ModelConfig
+from finetune.config.spelling import setting
 from finetune.diffusion.families import family, names
 from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec
 from finetune.errors import ModelError, is_out_of_memory
+from finetune.run import libraries
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
 VAE = ("first_stage_model.", "vae.")
@@ -68,7 +70,7 @@ def find(model: ModelConfig) -> SingleFile | None:
     if not model.parts:
         raise ModelError(
             f"{path} is a single file, which says nothing about its architecture; choose that with a preset: "
-            f"model=sd15, model=sdxl, … model.base={path}"
+            f"model=sd15, model=sdxl, … {setting('model.base', path)}"
         )
     return _opened(path, path.stat().st_mtime_ns, family(model.family), model.parts)
 
@@ -86,7 +88,7 @@ def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
     if "device_map" in options:
         options["device"] = options.pop("device_map")[""]
     try:
-        with hub.quiet_libraries():  # about casts that change nothing
+        with libraries.without_warnings():  # about casts that change nothing
             built = _build(loader, found, part, **options)
     except LOADING_ERRORS as error:
         if is_out_of_memory(error):
@@ -141,7 +143,8 @@ def _opened(path: Path, _changed_ns: int, spec: FamilySpec, parts: str) -> Singl
         shapes = {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
     if any(mark in name for name in shapes for mark in ADAPTER_MARKS):
         raise ModelError(
-            f"{path} is an adapter, not a base; type sample.adapter={path} to draw with it, and a base as model.base"
+            f"{path} is an adapter, not a base; type {setting('sample.adapter', path)} to draw with it, and a base as "
+            "model.base"
         )
     if any(mark in name for name in shapes for mark in SCALE_MARKS):
         raise ModelError(f"{path} is quantised (8-bit weights with scales); get the same model in 16 bit")

@@ -14,10 +14,12 @@ from torch import Tensor, nn
 from finetune import hub
 from finetune.adapters.formats import FULL_MODEL_PREFIX
 from finetune.config.schema import ModelConfig, Quantize
+from finetune.config.spelling import setting
 from finetune.errors import ConfigError, ModelError
 from finetune.language import varlen_attention
 from finetune.language.losses import Head, logits
 from finetune.memory import block_offload, quantize
+from finetune.run import libraries
 from finetune.run.progress import say
 
 # Where models that also read images keep the language model, in releases before and since transformers 5.
@@ -64,7 +66,7 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
 
         quantize.prove(model, dtype, device)
         options["quantization_config"] = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
-    with hub.quiet_libraries():  # about weights that are left out (those for images); `hub` reports missing ones
+    with libraries.without_warnings():  # about weights that are left out (those for images); `hub` reports missing ones
         loaded = hub.load(
             loader, model.base, config=config, dtype=dtype, device_map={"": "cpu" if streamed else device}, **options
         )
@@ -141,7 +143,7 @@ def require_rows(model: nn.Module, tokenizer: Any, largest: int, where: str) -> 
         token = tokenizer.convert_ids_to_tokens(largest)
         raise ModelError(
             f"{where}: the tokenizer gives {token!r} the id {largest}, but the base's embedding has {rows} rows; train "
-            f"a row for it, model.added_tokens=['{token}'], or take the tokenizer that belongs to the base"
+            f"a row for it, {setting('model.added_tokens', [token])}, or take the tokenizer that belongs to the base"
         )
 
 

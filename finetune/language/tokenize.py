@@ -1,17 +1,19 @@
 """Conversations -> token rows of a language model, with what became of them said out loud."""
 
+import os
 from pathlib import Path
 from typing import Any
 
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, DataConfig, ModelConfig
+from finetune.config.spelling import setting
 from finetune.data.text import formats, packing, readers, store
 from finetune.data.text.formats import Source
 from finetune.data.text.tokens import Chat, preview_row
 from finetune.errors import DataError
 from finetune.language.causal_lm import load_tokenizer
 from finetune.run.hashing import hash_of
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 from finetune.run.records import CaptionSet, TextSet
 
 
@@ -22,11 +24,13 @@ def chat_of(model: ModelConfig, data: DataConfig) -> Chat:
 
 def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     """The files by content, the tokenizer with its template, and every setting of the data."""
-    files = readers.files_of(Path(config.data.file))
+    files, data = readers.files_of(Path(config.data.file)), as_dict(config)["data"]
+    if not data["columns"]:
+        del data["columns"]  # data sets from before there were any stay up to date
     return [
         readers.content_hash(files),
         chat_of(config.model, config.data).content_hash,
-        as_dict(config)["data"],
+        data,
         config.seed,
     ]
 
@@ -61,12 +65,12 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
     data, chat = config.data, chat_of(config.model, config.data)
-    source: Source = formats.open_source(Path(data.file), format_=data.format)
+    source: Source = formats.open_source(Path(data.file), format_=data.format, columns=data.columns)
     say(f"dataset: {source}")
     if others := [path for path in readers.held_out_files(source.path) if path not in source.files]:
         say(
             f"dataset: not trained on: {', '.join(path.name for path in others)} (by name a test or validation split; "
-            f"to train on it too: data.file=[{source.path},{others[0]}])"
+            f"to train on it too: {setting('data.file', os.pathsep.join(map(str, (source.path, others[0]))))})"
         )
     found = store.encode_or_load(
         source,
@@ -81,7 +85,7 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
         say(f"dataset: {line}")
     train, held_out = found.split(data.validation_share)
     if repeated := found.duplicates():
-        say(f"warning: {repeated:,} conversations occur more than once")
+        say(f"warning: more than once: {plural(repeated, 'conversation')}")
     lengths, trained = found.lengths[train], found.trained[train]
     fill = packing.packing_stats(lengths, trained, length=data.length, seed=config.seed, pack=data.packing)
     say(f"dataset: {fill}")

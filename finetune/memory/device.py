@@ -1,6 +1,7 @@
 """Which device and which arithmetic."""
 
 import gc
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -9,7 +10,9 @@ import torch
 from finetune.config.schema import Device, Precision
 from finetune.errors import ConfigError
 from finetune.run import ranks
+from finetune.run.progress import say
 
+_turn = threading.RLock()
 ALLOCATION_BYTES = 512  # the CUDA caching allocator's smallest block (c10/cuda/CUDACachingAllocator.cpp, kMinBlockSize)
 
 
@@ -67,6 +70,34 @@ def release_memory() -> None:
     gc.collect()
     if torch.cuda.is_available():
         torch.cuda.empty_cache()
+
+
+@contextmanager
+def borrowed(device: torch.device, vram_gib: float) -> Iterator[None]:
+    """Inside, at most `vram_gib` GiB of the GPU are taken, torch's global random numbers may be drawn, and new tensors
+    are fp32 and have gradients; afterwards all is as the program around us had it.
+
+    All this belongs to the whole process, as does what Accelerate keeps: a second thread waits here for the first.
+    """
+    gpus = [device] if device.type == "cuda" else []
+    with _in_turn(), torch.random.fork_rng(gpus), memory_limit(device, vram_gib), torch.enable_grad():
+        dtype = torch.get_default_dtype()
+        torch.set_default_dtype(torch.float32)
+        try:
+            yield
+        finally:
+            torch.set_default_dtype(dtype)
+
+
+@contextmanager
+def _in_turn() -> Iterator[None]:
+    if not _turn.acquire(blocking=False):
+        say("waiting for another run in this process to end")
+        _turn.acquire()
+    try:
+        yield
+    finally:
+        _turn.release()
 
 
 @contextmanager

@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, field
 
+from finetune.config.spelling import setting
+
 KEYS = {
     "micro_batch": "trainer.micro_batch",
     "accumulate": "trainer.accumulate",
@@ -38,7 +40,7 @@ class Setting:
     def overrides(self) -> tuple[str, ...]:
         """What to type to train like this."""
         values = {name: getattr(self, name) for name in KEYS}
-        return tuple(f"{KEYS[name]}={str(value).lower()}" for name, value in values.items() if value is not False)
+        return tuple(setting(KEYS[name], value) for name, value in values.items() if value is not False)
 
 
 @dataclass(frozen=True)

@@ -4,14 +4,17 @@ import os
 import shlex
 import shutil
 import sys
+import textwrap
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.config.describe import as_dict
 from finetune.config.recipes import shown
 from finetune.config.schema import Config
+from finetune.config.spelling import override
 from finetune.planning.plan import KEYS, Plan
 from finetune.reporting.facts import (
     Fact,
@@ -22,13 +25,15 @@ from finetune.reporting.facts import (
     run_facts,
     text_set_facts,
 )
+from finetune.run.progress import plural
 from finetune.run.receipts import load_receipt, receipt_path
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
-NOT_REPEATED = ("run_dir=", "sample.prompts=", "trainer.restart=")  # the next command gives its own, or none
-NUMBERS = ("GiB", "time", "s/step", "images/s", "tokens/s")
+NOT_REPEATED = ("run_dir", "sample.prompts", "trainer.restart")  # the next command gives its own, or none
+NUMBERS = ("GiB", "time", "s/step", "images/s", "tokens/s", "loss", "validation")
 CLOCKS_DIFFER_S = 0.1  # those of files are coarser than ours
+MOST_PREVIEWED = 1200  # characters of a row: about a screen
 WIDTH = 80  # columns; a narrower terminal gets its own width
 
 
@@ -47,6 +52,35 @@ def show(config: Config, record: Any, overrides: Sequence[str] = (), *, began: f
             print(f"  {line}")
     else:
         print(LINES.get(type(record), _fields)(record))
+
+
+@dataclass(frozen=True)
+class SweptRun:
+    """One run of a sweep. overrides: the settings it was given; record: None where it failed."""
+
+    overrides: Sequence[str]
+    folder: str
+    record: Any
+
+
+def show_sweep(runs: Sequence[SweptRun]) -> None:
+    """Print which settings led to which losses, where a sweep trained."""
+    if not any(isinstance(run.record, Result) for run in runs):
+        return
+    common = set.intersection(*(set(run.overrides) for run in runs))
+    rows = [
+        (" ".join(word for word in run.overrides if word not in common), *_losses(run.record), shown(Path(run.folder)))
+        for run in runs
+    ]
+    _print_table(f"\n{plural(len(runs), 'run')}", ("settings", "loss", "validation", "folder"), rows)
+
+
+def _losses(record: Any) -> tuple[str, str]:
+    """Of the last steps, and the lowest of the validations."""
+    if not isinstance(record, Result):
+        return "failed", ""
+    lowest = record.run.best_validation
+    return f"{record.run.last_loss:.4f}", "–" if lowest is None else f"{lowest:.4f}"
 
 
 def _result_rows(config: Config, result: Result, began: float) -> list[tuple[str, str]]:
@@ -72,6 +106,14 @@ def _fields(record: Any) -> str:
     return _facts(type(record).__name__.lower(), record_facts(record))
 
 
+def _preview(row: str) -> str:
+    """One row as the model sees it, cut where it is long."""
+    if not row:
+        return ""
+    text = row[:MOST_PREVIEWED] + (" …" if len(row) > MOST_PREVIEWED else "")
+    return "\none row as the model sees it, trained is what stands in ⟦ ⟧\n" + textwrap.indent(text, "  ")
+
+
 def _answers(answers: Answers) -> str:
     pairs = (f"{item.prompt}\n  base:  {item.base}\n  tuned: {item.tuned}\n" for item in answers.items)
     return f"{''.join(pairs)}samples: {answers.page}"
@@ -83,7 +125,7 @@ LINES: dict[type, Callable[[Any], str]] = {
         + ("/metadata.jsonl" if all(item.source == "generated" for item in captions.items) else "")
     ),
     Dataset: lambda dataset: _facts("dataset", dataset_facts(dataset)),
-    TextSet: lambda texts: _facts("dataset", text_set_facts(texts)),
+    TextSet: lambda texts: _facts("dataset", text_set_facts(texts)) + _preview(texts.preview),
     Adapter: lambda adapter: f"adapter: {adapter.folder} ({', '.join(adapter.files.values())})",
     Samples: lambda samples: f"samples: {samples.page}",
     Answers: _answers,
@@ -98,8 +140,8 @@ def _plan(plan: Plan, overrides: Sequence[str]) -> None:
         _print_table(title, ("", *table.head), table.rows)
     _print_table("", ("", ""), [("·", note) for note in plan.notes])
     if plan.fits and plan.chosen:
-        words = [word for word in overrides if word.partition("=")[0] not in KEYS.values()]
-        settings = " ".join(map(shlex.quote, words or [f"conf={plan.name}"]))
+        words = [word for word in overrides if word.partition("=")[0].lstrip("+") not in KEYS.values()]
+        settings = shlex.join(words or [override("conf", plan.name)])
         print(f"next\n  {_program()} train {settings} {' '.join(plan.chosen.overrides)}")
 
 
@@ -140,15 +182,14 @@ def _next(config: Config, result: Result, overrides: Sequence[str]) -> list[str]
     wish = "What colour is the sea?" if isinstance(result.samples, Answers) else "a big green fish in space"
     prompt = f"{wish}, {result.adapter.trigger}".removesuffix(", ")
     run_dir = shown(Path(config.run_dir))
-    words = [f"conf={config.name}"] if not overrides else []
-    words += [word for word in overrides if not word.startswith(NOT_REPEATED)]
+    words = [override("conf", config.name)] if not overrides else []
+    words += [word for word in overrides if word.partition("=")[0].lstrip("+") not in NOT_REPEATED]
     if Path(run_dir) != Path("outputs") / config.name:
-        words.append(f"run_dir={run_dir}")
-    settings = " ".join(map(shlex.quote, words))
-    wanted = shlex.quote(f'sample.prompts=["{prompt}"]')
+        words.append(override("run_dir", run_dir))
+    words.append(override("sample.prompts", [prompt]))
     return [
-        f"{board} --logdir {shlex.quote(f'{run_dir}/tensorboard')}",
-        f"{program} sample {settings} {wanted}",
+        f"{board} {shlex.join(['--logdir', f'{run_dir}/tensorboard'])}",
+        f"{program} sample {shlex.join(words)}",
     ]
 
 

@@ -1,4 +1,5 @@
-"""Progress of long steps: a rich bar in a terminal, a plain line now and then without one.
+"""Progress of long steps: a rich bar in a terminal, in a notebook another, a plain line now and then
+elsewhere.
 
 Of several processes only the first one speaks.
 """
@@ -7,15 +8,17 @@ import os
 import re
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Protocol
+from html import escape
+from typing import Any, Protocol
 
 from finetune.run import ranks
 
 BAR_AND_FIGURES, LEAST_TEXT = 60, 12  # columns of a terminal; a long text, such as a caption, would squeeze the bar
 NO_CURSOR = ("dumb", "unknown")  # values of TERM: a shell inside an editor shows a bar at its end only
 WARNING = re.compile(r"(?:\w+: )?warning: ")
+NOTEBOOK_EVERY_S = 0.25  # each is a message to the browser
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal (logs, CI): often enough to see life, rare enough to read
 
 _warnings: list[str] = []  # of this process, until a receipt takes them
@@ -34,9 +37,18 @@ def progress(title: str, total: int, *, unit: str, done: int = 0) -> Iterator[Pr
         with _bar(title, total, unit, done) as shown:
             yield shown
     else:
-        plain = _Plain(title, total, unit, done)
-        yield plain
-        plain.finish()
+        notebook = in_notebook()
+        every_s = NOTEBOOK_EVERY_S if notebook else PLAIN_LINE_EVERY_S
+        show = _notebook_bar() if notebook else _say_line
+        counted = _Counted(title, total, unit, done, every_s=every_s, show=show)
+        yield counted
+        counted.finish()
+
+
+def in_notebook() -> bool:
+    """Whether a Jupyter kernel runs this program."""
+    ipython = sys.modules.get("IPython")
+    return ipython is not None and getattr(ipython.get_ipython(), "kernel", None) is not None
 
 
 def say(line: str) -> None:
@@ -61,9 +73,14 @@ def plural(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
-class _Plain:
-    def __init__(self, title: str, total: int, unit: str, done: int) -> None:
+class _Counted:
+    """Counts, and hands what is to be shown to `show` every so often: a line, and the share that is done."""
+
+    def __init__(
+        self, title: str, total: int, unit: str, done: int, *, every_s: float, show: Callable[[str, float], object]
+    ) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, done
+        self.every_s, self.show = every_s, show
         self.start = self.last = time.monotonic()
         self.text = ""
         self.said = -1
@@ -71,19 +88,40 @@ class _Plain:
     def advance(self, amount: int = 1, text: str = "") -> None:
         self.done += amount
         self.text = text or self.text
-        if time.monotonic() - self.last >= PLAIN_LINE_EVERY_S:
+        if time.monotonic() - self.last >= self.every_s:
             self.last = time.monotonic()
-            self._line()
+            self._show()
 
     def finish(self) -> None:
         if self.said != self.done:
-            self._line()
+            self._show()
 
-    def _line(self) -> None:
+    def _show(self) -> None:
         seconds = time.monotonic() - self.start
         self.said = self.done
         parts = [f"{self.title}: {self.done}/{self.total} {self.unit}", f"{seconds:.0f} s", self.text]
-        say(", ".join(part for part in parts if part))
+        self.show(", ".join(part for part in parts if part), self.done / max(1, self.total))
+
+
+def _say_line(line: str, _share: float) -> None:
+    say(line)
+
+
+def _notebook_bar() -> Callable[[str, float], object]:
+    """Shows a line beside a bar in the notebook's cell, always the newest."""
+    from IPython.display import display
+
+    shown: list[Any] = []
+
+    def show(line: str, share: float) -> None:
+        bar = f'<progress value="{share:.4f}" style="width:16em"></progress> {escape(line)}'
+        data = {"text/html": bar, "text/plain": line}
+        if shown:
+            shown[0].update(data, raw=True)
+        else:
+            shown.append(display(data, raw=True, display_id=True))  # type: ignore[no-untyped-call]
+
+    return show
 
 
 @contextmanager

@@ -101,7 +101,7 @@ def _card(config: Config, run: Run, files: dict[str, str], differences: dict[str
     trigger = f"\nPut **{config.caption.trigger}** into the prompt to use it.\n" if config.caption.trigger else ""
     newline = "\n"
     return f"""---
-base_model: {config.model.base}
+base_model: {json.dumps(config.model.base, ensure_ascii=False)}
 library_name: peft
 tags: [lora, finetune]
 ---
@@ -129,4 +129,4 @@ def _usage(code: str, base: str) -> str:
         return "from finetune import hub\n" + code.format(base=f'str(hub.resolve("{base}"))')
     name, _, revision = base.partition("@")
     spelt = json.dumps(name, ensure_ascii=False)  # a path may hold quotes and backslashes
-    return code.format(base=spelt + (f', revision="{revision}"' if revision else ""))
+    return code.format(base=spelt + (f", revision={json.dumps(revision)}" if revision else ""))

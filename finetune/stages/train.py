@@ -12,6 +12,7 @@ from finetune.adapters import formats
 from finetune.config import hints
 from finetune.config.describe import as_dict, sections
 from finetune.config.schema import Config
+from finetune.config.spelling import setting
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import gpu_gib, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
@@ -21,7 +22,7 @@ from finetune.run.progress import say
 from finetune.run.receipts import load_receipt, load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
 from finetune.training import checkpoint, distributed
-from finetune.training.accelerator import build_accelerator
+from finetune.training.accelerator import build_accelerator, without_cudnn_attention
 from finetune.training.loop import Step, fit
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
@@ -60,8 +61,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     resumed = _resume(run_dir / "checkpoints", identity, config.trainer.steps, dataset)
     if resumed is None and ranks.rank() == 0:
         previous.save_summary(run_dir, dataset)
-    trainer = _trainer(config, dataset, identity, resumed)
-    with catch_stop() as stop:
+    with without_cudnn_attention(), catch_stop() as stop:
+        trainer = _trainer(config, dataset, identity, resumed)
         try:
             trainer.start()
             with trainer.bar() as bar:
@@ -197,7 +198,7 @@ def _resume(
     if changed:
         other_data = newest.state.identity.get(dataset.identity_key) != dataset.content
         if other_data and (adapter := folder.parent / "adapter").exists():
-            advice += f"; to continue from its adapter, take another name=… and lora.start_from={adapter}"
+            advice += f"; to continue from its adapter, take another name=… and {setting('lora.start_from', adapter)}"
         what = "data" if other_data and len(changed) == 1 else "settings"
         raise RunError(f"{folder.parent} was trained with other {what} ({'; '.join(changed)}); {advice}")
     if found[-1] > steps:

@@ -1,5 +1,7 @@
 """The one place that builds Accelerate's Accelerator."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any
 
@@ -13,16 +15,26 @@ from finetune.training import distributed
 from finetune.training.reduction import broadcast_start
 
 
+@contextmanager
+def without_cudnn_attention() -> Iterator[None]:
+    """Inside, flash attention takes the place of cuDNN's, for the whole process; afterwards it is as it was."""
+    # Its backward pass gives NaN for some shapes in 16 bit on Hopper GPUs, where torch prefers it: for those of
+    # FLUX.1 (tests/gpu/test_training.py), and see github.com/pytorch/pytorch/issues/196678. It was twice as fast on an
+    # H200 (1.7 ms against 3.2, forward and backward at 1024 px).
+    before = torch.backends.cuda.cudnn_sdp_enabled()  # type: ignore[no-untyped-call]
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
+
+
 def build_accelerator(precision: Precision, device: torch.device) -> Accelerator:
     """An Accelerator for `precision` (not `auto`) on `device`.
 
     Accelerate keeps its settings in global state: it is reset here, so that a second run in the same process gets
-    its own. cuDNN's attention is switched off for the process; flash attention takes its place.
+    its own.
     """
-    # Its backward pass gives NaN for some shapes in 16 bit on Hopper GPUs, where torch prefers it: for those of
-    # FLUX.1 (tests/gpu/test_training.py), and see github.com/pytorch/pytorch/issues/196678. It was twice as fast on an
-    # H200 (1.7 ms against 3.2, forward and backward at 1024 px).
-    torch.backends.cuda.enable_cudnn_sdp(False)
     AcceleratorState._reset_state(reset_partial_state=not torch.distributed.is_initialized())
     GradientState._reset_state()
     mixed = "no" if precision is Precision.fp32 else precision.name

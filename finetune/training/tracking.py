@@ -32,16 +32,21 @@ class Tracker:
             say(f"warning: {self.file} is no file; no curves are written there; delete it")
         self.board = _board(run_dir, start)
         self.gpu = _Gpu(device)
+        self.row: dict[str, float | None] = {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Points at `step`; the tag's part before "/" is TensorBoard's section."""
+        """Points at `step`; the tag's part before "/" is TensorBoard's section. `end_row` writes them to the file."""
         for tag, value in values.items():
             self.board.add_scalar(tag, value, step)
-        if not self.writes:
-            return
-        with open(self.file, "a", encoding="utf-8") as lines:
-            finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
-            lines.write(json.dumps({"step": step, **finite}) + "\n")
+        finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
+        self.row = {"step": step, **self.row, **finite}
+
+    def end_row(self) -> None:
+        """Write what was logged of one step as one line."""
+        if self.row and self.writes:
+            with open(self.file, "a", encoding="utf-8") as lines:
+                lines.write(json.dumps(self.row) + "\n")
+        self.row = {}
 
     def text(self, tag: str, text: str, step: int = 0) -> None:
         """A text, shown as Markdown."""
@@ -77,7 +82,8 @@ class Tracker:
         return {"system/memory_gib": memory_gib(self.device), **self.gpu.read()}
 
     def close(self) -> None:
-        """Flush and close the event file."""
+        """Write what is left, and close the event file."""
+        self.end_row()
         self.board.close()
 
     def _forget_after(self, step: int) -> None:

@@ -12,11 +12,12 @@ from accelerate import Accelerator
 
 from finetune.adapters import lora
 from finetune.config.schema import OptimConfig, SampleConfig, TrainerConfig
+from finetune.config.spelling import override
 from finetune.errors import OutOfMemory
 from finetune.memory.device import peak_gib
 from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks, smoothing
-from finetune.run.progress import Progress, progress, say
+from finetune.run.progress import Progress, plural, progress, say
 from finetune.run.records import Run
 from finetune.training import checkpoint, distributed
 from finetune.training.accelerator import prepare
@@ -80,11 +81,13 @@ class Trainer:
     def start(self) -> None:
         """Say what is trained, make sure that the largest step fits, and look at the model before the first step."""
         trainable, total = lora.counts(self.task.model)
-        say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {self.task.size:,} examples")
+        examples = plural(self.task.size, "example")
+        say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {examples}")
         spare = self._dry_run() if self.dry_run_first else None
         if self.state.step == 0:
             self._write_texts()
             self._validate()
+            self._end_row()
             self._preview()
         if spare is not None:  # its state was there meanwhile, as the optimiser's is after the first step
             taken = peak_gib(self.accelerator.device)
@@ -120,6 +123,7 @@ class Trainer:
         due = step.number == trainer.steps or step.number % trainer.save_every == 0
         if trainer.validate_every and (due or step.number % trainer.validate_every == 0):
             self._validate(may_be_best=due)
+        self._end_row()
         due = due or self.exhausted()
         last = step.number == trainer.steps or self.exhausted()
         if last or (self.sample.every and step.number % self.sample.every == 0):
@@ -206,7 +210,7 @@ class Trainer:
 
     def _dry_run(self) -> Any:
         """Returns the optimiser that was used, whose state takes the place of the real one's as long as it is held."""
-        settings = " ".join(f"{key}={str(value).lower()}" for key, value in self.applied.items())
+        settings = " ".join(override(key, value) for key, value in self.applied.items())
         planned = "" if self.planned_gib is None else f"; {self.planned_gib:.1f} GiB planned"
         say(f"autotune: {settings}{planned}; dry run of the largest step")
         spare = build_optimizer(self._parameter_groups(), self.optim)
@@ -220,6 +224,10 @@ class Trainer:
                 "the effective batch stays"
             )
         return spare
+
+    def _end_row(self) -> None:
+        if ranks.rank() == 0:
+            self.tracker.end_row()
 
     def _write_texts(self) -> None:
         if ranks.rank():

@@ -374,6 +374,28 @@ def test_completion(finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch, line: st
     assert (answer.code, set(answer.out.split())) == (0, offered)
 
 
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [
+        ("data.folder=", {"data.folder=pics/", "data.folder=plan.txt"}),
+        ("data.folder=pi", {"data.folder=pics/"}),
+        ("data.folder=./pics/", {"data.folder=./pics/a.png", "data.folder=./pics/b/"}),
+        ("data.file=~/", {"data.file=~/pics/", "data.file=~/plan.txt"}),
+        ("run_dir=nowhere/", set()),
+    ],
+)
+def test_completion_of_paths(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch, typed: str, offered: set[str]
+) -> None:
+    (workdir / "pics" / "b").mkdir(parents=True)
+    for name in ("pics/a.png", "pics/two words.png", "plan.txt", ".hidden"):
+        (workdir / name).write_text("")
+    monkeypatch.setenv("HOME", str(workdir))
+    monkeypatch.setenv("COMP_LINE", f"finetune train conf=smoke {typed}")
+    answer = finetune_cli("-sc", "query=bash")
+    assert (answer.code, set(answer.out.split())) == (0, offered)
+
+
 def test_completion_installs_for_the_console_script() -> None:
     script = Path(sys.executable).with_name("finetune")
     if not script.exists():

@@ -16,6 +16,8 @@ from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from finetune.config import recipes
+from finetune.config.spelling import setting
 from finetune.errors import DataError
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.progress import plural
@@ -87,9 +89,11 @@ def images(folder: Path) -> list[str]:
     without images.
     """
     if not str(folder) or not folder.exists():
-        raise DataError(f"there is no folder {folder}; name the folder of your images: data.folder=path/to/images")
+        shipped = recipes.elsewhere(folder)
+        where = f"the example's is {setting('data.folder', shipped)}" if shipped else "data.folder=path/to/images"
+        raise DataError(f"there is no folder {folder}; name the folder of your images: {where}")
     if not folder.is_dir():
-        raise DataError(f"{folder} is a file; name the folder that holds it: data.folder={folder.parent}")
+        raise DataError(f"{folder} is a file; name the folder that holds it: {setting('data.folder', folder.parent)}")
     if found := sorted(path.as_posix() for path in _visible(folder) if path.suffix.lower() in EXTENSIONS):
         if misnamed := [file for file in found if not _is_text(file)]:
             raise DataError(
@@ -104,7 +108,7 @@ def images(folder: Path) -> list[str]:
     if linked:
         raise DataError(
             f"{folder} has no images, and linked folders are not followed: {', '.join(linked[:5])}; name one of them: "
-            f"data.folder={folder / linked[0]}"
+            f"{setting('data.folder', folder / linked[0])}"
         )
     seen = ", ".join(f"{count} {suffix}" for suffix, count in others.most_common(5))
     raise DataError(

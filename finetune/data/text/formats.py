@@ -6,12 +6,13 @@ does not grow with the file. Texts stay as they are; only blank system turns are
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from finetune.config.schema import ConversationFormat
+from finetune.config.spelling import setting
 from finetune.data.text import readers
 from finetune.errors import DataError
 
@@ -70,12 +71,13 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one format."""
+    """Files of one format. columns: what the format calls a column -> what the files call it."""
 
     path: Path
     files: tuple[Path, ...]
     format: ConversationFormat
     named: bool
+    columns: Mapping[str, str]
 
     def __str__(self) -> str:
         how = "as named" if self.named else "recognised"
@@ -83,12 +85,15 @@ class Source:
         return f"{self.path}: {self.format.value} ({how}){files}"
 
 
-def open_source(path: Path, *, format_: ConversationFormat = ConversationFormat.auto) -> Source:
+def open_source(
+    path: Path, *, format_: ConversationFormat = ConversationFormat.auto, columns: Mapping[str, str] | None = None
+) -> Source:
     """The files behind a path and their format, under `auto` recognised by the first readable row.
 
-    Raises DataError for missing, empty or unreadable files and for columns of no known format.
+    columns: as `data.columns`. Raises DataError for missing, empty or unreadable files, for columns of no known format,
+    and for named ones that aren't there.
     """
-    files = readers.files_of(path)
+    files, columns = readers.files_of(path), columns or {}
     error: DataError | None = None
     for file in files:
         for number, row in readers.read(file):
@@ -97,8 +102,12 @@ def open_source(path: Path, *, format_: ConversationFormat = ConversationFormat.
                 continue
             where = f"{file}:{number}"
             named = format_ is not ConversationFormat.auto
-            found = format_ if named else recognise(_columns(row, where), where)
-            return Source(path, files, found, named)
+            there = _columns(row, where)
+            if missing := [column for column in columns.values() if column not in there]:
+                names = ", ".join(map(_printable, there))
+                raise DataError(f"{where}: data.columns names {missing[0]}, and the columns are {names}")
+            found = format_ if named else recognise(_renamed(there, columns), where)
+            return Source(path, files, found, named, columns)
     raise error or DataError(f"{path} holds no rows; a row has one of these: {_known_formats()}")
 
 
@@ -114,7 +123,8 @@ def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> I
             try:
                 if isinstance(row, DataError):
                     raise row
-                yield conversation(row, source.format, f"{file}:{number}", strict=not source.named)
+                named = _renamed(row, source.columns)
+                yield conversation(named, source.format, f"{file}:{number}", strict=not source.named)
                 count += 1
             except DataError as error:
                 if bad is None:
@@ -157,6 +167,14 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
     if columns.get("system") is not None:  # a blank one is left out below
         messages = [Message("system", _text(columns["system"], where, '"system"')), *messages]
     return Conversation(_checked(messages, where), where)
+
+
+def _renamed(row: Any, columns: Mapping[str, str]) -> Any:
+    """A row whose columns are called as its format calls them."""
+    if not columns or not isinstance(row, dict):
+        return row
+    others = {name: value for name, value in row.items() if name not in columns.values()}
+    return others | {name: row.get(column) for name, column in columns.items()}
 
 
 def _columns(row: object, where: str) -> dict[str, Any]:
@@ -206,9 +224,12 @@ def recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
         raise DataError(f"{where}: is one object of {len(columns)} rows by id; write them as a list: [{{…}}, {{…}}]")
     names = sorted(map(str, filled))
     seen = ", ".join(_printable(name) for name in names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
+    texts = [name for name in columns if isinstance(columns[name], str)]
+    pair = dict(zip(("prompt", "completion"), texts, strict=False))
+    way = f", as {setting('data.columns', pair)} does," if len(texts) == 2 else ""
     raise DataError(
         f"{where}: its columns ({seen or 'none'}) are of no known format; "
-        f"rename them to one of these: {_known_formats()}"
+        f"rename them{way} to one of these: {_known_formats()}"
     )
 
 

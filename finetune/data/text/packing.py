@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from finetune.data.order import splitmix64
 from finetune.data.text.tokens import Encoded
 from finetune.errors import DataError
+from finetune.run.progress import plural
 
 # L token positions of a pack, N rows
 WINDOW = 8192  # rows packed together: far more than fit a pack, far fewer than a large set
@@ -56,7 +57,9 @@ class PackingStats:
 
     def __str__(self) -> str:
         tokens, trained = self.tokens / max(1, self.capacity), self.trained / max(1, self.capacity)
-        return f"{self.packs} packs, {tokens:.1%} of token positions hold a token, {trained:.1%} a trained one"
+        return (
+            f"{plural(self.packs, 'pack')}, {tokens:.1%} of token positions hold a token, {trained:.1%} a trained one"
+        )
 
 
 def plan(

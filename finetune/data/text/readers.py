@@ -17,6 +17,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from finetune.config import recipes
+from finetune.config.spelling import setting
 from finetune.errors import DataError
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -64,7 +66,11 @@ def paths_of(named: Path) -> tuple[Path, ...]:
 
 def _files_of(path: Path) -> tuple[Path, ...]:
     if not path.exists():
-        raise DataError(f"there is no {path}; name your conversations: data.file=path/to/conversations.jsonl")
+        shipped = recipes.elsewhere(path)
+        where = (
+            f"the example's are {setting('data.file', shipped)}" if shipped else "data.file=path/to/conversations.jsonl"
+        )
+        raise DataError(f"there is no {path}; name your conversations: {where}")
     if path.is_dir() and not _saved(path):
         found, _ = _by_split(path)
         if not found:
@@ -148,7 +154,8 @@ def _saved_dataset(path: Path) -> NumberedRows:
         name = "train" if "train" in loaded else next(iter(loaded), "") if len(loaded) == 1 else ""
         if not name:
             raise DataError(
-                f"{path}: has the parts {', '.join(loaded)} and none is called train; name one: data.file={path}/PART"
+                f"{path}: has the parts {', '.join(loaded)} and none is called train; name one: "
+                + setting("data.file", path / next(iter(loaded), "PART"))
             )
         loaded = loaded[name]
     yield from enumerate(loaded.with_format(None), start=1)

@@ -26,7 +26,7 @@ from finetune.data.text.workers import TRAINED, EncodeSettings, encode_stream
 from finetune.errors import DataError, FinetuneError
 from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_of
-from finetune.run.progress import PLAIN_LINE_EVERY_S, say
+from finetune.run.progress import PLAIN_LINE_EVERY_S, plural, say
 
 # N rows
 MADE_BY = 1  # raised when the same input would give other rows
@@ -77,21 +77,21 @@ class Figures:
 
     def lines(self) -> list[str]:
         """For people: what was read, and everything that didn't end up in training."""
-        head = f"{self.conversations:,} conversations as {self.rows:,} rows of {self.tokens:,} tokens"
+        head = f"{plural(self.conversations, 'conversation')} as {plural(self.rows, 'row')} of {self.tokens:,} tokens"
         found = [f"{head}, {self.trained:,} trained ({self.rows_per_s:,.0f} conversations/s)"]
         if self.bad:
-            found += [f"warning: {self.bad:,} unusable rows are left out, such as:"]
+            found += [f"warning: left out {plural(self.bad, 'unusable row')}, such as:"]
             found += [error.removesuffix(f", {SKIP}") for error in self.errors]  # that is done already
         if self.long:
             found.append(
-                f"warning: {self.long:,} rows are over the length; {self.truncated_share:.2%} of trained tokens are "
-                f"lost, {self.left_out:,} rows altogether"
+                f"warning: {plural(self.long, 'row')} over the length; {self.truncated_share:.2%} of trained tokens "
+                f"are lost, {plural(self.left_out, 'row')} altogether"
             )
         if self.shortened:
-            found.append(f"warning: the chat template leaves out a part of {self.shortened:,} answers")
+            found.append(f"warning: the chat template leaves out a part of {plural(self.shortened, 'answer')}")
         if self.control:
             found.append(
-                f"warning: messages contain {self.control:,} control tokens as text; they are tokenised as such"
+                f"warning: messages contain {plural(self.control, 'control token')} as text, which is tokenised as such"
             )
         return found
 
@@ -177,9 +177,9 @@ def encode_or_load(
     from filelock import FileLock
 
     content = readers.content_hash(source.files)
-    key = hash_of(
-        MADE_BY, content, source.format.value, source.named, chat.content_hash, length, long_rows.value, skip_bad
-    )
+    renamed = [dict(source.columns)] if source.columns else []  # rows from before there were any stay
+    read_as = (source.format.value, source.named, *renamed)
+    key = hash_of(MADE_BY, content, *read_as, chat.content_hash, length, long_rows.value, skip_bad)
     folder = cache / f"rows-{key[:32]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)

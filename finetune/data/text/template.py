@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.config.spelling import setting
 from finetune.data.text.formats import Conversation, Message
 from finetune.errors import DataError
 
@@ -322,7 +323,7 @@ def _template_text(tokenizer: Any, name: str) -> str:
         if not name and "default" not in named:
             raise DataError(
                 f"the tokenizer has several chat templates and none is called default ({', '.join(sorted(named))}); "
-                f"name one: data.chat_template={min(named)}"
+                f"name one: {setting('data.chat_template', min(named))}"
             )
         return str(named[name or "default"])
     if name and "{" not in name:

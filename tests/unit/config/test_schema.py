@@ -45,7 +45,7 @@ BAD = [
     ("lora.dropout", 1.0, "lora.dropout must be in 0 … 1 (1 excluded)"),
     ("lora.targets", "all", "lora.targets=all is not a preset of this model; it offers: attention, attention_ff, wide"),
     ("optim.lr", 0.0, "optim.lr must be above 0, got 0.0; try optim.lr=0.0001"),
-    ("optim.betas", [0.9], "optim.betas must be two numbers in 0 … 1 (1 excluded), got [0.9]; try optim.betas=[0.9,0"),
+    ("optim.betas", [0.9], "optim.betas must be two numbers in 0 … 1 (1 excluded), got [0.9]; try 'optim.betas=[0.9,"),
     ("data.max_aspect", float("inf"), "data.max_aspect must be a finite number, got inf; try data.max_aspect=2.0"),
     ("loss.noise_offset", float("nan"), "loss.noise_offset must be a finite number, got nan"),
     ("data.length", 1, "data.length must be at least 2, got 1; try data.length=2048"),
@@ -60,7 +60,7 @@ BAD = [
     ("loss.caption_dropout", 2.0, "loss.caption_dropout must be in 0 … 1"),
     ("sample.seeds", [], "sample.seeds must name at least one seed"),
     ("export.tolerance", 0.0, "export.tolerance must be above 0"),
-    ("export.formats", [], "export.formats must name at least one format, got []; try export.formats=[peft]"),
+    ("export.formats", [], "export.formats must name at least one format, got []; try 'export.formats=[peft]'"),
 ]
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 from safetensors import safe_open
 
 from finetune import hub, kinds
@@ -123,11 +124,13 @@ def test_the_code_of_the_model_card_runs(
     if embedded:
         monkeypatch.setattr(hub, "EMBEDDED", tiny_base.parent)
         config.model.base = f"embedded:{tiny_base.name}"
+    config.sample.prompts = ['it\'s a "red" {robot}']
     page = Path(export(config, run).folder, "README.md").read_text()
     monkeypatch.chdir(config.run_dir)
     names: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
     assert names["pipeline"].get_active_adapters()
+    assert Image.open("image.png").size == (32, 32)
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,18 @@ from finetune.config.schema import Config
 from finetune.planning.plan import Plan
 from finetune.reporting import notebook, terminal
 from finetune.run.receipts import save_receipt
-from finetune.run.records import Adapter, Answer, Answers, Caption, CaptionSet, Dataset, Report, Result, Samples
+from finetune.run.records import (
+    Adapter,
+    Answer,
+    Answers,
+    Caption,
+    CaptionSet,
+    Dataset,
+    Report,
+    Result,
+    Samples,
+    TextSet,
+)
 from tests.unit.reporting.records import returned_records, run_record, text_set
 
 CAPTIONS = CaptionSet("pics", (Caption("a.jpg", "a", "generated"),))
@@ -49,6 +60,11 @@ def test_a_data_set_ends_with_its_figures(capsys: pytest.CaptureFixture[str], re
     title, *lines = capsys.readouterr().out.splitlines()
     assert title == "dataset"
     assert {line.strip() for line in lines} >= facts
+    if isinstance(record, TextSet):
+        assert [line.strip() for line in lines[-2:]] == record.preview.splitlines()
+        assert "⟦" in record.preview
+        terminal.show(Config(), replace(record, preview="long " * 1000))
+        assert len(capsys.readouterr().out) < 2000
 
 
 @dataclass(frozen=True)

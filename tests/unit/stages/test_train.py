@@ -75,7 +75,9 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     assert named <= set(tags["scalars"])
     assert events.Scalars("loss/smoothed")[-1].value == pytest.approx(run.last_loss)
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
-    assert [line["step"] for line in lines if "loss/step" in line] == [1, 2, 3, 4]
+    assert [line["step"] for line in lines] == [0, 1, 2, 3, 4]
+    assert ["validation/mean" in line for line in lines] == [True, False, True, False, True]
+    assert ["loss/step" in line for line in lines] == [False, True, True, True, True]
     newest = checkpoint.load(checkpoint.at(run_dir / "checkpoints", 4))
     assert newest.averaged is not None
     assert not same(newest.averaged, newest.adapter)

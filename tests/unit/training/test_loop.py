@@ -7,9 +7,8 @@ import torch
 
 from finetune import kinds
 from finetune.adapters import lora
-from finetune.config.schema import Precision
 from finetune.errors import TrainingError
-from finetune.training.accelerator import build_accelerator
+from finetune.training.accelerator import without_cudnn_attention
 from tests.unit.conftest import Setting
 from tests.unit.training.steps import run
 
@@ -73,7 +72,8 @@ def test_few_examples_of_a_bad_step_are_named(setting: Setting) -> None:
     assert re.search(r" and \d+ more$", steps[0].skip_reason)
 
 
-def test_cudnns_attention_is_off() -> None:
+def test_cudnns_attention_is_off_while_anything_trains() -> None:
     torch.backends.cuda.enable_cudnn_sdp(True)
-    build_accelerator(Precision.fp32, torch.device("cpu"))
-    assert not torch.backends.cuda.cudnn_sdp_enabled()
+    with without_cudnn_attention():
+        assert not torch.backends.cuda.cudnn_sdp_enabled()
+    assert torch.backends.cuda.cudnn_sdp_enabled()

@@ -3,9 +3,11 @@
 import csv
 import itertools
 import json
+import shlex
 
 import pytest
 
+import finetune
 from finetune.config.schema import ConversationFormat
 from finetune.data.text import formats
 from finetune.data.text.formats import Conversation, Message, open_source
@@ -72,6 +74,29 @@ def test_every_format_from_every_kind_of_file(tmp_path, format_, kind):
     first = 2 if kind == "csv" else 1  # lines of JSON lines and CSV, rows of the others
     assert rows[0].source == f"{path}:{first}"
     assert str(open_source(path, format_=format_)) == f"{path}: {format_.value} (as named)"
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_columns_are_mapped(tmp_path, kind):
+    rows = [{"my question": "hi", "Antwort (ä)": "ho", "prompt": "not this"}] * 2
+    path = save(tmp_path, kind, rows)
+    columns = {"prompt": "my question", "completion": "Antwort (ä)"}
+    source = open_source(path, columns=columns)
+    assert source.format is ConversationFormat.prompt_completion
+    assert [row.messages for row in formats.read(source)] == [(Message("user", "hi"), Message("assistant", "ho"))] * 2
+    with pytest.raises(DataError, match=r"data.columns names answer, and the columns are .*Antwort"):
+        open_source(path, columns={"completion": "answer"})
+
+
+def test_the_mapping_that_is_offered_is_read(tmp_path):
+    path = save(tmp_path, "jsonl", [{"my question": "hi", "Antwort (ä)": "it's, ho"}])
+    with pytest.raises(DataError) as refused:
+        open_source(path)
+    offered = str(refused.value).partition("them, as ")[2].partition(" does, to one")[0]
+    (word,) = shlex.split(offered)
+    columns = finetune.load("pirate_chat", word).data.columns
+    assert columns == {"prompt": "my question", "completion": "Antwort (ä)"}
+    assert open_source(path, columns=columns).format is ConversationFormat.prompt_completion
 
 
 def test_names_of_roles_and_columns_that_others_use():

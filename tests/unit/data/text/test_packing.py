@@ -52,7 +52,7 @@ def test_packs_are_at_least_95_percent_full(name):
     assert used.tokens == lengths.sum()
     assert used.capacity == used.packs * LENGTH
     assert str(used).startswith(
-        f"{used.packs} packs, {used.tokens / used.capacity:.1%} of token positions hold a token"
+        f"{used.packs:,} packs, {used.tokens / used.capacity:.1%} of token positions hold a token"
     )
     alone = packing.packing_stats(lengths, lengths // 2, length=LENGTH, seed=0, pack=False)
     assert (alone.packs, alone.tokens) == (4000, used.tokens)

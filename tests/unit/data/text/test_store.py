@@ -291,9 +291,8 @@ def test_long_rows_by_choice_and_the_loss_is_told(prepare, tmp_path, policy, row
         assert found.figures.truncated_share == 1 - found.trained.sum() / found.figures.whole
         assert found.figures.truncated_share > 0.8
     assert (found.figures.truncated_share > 0.05) == lost
-    assert (
-        f"warning: 1 rows are over the length; {found.figures.truncated_share:.2%} of trained tokens are lost"
-        in str(found.figures.lines())
+    assert f"warning: 1 row over the length; {found.figures.truncated_share:.2%} of trained tokens are lost" in str(
+        found.figures.lines()
     )
 
 
@@ -308,7 +307,7 @@ def test_bad_rows_left_out_are_counted_and_shown(prepare, tmp_path):
     found = prepare(path, chat=chat, skip_bad=True)
     assert (found.figures.bad, found.figures.conversations, len(found)) == (2, 4, 2)
     lines = "\n".join(found.figures.lines())
-    assert "warning: 2 unusable rows are left out, such as:" in lines
+    assert "warning: left out 2 unusable rows, such as:" in lines
     assert "a.jsonl:1: is not JSON" in lines
     assert "a.jsonl:3: the chat template refuses it (System role not supported)" in lines
     assert "data.skip_bad" not in lines  # it is on
@@ -322,8 +321,8 @@ def test_shortened_answers_and_control_tokens_are_told(prepare, tmp_path):
     path = save(tmp_path / "a.jsonl", [{"messages": [ask, thought, ask, {"role": "assistant", "content": "bye"}]}])
     lines = prepare(path, chat=Chat(tokenizer(templates.QWEN3))).figures.lines()
     assert lines[1:] == [
-        "warning: the chat template leaves out a part of 1 answers",
-        "warning: messages contain 1 control tokens as text; they are tokenised as such",
+        "warning: the chat template leaves out a part of 1 answer",
+        "warning: messages contain 1 control token as text, which is tokenised as such",
     ]
 
 

@@ -1,0 +1,114 @@
+"""What people type in place of a setting, and what to type instead."""
+
+import shlex
+import typing
+from collections.abc import Iterator, Sequence
+from difflib import get_close_matches
+
+from finetune.config import describe, recipes
+from finetune.config.spelling import setting
+
+FLAG_LIKENESS = 0.8  # of a flag that is offered instead; less offers one that means something else
+GOES_ON = ("resume", "continue", "resume_from_checkpoint")
+PLANS = ("dry_run", "dryrun", "plan")
+MODES = ("--run", "--multirun", "--cfg", "--info")
+FLAG_NAMES = {"-r": "--run", "-m": "--multirun", "-c": "--cfg", "-i": "--info"}
+FLAG_VALUES = {
+    "--cfg": ("job", "hydra", "all"),
+    "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
+}
+FURTHER = {"config": recipes.GROUP, "recipe": recipes.GROUP}  # what other tools call what is no key here
+
+
+def flag_problem(flag: str, value: str, settings: Sequence[str], flags: Sequence[str]) -> str:
+    """What to say of a flag that there isn't. value: what stood behind it; settings, flags: all that there are."""
+    name = flag.lstrip("-").replace("-", "_")
+    if name in GOES_ON:
+        return f"no flag called {flag}: a run goes on by itself; type the same command without {flag}"
+    if name in PLANS:
+        return f"no flag called {flag}; type: {shlex.join(['finetune', 'plan', *settings])}"
+    if near := get_close_matches(flag, flags, n=1, cutoff=FLAG_LIKENESS):
+        return f"no flag called {flag}; did you mean {near[0]}?"
+    key = _key(name)
+    if not key:
+        return f"no flag called {flag}; see --help"
+    return f"{flag} is no flag; settings have no dashes, type: {_intended(key, value) if value else f'{key}=…'}"
+
+
+def flags_at_odds(flags: Sequence[str]) -> Iterator[str]:
+    """What to say of Hydra's flags that miss something, or don't go together. flags: with their values behind them."""
+    names = [FLAG_NAMES.get(name, name) for name, *_ in (flag.split("=", 1) for flag in flags)]
+    if len(modes := [name for name in MODES if name in names]) > 1:
+        yield f"{' and '.join(modes)} don't go together; leave one of them out"
+    if "--resolve" in names and "--cfg" not in names:
+        yield "--resolve goes with --cfg; type: --cfg job --resolve"
+    for place, flag in enumerate(flags):
+        name, _, value = flag.partition("=")
+        name = FLAG_NAMES.get(name, name)
+        value = value or "".join(flags[place + 1 : place + 2])
+        if value not in FLAG_VALUES.get(name, (value,)):
+            yield f"{name} takes one of {', '.join(FLAG_VALUES[name])}; type: {name} {FLAG_VALUES[name][0]}"
+
+
+def stray_problems(words: Sequence[str]) -> Iterator[str]:
+    """What to say of the words of a command line that are no settings, those that belong together in one line."""
+    before, strays = "", list[str]()
+    for word in [*words, ""]:
+        if word and "=" not in word and not word.startswith("~"):
+            strays.append(word)
+            continue
+        if strays:
+            yield f"'{' '.join(strays)}' is not a setting; {_meant(before, strays)}"
+        before, strays = word, []
+
+
+def several(word: str) -> str:
+    """What to say of a setting with several values where one run is to be made."""
+    key, _, text = word.partition("=")
+    hint, one = describe.leaf_types().get(key), ""
+    if hint in (str, list[str]):
+        whole = text.replace('"', "")
+        one = f"if that is one text, quote it twice: {setting(key, whole if hint is str else [whole])}; "
+    if typing.get_origin(hint) is list:
+        one = f"a list needs brackets: {_intended(key, f'[{text}]')}; {one}"
+    return f"{key} got several values ({text}); {one}several runs need --multirun"
+
+
+def unreadable(word: str) -> str:
+    """What to say of a setting that Hydra's grammar doesn't take."""
+    key, _, text = word.partition("=")
+    if text.startswith("["):
+        return f"cannot read {word}; a list of texts is quoted twice: {_intended(key, text)}"
+    rule = "text with spaces, commas, colons or brackets is quoted twice"
+    return f"cannot read {word}; {rule}: {_intended(key, text)}"
+
+
+def _meant(before: str, strays: Sequence[str]) -> str:
+    key, sign, value = before.partition("=")
+    text = " ".join(strays)
+    if sign and not value:
+        return f"write it without a space: {_intended(key, text)}"
+    if sign and describe.leaf_types().get(key) in (str, list[str]):
+        return f"what holds spaces is quoted: {_intended(key, f'{value} {text}')}"
+    written = "settings are written key=value, such as "
+    if text in recipes.recipe_files():
+        return f"{written}{recipes.GROUP}={text}"
+    name, _, value = text.replace(":", " ", 1).partition(" ")
+    if value.strip() and (meant := _key(name)):
+        return written + _intended(meant, value.strip())
+    return f"{written}lora.rank=32"
+
+
+def _key(name: str) -> str | None:
+    if name == recipes.GROUP or name in recipes.preset_files():
+        return name
+    return FURTHER.get(name) or (name if describe.key_problem(name) is None else describe.nearest(name))
+
+
+def _intended(key: str, text: str) -> str:
+    """What to type, in a shell, for a setting whose value was typed as `text` without the quotes that it needs."""
+    hint = describe.leaf_types().get(key)
+    if hint == list[str]:
+        items = text.strip().removeprefix("[").removesuffix("]").split(",")
+        return setting(key, [item.strip().strip("\"'") for item in items])
+    return setting(key, text.strip("\"'")) if hint is str else shlex.quote(f"{key}={text}")
