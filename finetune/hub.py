@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, ModelError, is_out_of_memory
+from finetune.reading import MOST_BYTES, read_text
 from finetune.run.hashing import known_hash
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
@@ -25,8 +26,10 @@ ARCHITECTURES = Path(__file__).resolve().parent / "architectures"  # configurati
 HUB_ANSWER_S = 8.0  # one request that normally takes 0.2 s; name resolution may hang without an own time limit
 REMEMBERED_BYTES = 64 << 20  # the hash of larger files is remembered: reading 24 GB again takes half a minute
 HASHES = "finetune-hashes.json"  # beside the hub's cache, for every project of this user
+REASON = 300  # characters of what a library says that are passed on
 HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+TEXTS = (".json", ".txt", ".model", ".jinja")  # configurations and vocabularies
 OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")  # what model sites offer besides safetensors
 PICKLE_WAY_OUT = (  # weights_only runs no code
     "python -c 'import torch, safetensors.torch as s; "
@@ -160,8 +163,10 @@ def content_hash(reference: str, *parts: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
-        counts = file.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors") and file.is_file()
+        counts = file.suffix in (*TEXTS, ".safetensors") and file.is_file()
         if counts and (not parts or any(fnmatch.fnmatchcase(relative.parts[0], part) for part in parts)):
+            if file.suffix in TEXTS:
+                _require_whole(file)
             digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
             hash_file_content(file, digest.update)
     return f"sha256:{digest.hexdigest()}"
@@ -174,15 +179,40 @@ def model_index(reference: str) -> dict[str, Any] | None:
     file = folder / "model_index.json" if folder else None
     if file is None or not file.is_file():
         return None
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file of a model. Raises ModelError if it is no JSON object."""
+    with explained(lambda reason: f"{file} is damaged ({reason}); restore it from a copy, or download the model again"):
+        found = json.loads(read_text(file))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+    return found
+
+
+@contextmanager
+def explained(message: Callable[[str], str]) -> Iterator[None]:
+    """Around what libraries read and make of a model's files: whatever they raise becomes a ModelError.
+
+    They check little of what they read, so that a damaged or odd file may raise anything. message: what is said for a
+    reason. Errors that are ours, and a lack of memory, pass.
+    """
     try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is damaged ({error}); restore it from a copy, or download the model again") from error
-    return index
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:REASON] or type(error).__name__
+        raise ModelError(message(reason)) from error
 
 
 def damage(file: Path) -> str:
     """What is wrong with a safetensors file (its header or its length); empty if nothing shows without reading all."""
+    from safetensors import SafetensorError, safe_open
+
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")
@@ -191,11 +221,23 @@ def damage(file: Path) -> str:
         try:
             header = json.loads(stream.read(length))
             end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
+            if size != 8 + length + end:
+                return f"{size} bytes where its header says {8 + length + end}"
+            with safe_open(file, "pt"):  # checks types, shapes and that no tensors overlap
+                return ""
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError):
             return "its safetensors header is unreadable"
-    if size != 8 + length + end:
-        return f"{size} bytes where its header says {8 + length + end}"
-    return ""
+
+
+def _require_whole(file: Path) -> None:
+    """Raises ModelError for damaged weights, and for a configuration or vocabulary that is too large to be one."""
+    wrong = ""
+    if file.suffix == ".safetensors":
+        wrong = damage(file)
+    elif file.suffix in TEXTS and file.is_file() and file.stat().st_size > MOST_BYTES:
+        wrong = f"{file.stat().st_size} bytes are too many for it"
+    if wrong:
+        raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")
 
 
 def _config_file(found: Path) -> Path:
@@ -240,26 +282,17 @@ def _unusable(loader: Any, reference: str, options: dict[str, Any], reason: str)
 
 
 def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str, Any]) -> Any:
-    from safetensors import SafetensorError
-
-    try:
-        with _quiet():
-            return _load(loader, reference, source, options)
-    except FinetuneError:
-        raise
-    except (OSError, ValueError, RuntimeError, KeyError, TypeError, ImportError, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(_unusable(loader, reference, options, " ".join(str(error).split())[:300])) from error
+    with explained(lambda reason: _unusable(loader, reference, options, reason)), _quiet():
+        return _load(loader, reference, source, options)
 
 
 def _load(loader: Any, reference: str, source: Path | str, options: dict[str, Any]) -> Any:
     """One call of from_pretrained. Raises what it raises, and ModelError for damaged files and missing weights."""
-    if isinstance(source, Path) and "use_safetensors" in options:
+    if isinstance(source, Path):
         part = source / (options.get("subfolder") or "")
-        for file in sorted(part.glob("*.safetensors") if _has_weights(loader) else part.rglob("*.safetensors")):
-            if wrong := damage(file):
-                raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")
+        for file in sorted(part.rglob("*") if hasattr(loader, "from_pipe") else part.glob("*")):
+            if file.suffix != ".safetensors" or "use_safetensors" in options:
+                _require_whole(file)
     loaded = loader.from_pretrained(str(source), **options)
     if not options.get("output_loading_info"):
         return loaded

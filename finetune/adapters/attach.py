@@ -5,9 +5,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from finetune import hub
 from finetune.adapters import formats, lora
 from finetune.errors import ModelError
 
@@ -51,12 +51,8 @@ def require_adapter(path: Path) -> None:
 @contextmanager
 def mismatch_as_model_error(path: Path) -> Iterator[None]:
     """What the libraries raise while they load the adapter at `path` into a base, as a ModelError."""
-    try:
+    with hub.explained(lambda reason: str(mismatch(path, reason))):
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, ValueError, KeyError, TypeError, OSError) as error:
-        raise mismatch(path, str(error).splitlines()[0]) from error
 
 
 def move_adapters_to_gpu(model: nn.Module) -> None:

@@ -33,6 +33,7 @@ from finetune.config import describe, recipes, renamed
 from finetune.config.schema import Config
 from finetune.config.validate import check
 from finetune.errors import ConfigError
+from finetune.reading import read_text
 
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
 # configs, without what `registered` adds.
@@ -174,11 +175,11 @@ def registered() -> Iterator[None]:
 def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
     """A recipe or preset under today's names, and the dotted keys that it holds as they stand there."""
     try:
-        tree, keys = _tree(path.read_text(encoding="utf-8"), _prefix(group))
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        tree, keys = _tree(read_text(path), _prefix(group))
+    except Exception as error:  # a value may raise anything: a date, a number of 5,000 digits, brackets in brackets
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{recipes.shown(path)}{where} is not readable YAML: {reason}") from error
     return ({"name": path.stem} | tree if group == RECIPES else tree), keys
 
@@ -194,7 +195,7 @@ def _tree(text: str, prefix: str) -> tuple[dict[str, Any], list[str]]:
     tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     if not isinstance(tree, dict):
         raise yaml.YAMLError("it holds a list, not `key: value` lines")
-    written = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}  # every value as text
+    written = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) if tree else {}  # every value as text
     hint = typing.get_type_hints(Config).get(prefix.rstrip(".")) if prefix else Config
     kept = _as_written(hint, renamed.new_tree(tree, prefix), renamed.new_tree(written, prefix))
     section = kept if prefix == "data." else kept.get("data")
@@ -265,8 +266,8 @@ class _Judge:
             try:
                 override = parser.parse_override(word)
                 problem = self._override_problem(override, word, sweep)
-            except HydraException:
-                problem = _unreadable(word)
+            except (HydraException, ValueError, RecursionError):  # the last two of 5,000 digits or brackets
+                problem = recipes.unreadable(word)
             if problem:
                 self.problems.append(problem)
             else:
@@ -321,12 +322,15 @@ class _Judge:
             self.problems.append(f"{recipes.shown(files[name])} extends itself")
         else:
             (tree, keys), here = _read(files[name], group), f"{recipes.shown(files[name])}: "
-            self._defaults(group, tree.get("defaults") or [], here, (*above, files[name]))
+            self._defaults(group, tree.get("defaults", []), here, (*above, files[name]))
             self._names(keys, here)
             settings = {key: value for key, value in tree.items() if key != "defaults"}
             self.problems += [here + problem for problem in describe.tree_problems(settings, _prefix(group))]
 
     def _defaults(self, group: str, defaults: Sequence[Any], where: str, above: tuple[Path, ...]) -> None:
+        if problem := describe.defaults_problem(defaults):
+            self.problems.append(where + problem)
+            return
         for entry in defaults:
             if isinstance(entry, dict):
                 for key, name in entry.items():
@@ -378,17 +382,6 @@ def _one_text(value: str) -> str:
     except yaml.YAMLError:
         return value
     return '"' + os.pathsep.join(map(str, paths)).replace('"', '\\"') + '"' if isinstance(paths, list) else value
-
-
-def _unreadable(word: str) -> str:
-    if "=" not in word:
-        hint = f"conf={word}" if word in recipes.recipe_files() else "lora.rank=32"
-        return f"'{word}' is not a setting; settings are written key=value, such as {hint}"
-    key, value = word.split("=", 1)
-    if value.startswith("["):
-        return f'cannot read {word}; a list of texts is quoted twice: \'{key}=["first text","second text"]\''
-    quoted = value.strip("'\"").replace('"', '\\"')
-    return f"cannot read {word}; text with spaces, commas, colons or brackets is quoted twice: '{key}=\"{quoted}\"'"
 
 
 def _plain(value: Any) -> Any:

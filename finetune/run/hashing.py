@@ -38,8 +38,9 @@ def hash_files(paths: Iterable[Path]) -> str:
 def hash_adapter(path: Path) -> str:
     """Content of an adapter, a file or a folder; of a path that isn't there, which its loader reports, of nothing."""
     if not path.is_dir():
-        return hash_files([path] if path.exists() else [])
-    return hash_files(sorted([*path.rglob("*.safetensors"), *path.rglob("adapter_config.json")]))
+        return hash_files([path] if path.is_file() else [])
+    files = sorted([*path.rglob("*.safetensors"), *path.rglob("adapter_config.json")])
+    return hash_files(file for file in files if file.is_file())
 
 
 def known_hash(path: Path, memory: Path) -> str:

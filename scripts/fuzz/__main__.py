@@ -18,13 +18,6 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-for name, value in {
-    "OMP_NUM_THREADS": "1",  # a child has only the thread that forked
-    "HF_HUB_OFFLINE": "1",
-    "TOKENIZERS_PARALLELISM": "false",
-}.items():
-    os.environ.setdefault(name, value)
-
 from scripts.fuzz import cases, runner, workbench
 from scripts.fuzz.cases import Case
 from scripts.fuzz.runner import Outcome
@@ -94,7 +87,7 @@ def _show(outcome: Outcome, seed: int, whole: bool) -> None:
     print(f"{case.group}, exit {outcome.code}, {outcome.seconds:.1f} s, {outcome.peak_gib:.1f} GiB: {outcome.what}")
     print(f"  finetune {ascii(shlex.join(case.words))[:300]}")
     for fault in outcome.faults:
-        print(f"  FAILED {ascii(fault)}; again: python -m scripts.fuzz --seed {seed} --case {case.number}")
+        print(f"  FAILED {fault!a}; again: python -m scripts.fuzz --seed {seed} --case {case.number}")
     if whole:
         print("".join(f"  | {ascii(line)[1:-1][:300]}\n" for line in outcome.output.splitlines()[-40:]))
     sys.stdout.flush()

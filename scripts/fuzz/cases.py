@@ -20,7 +20,11 @@ class Case:
     group: str
     words: tuple[str, ...]
     prepare: Callable[[], str]
-    may_caption: bool = False  # rows of metadata.jsonl may be replaced
+
+    @property
+    def overwrites(self) -> bool:
+        """Whether captions may be replaced."""
+        return any("caption.overwrite" in word for word in self.words)
 
 
 Maker = Callable[[Random, int], tuple[tuple[str, ...], Callable[[], str]]]  # -> words, prepare
@@ -30,7 +34,7 @@ def make(seed: int, number: int) -> Case:
     """The case of a number; equal for equal arguments."""
     group = list(GROUPS)[number % len(GROUPS)]
     words, prepare = GROUPS[group](Random(f"{seed}/{number}"), number // len(GROUPS))
-    return Case(number, group, words, prepare, any("overwrite" in word for word in words))
+    return Case(number, group, words, prepare)
 
 
 def _image_setting(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], str]]:
@@ -77,21 +81,32 @@ def _odd_path(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], 
     name = values.NAMES[turn % len(values.NAMES)]
     kind, key, source = random.choice(
         (
-            *(("image", "data.folder", "images"), ("image", "model.base", "base"), ("image", "caption.model", "captioner")),
+            *(
+                ("image", "data.folder", "images"),
+                ("image", "model.base", "base"),
+                ("image", "caption.model", "captioner"),
+            ),
             *(("image", "model.base", "single.safetensors"), ("image", "sample.adapter", "run/adapter/peft")),
             *(("image", "run_dir", "run"), ("language", "run_dir", "chat"), ("language", "data.file", "chats.jsonl")),
             *(("language", "model.base", "lm"), ("language", "lora.start_from", "chat/adapter")),
-            *(("image", "data.cache", "cache"), ("language", "data.chat_template", "chat.jinja"), ("image", "conf", "")),
+            *(
+                ("image", "data.cache", "cache"),
+                ("language", "data.chat_template", "chat.jinja"),
+                ("image", "conf", ""),
+            ),
         )
     )
     target = name + Path(source).suffix
+    if source in workbench.MADE:
+        target = f"outputs/{name}"
 
     def prepare() -> str:
         if source:
+            Path("outputs").mkdir(exist_ok=True)
             Path(source).rename(target)
         else:
             Path("conf", f"{name}.yaml").write_text(workbench.IMAGE_RECIPE)
-        return f"{source or 'conf/image.yaml'} is called {ascii(target)}"
+        return f"{source or 'conf/image.yaml'} is called {target!a}"
 
     quoted = target.replace("\\", "\\\\").replace('"', '\\"')
     word = f'{key}="{quoted}"' if random.random() < 0.7 else f"{key}={target}"
@@ -135,9 +150,12 @@ def _conversations(random: Random, turn: int) -> tuple[tuple[str, ...], Callable
     suffix = ("jsonl", "json", "csv", "parquet", "txt")[turn % 5]
     how = random.choice(("auto", "auto", "messages", "prompt_completion", "text"))
     file = f"chats.{suffix}"
-    return ("dataset", "conf=language", f"data.file={file}", f"data.format={how}"), lambda: (
-        f"{file}: {damage(Path(file), random)}"
-    )
+    return (
+        "dataset",
+        "conf=language",
+        f"data.file={file}",
+        f"data.format={how}",
+    ), lambda: f"{file}: {damage(Path(file), random)}"
 
 
 def _template(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], str]]:
@@ -155,26 +173,28 @@ def _template(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], 
 
 def _adapter(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], str]]:
     """A damaged adapter to draw with or to continue from, as a copy outside the run folder."""
-    kind, source = random.choice((("image", "run/adapter"), ("image", "run/adapter"), ("language", "chat/adapter")))
+    kind, source = random.choice(ADAPTERS)
     command, key = random.choice((("sample", "sample.adapter"), ("train", "lora.start_from")))
-    form = random.choice(("", "", "kohya", "diffusers")) if kind == "image" else ""
 
     def prepare() -> str:
-        files = sorted(path for path in Path(source).glob("**/*") if path.suffix in (".safetensors", ".json"))
-        files = [path for path in files if path.parent.name != "merged" and (form in path.name or path.parent.name == "peft")]
         Path("adapter").mkdir()
-        kept = []
-        for path in files:
-            if (path.suffix == ".safetensors" and path.parent.name != "peft") == bool(form):
-                kept.append(Path("adapter", "file.safetensors" if form else path.name))
-                kept[-1].write_bytes(path.read_bytes())
-        file = random.choice(kept)
-        return f"{file}: {damage(file, random)}"
+        copies = [Path("adapter", file.name) for file in map(Path, source)]
+        for file, copied in zip(source, copies, strict=True):
+            copied.write_bytes(Path(file).read_bytes())
+        damaged = random.choice(copies)
+        return f"{damaged}: {damage(damaged, random)}"
 
-    value = "adapter/file.safetensors" if form else "adapter"
+    value = "adapter" if len(source) > 1 else f"adapter/{Path(source[0]).name}"
     return (command, f"conf={kind}", f"{key}={value}", "run_dir=other"), prepare
 
 
+PEFT = ("adapter_model.safetensors", "adapter_config.json")
+ADAPTERS = (
+    ("image", ("run/adapter/pytorch_lora_weights.safetensors",)),
+    ("image", ("run/adapter/image.safetensors",)),
+    ("image", tuple(f"run/adapter/peft/{name}" for name in PEFT)),
+    ("language", tuple(f"chat/adapter/peft/{name}" for name in PEFT)),
+)
 LINE = ("train", "train", "export", "sample", "report")
 MODEL_FILES = ("**/*.json", "**/*.safetensors", "**/*.txt", "**/*.jinja")
 GROUPS: dict[str, Maker] = {
@@ -193,8 +213,15 @@ GROUPS: dict[str, Maker] = {
     "language bases": _damaged("language", ("train", "plan"), tuple(f"lm/{p}" for p in MODEL_FILES), "run_dir=other"),
     "image bases": _damaged("image", ("train", "plan"), tuple(f"base/{p}" for p in MODEL_FILES), "run_dir=other"),
     "single files": _damaged(
-        "image", ("train",), ("single.safetensors",), "model.base=single.safetensors", "model.parts=base", "run_dir=other"
+        "image",
+        ("train",),
+        ("single.safetensors",),
+        "model.base=single.safetensors",
+        "model.parts=base",
+        "run_dir=other",
     ),
-    "captioners": _damaged("image", ("caption",), tuple(f"captioner/{p}" for p in MODEL_FILES), "caption.overwrite=true"),
+    "captioners": _damaged(
+        "image", ("caption",), tuple(f"captioner/{p}" for p in MODEL_FILES), "caption.overwrite=true"
+    ),
     "caches": _damaged("image", ("train", "dataset"), ("cache/**/*",), "trainer.restart=true"),
 }

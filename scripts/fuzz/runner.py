@@ -2,12 +2,14 @@
 
 import gc
 import hashlib
+import io
 import os
 import resource
 import shutil
 import signal
 import sys
 import time
+import traceback
 from collections.abc import Iterable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
@@ -17,7 +19,8 @@ from finetune import cli
 from scripts.fuzz import workbench
 from scripts.fuzz.cases import Case
 
-LIMIT_S = 20.0
+LIMIT_S = 20.0  # of a core, so that a busy machine changes nothing
+WAITING_S = 120.0  # of the clock, for what waits and computes nothing
 MEMORY_GIB = 3.0  # above what the parent takes
 ADDRESSES_GIB = 24  # a bound for the kernel to hold, above the watched one
 POLL_S = 0.02
@@ -64,9 +67,9 @@ def run(cases: Iterable[Case], source: Path, scratch: Path, jobs: int) -> Iterat
             return
         for child in list(running.values()):
             child.peak_gib = max(child.peak_gib, _resident_gib(child.pid) - base_gib)
-            late = time.monotonic() - child.began > LIMIT_S
+            late = _cpu_s(child.pid) > LIMIT_S or time.monotonic() - child.began > WAITING_S
             if not child.killed and (late or child.peak_gib > MEMORY_GIB):
-                child.killed = f"no end within {LIMIT_S:.0f} s" if late else f"more than {MEMORY_GIB:.0f} GiB"
+                child.killed = f"no end within {LIMIT_S:.0f} s of a core" if late else f"more than {MEMORY_GIB:.0f} GiB"
                 os.killpg(child.pid, signal.SIGKILL)
             pid, status = os.waitpid(child.pid, os.WNOHANG)
             if pid:
@@ -90,6 +93,8 @@ def _start(case: Case, source: Path, scratch: Path) -> _Child:
     code = 99
     try:
         code = _live(case, source, folder)
+    except BaseException:
+        os.write(2, traceback.format_exc().encode("utf-8", "backslashreplace"))
     finally:
         os._exit(code)
 
@@ -100,8 +105,8 @@ def _live(case: Case, source: Path, folder: Path) -> int:
     output = os.open(folder / "output", os.O_CREAT | os.O_WRONLY | os.O_APPEND)
     os.dup2(output, 1)
     os.dup2(output, 2)
-    sys.stdout = open(1, "w", encoding="utf-8", closefd=False)
-    sys.stderr = open(2, "w", encoding="utf-8", errors="backslashreplace", closefd=False)
+    sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8")
+    sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="backslashreplace")
     home = folder / "home" / "here"
     shutil.copytree(source, home)
     os.environ["HOME"] = str(home.parent)
@@ -123,8 +128,10 @@ def _people(home: Path) -> str:
     lines = []
     for path in sorted(home.rglob("*")):
         relative = path.relative_to(home)
-        if relative.parts[0] not in workbench.MADE and path.is_file():
-            lines.append(f"{_content(path)} {ascii(str(relative))}")
+        if str(relative) == workbench.METADATA and path.is_file():  # commands add texts
+            lines += [f"{row!r} {relative}" for row in path.read_bytes().splitlines() if b'"text"' in row]
+        elif relative.parts[0] not in workbench.MADE and path.is_file():
+            lines.append(f"{_content(path)} {str(relative)!a}")
     return "\n".join(lines)
 
 
@@ -138,8 +145,8 @@ def _judged(child: _Child, code: int) -> Outcome:
     output = (folder / "output").read_text(encoding="utf-8", errors="replace")
     faults = list(_faults(case, code, output, child.killed))
     before, after = (_lines(folder / name) for name in ("before", "after"))
-    changed = sorted(line.partition(" ")[2] for line in before - after) if after else []
-    if case.may_caption:
+    changed = sorted(line.rpartition(" ")[2] for line in before - after) if after else []
+    if case.overwrites:
         changed = [file for file in changed if workbench.METADATA not in file]
     if changed:
         faults.append(f"changed {', '.join(changed[:3])}")
@@ -166,6 +173,14 @@ def _faults(case: Case, code: int, output: str, killed: str) -> Iterator[str]:
 
 def _lines(file: Path) -> set[str]:
     return set(file.read_text().splitlines()) if file.exists() else set()
+
+
+def _cpu_s(pid: int) -> float:
+    try:
+        fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+        return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")  # utime and stime, proc(5)
+    except (OSError, IndexError):
+        return 0.0
 
 
 def _resident_gib(pid: int) -> float:

@@ -1,4 +1,4 @@
-"""A folder with all that commands read: tiny bases, images, conversations, a recipe of each kind, a finished run of each.
+"""A folder with all that commands read: tiny bases, images, conversations, a recipe and a finished run of each kind.
 
 Every case gets a copy. Paths in it are relative, so that copies are independent.
 """

@@ -521,3 +521,10 @@ def test_plan_says_in_one_line_and_an_exit_code_that_nothing_fits(
     assert answer.code == errors.OutOfMemory.exit_code == 5
     assert answer.err == f"error: {problem}\n"
     assert "next\n" not in answer.out
+
+
+def test_a_very_long_value_does_not_fill_the_screen(workdir: Path, finetune_cli: Cli) -> None:
+    answer = finetune_cli("train", "conf=pixar_style", f"lora.rank={'x' * 100_000}")
+    (line,) = answer.errors
+    assert (answer.code, len(line) < 2100) == (2, True)
+    assert line.startswith("error: lora.rank must be a whole number, got 'xxx")

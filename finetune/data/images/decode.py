@@ -16,6 +16,7 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageErr
 from finetune.data.images import colour
 from finetune.data.images.buckets import Bucket, centre_crop
 from finetune.errors import DataError
+from finetune.reading import require_size
 from finetune.run.progress import say
 
 # Named, because Pillow would otherwise hand an EPS that is called .png to Ghostscript.
@@ -28,6 +29,8 @@ OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L
 TEXT_LIMITS = {"MAX_TEXT_CHUNK": 64 * 2**20, "MAX_TEXT_MEMORY": 256 * 2**20}  # bytes; Pillow's are 1 and 64 MiB
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+PIXEL_BYTES = 8  # of a pixel in a file: four channels of 16 bits
+OTHER_BYTES = 1 << 29  # of what a file holds besides: texts, profiles, previews
 CHECK_SIDE = 512  # pixels; JPEGs are checked at a reduced size, which still reads every byte
 _pillow_limit = threading.Lock()
 
@@ -39,7 +42,7 @@ def open_rgb(path: Path, max_pixels: int) -> Image.Image:
     Raises DataError naming the file and the reason if it is missing, empty, corrupt, truncated, or has more than
     `max_pixels` pixels (seen before anything is decoded).
     """
-    data = read_bytes(path)
+    data = read_bytes(path, max_pixels)
     image = _open(path, data, max_pixels)
     try:
         low = _low_bytes(image, lambda: _open(path, data, max_pixels))
@@ -66,9 +69,10 @@ def upright_size(path: Path, data: bytes, max_pixels: int) -> tuple[int, int]:
     return (height, width) if _orientation(image) in QUARTER_TURNS else (width, height)
 
 
-def read_bytes(path: Path) -> bytes:
-    """The bytes of a file. Raises DataError if it can't be read."""
+def read_bytes(path: Path, max_pixels: int) -> bytes:
+    """The bytes of a file. Raises DataError if it can't be read, or is longer than so many pixels can be."""
     try:
+        require_size(path, max_pixels * PIXEL_BYTES + OTHER_BYTES)
         return path.read_bytes()
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from error

@@ -81,7 +81,7 @@ class ImageIndex:
         """Read one file once: hash it, and decode it unless its content is `known` to decode."""
         path, now = self._path(file), time.time_ns()
         stamp = _stamp(path)
-        data = decode.read_bytes(path)
+        data = decode.read_bytes(path, self.max_pixels)
         sha256, size = content_hash(data), None
         self.problems.pop(file, None)
         if sha256 in known:

@@ -16,7 +16,7 @@ LIMIT = 10_000_000
 
 
 def upright_size(path, max_pixels):
-    return decode.upright_size(path, decode.read_bytes(path), max_pixels)
+    return decode.upright_size(path, decode.read_bytes(path, max_pixels), max_pixels)
 
 
 def quarters() -> Image.Image:
@@ -288,3 +288,11 @@ def test_fit_shows_what_the_crop_says_without_aliasing():
     fitted, crop = decode.resize_and_crop(marked, (50, 50))
     assert crop == (100, 0, 100, 100)
     assert min(fitted.getchannel("R").get_flattened_data()) > 230
+
+
+def test_a_file_longer_than_its_pixels_can_be_is_not_read(tmp_path):
+    path = tmp_path / "long.png"
+    with open(path, "wb") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(DataError, match=r"long.png: can't be read \(File too large\)"):
+        decode.open_rgb(path, 1000)

@@ -180,10 +180,10 @@ def test_an_image_that_was_fixed_is_no_longer_bad(root):
 def test_an_interrupt_keeps_what_was_read(root, hashed, monkeypatch):
     plain = decode.read_bytes
 
-    def read_bytes(path):
+    def read_bytes(path, max_pixels):
         if path.name == "c.png":
             raise KeyboardInterrupt
-        return plain(path)
+        return plain(path, max_pixels)
 
     with monkeypatch.context() as patched:
         patched.setattr(decode, "read_bytes", read_bytes)
