@@ -13,6 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any, cast
 
+from finetune import kinds
 from finetune.config import hints
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
@@ -26,7 +27,7 @@ from finetune.run import ranks, rundir
 from finetune.run.progress import say
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
-from finetune.stages import COMMANDS
+from finetune.stages import COMMANDS, Command
 from finetune.training import distributed
 
 
@@ -131,7 +132,7 @@ def _begun(command: str, recipe: str | Config, overrides: Sequence[str]) -> Iter
     """The checked configuration; inside, the command has of the run folder what its row says."""
     row = COMMANDS[command]
     config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
-    limited = _machine(config) if row.uses_device else nullcontext()
+    limited = _machine(config, row) if row.uses_device else nullcontext()
     folder, hint = Path(config.run_dir), hints.smaller(config)
     if not row.trains:
         ranks.require_single_process()
@@ -166,16 +167,21 @@ def _config(recipe: str | Config, overrides: Sequence[str], *, needs_prompts: bo
     return config
 
 
-def _machine(config: Config) -> AbstractContextManager[None]:
+def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
     """Say, before anything is read or made, what this machine can't do of what is asked. Raises ConfigError.
 
     Inside, no more of its GPU is taken than `hardware.vram_gib`.
     """
     from finetune.memory import block_offload
     from finetune.memory.device import memory_limit, pick_device, pick_precision
+    from finetune.training.optim import require_device
 
     device = pick_device(config.hardware.device)
     pick_precision(config.trainer.precision, device)
+    if row.trains:
+        require_device(config.optim.name, device)
+    if row.loads_base:
+        kinds.of(config).require(config, device)
     if config.model.offload:
         block_offload.warn_without_gpu(device)
     return memory_limit(device, config.hardware.vram_gib)

@@ -27,6 +27,10 @@ class Kind(Protocol):
     DATASET: type[Dataset] | type[TextSet]
     SAMPLES: type[Samples] | type[Answers]
 
+    def require(self, config: Config, device: "torch.device") -> None:
+        """Raises ConfigError for a model that can't be trained on the device, or exported as asked; loads nothing."""
+        ...
+
     def dataset_inputs(self, config: Config, captions: CaptionSet | None) -> list[Any]:
         """Everything that decides the data set, as plain values for a hash."""
         ...
@@ -48,7 +52,7 @@ class Kind(Protocol):
         ...
 
     def build_task(self, config: Config, dataset: Any, device: "torch.device") -> "Task":
-        """The model with adapters injected, on `device`. Raises ConfigError for exports that can't be made of it."""
+        """The model with adapters injected, on `device`."""
         ...
 
     def workload(self, config: Config) -> "Workload":

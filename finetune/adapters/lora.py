@@ -238,17 +238,12 @@ def _token_rows(model: Any, rows: Sequence[int], targets: Sequence[str]) -> dict
 
 def _require_readable(model: nn.Module, device: torch.device) -> None:
     """DoRA reads the base's weights in every step. Raises ModelError where it can't."""
-    from peft.utils.integrations import get_bnb_param_type
-
     weights = [layer.get_base_layer().weight for _, layer in lora_layers(model)]
     if any(weight.device != device for weight in weights):
         raise ModelError(
             "lora.dora=true needs all weights where it computes, and model.offload=true keeps some in CPU memory; "
             "set one of the two to false"
         )
-    # PEFT drops the scales of int8 weights there.
-    if device.type == "cpu" and any(get_bnb_param_type(weight) == "8bit" for weight in weights):
-        raise ModelError("lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4")
 
 
 def _start_loftq(model: Any) -> None:

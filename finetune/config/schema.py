@@ -1,8 +1,7 @@
 """The configuration, typed: one docstring under every field says what it is, with its unit.
 
-Plain dataclasses without any heavy import: the CLI reads them before torch is loaded. YAML presets in `conf/`
-fill them. A field's metadata holds the rule for its value, which help, check and error read, and the kind of model
-that alone has it (`DIFFUSION`, `LANGUAGE`); rules between fields are in `finetune.config.validate`.
+Plain dataclasses without a heavy import: the CLI reads them before torch is loaded. Presets in `conf/` fill them. A
+field's metadata holds its rule and the kind of model that alone has it; `finetune.config.validate` has rules between.
 """
 
 from collections.abc import Iterable
@@ -230,8 +229,8 @@ class LoraConfig:
     dora: bool = field(default=False, metadata=LANGUAGE)
     """Train the weights' magnitude apart from their direction (arXiv 2402.09353): a little better, slower."""
     start_from: str = ""
-    """PEFT folder of an adapter, or a run's adapter folder, to continue from; for image models also a diffusers or
-    kohya-style file. The start is the same function whatever alpha is here; empty starts at zero."""
+    """Adapter to continue from: a PEFT folder, a run's adapter folder, for image models also a diffusers or kohya-style
+    file. The start is the same function whatever alpha is here; empty starts at zero."""
 
 
 @dataclass
@@ -239,8 +238,7 @@ class OptimConfig:
     """Optimiser and learning rate."""
 
     name: Optimizer = Optimizer.adamw
-    """adamw (fused where torch has it), adamw8bit (bitsandbytes; states in 8 bit) or paged_adamw8bit (in 8 bit, and in
-    CPU memory where the GPU is full)."""
+    """adamw (fused), adamw8bit (bitsandbytes; 8-bit states) or paged_adamw8bit (and in CPU memory on a full GPU)."""
     lr: float = field(default=1e-4, metadata=POSITIVE)
     """Peak learning rate."""
     lora_plus: float = field(default=1.0, metadata=POSITIVE)
@@ -291,6 +289,8 @@ class TrainerConfig:
     autotune: Autotune = Autotune.auto
     """On a GPU: auto takes the fastest micro_batch, accumulate, activation_checkpointing and model.offload that fit,
     with the same effective batch; check keeps those given; both make a dry run of the largest step; off does not."""
+    fast: bool = True
+    """On a GPU: layers with fewer, larger kernels where the model and the settings allow it; false takes plain ones."""
     offload_activations: bool = False
     """Keep what backward needs in CPU memory: of checkpointed blocks the inputs, of others all. Slower."""
     patience: int = field(default=0, metadata=at_least(0))

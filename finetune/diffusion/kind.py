@@ -8,13 +8,14 @@ import torch
 from torch import Tensor
 
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import Config, ModelConfig
+from finetune.config.schema import Config, ModelConfig, Quantize
 from finetune.diffusion import encode
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
 from finetune.diffusion.memory_model import DiffusionMemoryModel
 from finetune.diffusion.pipeline import base_hash
 from finetune.diffusion.task import DiffusionTask
+from finetune.errors import ConfigError
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Workload
@@ -29,6 +30,12 @@ dataset_inputs = encode.inputs
 build_dataset = encode.build
 dataset_complete = encode.complete
 dataset_figures = encode.figures
+
+
+def require(config: Config, device: torch.device) -> None:
+    quantize = config.model.quantize
+    if quantize is not Quantize.none and device.type != "cuda":  # diffusers quantises on GPUs alone
+        raise ConfigError(f"model.quantize={quantize.name} of an image model needs a CUDA GPU; try model.quantize=none")
 
 
 def contents(config: Config) -> dict[str, str]:

@@ -134,18 +134,13 @@ def load_backbone(
     """The base's frozen UNet or transformer, stored and placed as `model` says.
 
     dtype: of weights that aren't quantised, and of the arithmetic of those that are. vram_gib: memory of the GPU, GiB,
-    that `model.offload` fills before it keeps blocks in CPU memory; 0 is all of it. Raises ModelError, also for a
-    quantised one on another device than a CUDA GPU.
+    that `model.offload` fills before it keeps blocks in CPU memory; 0 is all of it. Raises ModelError.
     """
     spec = family(model.family)
     options: dict[str, Any] = {"torch_dtype": dtype}
     if model.quantize is not Quantize.none:
         from diffusers import BitsAndBytesConfig
 
-        if device.type != "cuda":  # diffusers quantises on GPUs alone
-            raise ModelError(
-                f"model.quantize={model.quantize.name} of an image model needs a CUDA GPU; try model.quantize=none"
-            )
         quantize.prove(model, dtype, device)
         settings = BitsAndBytesConfig(**quantize.settings(model.quantize, dtype))
         options |= {"quantization_config": settings, "device_map": {"": device}}

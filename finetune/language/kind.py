@@ -10,9 +10,9 @@ from torch import Tensor
 
 from finetune import hub
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import Config, ExportFormat, ModelConfig
+from finetune.config.schema import Config, ExportFormat, ModelConfig, Quantize
 from finetune.data.text import store
-from finetune.errors import DataError
+from finetune.errors import ConfigError, DataError
 from finetune.language import card, tokenize
 from finetune.language import export as exporting
 from finetune.language import sample as sampling
@@ -36,6 +36,13 @@ dataset_complete = tokenize.complete
 dataset_figures = tokenize.figures
 
 
+def require(config: Config, device: torch.device) -> None:
+    exporting.check_formats(config.model, config.lora, config.export.formats)
+    if config.lora.dora and config.model.quantize is Quantize.int8 and device.type != "cuda":
+        # PEFT drops the scales of int8 weights there.
+        raise ConfigError("lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4")
+
+
 def contents(config: Config) -> dict[str, str]:
     found, template = {"model.base": hub.content_hash(config.model.base)}, config.data.chat_template
     if os.path.isfile(template):  # noqa: PTH113 - a template itself may be given, too long for a path
@@ -44,7 +51,6 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
-    exporting.check_formats(config.model, config.lora, config.export.formats)  # now, and not when training is over
     return LanguageTask(
         dataset,
         device,
@@ -57,6 +63,7 @@ def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
         vram_gib=config.hardware.vram_gib,
         activation_checkpointing=config.trainer.activation_checkpointing,
         offload_activations=config.trainer.offload_activations,
+        fast=config.trainer.fast,
     )
 
 
@@ -70,6 +77,7 @@ def workload(config: Config) -> Workload:
             lora=config.lora,
             sample=config.sample,
             length=config.data.length,
+            fast=config.trainer.fast,
             merges=ExportFormat.merged in config.export.formats,
             validates=config.trainer.validate_every > 0,
             seed=config.seed,

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize, SampleConfig
-from finetune.language import causal_lm, compare_logits, meta, varlen_attention
+from finetune.language import causal_lm, compare_logits, fast_layers, meta, varlen_attention
 from finetune.language.generate import ANSWER_BATCH
 from finetune.language.losses import logits, summed_cross_entropy
 from finetune.language.task import check_length, inject
@@ -38,18 +38,23 @@ class LanguageMemoryModel:
         lora: LoraConfig,
         sample: SampleConfig,
         length: int,
+        fast: bool,
         merges: bool,
         validates: bool,
         seed: int,
     ) -> None:
         """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share. length:
-        tokens of a row. merges: whether a merged model is exported. validates: whether there is a validation at all.
+        tokens of a row. fast: as `trainer.fast`. merges: whether a merged model is exported. validates: whether there
+        is a validation at all.
         """
         self.base, self.lora, self.sample, self.length = model, lora, sample, length
         self.cuda, self.room, self.merges, self.validates, self.seed = cuda, room, merges, validates, seed
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.notes = ["every token of a row counts as trained, the most there can be"]
-        self.model = self.tracer.fakify(self._adapted(dtype)).train()
+        adapted = self._adapted(dtype)
+        if fast and cuda and not fast_layers.reason_against(model, lora, dtype) and fast_layers.install(adapted, dtype):
+            self.notes.append("layers: fast ones (trainer.fast)")
+        self.model = self.tracer.fakify(adapted).train()
         check_length(length, model.base, self.model)
         self.packed = cuda and varlen_attention.supports(self.model, dtype)
         if self.packed:

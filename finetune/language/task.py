@@ -19,7 +19,7 @@ from finetune.data import order
 from finetune.data.text import packing, store
 from finetune.data.text.tokens import preview_row
 from finetune.errors import ConfigError, ModelError
-from finetune.language import causal_lm
+from finetune.language import causal_lm, fast_layers
 from finetune.language.generate import TextGenerator
 from finetune.language.losses import summed_cross_entropy
 from finetune.language.tokenize import chat_of
@@ -53,8 +53,9 @@ class LanguageTask:
         vram_gib: float,
         activation_checkpointing: int,
         offload_activations: bool,
+        fast: bool,
     ) -> None:
-        """dtype: of the arithmetic. vram_gib and the two below: as in the configuration."""
+        """dtype: of the arithmetic. vram_gib and the three below: as in the configuration."""
         self.base, self.data, self.sample_settings = model.base, data, sample
         self.device, self.dtype, self.seed = device, dtype, seed
         self.chat = chat_of(model, data)
@@ -71,6 +72,8 @@ class LanguageTask:
         checkpointing.set_checkpointing(loaded, activation_checkpointing)
         new_tokens = self.chat.tokenizer.convert_tokens_to_ids(model.added_tokens)
         self.model: nn.Module = inject(loaded, model, lora, seed, new_tokens)
+        if fast and device.type == "cuda":
+            fast_layers.install_or_say(self.model, model, lora, dtype)
         self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
         self.fallbacks = fallbacks.gpu_fallbacks(
             self.model, model, activation_checkpointing, self.activation_offload, device

@@ -10,6 +10,8 @@ from torch import Tensor, nn
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.errors import ModelError
 
+NF4_BLOCK = 64  # weights that share a scale (arXiv 2305.14314, §3)
+
 
 def settings(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     """The arguments of a `BitsAndBytesConfig`, transformers' or diffusers'. dtype: of the arithmetic."""
@@ -55,6 +57,37 @@ def prepare(model: nn.Module) -> None:
             # bitsandbytes' layout for CPU inference: the first evaluation would convert the weights to it for good, and
             # whatever is trained afterwards would get no gradient through them.
             layer.support_avx512bf16_for_cpu = False
+
+
+def dense(layer: Any, dtype: torch.dtype) -> Tensor:
+    """The weight of a frozen linear layer (O, I), as it is or made of 4 bits; after `unnest` with fewer kernels."""
+    if (shape := getattr(layer, "stands_for", None)) is not None:
+        return layer.weight.new_empty(shape, dtype=dtype)  # type: ignore[no-any-return]
+    state = getattr(layer.weight, "quant_state", None)
+    if state is None:
+        return layer.weight.to(dtype)  # type: ignore[no-any-return]
+    packed = layer.weight.data.view(-1, 1)
+    made: Tensor = torch.ops.bitsandbytes.dequantize_4bit(
+        packed, layer.scales, state.blocksize, state.quant_type, state.shape, dtype
+    )
+    return made
+
+
+def unnest(layer: Any) -> None:
+    """Keep the scales of a 4-bit layer in fp32 beside it: nested, each use makes them of 8 bits again."""
+    if (shape := getattr(layer, "stands_for", None)) is not None:
+        scales = torch.empty(shape.numel() // NF4_BLOCK, device=layer.weight.device)
+    else:
+        import bitsandbytes.functional as bnb
+
+        state = getattr(layer.weight, "quant_state", None)
+        if state is None:
+            return
+        scales = state.absmax
+        if state.nested:
+            scales = bnb.dequantize_blockwise(state.absmax, state.state2) + state.offset
+        scales = scales.float()
+    layer.register_buffer("scales", scales, persistent=False)
 
 
 def _follow_autocast(_: nn.Module, inputs: tuple[Tensor]) -> tuple[Tensor] | None:

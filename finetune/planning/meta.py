@@ -33,6 +33,7 @@ def quantised(model: nn.Module, how: Quantize, head: nn.Module | None = None) ->
             size = _stored(layer.weight, how)
             shape = layer.weight.shape
             layer.weight = nn.Parameter(torch.empty(size, dtype=torch.uint8, device="meta"), requires_grad=False)
+            cast(Any, layer).stands_for = shape
             cast(Any, layer).forward = _quantised_forward(layer, shape, how)
         elif hasattr(layer, "lora_A"):
             layer.cast_input_dtype_enabled = False  # PEFT's layers over bitsandbytes' leave the cast to autocast

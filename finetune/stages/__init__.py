@@ -12,28 +12,33 @@ class Command:
     """What the command line and `finetune.NAME` know of a command.
 
     help: what `finetune --help` says. holds_folder: no other command may use the run folder until this one ends; false
-    for one that only reads, or that serves for hours. uses_device: `hardware.device` has to be there. needs_run: a run
-    has finished in the run folder. needs_prompts: `sample.prompts` is not empty. trains: several processes may take
-    part, and the run folder's config.yaml becomes what this command was given.
+    for one that only reads, or that serves for hours. uses_device: `hardware.device` has to be there. loads_base: the
+    base model has to run on it. needs_run: a run has finished in the run folder. needs_prompts: `sample.prompts` is not
+    empty. trains: several processes may take part, and the run folder's config.yaml becomes what the command was given.
     """
 
     help: str
     holds_folder: bool = True
     uses_device: bool = True
+    loads_base: bool = False
     needs_run: bool = False
     needs_prompts: bool = False
     trains: bool = False
 
 
 COMMANDS = {
-    "train": Command(help="the whole line: caption, dataset, training, export, samples, report", trains=True),
+    "train": Command(
+        help="the whole line: caption, dataset, training, export, samples, report", loads_base=True, trains=True
+    ),
     "plan": Command(
         help="say whether the run fits the GPU, and the fastest settings that do", holds_folder=False, uses_device=False
     ),
     "caption": Command(help="write a caption for every image that has none"),
     "dataset": Command(help="read and encode images or conversations"),
-    "export": Command(help="write the trained adapter in every file format, checked", needs_run=True),
-    "sample": Command(help="draw or answer the recipe's prompts, base beside tuned", needs_prompts=True),
+    "export": Command(help="write the trained adapter in every file format, checked", loads_base=True, needs_run=True),
+    "sample": Command(
+        help="draw or answer the recipe's prompts, base beside tuned", loads_base=True, needs_prompts=True
+    ),
     "report": Command(help="write report.html again from what the run folder holds", needs_run=True, uses_device=False),
 }
 

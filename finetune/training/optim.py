@@ -71,21 +71,21 @@ require_all(Optimizer, OPTIMIZERS, "training.optim.OPTIMIZERS")
 def build_optimizer(
     parameters: Iterable[nn.Parameter] | Iterable[dict[str, Any]], optim: OptimConfig
 ) -> torch.optim.Optimizer:
-    """The optimiser over parameters, or over groups of them that may carry an `lr_scale`, which the loop multiplies in.
-
-    Raises ConfigError for one that can't serve the device.
-    """
+    """The optimiser over parameters, or over groups of them whose `lr_scale`, if any, the loop multiplies in."""
     groups: list[Any] = list(parameters)
-    spec = OPTIMIZERS[optim.name]
-    if spec.needs_cuda and _device(groups).type != "cuda":
-        raise ConfigError(f"optim.name={optim.name.name} needs a CUDA GPU; on a CPU try optim=adamw")
     settings: dict[str, Any] = {
         "lr": optim.lr,
         "betas": (optim.betas[0], optim.betas[1]),
         "eps": optim.eps,
         "weight_decay": optim.weight_decay,
     }
-    return spec.build(groups, settings)
+    return OPTIMIZERS[optim.name].build(groups, settings)
+
+
+def require_device(name: Optimizer, device: torch.device) -> None:
+    """Raises ConfigError for an optimiser that can't serve the device."""
+    if OPTIMIZERS[name].needs_cuda and device.type != "cuda":
+        raise ConfigError(f"optim.name={name.name} needs a CUDA GPU; on a CPU try optim=adamw")
 
 
 def optimizer_bytes(name: Optimizer, parameters: Iterable[Tensor]) -> float:

@@ -341,8 +341,6 @@ def test_loftq_without_nf4_or_without_the_weights_before_it_is_refused(
 
 
 def test_magnitudes_of_weights_that_cannot_be_read_are_refused(load: Callable[[str], Any]) -> None:
-    with pytest.raises(ModelError, match=r"lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4"):
-        inject(load("int8"), dora=True)
     model = load("fp32")
     model.model.norm.to("meta")  # stands for a GPU that the other layers are not on
     with pytest.raises(ModelError, match=r"lora.dora=true needs all weights where it computes, and model.offload"):

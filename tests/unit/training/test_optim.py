@@ -14,7 +14,7 @@ from finetune.errors import ConfigError, RunError
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
-from finetune.training.optim import build_optimizer, learning_rate, load_state, optimizer_bytes
+from finetune.training.optim import build_optimizer, learning_rate, load_state, optimizer_bytes, require_device
 
 STATE = TrainState(
     {"lora.rank": 4}, step=7, count=28, seconds=1.5, first_loss=0.4, smoothed_loss=0.2, last_losses=((6, 0.3), (7, 0.1))
@@ -40,7 +40,7 @@ def test_adamw_takes_its_settings_and_8bit_needs_a_gpu() -> None:
     assert (group["lr"], group["weight_decay"], group["betas"], group["eps"]) == (0.3, 0.2, (0.5, 0.6), 1e-3)
     for name in (Optimizer.adamw8bit, Optimizer.paged_adamw8bit):
         with pytest.raises(ConfigError, match=rf"optim.name={name.name} .*optim=adamw"):
-            build_optimizer([parameter], OptimConfig(name=name))
+            require_device(name, torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
@@ -105,8 +105,6 @@ def test_groups_keep_their_scale_through_a_checkpoint_and_a_single_one_is_a_list
     assert [group.get("lr_scale") for group in again.param_groups] == [None, 4.0]
     plain, single = build_optimizer(weights(), optim), build_optimizer([{"params": weights()}], optim)
     assert plain.state_dict() == single.state_dict()
-    with pytest.raises(ConfigError, match=r"adamw8bit needs a CUDA GPU"):
-        build_optimizer([{"params": weights()}], OptimConfig(name=Optimizer.adamw8bit))
 
 
 def test_an_average_follows_its_weights_and_survives_a_checkpoint() -> None:

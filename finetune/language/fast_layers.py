@@ -1,0 +1,300 @@
+"""Llama's decoder layers with LoRA, each as two functions with a backward pass of their own around the attention.
+
+N tokens of all packs, D hidden channels, H heads, E channels of a head, I channels of the feed-forward layer, O and I
+output and input features of a linear layer, r rank
+
+PEFT's modules stay and own the parameters; only what the layer computes is written anew. Left to autograd, a layer with
+adapters launches some 150 kernels, most of them for copies, casts and sums around the products, and a GPU waits for
+their launch. Here the frozen weights are dequantised once for each product, norms, rotary positions and activation are
+one kernel each, what an adapter adds is added inside the product, and of the feed-forward layer nothing is kept: its
+two wide products are computed again in the backward pass, which is cheaper than the memory.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from finetune.adapters.lora import ADAPTER
+from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize
+from finetune.language import fast_kernels as kernels
+from finetune.memory import quantize
+from finetune.run.progress import say
+
+ARCHITECTURES = {"LlamaDecoderLayer": (), "MistralDecoderLayer": ("sliding_window",)}
+"""Class of the layers, and the settings that its attention is called with besides the common ones."""
+COPIES = "fast_a", "fast_b"  # buffers of an adapted layer
+DTYPES = (torch.bfloat16, torch.float32)  # fp16's gradients may overflow where autocast's don't
+
+
+class Linear:
+    """A frozen linear layer and the adapter on it, if it has one: products, and their gradients."""
+
+    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
+        """dtype: of the arithmetic."""
+        self.layer, self.dtype, self.adapted = layer, dtype, hasattr(layer, "lora_A")
+        self.frozen = layer.get_base_layer() if self.adapted else layer
+        quantize.unnest(self.frozen)
+        if self.adapted:
+            self.scale = float(layer.scaling[ADAPTER])
+            for name, weight in zip(COPIES, self.parameters(), strict=True):
+                layer.register_buffer(name, torch.empty_like(weight, dtype=dtype), persistent=False)
+
+    def parameters(self) -> list[nn.Parameter]:
+        """A (r, I) and B (O, r), or none."""
+        return [self.layer.lora_A[ADAPTER].weight, self.layer.lora_B[ADAPTER].weight] if self.adapted else []
+
+    def copies(self) -> list[Tensor]:
+        """A and s B in the dtype of the arithmetic, as they were when a pass began."""
+        return [getattr(self.layer, name) for name in COPIES]
+
+    def product(self, x_NI: Tensor, onto_NO: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """x W' + s x A' B' (+ onto), and x A' for the backward pass."""
+        weight_IO = quantize.dense(self.frozen, self.dtype).t()
+        y_NO = x_NI @ weight_IO if onto_NO is None else torch.addmm(onto_NO, x_NI, weight_IO)
+        if not self.adapted:
+            return y_NO, None
+        a_rI, b_Or = self.copies()
+        xa_Nr = x_NI @ a_rI.t()
+        return y_NO.addmm_(xa_Nr, b_Or.t()), xa_Nr
+
+    def input_gradient(self, dy_NO: Tensor, onto_NI: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
+        """The gradient on x, added to `onto` where there is one, and dy B s for `adapter_gradients`."""
+        weight_OI = quantize.dense(self.frozen, self.dtype)
+        dx_NI = dy_NO @ weight_OI if onto_NI is None else onto_NI.addmm_(dy_NO, weight_OI)
+        if not self.adapted:
+            return dx_NI, None
+        a_rI, b_Or = self.copies()
+        dxa_Nr = dy_NO @ b_Or
+        return dx_NI.addmm_(dxa_Nr, a_rI), dxa_Nr
+
+    def adapter_gradients(
+        self, dy_NO: Tensor, dxa_Nr: Tensor | None, x_NI: Tensor, xa_Nr: Tensor | None
+    ) -> list[Tensor]:
+        """Those on A and B, in fp32."""
+        if dxa_Nr is None or xa_Nr is None:
+            return []
+        return [_fp32_product(dxa_Nr.t(), x_NI), _fp32_product(dy_NO.t(), xa_Nr).mul_(self.scale)]
+
+
+@dataclass
+class FastLayer:
+    """What a decoder layer computes. heads: of queries; those of keys and values are alike in number of channels."""
+
+    query: Linear
+    key: Linear
+    value: Linear
+    output: Linear
+    gate: Linear
+    up: Linear
+    down: Linear
+    first_norm: Any
+    second_norm: Any
+    channels: int
+
+    @classmethod
+    def of(cls, layer: Any, dtype: torch.dtype) -> "FastLayer":
+        attention, mlp = layer.self_attn, layer.mlp
+        return cls(
+            query=Linear(attention.q_proj, dtype),
+            key=Linear(attention.k_proj, dtype),
+            value=Linear(attention.v_proj, dtype),
+            output=Linear(attention.o_proj, dtype),
+            gate=Linear(mlp.gate_proj, dtype),
+            up=Linear(mlp.up_proj, dtype),
+            down=Linear(mlp.down_proj, dtype),
+            first_norm=layer.input_layernorm,
+            second_norm=layer.post_attention_layernorm,
+            channels=attention.head_dim,
+        )
+
+    def parts(self) -> Sequence[Linear]:
+        return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
+
+    def heads(self, states_NO: Tensor) -> Tensor:
+        """(N, O) as (N, H, E), the same memory."""
+        return states_NO.view(len(states_NO), -1, self.channels)
+
+
+class _Projections(torch.autograd.Function):
+    """x (N, D) -> queries, keys and values (N, H, E), the first two turned by their positions."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: FastLayer, x_ND: Tensor, cos_NE: Tensor, sin_NE: Tensor, *_: Tensor) -> Any:
+        normed_ND = kernels.rms_norm(x_ND, *_settings(layer.first_norm))
+        found, kept = zip(*(part.product(normed_ND) for part in (layer.query, layer.key, layer.value)), strict=True)
+        states = [layer.heads(states_NO) for states_NO in found]
+        for states_NHE in states[:2]:
+            kernels.rotate_(states_NHE, cos_NE, sin_NE)
+        ctx.layer = layer
+        ctx.save_for_backward(x_ND, cos_NE, sin_NE, *kept)
+        return tuple(states)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, *upstream: Tensor) -> Any:
+        layer: FastLayer = ctx.layer
+        x_ND, cos_NE, sin_NE, *kept = ctx.saved_tensors
+        gradients = [states.contiguous() for states in upstream]
+        for states_NHE in gradients[:2]:
+            kernels.rotate_(states_NHE, cos_NE, sin_NE, back=True)
+        normed_ND = kernels.rms_norm(x_ND, *_settings(layer.first_norm))
+        on_normed_ND, on_adapters = None, []
+        for part, states_NHE, xa_Nr in zip((layer.query, layer.key, layer.value), gradients, kept, strict=True):
+            dy_NO = states_NHE.flatten(1)
+            on_normed_ND, dxa_Nr = part.input_gradient(dy_NO, on_normed_ND)
+            on_adapters += part.adapter_gradients(dy_NO, dxa_Nr, normed_ND, xa_Nr)
+        dx_ND = kernels.rms_norm_backward(cast(Tensor, on_normed_ND), x_ND, *_settings(layer.first_norm))
+        return None, dx_ND, None, None, *on_adapters
+
+
+class _Rest(torch.autograd.Function):
+    """x (N, D) and what attention found (N, O) -> the layer's output (N, D)."""
+
+    @staticmethod
+    def forward(ctx: Any, layer: FastLayer, x_ND: Tensor, found_NO: Tensor, *_: Tensor) -> Tensor:
+        middle_ND, from_found = layer.output.product(found_NO, x_ND)
+        normed_ND = kernels.rms_norm(middle_ND, *_settings(layer.second_norm))
+        gate_NI, from_gate = layer.gate.product(normed_ND)
+        up_NI, from_up = layer.up.product(normed_ND)
+        active_NI = kernels.swiglu(gate_NI, up_NI)
+        del gate_NI, up_NI
+        y_ND, from_down = layer.down.product(active_NI, middle_ND)
+        ctx.layer = layer
+        ctx.save_for_backward(found_NO, middle_ND, from_found, from_gate, from_up, from_down)
+        return y_ND
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        layer: FastLayer = ctx.layer
+        found_NO, middle_ND, from_found, from_gate, from_up, from_down = ctx.saved_tensors
+        dy_ND = upstream.contiguous()
+        normed_ND = kernels.rms_norm(middle_ND, *_settings(layer.second_norm))
+        gate_NI, _ = layer.gate.product(normed_ND)
+        up_NI, _ = layer.up.product(normed_ND)
+        active_NI, from_active = layer.down.input_gradient(dy_ND)
+        kernels.swiglu_backward_(active_NI, gate_NI, up_NI)  # three gradients and values change their places
+        on_down = layer.down.adapter_gradients(dy_ND, from_active, active_NI, from_down)
+        del active_NI
+        on_normed_ND, onto_gate = layer.gate.input_gradient(gate_NI)
+        on_gate = layer.gate.adapter_gradients(gate_NI, onto_gate, normed_ND, from_gate)
+        on_normed_ND, onto_up = layer.up.input_gradient(up_NI, on_normed_ND)
+        on_up = layer.up.adapter_gradients(up_NI, onto_up, normed_ND, from_up)
+        del gate_NI, up_NI, normed_ND
+        on_middle_ND = kernels.rms_norm_backward(on_normed_ND, middle_ND, *_settings(layer.second_norm)).add_(dy_ND)
+        on_found_NO, onto_found = layer.output.input_gradient(on_middle_ND)
+        on_output = layer.output.adapter_gradients(on_middle_ND, onto_found, found_NO, from_found)
+        return None, on_middle_ND, on_found_NO, *on_output, *on_gate, *on_up, *on_down
+
+
+def reason_against(model: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> str:
+    """Why the layers of a run stay as they are, naming the setting; empty where nothing of it is in the way."""
+    if lora.dropout:
+        return f"lora.dropout={lora.dropout:g}"
+    if lora.dora:
+        return "lora.dora=true"
+    if lora.init is LoraInit.pissa:  # whose A is a difference to where it started
+        return "lora.init=pissa"
+    if model.quantize is Quantize.int8:
+        return "model.quantize=int8"
+    if model.offload:
+        return "model.offload=true"
+    return "" if dtype in DTYPES else "trainer.precision=fp16"
+
+
+def install_or_say(model: Any, base: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> None:
+    """`install`, or one line that says which setting or what of the model is in its way."""
+    if reason := reason_against(base, lora, dtype):
+        say(f"train: {reason} takes the plain layers; without it a step may take half the time")
+    elif not install(model, dtype):
+        say(f"train: {type(model).__name__} takes the plain layers; trainer.fast=true knows those of Llama and Mistral")
+
+
+def install(model: Any, dtype: torch.dtype) -> bool:
+    """Let the model's decoder layers compute as here where that is the same; False for layers that aren't known.
+
+    model: with its adapters. dtype: of the arithmetic. For settings that `reason_against` has nothing against.
+    """
+    layers = list(model.get_decoder().layers)
+    if not all(_is_known(layer) for layer in layers):
+        return False
+    fast = [FastLayer.of(layer, dtype) for layer in layers]
+    for layer, with_adapters in zip(layers, fast, strict=True):
+        layer.forward = _forward(layer, with_adapters, dtype)
+    adapted = [part for layer in fast for part in layer.parts() if part.adapted]
+    model.get_decoder().register_forward_pre_hook(lambda *_: _renew(adapted))
+    return True
+
+
+def _is_known(layer: Any) -> bool:
+    if type(layer).__name__ not in ARCHITECTURES or type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
+        return False
+    frozen = [part for part in layer.modules() if isinstance(part, nn.Linear) and not part.weight.requires_grad]
+    return all(part.bias is None for part in frozen)
+
+
+@torch.no_grad()
+def _renew(parts: Sequence[Linear]) -> None:
+    """Copy the adapters as they are now. Before each pass: fused optimisers don't raise a parameter's version."""
+    copies = [copy for part in parts for copy in part.copies()]
+    torch._foreach_copy_(copies, _parameters(parts))
+    torch._foreach_mul_(copies[1::2], [part.scale for part in parts])
+
+
+def _forward(layer: Any, fast: FastLayer, dtype: torch.dtype) -> Callable[..., Tensor]:
+    from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
+    from transformers.models.llama.modeling_llama import eager_attention_forward
+
+    plain, attention = layer.forward, layer.self_attn
+    own = {name: getattr(attention.config, name, None) for name in ARCHITECTURES[type(layer).__name__]}
+    adapters = [module for module in layer.modules() if hasattr(module, "lora_A")]
+
+    def forward(
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        off = any(module.disable_adapters for module in adapters[:1])
+        if off or past_key_values is not None or hidden_states.dtype != dtype:
+            found: Tensor = plain(
+                hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
+            )
+            return found
+        packs, length, _ = hidden_states.shape
+        x_ND = hidden_states.flatten(0, 1)
+        cos_NE, sin_NE = (turn.expand(packs, -1, -1).flatten(0, 1) for turn in position_embeddings)
+        with torch.autocast(x_ND.device.type, enabled=False):  # all is in its dtype
+            states = _Projections.apply(fast, x_ND, cos_NE, sin_NE, *_parameters(fast.parts()[:3]))  # type: ignore[no-untyped-call]
+            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
+                attention.config._attn_implementation, eager_attention_forward
+            )
+            by_head = (states_NHE.unflatten(0, (packs, length)).transpose(1, 2) for states_NHE in states)
+            seen, _ = attend(
+                attention, *by_head, attention_mask, dropout=0.0, scaling=attention.scaling, **own, **kwargs
+            )
+            seen_NO = seen.reshape(packs * length, -1)
+            y_ND: Tensor = _Rest.apply(fast, x_ND, seen_NO, *_parameters(fast.parts()[3:]))  # type: ignore[no-untyped-call]
+        return y_ND.view(hidden_states.shape)
+
+    return forward
+
+
+def _parameters(parts: Sequence[Linear]) -> list[nn.Parameter]:
+    return [parameter for part in parts for parameter in part.parameters()]
+
+
+def _settings(norm: Any) -> tuple[Tensor, float]:
+    return norm.weight, norm.variance_epsilon
+
+
+def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
+    """a b, summed and left in fp32."""
+    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype is torch.bfloat16 else a.float() @ b.float()
