@@ -205,7 +205,15 @@ def _finished(config: Config) -> Run:
 
 
 def _as_trained(config: Config) -> Config:
-    """With the name and the trigger phrase that the run in its folder was trained with: they belong to its adapter."""
-    written = rundir.written_config(Path(config.run_dir))
-    caption = replace(config.caption, trigger=written.get("caption", {}).get("trigger", config.caption.trigger))
-    return replace(config, name=written.get("name", config.name), caption=caption)
+    """With the name and the trigger phrase that the run in its folder was trained with: they belong to its adapter.
+
+    Raises RunError for a damaged config.yaml, and for a name in it that leads out of the run folder.
+    """
+    run_dir = Path(config.run_dir)
+    written = rundir.written_config(run_dir)
+    name, trigger = written.get("name", config.name), written.get("caption", {}).get("trigger", config.caption.trigger)
+    found = replace(config, name=name, caption=replace(config.caption, trigger=trigger))
+    wrong = [text for text in (name, trigger) if not isinstance(text, str)] or check(found)
+    if wrong:
+        raise RunError(f"{run_dir / rundir.CONFIG} is damaged ({wrong[0]}); the same `train` command writes it again")
+    return found

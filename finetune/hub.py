@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, ModelError, is_out_of_memory
-from finetune.reading import MOST_BYTES, read_text
+from finetune.reading import TEXTS, damage, read_text, require_whole
 from finetune.run.hashing import known_hash
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
@@ -27,9 +27,7 @@ HUB_ANSWER_S = 8.0  # one request that normally takes 0.2 s; name resolution may
 REMEMBERED_BYTES = 64 << 20  # the hash of larger files is remembered: reading 24 GB again takes half a minute
 HASHES = "finetune-hashes.json"  # beside the hub's cache, for every project of this user
 REASON = 300  # characters of what a library says that are passed on
-HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
-TEXTS = (".json", ".txt", ".model", ".jinja")  # configurations and vocabularies
 OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")  # what model sites offer besides safetensors
 PICKLE_WAY_OUT = (  # weights_only runs no code
     "python -c 'import torch, safetensors.torch as s; "
@@ -166,7 +164,7 @@ def content_hash(reference: str, *parts: str) -> str:
         counts = file.suffix in (*TEXTS, ".safetensors") and file.is_file()
         if counts and (not parts or any(fnmatch.fnmatchcase(relative.parts[0], part) for part in parts)):
             if file.suffix in TEXTS:
-                _require_whole(file)
+                require_whole(file)
             digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
             hash_file_content(file, digest.update)
     return f"sha256:{digest.hexdigest()}"
@@ -207,37 +205,6 @@ def explained(message: Callable[[str], str]) -> Iterator[None]:
             raise
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         raise ModelError(message(reason)) from error
-
-
-def damage(file: Path) -> str:
-    """What is wrong with a safetensors file (its header or its length); empty if nothing shows without reading all."""
-    from safetensors import SafetensorError, safe_open
-
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
-            return f"{size} bytes without a safetensors header"
-        try:
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-            if size != 8 + length + end:
-                return f"{size} bytes where its header says {8 + length + end}"
-            with safe_open(file, "pt"):  # checks types, shapes and that no tensors overlap
-                return ""
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError):
-            return "its safetensors header is unreadable"
-
-
-def _require_whole(file: Path) -> None:
-    """Raises ModelError for damaged weights, and for a configuration or vocabulary that is too large to be one."""
-    wrong = ""
-    if file.suffix == ".safetensors":
-        wrong = damage(file)
-    elif file.suffix in TEXTS and file.is_file() and file.stat().st_size > MOST_BYTES:
-        wrong = f"{file.stat().st_size} bytes are too many for it"
-    if wrong:
-        raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")
 
 
 def _config_file(found: Path) -> Path:
@@ -292,7 +259,7 @@ def _load(loader: Any, reference: str, source: Path | str, options: dict[str, An
         part = source / (options.get("subfolder") or "")
         for file in sorted(part.rglob("*") if hasattr(loader, "from_pipe") else part.glob("*")):
             if file.suffix != ".safetensors" or "use_safetensors" in options:
-                _require_whole(file)
+                require_whole(file)
     loaded = loader.from_pretrained(str(source), **options)
     if not options.get("output_loading_info"):
         return loaded

@@ -27,6 +27,7 @@ FULL_MODEL_PREFIX, TEXT_MODEL_PREFIX = "full_model_prefix", "model."
 FULL_TO_TEXT_MODEL = {r"^model\.language_model\.": TEXT_MODEL_PREFIX}  # as PEFT's `key_mapping`
 OTHER_MODALITIES = r".*(vision|audio).*"  # parts of the full model whose layers have the same names
 PEFT_DEFAULT = 8  # of r and lora_alpha
+LARGEST_ALPHA = 1e9  # far above any; its product with weights is still finite in fp32
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 A, B, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
@@ -108,7 +109,18 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise ModelError(f"{path} is of type {kind}, and only LORA adapters are read")
+    _require_strength(settings, path)
     return dict(settings)
+
+
+def _require_strength(settings: Mapping[str, Any], path: Path) -> None:
+    """Raises ModelError unless ranks are above 0 and alphas finite, of single layers too."""
+    for name, pattern, least in (("r", "rank_pattern", 1), ("lora_alpha", "alpha_pattern", -LARGEST_ALPHA)):
+        layers = settings.get(pattern) or {}
+        values = layers.values() if isinstance(layers, dict) else [None]
+        for value in (settings.get(name, PEFT_DEFAULT), *values):
+            if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LARGEST_ALPHA:
+                raise ModelError(f"{path} is damaged ({name} is {value}); export it again or restore it from a copy")
 
 
 def read_peft(folder: Path) -> StoredAdapter:
@@ -205,7 +217,21 @@ def save_kohya(
         named[f"{key}.{KOHYA_FACTORS[factor]}.weight"] = weight.contiguous()
         named[f"{key}.alpha"] = torch.tensor(float(alpha))
     save_file(named, file, metadata=dict(metadata))
+    sort_metadata(file)
     return file
+
+
+def sort_metadata(file: Path) -> None:
+    """Put a safetensors file's metadata in order, in place: safetensors writes another order in each process."""
+    with open(file, "r+b") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        header = json.loads(stream.read(length))
+        if metadata := header.get("__metadata__"):
+            header["__metadata__"] = dict(sorted(metadata.items()))
+            ordered = json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(length)
+            if len(ordered) == length:  # else the tensors behind would move; safetensors spells it as Python does
+                stream.seek(8)
+                stream.write(ordered)
 
 
 def read_file(
@@ -241,7 +267,9 @@ def _peft_settings(path: Path, part: str) -> dict[str, Any]:
 
     with safe_open(path, framework="pt") as file:
         stored = json.loads((file.metadata() or {}).get("lora_adapter_metadata", "{}"))
-    return {key.removeprefix(f"{part}."): value for key, value in stored.items() if key.startswith(f"{part}.")}
+    found = {key.removeprefix(f"{part}."): value for key, value in stored.items() if key.startswith(f"{part}.")}
+    _require_strength(found, path)
+    return found
 
 
 def _complete_pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], list[str]]:

@@ -9,6 +9,7 @@ import json
 import os
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -16,6 +17,8 @@ from safetensors.torch import save
 from torch import Tensor
 
 from finetune.errors import DataError, RunError
+from finetune.run.atomic import remove_abandoned
+from finetune.run.hashing import Stamp, stamp_of
 
 HEADER_BYTES = 8 + 65536  # more than the length and header of an entry take: it has a handful of tensors
 
@@ -26,6 +29,11 @@ class Cache:
     def __init__(self, folder: Path) -> None:
         self.folder = folder
 
+    def remove_abandoned(self) -> None:
+        """Remove what killed processes left half written."""
+        for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
+            remove_abandoned(folder, "[0-9a-f]{64}")
+
     def path(self, key: str) -> Path:
         """Where the entry of a key lies or would lie."""
         return self.folder / key[:2] / f"{key}.safetensors"
@@ -34,12 +42,12 @@ class Cache:
         """Whether the entry is there and whole, by checksum; a damaged one is removed, to be made again."""
         path = self.path(key)
         try:
-            data = path.read_bytes()
+            whole = _is_whole(path)
         except FileNotFoundError:
             return False
         except OSError as error:
             raise RunError(f"cannot read {path} ({error.strerror}); delete the cache folder {self.folder}") from error
-        if _checksum(data) == _notes(data).get("checksum", ""):
+        if whole:
             return True
         path.unlink(missing_ok=True)
         return False
@@ -71,12 +79,27 @@ class Cache:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of an entry, memory-mapped. Raises DataError if it is missing or damaged."""
+    """The tensors of an entry, memory-mapped. Raises DataError if it is missing or damaged; then it is removed."""
     try:
+        if not _was_whole(path, stamp_of(path)):
+            path.unlink()
+            raise DataError(f"cached example {path} was damaged; the same command encodes it again")
         with safe_open(path, framework="pt") as entry:
             return {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118 - not a dictionary
     except (OSError, SafetensorError) as error:
         raise DataError(f"cached example {path} can't be read ({error}); the same command encodes it again") from error
+
+
+@cache  # training reads each entry over and over
+def _was_whole(path: Path, stamp: Stamp) -> bool:
+    """`_is_whole` for a file that has had this stamp since."""
+    return _is_whole(path)
+
+
+def _is_whole(path: Path) -> bool:
+    """Whether a file has the content that was stored. Raises OSError."""
+    data = path.read_bytes()
+    return _checksum(data) == _notes(data).get("checksum", "")
 
 
 def missing(paths: Iterable[Path]) -> bool:

@@ -139,6 +139,7 @@ def encode_images(
         if not flipped or (data.flip and image.sha256 not in held_out)
     ]
     cache = Cache(Path(data.cache))
+    cache.remove_abandoned()
     texts, new_texts = _encode_texts(cache, images, model, device)
     identity = vae_hash(model)
     latents = {variant: cache_key(identity, *variant, model.resolution) for variant in variants}

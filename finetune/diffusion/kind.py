@@ -20,6 +20,7 @@ from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Workload
 from finetune.run.records import Dataset, Run, Sample, Samples
+from finetune.run.rundir import name_inside
 from finetune.training.optim import OPTIMIZERS, optimizer_bytes
 from finetune.training.task import Task
 
@@ -116,4 +117,5 @@ def usage(config: Config) -> str:
 def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample, ...]]:
     device = pick_device(config.hardware.device)
     dtype = pick_dtype(config.trainer.precision, device)
-    return sampling.sample(config.model, config.sample, adapter, folder, device, dtype, config.hardware.vram_gib)
+    name = name_inside(adapter, Path(config.run_dir))
+    return sampling.sample(config.model, config.sample, adapter, name, folder, device, dtype, config.hardware.vram_gib)

@@ -207,6 +207,7 @@ def save_adapter(
         },
         weight_name=name,
     )
+    formats.sort_metadata(folder / name)
     return folder / name
 
 

@@ -22,6 +22,7 @@ def sample(
     model: ModelConfig,
     settings: SampleConfig,
     adapter: Path,
+    adapter_name: str,
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
@@ -29,8 +30,8 @@ def sample(
 ) -> tuple[str, tuple[Sample, ...]]:
     """Every prompt and seed, base and tuned from the same noise, as PNGs into `folder`, and `grid.png` of all pairs.
 
-    Prompt, seed, steps and guidance are in each PNG's metadata and in `samples.jsonl`. Returns the grid's name and the
-    samples with file names relative to `folder`.
+    Prompt, seed, steps, guidance and adapter (`adapter_name`) are in each PNG's metadata, prompt and seed in
+    `samples.jsonl` too. Returns the grid's name and the samples with file names relative to `folder`.
     """
     image_sampler = ImageSampler(model, settings.prompts, settings.negative, device, dtype)
     jobs = [(prompt, seed) for prompt in settings.prompts for seed in settings.seeds]
@@ -61,7 +62,7 @@ def sample(
                 "steps": str(settings.steps),
                 "guidance": str(settings.guidance),
                 "base": model.base,
-                "adapter": str(adapter) if kind == "tuned" else "",
+                "adapter": adapter_name if kind == "tuned" else "",
             }
             _save_png(drawn[kind][index], folder / name, facts)
         items.append(Sample(prompt, seed, names["tuned"], names["base"]))

@@ -24,6 +24,7 @@ from finetune.planning.workload import Workload
 from finetune.run.hashing import hash_file
 from finetune.run.receipts import load_record
 from finetune.run.records import Answer, Answers, Run, TextSet
+from finetune.run.rundir import name_inside
 from finetune.training.optim import OPTIMIZERS, optimizer_bytes
 from finetune.training.task import Task
 
@@ -133,7 +134,10 @@ def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answ
     device = pick_device(config.hardware.device)
     dtype = pick_dtype(config.trainer.precision, device)
     chat = tokenize.chat_of(config.model, config.data)
-    return sampling.sample(config.model, config.sample, chat, adapter, folder, device, dtype, config.hardware.vram_gib)
+    name = name_inside(adapter, Path(config.run_dir))
+    return sampling.sample(
+        config.model, config.sample, chat, adapter, name, folder, device, dtype, config.hardware.vram_gib
+    )
 
 
 def _stored_rows(config: Config) -> store.TokenStore | None:

@@ -25,6 +25,7 @@ def sample(
     settings: SampleConfig,
     chat: Chat,
     adapter: Path,
+    adapter_name: str,
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
@@ -32,9 +33,9 @@ def sample(
 ) -> tuple[str, tuple[Answer, ...]]:
     """The base's and the tuned model's answer to every prompt and seed, drawn with the same random numbers.
 
-    Answers, settings and adapter are in `samples.jsonl`, all answers on the Markdown page whose name is returned with
-    them. Without a temperature the seed decides nothing, and the first one stands for all. Raises ModelError for an
-    adapter that doesn't fit.
+    Answers, settings and adapter (`adapter_name`) are in `samples.jsonl`, all answers on the Markdown page whose name
+    is returned with them. Without a temperature the seed decides nothing, and the first one stands for all. Raises
+    ModelError for an adapter that doesn't fit.
     """
     generator = TextGenerator(chat.tokenizer, chat.stop_ids(), device, dtype)
     seeds = settings.seeds if settings.temperature else settings.seeds[:1]
@@ -60,7 +61,7 @@ def sample(
         "max_new_tokens": settings.max_new_tokens,
         "temperature": settings.temperature,
         "model": model.base,
-        "adapter": str(adapter),
+        "adapter": adapter_name,
     }
     lines = [json.dumps(asdict(item) | facts, ensure_ascii=False) + "\n" for item in items]
     (folder / "samples.jsonl").write_text("".join(lines), encoding="utf-8")

@@ -1,38 +1,27 @@
 """A run's curves: read from `metrics.jsonl`, arranged into charts."""
 
-import json
 import re
 from pathlib import Path
 
 from finetune.reporting.charts import ORANGE, SHADES, Line, line_chart
-from finetune.run.records import METRICS
+from finetune.run.metrics import read_rows
 
 Points = list[tuple[float, float]]
 Curves = dict[str, Points]
 """Tag ("loss/step") -> (step, value) in the order of steps."""
 
 SMOOTHING = 0.9  # share of the old value in curves that are smoothed for the eye only
-LEVELS = "validation/t="
+LEVELS = re.compile(r"validation/t=([0-9]+)")
 PERPLEXITY = "validation/perplexity"
-SPEED = re.compile(r"train/(\w+)_per_s")
+SPEED = re.compile(r"train/(\w+)_per_s", re.ASCII)
 
 
 def read(run_dir: Path) -> Curves:
-    """Every curve of the run; none without a metrics.jsonl. Values that weren't finite and half lines are left out."""
+    """Every curve of the run; none without a metrics.jsonl. Damaged lines and what was not finite is left out."""
     curves: Curves = {}
-    try:
-        lines = (run_dir / METRICS).read_text(encoding="utf-8").splitlines()
-    except OSError:
-        return curves
-    for line in lines:
-        try:
-            values = json.loads(line)
-        except ValueError:  # the last line of a run that was killed
-            continue
-        step = values.pop("step")
-        for tag, value in values.items():
-            if value is not None:
-                curves.setdefault(tag, []).append((step, value))
+    for row in read_rows(run_dir):
+        for tag, value in row.values.items():
+            curves.setdefault(tag, []).append((row.step, value))
     return curves
 
 
@@ -48,6 +37,7 @@ def loss(curves: Curves) -> str:
 def charts(curves: Curves, best_step: int | None) -> list[str]:
     """Every chart that the run has points for. best_step: that of the best checkpoint."""
     mean, perplexity, norms = (curves.get(tag, []) for tag in ("validation/mean", PERPLEXITY, "train/gradient_norm"))
+    perplexity = [(step, value) for step, value in perplexity if value > 0]  # as each is, and its axis is logarithmic
     measure = "nats per token" if perplexity else "mean squared error"
     norm_lines = [Line("each step", norms, faint=True), Line("smoothed", _smoothed(norms))]
     speed = next((tag for tag in curves if SPEED.fullmatch(tag)), "")
@@ -78,7 +68,8 @@ def _alone(title: str, points: Points, y_label: str) -> str:
 
 def _levels(curves: Curves) -> list[Line]:
     """Validation loss relative to its start, a line per noise level: levels differ a hundredfold in size."""
-    levels = sorted((int(tag.removeprefix(LEVELS)), points) for tag, points in curves.items() if tag.startswith(LEVELS))
+    found = ((LEVELS.fullmatch(tag), points) for tag, points in curves.items())
+    levels = sorted((int(match[1]), points) for match, points in found if match)
     return [
         Line(
             f"t={level}",

@@ -62,7 +62,7 @@ def run_facts(run: Run, *, held_out: bool = True) -> list[Fact]:
 def _batch(run: Run) -> list[Fact]:
     """How many examples an optimiser step takes, and how it is cut up; nothing where an old record doesn't say."""
     one = run.effective // run.processes
-    if not one:
+    if not one or not run.micro_batch:
         return []
     parts = f"{run.micro_batch} × {one // run.micro_batch} accumulated"
     if one % run.micro_batch:  # half of an odd micro-batch leaves a rest

@@ -13,8 +13,8 @@ from finetune.reporting.notebook import html
 from finetune.reporting.tables import answers_table, by_prompt_html, more_html, table_html, table_of
 from finetune.reporting.thumbnails import fitting
 from finetune.run.progress import plural
-from finetune.run.receipts import Receipt, receipt_path, versions
-from finetune.run.records import Adapter, Answer, CaptionSet, Dataset, Run, Sample, TextSet, from_plain
+from finetune.run.receipts import Receipt, receipt_path, record_of, versions
+from finetune.run.records import Adapter, Answer, CaptionSet, Dataset, Run, Sample, TextSet
 
 # base64 adds a third and is counted in; with thumbnails, curves and text the page stays under the 5 MB that mail
 # programs take.
@@ -47,7 +47,7 @@ class Found:
     def record(self, stage: str, kind: type[R]) -> R | None:
         """The stage's record, or None if it never ran."""
         receipt = self.receipts.get(stage)
-        return from_plain(kind, receipt.record) if receipt else None
+        return record_of(receipt, kind, self.folder) if receipt else None
 
     def dataset(self) -> Dataset | TextSet | None:
         """The data set's record, of images or of conversations."""
@@ -86,7 +86,7 @@ def _head(found: Found) -> str:
     model, lora = found.settings.get("model", {}), found.settings.get("lora", {})
     facts = []
     if model.get("base"):
-        facts.append(f"LoRA rank {lora.get('rank', '?')} on {escape(str(model['base']))}")
+        facts.append(escape(f"LoRA rank {lora.get('rank', '?')} on {model['base']}"))
     if run:
         trained = date.fromtimestamp(receipt_path(found.folder, "train").stat().st_mtime)
         facts.append(f"trained on {trained.day} {trained:%B %Y}")
@@ -165,13 +165,22 @@ def _how(found: Found) -> str:
     drawn, note = found.drawn, "The same prompt and random numbers, without and with the adapter"
     if {"steps", "guidance"} <= drawn.keys():
         note += f"; {drawn['steps']} denoising steps, guidance {drawn['guidance']}"
-    if {"temperature", "max_new_tokens"} <= drawn.keys():
-        how = f"temperature {drawn['temperature']:g}" if drawn["temperature"] else "greedy decoding"
-        note += f"; {how}, at most {plural(drawn['max_new_tokens'], 'token')} per answer"
+    temperature, most = drawn.get("temperature"), drawn.get("max_new_tokens")
+    if isinstance(temperature, int | float) and isinstance(most, int) and abs(temperature) < 1e6:
+        how = f"temperature {temperature:g}" if temperature else "greedy decoding"
+        note += f"; {how}, at most {plural(most, 'token')} per answer"
     adapter = str(drawn.get("adapter", ""))
-    if adapter and not Path(adapter).resolve().is_relative_to(found.folder.resolve()):
+    if adapter and not _is_own(found, adapter):
         note += f". Made with another adapter than this run's: {adapter}"
     return escape(note) + "."
+
+
+def _is_own(found: Found, adapter: str) -> bool:
+    """Whether an adapter that samples were drawn with is the run's: as the sample stage wrote it, below the folder that
+    it wrote its own in, which earlier versions named with the run folder as it was called then."""
+    receipt = found.receipts.get("sample")
+    drew_into = str(receipt.record.get("folder", "")) if receipt else ""
+    return Path(adapter).is_relative_to(Path(drew_into).parent if drew_into else found.folder)
 
 
 def _curves(found: Found) -> str:

@@ -6,10 +6,12 @@ from collections.abc import Sequence
 from html import escape
 from pathlib import Path
 
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
 LOSSLESS_SIDE = 160  # pixels; up to here a PNG is small, and JPEG would show its blocks
 JPEG_QUALITY = 86
+NOT_SHOWN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
+"""What reading a damaged image may raise; UnidentifiedImageError is an OSError."""
 
 
 def image_html(file: Path, side: int, described: str) -> str:
@@ -26,7 +28,7 @@ def data_uri(file: Path, side: int) -> str | None:
         with Image.open(file) as opened:
             opened.draft("RGB", (side, side))  # JPEGs are decoded at a reduced size: ten times as fast
             image = _on_white(ImageOps.exif_transpose(opened))
-    except (OSError, ValueError, SyntaxError, UnidentifiedImageError, Image.DecompressionBombError):
+    except NOT_SHOWN:
         return None
     kind = "png" if max(image.size) <= min(side, LOSSLESS_SIDE) else "jpeg"
     image.thumbnail((side, side), Image.Resampling.LANCZOS)

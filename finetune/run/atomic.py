@@ -1,12 +1,18 @@
 """Files and folders that are whole or not there, whatever ends the program while they are written."""
 
 import os
+import re
 import shutil
-from collections.abc import Iterator
+import time
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from finetune.errors import RunError
+
+ABANDONED_S = 3600.0
+"""Age of a temporary file that nobody writes any more; writing one takes seconds. Process numbers would say less: on a
+shared disk they are those of another machine."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -35,7 +41,8 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 def replace_folder(folder: Path, *, durable: bool = False) -> Iterator[Path]:
     """A new empty folder to fill, which takes `folder`'s place when the block ends well and vanishes when it doesn't.
 
-    durable: its files survive a power cut. Raises RunError where the disk is full or not writable.
+    Its files get the rights that any new file has, whatever the library that wrote them thinks of it (safetensors: the
+    owner's alone). durable: they survive a power cut. Raises RunError where the disk is full or not writable.
     """
     temporary, old = folder.with_name(f".{folder.name}.tmp"), folder.with_name(f".{folder.name}.old")
     try:
@@ -43,6 +50,10 @@ def replace_folder(folder: Path, *, durable: bool = False) -> Iterator[Path]:
             shutil.rmtree(left, ignore_errors=True)
         temporary.mkdir(parents=True)
         yield temporary
+        rights = temporary.stat().st_mode & 0o666
+        for path in temporary.rglob("*"):
+            if path.is_file() and not path.is_symlink() and path.stat().st_mode & 0o777 != rights:
+                path.chmod(rights)
         if durable:
             for path in [*temporary.iterdir(), temporary]:
                 _flush(path)
@@ -67,3 +78,40 @@ def _flush(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def remove_leftovers(folder: Path, patterns: Mapping[str, str]) -> None:
+    """Remove what killed processes left of the functions above; only for whoever alone writes there.
+
+    patterns: sub-folder -> regular expression of the names that may be written in it, so that nobody else's file with
+    such an ending is touched. A folder that was moved aside and not replaced any more comes back.
+    """
+    for name, pattern in patterns.items():
+        for path in _entries(folder / name):
+            found = re.fullmatch(rf"\.(?P<name>{pattern})\.(?P<ending>\d+\.tmp|tmp|old)", path.name)
+            if not found:
+                continue
+            final = path.with_name(found["name"])
+            with suppress(OSError):  # of another user: they cost nothing but space
+                if path.is_file():
+                    path.unlink()
+                elif found["ending"] == "old" and not final.exists():
+                    path.rename(final)
+                else:
+                    shutil.rmtree(path)
+
+
+def remove_abandoned(folder: Path, pattern: str) -> None:
+    """Remove old temporary files of `write_atomically` where others may write too. pattern: of the final names."""
+    for path in _entries(folder):
+        with suppress(OSError):  # another process was faster, or they are somebody else's
+            if re.fullmatch(rf"\.{pattern}\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime > ABANDONED_S:
+                path.unlink()
+
+
+def _entries(folder: Path) -> list[Path]:
+    """Files and folders in a folder, without links; none where it can't be read."""
+    try:
+        return [path for path in folder.iterdir() if not path.is_symlink()]
+    except OSError:
+        return []

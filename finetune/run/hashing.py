@@ -15,6 +15,10 @@ from finetune.run.atomic import write_atomically
 # Times this close to the moment of reading are not trusted. FAT counts in steps of 2 s, all others are finer.
 RACY_NS = 2 * 10**9
 
+Stamp = tuple[int, ...]
+"""A file's bytes, modification time and change time in ns. The last one catches what keeps the second (`cp -p`,
+`touch -r`). Inode numbers would catch no more and differ at each mount of some network file systems."""
+
 
 def hash_of(*values: Any) -> str:
     """Hash of plain values; equal values hash equally whatever the order of dictionary keys."""
@@ -43,19 +47,29 @@ def hash_adapter(path: Path) -> str:
     return hash_files(file for file in files if file.is_file())
 
 
+def stamp_of(path: Path) -> Stamp:
+    """Today's stamp of a file. Raises OSError where there is none."""
+    found = path.stat()
+    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
+
+
+def trusted(stamp: Stamp, read_ns: int) -> bool:
+    """Whether a file that was read at that time, ns, and has this stamp still is the file that was read."""
+    return max(stamp[1:]) < read_ns - RACY_NS
+
+
 def known_hash(path: Path, memory: Path) -> str:
     """`hash_file` of a large file, which is read again only if its size or one of its times has changed.
 
     memory: the JSON file that remembers; it only saves work and may be deleted at any time. Raises OSError.
     """
     path, known = path.resolve(), _remembered(memory)
-    found, now = path.stat(), time.time_ns()
-    stamp = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]  # the last one catches what keeps the second
+    stamp, now = stamp_of(path), time.time_ns()
     before = known.get(str(path))
-    if before and before[0] == stamp:
+    if before and tuple(before[0]) == stamp:
         return str(before[1])
     sha256 = hash_file(path)
-    if max(stamp[1:]) < now - RACY_NS:
+    if trusted(stamp, now):
         rows = {file: row for file, row in known.items() if Path(file).is_file()} | {str(path): [stamp, sha256]}
         with suppress(RunError):  # the next run reads the file again, that is all
             write_atomically(memory, json.dumps([hash_of(rows), rows]))

@@ -5,9 +5,9 @@ import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
 
 from finetune.run.atomic import write_atomically
+from finetune.run.plain import UNREADABLE
 from finetune.run.progress import say
 from finetune.run.receipts import receipt_path
 from finetune.run.records import METRICS, Dataset, TextSet
@@ -41,10 +41,9 @@ def changes(run_dir: Path, dataset: Dataset | TextSet) -> str:
     if not isinstance(dataset, Dataset) or not file.exists():
         return f"other {dataset.content_name}"
     try:
-        before: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError:  # only names are lost
+        found = list(_differences(json.loads(file.read_text(encoding="utf-8")), _images(dataset)))
+    except UNREADABLE:  # only names are lost
         return f"other {dataset.content_name}"
-    found = list(_differences(before, _images(dataset)))
     return ", ".join(found) or "images are cut, mirrored or held out in another way"
 
 

@@ -1,12 +1,13 @@
 """Why and how each stage of a run ran: `receipts/STAGE.json`, which also holds the record that the stage left.
 
-A receipt has the hash of everything that the stage depended on, versions, seconds and figures. A stage whose receipt
-carries the hash of today's inputs is up to date and is skipped.
+A receipt has the hash of everything that the stage depended on, versions, seconds, figures, and the hashes of the files
+that the stage left in the run folder. A stage whose receipt carries the hash of today's inputs, and whose files are as
+it left them, is up to date and is skipped. Paths are relative to the run folder.
 """
 
 import json
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,9 @@ from typing import Any, TypeVar
 from finetune.errors import RunError
 from finetune.run import ranks
 from finetune.run.atomic import write_atomically
-from finetune.run.records import from_plain
+from finetune.run.outputs import Output, compare, outputs_of
+from finetune.run.plain import UNREADABLE, first_line, from_plain, inside, placed, require_duration
+from finetune.run.progress import say
 
 R = TypeVar("R")
 
@@ -23,7 +26,7 @@ Figures = dict[str, float | int | str | None]
 
 @dataclass(frozen=True)
 class Receipt:
-    """Why and how a stage ran: `figures` are what it measured."""
+    """Why and how a stage ran: `figures` are what it measured, `outputs` its files by their path in the run folder."""
 
     stage: str
     input_hash: str
@@ -31,22 +34,47 @@ class Receipt:
     figures: Figures
     versions: dict[str, str]
     record: dict[str, Any]
+    outputs: dict[str, Output] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        require_duration(self.seconds)
 
 
-def save_receipt(run_dir: Path, stage: str, record: Any, *, input_hash: str, seconds: float, figures: Figures) -> None:
-    """Write `receipts/STAGE.json` atomically."""
-    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), asdict(record)))
+def save_receipt(
+    run_dir: Path,
+    stage: str,
+    record: Any,
+    *,
+    input_hash: str,
+    seconds: float,
+    figures: Figures,
+    outputs: Iterable[Path] = (),
+) -> None:
+    """Write `receipts/STAGE.json` atomically. outputs: files and folders in the run folder that the stage left."""
+    values = inside(type(record), asdict(record))
+    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), values, outputs_of(run_dir, outputs)))
 
 
 def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
     """The stage's receipt, or None if there is none. Raises RunError for a damaged one."""
     path = receipt_path(run_dir, stage)
-    if not path.exists():
-        return None
     try:
-        return from_plain(Receipt, json.loads(path.read_text(encoding="utf-8")))
-    except (ValueError, KeyError, TypeError) as error:
-        raise RunError(f"{path} is damaged ({error}); delete it and the stage `{stage}` runs again") from error
+        receipt = from_plain(Receipt, json.loads(path.read_text(encoding="utf-8")))
+        if receipt.stage != stage:
+            raise ValueError(f"it is of the stage {receipt.stage!r}")
+        return receipt
+    except FileNotFoundError:
+        return None
+    except UNREADABLE as error:
+        raise _damaged(run_dir, stage, error) from error
+
+
+def record_of(receipt: Receipt, record_type: type[R], run_dir: Path) -> R:
+    """The record of a receipt in this run folder. Raises RunError if it is not one of that type."""
+    try:
+        return from_plain(record_type, placed(record_type, receipt.record, run_dir))
+    except UNREADABLE as error:
+        raise _damaged(run_dir, receipt.stage, error) from error
 
 
 def load_record(
@@ -57,18 +85,42 @@ def load_record(
     input_hash: str | None = None,
     earlier: str = "",
     noted: Mapping[str, str] | None = None,
+    outputs: Callable[[R], Iterable[Path]] | None = None,
 ) -> R | None:
-    """The record that the stage left, or None if it never ran or (when `input_hash` is given) ran on other inputs.
+    """The record that the stage left, or None if it never ran or (when `input_hash` is given) is not up to date.
 
     earlier: what an earlier version, which knew less of its inputs, called the same ones: such a receipt counts, and
-    from now on has `input_hash` and the figures `noted`.
+    from now on has `input_hash` and the figures `noted`. outputs: what the stage leaves; an earlier version didn't note
+    it, and today's content counts as what it left.
     """
     receipt = load_receipt(run_dir, stage)
-    if receipt is None or (input_hash is not None and receipt.input_hash not in (input_hash, earlier)):
+    if receipt is None:
         return None
-    if input_hash is not None and receipt.input_hash != input_hash and ranks.rank() == 0:
-        _write(run_dir, replace(receipt, input_hash=input_hash, figures=receipt.figures | dict(noted or {})))
-    return from_plain(record_type, receipt.record)
+    if input_hash is None:
+        return record_of(receipt, record_type, run_dir)
+    if receipt.input_hash not in filter(None, (input_hash, earlier)):
+        return None
+    record, found = record_of(receipt, record_type, run_dir), receipt.outputs
+    if found:
+        wrong, found = compare(run_dir, found)
+    else:
+        paths = list(outputs(record)) if outputs else []
+        wrong = next((f"{path.relative_to(run_dir)} is gone" for path in paths if not path.exists()), "")
+        found = {} if wrong else outputs_of(run_dir, paths)
+    if wrong:
+        say(f"{stage}: {wrong} since it was made; it is made again")
+        return None
+    known = replace(receipt, input_hash=input_hash, outputs=found)
+    if receipt.input_hash != input_hash:
+        known = replace(known, figures=receipt.figures | dict(noted or {}))
+    if known != receipt and ranks.rank() == 0:
+        _write(run_dir, known)
+    return record
+
+
+def _damaged(run_dir: Path, stage: str, error: Exception) -> RunError:
+    path = receipt_path(run_dir, stage)
+    return RunError(f"{path} is damaged ({first_line(error)}); delete it and the stage `{stage}` runs again")
 
 
 def _write(run_dir: Path, receipt: Receipt) -> None:

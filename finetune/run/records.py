@@ -1,19 +1,19 @@
-"""What stages hand to one another: frozen values, and how they are read back from JSON.
+"""What stages hand to one another: frozen values. `finetune.run.plain` reads them back from JSON.
 
 A record with fields that were renamed has a table `RENAMED`, old name -> new name: run folders of earlier versions stay
-readable. How a record looks is not said here but in `finetune.reporting`.
+readable. One with paths in the run folder has a table `INSIDE`, field -> how many of the path's last parts are below
+the run folder: receipts hold these parts alone, so that a folder may be copied, renamed and moved. How a record looks
+is not said here but in `finetune.reporting`.
 """
 
 import json
-import types
-import typing
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, fields, is_dataclass
-from typing import Any, ClassVar, TypeVar
+from dataclasses import dataclass
+from typing import ClassVar, TypeVar
 
+from finetune.errors import RunError
 from finetune.run.hashing import hash_of
-
-R = TypeVar("R")
+from finetune.run.plain import UNREADABLE, first_line, from_plain, require_duration, require_names
 
 METRICS = "metrics.jsonl"  # the run's curves, one JSON line per logged step
 
@@ -74,6 +74,7 @@ class Dataset:
     cached: int = 0
     content_name: ClassVar[str] = "images and captions"
     identity_key: ClassVar[str] = "pictures and captions"  # in checkpoints, since the first release: its runs go on
+    INSIDE: ClassVar[dict[str, int]] = {"index": 1}
 
     @property
     def content(self) -> str:
@@ -81,10 +82,15 @@ class Dataset:
         return hash_of([[example.key, example.caption, example.held_out] for example in self.examples()])[:16]
 
     def examples(self) -> Iterator[Example]:
-        """Every example in the index's order (sorted by file name)."""
-        with open(self.index, encoding="utf-8") as lines:
-            for line in lines:
-                yield from_plain(Example, json.loads(line))
+        """Every example in the index's order (sorted by file name). Raises RunError for an index that is damaged."""
+        try:
+            with open(self.index, encoding="utf-8") as lines:
+                for line in lines:
+                    yield from_plain(Example, json.loads(line))
+        except UNREADABLE as error:
+            raise RunError(
+                f"{self.index} is damaged ({first_line(error)}); delete it and the same command makes it again"
+            ) from error
 
 
 @dataclass(frozen=True)
@@ -158,6 +164,12 @@ class Run:
     effective: int = 0
     processes: int = 1
     RENAMED: ClassVar[dict[str, str]] = {"eased": "oom_fallbacks", "probed_gib": "dry_run_gib"}
+    INSIDE: ClassVar[dict[str, int]] = {"folder": 0, "checkpoint": 2}
+
+    def __post_init__(self) -> None:
+        require_duration(self.seconds)
+        if self.processes < 1 or min(self.micro_batch, self.effective, self.steps, self.items, self.total) < 0:
+            raise ValueError("a number of something is negative")
 
     @property
     def items_per_s(self) -> float:
@@ -174,6 +186,10 @@ class Adapter:
     differences: dict[str, float]
     base: str
     trigger: str
+    INSIDE: ClassVar[dict[str, int]] = {"folder": 1}
+
+    def __post_init__(self) -> None:
+        require_names(*self.files.values())
 
 
 @dataclass(frozen=True)
@@ -185,6 +201,9 @@ class Sample:
     file: str
     base_file: str
 
+    def __post_init__(self) -> None:
+        require_names(self.file, self.base_file)
+
 
 @dataclass(frozen=True)
 class Samples:
@@ -193,6 +212,7 @@ class Samples:
     folder: str
     grid: str
     items: tuple[Sample, ...]
+    INSIDE: ClassVar[dict[str, int]] = {"folder": 1, "grid": 2}
 
     @property
     def page(self) -> str:
@@ -217,6 +237,7 @@ class Answers:
     folder: str
     page: str
     items: tuple[Answer, ...]
+    INSIDE: ClassVar[dict[str, int]] = {"folder": 1, "page": 2}
 
 
 S = TypeVar("S", Sample, Answer)
@@ -227,6 +248,7 @@ class Report:
     """One self-contained page about the run."""
 
     file: str
+    INSIDE: ClassVar[dict[str, int]] = {"file": 1}
 
 
 @dataclass(frozen=True)
@@ -245,25 +267,3 @@ def by_prompt(items: Sequence[S]) -> dict[str, list[S]]:
     """Samples or answers by their prompt, in the order in which prompts first come."""
     prompts = dict.fromkeys(item.prompt for item in items)
     return {prompt: [item for item in items if item.prompt == prompt] for prompt in prompts}
-
-
-def from_plain(kind: type[R], data: dict[str, Any]) -> R:
-    """The inverse of `dataclasses.asdict` for frozen records; fields that have gone are passed over.
-
-    Raises TypeError where a field without a default is missing.
-    """
-    hints, renamed = typing.get_type_hints(kind), getattr(kind, "RENAMED", {})
-    data = {renamed.get(name, name): value for name, value in dict(data).items()}
-    return kind(**{f.name: _convert(hints[f.name], data[f.name]) for f in fields(kind) if f.name in data})  # type: ignore[arg-type]
-
-
-def _convert(hint: Any, value: Any) -> Any:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if value is None or origin in (typing.Union, types.UnionType):
-        return value
-    if origin is tuple:
-        inner = arguments[0] if arguments[-1] is Ellipsis else None
-        return tuple(_convert(inner or arguments[i], item) for i, item in enumerate(value))
-    if is_dataclass(hint):
-        return from_plain(typing.cast(type[Any], hint), value)
-    return value

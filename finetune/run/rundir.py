@@ -11,13 +11,22 @@ from typing import Any
 
 from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
 from finetune.run import ranks
-from finetune.run.atomic import write_atomically
+from finetune.run.atomic import remove_leftovers, write_atomically
+from finetune.run.plain import UNREADABLE, first_line
 from finetune.run.receipts import receipt_path
 
 CONFIG = "config.yaml"
 LOCK = ".lock"
 OWNER = ".lock.json"  # who holds the lock; the lock itself is the operating system's and dies with its process
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
+LEFTOVERS = {
+    "": r"(\.lock|trained_on|restarted)\.json|(metrics|dataset)\.jsonl|config\.yaml|report\.html|adapter|samples",
+    "receipts": r"\w+\.json",
+    "checkpoints": r"step-\d{6,}",
+    "samples_more": r"[0-9a-f]{8}",
+}
+"""What is written in a run folder under a temporary name first, by sub-folder."""
+SECTIONS = ("model", "caption", "lora", "sample")  # of config.yaml, as far as they are read again
 
 
 @contextmanager
@@ -35,7 +44,8 @@ def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
     _make(folder)
-    with _locked(folder), _without_trace(made), explained(folder, hint):
+    with _locked(folder), _without_trace(made), explained(folder, hint), _in_place(folder):
+        remove_leftovers(folder, LEFTOVERS)
         if not (folder / CONFIG).exists() or (owns_config and not _has_training_state(folder)):
             write_config(settings, folder)
         yield folder
@@ -43,16 +53,22 @@ def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False
 
 @contextmanager
 def explained(folder: Path, hint: str) -> Iterator[None]:
-    """Turn out-of-memory and full-disk errors into ours."""
+    """Turn errors of memory, of the disk, and of any file in the run folder into ours."""
     try:
         yield
     except FinetuneError:
         raise
     except Exception as error:
-        if _is_disk_full(error):
+        if _is_of(error, DISK_FULL):
             raise RunError(_full(folder)) from error
+        if _is_of(error, (errno.EFBIG,)):
+            raise RunError(
+                f"a file in {folder} is too large for its disk, or for ulimit -f; try another run_dir=PATH"
+            ) from error
         if is_out_of_memory(error):
             raise OutOfMemory(f"out of memory; {hint}") from error
+        if isinstance(error, OSError) and (file := _file_inside(folder, error)):
+            raise RunError(f"cannot use {file} ({error.strerror}); restore it from a copy, or delete it") from error
         raise
 
 
@@ -64,15 +80,26 @@ def write_config(settings: Mapping[str, Any], folder: Path) -> None:
     write_atomically(folder / CONFIG, text)
 
 
+def name_inside(path: Path, folder: Path) -> str:
+    """A path as a run folder's records have it: relative to the run folder, or else absolute."""
+    path, folder = path.absolute(), folder.absolute()
+    return path.relative_to(folder).as_posix() if path.is_relative_to(folder) else str(path)
+
+
 def written_config(folder: Path) -> dict[str, Any]:
     """The settings in `config.yaml`, empty where there is none. Raises RunError for a damaged one."""
     import yaml
 
     file = folder / CONFIG
     try:
-        return yaml.safe_load(file.read_text(encoding="utf-8")) or {} if file.exists() else {}
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
-        raise RunError(f"{file} is damaged; the same `train` command writes it again") from error
+        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        if wrong := [key for key in SECTIONS if not isinstance(found.get(key, {}), dict)]:
+            raise TypeError(f"{wrong[0]} has no settings")
+        return dict(found)
+    except FileNotFoundError:
+        return {}
+    except (yaml.YAMLError, *UNREADABLE) as error:
+        raise RunError(f"{file} is damaged ({first_line(error)}); the same `train` command writes it again") from error
 
 
 def _has_training_state(folder: Path) -> bool:
@@ -92,7 +119,7 @@ def _make(folder: Path) -> None:
 
 
 def _unwritable(folder: Path, error: OSError) -> str:
-    if _is_disk_full(error):
+    if _is_of(error, DISK_FULL):
         return _full(folder)
     return f"cannot write in the run folder {folder} ({error.strerror}); choose one that you may write: run_dir=PATH"
 
@@ -112,6 +139,8 @@ def _locked(folder: Path) -> Iterator[None]:
         raise RunError(
             f"{folder} is in use by {_owner(folder)}; wait for it, or choose another run_dir=PATH"
         ) from error
+    except OSError as error:  # the lock file is another user's
+        raise RunError(_unwritable(folder, error)) from error
     owner = folder / OWNER
     try:
         write_atomically(owner, json.dumps({"pid": os.getpid(), "since": f"{datetime.now():%Y-%m-%d %H:%M:%S}"}))
@@ -127,7 +156,7 @@ def _without_trace(made: Sequence[Path]) -> Iterator[None]:
     try:
         yield
     except BaseException:
-        if made and {path.name for path in made[0].iterdir()} <= {CONFIG, LOCK, OWNER}:
+        if made and made[0].is_dir() and {path.name for path in made[0].iterdir()} <= {CONFIG, LOCK, OWNER}:
             for name in (CONFIG, LOCK, OWNER):
                 (made[0] / name).unlink(missing_ok=True)
             for path in made:
@@ -140,12 +169,35 @@ def _owner(folder: Path) -> str:
     try:
         owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
         return f"process {owner['pid']} since {owner['since']}"
-    except (OSError, ValueError, KeyError):
+    except UNREADABLE:
         return "another process"  # it has only just begun
 
 
-def _is_disk_full(error: BaseException) -> bool:
-    """safetensors has an error of its own, which tells the number only in its text."""
+@contextmanager
+def _in_place(folder: Path) -> Iterator[None]:
+    """Raises RunError if the folder is another one at the end: its parts would lie in two places."""
+    before = folder.stat()
+    try:
+        yield
+    finally:
+        if not folder.is_dir() or not os.path.samestat(before, folder.stat()):
+            first = f"delete what is in {folder} now, " if folder.exists() else ""
+            raise RunError(
+                f"{folder} was renamed, moved or deleted while this command ran; {first}give the folder its name back, "
+                "and type the same command"
+            )
+
+
+def _file_inside(folder: Path, error: OSError) -> Path | None:
+    """The file of the run folder that an error is about."""
+    if not isinstance(error.filename, str | os.PathLike):
+        return None
+    file = Path(error.filename)
+    return file if file.absolute().is_relative_to(folder.absolute()) else None
+
+
+def _is_of(error: BaseException, numbers: Sequence[int]) -> bool:
+    """Whether the system refused for one of these reasons. safetensors tells the number only in its text."""
     if isinstance(error, OSError):
-        return error.errno in DISK_FULL
-    return any(f"(os error {number})" in str(error) for number in DISK_FULL)
+        return error.errno in numbers
+    return any(f"(os error {number})" in str(error) for number in numbers)

@@ -22,12 +22,20 @@ def dataset(config: Config, captions: CaptionSet | None) -> Dataset | TextSet:
     run_dir = Path(config.run_dir)
     kind = kinds.of(config)
     input_hash = hash_of(*kind.dataset_inputs(config, captions))
-    record: Dataset | TextSet | None = load_record(run_dir, STAGE, kind.DATASET, input_hash=input_hash)
+    record: Dataset | TextSet | None
+    record = load_record(run_dir, STAGE, kind.DATASET, input_hash=input_hash, outputs=_outputs)
     if record and kind.dataset_complete(record):
         say(f"{STAGE}: up to date, skipped")
         return record
     record = kind.build_dataset(config, captions)
     seconds = time.monotonic() - start
     figures = kind.dataset_figures(record) | {"examples_per_s": round((record.train + record.validation) / seconds, 3)}
-    save_receipt(run_dir, STAGE, record, input_hash=input_hash, seconds=seconds, figures=figures)
+    save_receipt(
+        run_dir, STAGE, record, input_hash=input_hash, seconds=seconds, figures=figures, outputs=_outputs(record)
+    )
     return record
+
+
+def _outputs(record: Dataset | TextSet) -> list[Path]:
+    """Images have an index in the run folder; rows of tokens lie in the cache, with checksums of their own."""
+    return [Path(record.index)] if isinstance(record, Dataset) else []

@@ -23,6 +23,7 @@ from finetune.run.records import Adapter, Run
 from finetune.training import checkpoint
 
 T = TypeVar("T")
+CARD = "README.md"
 ON_CARD = ("trained on", "effective batch", "loss", "trained parameters")
 """Figures of the run that stay true wherever the adapter goes."""
 
@@ -34,8 +35,8 @@ def export(config: Config, run: Run) -> Adapter:
     settings = as_dict(config)
     inputs = (run.training_hash, run.steps, settings["export"], config.caption.trigger, config.name)
     input_hash = hash_of(*inputs, config.model.base, kinds.of(config).contents(config))
-    record = load_record(run_dir, "export", Adapter, input_hash=input_hash, earlier=hash_of(*inputs))
-    if record and all((folder / name).exists() for name in record.files.values()):
+    record = load_record(run_dir, "export", Adapter, input_hash=input_hash, earlier=hash_of(*inputs), outputs=_outputs)
+    if record and (folder / CARD).exists():
         say("export: up to date, skipped")
         return record
     start = time.monotonic()
@@ -46,9 +47,7 @@ def export(config: Config, run: Run) -> Adapter:
         files, differences = _within_memory(
             config, temporary, lambda here: kind.export(here, run, trained.adapter, trained.averaged, temporary)
         )
-        (temporary / "README.md").write_text(
-            _card(config, run, files, differences, kind.usage(config)), encoding="utf-8"
-        )
+        (temporary / CARD).write_text(_card(config, run, files, differences, kind.usage(config)), encoding="utf-8")
     record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
     save_receipt(
         run_dir,
@@ -57,6 +56,7 @@ def export(config: Config, run: Run) -> Adapter:
         input_hash=input_hash,
         seconds=time.monotonic() - start,
         figures={f"{export_format} difference": value for export_format, value in differences.items()},
+        outputs=_outputs(record),
     )
     by_difference: dict[str, list[str]] = {}
     for name in differences:
@@ -64,6 +64,12 @@ def export(config: Config, run: Run) -> Adapter:
     proven = ", ".join(f"{found} ({', '.join(names)})" for found, names in by_difference.items())
     say(f"export: compared with the trained model: {proven}")
     return record
+
+
+def _outputs(adapter: Adapter) -> list[Path]:
+    """What has to stay as it was written; the card is a person's to edit."""
+    folder = Path(adapter.folder)
+    return [*(folder / name for name in adapter.files.values()), *folder.glob("*.json")]
 
 
 def _within_memory(config: Config, folder: Path, write: Callable[[Config], T]) -> T:

@@ -8,18 +8,20 @@ import time
 from pathlib import Path
 from typing import Any
 
-import yaml
 from PIL import Image
 
 from finetune.config.schema import Config
 from finetune.errors import RunError
 from finetune.reporting import curves
 from finetune.reporting.page import Found, page
+from finetune.reporting.thumbnails import NOT_SHOWN
+from finetune.run import rundir
 from finetune.run.atomic import write_atomically
 from finetune.run.hashing import hash_of
+from finetune.run.plain import UNREADABLE, first_line, from_plain
 from finetune.run.progress import say
 from finetune.run.receipts import load_receipt, save_receipt
-from finetune.run.records import Answer, Report, Sample, from_plain
+from finetune.run.records import Answer, Report, Sample
 
 STAGE = "report"
 PAGE = "report.html"
@@ -31,7 +33,7 @@ def report(config: Config) -> Report:
     start = time.monotonic()
     run_dir = Path(config.run_dir)
     found = _gather(run_dir)
-    html = page(found)
+    html = page(found).encode(errors="replace")  # half a surrogate of a damaged file
     write_atomically(run_dir / PAGE, html)
     record = Report(str(run_dir / PAGE))
     save_receipt(
@@ -40,7 +42,7 @@ def report(config: Config) -> Report:
         record,
         input_hash=hash_of({stage: receipt.input_hash for stage, receipt in found.receipts.items()}),
         seconds=time.monotonic() - start,
-        figures={"bytes": len(html.encode()), "pairs": len(found.samples) + len(found.answers)},
+        figures={"bytes": len(html), "pairs": len(found.samples) + len(found.answers)},
     )
     say(f"{STAGE}: {record.file}")
     return record
@@ -48,17 +50,25 @@ def report(config: Config) -> Report:
 
 def _gather(run_dir: Path) -> Found:
     receipts = {stage: receipt for stage in STAGES if (receipt := load_receipt(run_dir, stage))}
-    text = _text(run_dir / "config.yaml")
+    settings, config = rundir.written_config(run_dir), run_dir / rundir.CONFIG
+    text = config.read_text(encoding="utf-8") if settings else ""
     drew = "sample" not in receipts or receipts["sample"].record.get("items")  # else what lies there is older
+    lines = _samples(run_dir / "samples" / "samples.jsonl") if drew else []
+    samples = [line for line, _ in lines if isinstance(line, Sample)]
+    answers = [line for line, _ in lines if isinstance(line, Answer)]
+    drawn = _png_texts(run_dir / "samples" / samples[0].file) if samples else lines[0][1] if lines else {}
+    return Found(run_dir, settings, text, receipts, curves.read(run_dir), samples, answers, drawn)
+
+
+def _samples(file: Path) -> list[tuple[Sample | Answer, dict[str, Any]]]:
+    """Each line as a record, and with all its values. Raises RunError for a damaged file."""
     try:
-        lines = [json.loads(line) for line in _text(run_dir / "samples" / "samples.jsonl").splitlines() if drew]
-        samples = [from_plain(Sample, line) for line in lines if "file" in line]
-        answers = [from_plain(Answer, line) for line in lines if "file" not in line]
-    except (ValueError, KeyError, TypeError) as error:
-        file = run_dir / "samples" / "samples.jsonl"
-        raise RunError(f"{file} is damaged ({error}); delete it and run `finetune sample` again") from error
-    drawn = _png_texts(run_dir / "samples" / samples[0].file) if samples else lines[0] if lines else {}
-    return Found(run_dir, yaml.safe_load(text) or {}, text, receipts, curves.read(run_dir), samples, answers, drawn)
+        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        return [(from_plain(Sample, line) if "file" in line else from_plain(Answer, line), line) for line in lines]
+    except FileNotFoundError:
+        return []
+    except UNREADABLE as error:
+        raise RunError(f"{file} is damaged ({first_line(error)}); delete it and run `finetune sample` again") from error
 
 
 def _png_texts(file: Path) -> dict[str, Any]:
@@ -66,9 +76,5 @@ def _png_texts(file: Path) -> dict[str, Any]:
     try:
         with Image.open(file) as image:
             return {str(name): text for name, text in image.info.items()}
-    except OSError:
+    except NOT_SHOWN:
         return {}
-
-
-def _text(path: Path) -> str:
-    return path.read_text(encoding="utf-8") if path.exists() else ""

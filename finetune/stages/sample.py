@@ -37,8 +37,9 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
     model = {key: value for key, value in settings["model"].items() if key != "base"}
     input_hash = hash_of(hash_adapter(path), settings["sample"], model, kind.contents(config), precision)
     folder = run_dir / "samples" if own else run_dir / "samples_more" / input_hash[:8]
-    record = load_record(run_dir, "sample", kind.SAMPLES, input_hash=input_hash, earlier=earlier)
-    if own and record and Path(record.page).exists():
+    if own and (
+        record := load_record(run_dir, "sample", kind.SAMPLES, input_hash=input_hash, earlier=earlier, outputs=_outputs)
+    ):
         say("sample: up to date, skipped")
         return record
     start = time.monotonic()
@@ -56,8 +57,13 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
         input_hash=input_hash,
         seconds=seconds,
         figures={"samples": 2 * len(items), "samples_per_s": 2 * len(items) / seconds},
+        outputs=_outputs(record),
     )
     return record
+
+
+def _outputs(samples: Samples | Answers) -> list[Path]:
+    return [Path(samples.page), Path(samples.folder)]
 
 
 def _none(config: Config, run_dir: Path, input_hash: str) -> Samples | Answers:

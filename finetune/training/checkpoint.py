@@ -6,24 +6,30 @@ manifest with the hash of every file. It is written under a temporary name, flus
 
 import io
 import json
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, ClassVar
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
-from finetune.errors import RunError
+from finetune.errors import RunError, is_out_of_memory
 from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_file
-from finetune.run.records import from_plain
+from finetune.run.plain import UNREADABLE, first_line, from_plain, require_names
 
 PREFIX = "step-"
 MANIFEST = "manifest.json"
+ADAPTER, OPTIMIZER, STATE, EMA = "adapter.safetensors", "optimizer.pt", "state.json", "ema.safetensors"
+# What the readers of these files raise besides: torch's of a pickle, and safetensors'.
+DAMAGED = (*UNREADABLE, RuntimeError, EOFError, UnpicklingError, SafetensorError)
 
 
 @dataclass(frozen=True)
@@ -99,13 +105,13 @@ def save(
     final = at(folder, state.step)
     with replace_folder(final, durable=True) as temporary:
         # Serialised in memory first: at a full disk, torch and safetensors raise errors that don't say so.
-        (temporary / "adapter.safetensors").write_bytes(save_tensors(dict(adapter)))
+        (temporary / ADAPTER).write_bytes(save_tensors(dict(adapter)))
         buffer = io.BytesIO()
         torch.save(dict(optimizer), buffer)
-        (temporary / "optimizer.pt").write_bytes(buffer.getbuffer())
+        (temporary / OPTIMIZER).write_bytes(buffer.getbuffer())
         if ema is not None:
-            (temporary / "ema.safetensors").write_bytes(save_tensors(dict(ema)))
-        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
+            (temporary / EMA).write_bytes(save_tensors(dict(ema)))
+        (temporary / STATE).write_text(json.dumps(asdict(state), indent=2), encoding="utf-8")
         hashes = {path.name: hash_file(path) for path in sorted(temporary.iterdir())}
         (temporary / MANIFEST).write_text(json.dumps(hashes, indent=2), encoding="utf-8")
     return final
@@ -114,25 +120,31 @@ def save(
 def load(folder: Path) -> Checkpoint:
     """Read one checkpoint. Raises RunError if a file is missing or differs from its manifest."""
     try:
-        hashes = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        if lacking := [name for name in (ADAPTER, OPTIMIZER, STATE) if name not in hashes]:
+            raise ValueError(f"{lacking[0]} is not in its manifest")
+        require_names(*hashes)
         for name, expected in hashes.items():
             if hash_file(folder / name) != expected:
                 raise ValueError(f"{name} differs from its manifest")
-        state = from_plain(TrainState, json.loads((folder / "state.json").read_text(encoding="utf-8")))
-        adapter = load_file(folder / "adapter.safetensors")
-        optimizer = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        ema = load_file(folder / "ema.safetensors") if "ema.safetensors" in hashes else None
-    except (OSError, ValueError, KeyError, TypeError) as error:
+        state = from_plain(TrainState, json.loads((folder / STATE).read_text(encoding="utf-8")))
+        adapter = load_file(folder / ADAPTER)
+        optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
+        ema = load_file(folder / EMA) if EMA in hashes else None
+    except DAMAGED as error:
+        if is_out_of_memory(error):
+            raise
         raise RunError(
-            f"checkpoint {folder} is damaged ({error}); "
+            f"checkpoint {folder} is damaged ({first_line(error)}); "
             "delete that folder and the same command goes on from the one before"
         ) from error
     return Checkpoint(folder, state, adapter, optimizer, ema)
 
 
 def steps_on_disk(folder: Path) -> list[int]:
-    """Steps of the complete checkpoints in a folder, ascending."""
-    return sorted(int(path.name.removeprefix(PREFIX)) for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    """Steps of the complete checkpoints in a folder, ascending; a person's copies beside them are none."""
+    numbers = (path.name.removeprefix(PREFIX) for path in folder.glob(f"{PREFIX}*") if path.is_dir())
+    return sorted(int(number) for number in numbers if re.fullmatch(r"[0-9]{6,18}", number))
 
 
 def at(folder: Path, step: int) -> Path:
@@ -146,5 +158,5 @@ def prune(folder: Path, keep: int, also: Iterable[int | None]) -> None:
     for step in steps_on_disk(folder):
         if step not in kept:
             shutil.rmtree(at(folder, step))
-    for left in folder.glob(f".{PREFIX}*"):
-        shutil.rmtree(left)
+    for left in folder.glob(f".{PREFIX}*.tmp"):  # by a save that was killed
+        shutil.rmtree(left, ignore_errors=True)

@@ -1,14 +1,19 @@
-"""Where curves go: TensorBoard event files and `metrics.jsonl`, one line per logged step."""
+"""Where curves go: TensorBoard event files and `metrics.jsonl`, one line per logged step.
+
+A place that can't be used costs no run: it is reported, and the curves are not written there.
+"""
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from finetune.run.atomic import write_atomically
+from finetune.run.metrics import read_rows
+from finetune.run.progress import say
 from finetune.run.records import METRICS
 
 GIB = 2**30
@@ -18,19 +23,22 @@ class Tracker:
     """Writes one run's curves; a resumed run continues them without a fork."""
 
     def __init__(self, run_dir: Path, start: int, device: torch.device) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.file = run_dir / METRICS
         self.device = device
-        self._forget_after(start)
-        # purge_step hides the points that a killed run wrote after its last checkpoint
-        self.board = SummaryWriter(str(run_dir / "tensorboard"), purge_step=start + 1 if start else None)
+        self.writes = not self.file.exists() or self.file.is_file()
+        if self.writes:
+            self._forget_after(start)
+        else:
+            say(f"warning: {self.file} is no file; no curves are written there; delete it")
+        self.board = _board(run_dir / "tensorboard", start)
         self.gpu = _Gpu(device)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Points at `step`; the tag's part before "/" is TensorBoard's section."""
         for tag, value in values.items():
             self.board.add_scalar(tag, value, step)
+        if not self.writes:
+            return
         with open(self.file, "a", encoding="utf-8") as lines:
             finite = {tag: value if math.isfinite(value) else None for tag, value in values.items()}
             lines.write(json.dumps({"step": step, **finite}) + "\n")
@@ -65,11 +73,26 @@ class Tracker:
         self.board.close()
 
     def _forget_after(self, step: int) -> None:
-        if not self.file.exists():
-            return
-        lines = self.file.read_text(encoding="utf-8").splitlines()
-        kept = [line for line in lines if line.endswith("}") and json.loads(line)["step"] <= step]
-        write_atomically(self.file, "".join(line + "\n" for line in kept) if step else "")
+        if self.file.exists():
+            kept = [row.line for row in read_rows(self.file.parent) if row.step <= step] if step else []
+            write_atomically(self.file, "".join(line + "\n" for line in kept))
+
+
+def _board(folder: Path, start: int) -> Any:
+    """TensorBoard's writer; purge_step hides the points that a killed run wrote after its last checkpoint."""
+    from torch.utils.tensorboard import SummaryWriter
+
+    if folder.exists() and not folder.is_dir():
+        say(f"warning: {folder} is no folder; no curves are written there; delete it")
+        return _NoBoard()
+    return SummaryWriter(str(folder), purge_step=start + 1 if start else None)
+
+
+class _NoBoard:
+    """Takes what a `SummaryWriter` takes."""
+
+    def __getattr__(self, name: str) -> Callable[..., None]:
+        return lambda *_, **__: None
 
 
 class _Gpu:

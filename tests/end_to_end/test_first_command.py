@@ -28,8 +28,9 @@ from finetune.config.describe import as_dict
 from finetune.diffusion.sample import CELL, GAP, TEXT
 from finetune.hub import resolve
 from finetune.run import rundir
+from finetune.run.plain import from_plain
 from finetune.run.receipts import load_record
-from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Run, Sample, Samples, from_plain
+from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Run, Sample, Samples
 from scripts.toyworld.captions import read_caption
 from scripts.toyworld.output import dataset_scenes
 from tests.conftest import ROOT

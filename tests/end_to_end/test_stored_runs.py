@@ -56,6 +56,23 @@ def test_it_is_exported_drawn_with_and_reported(name: str) -> None:
     assert run.recipe in (RUN / "report.html").read_text(encoding="utf-8")
 
 
+def test_under_another_name_it_is_the_same_run(name: str) -> None:
+    run, moved = RUNS[name], Path("elsewhere/mine")
+    moved.parent.mkdir()
+    RUN.rename(moved)
+    before = contents(moved / "checkpoints")
+    finetune.train(run.recipe, [*run.overrides, f"run_dir={moved}"])
+    assert contents(moved / "checkpoints") == before
+    assert not RUN.exists()
+    shutil.copytree(moved, RUN)
+    theirs = contents(moved)
+    weights = RUN / WEIGHTS
+    weights.write_bytes(weights.read_bytes()[:-1] + b"?")
+    finetune.export(run.recipe, run.overrides)
+    assert _exported_as_stored(name)
+    assert contents(moved) == theirs
+
+
 def _trained() -> dict[str, str]:
     """What a step would change."""
     return {"metrics": (RUN / "metrics.jsonl").read_text(encoding="utf-8"), **contents(RUN / "checkpoints")}

@@ -350,6 +350,83 @@ def test_a_full_disk(plain: Config, calls: list[Any], monkeypatch: pytest.Monkey
         finetune.caption(plain)
 
 
+def test_a_file_that_is_too_large(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", _failing(errno.EFBIG))
+    with pytest.raises(RunError, match=r"file in run is too large .*ulimit -f.*run_dir=PATH"):
+        finetune.caption(plain)
+
+
+def test_a_file_of_the_run_folder_that_cannot_be_used_is_named(
+    plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read(*_: Any) -> None:
+        (Path(plain.run_dir) / "trained_on.json").mkdir()
+        (Path(plain.run_dir) / "trained_on.json").read_text()
+
+    monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", read)
+    with pytest.raises(RunError, match=r"cannot use run/trained_on.json \(Is a directory\)"):
+        finetune.caption(plain)
+
+
+@pytest.mark.parametrize("then", ["fails", "ends", "writes"])
+def test_a_run_folder_that_is_renamed_meanwhile(
+    plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch, then: str
+) -> None:
+    def rename(*_: Any) -> Any:
+        Path("run").rename("renamed")
+        if then == "fails":
+            Path("run/metrics.jsonl").write_text("{}")
+        if then == "writes":
+            rundir.write_config({}, Path("run"))
+        return RECORDS["caption"]
+
+    monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", rename)
+    with pytest.raises(RunError, match=r"run was renamed, moved or deleted .*type the same command") as error:
+        finetune.caption(plain)
+    assert ("delete what is in run now" in str(error.value)) == (then == "writes")
+    assert Path("renamed/config.yaml").is_file()
+
+
+def test_what_a_killed_process_left_is_removed_at_the_next_start(plain: Config, calls: list[Any]) -> None:
+    Path("run/receipts").mkdir(parents=True)
+    for name in ("receipts/.caption.json.123.tmp", ".config.yaml.123.tmp", "mine.tmp"):
+        Path("run", name).write_text("half")
+    finetune.caption(plain)
+    assert [path.name for path in Path("run").rglob("*.tmp")] == ["mine.tmp"]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("name: ../../../x", "name: /tmp/x", "name: ''", "name: .", "name: [a]", "name: 5", "caption: {trigger: [a]}"),
+        *(
+            "caption: [a]",
+            "caption: text",
+            "sample: 5",
+            "[]",
+            "text",
+            "5",
+            "a: [",
+            "2024-99-99",
+            "? : :",
+            "[" * 5000,
+            "",
+        ),
+    ],
+)
+def test_a_damaged_or_hostile_config_yaml_is_one_line(plain: Config, calls: list[Any], text: str) -> None:
+    """A name in it is part of exported files' names: nothing is written outside the run folder."""
+    finished(plain)
+    before = sorted(Path().iterdir())
+    for content in (text.encode(), text.encode() + b"\n# \xff"):
+        Path("run/config.yaml").write_bytes(content)
+        with pytest.raises(RunError, match=r"run/config.yaml is damaged .*`train` command writes it again") as error:
+            finetune.export(plain)
+        assert "\n" not in str(error.value)
+    assert calls == []
+    assert sorted(Path().iterdir()) == before
+
+
 def test_other_os_errors_keep_their_words(plain: Config, calls: list[Any], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys.modules["finetune.stages.caption"], "caption", _failing(errno.ENOENT))
     with pytest.raises(FileNotFoundError):

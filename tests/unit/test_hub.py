@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import hub
+from finetune import hub, reading
 from finetune.config.schema import ModelConfig
 from finetune.diffusion import meta, single_file
 from finetune.diffusion import pipeline as pipeline_module
@@ -218,7 +218,7 @@ def test_identity_of_large_files_sees_every_byte_and_reads_them_once(copy, tmp_p
 def test_damaged_weights_are_named(copy, kind):
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     data = file.read_bytes()
-    assert hub.damage(file) == ""
+    assert reading.damage(file) == ""
     header = int.from_bytes(data[:8], "little")
     file.write_bytes(
         {

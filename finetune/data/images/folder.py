@@ -7,6 +7,7 @@ Only names and texts are read here; nothing is decoded.
 import json
 import os
 import posixpath
+import re
 import tempfile
 import unicodedata
 from collections import Counter, defaultdict
@@ -17,7 +18,7 @@ from typing import Any
 
 from finetune.errors import DataError
 from finetune.reading import require_size
-from finetune.run.atomic import write_atomically
+from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.progress import plural
 
 METADATA = "metadata.jsonl"
@@ -166,6 +167,7 @@ def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> 
         name = (folder / file).relative_to(metadata.parent).as_posix()
         targets.setdefault(metadata, {})[_key(name)] = text
     for metadata, named in targets.items():
+        remove_abandoned(metadata.parent, re.escape(METADATA))
         rows = read_rows(metadata) if metadata.exists() else {}
         lines = []
         for name, row in rows.items():

@@ -16,15 +16,10 @@ from pathlib import Path
 from finetune.data.images import decode
 from finetune.errors import DataError, RunError
 from finetune.run.atomic import write_atomically
-from finetune.run.hashing import hash_of
+from finetune.run.hashing import RACY_NS, Stamp, hash_of, stamp_of
 
 FORMAT = "images-1"  # of the index: change it when a row means something else
 READ_THREADS = 4  # reading, hashing and decoding release the interpreter lock
-# A file that is written twice within one tick of the file system's clock shows the same times (git calls it "racy").
-# Times this close to the moment of reading are not trusted. FAT counts in steps of 2 s, all others are finer.
-RACY_NS = 2 * 10**9
-
-Stamp = tuple[int, ...]  # a file's bytes, modification time and change time, ns
 
 
 @dataclass(frozen=True)
@@ -106,13 +101,11 @@ def content_hash(data: bytes) -> str:
 
 
 def _stamp(path: Path) -> Stamp:
-    """The change time catches what keeps the modification time (`cp -p`, `touch -r`). Inode numbers would catch no more
-    and differ at each mount of some network file systems. Raises DataError for a file that isn't there."""
+    """Raises DataError for a file that isn't there."""
     try:
-        found = path.stat()
+        return stamp_of(path)
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from error
-    return found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def _load(path: Path) -> dict[str, Row]:

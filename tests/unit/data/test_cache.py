@@ -1,10 +1,14 @@
 """The cache: content in, content out, and damage is noticed."""
 
+import os
+import time
+
 import pytest
 import torch
 
 from finetune.data import cache
 from finetune.errors import DataError, RunError
+from finetune.run.atomic import ABANDONED_S
 from finetune.run.hashing import hash_of
 
 TENSORS = {"mean": torch.arange(6.0).reshape(2, 3), "std": torch.ones(2, 3, dtype=torch.bfloat16)}
@@ -58,6 +62,28 @@ def test_reading_a_missing_or_damaged_entry_names_it(store):
     path.write_bytes(path.read_bytes()[:20])
     with pytest.raises(DataError, match=r"the same command encodes it again"):
         cache.read(path)
+
+
+def test_one_changed_bit_is_not_trained_on_and_the_entry_is_made_again(store):
+    path = store.put("ef" * 32, TENSORS)
+    cache.read(path)
+    data, times = bytearray(path.read_bytes()), path.stat()
+    data[-1] ^= 1
+    path.write_bytes(data)
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))
+    with pytest.raises(DataError, match=r"was damaged; the same command encodes it again"):
+        cache.read(path)
+    assert cache.missing([path])  # so the same command does
+
+
+def test_what_killed_processes_left_is_removed_once_it_is_old(store):
+    kept = store.put("ab" * 32, TENSORS)
+    old, young = (kept.with_name(f".{'ab' * 32}.{number}.tmp") for number in (7, 8))
+    for file in (old, young):
+        file.write_bytes(b"half")
+    os.utime(old, (time.time() - ABANDONED_S - 1,) * 2)
+    store.remove_abandoned()
+    assert sorted(kept.parent.iterdir()) == sorted([kept, young])
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):

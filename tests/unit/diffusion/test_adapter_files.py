@@ -245,6 +245,34 @@ def test_an_adapter_of_another_rank_is_not_continued(
         kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
 
 
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        *(("lora_alpha", value) for value in (float("nan"), float("inf"), 1e300, "4", True, None, [4])),
+        *(("r", value) for value in (0, -1, 10**400, "4")),
+        *(("alpha_pattern", value) for value in ({"to_q": float("nan")}, [1], "x")),
+        ("rank_pattern", {"to_q": 0}),
+    ],
+)
+def test_a_strength_that_is_no_number_is_refused(
+    model: ModelConfig, trained: Any, tmp_path: Path, name: str, value: Any
+) -> None:
+    """Images of numbers that aren't numbers would be black, and the command would end well."""
+    formats.save_peft(trained, tmp_path / "peft", lora.state(trained), "")
+    path = tmp_path / "peft" / "adapter_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {name: value}))
+    for load in (load_adapter, read_adapter):
+        with pytest.raises(ModelError, match=r"adapter_config.json is damaged \(") as error:
+            load(model, load_backbone(model, torch.float32), tmp_path / "peft")
+        assert "\n" not in str(error.value)
+    file = save_adapter(model, trained, tmp_path, lora.state(trained))
+    tensors = {key: tensor for key, tensor in load_file(file).items() if not key.endswith("alpha")}
+    settings = {"unet.r": 4, "unet.lora_alpha": 4, f"unet.{name}": value}
+    save_file(tensors, file, {"lora_adapter_metadata": json.dumps(settings)})
+    with pytest.raises(ModelError, match="is damaged"):
+        load_adapter(model, load_backbone(model, torch.float32), file)
+
+
 def test_an_adapter_that_is_not_finite_is_refused(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
     weights = lora.state(trained)
     weights[next(iter(weights))][0, 0] = float("nan")

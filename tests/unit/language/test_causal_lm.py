@@ -383,6 +383,16 @@ def test_a_base_without_a_tokenizer_is_refused(base: Base, tmp_path: Path) -> No
         causal_lm.load_tokenizer(str(folder))
 
 
+@pytest.mark.parametrize("name", ["tokenizer.json", "tokenizer_config.json"])
+@pytest.mark.parametrize("damage", ["", "[]", "null", "5", "{"])
+def test_a_damaged_tokenizer_is_one_line(base: Base, tmp_path: Path, name: str, damage: str) -> None:
+    folder = shutil.copytree(base(), tmp_path / "damaged")
+    (folder / name).write_text(damage)
+    with pytest.raises(ModelError, match=str(folder)) as error:
+        causal_lm.load_tokenizer(str(folder))
+    assert "\n" not in str(error.value)
+
+
 def test_storage_that_the_machine_can_not_compute_in_is_refused(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object) -> None:
         raise RuntimeError("no kernel\nfor this GPU")

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 
 from finetune.errors import RunError
+from finetune.run.plain import from_plain
 from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
-from finetune.run.records import Caption, CaptionSet, Run, TextSet, from_plain
+from finetune.run.records import Adapter, Caption, CaptionSet, Run, TextSet
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from tests.conftest import ROOT
@@ -46,6 +47,68 @@ def test_a_damaged_receipt_is_named(tmp_path: Path, damage: str) -> None:
     receipt_path(tmp_path, "train").write_text(damage)
     with pytest.raises(RunError, match=r"train\.json is damaged"):
         load_receipt(tmp_path, "train")
+
+
+@pytest.mark.parametrize(
+    "damage", [b"\xff\xfe", b"[" * 100_000, b"null", b"{}"], ids=["bytes", "depth", "null", "no keys"]
+)
+def test_a_receipt_that_is_no_text_is_damaged(tmp_path: Path, damage: bytes) -> None:
+    receipt_path(tmp_path, "train").parent.mkdir()
+    receipt_path(tmp_path, "train").write_bytes(damage)
+    with pytest.raises(RunError, match=r"train\.json is damaged .*delete it and the stage `train` runs again"):
+        load_record(tmp_path, "train", Run)
+
+
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"record": {}}, "missing"),
+        ({"record": {"steps": "4"}}, "steps can't be '4'"),
+        ({"record": {"checkpoint": "checkpoints/.."}}, "no path in a run folder"),
+        ({"figures": {"steps": []}}, "figures.steps"),
+        ({"seconds": -1}, "no number of seconds"),
+        ({"outputs": {"a": {}}}, "missing"),
+        ({"stage": "../../evil"}, "of the stage '../../evil'"),  # whose file would be written elsewhere
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else "",
+)
+def test_a_receipt_with_other_types_or_keys_is_damaged(tmp_path: Path, wrong: dict[str, Any], said: str) -> None:
+    save_receipt(tmp_path, "train", run_record(tmp_path), input_hash="h", seconds=1.0, figures={})
+    path = receipt_path(tmp_path, "train")
+    plain = json.loads(path.read_text())
+    if wrong.get("record"):
+        wrong = {"record": plain["record"] | wrong["record"]}
+    path.write_text(json.dumps(plain | wrong))
+    with pytest.raises(RunError, match=r"train\.json is damaged") as error:
+        load_record(tmp_path, "train", Run, input_hash="h")
+    assert said in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_receipt_without_a_hash_is_not_up_to_date(tmp_path: Path) -> None:
+    save_receipt(tmp_path, "train", run_record(tmp_path), input_hash="", seconds=1.0, figures={})
+    assert load_record(tmp_path, "train", Run, input_hash="h") is None
+
+
+def test_a_stage_is_up_to_date_only_with_the_files_it_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    adapter = Adapter(str(tmp_path / "adapter"), {"peft": "peft"}, {"peft": 0.0}, "base", "")
+    weights = tmp_path / "adapter" / "peft" / "weights"
+    weights.parent.mkdir(parents=True)
+    weights.write_bytes(b"weights")
+
+    def load() -> Adapter | None:
+        return load_record(tmp_path, "export", Adapter, input_hash="h", outputs=lambda found: [Path(found.folder)])
+
+    save_receipt(tmp_path, "export", adapter, input_hash="h", seconds=1.0, figures={}, outputs=[tmp_path / "adapter"])
+    assert load() == adapter
+    weights.write_bytes(b"Weights")
+    assert load() is None
+    assert capsys.readouterr().err.startswith("export: adapter/peft/weights has changed")
+    plain = json.loads(receipt_path(tmp_path, "export").read_text())
+    receipt_path(tmp_path, "export").write_text(json.dumps(plain | {"outputs": {}}))  # as an earlier version
+    assert load() == adapter
+    weights.write_bytes(b"weights")
+    assert load() is None  # it is known from then on
 
 
 @pytest.mark.parametrize(

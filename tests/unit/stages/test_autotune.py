@@ -95,6 +95,24 @@ def test_the_chosen_settings_hold_for_the_whole_run(setting: Setting, tmp_path: 
     assert (len(plans), again.steps) == (3, 6)
 
 
+@pytest.mark.parametrize("change", ["gpu", "limit"])
+def test_a_run_that_goes_on_with_less_gpu_memory_is_planned_and_tried_again(
+    setting: Setting, tmp_path: Path, plans: list[Workload], monkeypatch: pytest.MonkeyPatch, change: str
+) -> None:
+    config = into(setting.config, tmp_path / "run", 2, 2)
+    monkeypatch.setattr("finetune.stages.train.gpu_gib", lambda _: 24.0)
+    with cutting.cut(2), pytest.raises(Interrupted):
+        train(config, setting.dataset)
+    if change == "gpu":
+        monkeypatch.setattr("finetune.stages.train.gpu_gib", lambda _: 12.0)
+    else:
+        config.hardware.vram_gib = 10.0
+    dry_runs: list[bool] = []
+    monkeypatch.setattr(Trainer, "_dry_run", lambda trainer: dry_runs.append(trainer.resumed is not None))
+    train(config, setting.dataset)
+    assert (len(plans), dry_runs) == (2, [True])
+
+
 @pytest.mark.usefixtures("plans")
 def test_training_starts_with_the_fallbacks_of_the_dry_run(
     setting: Setting, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]

@@ -1,5 +1,7 @@
-"""The export stage where the GPU is too small for what it compares."""
+"""The export stage: where the GPU is too small for what it compares; what is up to date, equal, and copied."""
 
+import os
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,10 +12,12 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune import kinds
-from finetune.config.schema import Config, Device, Precision, Quantize
+from finetune.config.schema import Config, Device, ExportFormat, Precision, Quantize
+from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Dataset, Run
 from finetune.stages.export import export
 from finetune.stages.train import train
+from tests.end_to_end.command import contents
 from tests.unit.conftest import Setting
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
@@ -92,3 +96,88 @@ def test_too_little_cpu_memory_is_not_tried_twice(setting: Setting, monkeypatch:
     with pytest.raises(RuntimeError, match="DefaultCPUAllocator"):
         export(setting.config, run)
     assert tried == [True]
+
+
+# -- up to date, and equal -------------------------------------------------------------------------------------------
+
+EVERY = {
+    "diffusion": [ExportFormat.peft, ExportFormat.diffusers, ExportFormat.kohya],
+    "language": [ExportFormat.peft, ExportFormat.merged],
+}
+
+
+def trained_run(setting: Setting) -> Run:
+    config = setting.config
+    config.export.formats, config.export.divergence = EVERY[config.model.kind], 10.0
+    return train(config, setting.dataset)
+
+
+def flip(file: Path) -> None:
+    data, times = bytearray(file.read_bytes()), file.stat()
+    data[len(data) // 2] ^= 1
+    file.write_bytes(data)
+    os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
+
+
+def test_any_damage_of_an_export_is_found_and_made_good(setting: Setting, capfd: pytest.CaptureFixture[str]) -> None:
+    config, run = setting.config, trained_run(setting)
+    folder = Path(export(config, run).folder)
+    whole = contents(folder)
+    files = [Path(file) for file in whole if Path(file).suffix in (".safetensors", ".json", ".md")]
+    assert len(files) > 3
+    damages = [flip, lambda file: file.write_bytes(file.read_bytes()[:-2]), Path.unlink]
+    capfd.readouterr()
+    for number, file in enumerate(files):
+        damage = Path.unlink if file.name == "README.md" else damages[number % len(damages)]
+        damage(file)  # type: ignore[operator]
+        export(config, run)
+        assert "up to date" not in capfd.readouterr().err, file
+        assert contents(folder) == whole, file
+    export(config, run)
+    assert "export: up to date, skipped" in capfd.readouterr().err
+
+
+def test_a_card_that_a_person_has_edited_stays(setting: Setting, capfd: pytest.CaptureFixture[str]) -> None:
+    config, run = setting.config, trained_run(setting)
+    card = Path(export(config, run).folder) / "README.md"
+    card.write_text("My own words.")
+    capfd.readouterr()
+    export(config, run)
+    assert "export: up to date, skipped" in capfd.readouterr().err
+    assert card.read_text() == "My own words."
+
+
+def test_equal_runs_give_equal_files(setting: Setting, tmp_path: Path) -> None:
+    """Byte by byte, in every format; safetensors alone orders metadata at random."""
+    config, found = setting.config, []
+    for name in ("one", "other"):
+        config.run_dir = str(tmp_path / name)
+        run = trained_run(setting)
+        folder = Path(export(config, run).folder)
+        found.append({path.relative_to(folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()})
+    one, other = found
+    assert one.keys() == other.keys()
+    assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_a_copied_run_folder_works_on_itself(setting: Setting, tmp_path: Path) -> None:
+    """The original may be trained again, renamed or deleted."""
+    config, run = setting.config, trained_run(setting)
+    original, copy = Path(config.run_dir), tmp_path / "copies" / "mine"
+    before = contents(Path(export(config, run).folder))
+    shutil.copytree(original, copy)
+    config.seed, config.trainer.restart = 5, True
+    export(config, train(config, setting.dataset))
+    theirs = contents(original)
+    config.seed, config.trainer.restart, config.run_dir = 0, False, str(copy)
+    shutil.rmtree(copy / "adapter")
+    again = load_record(copy, "train", Run)
+    assert again is not None
+    assert Path(again.checkpoint).is_relative_to(copy)
+    adapter = export(config, again)
+    assert adapter.folder == str(copy / "adapter")
+    assert list(contents(Path(adapter.folder)).values()) == list(before.values())
+    assert contents(original) == theirs
+    receipts = "".join(file.read_text() for file in (copy / "receipts").iterdir())
+    assert str(original) not in receipts
+    assert str(copy) not in receipts

@@ -2,9 +2,12 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 from PIL import Image
@@ -14,7 +17,7 @@ from finetune.config.schema import Config
 from finetune.errors import RunError
 from finetune.run import rundir
 from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
-from finetune.run.records import METRICS, Adapter, Caption, CaptionSet, Dataset, Report, Run
+from finetune.run.records import METRICS, Adapter, Answer, Answers, Caption, CaptionSet, Dataset, Report, Run
 from finetune.stages.report import report
 from finetune.stages.sample import sample
 from finetune.stages.train import train
@@ -297,8 +300,84 @@ def test_a_damaged_receipt_is_named(trained: Config) -> None:
         report(trained)
 
 
-def test_a_damaged_list_of_samples_is_named(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "line",
+    [
+        *("{broken", "[]", "5", "null", '{"file": "a.png"}', '{"prompt": 5, "seed": 0, "base": "", "tuned": ""}'),
+        '{"prompt": "p", "seed": "<b>", "base": "", "tuned": ""}',
+        '{"prompt": "p", "seed": 0, "file": "../../mine.png", "base_file": "a.png"}',  # somebody's own image
+        '{"prompt": "p", "seed": 0, "file": "/etc/passwd", "base_file": "a.png"}',
+    ],
+)
+def test_a_damaged_list_of_samples_is_named(tmp_path: Path, line: str) -> None:
     (tmp_path / "samples").mkdir()
-    (tmp_path / "samples" / "samples.jsonl").write_text("{broken\n")
+    (tmp_path / "samples" / "samples.jsonl").write_text(f"{line}\n")
     with pytest.raises(RunError, match=r"samples.jsonl is damaged .*delete it and run `finetune sample`"):
         report(Config(name="mine", run_dir=str(tmp_path)))
+
+
+def test_a_text_with_other_line_ends_is_one_line(talk: Config) -> None:
+    file = Path(talk.run_dir) / "samples" / "samples.jsonl"
+    row = {"prompt": "a\u2028b\x85c", "seed": 0, "base": "x\u2029y", "tuned": "z"}
+    file.write_text(json.dumps(row, ensure_ascii=False) + "\n", encoding="utf-8")
+    assert "x\u2029y" in read(talk).text
+
+
+def test_nothing_of_a_strangers_run_folder_is_taken_for_html(talk: Config) -> None:
+    """Every text that the page shows, in every file that it is made of."""
+    run_dir, markup = Path(talk.run_dir), "<b title='x'>&\""
+
+    def worse(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {
+                f"{key}{markup}" if key in ("peft", "torch", "images") else key: worse(v) for key, v in value.items()
+            }
+        return [worse(item) for item in value] if isinstance(value, list) else _text(value)
+
+    def _text(value: Any) -> Any:
+        return f"{value}{markup}" if isinstance(value, str) else value
+
+    for file in (run_dir / "receipts").glob("*.json"):
+        receipt = json.loads(file.read_text())
+        files = receipt["record"].get("files")
+        changed = worse(receipt) | {"stage": receipt["stage"]}
+        if files:
+            changed["record"]["files"] = files
+        for name in ("folder", "checkpoint", "index"):
+            if name in receipt["record"]:
+                changed["record"][name] = receipt["record"][name]
+        file.write_text(json.dumps(changed))
+    settings = as_dict(talk)
+    settings["name"], settings["lora"]["rank"], settings["model"]["base"] = markup, markup, markup
+    rundir.write_config(settings, run_dir)
+    lines = [json.loads(line) | {"adapter": markup, "temperature": markup} for line in _lines(run_dir)]
+    (run_dir / "samples" / "samples.jsonl").write_text("".join(json.dumps(worse(line)) + "\n" for line in lines))
+    metrics = {"step": 1, f"train/{markup}_per_s": 1.0, f"validation/t={markup}": 1.0, "loss/step": 1.0}
+    (run_dir / METRICS).write_text(json.dumps(metrics) + "\n")
+    page = read(talk)
+    assert "<b title=" not in (run_dir / "report.html").read_text(encoding="utf-8")
+    assert page.text.count("<b title='x'>&\"") > 10
+
+
+def _lines(run_dir: Path) -> list[str]:
+    return (run_dir / "samples" / "samples.jsonl").read_text().splitlines()
+
+
+def test_a_copied_run_knows_its_own_adapter(talk: Config, tmp_path: Path) -> None:
+    """As an earlier version wrote it, with the run folder as it was called then, and as it is written now."""
+    run_dir, moved = Path(talk.run_dir), tmp_path / "moved"
+    for own, other in (
+        (str(run_dir / "adapter/peft"), str(tmp_path / "x")),
+        ("adapter/peft", "/elsewhere/adapter/peft"),
+    ):
+        folder = str(run_dir / "samples") if own != "adapter/peft" else "samples"
+        for adapter, said in ((own, False), (other, True)):
+            add_answers(run_dir, adapter=adapter)
+            shutil.rmtree(moved, ignore_errors=True)
+            save(talk, "sample", Answers(folder, f"{folder}/answers.md", (Answer("p", 0, "a", "b"),)))
+            receipt = json.loads(receipt_path(run_dir, "sample").read_text())
+            receipt["record"]["folder"] = folder
+            receipt_path(run_dir, "sample").write_text(json.dumps(receipt))
+            shutil.copytree(run_dir, moved)
+            copied = replace(talk, run_dir=str(moved))
+            assert ("Made with another adapter" in read(copied).text) == said, adapter

@@ -464,6 +464,44 @@ def test_patience_counts_validations_and_not_saved_steps(
     assert checkpoint.steps_on_disk(Path(config.run_dir) / "checkpoints") == [8]
 
 
+@pytest.mark.parametrize("damage", ["lines", "bytes", "a folder", "a file for tensorboard"])
+def test_damaged_curves_cost_no_run(
+    config: Config, make_dataset: Callable[..., Dataset], damage: str, capfd: pytest.CaptureFixture[str]
+) -> None:
+    dataset, run_dir = make_dataset(), Path(config.run_dir)
+    config.trainer.validate_every = 0
+    with cutting.cut(2), pytest.raises(Interrupted):
+        train(config, dataset)
+    metrics = run_dir / "metrics.jsonl"
+    if damage == "lines":
+        metrics.write_text(metrics.read_text() + '[1]\n{"step": "2"}\n{"loss/step": 1.0}\n')
+    elif damage == "bytes":
+        metrics.write_bytes(metrics.read_bytes() + b"\xff\xfe\n")
+    elif damage == "a folder":
+        metrics.unlink()
+        metrics.mkdir()
+    else:
+        shutil.rmtree(run_dir / "tensorboard")
+        (run_dir / "tensorboard").write_text("no folder")
+    capfd.readouterr()
+    assert train(config, dataset).steps == 4
+    (warning,) = [line for line in capfd.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert str(run_dir / ("tensorboard" if "tensor" in damage else "metrics.jsonl")) in warning
+    if metrics.is_file():
+        steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines()]
+        assert steps == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("damage", ["[]", "5", "{", '{"000.png": 1}', "\udcff"])
+def test_damaged_names_of_what_was_trained_on_are_left_out(
+    config: Config, make_dataset: Callable[..., Dataset], damage: str
+) -> None:
+    train(config, make_dataset())
+    (Path(config.run_dir) / "trained_on.json").write_text(damage, errors="surrogateescape")
+    with pytest.raises(RunError, match=r"other images and captions"):
+        train(config, make_dataset(9))
+
+
 def test_a_restart_is_spent_once_its_run_has_begun(config: Config, make_dataset: Callable[..., Dataset]) -> None:
     dataset, run_dir = make_dataset(), Path(config.run_dir)
     train(config, dataset)

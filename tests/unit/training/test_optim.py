@@ -1,5 +1,6 @@
 """Schedules, optimisers, averages and checkpoints on disk."""
 
+import json
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from finetune.config.schema import OptimConfig, Optimizer, Schedule
 from finetune.errors import ConfigError, RunError
+from finetune.run.hashing import hash_file
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
 from finetune.training.ema import Ema
@@ -147,6 +149,42 @@ def test_a_folder_that_cannot_be_written_keeps_the_old_checkpoint(
         checkpoint.save(tmp_path, replace(STATE, step=9), {"a": torch.ones(1)}, {}, None)
     assert checkpoint.steps_on_disk(tmp_path) == [7]
     assert [path.name for path in tmp_path.iterdir()] == ["step-000007"]
+
+
+@pytest.mark.parametrize("name", ["adapter.safetensors", "optimizer.pt", "state.json", "manifest.json"])
+@pytest.mark.parametrize(
+    "damage", [b"", b"[]", b"null", b"{}", b"\xff\xfe", b"[" * 100_000, b'{"step": "4", "identity": 5}']
+)
+def test_every_damaged_file_of_a_checkpoint_is_one_line(tmp_path: Path, name: str, damage: bytes) -> None:
+    """Whether the manifest knows of it, as after a restore, or not."""
+    folder = checkpoint.save(tmp_path, STATE, {"a": torch.ones(1)}, {"state": {}}, None)
+    (folder / name).write_bytes(damage)
+    for _ in range(2):
+        with pytest.raises(RunError, match=r"checkpoint .*step-000007 is damaged .*delete that folder") as error:
+            checkpoint.load(folder)
+        assert "\n" not in str(error.value)
+        if name != "manifest.json":
+            hashes = json.loads((folder / "manifest.json").read_text()) | {name: hash_file(folder / name)}
+            (folder / "manifest.json").write_text(json.dumps(hashes))
+
+
+@pytest.mark.parametrize("lacking", ["adapter.safetensors", "optimizer.pt", "state.json"])
+def test_a_manifest_that_lacks_a_file_is_damage(tmp_path: Path, lacking: str) -> None:
+    folder = checkpoint.save(tmp_path, STATE, {"a": torch.ones(1)}, {}, None)
+    hashes = json.loads((folder / "manifest.json").read_text())
+    del hashes[lacking]
+    (folder / "manifest.json").write_text(json.dumps(hashes))
+    with pytest.raises(RunError, match=rf"{lacking} is not in its manifest"):
+        checkpoint.load(folder)
+
+
+def test_a_persons_copies_beside_checkpoints_are_left_alone(tmp_path: Path) -> None:
+    checkpoint.save(tmp_path, STATE, {"a": torch.ones(1)}, {}, None)
+    for name in ("step-000007 (copy)", "step-best", "step-000003.bak"):
+        (tmp_path / name).mkdir()
+    assert checkpoint.steps_on_disk(tmp_path) == [7]
+    checkpoint.prune(tmp_path, 1, [])
+    assert len(list(tmp_path.iterdir())) == 4
 
 
 def test_a_missing_manifest_is_damage(tmp_path: Path) -> None:
