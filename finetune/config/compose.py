@@ -176,7 +176,7 @@ def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
     """A recipe or preset under today's names, and the dotted keys that it holds as they stand there."""
     try:
         tree, keys = _tree(read_text(path), _prefix(group))
-    except Exception as error:  # a value may raise anything: a date, a number of 5,000 digits, brackets in brackets
+    except Exception as error:  # a number of 5,000 digits, brackets in brackets, a link to itself, …
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
         reason = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]

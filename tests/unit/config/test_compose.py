@@ -338,7 +338,7 @@ def test_a_configuration_survives_yaml() -> None:
         ("defaults:\n", "conf/odd.yaml: defaults must be a list of recipes and presets"),
         ("defaults: pixar_style", "conf/odd.yaml: defaults must be a list of recipes and presets"),
         ("defaults: [pixar_style, {lora: [r32]}]", "conf/odd.yaml: defaults must be a list of recipes and presets"),
-        ("seed: 2024-13-45", "conf/odd.yaml is not readable YAML: month must be in 1..12"),
+        ("seed: 2024-13-45", "conf/odd.yaml: seed must be a whole number"),
         (f"seed: {'1' * 5000}", "conf/odd.yaml is not readable YAML: Exceeds the limit"),
         ("[" * 100_000, "conf/odd.yaml is not readable YAML: "),
     ],
