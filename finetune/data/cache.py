@@ -17,6 +17,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from finetune.errors import DataError, RunError
+from finetune.reading import damage
 from finetune.run.atomic import remove_abandoned
 from finetune.run.hashing import Stamp, stamp_of
 
@@ -98,6 +99,8 @@ def _was_whole(path: Path, stamp: Stamp) -> bool:
 
 def _is_whole(path: Path) -> bool:
     """Whether a file has the content that was stored. Raises OSError."""
+    if damage(path):  # also of a length that no memory holds
+        return False
     data = path.read_bytes()
     return _checksum(data) == _notes(data).get("checksum", "")
 

@@ -102,3 +102,11 @@ def test_missing(store):
     path = store.put("ab", TENSORS)
     assert not cache.missing([path])
     assert cache.missing([path, path.with_name("other")])
+
+
+def test_an_entry_longer_than_its_header_says_is_made_again(store):
+    path = store.put("ab", TENSORS)
+    with open(path, "r+b") as file:
+        file.truncate(1 << 36)
+    assert not store.has("ab")
+    assert not path.exists()
