@@ -31,6 +31,7 @@ class DiffusionMemoryModel:
     """Traces what `DiffusionTask` and the stages around it run."""
 
     unit = "images"
+    mild_checkpointing: tuple[int, ...] = (2,)
 
     def __init__(
         self,

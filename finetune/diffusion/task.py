@@ -6,6 +6,7 @@ B images, C latent channels, h×w latent pixels, L text tokens, D text width.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -22,13 +23,16 @@ from finetune.diffusion.families.spec import FamilySpec
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
 from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler, read_adapter
 from finetune.memory import activation_offload, checkpointing, fallbacks
+from finetune.memory.device import usable_bytes
 from finetune.run import ranks
 from finetune.run.records import Dataset, Example
+from finetune.training.cuda_graphs import CudaGraphs
 from finetune.training.task import Batch, Draw
 
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
 VALIDATION_EPOCH = -1  # which training never has
 TEXT = "text."  # begins the names of a batch's tensors that the text encoders made
+ENTRIES_KEPT = 1024  # read entries of the cache; of SDXL at 1024 px half a gigabyte
 PROBE = 16  # training images that stand in where nothing is held out, and the most that are validated on
 
 
@@ -51,8 +55,9 @@ class DiffusionTask:
         vram_gib: float,
         activation_checkpointing: int,
         offload_activations: bool,
+        fast: bool,
     ) -> None:
-        """dtype: of the arithmetic. vram_gib and the two below: as in the configuration."""
+        """dtype: of the arithmetic. vram_gib and the three below: as in the configuration."""
         self.loss_settings, self.sample_settings = loss, sample
         self.device, self.dtype, self.seed, self.resolution = device, dtype, seed, model.resolution
         self.empty_text = Path(dataset.empty_text)
@@ -62,16 +67,23 @@ class DiffusionTask:
         candidates = [example for example in examples if example.held_out] or self.training
         self.validation = [candidates[at] for at in order.by_content([example.key for example in candidates], PROBE)]
         self.size = len(self.training)
+        self.read = lru_cache(ENTRIES_KEPT)(read)
         self.family = family(model.family)
         self.objective = self.family.objective(load_scheduler(model))
         self.image_sampler = self._make_image_sampler(model)
         backbone: Any = load_backbone(model, dtype, device, vram_gib=vram_gib)
         checkpointing.set_checkpointing(backbone, activation_checkpointing)
         self.model: nn.Module = lora_layers.inject(backbone, lora, model.lora_targets[lora.targets], seed=seed)
+        self.graphs: CudaGraphs | None = None
         self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
         self.fallbacks = fallbacks.gpu_fallbacks(
             self.model, model, activation_checkpointing, self.activation_offload, device
         )
+        in_one_piece = not (activation_checkpointing or offload_activations or model.offload)
+        if fast and device.type == "cuda" and self.family.capturable and in_one_piece:
+            self.graphs = CudaGraphs(
+                self._captured, lora_layers.adapter_parameters(self.model), usable_bytes(device, vram_gib)
+            )
         if lora.start_from:
             stored = read_adapter(model, self.model, Path(lora.start_from))
             lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
@@ -98,7 +110,10 @@ class DiffusionTask:
     def loss(self, batch: Batch) -> Tensor:
         """Sum over images of the weighted mean squared error."""
         with self.activation_offload():
-            predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
+            if self.graphs and torch.is_grad_enabled():
+                predicted_BChw = self.graphs(model_inputs(self.objective, batch.tensors, self.dtype))
+            else:
+                predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
             return weighted(self.objective, predicted_BChw, batch.tensors, self.loss_settings)
 
     @torch.no_grad()
@@ -127,12 +142,20 @@ class DiffusionTask:
         )
 
     def reduce_memory(self) -> str | None:
-        """Recompute every block, then keep what they need, and then all of them, in CPU memory."""
+        """Give up CUDA graphs, recompute every block, then keep what they need, and then all of them, in CPU memory."""
+        if self.graphs and self.graphs.close():
+            return "trainer.fast=false"
         return next(self.fallbacks, None)
 
     def notes(self) -> dict[str, str]:
         """None: the images and captions are in the report."""
         return {}
+
+    def _captured(self, **inputs: Tensor) -> Tensor:
+        # Casts that autocast keeps for later would lie in the memory of a graph.
+        half = self.dtype is not torch.float32
+        with torch.autocast(self.device.type, dtype=self.dtype, enabled=half, cache_enabled=False):
+            return _predicted(self.family, self.model, inputs)
 
     def _make_image_sampler(self, model: ModelConfig) -> ImageSampler | None:
         """What draws previews. Made before the backbone is loaded, because text encoders may need the whole GPU."""
@@ -145,7 +168,7 @@ class DiffusionTask:
     def _noisy_example(self, example: Example, epoch: int, timestep: float | None = None) -> dict[str, Any]:
         """One training input; a given `timestep` replaces the drawn one and keeps the caption (validation)."""
         random = torch.Generator().manual_seed(draw_seed(self.seed, example.key, epoch))
-        latents = read(Path(example.latents))
+        latents = self.read(Path(example.latents))
         mean_Chw, std_Chw = latents["mean"], latents["std"]
         clean_Chw = mean_Chw + std_Chw * torch.randn(mean_Chw.shape, generator=random)
         noise_Chw = torch.randn(mean_Chw.shape, generator=random)
@@ -157,7 +180,7 @@ class DiffusionTask:
         return {
             "clean": clean_Chw,
             "noise": noise_Chw + self.loss_settings.noise_offset * offset_C11,
-            "text": read(text),
+            "text": self.read(text),
             "timestep": chosen,
             "name": f"{example.file} at timestep {chosen:g}",
         }
@@ -177,12 +200,22 @@ def predict(
     spec: FamilySpec, objective: Objective, model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Tensor:
     """What the model makes of a batch's noisy latents, (B, C, h, w). dtype: of its arithmetic."""
+    with hub.explained(lambda reason: f"the {spec.backbone} of the base doesn't work ({reason}); get the base again"):
+        return _predicted(spec, model, model_inputs(objective, tensors, dtype))
+
+
+def model_inputs(objective: Objective, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    """What the model reads of a batch: noisy latents, timesteps, and the captions' tensors under their names."""
     noisy_BChw = objective.noisy(tensors["clean"], tensors["noise"], tensors["timesteps"])
     text = {  # large text encoders write bf16 whatever the backbone computes in
-        name.removeprefix(TEXT): value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
+        name: value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
     }
-    with hub.explained(lambda reason: f"the {spec.backbone} of the base doesn't work ({reason}); get the base again"):
-        return spec.predict(model, noisy_BChw, tensors["timesteps"], text)
+    return {"noisy": noisy_BChw, "timesteps": tensors["timesteps"], **text}
+
+
+def _predicted(spec: FamilySpec, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
+    text = {name.removeprefix(TEXT): value for name, value in inputs.items() if name.startswith(TEXT)}
+    return spec.predict(model, inputs["noisy"], inputs["timesteps"], text)
 
 
 def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

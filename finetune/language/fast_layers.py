@@ -5,9 +5,9 @@ output and input features of a linear layer, r rank
 
 PEFT's modules stay and own the parameters; only what the layer computes is written anew. Left to autograd, a layer with
 adapters launches some 150 kernels, most of them for copies, casts and sums around the products, and a GPU waits for
-their launch. Here the frozen weights are dequantised once for each product, norms, rotary positions and activation are
-one kernel each, what an adapter adds is added inside the product, and of the feed-forward layer nothing is kept: its
-two wide products are computed again in the backward pass, which is cheaper than the memory.
+their launch. Here norms, rotary positions and activation are one kernel each, and what an adapter adds is added inside
+the product. With activation checkpointing, blocks that are not recomputed as a whole make the two wide products of
+their feed-forward layer again, which costs little for what it saves.
 """
 
 from collections.abc import Callable, Sequence
@@ -26,7 +26,7 @@ from finetune.run.progress import say
 
 ARCHITECTURES = {"LlamaDecoderLayer": (), "MistralDecoderLayer": ("sliding_window",)}
 """Class of the layers, and the settings that its attention is called with besides the common ones."""
-COPIES = "fast_a", "fast_b"  # buffers of an adapted layer
+COPIES = "fast_a", "fast_b"  # buffers of an adapted layer's frozen one: what PEFT saves stays as it is
 DTYPES = (torch.bfloat16, torch.float32)  # fp16's gradients may overflow where autocast's don't
 
 
@@ -41,7 +41,7 @@ class Linear:
         if self.adapted:
             self.scale = float(layer.scaling[ADAPTER])
             for name, weight in zip(COPIES, self.parameters(), strict=True):
-                layer.register_buffer(name, torch.empty_like(weight, dtype=dtype), persistent=False)
+                self.frozen.register_buffer(name, torch.empty_like(weight, dtype=dtype), persistent=False)
 
     def parameters(self) -> list[nn.Parameter]:
         """A (r, I) and B (O, r), or none."""
@@ -49,7 +49,7 @@ class Linear:
 
     def copies(self) -> list[Tensor]:
         """A and s B in the dtype of the arithmetic, as they were when a pass began."""
-        return [getattr(self.layer, name) for name in COPIES]
+        return [getattr(self.frozen, name) for name in COPIES]
 
     def product(self, x_NI: Tensor, onto_NO: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
         """x W' + s x A' B' (+ onto), and x A' for the backward pass."""
@@ -155,27 +155,27 @@ class _Rest(torch.autograd.Function):
     """x (N, D) and what attention found (N, O) -> the layer's output (N, D)."""
 
     @staticmethod
-    def forward(ctx: Any, layer: FastLayer, x_ND: Tensor, found_NO: Tensor, *_: Tensor) -> Tensor:
+    def forward(ctx: Any, layer: FastLayer, keep: bool, x_ND: Tensor, found_NO: Tensor, *_: Tensor) -> Tensor:
         middle_ND, from_found = layer.output.product(found_NO, x_ND)
         normed_ND = kernels.rms_norm(middle_ND, *_settings(layer.second_norm))
         gate_NI, from_gate = layer.gate.product(normed_ND)
         up_NI, from_up = layer.up.product(normed_ND)
         active_NI = kernels.swiglu(gate_NI, up_NI)
+        wide = (gate_NI, up_NI) if keep else ()
         del gate_NI, up_NI
         y_ND, from_down = layer.down.product(active_NI, middle_ND)
         ctx.layer = layer
-        ctx.save_for_backward(found_NO, middle_ND, from_found, from_gate, from_up, from_down)
+        ctx.save_for_backward(found_NO, middle_ND, from_found, from_gate, from_up, from_down, *wide)
         return y_ND
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, upstream: Tensor) -> Any:
         layer: FastLayer = ctx.layer
-        found_NO, middle_ND, from_found, from_gate, from_up, from_down = ctx.saved_tensors
+        found_NO, middle_ND, from_found, from_gate, from_up, from_down, *wide = ctx.saved_tensors
         dy_ND = upstream.contiguous()
         normed_ND = kernels.rms_norm(middle_ND, *_settings(layer.second_norm))
-        gate_NI, _ = layer.gate.product(normed_ND)
-        up_NI, _ = layer.up.product(normed_ND)
+        gate_NI, up_NI = wide or (part.product(normed_ND)[0] for part in (layer.gate, layer.up))
         active_NI, from_active = layer.down.input_gradient(dy_ND)
         kernels.swiglu_backward_(active_NI, gate_NI, up_NI)  # three gradients and values change their places
         on_down = layer.down.adapter_gradients(dy_ND, from_active, active_NI, from_down)
@@ -184,11 +184,11 @@ class _Rest(torch.autograd.Function):
         on_gate = layer.gate.adapter_gradients(gate_NI, onto_gate, normed_ND, from_gate)
         on_normed_ND, onto_up = layer.up.input_gradient(up_NI, on_normed_ND)
         on_up = layer.up.adapter_gradients(up_NI, onto_up, normed_ND, from_up)
-        del gate_NI, up_NI, normed_ND
+        del wide, gate_NI, up_NI, normed_ND
         on_middle_ND = kernels.rms_norm_backward(on_normed_ND, middle_ND, *_settings(layer.second_norm)).add_(dy_ND)
         on_found_NO, onto_found = layer.output.input_gradient(on_middle_ND)
         on_output = layer.output.adapter_gradients(on_middle_ND, onto_found, found_NO, from_found)
-        return None, on_middle_ND, on_found_NO, *on_output, *on_gate, *on_up, *on_down
+        return None, None, on_middle_ND, on_found_NO, *on_output, *on_gate, *on_up, *on_down
 
 
 def reason_against(model: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> str:
@@ -268,6 +268,7 @@ def _forward(layer: Any, fast: FastLayer, dtype: torch.dtype) -> Callable[..., T
                 hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
             )
             return found
+        keep = not getattr(layer, "gradient_checkpointing", False)
         packs, length, _ = hidden_states.shape
         x_ND = hidden_states.flatten(0, 1)
         cos_NE, sin_NE = (turn.expand(packs, -1, -1).flatten(0, 1) for turn in position_embeddings)
@@ -281,13 +282,13 @@ def _forward(layer: Any, fast: FastLayer, dtype: torch.dtype) -> Callable[..., T
                 attention, *by_head, attention_mask, dropout=0.0, scaling=attention.scaling, **own, **kwargs
             )
             seen_NO = seen.reshape(packs * length, -1)
-            y_ND: Tensor = _Rest.apply(fast, x_ND, seen_NO, *_parameters(fast.parts()[3:]))  # type: ignore[no-untyped-call]
+            y_ND: Tensor = _Rest.apply(fast, keep, x_ND, seen_NO, *_parameters(fast.parts()[3:]))  # type: ignore[no-untyped-call]
         return y_ND.view(hidden_states.shape)
 
     return forward
 
 
-def _parameters(parts: Sequence[Linear]) -> list[nn.Parameter]:
+def _parameters(parts: Sequence[Linear]) -> list[Tensor]:
     return [parameter for part in parts for parameter in part.parameters()]
 
 

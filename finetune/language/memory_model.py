@@ -5,7 +5,7 @@ B packs, L token positions of a pack, D hidden channels, V vocabulary entries.
 
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -27,6 +27,7 @@ class LanguageMemoryModel:
     """Traces what `LanguageTask` and the stages around it run."""
 
     unit = "tokens"
+    mild_checkpointing: tuple[int, ...] = (2,)
 
     def __init__(
         self,
@@ -54,6 +55,10 @@ class LanguageMemoryModel:
         adapted = self._adapted(dtype)
         if fast and cuda and not fast_layers.reason_against(model, lora, dtype) and fast_layers.install(adapted, dtype):
             self.notes.append("layers: fast ones (trainer.fast)")
+            self.mild_checkpointing = (
+                2,
+                len(cast(Any, adapted).get_decoder().layers),
+            )  # the last: the first block, parts of others
         self.model = self.tracer.fakify(adapted).train()
         check_length(length, model.base, self.model)
         self.packed = cuda and varlen_attention.supports(self.model, dtype)

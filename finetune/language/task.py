@@ -114,11 +114,12 @@ class LanguageTask:
     def loss(self, batch: Batch) -> Tensor:
         """Sum over trained tokens of the cross entropy, in fp32."""
         tensors = batch.tensors
-        ids_BL, wanted_BL = tensors["ids"], tensors["trained"][:, 1:]
         with self.activation_offload():
-            hidden_BLD = causal_lm.packed_hidden_states(self.model, ids_BL, tensors["positions"], tensors["segments"])
-            head = causal_lm.head(self.model)
-            return summed_cross_entropy(hidden_BLD[:, :-1][wanted_BL], head, ids_BL[:, 1:][wanted_BL])
+            hidden_BLD = causal_lm.packed_hidden_states(
+                self.model, tensors["ids"], tensors["positions"], tensors["segments"]
+            )
+            states_ND = hidden_BLD.flatten(0, 1)[tensors["places"]]
+            return summed_cross_entropy(states_ND, causal_lm.head(self.model), tensors["targets"])
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
@@ -170,17 +171,25 @@ class LanguageTask:
             packed = self.data.packing
             length = self.data.length if packed else max(self._together(pack) for pack in packs)
         built = [packing.build(self.rows.__getitem__, pack, length=length) for pack in packs]
-        tensors = {
-            name: torch.from_numpy(np.stack([getattr(pack, name) for pack in built]))
-            for name in ("ids", "positions", "segments", "trained")
+        ids_BL, positions_BL, segments_BL, trained_BL = (
+            np.stack([getattr(pack, name) for pack in built]) for name in ("ids", "positions", "segments", "trained")
+        )
+        rows_N, slots_N = trained_BL[:, 1:].nonzero()  # here: a mask on the GPU would have the host wait for it
+        arrays = {
+            "ids": ids_BL,
+            "positions": positions_BL,
+            "segments": segments_BL,
+            "places": rows_N * ids_BL.shape[1] + slots_N,  # of the states that foretell a trained token
+            "targets": ids_BL[rows_N, slots_N + 1],
         }
+        tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
         names = tuple(
             f"conversations {', '.join(str(self.rows.conversation_index(index) + 1) for index in pack)}"
             for pack in packs
         )
         return Batch(
             tensors,
-            items=int(tensors["trained"].sum()),
+            items=int(trained_BL.sum()),
             names=names,
             count=sum(pack.tokens for pack in built),
             padded_count=tensors["ids"].numel(),

@@ -109,9 +109,10 @@ def attention(
         return found
     groups = query_BHLE.shape[1] // key_BKLE.shape[1]  # torch shares keys between heads from 2.12 on only
     query_NHE, key_NHE, value_NHE = (
-        states.to(value_BKLE.dtype).transpose(1, 2).flatten(0, 1).repeat_interleave(times, dim=1)
-        for states, times in ((query_BHLE, 1), (key_BKLE, groups), (value_BKLE, groups))
+        states.to(value_BKLE.dtype).transpose(1, 2).flatten(0, 1) for states in (query_BHLE, key_BKLE, value_BKLE)
     )
+    if groups > 1:
+        key_NHE, value_NHE = (states.repeat_interleave(groups, dim=1) for states in (key_NHE, value_NHE))
     output_NHE: Any = varlen.varlen_attn(
         query_NHE,
         key_NHE,

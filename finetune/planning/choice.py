@@ -43,7 +43,8 @@ def choose(candidates: Candidates) -> Choice:
         tried += candidates.level(1)
         best = fastest(tried, budget)
         if best is not None and best.checkpointing:
-            tried += candidates.level(2)
+            for every in candidates.memory_model.mild_checkpointing:
+                tried += candidates.level(every)
     chosen = fastest(tried, budget)
     if chosen is None and machine.cuda:
         tried += candidates.level(1, away=True)

@@ -22,6 +22,8 @@ class MemoryModel(Protocol):
     """Bytes that tensors may take."""
     notes: list[str]
     """What the traces assume or leave out, a line each."""
+    mild_checkpointing: tuple[int, ...]
+    """Values of `trainer.activation_checkpointing` to look at where recomputing every block is more than it takes."""
 
     @property
     def less_cpu_memory(self) -> Mapping[str, str]:

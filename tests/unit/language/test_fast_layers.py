@@ -69,7 +69,7 @@ def test_values_and_gradients_are_those_of_plain_layers(
         torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5 * float(expected.abs().max()))
 
 
-@pytest.mark.parametrize("every", [0, 1, 2])
+@pytest.mark.parametrize("every", [0, 1, 2])  # nothing, blocks, and blocks and feed-forward layers made again
 def test_twelve_steps_end_where_those_of_plain_layers_end(bases: Callable[[str], Path], every: int) -> None:
     """Copies of the adapters that went stale would pass every comparison of gradients."""
     ends = []
@@ -96,6 +96,11 @@ def start(base: Path) -> list[Tensor]:
     return [
         parameter.detach() for parameter in adapters.adapter_parameters(adapted(base, ALL, fast=False, rslora=True))
     ]
+
+
+def test_what_is_saved_stays_the_same(bases: Callable[[str], Path]) -> None:
+    plain, fast = (adapters.adapter_tensors(adapted(bases("llama"), ALL, fast=fast)) for fast in (False, True))
+    assert plain.keys() == fast.keys()
 
 
 def test_without_adapters_and_in_writing_the_layers_are_plain(bases: Callable[[str], Path]) -> None:
