@@ -21,7 +21,7 @@ from finetune.language.task import LanguageTask
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Workload
-from finetune.run.hashing import hash_file
+from finetune.run.hashing import hash_file, hash_of
 from finetune.run.receipts import load_record
 from finetune.run.records import Answer, Answers, Run, TextSet
 from finetune.run.rundir import name_inside
@@ -46,8 +46,9 @@ def require(config: Config, device: torch.device) -> None:
 
 def contents(config: Config) -> dict[str, str]:
     found, template = {"model.base": hub.content_hash(config.model.base)}, config.data.chat_template
-    if os.path.isfile(template):  # noqa: PTH113 - a template itself may be given, too long for a path
-        found["data.chat_template"] = hash_file(Path(template))
+    if template:
+        is_file = os.path.isfile(template)  # noqa: PTH113 - a template itself may be given, too long for a path
+        found["data.chat_template"] = hash_file(Path(template)) if is_file else hash_of(template)
     return found
 
 

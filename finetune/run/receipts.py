@@ -21,6 +21,7 @@ from finetune.run.progress import say
 
 R = TypeVar("R")
 
+MUCH_BYTES = 64 << 20  # takes a tenth of a second to hash; that a larger file was read again is worth a note
 Figures = dict[str, float | int | str | None]
 
 
@@ -110,9 +111,12 @@ def load_record(
     if wrong:
         say(f"{stage}: {wrong} since it was made; it is made again")
         return None
-    known = replace(receipt, input_hash=input_hash, outputs=found)
+    read_again = sum(output.size for name, output in found.items() if output != receipt.outputs.get(name))
+    known = replace(receipt, input_hash=input_hash)
     if receipt.input_hash != input_hash:
         known = replace(known, figures=receipt.figures | dict(noted or {}))
+    if not receipt.outputs or read_again > MUCH_BYTES:  # else a command with nothing to do writes nothing
+        known = replace(known, outputs=found)
     if known != receipt and ranks.rank() == 0:
         _write(run_dir, known)
     return record

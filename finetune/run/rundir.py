@@ -111,9 +111,9 @@ def _has_training_state(folder: Path) -> bool:
 def _make(folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        probe = folder / f".write-{os.getpid()}"
+        probe = folder / f".{CONFIG}.{os.getpid()}.tmp"
         probe.write_bytes(b"probe")
-        probe.unlink()
+        probe.unlink(missing_ok=True)  # whoever has just taken the folder may have removed it
     except OSError as error:
         raise RunError(_unwritable(folder, error)) from error
 

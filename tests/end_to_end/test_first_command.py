@@ -375,7 +375,7 @@ def test_every_sample_holds_the_settings_it_was_drawn_with(first: First) -> None
     lines = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [from_plain(Sample, line) for line in lines] == list(items)
     for item in items:
-        for file, adapter in ((item.file, "outputs/pixar_style/adapter/peft"), (item.base_file, "")):
+        for file, adapter in ((item.file, "adapter/peft"), (item.base_file, "")):
             with Image.open(folder / file) as image:
                 assert image.size == (resolution, resolution)
                 facts = image.info

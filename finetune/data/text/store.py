@@ -5,10 +5,11 @@ a time. A damaged folder is made again; folders appear whole or not at all, and 
 """
 
 import json
+import shutil
 import time
 import zlib
 from collections import Counter
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -182,6 +183,7 @@ def encode_or_load(
     folder = cache / f"rows-{key[:32]}"
     try:
         cache.mkdir(parents=True, exist_ok=True)
+        _remove_abandoned(cache)
         lock = FileLock(cache / f".{folder.name}.lock")
         with lock:
             if (figures := _verified(folder, checksums=True)) is not None:
@@ -191,6 +193,15 @@ def encode_or_load(
     except OSError as error:
         raise DataError(f"cannot use the cache {cache} ({error.strerror}); try data.cache=FOLDER") from error
     return TokenStore(folder, _read_metadata(folder)[0], cached=False)
+
+
+def _remove_abandoned(cache: Path) -> None:
+    """Remove what killed processes left half written: nobody holds its lock any more."""
+    from filelock import FileLock, Timeout
+
+    for folder in cache.glob(".rows-*.tmp"):
+        with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
 
 
 def open_store(folder: Path, *, verify: bool = False) -> TokenStore:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import RunError
+from finetune.run import hashing, receipts
 from finetune.run.plain import from_plain
 from finetune.run.receipts import load_receipt, load_record, receipt_path, save_receipt
 from finetune.run.records import Adapter, Caption, CaptionSet, Run, TextSet
@@ -88,6 +89,23 @@ def test_a_receipt_with_other_types_or_keys_is_damaged(tmp_path: Path, wrong: di
 def test_a_receipt_without_a_hash_is_not_up_to_date(tmp_path: Path) -> None:
     save_receipt(tmp_path, "train", run_record(tmp_path), input_hash="", seconds=1.0, figures={})
     assert load_record(tmp_path, "train", Run, input_hash="h") is None
+
+
+@pytest.mark.parametrize(("much", "writes"), [(10**6, False), (1, True)])
+def test_large_files_that_were_read_again_are_noted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, much: int, writes: bool
+) -> None:
+    """So that a merged model is not read each time; without any, a command with nothing to do changes nothing."""
+    monkeypatch.setattr(receipts, "MUCH_BYTES", much)
+    (tmp_path / "adapter").mkdir()
+    (tmp_path / "adapter" / "weights").write_bytes(b"weights")
+    adapter = Adapter(str(tmp_path / "adapter"), {}, {}, "base", "")
+    folders = [tmp_path / "adapter"]
+    save_receipt(tmp_path, "export", adapter, input_hash="h", seconds=1.0, figures={}, outputs=folders)
+    before = receipt_path(tmp_path, "export").read_bytes()
+    monkeypatch.setattr(hashing, "RACY_NS", -(10**12))  # time has passed
+    assert load_record(tmp_path, "export", Adapter, input_hash="h") == adapter
+    assert (receipt_path(tmp_path, "export").read_bytes() != before) == writes
 
 
 def test_a_stage_is_up_to_date_only_with_the_files_it_left(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -15,6 +15,7 @@ import types
 import numpy as np
 import psutil
 import pytest
+from filelock import FileLock
 
 from finetune.config.schema import LongRows
 from finetune.data.text import store, workers
@@ -409,3 +410,15 @@ def test_memory_does_not_grow_with_the_set(tmp_path):
         assert count == 500 * times
         peaks.append(peak / 1024)
     assert peaks[1] - peaks[0] < 6, f"{peaks} MiB"
+
+
+def test_what_killed_processes_left_goes_and_what_others_write_stays(prepare, data, tmp_path):
+    cache = tmp_path / "cache"
+    left, written = cache / ".rows-1.tmp", cache / ".rows-2.tmp"
+    for folder in (left, written):
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").write_bytes(b"half")
+    with FileLock(cache / ".rows-2.lock"):
+        prepare(data)
+    assert not left.exists()
+    assert (written / "tokens.bin").exists()
