@@ -21,8 +21,13 @@ Stamp = tuple[int, ...]
 
 
 def hash_of(*values: Any) -> str:
-    """Hash of plain values; equal values hash equally whatever the order of dictionary keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    """Hash of plain values; equal values hash equally whatever the order of dictionary keys.
+
+    Names of files that are not UTF-8 are text with half surrogates.
+    """
+    return hashlib.sha256(
+        json.dumps(values, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()
 
 
 def hash_file(path: Path) -> str:

@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import io
+import logging
 import os
 import resource
 import shutil
@@ -107,6 +108,7 @@ def _live(case: Case, source: Path, folder: Path) -> int:
     os.dup2(output, 2)
     sys.stdout = io.TextIOWrapper(io.FileIO(1, "w", closefd=False), encoding="utf-8")
     sys.stderr = io.TextIOWrapper(io.FileIO(2, "w", closefd=False), encoding="utf-8", errors="backslashreplace")
+    logging.root.handlers.clear()  # they write to the parent's stderr
     home = folder / "home" / "here"
     shutil.copytree(source, home)
     os.environ["HOME"] = str(home.parent)
@@ -128,7 +130,9 @@ def _people(home: Path) -> str:
     lines = []
     for path in sorted(home.rglob("*")):
         relative = path.relative_to(home)
-        if str(relative) == workbench.METADATA and path.is_file():  # commands add texts
+        if (
+            str(relative) == workbench.METADATA and path.is_file() and path.stat().st_size < HASHED_BYTES
+        ):  # commands add texts
             lines += [f"{row!r} {relative}" for row in path.read_bytes().splitlines() if b'"text"' in row]
         elif relative.parts[0] not in workbench.MADE and path.is_file():
             lines.append(f"{_content(path)} {str(relative)!a}")
