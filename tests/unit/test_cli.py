@@ -92,7 +92,7 @@ def test_every_key_is_shown_with_its_value_and_meaning(finetune_cli: Cli, first:
     lines = answer.out.splitlines()
     texts = describe.meanings()
     assert texts.keys() == describe.leaf_types().keys()
-    assert texts["lora.rank"].endswith(" Must be at least 1.")
+    assert texts["lora.rank"].endswith(" Must be at least 1, at most 16,384.")
     assert lines[lines.index("lora.rank=7") + 1] == "    " + texts["lora.rank"]
     assert "sample.guidance=7.5" not in lines  # a setting of image models
 
