@@ -1,27 +1,28 @@
 """Encoded examples on disk, found by content: a key hashes everything the entry depends on, never a path or a time.
 
-One safetensors file per key (`ab/abcdef….safetensors`), so entries are shared between runs, read memory-mapped, and
-the folder may be deleted at any time.
+One safetensors file per key (`ab/abcdef….safetensors`), so entries are shared between runs, and the folder may be
+deleted at any time. Each entry holds the checksum of its bytes, and no entry is used before it was compared.
 """
 
 import hashlib
 import json
-import os
+import time
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from functools import cache
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors import SafetensorError
+from safetensors.torch import load, save
 from torch import Tensor
 
 from finetune.errors import DataError, RunError
 from finetune.reading import damage
-from finetune.run.atomic import remove_abandoned
-from finetune.run.hashing import Stamp, stamp_of
+from finetune.run.atomic import remove_abandoned, replace_file
+from finetune.run.hashing import Stamp, stamp_of, trusted
 
 HEADER_BYTES = 8 + 65536  # more than the length and header of an entry take: it has a handful of tensors
+NOTES = "notes"  # what the metadata is called that holds the texts of an entry
+READ_THREADS = 4  # reading and hashing release the interpreter lock
 
 
 class Cache:
@@ -33,7 +34,7 @@ class Cache:
     def remove_abandoned(self) -> None:
         """Remove what killed processes left half written."""
         for folder in self.folder.glob("[0-9a-f][0-9a-f]"):
-            remove_abandoned(folder, "[0-9a-f]{64}")
+            remove_abandoned(folder, r"[0-9a-f]{64}(?:\.safetensors)?")  # version 0.1 had it short
 
     def path(self, key: str) -> Path:
         """Where the entry of a key lies or would lie."""
@@ -41,17 +42,7 @@ class Cache:
 
     def has(self, key: str) -> bool:
         """Whether the entry is there and whole, by checksum; a damaged one is removed, to be made again."""
-        path = self.path(key)
-        try:
-            whole = _is_whole(path)
-        except FileNotFoundError:
-            return False
-        except OSError as error:
-            raise RunError(f"cannot read {path} ({error.strerror}); delete the cache folder {self.folder}") from error
-        if whole:
-            return True
-        path.unlink(missing_ok=True)
-        return False
+        return _is_whole(self.path(key))
 
     def notes(self, key: str) -> dict[str, str]:
         """The texts that were stored with the entry."""
@@ -62,17 +53,14 @@ class Cache:
         """Store tensors (any shapes, CPU) and texts under a key. Raises RunError where the folder can't be written."""
         plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         body = _body(save(plain))
-        data = save(plain, metadata={**notes, "checksum": hashlib.sha256(body).hexdigest()})
+        # One text, because safetensors writes several in any order: equal entries are equal files.
+        notes["checksum"] = hashlib.sha256(body).hexdigest()
+        data = save(plain, metadata={NOTES: json.dumps(notes)})
         path = self.path(key)
-        temporary = path.with_name(f".{key}.{os.getpid()}.tmp")
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
             # Not flushed to disk: after a power cut the checksum finds a half-written entry, and it is made again.
-            temporary.write_bytes(data)
-            os.replace(temporary, path)
+            replace_file(path, data, durable=False)
         except OSError as error:
-            with suppress(OSError):
-                temporary.unlink()
             raise RunError(
                 f"cannot write the cache {self.folder} ({error.strerror}); free the disk or try data.cache=FOLDER"
             ) from error
@@ -80,47 +68,52 @@ class Cache:
 
 
 def read(path: Path) -> dict[str, Tensor]:
-    """The tensors of an entry, memory-mapped. Raises DataError if it is missing or damaged; then it is removed."""
+    """The tensors of an entry. Raises DataError if it is missing or damaged; then it is removed."""
+    reason = "it is damaged or gone"
     try:
-        if not _was_whole(path, stamp_of(path)):
-            path.unlink()
-            raise DataError(f"cached example {path} was damaged; the same command encodes it again")
-        with safe_open(path, framework="pt") as entry:
-            return {name: entry.get_tensor(name) for name in entry.keys()}  # noqa: SIM118 - not a dictionary
+        if _is_whole(path):
+            return load(path.read_bytes())
     except (OSError, SafetensorError) as error:
-        raise DataError(f"cached example {path} can't be read ({error}); the same command encodes it again") from error
+        reason = str(error)
+    raise DataError(f"cached example {path} can't be read ({reason}); the same command encodes it again")
 
 
-@cache  # training reads each entry over and over
-def _was_whole(path: Path, stamp: Stamp) -> bool:
-    """`_is_whole` for a file that has had this stamp since."""
-    return _is_whole(path)
+def whole(paths: Iterable[Path]) -> bool:
+    """Whether all of these entries are there and whole, as `Cache.has`; every byte is read."""
+    with ThreadPoolExecutor(READ_THREADS) as pool:
+        return all([*pool.map(_is_whole, paths)])  # all are looked at: damaged ones are removed together
 
 
 def _is_whole(path: Path) -> bool:
-    """Whether a file has the content that was stored. Raises OSError."""
-    if damage(path):  # also of a length that no memory holds
+    """Whether an entry has the content that was stored; a damaged one is removed."""
+    try:
+        stamp, now = stamp_of(path), time.time_ns()
+        if (path, stamp) in _compared:
+            return True
+        data = b"" if damage(path) else path.read_bytes()  # damage: also a length that no memory holds
+    except FileNotFoundError:
         return False
-    data = path.read_bytes()
-    return _checksum(data) == _notes(data).get("checksum", "")
+    except OSError as error:
+        raise RunError(f"cannot read {path} ({error.strerror}); delete the cache folder") from error
+    if hashlib.sha256(_body(data)).hexdigest() != _notes(data).get("checksum", ""):
+        path.unlink(missing_ok=True)
+        return False
+    if trusted(stamp, now):
+        _compared.add((path, stamp))
+    return True
 
 
-def missing(paths: Iterable[Path]) -> bool:
-    """Whether any of these entries is gone (someone deleted the cache)."""
-    return not all(path.is_file() for path in paths)
+_compared: set[tuple[Path, Stamp]] = set()
+"""Entries as this process compared them: training reads each over and over."""
 
 
 def _notes(data: bytes) -> dict[str, str]:
     try:
         header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return dict(header.get("__metadata__", {}))
-    except (ValueError, AttributeError, TypeError):
+        return dict(json.loads(header["__metadata__"][NOTES]))
+    except (ValueError, LookupError, TypeError):
         return {}
 
 
 def _body(data: bytes) -> bytes:
     return data[8 + int.from_bytes(data[:8], "little") :]
-
-
-def _checksum(data: bytes) -> str:
-    return hashlib.sha256(_body(data)).hexdigest()

@@ -3,12 +3,12 @@
 B images, N beams of all images, 3 colours, H×W the side that the captioner reads, L patches, D width, T tokens.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import Tensor, nn
+from torch import nn
 
 from finetune import hub
 from finetune.config.schema import CaptionConfig
@@ -23,8 +23,8 @@ class Captioner(Protocol):
 
     def __init__(self, settings: CaptionConfig, device: torch.device, dtype: torch.dtype) -> None: ...
 
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
-        """One caption for each RGB image; nothing is drawn at random."""
+    def caption(self, images: Iterable[Image.Image]) -> list[str]:
+        """One caption for each RGB image; nothing is drawn at random. images: large ones, of which few fit memory."""
         ...
 
     @staticmethod
@@ -85,12 +85,12 @@ class Blip:
         self.limits = {"max_new_tokens": min(settings.max_new_tokens, room), "num_beams": settings.num_beams}
 
     @torch.no_grad()
-    def caption(self, images: Sequence[Image.Image]) -> list[str]:
+    def caption(self, images: Iterable[Image.Image]) -> list[str]:
         """See `Captioner`."""
         with hub.explained(lambda reason: f"the captioner {self.reference} doesn't work ({reason}); get it again"):
-            pixels_B3HW: Tensor = self.processor(images=list(images), return_tensors="pt").pixel_values
+            pixels = [self.processor(images=image, return_tensors="pt").pixel_values for image in images]
             ids_BT = self.model.generate(
-                pixel_values=pixels_B3HW.to(self.device, self.dtype), do_sample=False, **self.limits
+                pixel_values=torch.cat(pixels).to(self.device, self.dtype), do_sample=False, **self.limits
             )
             texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]

@@ -19,10 +19,9 @@ from torch import Tensor
 
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, DataConfig, ModelConfig
-from finetune.data.cache import Cache, missing
+from finetune.data.cache import Cache, whole
 from finetune.data.images import buckets, decode, folder
-from finetune.data.images.index import ImageIndex
-from finetune.diffusion.families.spec import TEXT_BATCH
+from finetune.data.images.index import ImageIndex, content_hash
 from finetune.diffusion.pipeline import (
     TextEncoder,
     Vae,
@@ -38,12 +37,11 @@ from finetune.run.progress import plural, progress, say
 from finetune.run.records import Caption, CaptionSet, Dataset, Example
 
 GEOMETRY = "lanczos-1"  # part of every image's key: change it when the same bucket and crop would give other pixels
-PIXELS_PER_BATCH = 512 * 512  # of one VAE batch: fills a GPU already; more would only cost memory
+MADE_BY = 2  # part of every entry's key: raised when the same image or caption would give another entry
 SMALLEST_SPLIT = 20  # images; of fewer, holding some out costs more than the validation loss tells
 MUCH = 0.5  # of an image's area: more than that is not cut away in silence
 DECODE_THREADS = 4
-# Words of the first release. Entries of existing caches carry them: other words would encode everything again.
-LATENTS_KEY, TRUNCATED_NOTE = "picture", "lost"
+LOADED_AHEAD = 2 * DECODE_THREADS  # images
 
 
 @dataclass(frozen=True)
@@ -106,7 +104,7 @@ def complete(record: Dataset) -> bool:
     for example in record.examples():
         lines += 1
         wanted |= {Path(example.latents), Path(example.text)}
-    return lines == record.train + record.validation and not missing(wanted)
+    return lines == record.train + record.validation and whole(wanted)
 
 
 def figures(record: Dataset) -> dict[str, float | int | str | None]:
@@ -256,30 +254,31 @@ def hold_out(hashes: Sequence[str], share: float) -> set[str]:
 def _encode_texts(
     cache: Cache, images: Sequence[SourceImage], model: ModelConfig, device: torch.device
 ) -> tuple[dict[str, str], int]:
-    """Cache key of each different caption (and of the empty one), and how many had to be encoded."""
+    """Cache key of each different caption (and of the empty one), and how many had to be encoded.
+
+    One at a time: in a batch the last bits of an entry would depend on which others were missing.
+    """
     identity = text_encoder_hash(model)
-    keys = {text: hash_of("text", identity, text) for text in ["", *(image.caption for image in images)]}
+    keys = {text: hash_of("text", MADE_BY, identity, text) for text in ["", *(image.caption for image in images)]}
     new = [text for text, key in keys.items() if not cache.has(key)]
     if new:
         encoder = TextEncoder(model, device)
         with progress("captions", len(new), unit="captions") as bar:
-            for start in range(0, len(new), TEXT_BATCH):
-                batch = new[start : start + TEXT_BATCH]
-                for text, tensors in zip(batch, encoder.encode(batch), strict=True):
-                    cache.put(keys[text], tensors, **{TRUNCATED_NOTE: encoder.truncated_tail(text)})
-                bar.advance(len(batch))
+            for text in new:
+                cache.put(keys[text], encoder.encode([text])[0], truncated=encoder.truncated_tail(text))
+                bar.advance(1)
         del encoder
         release_memory()
     for image in images:
         # Kept with the entry, so that the warning comes back when nothing is left to encode.
-        if tail := cache.notes(keys[image.caption]).get(TRUNCATED_NOTE):
+        if tail := cache.notes(keys[image.caption]).get("truncated"):
             say(f"warning: the caption of {image.file} is truncated: {len(tail.split())} words dropped: {tail}")
     return keys, len(new)
 
 
 def cache_key(identity: str, image: SourceImage, flipped: bool, resolution: int) -> str:
     """Where an example's latents lie in the cache, under the autoencoder of that identity."""
-    return hash_of(LATENTS_KEY, identity, example_key(image, flipped, resolution))
+    return hash_of("latents", MADE_BY, identity, example_key(image, flipped, resolution))
 
 
 def example_key(image: SourceImage, flipped: bool, resolution: int) -> str:
@@ -290,50 +289,39 @@ def example_key(image: SourceImage, flipped: bool, resolution: int) -> str:
 def _encode_variants(
     cache: Cache, new: Mapping[str, Variant], model: ModelConfig, device: torch.device, *, root: Path, max_pixels: int
 ) -> None:
-    """Encode and store latents under their keys, one bucket at a time."""
+    """Encode and store latents under their keys. One at a time, as captions are."""
     if not new:
         return
     vae = Vae(model, device)
-
-    def load(image: SourceImage) -> Tensor:
-        return pixels(decode.resize_and_crop(decode.open_rgb(root / image.file, max_pixels), image.bucket)[0])
-
+    loaded = _load_ahead([image for image, _ in new.values()], lambda image: load(image, root, max_pixels))
     with progress("images", len(new), unit="images") as bar:
-        for keys, pixels_B3HW in _pixel_batches(new, load):
-            for key, tensors in zip(keys, vae.encode(pixels_B3HW), strict=True):
-                cache.put(key, tensors)
-            bar.advance(len(keys))
+        for (key, (_, flipped)), pixels_3HW in zip(new.items(), loaded, strict=True):
+            cache.put(key, vae.encode((pixels_3HW.flip(-1) if flipped else pixels_3HW)[None])[0])
+            bar.advance(1)
     del vae
     release_memory()
 
 
-def _pixel_batches(
-    new: Mapping[str, Variant], load: Callable[[SourceImage], Tensor]
-) -> Iterator[tuple[list[str], Tensor]]:
-    """Batches of one bucket each: keys and pixels (B, 3, H, W).
+def _load_ahead(images: Sequence[SourceImage], load: Callable[[SourceImage], Tensor]) -> Iterator[Tensor]:
+    """The pixels of each image (3, H, W), the next ones decoded while one is used.
 
-    The next batch is decoded while one is used. An image and its mirror image follow one another and are decoded once.
+    An image and its mirror image follow one another and are decoded once.
     """
-    batches = _batches(new)
     decoded: dict[SourceImage, Future[Tensor]] = {}
     with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for keys, following in zip(batches, [*batches[1:], []], strict=True):
-            needed = dict.fromkeys(new[key][0] for key in (*keys, *following))
+        for number, image in enumerate(images):
+            needed = dict.fromkeys(images[number : number + LOADED_AHEAD])
             decoded = {image: decoded.get(image) or pool.submit(load, image) for image in needed}
-            jobs = [(decoded[image].result(), flipped) for image, flipped in map(new.__getitem__, keys)]
-            yield keys, torch.stack([pixels_3HW.flip(-1) if flipped else pixels_3HW for pixels_3HW, flipped in jobs])
+            yield decoded[image].result()
 
 
-def _batches(new: Mapping[str, Variant]) -> list[list[str]]:
-    """Keys in batches of one bucket and of at most `PIXELS_PER_BATCH`."""
-    by_bucket: dict[buckets.Bucket, list[str]] = {}
-    for key, (image, _) in new.items():
-        by_bucket.setdefault(image.bucket, []).append(key)
-    batches = []
-    for (width, height), keys in sorted(by_bucket.items()):
-        count = max(1, PIXELS_PER_BATCH // (width * height))
-        batches += [keys[start : start + count] for start in range(0, len(keys), count)]
-    return batches
+def load(image: SourceImage, root: Path, max_pixels: int) -> Tensor:
+    """The pixels of an image, cut to its bucket. Raises DataError for one that is another since it was hashed."""
+    path = root / image.file
+    with decode.file_bytes(path) as data:
+        if content_hash(data) != image.sha256:
+            raise DataError(f"{path}: was changed while it was prepared; run the same command again")
+        return pixels(decode.resize_and_crop(decode.rgb(path, data, max_pixels), image.bucket)[0])
 
 
 def pixels(image: Image.Image) -> Tensor:

@@ -56,7 +56,6 @@ def build_task(config: Config, dataset: Dataset, device: torch.device) -> Task:
         vram_gib=config.hardware.vram_gib,
         activation_checkpointing=config.trainer.activation_checkpointing,
         offload_activations=config.trainer.offload_activations,
-        fast=config.trainer.fast,
     )
 
 

@@ -14,7 +14,7 @@ from finetune import hub
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.data.images import buckets
-from finetune.diffusion import captioner, encode, export, meta, single_file, task, tiling
+from finetune.diffusion import captioner, export, meta, single_file, task, tiling
 from finetune.diffusion.families import family
 from finetune.diffusion.pipeline import IMAGE_BATCH
 from finetune.memory import block_offload, checkpointing, policy
@@ -158,9 +158,8 @@ class DiffusionMemoryModel:
 
     @cached_property
     def _encoding_images(self) -> Trace:
-        count = max(1, encode.PIXELS_PER_BATCH // (self.width * self.height))
         return self.tracer.run(
-            self.vae, lambda: self.family.moments(self.vae, torch.empty(count, 3, self.height, self.width))
+            self.vae, lambda: self.family.moments(self.vae, torch.empty(1, 3, self.height, self.width))
         )
 
     def _validation(self, micro_batch: int, held: Mapping[str, float]) -> Trace:

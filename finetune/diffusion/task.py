@@ -23,10 +23,8 @@ from finetune.diffusion.families.spec import FamilySpec
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
 from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler, read_adapter
 from finetune.memory import activation_offload, checkpointing, fallbacks
-from finetune.memory.device import usable_bytes
 from finetune.run import ranks
 from finetune.run.records import Dataset, Example
-from finetune.training.cuda_graphs import CudaGraphs
 from finetune.training.task import Batch, Draw
 
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
@@ -55,9 +53,8 @@ class DiffusionTask:
         vram_gib: float,
         activation_checkpointing: int,
         offload_activations: bool,
-        fast: bool,
     ) -> None:
-        """dtype: of the arithmetic. vram_gib and the three below: as in the configuration."""
+        """dtype: of the arithmetic. vram_gib and the two below: as in the configuration."""
         self.loss_settings, self.sample_settings = loss, sample
         self.device, self.dtype, self.seed, self.resolution = device, dtype, seed, model.resolution
         self.empty_text = Path(dataset.empty_text)
@@ -74,16 +71,10 @@ class DiffusionTask:
         backbone: Any = load_backbone(model, dtype, device, vram_gib=vram_gib)
         checkpointing.set_checkpointing(backbone, activation_checkpointing)
         self.model: nn.Module = lora_layers.inject(backbone, lora, model.lora_targets[lora.targets], seed=seed)
-        self.graphs: CudaGraphs | None = None
         self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
         self.fallbacks = fallbacks.gpu_fallbacks(
             self.model, model, activation_checkpointing, self.activation_offload, device
         )
-        in_one_piece = not (activation_checkpointing or offload_activations or model.offload)
-        if fast and device.type == "cuda" and self.family.capturable and in_one_piece:
-            self.graphs = CudaGraphs(
-                self._captured, lora_layers.adapter_parameters(self.model), usable_bytes(device, vram_gib)
-            )
         if lora.start_from:
             stored = read_adapter(model, self.model, Path(lora.start_from))
             lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
@@ -110,10 +101,7 @@ class DiffusionTask:
     def loss(self, batch: Batch) -> Tensor:
         """Sum over images of the weighted mean squared error."""
         with self.activation_offload():
-            if self.graphs and torch.is_grad_enabled():
-                predicted_BChw = self.graphs(model_inputs(self.objective, batch.tensors, self.dtype))
-            else:
-                predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
+            predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
             return weighted(self.objective, predicted_BChw, batch.tensors, self.loss_settings)
 
     @torch.no_grad()
@@ -142,20 +130,12 @@ class DiffusionTask:
         )
 
     def reduce_memory(self) -> str | None:
-        """Give up CUDA graphs, recompute every block, then keep what they need, and then all of them, in CPU memory."""
-        if self.graphs and self.graphs.close():
-            return "trainer.fast=false"
+        """Recompute every block, then keep what they need, and then all of them, in CPU memory."""
         return next(self.fallbacks, None)
 
     def notes(self) -> dict[str, str]:
         """None: the images and captions are in the report."""
         return {}
-
-    def _captured(self, **inputs: Tensor) -> Tensor:
-        # Casts that autocast keeps for later would lie in the memory of a graph.
-        half = self.dtype is not torch.float32
-        with torch.autocast(self.device.type, dtype=self.dtype, enabled=half, cache_enabled=False):
-            return _predicted(self.family, self.model, inputs)
 
     def _make_image_sampler(self, model: ModelConfig) -> ImageSampler | None:
         """What draws previews. Made before the backbone is loaded, because text encoders may need the whole GPU."""
@@ -200,22 +180,12 @@ def predict(
     spec: FamilySpec, objective: Objective, model: nn.Module, tensors: Mapping[str, Tensor], dtype: torch.dtype
 ) -> Tensor:
     """What the model makes of a batch's noisy latents, (B, C, h, w). dtype: of its arithmetic."""
-    with hub.explained(lambda reason: f"the {spec.backbone} of the base doesn't work ({reason}); get the base again"):
-        return _predicted(spec, model, model_inputs(objective, tensors, dtype))
-
-
-def model_inputs(objective: Objective, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    """What the model reads of a batch: noisy latents, timesteps, and the captions' tensors under their names."""
     noisy_BChw = objective.noisy(tensors["clean"], tensors["noise"], tensors["timesteps"])
     text = {  # large text encoders write bf16 whatever the backbone computes in
-        name: value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
+        name.removeprefix(TEXT): value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
     }
-    return {"noisy": noisy_BChw, "timesteps": tensors["timesteps"], **text}
-
-
-def _predicted(spec: FamilySpec, model: nn.Module, inputs: Mapping[str, Tensor]) -> Tensor:
-    text = {name.removeprefix(TEXT): value for name, value in inputs.items() if name.startswith(TEXT)}
-    return spec.predict(model, inputs["noisy"], inputs["timesteps"], text)
+    with hub.explained(lambda reason: f"the {spec.backbone} of the base doesn't work ({reason}); get the base again"):
+        return spec.predict(model, noisy_BChw, tensors["timesteps"], text)
 
 
 def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

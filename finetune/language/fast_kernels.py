@@ -46,7 +46,7 @@ def swiglu_backward_(dy_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> None:
     _OPS.swiglu_backward_(dy_NI, gate_NI, up_NI)
 
 
-class _Plain:
+class Plain:
     """The same in torch's operations; `triton_kernels` has it for a GPU."""
 
     @staticmethod
@@ -96,8 +96,8 @@ for _name, _signature in {
     _LIBRARY.define(_name + _signature)
     _made = (lambda *_: None) if _name.endswith("_") else (lambda first, *_: torch.empty_like(first))
     _library.register_fake(f"finetune::{_name}", _made)
-    _LIBRARY.impl(_name, getattr(_Plain, _name), "CPU")
-    _LIBRARY.impl(_name, getattr(triton_kernels or _Plain, _name), "CUDA")
+    _LIBRARY.impl(_name, getattr(Plain, _name), "CPU")
+    _LIBRARY.impl(_name, getattr(triton_kernels or Plain, _name), "CUDA")
 
 
 def _normed(x_ND: Tensor, eps: float) -> tuple[Tensor, Tensor]:

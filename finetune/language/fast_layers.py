@@ -10,8 +10,9 @@ the product. With activation checkpointing, blocks that are not recomputed as a 
 their feed-forward layer again, which costs little for what it saves.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Any, cast
 
 import torch
@@ -94,6 +95,7 @@ class FastLayer:
     first_norm: Any
     second_norm: Any
     channels: int
+    dtype: torch.dtype
 
     @classmethod
     def of(cls, layer: Any, dtype: torch.dtype) -> "FastLayer":
@@ -109,17 +111,22 @@ class FastLayer:
             first_norm=layer.input_layernorm,
             second_norm=layer.post_attention_layernorm,
             channels=attention.head_dim,
+            dtype=dtype,
         )
 
     def parts(self) -> Sequence[Linear]:
         return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
+
+    def is_off(self) -> bool:
+        """Whether the adapters are switched off, all of them at once."""
+        return any(part.layer.disable_adapters for part in self.parts() if part.adapted)
 
     def heads(self, states_NO: Tensor) -> Tensor:
         """(N, O) as (N, H, E), the same memory."""
         return states_NO.view(len(states_NO), -1, self.channels)
 
 
-class _Projections(torch.autograd.Function):
+class Projections(torch.autograd.Function):
     """x (N, D) -> queries, keys and values (N, H, E), the first two turned by their positions."""
 
     @staticmethod
@@ -151,7 +158,7 @@ class _Projections(torch.autograd.Function):
         return None, dx_ND, None, None, *on_adapters
 
 
-class _Rest(torch.autograd.Function):
+class Rest(torch.autograd.Function):
     """x (N, D) and what attention found (N, O) -> the layer's output (N, D)."""
 
     @staticmethod
@@ -222,10 +229,10 @@ def install(model: Any, dtype: torch.dtype) -> bool:
     layers = list(model.get_decoder().layers)
     if not all(_is_known(layer) for layer in layers):
         return False
-    fast = [FastLayer.of(layer, dtype) for layer in layers]
-    for layer, with_adapters in zip(layers, fast, strict=True):
-        layer.forward = _forward(layer, with_adapters, dtype)
-    adapted = [part for layer in fast for part in layer.parts() if part.adapted]
+    for layer in layers:
+        layer.fast = FastLayer.of(layer, dtype)
+        layer.__class__ = _fast_class(type(layer))  # type: ignore[arg-type]
+    adapted = [part for layer in layers for part in layer.fast.parts() if part.adapted]
     model.get_decoder().register_forward_pre_hook(lambda *_: _renew(adapted))
     return True
 
@@ -245,47 +252,60 @@ def _renew(parts: Sequence[Linear]) -> None:
     torch._foreach_mul_(copies[1::2], [part.scale for part in parts])
 
 
-def _forward(layer: Any, fast: FastLayer, dtype: torch.dtype) -> Callable[..., Tensor]:
+@cache
+def _fast_class(plain: Any) -> Any:
+    """The class of decoder layers with a forward pass of its own: a subclass, so that whatever the library wraps around
+    a layer's `forward` or `__call__`, checkpointing above all, is around this one too."""
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
-    plain, attention = layer.forward, layer.self_attn
-    own = {name: getattr(attention.config, name, None) for name in ARCHITECTURES[type(layer).__name__]}
-    adapters = [module for module in layer.modules() if hasattr(module, "lora_A")]
-
-    def forward(
-        hidden_states: Tensor,
-        attention_mask: Tensor | None = None,
-        position_ids: Tensor | None = None,
-        past_key_values: Any = None,
-        use_cache: bool | None = False,
-        position_embeddings: Any = None,
-        **kwargs: Any,
-    ) -> Tensor:
-        off = any(module.disable_adapters for module in adapters[:1])
-        if off or past_key_values is not None or hidden_states.dtype != dtype:
-            found: Tensor = plain(
-                hidden_states, attention_mask, position_ids, past_key_values, use_cache, position_embeddings, **kwargs
-            )
-            return found
-        keep = not getattr(layer, "gradient_checkpointing", False)
-        packs, length, _ = hidden_states.shape
-        x_ND = hidden_states.flatten(0, 1)
-        cos_NE, sin_NE = (turn.expand(packs, -1, -1).flatten(0, 1) for turn in position_embeddings)
-        with torch.autocast(x_ND.device.type, enabled=False):  # all is in its dtype
-            states = _Projections.apply(fast, x_ND, cos_NE, sin_NE, *_parameters(fast.parts()[:3]))  # type: ignore[no-untyped-call]
+    class Fast(plain):  # type: ignore[misc]
+        def forward(
+            self,
+            hidden_states: Tensor,
+            attention_mask: Tensor | None = None,
+            position_ids: Tensor | None = None,
+            past_key_values: Any = None,
+            use_cache: bool | None = False,
+            position_embeddings: Any = None,
+            **kwargs: Any,
+        ) -> Tensor:
+            fast, attention = self.fast, self.self_attn
+            if past_key_values is not None or fast.is_off() or hidden_states.dtype != fast.dtype:
+                found: Tensor = super().forward(
+                    hidden_states,
+                    attention_mask=attention_mask,
+                    position_ids=position_ids,
+                    past_key_values=past_key_values,
+                    use_cache=use_cache,
+                    position_embeddings=position_embeddings,
+                    **kwargs,
+                )
+                return found
+            own = {name: getattr(attention.config, name, None) for name in ARCHITECTURES[plain.__name__]}
+            packs, length, _ = hidden_states.shape
+            x_ND = hidden_states.flatten(0, 1)
+            cos_NE, sin_NE = (turn.expand(packs, -1, -1).flatten(0, 1) for turn in position_embeddings)
             attend = ALL_ATTENTION_FUNCTIONS.get_interface(
                 attention.config._attn_implementation, eager_attention_forward
             )
-            by_head = (states_NHE.unflatten(0, (packs, length)).transpose(1, 2) for states_NHE in states)
-            seen, _ = attend(
-                attention, *by_head, attention_mask, dropout=0.0, scaling=attention.scaling, **own, **kwargs
-            )
-            seen_NO = seen.reshape(packs * length, -1)
-            y_ND: Tensor = _Rest.apply(fast, keep, x_ND, seen_NO, *_parameters(fast.parts()[3:]))  # type: ignore[no-untyped-call]
-        return y_ND.view(hidden_states.shape)
+            with torch.autocast(x_ND.device.type, enabled=False):  # all is in its dtype
+                states = Projections.apply(  # type: ignore[no-untyped-call]
+                    fast, x_ND, cos_NE, sin_NE, *_parameters(fast.parts()[:3])
+                )
+                by_head = (states_NHE.unflatten(0, (packs, length)).transpose(1, 2) for states_NHE in states)
+                seen, _ = attend(
+                    attention, *by_head, attention_mask, dropout=0.0, scaling=attention.scaling, **own, **kwargs
+                )
+                seen_NO = seen.reshape(packs * length, -1)
+                keep = not self.gradient_checkpointing
+                y_ND: Tensor = Rest.apply(  # type: ignore[no-untyped-call]
+                    fast, keep, x_ND, seen_NO, *_parameters(fast.parts()[3:])
+                )
+            return y_ND.view(hidden_states.shape)
 
-    return forward
+    Fast.__name__ = plain.__name__
+    return Fast
 
 
 def _parameters(parts: Sequence[Linear]) -> list[Tensor]:

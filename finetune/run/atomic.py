@@ -11,8 +11,7 @@ from pathlib import Path
 from finetune.errors import RunError
 
 ABANDONED_S = 3600.0
-"""Age of a temporary file that nobody writes any more; writing one takes seconds. Process numbers would say less: on a
-shared disk they are those of another machine."""
+"""Age of a temporary file that nobody writes any more; writing one takes seconds."""
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -20,21 +19,37 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
     Raises RunError where the folder can't be written or the disk is full.
     """
-    data = content.encode() if isinstance(content, str) else content
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_file(path, content.encode() if isinstance(content, str) else content, durable=True)
     except OSError as error:
-        with suppress(OSError):  # unlink fails too where `path.parent` is a file
-            temporary.unlink()
         raise RunError(
             f"cannot write {path} ({error.strerror}); free the disk or choose a folder you may write"
         ) from error
+
+
+def replace_file(path: Path, data: bytes, *, durable: bool) -> None:
+    """`write_atomically`, and only if `durable` flushed to disk. Raises OSError."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        _write(temporary, data, durable)
+        try:
+            os.replace(temporary, path)
+        except FileNotFoundError:  # another machine on this disk took it for abandoned: it knows no such process
+            _write(temporary, data, durable)
+            os.replace(temporary, path)
+    except OSError:
+        with suppress(OSError):
+            temporary.unlink()
+        raise
+
+
+def _write(path: Path, data: bytes, durable: bool) -> None:
+    with open(path, "wb") as file:
+        file.write(data)
+        if durable:
+            file.flush()
+            os.fsync(file.fileno())
 
 
 @contextmanager
@@ -102,11 +117,26 @@ def remove_leftovers(folder: Path, patterns: Mapping[str, str]) -> None:
 
 
 def remove_abandoned(folder: Path, pattern: str) -> None:
-    """Remove old temporary files of `write_atomically` where others may write too. pattern: of the final names."""
+    """Remove temporary files of `write_atomically` where others may write too, of processes that are gone.
+
+    pattern: of the final names.
+    """
     for path in _entries(folder):
+        found = re.fullmatch(rf"\.{pattern}\.(\d+)\.tmp", path.name)
         with suppress(OSError):  # another process was faster, or they are somebody else's
-            if re.fullmatch(rf"\.{pattern}\.\d+\.tmp", path.name) and time.time() - path.stat().st_mtime > ABANDONED_S:
+            if found and (_is_gone(int(found[1])) or time.time() - path.stat().st_mtime > ABANDONED_S):
                 path.unlink()
+
+
+def _is_gone(process: int) -> bool:
+    """Whether no process of this machine has the number."""
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return True
+    except PermissionError:
+        return False
+    return False
 
 
 def _entries(folder: Path) -> list[Path]:

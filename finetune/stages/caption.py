@@ -136,7 +136,7 @@ def _generate(
     with progress(STAGE, len(todo), unit="images") as bar:
         for first in range(0, len(todo), settings.batch):
             batch = todo[first : first + settings.batch]
-            texts = captioner.caption([decode.open_rgb(root / file, data.max_pixels) for file in batch])
+            texts = captioner.caption(decode.open_rgb(root / file, data.max_pixels) for file in batch)
             worded = {file: wording(text, settings) for file, text in zip(batch, texts, strict=True)}
             authors.remember(Path(data.cache), worded)
             folder.add_captions(root, worded, overwrite=settings.overwrite)

@@ -11,7 +11,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from finetune.adapters import lora as adapters
 from finetune.config.schema import LoraConfig, ModelConfig, Quantize
 from finetune.language import causal_lm, fast_layers, varlen_attention
-from finetune.language.fast_kernels import _Plain as plain
+from finetune.language.fast_kernels import Plain
 
 pytestmark = pytest.mark.gpu
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -34,17 +34,17 @@ def test_kernels_are_torchs_operations(shape: tuple[int, int, int], dtype: torch
         "rms_norm_backward": (dy, x, weight, 1e-5),
         "swiglu": (x, gate),
     }.items():
-        torch.testing.assert_close(getattr(kernels, name)(*inputs), getattr(plain, name)(*inputs), **tolerance)
+        torch.testing.assert_close(getattr(kernels, name)(*inputs), getattr(Plain, name)(*inputs), **tolerance)
     angles = torch.rand(count, channels // 2, generator=random, device=GPU)
     cos, sin = (torch.cat([part, part], -1).to(dtype) for part in (angles.cos(), angles.sin()))
     for back in (False, True):
         found, expected = (x.view(shape).clone() for _ in range(2))
         kernels.rotate_(found, cos, sin, back)
-        plain.rotate_(expected, cos, sin, back)
+        Plain.rotate_(expected, cos, sin, back)
         torch.testing.assert_close(found, expected, **tolerance)
     changed = [[value.clone() for value in (dy, x, gate)] for _ in range(2)]
     kernels.swiglu_backward_(*changed[0])
-    plain.swiglu_backward_(*changed[1])
+    Plain.swiglu_backward_(*changed[1])
     for found, expected in zip(*changed, strict=True):
         torch.testing.assert_close(found, expected, **tolerance)
 

@@ -22,7 +22,7 @@ def to_srgb(image: Image.Image, profile: bytes | None, low: Image.Image | None =
     low: the low bytes of an image of 16 bits, whose high bytes are `image`.
     """
     if not is_needed(profile, image.mode):
-        return image.convert("RGB")
+        return image if image.mode == "RGB" else image.convert("RGB")  # large images are not copied
     assert profile is not None
     if image.mode == "L":
         high_HW = np.asarray(image).astype(np.uint16) * 256

@@ -4,11 +4,14 @@ No decoder is run before the size is known to be allowed, and only decoders of o
 """
 
 import io
+import math
+import os
 import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
@@ -29,9 +32,9 @@ OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L
 TEXT_LIMITS = {"MAX_TEXT_CHUNK": 64 * 2**20, "MAX_TEXT_MEMORY": 256 * 2**20}  # bytes; Pillow's are 1 and 64 MiB
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
-PIXEL_BYTES = 8  # of a pixel in a file: four channels of 16 bits
-OTHER_BYTES = 1 << 29  # of what a file holds besides: texts, profiles, previews
+FILE_BYTES = 4 << 30  # of an image, three times what `data.max_pixels` of 16 bits take without compression
 CHECK_SIDE = 512  # pixels; JPEGs are checked at a reduced size, which still reads every byte
+PIXELS_AT_ONCE = 100_000_000  # decoded by all threads together: about 12 bytes each at the peak
 _pillow_limit = threading.Lock()
 
 
@@ -42,7 +45,12 @@ def open_rgb(path: Path, max_pixels: int) -> Image.Image:
     Raises DataError naming the file and the reason if it is missing, empty, corrupt, truncated, or has more than
     `max_pixels` pixels (seen before anything is decoded).
     """
-    data = read_bytes(path, max_pixels)
+    with file_bytes(path) as data:
+        return rgb(path, data, max_pixels)
+
+
+def rgb(path: Path, data: bytes, max_pixels: int) -> Image.Image:
+    """`open_rgb` from the bytes of the file."""
     image = _open(path, data, max_pixels)
     try:
         low = _low_bytes(image, lambda: _open(path, data, max_pixels))
@@ -69,13 +77,55 @@ def upright_size(path: Path, data: bytes, max_pixels: int) -> tuple[int, int]:
     return (height, width) if _orientation(image) in QUARTER_TURNS else (width, height)
 
 
-def read_bytes(path: Path, max_pixels: int) -> bytes:
-    """The bytes of a file. Raises DataError if it can't be read, or is longer than so many pixels can be."""
+@contextmanager
+def file_bytes(path: Path) -> Iterator[bytes]:
+    """The bytes of an image's file, once there is memory to decode it beside what other threads hold.
+
+    Raises DataError if it can't be read.
+    """
+    with ExitStack() as stack:
+        try:
+            require_size(path, FILE_BYTES)
+            file = stack.enter_context(open(path, "rb"))
+            stack.enter_context(_room.taken_for(_weight(file)))
+            data = file.read()
+        except OSError as error:
+            raise DataError(f"{path}: can't be read ({error.strerror})") from error
+        yield data
+
+
+class _Room:
+    """Pixels that are in memory right now, of all threads: many small images, or a large one alone."""
+
+    def __init__(self) -> None:
+        self._changed, self._taken = threading.Condition(), 0
+
+    @contextmanager
+    def taken_for(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: not self._taken or self._taken + pixels <= PIXELS_AT_ONCE)
+            self._taken += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._taken -= pixels
+                self._changed.notify_all()
+
+
+_room = _Room()
+
+
+def _weight(file: BinaryIO) -> int:
+    """An image's pixels by its header, or a quarter of its bytes where that is more. The file stands at its start."""
+    stored = os.fstat(file.fileno()).st_size // 4
     try:
-        require_size(path, max_pixels * PIXEL_BYTES + OTHER_BYTES)
-        return path.read_bytes()
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from error
+        with _pillow_limits():
+            return max(stored, math.prod(Image.open(file, formats=FORMATS).size))
+    except Exception:  # what is wrong with it is said where it is decoded
+        return stored
+    finally:
+        file.seek(0)
 
 
 def resize_and_crop(image: Image.Image, bucket: Bucket) -> tuple[Image.Image, tuple[int, int, int, int]]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from finetune.data.images import decode
 from finetune.errors import DataError, RunError
-from finetune.run.atomic import write_atomically
+from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.hashing import RACY_NS, Stamp, hash_of, stamp_of
 
 FORMAT = "images-1"  # of the index: change it when a row means something else
@@ -39,6 +39,7 @@ class ImageIndex:
         self.folder, self.max_pixels = folder, max_pixels
         # The path only finds the index again; of a folder that took another's place, the change times differ.
         self.path = cache / "images" / f"{hash_of(str(folder.resolve()))[:16]}.json"
+        remove_abandoned(self.path.parent, r"[0-9a-f]{16}\.json")
         self.rows = _load(self.path)
         self.problems: dict[str, str] = {}
 
@@ -76,17 +77,18 @@ class ImageIndex:
         """Read one file once: hash it, and decode it unless its content is `known` to decode."""
         path, now = self._path(file), time.time_ns()
         stamp = _stamp(path)
-        data = decode.read_bytes(path, self.max_pixels)
-        sha256, size = content_hash(data), None
-        self.problems.pop(file, None)
-        if sha256 in known:
-            size = known[sha256].size
-        else:
-            try:
-                size = decode.upright_size(path, data, self.max_pixels)
-            except DataError as error:
-                self.problems[file] = str(error)
+        with decode.file_bytes(path) as data:
+            sha256 = content_hash(data)
+            self.problems.pop(file, None)
+            size = known[sha256].size if sha256 in known else self._checked_size(file, data)
         return Row(stamp if stamp[1] < now - RACY_NS else (), sha256, size)
+
+    def _checked_size(self, file: str, data: bytes) -> tuple[int, int] | None:
+        try:
+            return decode.upright_size(self._path(file), data, self.max_pixels)
+        except DataError as error:
+            self.problems[file] = str(error)
+            return None
 
     def _decodes(self, row: Row) -> bool:
         return row.size is not None and row.size[0] * row.size[1] <= self.max_pixels

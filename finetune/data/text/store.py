@@ -184,8 +184,7 @@ def encode_or_load(
     try:
         cache.mkdir(parents=True, exist_ok=True)
         _remove_abandoned(cache)
-        lock = FileLock(cache / f".{folder.name}.lock")
-        with lock:
+        with FileLock(_lock(folder)):
             if (figures := _verified(folder, checksums=True)) is not None:
                 return TokenStore(folder, figures, cached=True)
             with replace_folder(folder) as temporary:
@@ -195,13 +194,17 @@ def encode_or_load(
     return TokenStore(folder, _read_metadata(folder)[0], cached=False)
 
 
+def _lock(folder: Path) -> Path:
+    return folder.with_name(f".{folder.name}.lock")
+
+
 def _remove_abandoned(cache: Path) -> None:
-    """Remove what killed processes left half written: nobody holds its lock any more."""
+    """Remove folders that killed processes left half written: whoever writes one holds its lock."""
     from filelock import FileLock, Timeout
 
-    for folder in cache.glob(".rows-*.tmp"):
-        with suppress(Timeout), FileLock(folder.with_suffix(".lock"), timeout=0):
-            shutil.rmtree(folder, ignore_errors=True)
+    for left in cache.glob(".rows-*.tmp"):
+        with suppress(Timeout), FileLock(_lock(cache / left.name[1:].removesuffix(".tmp")), timeout=0):
+            shutil.rmtree(left, ignore_errors=True)
 
 
 def open_store(folder: Path, *, verify: bool = False) -> TokenStore:

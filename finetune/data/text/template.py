@@ -8,7 +8,8 @@ What can't be shown to be an assistant's text is an error: there is no guessing.
 
 import itertools
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from finetune.reading import read_text
 
 PROBE = "\ue0f3\ue0f7"  # private-use characters: no template strips them, nobody's text holds them
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
+RENDER_BYTES = 2 * 2**30  # memory that one rendering may take; a template is a program, and may ask for any amount
 LONGEST_COMMON_END = 16  # characters; </think> is 8
 SKIP = "or leave such rows out: data.skip_bad=true"
 BUILT_IN_TEMPLATES = {
@@ -271,13 +273,19 @@ class Template:
         else:
             chat = [{"role": turn.role, "content": turn.content} for turn in turns]
         try:
-            texts, found = render_jinja_template(
-                [chat],
-                chat_template=self.text,
-                add_generation_prompt=prompt,
-                return_assistant_tokens_mask=marks,
-                **self._names,
-            )
+            with _bounded_memory():
+                texts, found = render_jinja_template(
+                    [chat],
+                    chat_template=self.text,
+                    add_generation_prompt=prompt,
+                    return_assistant_tokens_mask=marks,
+                    **self._names,
+                )
+        except MemoryError as error:
+            raise DataError(
+                f"{source}: the chat template takes more than {RENDER_BYTES / 2**30:g} GiB of memory; correct it, or "
+                "take another one: data.chat_template=chatml"
+            ) from error
         except Exception as error:  # a template is a program: it may raise anything
             reason = " ".join(str(error).split())[:200] or type(error).__name__
             raise DataError(
@@ -285,6 +293,25 @@ class Template:
                 f"{', '.join(turn.role for turn in turns)}; correct the row, {SKIP}"
             ) from error
         return texts[0], [(begin, stop) for begin, stop in found[0]] if found else []
+
+
+@contextmanager
+def _bounded_memory() -> Iterator[None]:
+    """Taking more than `RENDER_BYTES` is a MemoryError, on systems that say how much is taken already."""
+    status = Path("/proc/self/statm")
+    if not status.exists():
+        yield
+        return
+    import resource
+
+    before, most = resource.getrlimit(resource.RLIMIT_AS)
+    limit = int(status.read_bytes().split()[0]) * resource.getpagesize() + RENDER_BYTES
+    limits = [each for each in (before, most) if each != resource.RLIM_INFINITY]
+    resource.setrlimit(resource.RLIMIT_AS, (min([limit, *limits]), most))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, (before, most))
 
 
 def _template_text(tokenizer: Any, name: str) -> str:

@@ -47,5 +47,4 @@ SPEC = FamilySpec(
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,
-    capturable=True,
 )

@@ -87,6 +87,18 @@ def test_twelve_steps_end_where_those_of_plain_layers_end(bases: Callable[[str],
     assert (ends[1] - ends[0]).norm() < 1e-3 * (ends[0] - begin).norm()
 
 
+@pytest.mark.parametrize(("every", "expected"), [(0, 0), (1, 2), (2, 1)])
+def test_checkpointed_blocks_are_computed_again(
+    bases: Callable[[str], Path], every: int, expected: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = adapted(bases("llama"), ALL, fast=True)
+    checkpointing.set_checkpointing(model, every)
+    passes, product = [], fast_layers.Projections.forward
+    monkeypatch.setattr(fast_layers.Projections, "forward", lambda *inputs: (passes.append(1), product(*inputs))[1])
+    loss_of(model).backward()
+    assert len(passes) == 2 + expected
+
+
 def flat(model: nn.Module) -> Tensor:
     """All adapters as they are now."""
     return torch.cat([parameter.detach().flatten() for parameter in adapters.adapter_parameters(model)])

@@ -109,6 +109,7 @@ def test_offloaded_blocks_leave_the_gpu_and_take_time_where_copies_are_slow(
     language_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(block_offload, "RING_SLOTS", 1)  # a ring of two is all that this model has
+    language_config.trainer.fast = False  # which offloaded blocks never are
     small = replace(GPU, vram_gib=0.5001)
     kept = candidates_of(on_a_gpu(language_config), small).setting(1, 1)
     language_config.model.offload = True

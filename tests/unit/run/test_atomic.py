@@ -1,6 +1,7 @@
 """Files and folders that are whole or not there: their rights, and what is left of processes that were killed."""
 
 import os
+import subprocess
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -60,9 +61,13 @@ def test_a_folder_that_was_moved_aside_and_never_replaced_comes_back(tmp_path: P
     assert (tmp_path / "checkpoints" / "step-000004" / "adapter").read_text() == "whole"
 
 
-def test_where_others_write_too_only_old_leftovers_go(tmp_path: Path) -> None:
-    old, young, other = (tmp_path / name for name in (".metadata.jsonl.7.tmp", ".metadata.jsonl.8.tmp", ".mine.9.tmp"))
-    for file in (old, young, other):
+def test_where_others_write_too_only_leftovers_go_that_are_old_or_of_ended_processes(tmp_path: Path) -> None:
+    ended = subprocess.Popen(["true"])
+    ended.wait()
+    alive, parent = os.getpid(), os.getppid()
+    old, young, left = (tmp_path / f".metadata.jsonl.{number}.tmp" for number in (parent, alive, ended.pid))
+    other = tmp_path / ".mine.9.tmp"
+    for file in (old, young, left, other):
         file.write_text("half")
     for file in (old, other):
         os.utime(file, (time.time() - ABANDONED_S - 1,) * 2)

@@ -3,7 +3,6 @@
 import pytest
 
 from finetune.config.schema import CaptionConfig, Config, DataConfig, Device, HardwareConfig, ModelConfig
-from finetune.diffusion import encode
 from scripts.bench.images import Counts, Path, counting, counts_of, write_image, write_images
 from tests.tiny_models import save_captioner, save_diffusion
 
@@ -32,9 +31,7 @@ def work(counts: Counts):
     return counts.files, counts.hashes, counts.decodes
 
 
-@pytest.mark.parametrize("pixels_per_batch", [1, encode.PIXELS_PER_BATCH])
-def test_images_with_captions_are_checked_and_encoded(config, monkeypatch, pixels_per_batch):
-    monkeypatch.setattr(encode, "PIXELS_PER_BATCH", pixels_per_batch)
+def test_images_with_captions_are_checked_and_encoded(config):
     config.data.flip = True  # a mirror image is encoded from the same decoded one
     assert work(counts_of(config)) == (2 * COUNT, COUNT, 2 * COUNT)
     assert work(counts_of(config)) == (0, 0, 0)

@@ -208,6 +208,7 @@ def test_a_kill_loses_one_batch_at_most(config, monkeypatch):
 
     class Dying(Blip):
         def caption(self, images):
+            images = list(images)
             calls.append(len(images))
             if len(calls) == 2:
                 raise KeyboardInterrupt
@@ -259,7 +260,7 @@ def test_overwrite_captions_all_again_once(config, capsys):
 def test_a_captioner_without_words_leaves_the_caption_empty(config, monkeypatch, capsys):
     class Silent(Blip):
         def caption(self, images):
-            return [""] * len(images)
+            return [""] * len(list(images))
 
     monkeypatch.setattr(stage, "load_captioner", Silent)
     config.caption.trigger = ""

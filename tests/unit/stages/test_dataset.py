@@ -13,13 +13,12 @@ import torch
 from PIL import Image
 
 from finetune.config.schema import CaptionConfig, Config, DataConfig, Device, HardwareConfig, ModelConfig
-from finetune.data.cache import Cache, read
+from finetune.data.cache import read
 from finetune.data.images import decode, folder
 from finetune.diffusion import encode
 from finetune.diffusion.encode import Path, hold_out
-from finetune.diffusion.pipeline import TextEncoder, Vae, vae_hash
+from finetune.diffusion.pipeline import TextEncoder, Vae
 from finetune.errors import DataError
-from finetune.run.hashing import hash_of
 from finetune.run.receipts import load_receipt
 from finetune.run.records import Caption, CaptionSet
 from finetune.stages.dataset import dataset
@@ -158,10 +157,58 @@ def test_another_run_shares_the_cache_and_another_model_does_not(config, loads, 
     )
 
 
-def test_latents_lie_where_the_first_release_put_them(config):
-    for example in dataset(config, captions(config)).examples():
-        key = hash_of("picture", vae_hash(config.model), example.key)
-        assert Path(example.latents) == Cache(Path(config.data.cache)).path(key)
+def test_entries_of_another_version_of_the_decoding_are_not_used(config, loads, monkeypatch):
+    first = dataset(config, captions(config))
+    monkeypatch.setattr(encode, "MADE_BY", encode.MADE_BY + 1)
+    config.data.max_aspect += 0.5  # the stage is not up to date
+    second = dataset(config, captions(config))
+    assert loads["vae encoded"] == 2 * len(SIZES)
+    assert [e.key for e in first.examples()] == [e.key for e in second.examples()], "the noise stays the same"
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-1] + bytes([data[-1] ^ 1]), lambda data: b""])
+@pytest.mark.parametrize("part", ["latents", "text"])
+def test_an_entry_that_is_damaged_under_an_up_to_date_dataset_is_made_again(config, loads, damage, part):
+    entry = Path(getattr(next(dataset(config, captions(config)).examples()), part))
+    whole = entry.read_bytes()
+    loads.clear()
+    entry.write_bytes(damage(whole))
+    dataset(config, captions(config))
+    assert loads == ({"vae": 1, "vae encoded": 1} if part == "latents" else {"text": 1, "text encoded": 1})
+    assert entry.read_bytes() == whole
+
+
+def test_an_entry_does_not_depend_on_what_else_is_encoded(config):
+    """As after a kill while encoding, and in a cache that other runs have filled in part."""
+
+    def entries():
+        found = dataset(config, captions(config)).examples()
+        return {path: Path(path).read_bytes() for example in found for path in (example.latents, example.text)}
+
+    many(config, 8)
+    whole = entries()
+    for path in sorted(whole)[::3]:
+        Path(path).unlink()
+    assert entries() == whole
+    for path in Path(config.data.folder).glob("m[1-7].png"):
+        path.unlink()
+    shutil.rmtree(config.data.cache)
+    assert entries().items() <= whole.items()
+
+
+def test_an_image_that_changes_before_it_is_encoded_is_not_stored_as_the_old_one(config, monkeypatch):
+    read_images = encode.read_images
+
+    def changing(*arguments):
+        found = read_images(*arguments)
+        image(Path(config.data.folder) / "3.png", SIZES[3], 99)
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(encode, "read_images", changing)
+        with pytest.raises(DataError, match=r"3.png: was changed while it was prepared; run the same command again"):
+            dataset(config, captions(config))
+    assert len(list(dataset(config, captions(config)).examples())) == len(SIZES)
 
 
 def test_a_damaged_entry_is_made_again(config, loads):

@@ -2,13 +2,16 @@
 
 import io
 import struct
+import threading
+import time
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 from PIL import Image, ImageCms, PngImagePlugin
 
-from finetune.data.images import decode
+from finetune.data.images import colour, decode
 from finetune.errors import DataError
 from tests import profiles
 
@@ -16,14 +19,14 @@ LIMIT = 10_000_000
 
 
 def upright_size(path, max_pixels):
-    return decode.upright_size(path, decode.read_bytes(path, max_pixels), max_pixels)
+    return decode.upright_size(path, path.read_bytes(), max_pixels)
 
 
 def quarters() -> Image.Image:
     """40 x 20 pixels: red, green above blue, white."""
     image = Image.new("RGB", (40, 20))
-    for (x, y), colour in {(0, 0): "red", (20, 0): "lime", (0, 10): "blue", (20, 10): "white"}.items():
-        image.paste(colour, (x, y, x + 20, y + 10))
+    for (x, y), name in {(0, 0): "red", (20, 0): "lime", (0, 10): "blue", (20, 10): "white"}.items():
+        image.paste(name, (x, y, x + 20, y + 10))
     return image
 
 
@@ -246,9 +249,8 @@ def test_the_cheap_check_sees_truncation_of_large_pictures(tmp_path, share):
 
 
 def test_a_missing_file_is_named(tmp_path):
-    for reader in (decode.open_rgb, upright_size):
-        with pytest.raises(DataError, match=r"gone.jpg: can't be read"):
-            reader(tmp_path / "gone.jpg", LIMIT)
+    with pytest.raises(DataError, match=r"gone.jpg: can't be read"):
+        decode.open_rgb(tmp_path / "gone.jpg", LIMIT)
 
 
 def test_the_limit_can_be_raised_above_pillows(tmp_path):
@@ -296,3 +298,38 @@ def test_a_file_longer_than_its_pixels_can_be_is_not_read(tmp_path):
         file.truncate(1 << 34)
     with pytest.raises(DataError, match=r"long.png: can't be read \(File too large\)"):
         decode.open_rgb(path, 1000)
+
+
+def most_at_once(paths, monkeypatch, *, room):
+    """The most files that four threads held at once."""
+    monkeypatch.setattr(decode, "PIXELS_AT_ONCE", room)
+    held, most, lock = 0, 0, threading.Lock()
+
+    def hold(path):
+        nonlocal held, most
+        with decode.file_bytes(path):
+            with lock:
+                held += 1
+                most = max(most, held)
+            time.sleep(0.05)
+            with lock:
+                held -= 1
+
+    with ThreadPoolExecutor(4) as pool:
+        list(pool.map(hold, paths))
+    return most
+
+
+@pytest.mark.parametrize("kind", ["pixels", "bytes"])
+def test_large_images_wait_for_one_another_and_small_ones_do_not(tmp_path, monkeypatch, kind):
+    paths = [tmp_path / f"{name}.png" for name in "abcd"]
+    for path in paths:
+        Image.new("RGB", (100, 80)).save(path) if kind == "pixels" else path.write_bytes(bytes(4 * 8000))
+    assert most_at_once(paths, monkeypatch, room=4 * 8000) > 1
+    assert most_at_once(paths, monkeypatch, room=2 * 8000) == 2
+    assert most_at_once(paths, monkeypatch, room=1) == 1
+
+
+def test_a_plain_rgb_image_is_not_copied():
+    image = Image.new("RGB", (8, 8))
+    assert colour.to_srgb(image, None) is image

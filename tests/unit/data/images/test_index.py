@@ -178,15 +178,15 @@ def test_an_image_that_was_fixed_is_no_longer_bad(root):
 
 
 def test_an_interrupt_keeps_what_was_read(root, hashed, monkeypatch):
-    plain = decode.read_bytes
+    plain = decode.file_bytes
 
-    def read_bytes(path, max_pixels):
+    def file_bytes(path):
         if path.name == "c.png":
             raise KeyboardInterrupt
-        return plain(path, max_pixels)
+        return plain(path)
 
     with monkeypatch.context() as patched:
-        patched.setattr(decode, "read_bytes", read_bytes)
+        patched.setattr(decode, "file_bytes", file_bytes)
         with pytest.raises(KeyboardInterrupt):
             hashes(root)
     hashed.clear()

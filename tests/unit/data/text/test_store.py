@@ -137,6 +137,17 @@ def test_a_killed_run_leaves_nothing_that_counts(prepare, data, monkeypatch):
     assert not prepare(data).cached
 
 
+def test_what_killed_runs_of_other_sets_left_is_removed_and_what_is_being_written_is_not(prepare, data, tmp_path):
+    left, written = tmp_path / "cache" / ".rows-1.tmp", tmp_path / "cache" / ".rows-2.tmp"
+    for folder in (left, written):
+        folder.mkdir(parents=True)
+        (folder / "tokens.bin").write_bytes(b"half")
+    with FileLock(tmp_path / "cache" / ".rows-2.lock"):
+        prepare(data)
+    assert not left.exists()
+    assert written.exists()
+
+
 def test_two_at_once_make_it_once(prepare, data):
     found = []
     threads = [threading.Thread(target=lambda: found.append(prepare(data))) for _ in range(4)]

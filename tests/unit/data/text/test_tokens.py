@@ -1,10 +1,13 @@
 """Masks, compared with what a person would mark by hand, for templates after those of well-known models."""
 
 import pickle
+import resource
+import sys
 
 import numpy as np
 import pytest
 
+from finetune.data.text import template
 from finetune.data.text.formats import Conversation, Message
 from finetune.data.text.tokens import Chat, preview_row, token_spans
 from finetune.errors import DataError
@@ -263,6 +266,22 @@ def test_templates_that_do_not_fit_the_row_are_errors_that_name_it(name, turns, 
 def test_templates_that_raise_whatever(broken):
     with pytest.raises(DataError, match=r"^data.jsonl:7: the chat template refuses it \(."):
         Chat(tokenizer(broken)).encode(row(*TWO))
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="other systems don't say how much memory is taken")
+@pytest.mark.parametrize(
+    "endless",
+    [
+        "{{ 'x' * 3000000000 }}",
+        "{% set n = namespace(x='x' * 3000) %}{% for i in range(30) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
+    ],
+)
+def test_a_template_that_takes_memory_without_end_is_stopped(endless, monkeypatch):
+    monkeypatch.setattr(template, "RENDER_BYTES", 2**27)
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    with pytest.raises(DataError, match=r"^data.jsonl:7: .* takes more than 0.125 GiB.*template=chatml"):
+        Chat(tokenizer(endless)).encode(row(*TWO))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
 def test_an_end_that_depends_on_the_text_is_an_error():
