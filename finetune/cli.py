@@ -32,6 +32,7 @@ FLAGS = {
 }
 COMPLETION_FLAGS = ("-sc", "--shell-completion", "--shell_completion")
 WIDTH = 80  # columns of the help
+LONGEST_ERROR = 2000  # characters of a line
 INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 
@@ -244,7 +245,7 @@ def _complain(error: Exception, debug: bool) -> int:
         return error.exit_code
     if isinstance(error, FinetuneError):
         for line in str(error).splitlines():
-            say(f"error: {line}")
+            say(f"error: {_shortened(line)}")
         return error.exit_code
     if isinstance(error, ModuleNotFoundError) and not str(error.name).startswith("finetune"):
         way = "take the Python that finetune was installed with: source .venv/bin/activate"
@@ -253,6 +254,12 @@ def _complain(error: Exception, debug: bool) -> int:
     first = (str(error).strip().splitlines() or [""])[0]
     say(f"error: unexpected {type(error).__name__}: {first}; --debug shows where, please report it")
     return FinetuneError.exit_code
+
+
+def _shortened(line: str) -> str:
+    """A line without the middle of a very long value, but with what to do, which stands at its end."""
+    half = LONGEST_ERROR // 2
+    return line if len(line) <= LONGEST_ERROR else f"{line[:half]} … {line[-half:]}"
 
 
 def _quieten(debug: bool) -> None:

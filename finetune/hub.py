@@ -12,11 +12,13 @@ import json
 import shlex
 import textwrap
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, ModelError, is_out_of_memory
+from finetune.reading import TEXTS, damage, read_text, require_whole
 from finetune.run import libraries
 from finetune.run.hashing import known_hash
 
@@ -25,7 +27,7 @@ ARCHITECTURES = Path(__file__).resolve().parent / "architectures"  # configurati
 HUB_ANSWER_S = 8.0  # one request that normally takes 0.2 s; name resolution may hang without an own time limit
 REMEMBERED_BYTES = 64 << 20  # the hash of larger files is remembered: reading 24 GB again takes half a minute
 HASHES = "finetune-hashes.json"  # beside the hub's cache, for every project of this user
-HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
+REASON = 300  # characters of what a library says that are passed on
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")  # what model sites offer besides safetensors
 PICKLE_WAY_OUT = (  # weights_only runs no code
@@ -34,8 +36,6 @@ PICKLE_WAY_OUT = (  # weights_only runs no code
     "s.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, {new!r})"
 )
 MODEL_FILES = {"model_index.json": "an image model", "config.json": "a language model or captioner"}
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, LookupError, TypeError, AttributeError, ImportError)
-"""Of from_pretrained, for files that are damaged or of another kind; safetensors has one of its own besides."""
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
 
 
@@ -163,8 +163,10 @@ def content_hash(reference: str, *parts: str) -> str:
     digest = hashlib.sha256()
     for file in sorted(source.rglob("*")):
         relative = file.relative_to(source)
-        counts = file.suffix in (".json", ".txt", ".model", ".jinja", ".safetensors") and file.is_file()
+        counts = file.suffix in (*TEXTS, ".safetensors") and file.is_file()
         if counts and (not parts or any(fnmatch.fnmatchcase(relative.parts[0], part) for part in parts)):
+            if file.suffix in TEXTS:
+                require_whole(file)
             digest.update(f"{relative.as_posix()}\0{file.stat().st_size}\0".encode())
             hash_file_content(file, digest.update)
     return f"sha256:{digest.hexdigest()}"
@@ -177,28 +179,34 @@ def model_index(reference: str) -> dict[str, Any] | None:
     file = folder / "model_index.json" if folder else None
     if file is None or not file.is_file():
         return None
+    return read_object(file)
+
+
+def read_object(file: Path) -> dict[str, Any]:
+    """A JSON file of a model. Raises ModelError if it is no JSON object."""
+    with explained(lambda reason: f"{file} is damaged ({reason}); restore it from a copy, or download the model again"):
+        found = json.loads(read_text(file))
+        if not isinstance(found, dict):
+            raise ValueError("it holds no JSON object")
+    return found
+
+
+@contextmanager
+def explained(message: Callable[[str], str]) -> Iterator[None]:
+    """Around what libraries read and make of a model's files: whatever they raise becomes a ModelError.
+
+    They check little of what they read, so that a damaged or odd file may raise anything. message: what is said for a
+    reason. Errors that are ours, and a lack of memory, pass.
+    """
     try:
-        index: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ModelError(f"{file} is damaged ({error}); restore it from a copy, or download the model again") from error
-    return index
-
-
-def damage(file: Path) -> str:
-    """What is wrong with a safetensors file (its header or its length); empty if nothing shows without reading all."""
-    size = file.stat().st_size
-    with open(file, "rb") as stream:
-        length = int.from_bytes(stream.read(8), "little")
-        if size < 8 or not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
-            return f"{size} bytes without a safetensors header"
-        try:
-            header = json.loads(stream.read(length))
-            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
-        except (ValueError, KeyError, TypeError, AttributeError, IndexError):
-            return "its safetensors header is unreadable"
-    if size != 8 + length + end:
-        return f"{size} bytes where its header says {8 + length + end}"
-    return ""
+        yield
+    except FinetuneError:
+        raise
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        reason = " ".join(str(error).split())[:REASON] or type(error).__name__
+        raise ModelError(message(reason)) from error
 
 
 def _config_file(found: Path) -> Path:
@@ -243,26 +251,17 @@ def _unusable(loader: Any, reference: str, options: dict[str, Any], reason: str)
 
 
 def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str, Any]) -> Any:
-    from safetensors import SafetensorError
-
-    try:
-        with libraries.without_progress_bars():
-            return _load(loader, reference, source, options)
-    except FinetuneError:
-        raise
-    except (*LOADING_ERRORS, SafetensorError) as error:
-        if is_out_of_memory(error):
-            raise
-        raise ModelError(_unusable(loader, reference, options, " ".join(str(error).split())[:300])) from error
+    with explained(lambda reason: _unusable(loader, reference, options, reason)), libraries.without_progress_bars():
+        return _load(loader, reference, source, options)
 
 
 def _load(loader: Any, reference: str, source: Path | str, options: dict[str, Any]) -> Any:
     """One call of from_pretrained. Raises what it raises, and ModelError for damaged files and missing weights."""
-    if isinstance(source, Path) and "use_safetensors" in options:
+    if isinstance(source, Path):
         part = source / (options.get("subfolder") or "")
-        for file in sorted(part.glob("*.safetensors") if _has_weights(loader) else part.rglob("*.safetensors")):
-            if wrong := damage(file):
-                raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")
+        for file in sorted(part.rglob("*") if hasattr(loader, "from_pipe") else part.glob("*")):
+            if file.suffix != ".safetensors" or "use_safetensors" in options:
+                require_whole(file)
     loaded = loader.from_pretrained(str(source), **options)
     if not options.get("output_loading_info"):
         return loaded

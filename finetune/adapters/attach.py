@@ -1,22 +1,15 @@
 """Load an exported PEFT folder into a fresh base of any kind, for inference."""
 
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import nn
 
+from finetune import hub
 from finetune.adapters import formats, lora
 from finetune.errors import ModelError
-
-LOADING_ERRORS = (
-    *(RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError, OSError, ImportError),
-    re.error,  # a layer's name in a pattern of the settings
-)
-"""What libraries raise for an adapter that doesn't fit or whose settings are damaged."""
 
 
 def attach_peft_folder(model: nn.Module, folder: Path) -> Any:
@@ -58,12 +51,8 @@ def require_adapter(path: Path) -> None:
 @contextmanager
 def mismatch_as_model_error(path: Path) -> Iterator[None]:
     """What the libraries raise while they load the adapter at `path` into a base, as a ModelError."""
-    try:
+    with hub.explained(lambda reason: str(mismatch(path, reason))):
         yield
-    except torch.OutOfMemoryError:
-        raise
-    except LOADING_ERRORS as error:
-        raise mismatch(path, (str(error).splitlines() or [type(error).__name__])[0]) from error
 
 
 def move_adapters_to_gpu(model: nn.Module) -> None:

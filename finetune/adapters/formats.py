@@ -8,6 +8,7 @@ import json
 import math
 import re
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,8 +16,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune import hub
 from finetune.adapters import lora
 from finetune.errors import ModelError
+from finetune.reading import read_text
 
 # A text-only model loaded from one that also reads images keeps, in this attribute, the prefix that its layers have in
 # the full model. An adapter is exported under the full model's names, which is what everybody else loads.
@@ -67,19 +70,20 @@ class StoredAdapter:
 
 def read_weights(path: Path) -> dict[str, Tensor]:
     """Tensors of an adapter's file. Raises ModelError for a missing or damaged one, or if one is not finite."""
-    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    try:
+    if not path.exists():
+        raise ModelError(f"{path} does not exist")
+    with _explained(path):
         tensors = load_file(path)
-    except FileNotFoundError as error:
-        raise ModelError(f"{path} does not exist") from error
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} is damaged ({error}); export it again or restore it from a copy") from error
-    for name, tensor in tensors.items():
-        if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
-            raise ModelError(f"{path} is damaged: {name} is not finite; export it again or restore it from a copy")
+        for name, tensor in tensors.items():
+            if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():
+                raise ValueError(f"{name} is not finite")
     return tensors
+
+
+def _explained(path: Path) -> AbstractContextManager[None]:
+    return hub.explained(lambda reason: f"{path} is damaged ({reason}); export it again or restore it from a copy")
 
 
 def peft_folder(path: Path) -> Path:
@@ -100,10 +104,8 @@ def read_peft_folder(folder: Path) -> dict[str, Tensor]:
 def read_peft_config(folder: Path) -> dict[str, Any]:
     """A PEFT folder's settings. Raises ModelError if they are damaged, or those of anything but a LoRA."""
     path = folder / PEFT_CONFIG
-    try:
-        settings = json.loads(path.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise ModelError(f"{path} is damaged ({error}); export it again or restore it from a copy") from error
+    with _explained(path):
+        settings = json.loads(read_text(path))
     kind = settings.get("peft_type") if isinstance(settings, dict) else None
     if kind != "LORA":
         raise ModelError(f"{path} is of type {kind}, and only LORA adapters are read")
@@ -130,7 +132,8 @@ def read_peft(folder: Path) -> StoredAdapter:
             f"{folder} was saved with init_lora_weights={start}, which changes the base too; save it again with "
             "PEFT's path_initial_model_for_weight_conversion"
         )
-    return StoredAdapter(weights, {layer: _scale(settings, layer) for layer in _layers(weights)})
+    with _explained(folder / PEFT_CONFIG):
+        return StoredAdapter(weights, {layer: _scale(settings, layer) for layer in _layers(weights)})
 
 
 def _layers(weights: Iterable[str]) -> set[str]:

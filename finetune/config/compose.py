@@ -34,6 +34,7 @@ from finetune.config.schema import Config
 from finetune.config.typed_text import Overrides
 from finetune.config.validate import check
 from finetune.errors import ConfigError
+from finetune.reading import read_text
 
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
 # configs, without what `registered` adds.
@@ -160,11 +161,11 @@ def registered() -> Iterator[None]:
 def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
     """A recipe or preset under today's names, and the dotted keys that it holds as they stand there."""
     try:
-        tree, keys = _tree(path.read_text(encoding="utf-8"), group)
-    except (yaml.YAMLError, OmegaConfBaseException, UnicodeDecodeError, OSError) as error:
+        tree, keys = _tree(read_text(path), group)
+    except Exception as error:  # a number of 5,000 digits, brackets in brackets, a link to itself, …
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or str(error).splitlines()[0]
+        reason = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{recipes.shown(path)}{where} is not readable YAML: {reason}") from error
     return ({"name": path.stem} | tree if group == recipes.GROUP else tree), keys
 
@@ -181,7 +182,7 @@ def _tree(text: str, group: str) -> tuple[dict[str, Any], list[str]]:
     tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
     if not isinstance(tree, dict):
         raise yaml.YAMLError("it holds a list, not `key: value` lines")
-    written = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) or {}  # every value as text
+    written = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) if tree else {}  # every value as text
     if group == MODEL:
         tree, written = _spread(tree), _spread(written)
     hint = typing.get_type_hints(Config).get(prefix.rstrip(".")) if prefix else Config
@@ -268,7 +269,7 @@ class _Judge:
             try:
                 override = _parsed(word)
                 problem = self._override_problem(override, word, sweep)
-            except HydraException:
+            except (HydraException, ValueError, RecursionError):  # the last two of 5,000 digits or brackets
                 problem = mistyped.unreadable(word)
             if problem:
                 self.problems.append(problem)
@@ -319,12 +320,15 @@ class _Judge:
             self.problems.append(f"{recipes.shown(files[name])} extends itself")
         else:
             (tree, keys), here = _read(files[name], group), f"{recipes.shown(files[name])}: "
-            self._defaults(group, tree.get("defaults") or [], here, (*above, files[name]))
+            self._defaults(group, tree.get("defaults", []), here, (*above, files[name]))
             self._names(keys, here)
             settings = {key: value for key, value in tree.items() if key != "defaults"}
             self.problems += [here + problem for problem in describe.tree_problems(settings, _prefix(group))]
 
     def _defaults(self, group: str, defaults: Sequence[Any], where: str, above: tuple[Path, ...]) -> None:
+        if problem := describe.defaults_problem(defaults):
+            self.problems.append(where + problem)
+            return
         for entry in defaults:
             if isinstance(entry, dict):
                 for key, name in entry.items():

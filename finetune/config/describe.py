@@ -108,7 +108,7 @@ def meanings() -> dict[str, str]:
                 texts[node.name, ast.unparse(statement.target)] = " ".join(text.split())
     leaves = (entry for entry in _entries() if entry.key in leaf_types())
     found = {entry.key: texts[entry.owner, entry.key.rpartition(".")[2]] for entry in leaves}
-    return {key: f"{text} Must {rules()[key].words}." if key in rules() else text for key, text in found.items()}
+    return {key: f"{text} Must {rules()[key].meaning}." if key in rules() else text for key, text in found.items()}
 
 
 def listing(config: Config, width: int) -> str:
@@ -201,6 +201,15 @@ def _nearest_member(hint: Any, value: Any) -> str | None:
     meant = SYNONYMS.get(str(value))
     near = [meant] if meant in hint.__members__ else get_close_matches(str(value), hint.__members__, n=1)
     return near[0] if near else None
+
+
+def defaults_problem(value: Any) -> str | None:
+    """Why Hydra can't read a recipe's `defaults`; None if they are names, and `group: name`."""
+    entries = value if isinstance(value, list) else [None]
+    words = [word for entry in entries for word in ([*entry, *entry.values()] if isinstance(entry, dict) else [entry])]
+    if all(isinstance(word, str) and word for word in words):
+        return None
+    return "defaults must be a list of recipes and presets, such as [pixar_style, override /lora: r32]"
 
 
 def _fits(hint: Any, value: Any) -> bool:

@@ -6,6 +6,8 @@ from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 
+from finetune.reading import read_text
+
 GROUP = "conf"  # Hydra's group of recipes; every other group holds presets
 BASE_NAME = "config"  # conf/config.yaml is the defaults list, not a recipe
 LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
@@ -45,7 +47,7 @@ def preset_files() -> dict[str, dict[str, Path]]:
 def title(path: Path) -> str:
     """The first comment line of a recipe or preset: what it is for."""
     try:
-        first = path.read_text(encoding="utf-8").lstrip().splitlines()[0]
+        first = read_text(path).lstrip().splitlines()[0]
     except (OSError, UnicodeDecodeError, IndexError):
         return ""
     return first.lstrip("# ").strip() if first.startswith("#") else ""
@@ -55,7 +57,7 @@ def shown(path: Path) -> str:
     """A path as the person at the terminal would type it."""
     try:
         return str(path.resolve().relative_to(Path.cwd().resolve()))
-    except ValueError:
+    except (ValueError, RuntimeError):  # elsewhere; a link to itself
         return str(path)
 
 
@@ -71,6 +73,18 @@ def no_such(what: str, word: str, offered: list[str]) -> str:
     near = near or get_close_matches(word, offered, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no {what} called '{word}'; {hint}there are: {', '.join(offered) or 'none'}"
+
+
+def unreadable(word: str) -> str:
+    """What is said of a setting that can't be read, with how to write it."""
+    if "=" not in word:
+        hint = f"conf={word}" if word in recipe_files() else "lora.rank=32"
+        return f"'{word}' is not a setting; settings are written key=value, such as {hint}"
+    key, value = word.split("=", 1)
+    if value.startswith("["):
+        return f'cannot read {word}; a list of texts is quoted twice: \'{key}=["first text","second text"]\''
+    quoted = value.strip("'\"").replace('"', '\\"')
+    return f"cannot read {word}; text with spaces, commas, colons or brackets is quoted twice: '{key}=\"{quoted}\"'"
 
 
 def sweep_folder(words: Sequence[str], swept: set[str]) -> str:

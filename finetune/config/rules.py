@@ -1,18 +1,31 @@
 """What a value of the configuration must be: declared beside its field, read by help, check and error."""
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+MOST = 10**9  # of a number without a bound of its own: beyond lie slips of the finger, and what overflows
+LARGEST_SEED = 2**63 - 1  # torch takes 64 bits, in which it counts negative ones too
+
 
 @dataclass(frozen=True)
 class Rule:
-    """What a value must do, in words that stand behind "must"; example: what to type instead of the default."""
+    """What a value must do, in words that stand behind "must"; example: what to type instead of the default.
+
+    most: the largest number that is taken.
+    """
 
     words: str
     holds: Callable[[Any], object]
     example: Any = None
+    most: float = math.inf
+
+    @property
+    def meaning(self) -> str:
+        """The words, and the largest number where it is the setting's own."""
+        return self.words if self.most >= MOST else f"{self.words}, at most {self.most:,}"
 
 
 def must(words: str, holds: Callable[[Any], object], example: Any = None) -> dict[str, Any]:
@@ -20,12 +33,16 @@ def must(words: str, holds: Callable[[Any], object], example: Any = None) -> dic
     return {"rule": Rule(words, holds, example)}
 
 
-def at_least(least: int, example: Any = None) -> dict[str, Any]:
-    """The metadata of a number with a smallest value."""
-    return must(f"be at least {least}", lambda value: value >= least, example)
+def at_least(least: int, example: Any = None, most: int = MOST) -> dict[str, Any]:
+    """The metadata of a number with a smallest value, and with a largest one of its own where time or memory is."""
+    return {"rule": Rule(f"be at least {least}", lambda value: value >= least, example, most)}
 
 
-POSITIVE = must("be above 0", lambda value: value > 0)
+POSITIVE = {"rule": Rule("be above 0", lambda value: value > 0, most=MOST)}
+SEEDS = must(
+    "name at least one seed, none beyond 2^63-1",
+    lambda numbers: numbers and all(abs(number) <= LARGEST_SEED for number in numbers),
+)
 SHARE = must("be in 0 … 1 (1 excluded)", lambda value: 0 <= value < 1)
 
 

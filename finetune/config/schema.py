@@ -7,7 +7,7 @@ field's metadata holds its rule and the kind of model that alone has it; `finetu
 from dataclasses import dataclass, field
 from enum import Enum
 
-from finetune.config.rules import POSITIVE, SHARE, at_least, is_file_name, must
+from finetune.config.rules import LARGEST_SEED, POSITIVE, SEEDS, SHARE, at_least, is_file_name, must
 
 DIFFUSION = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
@@ -139,9 +139,9 @@ class ModelConfig:
     `finetune.diffusion.families`."""
     lora_targets: dict[str, list[str]] = field(default_factory=dict)
     """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
-    resolution: int = field(default=128, metadata=DIFFUSION | at_least(1))
+    resolution: int = field(default=128, metadata=DIFFUSION | at_least(1, most=16_384))
     """Side of the square whose area every bucket keeps, pixels."""
-    bucket_step: int = field(default=16, metadata=DIFFUSION | at_least(1))
+    bucket_step: int = field(default=16, metadata=DIFFUSION | at_least(1, most=16_384))
     """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
     quantize: Quantize = Quantize.none
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
@@ -161,7 +161,7 @@ class DataConfig:
     """Also train on each image mirrored; wrong where captions say left and right."""
     max_pixels: int = field(default=178_956_970, metadata=DIFFUSION | at_least(1))
     """Largest image that is decoded, pixels (width x height); above it is bad. Pillow's own bomb limit."""
-    max_aspect: float = field(default=2.0, metadata=DIFFUSION | at_least(1))
+    max_aspect: float = field(default=2.0, metadata=DIFFUSION | at_least(1, most=100))
     """Longest side over shortest side of a bucket; longer images are cropped."""
     file: str = field(default="", metadata=LANGUAGE)
     """Conversations: JSON, JSON lines, CSV, Parquet, plain text, or a folder saved by `datasets`; or a list."""
@@ -171,13 +171,13 @@ class DataConfig:
     """What the format calls a column -> what the file calls it, such as {prompt:question,completion:answer}."""
     chat_template: str = field(default="", metadata=LANGUAGE)
     """Jinja template of conversations, a file that holds one, or chatml; empty takes the tokenizer's own."""
-    length: int = field(default=2048, metadata=LANGUAGE | at_least(2))
+    length: int = field(default=2048, metadata=LANGUAGE | at_least(2, most=10_000_000))
     """Tokens in a row that the model sees; longer conversations meet `data.long_rows`."""
     long_rows: LongRows = field(default=LongRows.keep_end, metadata=LANGUAGE)
     """Over-long rows: keep_end, keep_start, split, drop or refuse; the trained tokens that are lost are reported."""
     packing: bool = field(default=True, metadata=LANGUAGE)
     """Put several conversations into one row, isolated from one another; off gives each a row of its own."""
-    workers: int = field(default=0, metadata=LANGUAGE | at_least(0))
+    workers: int = field(default=0, metadata=LANGUAGE | at_least(0, most=1024))
     """Processes that tokenise; 0 is one for each core."""
     skip_bad: bool = False
     """Leave out unreadable images or rows with a warning instead of stopping."""
@@ -193,11 +193,11 @@ class CaptionConfig:
 
     model: str = "embedded:captioner"
     """A captioning model such as BLIP: `embedded:captioner`, a local folder or a hub id."""
-    batch: int = field(default=8, metadata=at_least(1))
+    batch: int = field(default=8, metadata=at_least(1, most=10_000))
     """Images captioned at once."""
-    max_new_tokens: int = field(default=40, metadata=at_least(1))
+    max_new_tokens: int = field(default=40, metadata=at_least(1, most=512))
     """Longest caption, tokens."""
-    num_beams: int = field(default=1, metadata=at_least(1))
+    num_beams: int = field(default=1, metadata=at_least(1, most=100))
     """Beams of the search; 1 is greedy."""
     prefix: str = ""
     """Text put in front of a generated caption."""
@@ -211,7 +211,7 @@ class CaptionConfig:
 class LoraConfig:
     """Low-rank adapters (arXiv 2106.09685)."""
 
-    rank: int = field(default=16, metadata=at_least(1))
+    rank: int = field(default=16, metadata=at_least(1, most=16_384))
     """Inner dimension r."""
     alpha: float = field(default=32.0, metadata=POSITIVE)
     """The update is scaled by alpha / rank."""
@@ -263,9 +263,9 @@ class TrainerConfig:
 
     steps: int = field(default=1000, metadata=at_least(1))
     """Optimiser steps in all."""
-    micro_batch: int = field(default=4, metadata=at_least(1))
+    micro_batch: int = field(default=4, metadata=at_least(1, most=10_000))
     """Examples in one forward pass on one process."""
-    accumulate: int = field(default=4, metadata=at_least(1))
+    accumulate: int = field(default=4, metadata=at_least(1, most=100_000))
     """Micro-batches in one optimiser step; effective batch = micro_batch x accumulate x processes."""
     precision: Precision = Precision.auto
     """fp32, bf16 or fp16 (with loss scaling); auto takes bf16 on a GPU that has it, else fp16, and fp32 on a CPU."""
@@ -344,13 +344,13 @@ class SampleConfig:
     """What to draw or to answer; each prompt for each seed. [] draws nothing, no previews either."""
     negative: str = field(default="", metadata=DIFFUSION)
     """What guidance leads away from."""
-    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata=must("name at least one seed", bool))
+    seeds: list[int] = field(default_factory=lambda: [0, 1], metadata=SEEDS)
     """One image (or answer) per prompt and seed; base and tuned start from the same noise."""
-    steps: int = field(default=25, metadata=DIFFUSION | at_least(1))
+    steps: int = field(default=25, metadata=DIFFUSION | at_least(1, most=1000))
     """Denoising steps."""
     guidance: float = field(default=7.5, metadata=DIFFUSION | at_least(0))
     """Classifier-free guidance scale (arXiv 2207.12598)."""
-    max_new_tokens: int = field(default=128, metadata=LANGUAGE | at_least(1))
+    max_new_tokens: int = field(default=128, metadata=LANGUAGE | at_least(1, most=1_000_000))
     """Longest answer, tokens."""
     temperature: float = field(default=0.0, metadata=LANGUAGE | at_least(0))
     """Of the tokens drawn; 0 always takes the likeliest."""
@@ -383,7 +383,7 @@ class Config:
 
     name: str = field(default="run", metadata=must("be one name, not a path", is_file_name, "mine"))
     """The recipe; also the name of the run folder and of exported files."""
-    seed: int = field(default=0, metadata=must("be in 0 … 2^63-1", lambda seed: 0 <= seed < 2**63))
+    seed: int = field(default=0, metadata=must("be in 0 … 2^63-1", lambda seed: 0 <= seed <= LARGEST_SEED))
     """Every random number of the run follows from it."""
     run_dir: str = field(default="outputs/${name}", metadata=must("name a folder", str.strip, "outputs/mine"))
     """Folder of everything this run writes."""

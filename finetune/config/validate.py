@@ -69,7 +69,11 @@ def _value_problems(config: Config) -> Iterator[str]:
     defaults = Config()
     for key, rule in rules().items():
         value, default = attrgetter(key)(config), as_dict(attrgetter(key)(defaults))
-        words = rule.words if not isinstance(value, float) or math.isfinite(value) else "be a finite number"
+        words = rule.words
+        if isinstance(value, float) and not math.isfinite(value):
+            words = "be a finite number"
+        elif isinstance(value, int | float) and value > rule.most:
+            words = f"be at most {rule.most:,}"
         if words != rule.words or not rule.holds(value):
             got = repr(value) if isinstance(value, str) else value
             good = default if rule.example is None else rule.example

@@ -15,6 +15,8 @@ from finetune.config.schema import CaptionConfig
 from finetune.errors import ModelError
 from finetune.planning.meta import on_meta
 
+START_TOKENS = 2  # of BLIP's decoder, before and behind a caption
+
 
 class Captioner(Protocol):
     """A frozen captioning model. dtype: of weights and pixels. Raises ModelError where it can't be loaded."""
@@ -47,9 +49,10 @@ def model_without_weights(reference: str, dtype: torch.dtype) -> nn.Module:
     """The captioner's model on the meta device, from its configuration alone; no hub is asked. Raises ModelError."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
-    config = AutoConfig.from_pretrained(hub.config_folder(reference), trust_remote_code=False)
+    config = hub.load(AutoConfig, str(hub.config_folder(reference)))
     _captioner(reference, config.model_type)
-    return on_meta(lambda: AutoModelForImageTextToText.from_config(config), dtype).eval()
+    with hub.explained(lambda reason: f"the config.json of {reference} describes no captioner ({reason})"):
+        return on_meta(lambda: AutoModelForImageTextToText.from_config(config), dtype).eval()
 
 
 def trace_step(model: Any, *, batch: int, beams: int, new_tokens: int) -> None:
@@ -80,22 +83,24 @@ class Blip:
     def __init__(self, settings: CaptionConfig, device: torch.device, dtype: torch.dtype) -> None:
         from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-        self.device, self.dtype = device, dtype
-        self.limits = {"max_new_tokens": settings.max_new_tokens, "num_beams": settings.num_beams}
+        self.device, self.dtype, self.reference = device, dtype, settings.model
         self.tokenizer: Any = hub.load(AutoTokenizer, settings.model)
         # The PIL backend on purpose: the same pixels whether torchvision is installed or not.
         self.processor: Any = hub.load(BlipImageProcessorPil, settings.model)
         model = hub.load(BlipForConditionalGeneration, settings.model, dtype=dtype)
         self.model: Any = model.to(device).eval().requires_grad_(False)
+        room = model.config.text_config.max_position_embeddings - START_TOKENS
+        self.limits = {"max_new_tokens": min(settings.max_new_tokens, room), "num_beams": settings.num_beams}
 
     @torch.no_grad()
     def caption(self, images: Iterable[Image.Image]) -> list[str]:
         """See `Captioner`."""
-        pixels_B3HW = torch.cat([self.processor(images=image, return_tensors="pt").pixel_values for image in images])
-        ids_BT = self.model.generate(
-            pixel_values=pixels_B3HW.to(self.device, self.dtype), do_sample=False, **self.limits
-        )
-        texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
+        with hub.explained(lambda reason: f"the captioner {self.reference} doesn't work ({reason}); get it again"):
+            pixels = [self.processor(images=image, return_tensors="pt").pixel_values for image in images]
+            ids_BT = self.model.generate(
+                pixel_values=torch.cat(pixels).to(self.device, self.dtype), do_sample=False, **self.limits
+            )
+            texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
 
     @staticmethod

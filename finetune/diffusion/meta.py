@@ -1,6 +1,6 @@
 """The parts of a latent diffusion model without weights, built from configurations alone; no hub is asked."""
 
-import json
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +32,15 @@ def text_encoders(model: ModelConfig) -> nn.ModuleDict:
     import transformers
 
     found, spec = _config_folder(model), family(model.family)
-    index = json.loads((found / "model_index.json").read_text())
+    index = hub.read_object(found / "model_index.json")
     encoders = nn.ModuleDict()
     for part in spec.text_tokens:
         if (found / part / "config.json").is_file():
-            loader: Any = getattr(transformers, index[part][1])
-            config = loader.config_class.from_pretrained(found / part)
             dtype = policy.text_encoder_dtype(large=part in spec.large_text)
-            encoders[part] = on_meta(partial(loader, config), dtype).eval()
+            with _explained(found / part):
+                loader: Any = getattr(transformers, index[part][1])
+                config = loader.config_class.from_pretrained(found / part)
+                encoders[part] = on_meta(partial(loader, config), dtype).eval()
     return encoders
 
 
@@ -47,7 +48,7 @@ def download_bytes(model: ModelConfig) -> dict[str, float]:
     """By hub id the bytes of a base that isn't on this machine, as its parts are released; nothing of a single file."""
     if hub.single_file(model.base) is not None or hub.local(model.base) is not None:
         return {}
-    index = json.loads((_config_folder(model) / "model_index.json").read_text())
+    index = hub.read_object(_config_folder(model) / "model_index.json")
     dtype = policy.VAE_DTYPE if index.get("_dtype") == "float32" else torch.bfloat16
     parts = [backbone(model, dtype), autoencoder(model).to(dtype), text_encoders(model).to(dtype)]
     return {model.base: float(sum(weight.nbytes for part in parts for weight in part.parameters()))}
@@ -57,11 +58,13 @@ def objective(model: ModelConfig) -> Objective:
     """What the base's backbone learns, with the noise levels of its scheduler."""
     import diffusers
 
-    settings = json.loads((_config_folder(model) / "scheduler" / "scheduler_config.json").read_text())
-    # Inputs of another solver have the same shapes, and only this one makes them without looking at its timesteps.
-    flow = "Flow" in settings["_class_name"]
-    scheduler: Any = getattr(diffusers, settings["_class_name"] if flow else "DDPMScheduler")
-    return family(model.family).objective(scheduler.from_config(settings))
+    file = _config_folder(model) / "scheduler" / "scheduler_config.json"
+    with _explained(file):
+        settings = hub.read_object(file)
+        # Inputs of another solver have the same shapes, and only this one makes them without looking at its timesteps.
+        flow = "Flow" in settings["_class_name"]
+        scheduler: Any = getattr(diffusers, settings["_class_name"] if flow else "DDPMScheduler")
+        return family(model.family).objective(scheduler.from_config(settings))
 
 
 def _config_folder(model: ModelConfig) -> Path:
@@ -73,5 +76,11 @@ def _diffusers_part(model: ModelConfig, part: str, loader: str, dtype: torch.dty
     import diffusers
 
     built: Any = getattr(diffusers, loader)
-    config = built.load_config(_config_folder(model) / part)
-    return on_meta(lambda: built.from_config(config), dtype)
+    folder = _config_folder(model) / part
+    with _explained(folder):
+        config = built.load_config(folder)
+        return on_meta(lambda: built.from_config(config), dtype)
+
+
+def _explained(path: Path) -> AbstractContextManager[None]:
+    return hub.explained(lambda reason: f"{path} describes no part that can be built ({reason}); get it again")

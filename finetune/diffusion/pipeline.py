@@ -6,6 +6,7 @@ B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text 
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -38,7 +39,7 @@ class TextEncoder:
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         """Raises ModelError."""
-        self.family = family(model.family)
+        self.family, self.base = family(model.family), model.base
         self.adaptive_batch = AdaptiveBatch(self.family.captions_per_pass, self._move_to_cpu)
         large = dict.fromkeys(self.family.large_text, policy.text_encoder_dtype(large=True))
         dtypes = {"default": policy.text_encoder_dtype(large=False)} | large
@@ -53,7 +54,8 @@ class TextEncoder:
 
     @torch.no_grad()
     def _read(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
-        with libraries.without_warnings():  # the libraries warn of each text that is cut; so do we, once and by file
+        # The libraries warn of each text that is cut; so do we, once and by file.
+        with libraries.without_warnings(), _working(self.base, "text encoders and tokenizers"):
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
@@ -67,8 +69,9 @@ class TextEncoder:
         """The tail of `text` that the encoder never sees; empty if all of it fits."""
         tokenizer, limit = self.family.tokenizer_and_limit(self.pipeline)
         room = limit - tokenizer.num_special_tokens_to_add()
-        ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
-        return str(tokenizer.decode(ids[room:])).strip() if len(ids) > room else ""
+        with _working(self.base, "tokenizer"):
+            ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
+            return str(tokenizer.decode(ids[room:])).strip() if len(ids) > room else ""
 
 
 class Vae:
@@ -76,7 +79,7 @@ class Vae:
 
     def __init__(self, model: ModelConfig, device: torch.device) -> None:
         """Raises ModelError."""
-        self.family, self.device = family(model.family), device
+        self.family, self.base, self.device = family(model.family), model.base, device
         self.model = load_vae_model(model).to(device)
 
     @torch.no_grad()
@@ -85,11 +88,22 @@ class Vae:
 
         Training draws new latents from them in each epoch.
         """
-        mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
+        with _working(self.base, "autoencoder"):
+            mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
         return [
             {"mean": mean.contiguous(), "std": std.contiguous()}
             for mean, std in zip(mean_BChw.float().cpu(), std_BChw.float().cpu(), strict=True)
         ]
+
+
+def _working(base: str, parts: str) -> AbstractContextManager[None]:
+    """Around the first use of parts: damaged configurations load, and show when they are used."""
+    return hub.explained(
+        lambda reason: (
+            f"the {parts} of {base} don't work ({reason}); its files may be damaged or of different models: "
+            "get them again"
+        )
+    )
 
 
 def base_hash(model: ModelConfig, *parts: str) -> str:

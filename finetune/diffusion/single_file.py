@@ -5,7 +5,6 @@ it lacks come from `model.parts`; of released models the package has the configu
 """
 
 import hashlib
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -21,7 +20,7 @@ from finetune.config.schema import ModelConfig
 from finetune.config.spelling import setting
 from finetune.diffusion.families import family, names
 from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec
-from finetune.errors import ModelError, is_out_of_memory
+from finetune.errors import ModelError
 from finetune.run import libraries
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
@@ -30,7 +29,6 @@ VAE = ("first_stage_model.", "vae.")
 ADAPTER_MARKS = ("lora_A", "lora_B", "lora_up", "lora_down", "lora.up", "lora.down", "hada_w", "lokr_w")
 SCALE_MARKS = ("scaled_fp8", "scale_weight", "weight_scale", "comfy_quant")
 CLIP_MERGES = Path(__file__).parent / "tokenizers" / "clip" / "merges.txt"
-LOADING_ERRORS = (OSError, ValueError, RuntimeError, KeyError, IndexError, TypeError, ImportError)
 
 
 @dataclass(frozen=True)
@@ -87,14 +85,11 @@ def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
         return _borrowed(loader, found, part, **options)
     if "device_map" in options:
         options["device"] = options.pop("device_map")[""]
-    try:
-        with libraries.without_warnings():  # about casts that change nothing
-            built = _build(loader, found, part, **options)
-    except LOADING_ERRORS as error:
-        if is_out_of_memory(error):
-            raise
-        reason = " ".join(str(error).split())[:300]
-        raise ModelError(f"the {part} in {found.path} can't be loaded ({reason}); get the file again") from error
+    with (
+        hub.explained(lambda reason: f"the {part} in {found.path} can't be loaded ({reason}); get the file again"),
+        libraries.without_warnings(),  # about casts that change nothing
+    ):
+        built = _build(loader, found, part, **options)
     lacking = [name for name, weight in built.named_parameters() if weight.is_meta]
     if lacking:
         raise ModelError(f"{found.path} lacks {len(lacking)} weights of its {part}, first {lacking[0]}; get it again")
@@ -155,7 +150,7 @@ def _opened(path: Path, _changed_ns: int, spec: FamilySpec, parts: str) -> Singl
             f"{path} is not of the architecture of {parts} ({reason}); "
             + (f"type {others} besides" if others else "none of the presets has its architecture: take another file")
         )
-    scheduler = json.loads((found.settings / "scheduler" / "scheduler_config.json").read_text())
+    scheduler = hub.read_object(found.settings / "scheduler" / "scheduler_config.json")
     if "v_pred" in shapes and scheduler.get("prediction_type") != "v_prediction":
         raise ModelError(
             f"{path} predicts velocities, {parts} doesn't; name a folder of its configuration as model.parts, with "
@@ -172,9 +167,11 @@ def misfit(found: SingleFile) -> str:
 
     spec = found.spec
     loader = getattr(diffusers, spec.backbone_class)
-    config = loader.load_config(str(found.settings / spec.backbone))
-    with torch.device("meta"):
+    settings = found.settings / spec.backbone
+    with hub.explained(lambda reason: f"{settings} can't be read ({reason}); get it again"), torch.device("meta"):
+        config = loader.load_config(str(settings))
         wanted = loader.from_config(config).state_dict()
+    with torch.device("meta"):
         weights = {_original(spec, name): torch.empty(found.shapes[name]) for name in found.names(spec.backbone)}
     try:
         converted = SINGLE_FILE_LOADABLE_CLASSES[spec.backbone_class]["checkpoint_mapping_fn"](
@@ -267,7 +264,7 @@ def _clip_tokenizer(loader: Any, found: SingleFile, part: str) -> Any:
     from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     encoder = part.replace("tokenizer", "text_encoder")
-    activation = json.loads((found.settings / encoder / "config.json").read_text())["hidden_act"]
+    activation = hub.read_object(found.settings / encoder / "config.json").get("hidden_act")
     letters = list(bytes_to_unicode().values())
     merges = [tuple(line.split()) for line in CLIP_MERGES.read_text(encoding="utf-8").splitlines()[1:]]
     vocabulary = [*letters, *(letter + "</w>" for letter in letters), *map("".join, merges)]

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune import hub
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
 from finetune.data import order
@@ -183,7 +184,8 @@ def predict(
     text = {  # large text encoders write bf16 whatever the backbone computes in
         name.removeprefix(TEXT): value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
     }
-    return spec.predict(model, noisy_BChw, tensors["timesteps"], text)
+    with hub.explained(lambda reason: f"the {spec.backbone} of the base doesn't work ({reason}); get the base again"):
+        return spec.predict(model, noisy_BChw, tensors["timesteps"], text)
 
 
 def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -84,7 +84,8 @@ def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, 
             varlen_attention.enable(loaded)
         else:
             say("torch's attention for packed rows doesn't work on this GPU; masks do, slower and with more memory")
-    _prove(loaded, model.base, device)
+    with hub.explained(lambda reason: f"{model.base} doesn't work ({reason}); get the model again"):
+        _prove(loaded, model.base, device)
     return cast(nn.Module, loaded)
 
 

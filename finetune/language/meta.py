@@ -23,9 +23,9 @@ def language_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """What `causal_lm.load_model` loads, before it is quantised; new tokens included."""
     loader, config, options = causal_lm.architecture(model, hub.config_folder(model.base))
     config.dtype = dtype
-    built: Any = on_meta(
-        lambda: loader._from_config(config, attn_implementation=options.get("attn_implementation", "sdpa")), dtype
-    )
+    attention = options.get("attn_implementation", "sdpa")
+    with hub.explained(lambda reason: f"the config.json of {model.base} describes no model ({reason}); get it again"):
+        built: Any = on_meta(lambda: loader._from_config(config, attn_implementation=attention), dtype)
     if model.added_tokens:
         with torch.device("meta"):
             built.resize_token_embeddings(config.vocab_size + len(model.added_tokens), mean_resizing=False)

@@ -21,8 +21,13 @@ Stamp = tuple[int, ...]
 
 
 def hash_of(*values: Any) -> str:
-    """Hash of plain values; equal values hash equally whatever the order of dictionary keys."""
-    return hashlib.sha256(json.dumps(values, sort_keys=True, ensure_ascii=False).encode()).hexdigest()
+    """Hash of plain values; equal values hash equally whatever the order of dictionary keys.
+
+    Names of files that are not UTF-8 are text with half surrogates.
+    """
+    return hashlib.sha256(
+        json.dumps(values, sort_keys=True, ensure_ascii=False).encode("utf-8", "surrogatepass")
+    ).hexdigest()
 
 
 def hash_file(path: Path) -> str:
@@ -42,8 +47,9 @@ def hash_files(paths: Iterable[Path]) -> str:
 def hash_adapter(path: Path) -> str:
     """Content of an adapter, a file or a folder; of a path that isn't there, which its loader reports, of nothing."""
     if not path.is_dir():
-        return hash_files([path] if path.exists() else [])
-    return hash_files(sorted([*path.rglob("*.safetensors"), *path.rglob("adapter_config.json")]))
+        return hash_files([path] if path.is_file() else [])
+    files = sorted([*path.rglob("*.safetensors"), *path.rglob("adapter_config.json")])
+    return hash_files(file for file in files if file.is_file())
 
 
 def stamp_of(path: Path) -> Stamp:

@@ -95,5 +95,5 @@ def _path(config: Config, adapter: Adapter | None) -> Path:
 
 def _weights_hash(path: Path) -> str:
     """What 0.1 knew an adapter by: its weights."""
-    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path] if path.exists() else []
-    return hash_files(files)
+    files = sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+    return hash_files(file for file in files if file.is_file())

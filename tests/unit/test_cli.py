@@ -93,7 +93,7 @@ def test_every_key_is_shown_with_its_value_and_meaning(finetune_cli: Cli, first:
     lines = answer.out.splitlines()
     texts = describe.meanings()
     assert texts.keys() == describe.leaf_types().keys()
-    assert texts["lora.rank"].endswith(" Must be at least 1.")
+    assert texts["lora.rank"].endswith(" Must be at least 1, at most 16,384.")
     assert lines[lines.index("lora.rank=7") + 1] == "    " + texts["lora.rank"]
     assert "sample.guidance=7.5" not in lines  # a setting of image models
 
@@ -553,3 +553,10 @@ def test_plan_says_in_one_line_and_an_exit_code_that_nothing_fits(
     assert answer.code == errors.OutOfMemory.exit_code == 5
     assert answer.err == f"error: {problem}\n"
     assert "next\n" not in answer.out
+
+
+def test_a_very_long_value_does_not_fill_the_screen(workdir: Path, finetune_cli: Cli) -> None:
+    answer = finetune_cli("train", "conf=pixar_style", f"lora.rank={'x' * 100_000}")
+    (line,) = answer.errors
+    assert (answer.code, len(line) < 2100) == (2, True)
+    assert line.startswith("error: lora.rank must be a whole number, got 'xxx")

@@ -11,9 +11,10 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from finetune import hub
+from finetune import hub, reading
 from finetune.config.schema import ModelConfig
-from finetune.diffusion import single_file
+from finetune.diffusion import meta, single_file
+from finetune.diffusion import pipeline as pipeline_module
 from finetune.errors import ModelError
 from finetune.language import causal_lm
 from finetune.run import hashing
@@ -217,7 +218,7 @@ def test_identity_of_large_files_sees_every_byte_and_reads_them_once(copy, tmp_p
 def test_damaged_weights_are_named(copy, kind):
     file = copy / "unet" / "diffusion_pytorch_model.safetensors"
     data = file.read_bytes()
-    assert hub.damage(file) == ""
+    assert reading.damage(file) == ""
     header = int.from_bytes(data[:8], "little")
     file.write_bytes(
         {
@@ -311,3 +312,56 @@ def test_a_long_reason_is_cut_between_words(no_network, monkeypatch):
     monkeypatch.setattr("huggingface_hub.HfApi.model_info", fail)
     with pytest.raises(ModelError, match=r"hub can't be reached \((unfortunately ){8}…\)"):
         unet("someone/tiny")
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("dtype", lambda entry: entry | {"dtype": []}),
+        ("shape", lambda entry: entry | {"shape": [*entry["shape"], 2]}),
+        ("overlap", lambda entry: entry | {"data_offsets": [0, entry["data_offsets"][1]]}),
+        ("half a character", lambda entry: entry | {"dtype": "\ud800"}),
+    ],
+)
+def test_every_damage_of_a_safetensors_header_is_seen(copy, name, change):
+    file = copy / "unet" / "diffusion_pytorch_model.safetensors"
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    last = max((key for key in header if key != "__metadata__"), key=lambda key: header[key]["data_offsets"])
+    text = json.dumps(header | {last: change(header[last])}).encode()
+    file.write_bytes(len(text).to_bytes(8, "little") + text + data[8 + length :])
+    with pytest.raises(ModelError, match=r"is damaged \(its safetensors header is unreadable"):
+        unet(copy)
+
+
+@pytest.mark.parametrize("changed", [{"down_block_types": False}, {"block_out_channels": "16"}])
+@pytest.mark.parametrize("build", [meta.backbone, pipeline_module.load_backbone])
+def test_whatever_a_library_makes_of_a_configuration_is_a_model_error(copy, changed, build):
+    file = copy / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    with pytest.raises(ModelError, match="unet"):
+        build(ModelConfig(base=str(copy)), torch.float32)
+
+
+@pytest.mark.parametrize("changed", [{"model_max_length": None}, {"bos_token": "x" * 1000}])
+def test_parts_that_do_not_belong_together_are_named_at_their_first_use(copy, changed):
+    file = copy / "tokenizer" / "tokenizer_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+    encoder = pipeline_module.TextEncoder(ModelConfig(base=str(copy)), torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"the text encoders and tokenizers of .*copy don't work"):
+        encoder.encode(["a red wall"])
+
+
+def test_a_model_index_that_is_no_object(copy):
+    (copy / "model_index.json").write_text("[1, 2]")
+    with pytest.raises(ModelError, match=r"model_index.json is damaged .it holds no JSON object"):
+        hub.model_index(str(copy))
+
+
+@pytest.mark.parametrize("use", [hub.content_hash, lambda base: pipeline_module.load_vae_model(ModelConfig(base=base))])
+def test_a_configuration_without_end_is_not_read(copy, use):
+    with open(copy / "vae" / "config.json", "r+b") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(ModelError, match=r"vae/config.json is damaged \(17179869184 bytes are too many for it\)"):
+        use(str(copy))

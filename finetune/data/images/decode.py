@@ -19,6 +19,7 @@ from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageErr
 from finetune.data.images import colour
 from finetune.data.images.buckets import Bucket, centre_crop
 from finetune.errors import DataError
+from finetune.reading import require_size
 from finetune.run.progress import say
 
 # Named, because Pillow would otherwise hand an EPS that is called .png to Ghostscript.
@@ -31,6 +32,7 @@ OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L
 TEXT_LIMITS = {"MAX_TEXT_CHUNK": 64 * 2**20, "MAX_TEXT_MEMORY": 256 * 2**20}  # bytes; Pillow's are 1 and 64 MiB
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+FILE_BYTES = 4 << 30  # of an image, three times what `data.max_pixels` of 16 bits take without compression
 CHECK_SIDE = 512  # pixels; JPEGs are checked at a reduced size, which still reads every byte
 PIXELS_AT_ONCE = 100_000_000  # decoded by all threads together: about 12 bytes each at the peak
 _pillow_limit = threading.Lock()
@@ -83,6 +85,7 @@ def file_bytes(path: Path) -> Iterator[bytes]:
     """
     with ExitStack() as stack:
         try:
+            require_size(path, FILE_BYTES)
             file = stack.enter_context(open(path, "rb"))
             stack.enter_context(_room.taken_for(_weight(file)))
             data = file.read()

@@ -19,10 +19,12 @@ from typing import Any
 from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.errors import DataError
+from finetune.reading import require_size
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.progress import plural
 
 METADATA = "metadata.jsonl"
+TEXT_BYTES = 1 << 30  # of a file of captions, those of a whole folder included
 COLUMNS = ("text", "caption", "prompt")  # of a row's caption, the first that is filled; new ones go into the first
 SIDECARS = (".txt", ".caption", ".cap", ".text")  # beside an image, the first that is there; in any case of letters
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of captions for a whole folder, by other tools
@@ -318,6 +320,7 @@ def _is_text(value: str) -> bool:
 
 def _decode(path: Path) -> str:
     try:
+        require_size(path, TEXT_BYTES)
         return path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise DataError(

@@ -10,20 +10,24 @@ nothing in a folder whose name holds a bracket, and leaves lock files in the use
 
 import csv
 import hashlib
+import itertools
 import json
 import os
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.errors import DataError
+from finetune.reading import read_text
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PARQUET_ROWS = 256  # rows of a Parquet file held at once
 LONGEST_CELL = 1 << 30  # characters; csv's own limit of 131,072 is less than a long conversation
+JSON_BYTES = 1 << 30  # of a .json file, which is held in memory several times over
+LINE_BYTES = 1 << 28  # of one line; a conversation that fills a model's context has a few MiB
 QUOTES = "put double quotes around cells that hold separators or line ends, and double those within"
 NOT_SPACE = re.compile(r"[^ \t\r\n]")
 # As `datasets` takes file names for splits: test.jsonl, alpaca-val.json, validation-00000-of-00001.parquet.
@@ -137,7 +141,7 @@ def _saved(folder: Path) -> bool:
 def _other_parts(folder: Path) -> list[str]:
     """Of a saved folder with a training part, all others."""
     try:
-        parts = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        parts = json.loads(read_text(folder / "dataset_dict.json"))["splits"]
     except (OSError, ValueError, KeyError, TypeError):  # one part alone; or it is damaged, which reading it will say
         return []
     return [part for part in parts if part != "train"] if "train" in parts else []
@@ -177,9 +181,9 @@ def _csv(path: Path) -> NumberedRows:
     csv.field_size_limit(LONGEST_CELL)
     with open(path, "rb") as lines:
         # Spreadsheets write semicolons where the comma is the decimal sign.
-        separator = max(b",", b";", b"\t", key=lines.readline().count)
+        separator = max(b",", b";", b"\t", key=lines.readline(LINE_BYTES).count)
         lines.seek(0)
-        texts = (_decode(path, line, number) for number, line in enumerate(lines, start=1))
+        texts = (_decode(path, line, number) for number, line in _lines(path, lines))
         reader = csv.reader(texts, delimiter=separator.decode(), strict=True)
         names: list[str] = []
         line = 1
@@ -198,6 +202,8 @@ def _csv(path: Path) -> NumberedRows:
 
 def _json(path: Path) -> list[Any]:
     """One array of rows, or objects one after the other (JSON lines under another name, a single object)."""
+    if path.stat().st_size > JSON_BYTES:
+        raise DataError(f"{path}: is longer than 1 GiB, and JSON is read as a whole; save it as JSON lines, .jsonl")
     text, decoder, at = _decode(path, path.read_bytes(), 1), json.JSONDecoder(), 0
     values: list[Any] = []
     try:
@@ -213,7 +219,7 @@ def _json(path: Path) -> list[Any]:
 
 def _json_lines(path: Path) -> NumberedRows:
     with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
+        for number, line in _lines(path, lines):
             try:
                 text = _decode(path, line, number)
                 if text.strip():
@@ -224,6 +230,17 @@ def _json_lines(path: Path) -> NumberedRows:
                 # The error's own words name a line too, counted within this one.
                 reason = f"{error.msg}, column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error
                 yield number, DataError(f"{path}:{number}: is not JSON ({reason}); every line must be one object")
+
+
+def _lines(path: Path, stream: BinaryIO) -> Iterator[tuple[int, bytes]]:
+    """A file's lines, numbered. Raises DataError for one without end, as a file of nothing but zeros is."""
+    for number in itertools.count(1):
+        line = stream.readline(LINE_BYTES)
+        if not line:
+            return
+        if len(line) == LINE_BYTES:
+            raise DataError(f"{path}:{number}: is longer than 256 MiB; save the file as JSON lines or CSV")
+        yield number, line
 
 
 def _decode(path: Path, data: bytes, first: int) -> str:

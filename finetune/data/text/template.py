@@ -17,6 +17,7 @@ from typing import Any
 from finetune.config.spelling import setting
 from finetune.data.text.formats import Conversation, Message
 from finetune.errors import DataError
+from finetune.reading import read_text
 
 PROBE = "\ue0f3\ue0f7"  # private-use characters: no template strips them, nobody's text holds them
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
@@ -333,7 +334,7 @@ def _template_text(tokenizer: Any, name: str) -> str:
 
 def _read_template(path: str, others: Sequence[str]) -> str:
     try:
-        return Path(path).read_text(encoding="utf-8")
+        return read_text(Path(path))
     except (OSError, ValueError) as error:
         raise DataError(
             f"there is no chat template {path}; there are {', '.join(others)}, a file is read as UTF-8 "

@@ -16,6 +16,7 @@ from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Optimizer, Precision
 from finetune.config.validate import cautions, check
 from finetune.errors import ConfigError
+from finetune.reading import MOST_BYTES
 
 PRESETS = [f"{group}={name}" for group, files in recipes.preset_files().items() for name in files]
 
@@ -366,3 +367,44 @@ def test_the_folder_of_a_sweep_job_is_readable_safe_and_its_own() -> None:
 def test_a_configuration_survives_yaml() -> None:
     plain = as_dict(compose.load("pixar_style"))
     assert yaml.safe_load(yaml.safe_dump(plain, allow_unicode=True)) == plain
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("defaults:\n", "conf/odd.yaml: defaults must be a list of recipes and presets"),
+        ("defaults: pixar_style", "conf/odd.yaml: defaults must be a list of recipes and presets"),
+        ("defaults: [pixar_style, {lora: [r32]}]", "conf/odd.yaml: defaults must be a list of recipes and presets"),
+        ("seed: 2024-13-45", "conf/odd.yaml: seed must be a whole number"),
+        (f"seed: {'1' * 5000}", "conf/odd.yaml is not readable YAML: Exceeds the limit"),
+        ("[" * 100_000, "conf/odd.yaml is not readable YAML: "),
+    ],
+)
+def test_a_recipe_of_odd_yaml_is_one_line(workdir: Path, text: str, said: str) -> None:
+    write(workdir / "conf" / "odd.yaml", text)
+    with pytest.raises(ConfigError) as error:
+        compose.load("odd")
+    assert str(error.value).startswith(said)
+
+
+def test_a_recipe_of_nothing_is_one_without_settings(workdir: Path) -> None:
+    write(workdir / "conf" / "odd.yaml", "null")
+    assert check(compose.load("odd"))[0].startswith("data.folder is not set")
+
+
+def test_a_recipe_that_cannot_be_read_is_named(workdir: Path) -> None:
+    (workdir / "conf").mkdir()
+    (workdir / "conf" / "round.yaml").symlink_to("round.yaml")
+    with open(workdir / "conf" / "large.yaml", "wb") as file:
+        file.truncate(MOST_BYTES + 1)
+    with pytest.raises(ConfigError) as error:
+        compose.load("pixar_style")
+    large, loop = str(error.value).splitlines()
+    assert large.startswith("conf/large.yaml is not readable YAML: ")
+    assert "File too large" in large
+    assert "round.yaml is not readable YAML: " in loop
+
+
+def test_a_number_of_thousands_of_digits_is_named() -> None:
+    with pytest.raises(ConfigError, match=r"^cannot read seed=1"):
+        compose.load("pixar_style", [f"seed={'1' * 5000}"])

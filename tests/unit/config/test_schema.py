@@ -58,7 +58,13 @@ BAD = [
     ),
     ("data.validation_share", -0.1, "data.validation_share must be in 0 … 1"),
     ("loss.caption_dropout", 2.0, "loss.caption_dropout must be in 0 … 1"),
+    ("lora.rank", 100_000, "lora.rank must be at most 16,384, got 100000; try lora.rank=16"),
+    ("data.max_aspect", 1e308, "data.max_aspect must be at most 100, got 1e+308; try data.max_aspect=2.0"),
+    ("trainer.steps", 10**400, "trainer.steps must be at most 1,000,000,000, got 1"),
+    ("optim.eps", 1e308, "optim.eps must be at most 1,000,000,000"),
+    ("sample.steps", 1001, "sample.steps must be at most 1,000"),
     ("sample.seeds", [], "sample.seeds must name at least one seed"),
+    ("sample.seeds", [0, 2**63], "sample.seeds must name at least one seed, none beyond 2^63-1"),
     ("export.tolerance", 0.0, "export.tolerance must be above 0"),
     ("export.formats", [], "export.formats must name at least one format, got []; try 'export.formats=[peft]'"),
 ]
@@ -79,7 +85,7 @@ def test_every_number_has_a_rule_that_its_default_keeps_and_help_shows() -> None
     for key, rule in describe.rules().items():
         section, _, name = key.rpartition(".")
         assert rule.holds(getattr(getattr(default, section) if section else default, name)), key
-        assert f"ust {rule.words}" in describe.meanings()[key]
+        assert f"ust {rule.meaning}." in describe.meanings()[key]
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", ".cache", "a/b", "a\\b", "../up", "a\0"])

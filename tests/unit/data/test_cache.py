@@ -87,6 +87,14 @@ def test_an_entry_that_cannot_be_read(store):
         store.has("ab")
 
 
+def test_an_entry_longer_than_its_header_says_is_made_again(store):
+    path = store.put("ab", TENSORS)
+    with open(path, "r+b") as file:
+        file.truncate(1 << 36)
+    assert not store.has("ab")
+    assert not path.exists()
+
+
 def test_whole(store):
     paths = [store.put("ab", TENSORS), store.put("cd", TENSORS)]
     assert cache.whole(paths)

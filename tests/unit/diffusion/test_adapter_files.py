@@ -14,6 +14,7 @@ from finetune.adapters import formats, lora
 from finetune.config.schema import Config, LoraConfig, ModelConfig
 from finetune.diffusion.pipeline import ADAPTER_FILE, load_adapter, load_backbone, read_adapter, save_adapter
 from finetune.errors import ModelError
+from finetune.run.hashing import hash_adapter
 from finetune.run.records import Dataset
 from tests.tiny_families import save_family
 
@@ -276,5 +277,24 @@ def test_an_adapter_that_is_not_finite_is_refused(model: ModelConfig, trained: A
     weights = lora.state(trained)
     weights[next(iter(weights))][0, 0] = float("nan")
     formats.save_peft(trained, tmp_path, weights, "")
-    with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged: .* is not finite"):
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors is damaged \(.* is not finite\)"):
         load_adapter(model, load_backbone(model, torch.float32), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "odd", [{"rank_pattern": "text"}, {"alpha_pattern": {"(": 1}}, {"r": 0}, {"lora_alpha": "x"}, {"r": []}]
+)
+def test_odd_settings_of_a_peft_folder_are_damage(trained: Any, tmp_path: Path, odd: dict[str, Any]) -> None:
+    formats.save_peft(trained, tmp_path, lora.state(trained), "")
+    file = tmp_path / "adapter_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | odd))
+    with pytest.raises(ModelError, match=r"adapter_config.json is damaged \(.+\); export it again"):
+        formats.read_peft(tmp_path)
+
+
+def test_a_link_to_itself_is_no_adapter(tmp_path: Path) -> None:
+    (tmp_path / "adapter_model.safetensors").symlink_to("adapter_model.safetensors")
+    (tmp_path / "adapter_config.json").mkdir()
+    assert hash_adapter(tmp_path) == hash_adapter(tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ModelError, match=r"adapter_model.safetensors does not exist"):
+        formats.read_peft(tmp_path)

@@ -27,3 +27,7 @@ def test_files_are_known_by_content_and_order_alone(tmp_path: Path) -> None:
     assert len({hash_files(files) for files in ([a, b], [b, a], [c, d], [a], [])}) == 5
     with pytest.raises(OSError, match="gone"):
         hash_file(tmp_path / "gone")
+
+
+def test_a_name_that_is_not_utf8_has_a_hash():
+    assert hash_of("\udcff") != hash_of("\udcfe")

@@ -292,6 +292,14 @@ def test_fit_shows_what_the_crop_says_without_aliasing():
     assert min(fitted.getchannel("R").get_flattened_data()) > 230
 
 
+def test_a_file_longer_than_its_pixels_can_be_is_not_read(tmp_path):
+    path = tmp_path / "long.png"
+    with open(path, "wb") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(DataError, match=r"long.png: can't be read \(File too large\)"):
+        decode.open_rgb(path, 1000)
+
+
 def most_at_once(paths, monkeypatch, *, room):
     """The most files that four threads held at once."""
     monkeypatch.setattr(decode, "PIXELS_AT_ONCE", room)

@@ -347,3 +347,11 @@ def test_a_full_disk_loses_nothing(root, monkeypatch):
         folder.add_captions(root, {"a.png": "new"}, overwrite=False)
     assert (root / "metadata.jsonl").read_bytes() == before
     assert len(list(root.iterdir())) == 2
+
+
+def test_a_caption_without_end_is_not_read(tmp_path):
+    (tmp_path / "a.png").touch()
+    with open(tmp_path / "a.txt", "wb") as file:
+        file.truncate(1 << 34)
+    with pytest.raises(DataError, match=r"a.txt: can't be read \(File too large\)"):
+        folder.captions(tmp_path, ["a.png"])

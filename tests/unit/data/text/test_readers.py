@@ -188,3 +188,20 @@ def test_the_hash_is_of_content_not_of_names(tmp_path):
     )
     assert readers.content_hash((first,)) == readers.content_hash((same,)) != readers.content_hash((other,))
     assert readers.content_hash((first, other)) != readers.content_hash((other, first))
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "csv"])
+def test_a_line_without_end_is_not_read_whole(tmp_path, monkeypatch, suffix):
+    monkeypatch.setattr(readers, "LINE_BYTES", 64)
+    file = tmp_path / f"chats.{suffix}"
+    file.write_bytes(b'{"text": "a"}\n' + bytes(100))
+    with pytest.raises(DataError, match=rf"{file}:2: is longer than"):
+        list(readers.read(file))
+
+
+def test_json_that_is_too_large_to_be_read_whole(tmp_path):
+    file = tmp_path / "chats.json"
+    with open(file, "wb") as stream:
+        stream.truncate(readers.JSON_BYTES + 1)
+    with pytest.raises(DataError, match="save it as JSON lines"):
+        list(readers.read(file))

@@ -1,0 +1,57 @@
+"""What is looked at before a file is read: its size, and the header of weights."""
+
+import errno
+import json
+import os
+from pathlib import Path
+
+from finetune.errors import ModelError
+
+MOST_BYTES = 64 << 20  # of a text that is read as one: recipes, captions, templates, configurations take kilobytes
+
+
+HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
+TEXTS = (".json", ".txt", ".model", ".jinja")  # a model's configurations and vocabularies
+
+
+def read_text(path: Path) -> str:
+    """A text file in UTF-8. Raises OSError, also for one that is too large to be what it should be, and ValueError."""
+    require_size(path, MOST_BYTES)
+    return path.read_text(encoding="utf-8")
+
+
+def require_size(path: Path, most: int) -> None:
+    """Raises OSError for a file of more bytes, or one that isn't there."""
+    if path.stat().st_size > most:
+        raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
+
+
+def damage(file: Path) -> str:
+    """What is wrong with a safetensors file (its header or its length); empty if nothing shows without reading all."""
+    from safetensors import SafetensorError, safe_open
+
+    size = file.stat().st_size
+    with open(file, "rb") as stream:
+        length = int.from_bytes(stream.read(8), "little")
+        if size < 8 or not 2 <= length <= min(HEADER_LIMIT_BYTES, size - 8):
+            return f"{size} bytes without a safetensors header"
+        try:
+            header = json.loads(stream.read(length))
+            end = max((entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__"), default=0)
+            if size != 8 + length + end:
+                return f"{size} bytes where its header says {8 + length + end}"
+            with safe_open(file, "pt"):  # checks types, shapes and that no tensors overlap
+                return ""
+        except (ValueError, KeyError, TypeError, AttributeError, IndexError, RecursionError, SafetensorError):
+            return "its safetensors header is unreadable"
+
+
+def require_whole(file: Path) -> None:
+    """Raises ModelError for damaged weights, and for a configuration or vocabulary that is too large to be one."""
+    wrong = ""
+    if file.suffix == ".safetensors":
+        wrong = damage(file)
+    elif file.suffix in TEXTS and file.is_file() and file.stat().st_size > MOST_BYTES:
+        wrong = f"{file.stat().st_size} bytes are too many for it"
+    if wrong:
+        raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")
