@@ -89,9 +89,11 @@ def rate_fact(lr: float, scale: float) -> Fact:
 
 
 def _rate(settings: Mapping[str, Any]) -> list[Fact]:
-    """Nothing where a run folder of other days doesn't say."""
-    lr, lora = settings.get("optim", {}).get("lr"), settings.get("lora", {})
-    return [rate_fact(lr, update_scale(lora))] if lr and {"rank", "alpha"} <= lora.keys() else []
+    """Nothing where a run folder of other days or another person doesn't say."""
+    optim, lora = settings.get("optim", {}), settings.get("lora", {})
+    numbers = (optim.get("lr"), lora.get("rank"), lora.get("alpha"))
+    said = all(isinstance(number, int | float) and number > 0 for number in numbers)
+    return [rate_fact(optim["lr"], update_scale(lora))] if said else []
 
 
 def _batch(run: Run) -> list[Fact]:

@@ -37,16 +37,20 @@ class TrainState:
     """Everything but tensors that a resumed run needs.
 
     identity: what the run was trained with, flat key -> value; a resumed run must agree. count: images or tokens
-    trained on. best_validation, best_step: of the saved steps; lowest_validation, lowest_step: of all. waited:
-    validations in a row that were no lower. scaler: the fp16 loss scaler's. requested: the memory settings that the run
-    was given, and the GPU's memory; applied: those it started with; micro_batch, fallbacks: how far it had to go below
-    them when memory ran out, in examples and in fallbacks of the task. planned_gib, dry_run_gib: as in `Run`.
+    trained on. interval_*: of the steps since throughput was last logged. best_validation, best_step: of the saved
+    steps; lowest_validation, lowest_step: of all. waited: validations in a row that were no lower. scaler: the fp16
+    loss scaler's. requested: the memory settings that the run was given, and the GPU's memory; applied: those it
+    started with; micro_batch, fallbacks: how far it had to go below them when memory ran out, in examples and in
+    fallbacks of the task. planned_gib, dry_run_gib: as in `Run`.
     """
 
     identity: dict[str, Any]
     step: int = 0
     count: int = 0
     seconds: float = 0.0
+    interval_seconds: float = 0.0
+    interval_count: int = 0
+    interval_padded_count: int = 0
     first_loss: float = 0.0
     smoothed_loss: float = 0.0
     first_validation: float | None = None

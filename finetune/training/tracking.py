@@ -5,7 +5,7 @@ A place that can't be used costs no run: it is reported, and the curves are not 
 
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -109,10 +109,12 @@ def _board(run_dir: Path, start: int) -> Any:
 
 
 class _NoBoard:
-    """Takes what a `SummaryWriter` takes."""
+    """Takes what a `SummaryWriter` and its parts take."""
 
-    def __getattr__(self, name: str) -> Callable[..., None]:
-        return lambda *_, **__: None
+    def __getattr__(self, name: str) -> "_NoBoard":
+        return self
+
+    def __call__(self, *_: Any, **__: Any) -> None: ...
 
 
 class _Gpu:

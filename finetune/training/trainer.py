@@ -75,7 +75,6 @@ class Trainer:
             self.accelerator.scaler.load_state_dict(self.state.scaler)
         if ranks.rank() == 0:  # only the first process writes
             self.tracker = Tracker(self.run_dir, self.state.step, self.accelerator.device)
-        self.pending_seconds, self.pending_count, self.pending_padded_count = 0.0, 0, 0
         self.previewing, self.validation_batch = True, self.trainer.micro_batch
 
     def start(self) -> None:
@@ -317,6 +316,13 @@ class Trainer:
             self.ema.update(lora.trainable_tensors(self.task.model))
 
     def _log(self, step: Step) -> None:
+        state = self.state
+        self.state = replace(
+            state,
+            interval_seconds=state.interval_seconds + step.seconds,
+            interval_count=state.interval_count + step.count,
+            interval_padded_count=state.interval_padded_count + step.padded_count,
+        )
         if ranks.rank():
             return
         values = {
@@ -326,13 +332,11 @@ class Trainer:
             "train/gradient_norm": step.grad_norm,
             "train/skipped_steps": float(self.state.skipped_steps),
         }
-        self.pending_seconds += step.seconds
-        self.pending_count += step.count
-        self.pending_padded_count += step.padded_count
         if step.number % self.trainer.log_every == 0 or step.number == self.trainer.steps:
-            values[f"train/{self.task.unit}_per_s"] = self.pending_count / self.pending_seconds
-            if self.pending_padded_count > self.pending_count:
-                values["train/padding"] = 1 - self.pending_count / self.pending_padded_count
+            count, padded_count = self.state.interval_count, self.state.interval_padded_count
+            values[f"train/{self.task.unit}_per_s"] = count / self.state.interval_seconds
+            if padded_count > count:
+                values["train/padding"] = 1 - count / padded_count
             values |= self.tracker.hardware()
-            self.pending_seconds, self.pending_count, self.pending_padded_count = 0.0, 0, 0
+            self.state = replace(self.state, interval_seconds=0.0, interval_count=0, interval_padded_count=0)
         self.tracker.scalars(step.number, values)

@@ -86,7 +86,7 @@ def test_bad_configuration(workdir: Path, words: list[str], said: list[list[str]
             ("other/notes.doc", "other/a.docx"),
             ["other has no images (found: 1 .doc, 1 .docx)", ".jpg .jpeg", "data."],
         ),
-        (("other",), ["other is a file", "data.folder=."]),
+        (("other",), ["other is a file", 'data.folder="."']),
     ],
     ids=["missing", "empty", "no images", "a file"],
 )
@@ -314,12 +314,12 @@ def test_going_on_with_another_configuration_lists_what_changed(
     finetune_cli: Cli, images: Path, small: list[str], trained: Path
 ) -> None:
     with untouched(images, trained / "checkpoints", trained / "adapter", trained / "samples"):
-        changed = finetune_cli("train", *small, "lora.rank=2", "optim.lr=0.5", "seed=7", "trainer.steps=3")
+        changed = finetune_cli("train", *small, "lora.rank=2", "optim.lr=0.05", "seed=7", "trainer.steps=3")
         refused(
             changed,
             RunError.exit_code,
             [
-                "run was trained with other settings (lora.rank: 4 -> 2; optim.lr: 0.001 -> 0.5; seed: 0 -> 7)",
+                "run was trained with other settings (lora.rank: 4 -> 2; optim.lr: 0.001 -> 0.05; seed: 0 -> 7)",
                 "run_dir=",
                 "trainer.restart=true",
             ],

@@ -108,7 +108,7 @@ def test_a_recipe_of_any_name_is_offered_so_that_it_can_be_typed(
     (workdir / "conf").mkdir()
     (workdir / "conf" / "it's mine, [2].yaml").write_text("defaults: [smoke]\n")
     config = finetune.load("it's mine, [2]")
-    terminal.show(config, result(config))
+    terminal.show(config, result(config), began=0.0)
     (_, sample) = printed(capfd.readouterr().out)
     answer = finetune_cli(*sample[sample.index("sample") :], "--cfg", "job")
     assert yaml.safe_load(answer.out)["name"] == config.name

@@ -63,7 +63,7 @@ def test_a_data_set_ends_with_its_figures(capsys: pytest.CaptureFixture[str], re
     if isinstance(record, TextSet):
         assert [line.strip() for line in lines[-2:]] == record.preview.splitlines()
         assert "⟦" in record.preview
-        terminal.show(Config(), replace(record, preview="long " * 1000))
+        terminal.show(Config(), replace(record, preview="long " * 1000), began=0.0)
         assert len(capsys.readouterr().out) < 2000
 
 
