@@ -8,8 +8,6 @@ from pathlib import Path
 from finetune.errors import ModelError
 
 MOST_BYTES = 64 << 20  # of a text that is read as one: recipes, captions, templates, configurations take kilobytes
-
-
 HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TEXTS = (".json", ".txt", ".model", ".jinja")  # a model's configurations and vocabularies
 

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
+from finetune.reading import read_text
 from finetune.run.atomic import write_atomically
 from finetune.run.plain import UNREADABLE
 from finetune.run.progress import say
@@ -41,7 +42,7 @@ def changes(run_dir: Path, dataset: Dataset | TextSet) -> str:
     if not isinstance(dataset, Dataset) or not file.exists():
         return f"other {dataset.content_name}"
     try:
-        found = list(_differences(json.loads(file.read_text(encoding="utf-8")), _images(dataset)))
+        found = list(_differences(json.loads(read_text(file)), _images(dataset)))
     except UNREADABLE:  # only names are lost
         return f"other {dataset.content_name}"
     return ", ".join(found) or "images are cut, mirrored or held out in another way"

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from finetune.errors import RunError
+from finetune.reading import read_text
 from finetune.run import ranks
 from finetune.run.atomic import write_atomically
 from finetune.run.outputs import Output, compare, outputs_of
@@ -63,7 +64,7 @@ def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
     """The stage's receipt, or None if there is none. Raises RunError for a damaged one."""
     path = receipt_path(run_dir, stage)
     try:
-        receipt = from_plain(Receipt, json.loads(path.read_text(encoding="utf-8")))
+        receipt = from_plain(Receipt, json.loads(read_text(path)))
         if receipt.stage != stage:
             raise ValueError(f"it is of the stage {receipt.stage!r}")
         return receipt

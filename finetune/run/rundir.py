@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
+from finetune.reading import read_text
 from finetune.run import ranks
 from finetune.run.atomic import remove_leftovers, write_atomically
 from finetune.run.plain import UNREADABLE, first_line
@@ -92,7 +93,7 @@ def written_config(folder: Path) -> dict[str, Any]:
 
     file = folder / CONFIG
     try:
-        found = yaml.safe_load(file.read_text(encoding="utf-8"))
+        found = yaml.safe_load(read_text(file))
         if wrong := [key for key in SECTIONS if not isinstance(found.get(key, {}), dict)]:
             raise TypeError(f"{wrong[0]} has no settings")
         return dict(found)
@@ -167,7 +168,7 @@ def _without_trace(made: Sequence[Path]) -> Iterator[None]:
 
 def _owner(folder: Path) -> str:
     try:
-        owner = json.loads((folder / OWNER).read_text(encoding="utf-8"))
+        owner = json.loads(read_text(folder / OWNER))
         return f"process {owner['pid']} since {owner['since']}"
     except UNREADABLE:
         return "another process"  # it has only just begun

@@ -12,6 +12,7 @@ from PIL import Image
 
 from finetune.config.schema import Config
 from finetune.errors import RunError
+from finetune.reading import read_text
 from finetune.reporting import curves
 from finetune.reporting.page import Found, page
 from finetune.reporting.thumbnails import NOT_SHOWN
@@ -51,7 +52,7 @@ def report(config: Config) -> Report:
 def _gather(run_dir: Path) -> Found:
     receipts = {stage: receipt for stage in STAGES if (receipt := load_receipt(run_dir, stage))}
     settings, config = rundir.written_config(run_dir), run_dir / rundir.CONFIG
-    text = config.read_text(encoding="utf-8") if settings else ""
+    text = read_text(config) if settings else ""
     drew = "sample" not in receipts or receipts["sample"].record.get("items")  # else what lies there is older
     lines = _samples(run_dir / "samples" / "samples.jsonl") if drew else []
     samples = [line for line, _ in lines if isinstance(line, Sample)]
@@ -63,7 +64,7 @@ def _gather(run_dir: Path) -> Found:
 def _samples(file: Path) -> list[tuple[Sample | Answer, dict[str, Any]]]:
     """Each line as a record, and with all its values. Raises RunError for a damaged file."""
     try:
-        lines = [json.loads(line) for line in file.read_text(encoding="utf-8").split("\n") if line]
+        lines = [json.loads(line) for line in read_text(file).split("\n") if line]
         return [(from_plain(Sample, line) if "file" in line else from_plain(Answer, line), line) for line in lines]
     except FileNotFoundError:
         return []

@@ -21,6 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from finetune.errors import RunError, is_out_of_memory
+from finetune.reading import read_text
 from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_file
 from finetune.run.plain import UNREADABLE, first_line, from_plain, require_names
@@ -122,14 +123,14 @@ def save(
 def load(folder: Path) -> Checkpoint:
     """Read one checkpoint. Raises RunError if a file is missing or differs from its manifest."""
     try:
-        hashes: dict[str, str] = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        hashes: dict[str, str] = json.loads(read_text(folder / MANIFEST))
         if lacking := [name for name in (ADAPTER, OPTIMIZER, STATE) if name not in hashes]:
             raise ValueError(f"{lacking[0]} is not in its manifest")
         require_names(*hashes)
         for name, expected in hashes.items():
             if hash_file(folder / name) != expected:
                 raise ValueError(f"{name} differs from its manifest")
-        state = from_plain(TrainState, json.loads((folder / STATE).read_text(encoding="utf-8")))
+        state = from_plain(TrainState, json.loads(read_text(folder / STATE)))
         adapter = load_file(folder / ADAPTER)
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         ema = load_file(folder / EMA) if EMA in hashes else None
