@@ -1,6 +1,7 @@
 """Interrupted or killed anywhere and run again: nothing is lost and the result is the same, bit for bit."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -129,10 +130,11 @@ def test_killed_at_any_file_operation_it_ends_as_if_it_had_not_been(tmp_path: Pa
             "scripts.torture",
             "--kills=20",
             "--jobs=2",
-            "--only=(language train|image caption|image export)$",
+            "--only=(language train|image caption)$",
             f"--out={counts}",
         ],
         cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
         capture_output=True,
         text=True,
     )

@@ -1,6 +1,7 @@
 """Odd values and damaged files through every command: the first cases of `python -m scripts.fuzz`."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,10 @@ CASES = 12 * len(GROUPS)
 def test_every_case_ends_soon_in_words_and_changes_no_input(tmp_path: Path) -> None:
     out = tmp_path / "counts.json"
     words = ("--cases", str(CASES), "--jobs", "2", "--work", str(tmp_path), "--out", str(out))
-    ended = subprocess.run([sys.executable, "-m", "scripts.fuzz", *words], cwd=ROOT, capture_output=True, text=True)
+    alone = {**os.environ, "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [sys.executable, "-m", "scripts.fuzz", *words], cwd=ROOT, env=alone, capture_output=True, text=True
+    )
     assert ended.returncode == 0, ended.stdout
     groups = json.loads(out.read_text())["groups"]
     assert {group: row["cases"] for group, row in groups.items()} == dict.fromkeys(sorted(GROUPS), 12)

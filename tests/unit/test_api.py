@@ -589,3 +589,13 @@ def test_a_forgotten_variable_of_a_launcher_is_one_line(
     assert (answer.code, len(answer.errors)) == (2, 1)
     assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in answer.errors[0]
     assert not list(workdir.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")]
+)
+def test_threads_wait_for_work_as_long_as_the_user_says(given: dict[str, str], expected: str) -> None:
+    plain = {name: value for name, value in os.environ.items() if name not in finetune.WAITING}
+    program = "import os, finetune; print(os.environ.get('GOMP_SPINCOUNT'))"
+    ended = subprocess.run([sys.executable, "-c", program], env=plain | given, capture_output=True, text=True)
+    assert ended.stdout.strip() == expected

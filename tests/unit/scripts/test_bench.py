@@ -90,9 +90,9 @@ def test_plan_and_dry_run_are_mostly_closer() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("preset", sorted({line["preset"] for line in MEASURED}))
+@pytest.mark.parametrize("preset", ["sd15", "flux2_klein", "llama2_7b"])
 def test_the_committed_plans_are_those_of_today(preset: str) -> None:
-    """One case of each base: a trace takes seconds."""
+    """One case of a UNet, a transformer and a language model: a trace takes seconds."""
     line = next(line for line in MEASURED if line["preset"] == preset)
     case = Case(line["name"], preset, line["vram_gib"], tuple(line["overrides"]))
     assert planned_gib(*candidates_for(case)) == pytest.approx(line["planned_gib"], rel=0.005)
