@@ -78,10 +78,22 @@ def read(path: Path) -> dict[str, Tensor]:
     raise DataError(f"cached example {path} can't be read ({reason}); the same command encodes it again")
 
 
-def whole(paths: Iterable[Path]) -> bool:
-    """Whether all of these entries are there and whole, as `Cache.has`; every byte is read."""
+def whole(paths: Iterable[Path], since_ns: int) -> bool:
+    """Whether all of these entries are there, and whole where they were written after that time (as `st_mtime_ns`).
+
+    Others are compared when they are read: a command with nothing to do reads none.
+    """
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        return all([*pool.map(_is_whole, paths)])  # all are looked at: damaged ones are removed together
+        # All are looked at: damaged ones are removed together.
+        return all([*pool.map(lambda path: _is_older(path, since_ns) or _is_whole(path), paths)])
+
+
+def _is_older(path: Path, since_ns: int) -> bool:
+    try:
+        found = path.stat()
+    except OSError:
+        return False
+    return found.st_size > 0 and max(found.st_mtime_ns, found.st_ctime_ns) <= since_ns
 
 
 def _is_whole(path: Path) -> bool:

@@ -96,15 +96,16 @@ def build(config: Config, captions: CaptionSet | None) -> Dataset:
 
 
 def complete(record: Dataset) -> bool:
-    """Whether the record's index and every entry that it names are still there."""
-    if not Path(record.index).is_file():
+    """Whether the record's index and every entry that it names are still there, as they were when it was written."""
+    index = Path(record.index)
+    if not index.is_file():
         return False
     wanted = {Path(record.empty_text)}
     lines = 0
     for example in record.examples():
         lines += 1
         wanted |= {Path(example.latents), Path(example.text)}
-    return lines == record.train + record.validation and whole(wanted)
+    return lines == record.train + record.validation and whole(wanted, since_ns=index.stat().st_mtime_ns)
 
 
 def figures(record: Dataset) -> dict[str, float | int | str | None]:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+from pathlib import Path
 
 import pytest
 import torch
@@ -95,13 +96,16 @@ def test_an_entry_longer_than_its_header_says_is_made_again(store):
     assert not path.exists()
 
 
-def test_whole(store):
+def test_entries_that_are_as_old_as_they_were_are_not_read(store, monkeypatch):
     paths = [store.put("ab", TENSORS), store.put("cd", TENSORS)]
-    assert cache.whole(paths)
-    assert not cache.whole([*paths, paths[0].with_name("other")])
+    written = max(path.stat().st_ctime_ns for path in paths)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "read_bytes", lambda _: pytest.fail("an entry was read"))
+        assert cache.whole(paths, since_ns=written)
+        assert not cache.whole([*paths, paths[0].with_name("other")], since_ns=written)
     for path in paths:
         path.write_bytes(path.read_bytes()[:-1] + b"!")
-    assert not cache.whole(paths)
+    assert not cache.whole(paths, since_ns=written)
     assert not any(path.exists() for path in paths), "both are made again"
 
 
