@@ -240,6 +240,8 @@ def install(model: Any, dtype: torch.dtype) -> bool:
 def _is_known(layer: Any) -> bool:
     if type(layer).__name__ not in ARCHITECTURES or type(layer.mlp.act_fn).__name__ not in ("SiLU", "SiLUActivation"):
         return False
+    if layer.self_attn.attention_dropout:  # of which there is none here
+        return False
     frozen = [part for part in layer.modules() if isinstance(part, nn.Linear) and not part.weight.requires_grad]
     return all(part.bias is None for part in frozen)
 

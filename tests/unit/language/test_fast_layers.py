@@ -135,6 +135,13 @@ def test_layers_of_another_kind_stay(bases: Callable[[str], Path], architecture:
     assert all(map(torch.equal, gradients(model), before))
 
 
+def test_layers_that_drop_attention_stay(bases: Callable[[str], Path]) -> None:
+    model: Any = adapted(bases("llama"), ALL, fast=False)
+    for layer in model.get_decoder().layers:
+        layer.self_attn.attention_dropout = 0.1
+    assert not fast_layers.install(model, torch.float32)
+
+
 @pytest.mark.parametrize(
     ("model", "lora", "dtype", "named"),
     [
