@@ -289,7 +289,7 @@ class TrainerConfig:
     """On a GPU: auto takes the fastest micro_batch, accumulate, activation_checkpointing and model.offload that fit,
     with the same effective batch; check keeps those given; both make a dry run of the largest step; off does not."""
     fast: bool = True
-    """On a GPU: layers with fewer, larger kernels where the model and the settings allow it; false takes plain ones."""
+    """On a GPU: fewer, larger kernels, or all of a step in one CUDA graph, where model and settings allow it."""
     offload_activations: bool = False
     """Keep what backward needs in CPU memory: of checkpointed blocks the inputs, of others all. Slower."""
     patience: int = field(default=0, metadata=at_least(0))

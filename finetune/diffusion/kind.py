@@ -57,6 +57,7 @@ def build_task(config: Config, dataset: Dataset, device: torch.device) -> Task:
         vram_gib=config.hardware.vram_gib,
         activation_checkpointing=config.trainer.activation_checkpointing,
         offload_activations=config.trainer.offload_activations,
+        fast=config.trainer.fast,
     )
 
 
@@ -89,6 +90,7 @@ def workload(config: Config) -> Workload:
             previews=previews(config.trainer, config.sample.every),
             examples=found,
             seed=config.seed,
+            fast=config.trainer.fast,
         )
 
     return Workload(

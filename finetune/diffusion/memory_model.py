@@ -54,12 +54,13 @@ class DiffusionMemoryModel:
         previews: int,
         examples: Examples | None,
         seed: int,
+        fast: bool,
     ) -> None:
         """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share.
-        max_aspect: of buckets. validations, previews: how often there are some in a run.
+        max_aspect: of buckets. validations, previews: how often there are some in a run. fast: as `trainer.fast`.
         """
         self.base, self.lora, self.loss_settings, self.caption, self.sample = model, lora, loss, caption, sample
-        self.cuda, self.room, self.seed = cuda, room, seed
+        self.cuda, self.room, self.seed, self.fast = cuda, room, seed, fast
         self.validations, self.previews, self.examples = validations, previews, examples
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.family = family(model.family)
@@ -77,6 +78,10 @@ class DiffusionMemoryModel:
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`; offloading recomputes all."""
         checkpointing.set_checkpointing(self.model, 1 if self.base.offload else every)
+
+    def replayed(self, checkpointing: int, offload_activations: bool) -> bool:
+        """Whether a step is a CUDA graph, as in `DiffusionTask`."""
+        return self.cuda and self.fast and not (checkpointing or offload_activations) and task.replayable(self.base)
 
     def inputs(self, micro_batch: int) -> dict[str, Tensor]:
         """The tensors of a batch as `DiffusionTask.collate` makes them."""

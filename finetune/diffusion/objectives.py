@@ -74,12 +74,18 @@ class Denoising:
         return clean_BChw if self.prediction_type == "sample" else noise_BChw
 
     def snr(self, timesteps_B: Tensor) -> Tensor:
-        alphas_B = self.alphas_cumprod.to(timesteps_B.device)[timesteps_B].float()
+        alphas_B = self._table(timesteps_B)[timesteps_B].float()
         return alphas_B / (1 - alphas_B)
+
+    def _table(self, like: Tensor) -> Tensor:
+        """The noise levels where `like` is; they stay there, for a copy in each step would wait for the host."""
+        if self.alphas_cumprod.device != like.device:
+            self.alphas_cumprod = self.alphas_cumprod.to(like.device)
+        return self.alphas_cumprod
 
     def _shares(self, timesteps_B: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
         """How much of the clean latents and of the noise is in an input, (B, 1, 1, 1) each."""
-        kept_B = self.alphas_cumprod.to(like)[timesteps_B].view(-1, *[1] * (like.ndim - 1))
+        kept_B = self._table(like).to(like.dtype)[timesteps_B].view(-1, *[1] * (like.ndim - 1))
         return kept_B**0.5, (1 - kept_B) ** 0.5
 
 

@@ -23,8 +23,10 @@ from finetune.diffusion.families.spec import FamilySpec
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
 from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler, read_adapter
 from finetune.memory import activation_offload, checkpointing, fallbacks
+from finetune.memory.device import usable_bytes
 from finetune.run import ranks
 from finetune.run.records import Dataset, Example
+from finetune.training.cuda_graphs import CudaGraphs
 from finetune.training.task import Batch, Draw
 
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
@@ -53,8 +55,9 @@ class DiffusionTask:
         vram_gib: float,
         activation_checkpointing: int,
         offload_activations: bool,
+        fast: bool,
     ) -> None:
-        """dtype: of the arithmetic. vram_gib and the two below: as in the configuration."""
+        """dtype: of the arithmetic. vram_gib and the three below: as in the configuration."""
         self.loss_settings, self.sample_settings = loss, sample
         self.device, self.dtype, self.seed, self.resolution = device, dtype, seed, model.resolution
         self.empty_text = Path(dataset.empty_text)
@@ -75,6 +78,11 @@ class DiffusionTask:
         self.fallbacks = fallbacks.gpu_fallbacks(
             self.model, model, activation_checkpointing, self.activation_offload, device
         )
+        self.graphs: CudaGraphs | None = None
+        kept = not (activation_checkpointing or offload_activations)
+        if fast and kept and device.type == "cuda" and replayable(model):
+            trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+            self.graphs = CudaGraphs(self._loss, trained, usable_bytes(device, vram_gib))
         if lora.start_from:
             stored = read_adapter(model, self.model, Path(lora.start_from))
             lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
@@ -100,13 +108,16 @@ class DiffusionTask:
 
     def loss(self, batch: Batch) -> Tensor:
         """Sum over images of the weighted mean squared error."""
+        if self.graphs and torch.is_grad_enabled():
+            return self.graphs(batch.tensors)
         with self.activation_offload():
-            predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
-            return weighted(self.objective, predicted_BChw, batch.tensors, self.loss_settings)
+            return self._loss(**batch.tensors)
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
         """Mean squared error on fixed (image, noise, timestep) triples: "mean" and "t=…" per noise level."""
+        if self.graphs:
+            self.graphs.make_room()
         training = self.model.training
         self.model.eval()
         result = {}
@@ -124,6 +135,8 @@ class DiffusionTask:
         sample, side = self.sample_settings, self.resolution
         if self.image_sampler is None:
             return []
+        if self.graphs:
+            self.graphs.make_room()
         jobs = [(prompt, seed) for prompt in prompts]
         return self.image_sampler.generate(
             self.model, jobs, width=side, height=side, steps=sample.steps, guidance=sample.guidance
@@ -131,11 +144,16 @@ class DiffusionTask:
 
     def reduce_memory(self) -> str | None:
         """Recompute every block, then keep what they need, and then all of them, in CPU memory."""
+        self.graphs = None  # what follows doesn't find its tensors where they were, or changes what is computed
         return next(self.fallbacks, None)
 
     def notes(self) -> dict[str, str]:
         """None: the images and captions are in the report."""
         return {}
+
+    def _loss(self, **tensors: Tensor) -> Tensor:
+        predicted_BChw = predict(self.family, self.objective, self.model, tensors, self.dtype)
+        return weighted(self.objective, predicted_BChw, tensors, self.loss_settings)
 
     def _make_image_sampler(self, model: ModelConfig) -> ImageSampler | None:
         """What draws previews. Made before the backbone is loaded, because text encoders may need the whole GPU."""
@@ -186,6 +204,11 @@ def predict(
     }
     with hub.explained(lambda reason: f"the {spec.backbone} of the base doesn't work ({reason}); get the base again"):
         return spec.predict(model, noisy_BChw, tensors["timesteps"], text)
+
+
+def replayable(model: ModelConfig) -> bool:
+    """Whether the passes of the backbone may be replayed as CUDA graphs where all activations are kept on the GPU."""
+    return family(model.family).capturable and not model.offload
 
 
 def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from finetune.adapters.lora import ADAPTER
 from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize
 from finetune.language import fast_kernels as kernels
-from finetune.memory import quantize
+from finetune.memory import checkpointing, quantize
 from finetune.run.progress import say
 
 ARCHITECTURES = {"LlamaDecoderLayer": (), "MistralDecoderLayer": ("sliding_window",)}
@@ -232,9 +232,13 @@ def install(model: Any, dtype: torch.dtype) -> bool:
     for layer in layers:
         layer.fast = FastLayer.of(layer, dtype)
         layer.__class__ = _fast_class(type(layer))  # type: ignore[arg-type]
-    adapted = [part for layer in layers for part in layer.fast.parts() if part.adapted]
-    model.get_decoder().register_forward_pre_hook(lambda *_: _renew(adapted))
+    model.get_decoder().register_forward_pre_hook(lambda *_: _renew(layers))
     return True
+
+
+def _is_off(layer: Any) -> bool:
+    """Whether the plain layer computes: without its adapters, or because its weights came to the GPU for one pass."""
+    return layer.fast.is_off() or getattr(layer, checkpointing.SELF_CHECKPOINTING, False)
 
 
 def _is_known(layer: Any) -> bool:
@@ -247,8 +251,11 @@ def _is_known(layer: Any) -> bool:
 
 
 @torch.no_grad()
-def _renew(parts: Sequence[Linear]) -> None:
+def _renew(layers: Sequence[Any]) -> None:
     """Copy the adapters as they are now. Before each pass: fused optimisers don't raise a parameter's version."""
+    parts = [part for layer in layers if not _is_off(layer) for part in layer.fast.parts() if part.adapted]
+    if not parts:
+        return
     copies = [copy for part in parts for copy in part.copies()]
     torch._foreach_copy_(copies, _parameters(parts))
     torch._foreach_mul_(copies[1::2], [part.scale for part in parts])
@@ -273,7 +280,7 @@ def _fast_class(plain: Any) -> Any:
             **kwargs: Any,
         ) -> Tensor:
             fast, attention = self.fast, self.self_attn
-            if past_key_values is not None or fast.is_off() or hidden_states.dtype != fast.dtype:
+            if past_key_values is not None or _is_off(self) or hidden_states.dtype != fast.dtype:
                 found: Tensor = super().forward(
                     hidden_states,
                     attention_mask=attention_mask,

@@ -76,6 +76,10 @@ class LanguageMemoryModel:
         self.count = length
         self.less_cpu_memory = {"export": "try 'export.formats=[peft]'"} if merges else {}
 
+    def replayed(self, checkpointing: int, offload_activations: bool) -> bool:
+        """Never: packed rows have another shape in each step."""
+        return False
+
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`; offloading recomputes all."""
         checkpointing.set_checkpointing(self.model, 1 if self.base.offload else every)

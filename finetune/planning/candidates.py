@@ -75,7 +75,8 @@ class Candidates:
         """One of them."""
         trace = self._trace(micro_batch, checkpointing, away)
         accumulate = self.effective // micro_batch
-        computing = speed.seconds(trace, self.machine, self.precision)
+        replayed = self.memory_model.replayed(checkpointing, away)
+        computing = speed.seconds(trace, self.machine, self.precision, replayed=replayed)
         once = max(computing, self._fetching_s()) + 2 * self._copy_s(trace.away)
         return Setting(
             micro_batch=micro_batch,

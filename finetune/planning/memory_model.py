@@ -30,6 +30,10 @@ class MemoryModel(Protocol):
         """What to do about phases that take too much CPU memory, by name; about all others a base in 4 bit."""
         ...
 
+    def replayed(self, checkpointing: int, offload_activations: bool) -> bool:
+        """Whether a step with these settings is a CUDA graph, whose kernels no host has to launch."""
+        ...
+
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`, for every step from now on."""
         ...

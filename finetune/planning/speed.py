@@ -1,7 +1,8 @@
 """How long a step takes: an estimate from the arithmetic and the bytes of its kernels.
 
 A kernel waits for arithmetic or for memory, whichever takes longer at a stated share of the GPU's peak; besides, each
-costs its start. A step takes as long as its kernels on the GPU, or as the host needs to launch them. The constants
+costs its start. A step takes as long as its kernels on the GPU, or as the host needs to launch them, unless it replays
+them as a CUDA graph. The constants
 were set by thirteen trainings on an H200 (docs/memory.md, where each is compared), of images and of language, most of
 which waited for the host: seconds compare settings well, and are right to about a fifth there.
 """
@@ -19,15 +20,16 @@ KERNEL_S = 4.2e-6  # on the GPU, of each kernel
 LAUNCH_S = 37e-6  # on the host, of each kernel, with Python, autograd and autocast around it
 
 
-def seconds(trace: Trace, machine: Machine, precision: Precision) -> float:
-    """Of one run of a trace."""
+def seconds(trace: Trace, machine: Machine, precision: Precision, *, replayed: bool = False) -> float:
+    """Of one run of a trace. replayed: by a CUDA graph."""
     tflops = machine.fp32_tflops if precision is Precision.fp32 else machine.tflops
     share = EFFICIENCY if machine.cuda else CPU_EFFICIENCY
     arithmetic, memory = share * tflops * 1e12, share * machine.gb_per_s * 1e9
     computing = sum(max(kernel.flops / arithmetic, kernel.moved / memory) for kernel in trace.kernels)
     if not machine.cuda:
         return computing
-    return max(computing + KERNEL_S * trace.launches, LAUNCH_S * trace.launches)
+    on_gpu = computing + KERNEL_S * trace.launches
+    return on_gpu if replayed else max(on_gpu, LAUNCH_S * trace.launches)
 
 
 def explained(machine: Machine, precision: Precision) -> str:

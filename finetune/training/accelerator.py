@@ -6,7 +6,7 @@ from datetime import timedelta
 from typing import Any
 
 import torch
-from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate import Accelerator, AutocastKwargs, InitProcessGroupKwargs
 from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
@@ -40,7 +40,9 @@ def build_accelerator(precision: Precision, device: torch.device) -> Accelerator
     mixed = "no" if precision is Precision.fp32 else precision.name
     # The other processes are inside a reduction while the first one validates, draws or saves.
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=distributed.TIMEOUT_S))
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patience])
+    # Each weight is cast once a pass anyway, and a copy that outlives the pass is not there when a CUDA graph reads it.
+    uncached = AutocastKwargs(cache_enabled=False)
+    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patience, uncached])
 
 
 def prepare(

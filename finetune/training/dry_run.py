@@ -29,7 +29,13 @@ def dry_run(
     optimizer.step()
     optimizer.zero_grad(set_to_none=True)
     *_, needed = forward_backward(
-        task, lambda size: [task.worst(size)] * micro_batches, optimizer, accelerator, fallbacks, seed=0, step=0
+        task,
+        lambda size: [task.collate(task.worst(size))] * micro_batches,
+        optimizer,
+        accelerator,
+        fallbacks,
+        seed=0,
+        step=0,
     )
     optimizer.zero_grad(set_to_none=True)
     with torch.no_grad():

@@ -7,7 +7,6 @@ import math
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from functools import partial
 
 import torch
 from accelerate import Accelerator
@@ -18,9 +17,10 @@ from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks
 from finetune.training import non_finite
 from finetune.training.oom import OomFallbacks
+from finetune.training.prefetch import Batches, prefetched
 from finetune.training.reduction import StepTotals, reduce_step
 from finetune.training.signals import Stop
-from finetune.training.task import Draw, Task
+from finetune.training.task import Batch, Draw, Task
 
 
 @dataclass(frozen=True)
@@ -68,13 +68,12 @@ def fit(
     parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     task.model.train()
     bad, started = 0, start > 0
-    for number, draws in enumerate(steps, start):
+    made = prefetched(task, steps, lambda: fallbacks.micro_batch, accelerator.device)
+    for number, batches in enumerate(made, start):
         began = time.perf_counter()
         for group in optimizer.param_groups:
             group["lr"] = rate(number) * group.get("lr_scale", 1.0)
-        mine, names, tried = forward_backward(
-            task, partial(task.split, draws), optimizer, accelerator, fallbacks, seed=seed, step=number
-        )
+        mine, names, tried = forward_backward(task, batches, optimizer, accelerator, fallbacks, seed=seed, step=number)
         totals, tried = reduce_step(parameters, mine, tried, stop or Stop())
         loss = totals.loss / totals.items
         norm = float(accelerator.clip_grad_norm_(parameters, clip_norm or math.inf))
@@ -93,7 +92,7 @@ def fit(
 
 def forward_backward(
     task: Task,
-    micro_batches: Callable[[int], Sequence[Sequence[Draw]]],
+    batches: Batches,
     optimizer: torch.optim.Optimizer,
     accelerator: Accelerator,
     fallbacks: OomFallbacks,
@@ -103,19 +102,18 @@ def forward_backward(
 ) -> tuple[StepTotals, list[str], list[str]]:
     """Gradients of the mean loss over all items of one step of this process.
 
-    micro_batches: the step's draws, cut into micro-batches of at most that size. Returns totals, the examples' names,
-    and the fallbacks that were needed: after running out of memory the step begins again, as if it were the first time.
+    batches: of the step, each of at most so many draws. Returns totals, the examples' names, and the fallbacks that
+    were needed: after running out of memory the step begins again, as if it were the first time.
     Raises OutOfMemory when no fallback is left.
     """
     tried: list[str] = []
     while True:
-        parts = micro_batches(fallbacks.micro_batch)
+        made = batches(fallbacks.micro_batch)
 
-        def attempt(parts: Sequence[Sequence[Draw]] = parts) -> tuple[StepTotals, list[str]]:
-            batches = [task.collate(part) for part in parts]
-            items = sum(batch.items for batch in batches)
+        def attempt(made: Sequence[Batch] = made) -> tuple[StepTotals, list[str]]:
+            items = sum(batch.items for batch in made)
             total = torch.zeros((), dtype=torch.float32, device=accelerator.device)
-            for index, batch in enumerate(batches):
+            for index, batch in enumerate(made):
                 # LoRA dropout draws from torch's global stream: tie it to the step, so that a resumed run draws the
                 # same, and to the place among the micro-batches of all processes, so that one process with all does.
                 torch.manual_seed(seed_from(seed, step, index * ranks.world_size() + ranks.rank(), 0))
@@ -123,12 +121,13 @@ def forward_backward(
                     loss = task.loss(batch.to(accelerator.device))
                 accelerator.backward(loss * (1 / items))  # before backward: a sum over many tokens overflows fp16
                 total += loss.detach().float()
-            count, padded = sum(batch.count for batch in batches), sum(batch.padded_count for batch in batches)
-            return StepTotals(float(total), items, count, padded), [name for batch in batches for name in batch.names]
+                del loss  # while it is there, parameters belong to this stream, and no CUDA graph can be captured
+            count, padded = sum(batch.count for batch in made), sum(batch.padded_count for batch in made)
+            return StepTotals(float(total), items, count, padded), [name for batch in made for name in batch.names]
 
         if found := try_within_memory(attempt, cleanup=lambda: optimizer.zero_grad(set_to_none=True)):
             return *found, tried
-        tried.append(fallbacks.next_fallback(max(map(len, parts))))
+        tried.append(fallbacks.next_fallback(max(len(batch.names) for batch in made)))
 
 
 def _scaler_still_searching(accelerator: Accelerator) -> bool:

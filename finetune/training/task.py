@@ -35,6 +35,11 @@ class Batch:
         }
         return replace(self, tensors=moved)
 
+    def pinned(self) -> "Batch":
+        """The same batch in page-locked memory, from which a copy to a GPU need not wait."""
+        locked = {key: value if key in self.cpu_tensors else value.pin_memory() for key, value in self.tensors.items()}
+        return replace(self, tensors=locked)
+
 
 class Task(Protocol):
     """One kind of model, adapters injected. No base class: anything with these members will do."""

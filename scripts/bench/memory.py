@@ -242,6 +242,7 @@ def command(case: Case, base: Path, run: Path, images: Path) -> list[str]:
             images.mkdir(parents=True)
             for file in sorted(DIFFUSION.glob("*.jpg"))[:8]:
                 shutil.copy(file, images)
+                (images / file.name).with_suffix(".txt").write_text(file.stem)
         return ["conf=pixar_style", *shared, f"data.folder={images}", *COMMON, *IMAGE, *case.overrides]
     return ["conf=pirate_chat", *shared, f"data.file={CONVERSATIONS}", *COMMON, *LANGUAGE, *case.overrides]
 

@@ -47,4 +47,5 @@ SPEC = FamilySpec(
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,
+    capturable=True,
 )

@@ -28,12 +28,13 @@ def text_shapes(config: Any) -> dict[str, tuple[int, ...]]:
 def predict(model: Any, noisy_BChw: Tensor, timesteps_B: Tensor, text: Text) -> Tensor:
     """The piece that was cut out counts as the whole image: what is drawn later then looks whole, not cropped."""
     height, width = (side * VAE_FACTOR for side in noisy_BChw.shape[-2:])
-    sizes_B6 = torch.tensor([[height, width, 0, 0, height, width]] * len(noisy_BChw), device=noisy_BChw.device)
+    sizes_B6 = torch.zeros(len(noisy_BChw), SIZES, dtype=text["pooled"].dtype, device=noisy_BChw.device)
+    sizes_B6[:, 0::4], sizes_B6[:, 1::4] = height, width  # (height, width), its corner (0, 0), and its target's
     predicted_BChw: Tensor = model(
         noisy_BChw,
         timesteps_B,
         encoder_hidden_states=text["embedding"],
-        added_cond_kwargs={"text_embeds": text["pooled"], "time_ids": sizes_B6.to(text["pooled"].dtype)},
+        added_cond_kwargs={"text_embeds": text["pooled"], "time_ids": sizes_B6},
         return_dict=False,
     )[0]
     return predicted_BChw
@@ -52,4 +53,5 @@ SPEC = FamilySpec(
     encode=encode,
     text_shapes=text_shapes,
     predict=predict,
+    capturable=True,
 )

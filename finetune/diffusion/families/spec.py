@@ -111,6 +111,8 @@ class FamilySpec:
     """(scheduler): what the backbone learns to predict."""
     predict: Callable[[Any, Tensor, Tensor, Text], Tensor]
     """(backbone, noisy latents (B, C, h, w), timesteps (B,), captions): its prediction, (B, C, h, w)."""
+    capturable: bool = False
+    """Whether a step may be a CUDA graph: nothing in `predict` comes from the host. Pays for a UNet's many kernels."""
     moments: Callable[[Any, Tensor], tuple[Tensor, Tensor]] = kl_moments
     """(autoencoder, pixels (B, 3, H, W)): mean and standard deviation of the backbone's latents, (B, C, h, w) each."""
     pack_latents: Callable[[Tensor], Tensor] = field(default=lambda latents_BChw: latents_BChw)

@@ -1,0 +1,115 @@
+"""Forward and backward pass as CUDA graphs: the GPU launches their kernels by itself, the host only two replays.
+
+A small batch through a UNet is thousands of short kernels, and the GPU waits for the host to launch them. Nothing here
+knows which model it is. What is captured must not wait for the host, must be the same at each call but for the values
+of its inputs and of the trained parameters, and must find all of these at the same addresses.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+MOST = 32  # shapes that are captured; each keeps its inputs and gradients
+SLACK = 2**29  # bytes that a capture may take beyond the passes themselves: workspaces, what allocators round up
+
+
+class CudaGraphs:
+    """A function of tensors whose passes are replayed, from the second call with the same shapes on.
+
+    The graphs share their memory, which nothing else can use meanwhile: `make_room` gives it back.
+    """
+
+    def __init__(self, function: Callable[..., Tensor], parameters: Sequence[nn.Parameter], limit: float) -> None:
+        """function: of tensors by name. parameters: what gets gradients. limit: bytes that this process may take."""
+        self.function, self.parameters, self.limit = function, list(parameters), limit
+        self.graphs: dict[Any, _Graph] = {}
+        self.seen: set[Any] = set()
+        self.pool: Any = None
+        self.stream: Any = None
+
+    def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
+        """What the function makes of them."""
+        key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
+        if key not in self.graphs:
+            if key not in self.seen or len(self.graphs) >= MOST or not self._fits():
+                self.seen.add(key)
+                self.make_room()
+                return self.function(**tensors)
+            self.pool = self.pool or torch.cuda.graph_pool_handle()
+            self.stream = self.stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+            self.graphs[key] = _Graph(self.function, tensors, self.parameters, self.pool, self.stream)
+        found: Tensor = _Replay.apply(self.graphs[key], tensors, *self.parameters)  # type: ignore[no-untyped-call]
+        return found
+
+    def make_room(self) -> None:
+        """Forget the graphs if anything else, as large as what was met so far, finds no room beside them."""
+        if not self.graphs:
+            return
+        torch.cuda.empty_cache()
+        if torch.cuda.memory_reserved() + _largest() > self.limit:
+            self.graphs.clear()
+            self.pool = None
+            torch.cuda.empty_cache()
+
+    def _fits(self) -> bool:
+        return torch.cuda.memory_allocated() + _largest() + SLACK <= self.limit
+
+
+def _largest() -> int:
+    """Bytes of the largest work so far, above what lies on the GPU all the time."""
+    return torch.cuda.max_memory_allocated() - torch.cuda.memory_allocated()
+
+
+class _Graph:
+    """The two passes for inputs of one shape, with the memory that they read and write."""
+
+    def __init__(
+        self,
+        function: Callable[..., Tensor],
+        tensors: Mapping[str, Tensor],
+        parameters: Sequence[nn.Parameter],
+        pool: Any,
+        stream: Any,
+    ) -> None:
+        self.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
+        random = torch.cuda.get_rng_state()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):  # once outside: libraries get their handles and workspaces for this stream
+            output = function(**self.inputs)
+            torch.autograd.grad(output, parameters, torch.zeros_like(output), allow_unused=True)
+            del output
+        torch.cuda.current_stream().wait_stream(stream)
+        self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.forward, pool=pool, stream=stream):
+            output = function(**self.inputs)
+        self.upstream = torch.zeros_like(output)
+        with torch.cuda.graph(self.backward, pool=pool, stream=stream):
+            self.gradients = torch.autograd.grad(output, parameters, self.upstream, allow_unused=True)
+        self.output = output.detach()
+        torch.cuda.set_rng_state(random)  # dropout draws what it would draw without a capture
+
+
+class _Replay(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, graph: _Graph, tensors: Mapping[str, Tensor], *_: nn.Parameter) -> Tensor:
+        for name, place in graph.inputs.items():
+            place.copy_(tensors[name])
+        graph.forward.replay()
+        ctx.graph = graph
+        return graph.output.clone()
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, upstream: Tensor) -> Any:
+        graph: _Graph = ctx.graph
+        graph.upstream.copy_(upstream)
+        graph.backward.replay()
+        # Copies: autograd keeps what it is given as a parameter's gradient, and the next replay writes over these.
+        made = [gradient for gradient in graph.gradients if gradient is not None]
+        copies = [torch.empty_like(gradient) for gradient in made]
+        torch._foreach_copy_(copies, made)
+        following = iter(copies)
+        return None, None, *(None if gradient is None else next(following) for gradient in graph.gradients)
