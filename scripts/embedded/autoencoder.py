@@ -1,4 +1,4 @@
-"""Trains the autoencoder: 128-pixel pictures to 16×16 latents, on flat renders and abstract pictures.
+"""Trains the autoencoder: 128-pixel pictures to 16×16 latents, on renders in many looks.
 
 B pictures, P pixels, C latent channels, H×W latent pixels.
 """
@@ -10,13 +10,13 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
-from scripts.embedded.abstract_pictures import autoencoder_batch
-from scripts.embedded.augment import reframe, to_float
+from scripts.embedded.augment import expose, reframe, to_float
 from scripts.embedded.fit import Budget, Draw, LossOf, fit
-from scripts.embedded.render_sets import load_set
+from scripts.embedded.render_sets import load_base_sets, load_set
 from scripts.embedded.settings import LATENT_CHANNELS, PICTURE_PX, SEED, Settings
 from scripts.embedded.team import Team, together
 from scripts.embedded.variants import chosen_variant
+from scripts.toyworld.looks import HELD_OUT
 
 KL_WEIGHT = 1e-6  # only keeps the latents bounded; the diffusion model needs them unit-sized, not Gaussian
 # Of each channel's own deviation. A sampler never hits latents exactly: no detail may hide in tiny differences.
@@ -51,13 +51,13 @@ def train_autoencoder(settings: Settings) -> None:
 
 
 def train_in_team(settings: Settings, team: Team) -> None:
-    flat = load_set(settings, "flat").images
+    renders = load_base_sets(settings).images
     variant = chosen_variant(settings, "autoencoder")
     torch.manual_seed(SEED)
     vae = new_autoencoder().to(settings.device, memory_format=variant.memory_format)
     fit(
         vae,
-        batches(flat, settings.batch(32, at_least=64)),
+        batches(renders, settings.batch(32, at_least=64)),
         loss_with(vae),
         name=f"autoencoder ({variant}, {team.size} processes)",
         budget=Budget(settings.minutes["autoencoder"] * 60, settings.tiny_steps),
@@ -69,26 +69,27 @@ def train_in_team(settings: Settings, team: Team) -> None:
         team=team,
     )
     if team.leads:
-        latents_NCHW = encode_all(vae, flat[:4000])
+        some = renders[torch.randperm(len(renders), device=renders.device)[:4000]]
+        latents_NCHW = encode_all(vae, some)
         whiten(vae, latents_NCHW.mean((0, 2, 3)), latents_NCHW.std((0, 2, 3)))
-        narrow(vae, flat[:200])
+        narrow(vae, some[:200])
         vae.save_pretrained(autoencoder_folder(settings.work))
-        for name in ("flat-unseen", "pixar-unseen"):
+        for name in ("flat-unseen", *(f"{name}-unseen" for name in HELD_OUT)):
             images = load_set(settings, name).images
             decibel = reconstruction_psnr(decode_all(vae, encode_all(vae, images)), images)
             print(f"autoencoder: PSNR {decibel:.1f} dB on {name}", flush=True)
 
 
-def batches(flat_N3PP: Tensor, batch: int) -> Draw:
+def batches(renders_N3PP: Tensor, batch: int) -> Draw:
     """Draws (pictures -1…1 [B, 3, P, P], noise [B, C, H, W])."""
 
     def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
-        rows = torch.randint(len(flat_N3PP), (batch,), device=flat_N3PP.device, generator=generator)
-        pictures = to_float(flat_N3PP[rows])
-        framed = reframe(pictures[batch // 4 :], generator, zoom=1.4, shift=0.1)
-        target_B3PP = 2.0 * autoencoder_batch(torch.cat([pictures[: batch // 4], framed]), generator) - 1.0
+        rows = torch.randint(len(renders_N3PP), (batch,), device=renders_N3PP.device, generator=generator)
+        pictures = to_float(renders_N3PP[rows])
+        changed = expose(reframe(pictures[batch // 2 :], generator, zoom=1.4, shift=0.1), generator, most=0.25)
+        target_B3PP = 2.0 * torch.cat([pictures[: batch // 2], changed]) - 1.0
         size = (batch, LATENT_CHANNELS, PICTURE_PX // 8, PICTURE_PX // 8)
-        return target_B3PP, torch.randn(size, device=flat_N3PP.device, generator=generator)
+        return target_B3PP, torch.randn(size, device=renders_N3PP.device, generator=generator)
 
     return draw
 

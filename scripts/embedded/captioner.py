@@ -1,4 +1,4 @@
-"""Trains the captioner: a small BLIP that names what flat, pixar and ink renders show, never their style.
+"""Trains the captioner: a small BLIP that names what renders in many looks show, never the look.
 
 B pictures, L tokens.
 """
@@ -21,11 +21,11 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 from scripts.embedded.augment import spoil, to_float
 from scripts.embedded.fit import Budget, fit
 from scripts.embedded.render_sets import join, load_set
-from scripts.embedded.settings import PICTURE_PX, SEED, Settings
+from scripts.embedded.settings import CAPTION_VARIANTS, PICTURE_PX, SEED, Settings
 from scripts.embedded.vocabularies import forget_batching, make_wordpiece_tokenizer
 from scripts.toyworld.captions import caption
 
-STYLES_LEARNT = ("flat", "pixar", "ink")  # the mosaic is left for tests of a style it has not met
+SHARES = {"flat": 2.0, "pixar": 2.0, "looks": 3.0}  # two looks are left for tests of what it has not met
 CAPTION_LENGTH = 32
 WIDTH = 192
 IGNORED = -100  # the label that cross-entropy skips
@@ -70,11 +70,11 @@ def captioner_folder(work: Path) -> Path:
 
 
 def train_captioner(settings: Settings) -> None:
-    pictures = join([load_set(settings, style) for style in STYLES_LEARNT])
+    pictures = join([load_set(settings, style) for style in SHARES])
     images_N3PP = pictures.images
     captions = [caption(scene) for scene in pictures.scenes]
     tokenizer = make_wordpiece_tokenizer(
-        [text for variants in pictures.captions() for text in variants], CAPTION_LENGTH
+        [caption(scene, variant) for scene in pictures.scenes for variant in range(CAPTION_VARIANTS)], CAPTION_LENGTH
     )
     tokens_NL, labels_NL = (part.to(settings.device) for part in targets(tokenizer, captions))
     print(f"captioner: {len(captions)} pictures, {len(tokenizer)} tokens, {tokens_NL.shape[1]} at most", flush=True)
@@ -132,7 +132,6 @@ def targets(tokenizer: BertTokenizer, captions: list[str]) -> tuple[Tensor, Tens
 
 
 def style_weights(settings: Settings) -> Tensor:
-    """One weight a picture, in the order of STYLES_LEARNT: two flat to two pixar to one ink."""
-    shares = {"flat": 2.0, "pixar": 2.0, "ink": 1.0}
-    counts = {style: len(load_set(settings, style).scenes) for style in STYLES_LEARNT}
-    return torch.cat([torch.full((counts[style],), shares[style] / counts[style]) for style in STYLES_LEARNT])
+    """One weight a picture, in the order of SHARES."""
+    counts = {name: len(load_set(settings, name).scenes) for name in SHARES}
+    return torch.cat([torch.full((counts[name],), share / counts[name]) for name, share in SHARES.items()])

@@ -23,8 +23,9 @@ from scripts.embedded.readers import Reader, load_reader, margins, read
 from scripts.embedded.render_sets import load_set
 from scripts.embedded.settings import PICTURE_PX, Settings
 from scripts.embedded.sheets import contact_sheet
-from scripts.toyworld.captions import caption, read_caption
-from scripts.toyworld.render import STYLES, render
+from scripts.toyworld.captions import caption, read_caption, styled
+from scripts.toyworld.looks import HELD_OUT, NAMED, STYLES
+from scripts.toyworld.render import render
 from scripts.toyworld.scene import Scene, held_out, sample_scene
 
 SAMPLING_STEPS = 25
@@ -100,8 +101,7 @@ def reader_figures(settings: Settings, content: Reader, style: Reader) -> dict[s
     for name in STYLES:
         pictures = load_set(settings, f"{name}-unseen")
         figures[name] = content_figures(content, pictures.images, pictures.scenes)
-        if name in ("flat", "pixar"):
-            figures[name]["style"] = share([label == name for label in read(style, pictures.images)["style"]])
+        figures[name]["style"] = share([label == name for label in read(style, pictures.images)["style"]])
     return figures
 
 
@@ -140,6 +140,13 @@ def diffusion_figures(settings: Settings, content: Reader, style: Reader) -> dic
         measured["detail"] = round(detail(images_N3PP) / detail(to_float(rendered_N3PP)), 3)
         figures |= {f"{name}_{key}": value for key, value in measured.items()}
         contact_sheet(images_N3PP[:SHEET], texts[:SHEET], settings.evaluation / f"samples-{name}.png")
+    looks = [list(NAMED)[index % len(NAMED)] for index in range(len(scenes))]
+    texts = [styled(caption(scene, 1), NAMED[look], 1) for scene, look in zip(scenes, looks, strict=True)]
+    images_N3PP = sample(pipeline, texts, best, steps)
+    contact_sheet(images_N3PP[:SHEET], texts[:SHEET], settings.evaluation / "samples-looks.png")
+    figures |= {f"looks_{key}": value for key, value in content_figures(content, images_N3PP, scenes).items()}
+    read_looks = read(style, images_N3PP)["style"]
+    figures["looks_look"] = share([label == look for label, look in zip(read_looks, looks, strict=True)])
     for part in ("unet", "text_encoder", "vae"):
         figures[f"{part}_million_parameters"] = round(parameter_millions(settings.embedded / "diffusion" / part), 2)
     return {"diffusion": figures, "autoencoder": autoencoder_figures(settings, pipeline.vae)}
@@ -147,7 +154,7 @@ def diffusion_figures(settings: Settings, content: Reader, style: Reader) -> dic
 
 def autoencoder_figures(settings: Settings, vae: AutoencoderKL) -> Figures:
     figures: Figures = {"channels": vae.config.latent_channels}
-    for name in ("flat", "pixar"):
+    for name in ("flat", *HELD_OUT):
         images = load_set(settings, f"{name}-unseen").images
         decoded = decode_all(vae, encode_all(vae, images))
         figures[f"psnr_{name}_db"] = round(reconstruction_psnr(decoded, images), 2)

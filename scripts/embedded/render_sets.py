@@ -6,6 +6,7 @@ N pictures of 3×P×P pixels.
 import multiprocessing
 import os
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -14,31 +15,37 @@ import torch
 from torch import Tensor
 
 from scripts.embedded.fit import save_atomically
-from scripts.embedded.settings import CAPTION_VARIANTS, PICTURE_PX, RenderSet, Settings
-from scripts.toyworld.captions import caption
+from scripts.embedded.settings import BASE_SETS, CAPTION_VARIANTS, PICTURE_PX, RenderSet, Settings
+from scripts.toyworld.captions import caption, styled
+from scripts.toyworld.looks import STYLES, Look, training_look
 from scripts.toyworld.render import render
 from scripts.toyworld.scene import Scene, held_out, sample_scene
 
 CHUNK_SEEDS = 128  # two batches of a GPU; small, so that a spent budget is noticed soon
+SUPERSAMPLE = 1.5  # of twice, it takes half the time, and no eye sees the difference at this size
 GPU_WORKERS = 3  # tracing leaves gaps between its kernels that another process fills
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set in memory: images [N, 3, P, P] as uint8 on the device, and the scene of each."""
+    """A set in memory: images [N, 3, P, P] as uint8 on the device, and the scene and the look of each."""
 
     images: Tensor
     scenes: list[Scene]
+    looks: list[Look]
 
     def captions(self) -> list[list[str]]:
-        """Every variant of every picture's caption, [N][CAPTION_VARIANTS]."""
-        return [[caption(scene, variant) for variant in range(CAPTION_VARIANTS)] for scene in self.scenes]
+        """Every variant of every picture's caption with its look, [N][CAPTION_VARIANTS]."""
+        return [
+            [styled(caption(scene, variant), look, variant) for variant in range(CAPTION_VARIANTS)]
+            for scene, look in zip(self.scenes, self.looks, strict=True)
+        ]
 
-    def single_things(self) -> "Pictures":
-        """The pictures that show one thing alone."""
-        keep = [index for index, scene in enumerate(self.scenes) if len(scene.things) == 1]
+    def only(self, wanted: Callable[[Scene, Look], bool]) -> "Pictures":
+        """The pictures whose scene and look are wanted."""
+        keep = [index for index, pair in enumerate(zip(self.scenes, self.looks, strict=True)) if wanted(*pair)]
         rows = torch.tensor(keep, device=self.images.device)
-        return Pictures(self.images[rows], [self.scenes[index] for index in keep])
+        return Pictures(self.images[rows], [self.scenes[index] for index in keep], [self.looks[i] for i in keep])
 
 
 def render_sets(settings: Settings) -> None:
@@ -79,7 +86,8 @@ def render_chunks(
         whole, part = entry
         if whole.for_training and time.time() > deadline:
             continue
-        pictures = render(chunk_scenes(whole, part), whole.style, PICTURE_PX, device=device).cpu()
+        scenes = chunk_scenes(whole, part)
+        pictures = render(scenes, set_looks(whole, scenes), PICTURE_PX, device, SUPERSAMPLE).cpu()
         save_atomically(pictures, chunk_path(settings.work, whole, part))
 
 
@@ -99,6 +107,10 @@ def chunk_scenes(whole: RenderSet, part: int) -> list[Scene]:
     return [scene for scene in scenes if not (whole.for_training and held_out(scene))]
 
 
+def set_looks(whole: RenderSet, scenes: list[Scene]) -> list[Look]:
+    return [training_look(scene.seed) if whole.look is None else STYLES[whole.look] for scene in scenes]
+
+
 def chunk_path(work: Path, whole: RenderSet, part: int) -> Path:
     return work / "renders" / f"{whole.name}-{part:03d}.pt"
 
@@ -115,11 +127,16 @@ def load_set(settings: Settings, name: str) -> Pictures:
             scenes += chunk_scenes(whole, part)
     if not images:
         raise FileNotFoundError(f"no renders of '{name}' in {settings.work / 'renders'}; run the phase 'render' first")
-    return Pictures(torch.cat(images).to(settings.device), scenes)
+    return Pictures(torch.cat(images).to(settings.device), scenes, set_looks(whole, scenes))
+
+
+def load_base_sets(settings: Settings) -> Pictures:
+    return join([load_set(settings, name) for name in BASE_SETS])
 
 
 def join(sets: list[Pictures]) -> Pictures:
     return Pictures(
         torch.cat([pictures.images for pictures in sets]),
         [scene for pictures in sets for scene in pictures.scenes],
+        [look for pictures in sets for look in pictures.looks],
     )

@@ -1,8 +1,10 @@
 """What the phases share: where files live, how long each phase trains and how large its parts are."""
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from scripts.toyworld.looks import STYLES
 
 PICTURE_PX = 128
 LATENT_CHANNELS = 16  # eight left an eye, a few pixels in one 8×8 patch, too little room: 26 dB
@@ -18,7 +20,8 @@ class RenderSet:
     """One cached set of renders. Seeds of different sets never meet."""
 
     name: str
-    style: str
+    look: str | None
+    """Its name; None draws many, as `training_look` has them."""
     first_seed: int
     seeds: int
     """Scenes drawn; a training set keeps about nine in ten, the held-out combinations are left out."""
@@ -27,23 +30,27 @@ class RenderSet:
     """Things in each scene; None leaves it to the scene's seed."""
 
 
+BASE_SETS = ("flat", "looks")
+"""What autoencoder and diffusion model learn from: none of the looks held out."""
 FULL_SETS = (
-    RenderSet("flat", "flat", 0, 30_000, for_training=True),
+    RenderSet("flat", "flat", 0, 50_000, for_training=True),
+    RenderSet("looks", None, 200_000_000, 170_000, for_training=True),
     RenderSet("pixar", "pixar", 10_000_000, 7_000, for_training=True),
-    RenderSet("ink", "ink", 20_000_000, 2_500, for_training=True),
-    RenderSet("mosaic", "mosaic", 30_000_000, 1_500, for_training=True),
+    RenderSet("stop motion", "stop motion", 20_000_000, 2_500, for_training=True),
+    RenderSet("stained glass", "stained glass", 30_000_000, 2_500, for_training=True),
     RenderSet("flat-unseen", "flat", 40_000_000, 500, for_training=False, things=1),
     RenderSet("pixar-unseen", "pixar", 50_000_000, 500, for_training=False, things=1),
-    RenderSet("ink-unseen", "ink", 60_000_000, 250, for_training=False, things=1),
-    RenderSet("mosaic-unseen", "mosaic", 70_000_000, 250, for_training=False, things=1),
+    *(
+        RenderSet(f"{name}-unseen", name, 60_000_000 + 1_000_000 * index, 120, for_training=False, things=1)
+        for index, name in enumerate(name for name in STYLES if name not in ("flat", "pixar"))
+    ),
 )
 TINY_SETS = tuple(
-    RenderSet(full.name, full.style, full.first_seed, 24 if full.for_training else 8, full.for_training, full.things)
-    for full in FULL_SETS
+    replace(full, seeds=(160 if full.look is None else 24) if full.for_training else 4) for full in FULL_SETS
 )
 
 FULL_MINUTES = {
-    "render": 1.8,
+    "render": 12.0,
     "readers": 2.0,
     "autoencoder": 3.0,
     "captioner": 3.2,
@@ -77,10 +84,10 @@ class Settings:
 
     @property
     def sets(self) -> tuple[RenderSet, ...]:
-        """Only readers and captioner learn from other styles than flat."""
+        """Only readers and captioner learn from the looks held out."""
         sets = TINY_SETS if self.tiny else FULL_SETS
         if {"readers", "captioner"} <= self.kept:
-            return tuple(entry for entry in sets if entry.style == "flat" or not entry.for_training)
+            return tuple(entry for entry in sets if entry.name in BASE_SETS or not entry.for_training)
         return sets
 
     @property

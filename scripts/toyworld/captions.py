@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from scripts.toyworld.looks import NAMED, Look
 from scripts.toyworld.scene import COLOURS, KINDS, Scene, Thing
 
 VARIANTS = 8
@@ -19,6 +20,36 @@ _SETTING_PHRASES: dict[str, tuple[str, str]] = {
     "kitchen": ("in a kitchen", "on a kitchen counter"),
 }
 _PLACE_PHRASES = {"left": "on the left", "centre": "in the centre", "right": "on the right"}
+
+# What a look's picture is called, and its style in a word or two; the flat look has neither.
+_LOOK_WORDS: dict[str, tuple[str, str]] = {
+    "cartoon": ("cartoon", "cartoon"),
+    "cel shaded": ("anime drawing", "cel shaded"),
+    "watercolour": ("watercolour painting", "watercolour"),
+    "ink": ("ink sketch", "ink sketch"),
+    "crayon": ("crayon drawing", "crayon"),
+    "pencil": ("pencil drawing", "pencil drawing"),
+    "oil": ("oil painting", "oil painting"),
+    "comic": ("comic book page", "comic book"),
+    "paper cut": ("paper cut-out", "paper cut"),
+    "mosaic": ("mosaic", "mosaic"),
+    "pixel": ("pixel art image", "pixel art"),
+    "low poly": ("low poly model", "low poly"),
+    "knitted": ("knitted picture", "knitted"),
+    "clay": ("clay model", "clay"),
+    "plastic": ("plastic toy photo", "plastic toy"),
+    "felt": ("felt toy photo", "felt"),
+    "metal": ("metal figure photo", "metal"),
+    "crystal": ("crystal figure photo", "crystal"),
+    "diorama": ("diorama", "diorama"),
+}
+_SAID_OF = {  # parameters of a look that has no name
+    "shading": "{} shading",
+    "material": "made of {}",
+    "texture": "{} texture",
+    "palette": "{} colours",
+    "background": "{} background",
+}
 
 # Words a captioner or a person may use instead of ours.
 _KIND_WORDS = {kind: kind for kind in KINDS} | {
@@ -78,6 +109,32 @@ def caption(scene: Scene, variant: int = 0) -> str:
     if len(scene.things) == 1:
         return _one(scene.things[0], _SETTING_PHRASES[scene.setting], variant)
     return _two(scene.things[0], scene.things[1], _SETTING_PHRASES[scene.setting], variant)
+
+
+def styled(content: str, look: Look, variant: int = 0) -> str:
+    """A caption of this variant with its look behind or before it; the flat look goes without saying."""
+    for name, (picture, style) in _LOOK_WORDS.items():
+        if look == NAMED[name]:
+            return (
+                f"{content}, {style}",
+                f"{picture} of {content}",
+                f"{_article(picture)} of {content}",
+                f"{content}, {picture}",
+                f"{style} style, {content}",
+                f"{content}, in {style} style",
+                f"{content}, {style} style",
+                f"{content} as {_article(picture)}",
+            )[variant]
+    plain = Look()
+    said = [
+        phrase.format(getattr(look, name))
+        for name, phrase in _SAID_OF.items()
+        if getattr(look, name) != getattr(plain, name)
+    ]
+    if look.line != "own" and look.outline:
+        said.append(f"{'thick' if look.outline > 0.01 else 'thin'} {look.line} outlines")
+    # Half of the captions leave one word out, but never the last: without any it would mean the flat look.
+    return ", ".join([content, *said[variant % 2 if len(said) > 1 else 0 :]])
 
 
 def read_caption(text: str) -> Reading:

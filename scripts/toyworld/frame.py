@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from scripts.toyworld.kinds import Placed
+from scripts.toyworld.looks import Look
 from scripts.toyworld.march import first_hits, light_reaching, normals, openness, pack, take
 from scripts.toyworld.solids import Solids, distance, gather_solids, nearest_part
 
@@ -54,10 +55,6 @@ class Camera:
         return up if self.away is None else up * self.away / (self.away - back)
 
 
-FRONTAL = Camera(away=None)
-FILM = Camera(away=3.6, pitch_deg=8.0)
-
-
 @dataclass
 class Frame:
     """What each pixel sees; colours are sRGB in 0..1, background pixels hold zeros and an infinite depth."""
@@ -86,6 +83,28 @@ class Group:
     solids: Solids
 
 
+@dataclass(frozen=True)
+class Batch:
+    """Scenes made ready for drawing in one look."""
+
+    groups: Sequence[Group]
+    settings: Sequence[str]
+    dice: Tensor
+    look: Look
+    size: int
+    side: int
+    """Of the traced picture, in pixels."""
+    device: torch.device
+
+    @property
+    def frontal(self) -> bool:
+        return self.look.pitch_deg == 0
+
+    @property
+    def camera(self) -> Camera:
+        return Camera(None) if self.frontal else Camera(self.look.away, self.look.pitch_deg)
+
+
 def group_things(placed: Sequence[Sequence[Placed]], device: torch.device) -> list[Group]:
     """The things of a batch of scenes as tensors: the first thing of each scene, then the second of those with two."""
     groups = []
@@ -96,12 +115,9 @@ def group_things(placed: Sequence[Sequence[Placed]], device: torch.device) -> li
     return groups
 
 
-def trace(
-    groups: Sequence[Group], scenes: int, camera: Camera, side: int, device: torch.device, light_B3: Tensor | None
-) -> Frame:
-    """The buffers of `scenes` pictures, side x side pixels; `light_B3` asks for shadow and occlusion too."""
-    origin_N3, direction_N3 = camera.rays(side, device)
-    count = side * side
+def trace(batch: Batch, light_B3: Tensor | None) -> Frame:
+    """The buffers of the batch's pictures; `light_B3` asks for shadow and occlusion too."""
+    device, scenes, count = batch.device, len(batch.settings), batch.side**2
     zeros = torch.zeros(scenes, count, device=device)
     frame = Frame(
         depth_BN=torch.full_like(zeros, torch.inf),
@@ -114,16 +130,15 @@ def trace(
         lit_BN=torch.ones_like(zeros),
         open_BN=torch.ones_like(zeros),
     )
-    for slot, group in enumerate(groups):
-        _trace_group(frame, group, slot + 1, origin_N3, direction_N3, side, light_B3)
+    for slot, group in enumerate(batch.groups):
+        _trace_group(frame, batch, group, slot + 1, light_B3)
     return frame
 
 
-def _trace_group(
-    frame: Frame, group: Group, number: int, origin_N3: Tensor, direction_N3: Tensor, side: int, light_B3: Tensor | None
-) -> None:
-    solids = group.solids
+def _trace_group(frame: Frame, batch: Batch, group: Group, number: int, light_B3: Tensor | None) -> None:
+    solids, side = group.solids, batch.side
     things = len(group.scenes_T)
+    origin_N3, direction_N3 = batch.camera.rays(side, batch.device)
     origin = solids.to_local(origin_N3.expand(things, -1, -1))
     direction = solids.direction_to_local(direction_N3.expand(things, -1, -1))
     pixel = 2.0 / side / solids.scale_T11[:, :, 0]
@@ -148,11 +163,13 @@ def _trace_group(
     if light_B3 is not None:
         light = solids.direction_to_local(light_B3[group.scenes_T][:, None])
         raised = hits.point_TH3 + 0.012 * normal
-        frame.lit_BN[to] = light_reaching(solids, raised, light)[won]
+        frame.lit_BN[to] = light_reaching(solids, raised, light, 9.0 / batch.look.softness)[won]
         frame.open_BN[to] = openness(solids, hits.point_TH3, normal)[won]
 
 
-def ground_light(groups: Sequence[Group], point_N3: Tensor, light_B3: Tensor) -> tuple[Tensor, Tensor]:
+def ground_light(
+    groups: Sequence[Group], point_N3: Tensor, light_B3: Tensor, sharpness: float
+) -> tuple[Tensor, Tensor]:
     """Key light and openness [B, N] at points of the ground, under the shadows of all things."""
     scenes = light_B3.shape[0]
     lit = torch.ones(scenes, point_N3.shape[0], device=point_N3.device)
@@ -161,7 +178,7 @@ def ground_light(groups: Sequence[Group], point_N3: Tensor, light_B3: Tensor) ->
         solids = group.solids
         local = solids.to_local(point_N3.expand(len(group.scenes_T), -1, -1))
         light = solids.direction_to_local(light_B3[group.scenes_T][:, None])
-        lit[group.scenes_T] *= light_reaching(solids, local, light, softness=5.0)
+        lit[group.scenes_T] *= light_reaching(solids, local, light, sharpness)
         # Contact: the ground darkens where a thing is close; only points round the thing's foot are worth asking.
         middle, half = (solids.low_T13 + solids.high_T13) / 2, (solids.high_T13 - solids.low_T13) / 2
         rays = pack(((local - middle).abs() - half).amax(-1) < 0.25)

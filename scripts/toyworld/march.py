@@ -82,9 +82,7 @@ def openness(solids: Solids, point_TH3: Tensor, normal_TH3: Tensor) -> Tensor:
     return (1 - 3.2 * blocked).clamp(0, 1)
 
 
-def light_reaching(
-    solids: Solids, point_TH3: Tensor, light_T13: Tensor, softness: float = 9.0, steps: int = 36
-) -> Tensor:
+def light_reaching(solids: Solids, point_TH3: Tensor, light_T13: Tensor, sharpness: float, steps: int = 36) -> Tensor:
     """Soft shadow [T, H]: 1 lit, 0 dark. A ray that passes close by the thing is dimmed by how close it came."""
     light = light_T13.expand_as(point_TH3)
     near, far = _box_span(solids, point_TH3, light, 0.12)
@@ -98,7 +96,7 @@ def light_reaching(
     for step in range(steps):
         gap = distance(solids, origin + way * now[..., None])
         inside = now < reach
-        lit = torch.where(inside, torch.minimum(lit, 0.5 + 0.5 * softness * gap / now), lit)
+        lit = torch.where(inside, torch.minimum(lit, 0.5 + 0.5 * sharpness * gap / now), lit)
         now = now + gap.clamp(0.015, 0.09)
         if step % PACK_EVERY == PACK_EVERY - 1:
             lit_all.scatter_(1, rays, lit)

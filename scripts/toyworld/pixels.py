@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn.functional import avg_pool2d, conv2d, max_pool2d, pad
+from torch.nn.functional import avg_pool2d, conv2d, interpolate, max_pool2d, pad
 
 
 def linear(srgb: Tensor) -> Tensor:
@@ -17,11 +17,15 @@ def srgb(light: Tensor) -> Tensor:
     return light.clamp_min(0) ** (1 / 2.2)
 
 
-def average_down(picture_BSSC: Tensor, factor: int) -> Tensor:
-    """Means over factor x factor pixels."""
-    if factor == 1:
+def average_down(picture_BSSC: Tensor, size: int) -> Tensor:
+    """Size x size pixels, means of those that they cover."""
+    side = picture_BSSC.shape[1]
+    if side == size:
         return picture_BSSC
-    return avg_pool2d(picture_BSSC.permute(0, 3, 1, 2), factor).permute(0, 2, 3, 1)
+    planes = picture_BSSC.permute(0, 3, 1, 2)
+    if side % size == 0:
+        return avg_pool2d(planes, side // size).permute(0, 2, 3, 1)
+    return interpolate(planes, (size, size), mode="bilinear", antialias=True).permute(0, 2, 3, 1)
 
 
 def grow(values_BSS: Tensor, radius: int) -> Tensor:

@@ -8,10 +8,8 @@ that any thing of the batch has, so that no primitive's formula runs on another'
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cache
 
 import numpy as np
 import torch
@@ -25,8 +23,6 @@ MELT = 0.022
 FAR_AWAY = 40.0  # bias of a column that must never be nearest
 POINT_COLUMNS = {"cpu": 1 << 20, "cuda": 1 << 27}
 """Points times part columns evaluated at once: near the cache on a CPU, under 10 GB of temporaries on a GPU."""
-COMPILE_VARIABLE = "TOYWORLD_COMPILE"
-"""Set to 1, the distance runs through torch.compile: faster on a GPU once it is warm, not bit-equal to eager."""
 
 
 @dataclass(frozen=True)
@@ -129,11 +125,10 @@ def gather_solids(things: Sequence[Placed], device: torch.device) -> Solids:
 
 def distance(solids: Solids, point_TR3: Tensor) -> Tensor:
     """Signed distance [T, R] to each thing, soft parts melted together; a slight underestimate at most."""
-    function = _compiled() if os.environ.get(COMPILE_VARIABLE) == "1" else _melted_distance
     step = max(1, POINT_COLUMNS[point_TR3.device.type] // (point_TR3.shape[0] * max(1, sum(solids.counts))))
     if point_TR3.shape[1] <= step:
-        return function(solids, point_TR3)
-    return torch.cat([function(solids, piece) for piece in torch.split(point_TR3, step, dim=1)], dim=1)
+        return _melted_distance(solids, point_TR3)
+    return torch.cat([_melted_distance(solids, piece) for piece in torch.split(point_TR3, step, dim=1)], dim=1)
 
 
 def nearest_part(solids: Solids, point_TR3: Tensor) -> Tensor:
@@ -143,12 +138,6 @@ def nearest_part(solids: Solids, point_TR3: Tensor) -> Tensor:
     bias = torch.minimum(solids.hard_bias_T1P, solids.soft_bias_T1P)
     pieces = [(part_distances(solids, piece) + bias).argmin(-1) for piece in torch.split(point_TR3, step, dim=1)]
     return torch.cat(pieces, dim=1)
-
-
-@cache
-def _compiled() -> Callable[[Solids, Tensor], Tensor]:
-    function: Callable[[Solids, Tensor], Tensor] = torch.compile(_melted_distance, dynamic=True)
-    return function
 
 
 def _melted_distance(solids: Solids, point_TR3: Tensor) -> Tensor:

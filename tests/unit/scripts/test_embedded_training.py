@@ -1,5 +1,6 @@
 """The training scripts of the embedded models, on tiny random models: nothing here waits for real training."""
 
+import random
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,7 +19,6 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from scripts.embedded.abstract_pictures import autoencoder_batch
 from scripts.embedded.augment import to_float
 from scripts.embedded.autoencoder import WIDEST, decode_all, encode_all, narrow, picture_loss, whiten
 from scripts.embedded.captioner import new_processor, targets
@@ -28,9 +28,10 @@ from scripts.embedded.export import export_captioner, export_diffusion
 from scripts.embedded.packing import pack, unpack
 from scripts.embedded.readers import Reader, load_reader, margins, read, save_reader
 from scripts.embedded.render_sets import chunk_scenes, chunks_in_turn
-from scripts.embedded.settings import FULL_SETS, Settings
+from scripts.embedded.settings import BASE_SETS, FULL_SETS, Settings
 from scripts.embedded.vocabularies import make_wordpiece_tokenizer, save_clip_tokenizer, train_clip_tokenizer
-from scripts.toyworld.captions import caption
+from scripts.toyworld.captions import caption, styled
+from scripts.toyworld.looks import HELD_OUT, NAMED, random_look
 from scripts.toyworld.scene import Scene, held_out, sample_scene
 
 ALL_HEADS = {"kind": ("cat", "car"), "colour": ("red", "blue"), "setting": ("snow", "space")}
@@ -68,6 +69,17 @@ def test_clip_tokenizer_survives_a_round_trip_through_its_folder(clip_tokenizer:
     assert again.model_max_length == 77
     assert len(again) <= 1000
     assert {path.name for path in tmp_path.iterdir()} >= {"vocab.json", "merges.txt"}
+
+
+def test_the_words_of_every_look_are_known_and_their_captions_fit() -> None:
+    """Each word is one token, and the longest captions end before the text encoder does."""
+    rng = random.Random(0)
+    looks = [*NAMED.values(), *(random_look(rng) for _ in range(300))]
+    texts = [styled(caption(sample_scene(k, things=2), k % 8), look, k % 8) for k, look in enumerate(looks * 8)]
+    tokenizer = train_clip_tokenizer([*CAPTIONS, *texts])
+    for word in ("watercolour", "crayon", "knitted", "halftone", "vivid"):
+        assert len(tokenizer(word)["input_ids"]) == 3, word
+    assert max(len(ids) for ids in tokenizer(texts)["input_ids"]) <= 77 - 12  # a made-up suffix may follow
 
 
 def test_clip_tokenizer_pads_as_trained_with_its_end_token(clip_tokenizer: CLIPTokenizer) -> None:
@@ -108,7 +120,7 @@ def test_suffix_goes_behind_its_caption(clip_tokenizer: CLIPTokenizer) -> None:
 def test_made_up_suffixes_never_name_the_trigger() -> None:
     suffixes = made_up_suffixes(500)
     assert len(set(suffixes)) > 400
-    assert not any("pixar" in suffix for suffix in suffixes)
+    assert not any(word in suffix for suffix in suffixes for name in HELD_OUT for word in name.split())
 
 
 def test_noise_and_velocity_agree_with_the_scheduler() -> None:
@@ -133,9 +145,9 @@ def test_training_sets_hold_no_held_out_combination_and_share_no_seed() -> None:
         seen |= seeds
 
 
-def test_without_readers_and_captioner_only_flat_pictures_are_drawn_for_training(tmp_path: Path) -> None:
+def test_without_readers_and_captioner_no_look_held_out_is_drawn_for_training(tmp_path: Path) -> None:
     settings = Settings(tmp_path, tmp_path, "cpu", tiny=False, kept=frozenset({"readers", "captioner"}))
-    assert [entry.name for entry in settings.sets if entry.for_training] == ["flat"]
+    assert [entry.name for entry in settings.sets if entry.for_training] == list(BASE_SETS)
     assert {entry.name for entry in settings.sets if not entry.for_training} == {
         entry.name for entry in FULL_SETS if not entry.for_training
     }
@@ -145,16 +157,6 @@ def test_a_cut_rendering_leaves_every_training_set_in_proportion() -> None:
     order = [whole.name for whole, _ in chunks_in_turn(FULL_SETS) if whole.for_training]
     half = order[: len(order) // 2]
     assert half.count("pixar") / order.count("pixar") == pytest.approx(0.5, abs=0.06)
-
-
-def test_abstract_pictures_keep_plain_ones_first_and_stay_in_range() -> None:
-    for count in (4, 24):  # in the smaller one some of the six kinds are missing
-        flat = torch.rand(count, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-        made = autoencoder_batch(flat, torch.Generator().manual_seed(0))
-        assert made.shape == flat.shape
-        assert torch.equal(made[: count // 2], flat[: count // 2])
-        assert made.min() >= 0.0
-        assert made.max() <= 1.0
 
 
 # --- autoencoder, export, readers, packing ----------------------------------------------------------------------
