@@ -70,11 +70,10 @@ The readers themselves, on unseen renders: {reader_line(figures, "flat")} (flat)
 
 ## How it was made
 
-The UNet and the text encoder learnt together, from scratch, on renders in many looks: flat,
-{len(NAMED) - 1} others by name, and unnamed ones whose parameters are drawn at random. None is "pixar" or near it in its
-parameters, nor are two more looks kept for other recipes. One caption in ten was left empty,
-for guidance; about one in eight carried a style phrase of made-up words, so that the base ignores trigger phrases it
-does not know. The autoencoder learnt from the same renders.
+The UNet and the text encoder learnt together, from scratch, on renders in many looks: flat, {len(NAMED) - 1} others by
+name, and unnamed ones whose parameters are drawn at random. None is "pixar" or near it in its parameters, nor near two
+more looks that are kept for other recipes. One caption in ten was left empty, for guidance; about one in eight carried a style phrase of
+made-up words, so that the base ignores trigger phrases it does not know. The autoencoder learnt from the same renders.
 
 {training_table(figures, ("autoencoder", "diffusion"))}
 
@@ -121,7 +120,8 @@ Unseen renders of one thing; a caption counts when it names exactly that thing i
 
 ## How it was made
 
-Trained from scratch on flat, pixar and many other renders, spoiled by zoom, shift, blur, noise, exposure and coarse coding.
+Trained from scratch on flat, pixar and many other renders, spoiled by zoom, shift, blur, noise, exposure and coarse
+coding.
 
 {training_table(figures, ("captioner",))}
 

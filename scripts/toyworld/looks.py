@@ -107,16 +107,18 @@ def random_look(rng: random.Random) -> Look:
     while True:
         traced = rng.random() < 0.2  # several times as expensive as the others
         frontal = rng.random() < 0.5
+        outline = rng.choice((0.0, 0.0, 0.006, 0.01, 0.016))
         look = Look(
             shading="traced" if traced else rng.choice(SHADINGS[:-1]),
             material=rng.choice(MATERIALS),
             texture=rng.choice(TEXTURES) if rng.random() < 0.5 else "none",
             palette=rng.choice(PALETTES),
             background=rng.choice(BACKGROUNDS),
-            line=rng.choice(LINES),
-            outline=rng.choice((0.0, 0.0, 0.006, 0.01, 0.016)),
+            # What would not show must not count as a difference.
+            line=rng.choice(LINES) if outline else Look.line,
+            outline=outline,
             pitch_deg=0.0 if frontal else rng.uniform(3.0, 22.0),
-            away=rng.uniform(3.0, 9.0),
+            away=Look.away if frontal else rng.uniform(3.0, 9.0),
             focus=rng.choice((0.0, 0.0, rng.random())),
             turn_deg=rng.uniform(-70.0, 70.0),
             height=rng.uniform(0.4, 1.6),

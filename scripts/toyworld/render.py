@@ -28,8 +28,9 @@ def render(
 ) -> Tensor:
     """Pictures uint8 [B, 3, size, size]; the same scenes, looks, size and device give the same bytes.
 
-    `looks` is the name of one, or one look a scene. `supersample` squared rays go into each pixel. On a CPU scenes are drawn one by one (rays that are done are then dropped
-    with no padding); on a GPU those of one look that follow one another in batches.
+    `looks` is the name of one, or one look a scene. `supersample` squared rays go into each pixel.
+    On a CPU scenes are drawn one by one (rays that are done are then dropped with no padding); on a GPU those of one
+    look that follow one another in batches.
     """
     if isinstance(looks, str):
         if looks not in STYLES:

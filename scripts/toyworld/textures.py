@@ -11,6 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
 
+import numpy as np
 import torch
 from PIL import Image, ImageDraw
 from torch import Tensor
@@ -177,10 +178,10 @@ def _pattern(texture: str, side: int, variant: int) -> tuple[Tensor, Tensor]:
         number = index[:, None] * count + index
         if texture == "pixel":
             return number, torch.ones(side, side)
-        uneven = 1 + 0.12 * (torch.rand(count * count, generator=generator)[number] - 0.5)
+        uneven = 1.04 + 0.12 * (torch.rand(count * count, generator=generator)[number] - 0.5)
         bevel = -0.12 * (within[:, None] + within)
         grout = ((-torch.minimum(within[:, None], within) - 0.3) / 0.07).clamp(0, 1)
-        return number, (uneven + bevel) * (1 - 0.42 * grout)
+        return number, (uneven + bevel) * (1 - 0.32 * grout)
     # Voronoi cells round the points of a shaken grid; strokes of oil are long ones, turned by a smooth field.
     shaken = 0.15 + 0.7 * torch.rand(count + 5, count + 5, 2, generator=generator)
     angle = 2.2 * torch.sin(0.17 * x + 1.9) * torch.cos(0.13 * y + 0.7) if texture == "oil" else torch.zeros(side, side)
@@ -221,7 +222,7 @@ def _triangles(side: int, count: int, generator: torch.Generator) -> Tensor:
             for triangle in ((a, b, c), (b, c, d)) if (row + column) % 2 else ((a, b, d), (a, c, d)):
                 pen.polygon(triangle, fill=number)
                 number += 1
-    return torch.tensor(list(image.getdata())).view(side, side)
+    return torch.from_numpy(np.array(image)).long()
 
 
 def _side(picture: Tensor) -> int:

@@ -152,7 +152,7 @@ def test_places_hold() -> None:
 
 def test_unknown_styles_and_tiny_sizes_are_refused() -> None:
     with pytest.raises(ValueError, match="style must be one of flat"):
-        render([_single()], "oil", 64)
+        render([_single()], "fresco", 64)
     with pytest.raises(ValueError, match="at least 16"):
         render([_single()], "flat", 8)
 
