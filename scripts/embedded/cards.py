@@ -72,8 +72,9 @@ The readers themselves, on unseen renders: {reader_line(figures, "flat")} (flat)
 
 The UNet and the text encoder learnt together, from scratch, on renders in many looks: flat, {len(NAMED) - 1} others by
 name, and unnamed ones whose parameters are drawn at random. None is "pixar" or near it in its parameters, nor near two
-more looks that are kept for other recipes. One caption in ten was left empty, for guidance; about one in eight carried a style phrase of
-made-up words, so that the base ignores trigger phrases it does not know. The autoencoder learnt from the same renders.
+more looks that are kept for other recipes. One caption in ten was left empty, for guidance; about one in
+eight carried a style phrase of made-up words, so that the base ignores trigger phrases it does not know. The
+autoencoder learnt from the same renders.
 
 {training_table(figures, ("autoencoder", "diffusion"))}
 
