@@ -240,9 +240,11 @@ def command(case: Case, base: Path, run: Path, images: Path) -> list[str]:
     if case.images:
         if not images.exists():
             images.mkdir(parents=True)
-            for file in sorted(DIFFUSION.glob("*.jpg"))[:8]:
+            chosen = sorted(DIFFUSION.glob("*.jpg"))[:8]
+            for file in chosen:
                 shutil.copy(file, images)
-                (images / file.name).with_suffix(".txt").write_text(file.stem)
+            captions = [json.dumps({"file_name": file.name, "text": file.stem}) for file in chosen]
+            (images / "metadata.jsonl").write_text("\n".join(captions))
         return ["conf=pixar_style", *shared, f"data.folder={images}", *COMMON, *IMAGE, *case.overrides]
     return ["conf=pirate_chat", *shared, f"data.file={CONVERSATIONS}", *COMMON, *LANGUAGE, *case.overrides]
 

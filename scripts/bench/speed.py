@@ -1,0 +1,254 @@
+"""How fast training is beside what people use today: ours and the peer's, one after the other, on one capped GPU.
+
+    python -m scripts.bench.speed --rows sd15-4,sdxl --peers FOLDER --work WORK --out speed.jsonl
+
+FOLDER holds the LoRA examples of diffusers (`train_text_to_image_lora.py`, `train_text_to_image_lora_sdxl.py`), which
+are not ours to ship; for language rows TRL has to be installed. Both sides train the same random weights of full size,
+on the same data, rank, precision and layers, and both are timed by the same stopwatch, from optimiser step to optimiser
+step. A line a row; a side that failed leaves null.
+
+    python -m scripts.bench.speed --page speed.jsonl
+
+needs no GPU: it adds the share of the arithmetic limit and writes docs/speed.md.
+"""
+
+import argparse
+import datetime
+import json
+import shutil
+import statistics
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from finetune.reporting import curves
+from scripts.bench import memory
+
+ROOT = Path(__file__).resolve().parents[2]
+GIB = 24.0
+WARM_UP = 8  # steps in which kernels are chosen and graphs captured
+SECONDS = 150.0  # at most, for one side
+MATRIX = 8192
+
+PAGE = """# Speed beside other trainers
+
+Each row is the real `train` command beside the program that people use today for the same work, one after the other on
+the same {hardware}, both capped at {gib:.0f} GiB: the same random weights of full size, data, rank 16, layers and bf16.
+A stopwatch around both notes when the optimiser takes its steps; the figures are medians after {warm_up} steps.
+
+The peers are diffusers' example scripts for LoRA with their own settings at the batch of the row, and TRL's `SFTTrainer`
+with PEFT, NF4, packing and activation checkpointing, with Liger kernels in the row of eight. Tokens do not count
+padding. Text encoders were shortened to a few layers; the image peers run them, and the autoencoder, in every step.
+
+| row | unit | ours per second | GiB | peer per second | GiB | ratio | share of the limit |
+|---|---|---|---|---|---|---|---|
+{rows}
+
+*Limit*: the step's products alone, at the {tflops:.0f} TFLOP/s that a large bf16 product reached on the same GPU.
+Measured on {dates} with `python -m scripts.bench.speed`, one run each, torch {torch}. The lines, with every
+step's time, are in `scripts/bench/speed.jsonl`.
+
+## What bounds them now
+- Stable Diffusion with a micro-batch of 4: a replayed graph of its step takes 55 ms on the GPU, of which 12 ms are
+  attention and 6 ms are changes between layouts around convolutions. The other 15 ms of a step are
+  the optimiser, the loss and the norm that the host waits for, and what it logs.
+- Llama 2 7B: the products of the frozen weights and of the adapters take most of the step; the host launches 5,594
+  kernels for it.
+"""
+
+
+@dataclass(frozen=True)
+class Row:
+    """ours: settings of `train`. peer: script and its arguments, in which BASE, DATA and OUT are filled in. count:
+    images or tokens of a step, of either side.
+    """
+
+    preset: str
+    ours: tuple[str, ...]
+    count: int
+    peer: tuple[str, ...]
+    peer_count: int
+    steps: int = 40
+
+    @property
+    def images(self) -> bool:
+        return any(word.startswith("model.resolution") for word in self.ours)
+
+    def case(self, name: str) -> memory.Case:
+        return memory.Case(name, self.preset, GIB, self.ours)
+
+
+def images(preset: str, side: int, batch: int, script: str, peer_batch: int, *more: str) -> Row:
+    """A row whose peer is one of diffusers' examples."""
+    peer = (
+        script, "--pretrained_model_name_or_path=BASE", "--train_data_dir=DATA", "--caption_column=text",
+        "--output_dir=OUT", f"--resolution={side}", "--center_crop", f"--train_batch_size={peer_batch}", "--rank=16",
+        "--learning_rate=1e-4", "--mixed_precision=bf16", "--max_train_steps=STEPS", "--seed=0",
+        "--dataloader_num_workers=4", *more,
+    )  # fmt: skip
+    square = "data.max_aspect=1"  # as the peer cuts them
+    ours = (f"model.resolution={side}", f"trainer.micro_batch={batch}", "trainer.accumulate=1", square)
+    return Row(preset, ours, batch, peer, peer_batch)
+
+
+def language(preset: str, rows: int, length: int, *more: str, checkpointing: int = 0) -> Row:
+    """A row whose peer is TRL."""
+    ours = (
+        f"data.length={length}", "model.quantize=nf4", f"trainer.micro_batch={rows}", "trainer.accumulate=1",
+        f"trainer.activation_checkpointing={checkpointing}",
+    )  # fmt: skip
+    peer = (str(ROOT / "scripts" / "bench" / "trl_sft.py"), "BASE", "DATA", "OUT", str(rows), str(length), "STEPS")
+    return Row(preset, ours, rows * length, (*peer, *more), rows * length, steps=24)
+
+
+EXAMPLE, EXAMPLE_XL = "train_text_to_image_lora.py", "train_text_to_image_lora_sdxl.py"
+LAYERS = 32  # of both language models: with the last number, the first block alone is recomputed as a whole
+ROWS = {
+    "sd15-4": images("sd15", 512, 4, EXAMPLE, 4),
+    "sd15-16": images("sd15", 512, 16, EXAMPLE, 16),
+    "sdxl": images("sdxl", 1024, 2, EXAMPLE_XL, 4, "--gradient_checkpointing"),
+    "llama2-7b-4x1024": language("llama2_7b", 4, 1024),
+    "llama2-7b-4x1024-lean": language("llama2_7b", 4, 1024, checkpointing=1),
+    "llama2-7b-8x1024": language("llama2_7b", 8, 1024, "liger", checkpointing=LAYERS),
+    "llama31-8b-2x2048": language("llama31_8b", 2, 2048),
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rows", default=",".join(ROWS), help="names, separated by commas; all unless given")
+    parser.add_argument("--peers", type=Path, help="folder of the peers' scripts")
+    parser.add_argument("--work", type=Path, help="bases and run folders")
+    parser.add_argument("--out", type=Path, help="JSON lines, appended to")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of these lines")
+    given = parser.parse_args()
+    if given.page:
+        add_limits(given.page, ROOT / "docs" / "speed.md")
+        return
+    if not (given.work and given.out and given.peers):
+        parser.error("--peers, --work and --out are needed to measure")
+    for name in given.rows.split(","):
+        if name not in ROWS:
+            parser.error(f"no row {name}; there are: {', '.join(ROWS)}")
+        line = measure(name, given.peers, given.work)
+        with given.out.open("a") as lines:
+            lines.write(json.dumps(line) + "\n")
+        shown = {key: value for key, value in line.items() if not key.endswith("steps_s")}
+        print(json.dumps(shown), flush=True)
+
+
+def measure(name: str, peers: Path, work: Path) -> dict[str, Any]:
+    """Train a row on both sides; everything that its line holds."""
+    from scripts.bench.bases import build
+
+    row, device = ROWS[name], torch.device("cuda")
+    base, data = work / "bases" / row.preset, work / "images"
+    if not base.exists():
+        build(row.preset, base, device)
+    words = ["-m", "finetune", "train", *memory.command(row.case(name), base, work / "runs" / name, data)]
+    words += [f"{key}={row.steps}" for key in ("trainer.steps", "trainer.save_every", "trainer.validate_every")]
+    filled = {"BASE": base, "DATA": data if row.images else memory.CONVERSATIONS, "OUT": work / "peer"}
+    filled["STEPS"] = row.steps
+    script, *arguments = row.peer
+    for key, value in filled.items():
+        arguments = [argument.replace(key, str(value)) for argument in arguments]
+    ours, theirs = timed(words, work), timed([str(peers / script), *arguments], work)
+    padding = [share for _, share in curves.read(work / "runs" / name).get("train/padding", [])]
+    count = row.count * (1 - statistics.fmean(padding)) if padding else row.count
+    rates = [rate(side, of_step) for side, of_step in ((ours, count), (theirs, row.peer_count))]
+    return {
+        "row": name,
+        "ours": rates[0],
+        "peer": rates[1],
+        "ratio": rates[0] / rates[1] if all(rates) else None,
+        **{f"ours_{key}": value for key, value in ours.items()},
+        **{f"peer_{key}": value for key, value in theirs.items()},
+        "matmul_tflops": matmul_tflops(),
+        "hardware": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def timed(words: list[str], work: Path) -> dict[str, Any]:
+    """What the stopwatch noted of a program; what it said last if it failed."""
+    times = work / "times.json"
+    times.unlink(missing_ok=True)
+    shutil.rmtree(work / "peer", ignore_errors=True)
+    command = [sys.executable, "-m", "scripts.bench.stopwatch", "--gib", str(GIB), "--out", str(times), *words]
+    try:
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+        said, code = (done.stdout + done.stderr).strip().splitlines()[-6:], done.returncode
+    except subprocess.TimeoutExpired:
+        said, code = [f"took more than {SECONDS:.0f} s"], 124
+    noted: dict[str, Any] = json.loads(times.read_text()) if times.exists() else {"steps_s": []}
+    return noted | ({"said": said} if code else {})
+
+
+def rate(noted: dict[str, Any], count: int) -> float | None:
+    """Images or tokens per second, of the median step."""
+    steps = noted["steps_s"][WARM_UP:]
+    return count / statistics.median(steps) if steps else None
+
+
+def matmul_tflops() -> float:
+    """Of one large bf16 product on this GPU."""
+    matrix = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda")
+    seconds = []
+    for _ in range(10):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()  # type: ignore[no-untyped-call]
+        _ = matrix @ matrix
+        end.record()  # type: ignore[no-untyped-call]
+        torch.cuda.synchronize()
+        seconds.append(begin.elapsed_time(end) / 1e3)  # type: ignore[no-untyped-call]
+    return 2 * MATRIX**3 / statistics.median(seconds) / 1e12
+
+
+def add_limits(results: Path, page: Path) -> None:
+    """Put the arithmetic of a step into each line, and write the page."""
+    lines = [json.loads(line) for line in results.read_text().splitlines()]
+    for line in lines:
+        row = ROWS[line["row"]]
+        candidates, (micro_batch, *_) = memory.candidates_for(row.case(line["row"]))
+        limit = row.count / (candidates.step(micro_batch, 0).flops / (1e12 * line["matmul_tflops"]))
+        line["share_of_limit"] = line["ours"] / limit if line["ours"] else None
+    results.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page.write_text(table(lines))
+
+
+def table(lines: list[dict[str, Any]]) -> str:
+    """docs/speed.md."""
+    return PAGE.format(
+        hardware=lines[0]["hardware"],
+        gib=GIB,
+        warm_up=WARM_UP,
+        rows="\n".join(map(cells, lines)),
+        tflops=statistics.median(line["matmul_tflops"] for line in lines),
+        dates=" and ".join(sorted({line["date"] for line in lines})),
+        torch=lines[0]["torch"],
+    )
+
+
+def cells(line: dict[str, Any]) -> str:
+    """One row of the table."""
+
+    def shown(value: float | None, form: str) -> str:
+        return "–" if value is None else f"{value:{form}}"
+
+    form = ",.1f" if ROWS[line["row"]].images else ",.0f"
+    unit = "images" if ROWS[line["row"]].images else "tokens"
+    entries = [
+        f"`{line['row']}`", unit, shown(line["ours"], form), shown(line.get("ours_gib"), ".1f"),
+        shown(line["peer"], form), shown(line.get("peer_gib"), ".1f"), shown(line["ratio"], ".2f"),
+        shown(line["share_of_limit"], ".0%"),
+    ]  # fmt: skip
+    return "| " + " | ".join(entries) + " |"
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,50 @@
+"""Runs a program of anybody's, with the GPU's memory capped, and notes when its optimiser took its steps.
+
+python -m scripts.bench.stopwatch --gib 24 --out times.json SCRIPT.py ARGUMENT…
+python -m scripts.bench.stopwatch --gib 24 --out times.json -m MODULE ARGUMENT…
+"""
+
+import argparse
+import itertools
+import json
+import runpy
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--gib", type=float, required=True, help="all that torch may take of the GPU")
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("-m", dest="module", help="a module instead of a script")
+    given, words = parser.parse_known_args()
+    if torch.cuda.is_available():
+        total = torch.cuda.get_device_properties(0).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, given.gib * 2**30 / total))
+    times: list[float] = [time.perf_counter()]
+    register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
+    program = given.module or words.pop(0)
+    sys.argv = [program, *words]
+    try:
+        if given.module:
+            runpy.run_module(program, run_name="__main__", alter_sys=True)
+        else:
+            runpy.run_path(program, run_name="__main__")
+    finally:
+        given.out.write_text(json.dumps(noted(times)))
+
+
+def noted(times: list[float]) -> dict[str, Any]:
+    """Seconds before the first step, of each later one, and the most memory that tensors took."""
+    gaps = [after - before for before, after in itertools.pairwise(times)]
+    peak = torch.cuda.max_memory_allocated() / 2**30 if torch.cuda.is_available() else 0.0
+    return {"before_s": gaps[0] if gaps else None, "steps_s": gaps[1:], "gib": peak}
+
+
+if __name__ == "__main__":
+    main()
