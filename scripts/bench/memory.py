@@ -53,7 +53,13 @@ IMAGE = (
     "optim.lr=1e-4",
     "lora.targets=attention",
 )
-LANGUAGE = ("sample.max_new_tokens=4", "sample.prompts=[Hello]", "optim.lr=1e-4", "data.workers=2")
+LANGUAGE = (
+    "sample.max_new_tokens=4",
+    "sample.prompts=[Hello]",
+    "optim.lr=1e-4",
+    "data.workers=2",
+    "lora.dropout=0.05",  # plain layers, unless a case says otherwise
+)
 
 OUTCOMES = {5: "out of memory", 124: "took too long"}
 PAGE = """# Memory, planned and measured

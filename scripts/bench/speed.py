@@ -40,9 +40,9 @@ Each row is the real `train` command beside the program that people use today fo
 the same {hardware}, both capped at {gib:.0f} GiB: the same random weights of full size, data, rank 16, layers and bf16.
 A stopwatch around both notes when the optimiser takes its steps; the figures are medians after {warm_up} steps.
 
-The peers are diffusers' example scripts for LoRA with their own settings at the batch of the row, and TRL's `SFTTrainer`
-with PEFT, NF4, packing and activation checkpointing, with Liger kernels in the row of eight. Tokens do not count
-padding. Text encoders were shortened to a few layers; the image peers run them, and the autoencoder, in every step.
+The peers are diffusers' example scripts for LoRA, as they are but for the batch of the row, and TRL's `SFTTrainer`
+with PEFT, NF4, packing and activation checkpointing, with Liger kernels in the row of eight. Padding does not count as
+tokens. Text encoders were shortened to a few layers; the image peers run them, and the autoencoder, in every step.
 
 | row | unit | ours per second | GiB | peer per second | GiB | ratio | share of the limit |
 |---|---|---|---|---|---|---|---|
@@ -99,7 +99,7 @@ def language(preset: str, rows: int, length: int, *more: str, checkpointing: int
     """A row whose peer is TRL."""
     ours = (
         f"data.length={length}", "model.quantize=nf4", f"trainer.micro_batch={rows}", "trainer.accumulate=1",
-        f"trainer.activation_checkpointing={checkpointing}",
+        f"trainer.activation_checkpointing={checkpointing}", "lora.dropout=0",
     )  # fmt: skip
     peer = (str(ROOT / "scripts" / "bench" / "trl_sft.py"), "BASE", "DATA", "OUT", str(rows), str(length), "STEPS")
     return Row(preset, ours, rows * length, (*peer, *more), rows * length, steps=24)
