@@ -7,20 +7,23 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from scripts.torture.commands import run_to_end
+from tests.tiny_language_models import save_language
+from tests.tiny_models import save_captioner, save_diffusion
 
 ROOT = Path(__file__).resolve().parents[2]
 IMAGES, CHATS = 5, 10
 COMMON = (
     *("run_dir=run", "data.cache=cache", "hardware.device=cpu", "trainer.steps=2", "trainer.save_every=1"),
-    *("trainer.validate_every=1", "trainer.ema_decay=0.9", "optim.warmup_steps=0"),
+    *("trainer.validate_every=1", "trainer.ema_decay=0.9", "optim.warmup_steps=0", "optim.lr=1e-4"),
 )
 WORDS = {
     "image": (
-        *("conf=mine", *COMMON, "caption.batch=1", "model.resolution=32", "trainer.micro_batch=2", "sample.steps=1"),
-        *("sample.previews=0", 'sample.prompts=["a red cat, pixar style"]', "export.formats=[peft,kohya]"),
+        *("conf=mine", *COMMON, "model.base=base", "model.resolution=32", "model.bucket_step=16", "trainer.micro_batch=2"),
+        *("caption.model=captioner", "caption.batch=1", "sample.steps=1", "sample.previews=0"),
+        *('sample.prompts=["a red cat, pixar style"]', "export.formats=[peft,kohya]"),
     ),
     "language": (
-        *("conf=mine", *COMMON, "data.length=128", "data.workers=1", "trainer.micro_batch=1"),
+        *("conf=mine", *COMMON, "model.base=base", "data.length=128", "data.workers=1", "trainer.micro_batch=1"),
         *("trainer.accumulate=2", "sample.max_new_tokens=2", "sample.prompts=[hello]", "export.formats=[peft]"),
     ),
 }
@@ -71,7 +74,10 @@ def prepare(folder: Path, kind: str, before: Sequence[str]) -> None:
     (folder / "conf" / "mine.yaml").write_text(f"# My own recipe.\ndefaults:\n  - {BASES[kind]}\ndata:\n{data}\n")
     if kind == "image":
         _images(folder / "images")
+        save_diffusion(folder / "base")
+        save_captioner(folder / "captioner")
     else:
+        save_language(folder / "base")
         rows = (ROOT / "datasets" / "pirate_chat" / "conversations.jsonl").read_text(encoding="utf-8").splitlines()
         (folder / "chats.jsonl").write_text("".join(f"{row}\n" for row in rows[:CHATS]), encoding="utf-8")
     for command in before:

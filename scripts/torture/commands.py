@@ -1,6 +1,7 @@
 """The real command, in a fork of this process, which has the libraries already, or as a process of its own."""
 
 import atexit
+import gc
 import importlib
 import os
 import signal
@@ -29,6 +30,8 @@ def warm(modules: Iterable[str] = ("torch", "diffusers", "transformers", "peft",
         if name not in sys.modules and name.partition(".")[0] in LIBRARIES:
             with suppress(Exception):  # modules that exist under other names only
                 importlib.import_module(name)
+    gc.collect()
+    gc.freeze()  # forks would copy half a million objects, and look through them wherever a stage makes room
 
 
 def run_to_end(work: Path, line: Sequence[str], *, processes: int = 1) -> None:
