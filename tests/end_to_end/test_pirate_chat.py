@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,14 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Answers, Report, Run, TextSet
-from tests.conftest import ROOT
+from tests.conftest import ROOT, Answer
 from tests.end_to_end import command
 from tests.end_to_end.command import Finished
 
 pytestmark = pytest.mark.slow
 
 QUESTIONS = 80
-STEPS = "trainer.steps=150"  # of 200: the last ones refine what is checked here with room to spare
+STEPS = "trainer.steps=120"  # of 200: the last ones refine what is checked here with room to spare
 
 
 @dataclass(frozen=True)
@@ -113,17 +114,20 @@ def test_curves_answers_and_a_marked_row_are_in_tensorboard(talk: Talk) -> None:
     assert [event.step for event in events.Tensors(shown[0])] == [0, run.steps]
 
 
-def test_the_same_command_again_skips_what_is_up_to_date(talk: Talk) -> None:
-    again = command.run("train", "conf=pirate_chat", STEPS, cwd=talk.work)
+def test_the_same_command_again_skips_what_is_up_to_date(
+    talk: Talk, finetune_cli: Callable[..., Answer], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(talk.work)
+    again = finetune_cli("train", "conf=pirate_chat", STEPS)
     assert again.code == 0, again.err
     for stage in ("dataset", "train", "export", "sample"):
         assert f"{stage}: up to date, skipped" in again.err
 
 
-def test_only_images_are_captioned(talk: Talk) -> None:
-    ended = command.run("caption", "conf=pirate_chat", cwd=talk.work)
+def test_only_images_are_captioned(finetune_cli: Callable[..., Answer]) -> None:
+    ended = finetune_cli("caption", "conf=pirate_chat")
     assert ended.code == 2
-    (line,) = ended.err.splitlines()
+    (line,) = ended.errors
     assert line.startswith("error: ")
     assert "only images have captions" in line
 

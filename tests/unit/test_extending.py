@@ -66,7 +66,7 @@ CHATS = [
     "export.checkpoint=last",
 ]
 COMMANDS = """
-import contextlib, io, json, sys
+import contextlib, gc, io, json, sys
 from pathlib import Path
 import torch
 import finetune
@@ -75,6 +75,7 @@ from tests.tiny_families import save_family
 
 torch.set_num_threads(1)
 save_family(Path("aura_flow"), "aura_flow")
+gc.freeze()  # the libraries, as tests/conftest.py does
 answers = []
 for words in json.loads(sys.argv[1]):
     out, err = io.StringIO(), io.StringIO()
