@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,6 +15,8 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 if "PYTEST_XDIST_WORKER" in os.environ:  # one thread for each of the processes that share the cores
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's `pytest &` has it, and every process started here
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 ROOT = Path(__file__).resolve().parent.parent
 TERMINAL = {"TERM": "xterm", "COLUMNS": "80", "LINES": "24"}

@@ -2,7 +2,6 @@
 
 import contextlib
 import shutil
-import signal
 from pathlib import Path
 
 import pytest
@@ -10,9 +9,6 @@ from PIL import Image
 
 import finetune
 from tests.tiny_models import save_diffusion
-
-if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as a script's `pytest &` has it, and every command started here
-    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="session")
