@@ -270,6 +270,7 @@ def _quieten(debug: bool) -> None:
     """
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING if debug else logging.ERROR, format="%(message)s")
     logging.getLogger("finetune").setLevel(logging.INFO)
+    libraries.in_command = True
     if debug:
         return
     threading.excepthook = lambda _: None  # TensorBoard's writer: what stops it is raised again by the next write

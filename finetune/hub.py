@@ -36,6 +36,7 @@ PICKLE_WAY_OUT = (  # weights_only runs no code
     "s.save_file({{k: v.clone() for k, v in w.items() if torch.is_tensor(v)}}, {new!r})"
 )
 MODEL_FILES = {"model_index.json": "an image model", "config.json": "a language model or captioner"}
+WITHOUT_WEIGHTS = ("Config", "Tokenizer", "Processor", "Scheduler")  # in the names of loaders
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
 
 
@@ -135,6 +136,8 @@ def load(loader: Any, reference: str, **options: Any) -> Any:
     loader: a class of transformers or diffusers. options: passed on (`subfolder`, `dtype`, …). Raises ModelError if the
     model can't be found, is damaged, lacks weights, or has none as safetensors.
     """
+    if not any(word in loader.__name__ for word in WITHOUT_WEIGHTS):
+        libraries.before_models()
     source = resolve(reference)
     folder = source if isinstance(source, Path) else _snapshot(source)
     wanted = options | _safe_options(loader)
