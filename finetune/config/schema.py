@@ -215,7 +215,7 @@ class LoraConfig:
     """Inner dimension r."""
     alpha: float = field(default=32.0, metadata=POSITIVE)
     """The update is scaled by alpha / rank."""
-    dropout: float = field(default=0.05, metadata=SHARE)
+    dropout: float = field(default=0.0, metadata=SHARE)
     """Dropout on an adapter's input, probability."""
     targets: str = "attention"
     """Which of the model's `lora_targets` presets gets adapters."""

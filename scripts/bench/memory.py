@@ -45,6 +45,7 @@ COMMON = (
     "export.formats=[peft]",
     "sample.previews=1",
     "sample.seeds=[0]",
+    "lora.dropout=0.05",  # plain layers, unless a case says otherwise
 )
 IMAGE = (
     "data.validation_share=0",
@@ -53,13 +54,7 @@ IMAGE = (
     "optim.lr=1e-4",
     "lora.targets=attention",
 )
-LANGUAGE = (
-    "sample.max_new_tokens=4",
-    "sample.prompts=[Hello]",
-    "optim.lr=1e-4",
-    "data.workers=2",
-    "lora.dropout=0.05",  # plain layers, unless a case says otherwise
-)
+LANGUAGE = ("sample.max_new_tokens=4", "sample.prompts=[Hello]", "optim.lr=1e-4", "data.workers=2")
 
 OUTCOMES = {5: "out of memory", 124: "took too long"}
 PAGE = """# Memory, planned and measured

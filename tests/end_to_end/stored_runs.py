@@ -38,6 +38,7 @@ OLD_NAMES = ("trainer.checkpointing=1", "trainer.keep=1", "trainer.fit=off", "ex
 SHARED = (
     *("run_dir=run", "data.cache=cache", "hardware.device=cpu", "lora.rank=1", "lora.targets=attention"),
     *("trainer.steps=2", "trainer.validate_every=2", "sample.seeds=[0]", *OLD_NAMES),
+    "lora.dropout=0.05",  # which was the default then
 )
 RUNS = {
     "run_pictures": StoredRun(
