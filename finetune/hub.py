@@ -7,6 +7,7 @@ reported within seconds.
 """
 
 import fnmatch
+import gc
 import hashlib
 import json
 import shlex
@@ -137,7 +138,7 @@ def load(loader: Any, reference: str, **options: Any) -> Any:
     model can't be found, is damaged, lacks weights, or has none as safetensors.
     """
     if not any(word in loader.__name__ for word in WITHOUT_WEIGHTS):
-        libraries.before_models()
+        keep_libraries()
     source = resolve(reference)
     folder = source if isinstance(source, Path) else _snapshot(source)
     wanted = options | _safe_options(loader)
@@ -150,6 +151,19 @@ def load(loader: Any, reference: str, **options: Any) -> Any:
     name, revision = _split(source)
     commit = folder.name if folder is not None else revision  # a half-downloaded model goes on as the same version
     return _attempt(loader, reference, name, wanted | ({"revision": commit} if commit else {}))
+
+
+def keep_libraries() -> None:
+    """Keep what libraries made when they were imported out of later searches for cycles, once, in a command of ours.
+
+    Nothing that is kept out is ever freed, so this comes before the first model. A search looks at half a million
+    objects for a quarter of a second, and stages search wherever they make room.
+    """
+    if not libraries.in_command or gc.get_freeze_count():
+        return
+    import peft  # noqa: F401  with bitsandbytes and torch's compiler behind it: nearly half of those objects
+
+    gc.freeze()
 
 
 def content_hash(reference: str, *parts: str) -> str:

@@ -1,6 +1,5 @@
 """What other libraries print: nothing below an error, unless it is asked for."""
 
-import gc
 import logging
 import os
 import sys
@@ -32,19 +31,6 @@ def quieten() -> None:
     warnings.formatwarning = lambda message, *_args, **_kwargs: f"warning: {message}\n"
     for name, value in VARIABLES.items():
         os.environ.setdefault(name, value)
-
-
-def before_models() -> None:
-    """Keep what libraries made when they were imported out of later searches for cycles, once, in a command of ours.
-
-    Nothing that is kept out is ever freed, so this comes before the first model. A search looks at half a million
-    objects for a quarter of a second, and stages search wherever they make room.
-    """
-    if not in_command or gc.get_freeze_count():
-        return
-    import peft  # noqa: F401  with bitsandbytes and torch's compiler behind it: nearly half of those objects
-
-    gc.freeze()
 
 
 @contextmanager

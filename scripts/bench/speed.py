@@ -33,6 +33,7 @@ GIB = 24.0
 WARM_UP = 8  # steps in which kernels are chosen and graphs captured
 SECONDS = 150.0  # at most, for one side
 MATRIX = 8192
+FAST = "trainer.fast=true"
 
 PAGE = """# Speed beside other trainers
 
@@ -91,7 +92,7 @@ def images(preset: str, side: int, batch: int, script: str, peer_batch: int, *mo
         "--dataloader_num_workers=4", *more,
     )  # fmt: skip
     square = "data.max_aspect=1"  # as the peer cuts them
-    ours = (f"model.resolution={side}", f"trainer.micro_batch={batch}", "trainer.accumulate=1", square)
+    ours = (f"model.resolution={side}", f"trainer.micro_batch={batch}", "trainer.accumulate=1", square, FAST)
     return Row(preset, ours, batch, peer, peer_batch)
 
 
@@ -99,7 +100,7 @@ def language(preset: str, rows: int, length: int, *more: str, checkpointing: int
     """A row whose peer is TRL."""
     ours = (
         f"data.length={length}", "model.quantize=nf4", f"trainer.micro_batch={rows}", "trainer.accumulate=1",
-        f"trainer.activation_checkpointing={checkpointing}", "lora.dropout=0",
+        f"trainer.activation_checkpointing={checkpointing}", "lora.dropout=0", FAST,
     )  # fmt: skip
     peer = (str(ROOT / "scripts" / "bench" / "trl_sft.py"), "BASE", "DATA", "OUT", str(rows), str(length), "STEPS")
     return Row(preset, ours, rows * length, (*peer, *more), rows * length, steps=24)

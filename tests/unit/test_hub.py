@@ -5,6 +5,8 @@ import json
 import os
 import shutil
 import socket
+import subprocess
+import sys
 import time
 
 import pytest
@@ -365,3 +367,24 @@ def test_a_configuration_without_end_is_not_read(copy, use):
         file.truncate(1 << 34)
     with pytest.raises(ModelError, match=r"vae/config.json is damaged \(17179869184 bytes are too many for it\)"):
         use(str(copy))
+
+
+PROGRAM = """
+import gc
+from finetune import hub
+from finetune.run import libraries
+libraries.in_command = {in_command}
+hub.keep_libraries()
+first = gc.get_freeze_count()
+later = [[] for _ in range(1000)]
+hub.keep_libraries()
+assert gc.get_freeze_count() == first  # what was made since may be a model
+print(first)
+"""
+
+
+@pytest.mark.parametrize("in_command", [True, False])
+def test_libraries_are_kept_out_of_searches_for_cycles_once_and_in_a_command_only(in_command):
+    program = PROGRAM.format(in_command=in_command)
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
+    assert (int(done.stdout) > 100_000) == in_command
