@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import FinetuneError, ModelError, is_out_of_memory
+from finetune.errors import FinetuneError, ModelError, is_gpu_failure, is_out_of_memory
 from finetune.reading import TEXTS, damage, read_text, require_whole
 from finetune.run import libraries
 from finetune.run.hashing import known_hash
@@ -199,14 +199,14 @@ def explained(message: Callable[[str], str]) -> Iterator[None]:
     """Around what libraries read and make of a model's files: whatever they raise becomes a ModelError.
 
     They check little of what they read, so that a damaged or odd file may raise anything. message: what is said for a
-    reason. Errors that are ours, and a lack of memory, pass.
+    reason. Errors that are ours, a lack of memory, and a GPU that fails pass.
     """
     try:
         yield
     except FinetuneError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_gpu_failure(error):
             raise
         reason = " ".join(str(error).split())[:REASON] or type(error).__name__
         raise ModelError(message(reason)) from error

@@ -210,6 +210,8 @@ def _texts_first(data: bytes) -> bytes:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"is not an image in any of these formats: {', '.join(FORMATS)}"
+    if isinstance(error, MemoryError):
+        return "takes more memory than there is; close other programs, or make the image smaller"
     text = " ".join(str(error).split())
     if "truncated" in text:
         return f"is truncated ({text}); the rest of the file is missing"
