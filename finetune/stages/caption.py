@@ -1,7 +1,8 @@
 """Captions for the images that have none, into the folder's `metadata.jsonl`."""
 
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from finetune.diffusion.captioner import load_captioner
 from finetune.errors import ConfigError, DataError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
 from finetune.run.hashing import hash_of
+from finetune.run.outputs import free_name
 from finetune.run.progress import plural, progress, say
 from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Caption, CaptionSet
@@ -53,6 +55,7 @@ def caption(config: Config) -> CaptionSet:
     )
     if todo:
         folder.check_writable(root, todo)
+        _keep_written(root, captions, {file for file in todo if file in captions.texts}, generated)
         device = pick_device(config.hardware.device)
         dtype = pick_dtype(config.trainer.precision, device)
         generated |= _generate(root, todo, config.caption, device, dtype, data)
@@ -118,6 +121,17 @@ def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, sk
     if not readable:
         raise DataError(f"{root} has no readable image left; try data.folder=path/to/images")
     return readable
+
+
+def _keep_written(root: Path, captions: folder.Captions, replaced: Collection[str], generated: Collection[str]) -> None:
+    """Copy the metadata files in which `caption.overwrite` replaces captions by a person; text files stay anyway."""
+    written = [file for file in replaced if authors.key(file, captions.texts[file]) not in generated]
+    for source in sorted({captions.sources[file] for file in written}):
+        metadata = root / source
+        if metadata.name == folder.METADATA:
+            copied = free_name(metadata.with_name(f"before-overwrite-{folder.METADATA}"))
+            shutil.copy2(metadata, copied)
+            say(f"caption.overwrite replaces captions by you; {metadata} as it was is now {copied}")
 
 
 def _generated(run_dir: Path, cache: Path) -> set[str]:

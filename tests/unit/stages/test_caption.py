@@ -247,6 +247,21 @@ def test_a_text_file_that_comes_meanwhile_is_not_passed_over_in_silence(config, 
     assert "1 image with two captions, first 0.png" in capsys.readouterr().err
 
 
+def test_captions_by_a_person_are_copied_before_they_are_overwritten(config, capsys):
+    write_rows(config, **{"1": "my own words"})
+    file = stage.Path(config.data.folder, "metadata.jsonl")
+    before = file.read_text()
+    config.caption.overwrite = True
+    caption(config)
+    copied = file.with_name("before-overwrite-metadata-1.jsonl")
+    assert copied.read_text() == before
+    assert str(copied) in capsys.readouterr().err
+    assert "my own words" not in file.read_text()
+    config.caption.trigger = "another"
+    caption(config)  # replaces the captioner's words alone
+    assert len(list(file.parent.glob("before-overwrite-*"))) == 1
+
+
 def test_overwrite_captions_all_again_once(config, capsys):
     write_rows(config, **{"1": "my own words"})
     config.caption.overwrite = True
