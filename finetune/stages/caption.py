@@ -39,13 +39,14 @@ def caption(config: Config) -> CaptionSet:
     root, run_dir, data = Path(config.data.folder), Path(config.run_dir), config.data
     found = folder.images(root)
     index = ImageIndex(root, cache=Path(data.cache), max_pixels=data.max_pixels)
+    no_files = folder.no_files(root)
     hashes, captions = index.hashes(found), folder.captions(root, found)
-    input_hash = _input_hash(hashes, captions.texts, config.caption, data)
+    input_hash = _input_hash(hashes | no_files, captions.texts, config.caption, data)
     if record := load_record(run_dir, STAGE, CaptionSet, input_hash=input_hash):
         _warn_about_unused(captions)
         say(f"{STAGE}: up to date, skipped")
         return record
-    broken = index.unreadable(found)
+    broken = index.unreadable(found) | no_files
     files = _readable(root, found, broken, skip=data.skip_bad)
     todo = [file for file in files if config.caption.overwrite or file not in captions.texts]
     generated = _generated(run_dir, Path(data.cache))
@@ -67,7 +68,7 @@ def caption(config: Config) -> CaptionSet:
         run_dir,
         STAGE,
         record,
-        input_hash=_input_hash(hashes, captions.texts, config.caption, data),
+        input_hash=_input_hash(hashes | no_files, captions.texts, config.caption, data),
         seconds=seconds,
         figures={
             "images": len(files),

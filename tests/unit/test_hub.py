@@ -387,6 +387,12 @@ def test_what_fails_after_the_first_image_stays_itself(copy):
         draw()
 
 
+def test_a_base_without_text_encoders_is_not_planned(copy):
+    shutil.rmtree(copy / "text_encoder")
+    with pytest.raises(ModelError, match="has no text encoder"):
+        meta.text_encoders(ModelConfig(base=str(copy)))
+
+
 def fail(*_):
     raise ZeroDivisionError("not about a file")
 
