@@ -49,7 +49,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    _open_missing_streams()
+    _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -65,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, debug)
 
 
-def _open_missing_streams() -> None:
-    """Put /dev/null where a service started us without a standard stream: the next file would take its number."""
+def _prepare_streams() -> None:
+    """Put /dev/null where a service started us without a standard stream: the next file would take its number. What a
+    stream's encoding lacks (latin-1, ASCII) becomes a question mark."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -74,6 +75,8 @@ def _open_missing_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # as stderr: a `?` ends no run
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _answer(words: list[str], debug: bool) -> int:

@@ -24,7 +24,7 @@ LEFTOVERS = {
     "": r"(\.lock|trained_on|restarted)\.json|(metrics|dataset)\.jsonl|config\.yaml|report\.html|adapter|samples",
     "receipts": r"\w+\.json",
     "checkpoints": r"step-\d{6,}",
-    "samples_more": r"[0-9a-f]{8}",
+    "samples_more": r"(\w[\w-]*-)?[0-9a-f]{6,8}",
 }
 """What is written in a run folder under a temporary name first, by sub-folder."""
 SECTIONS = ("model", "caption", "lora", "sample")  # of config.yaml, as far as they are read again

@@ -39,6 +39,16 @@ def python(*words: str, cwd: Path | None = None, **environment: str) -> subproce
     )
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437"])
+def test_a_terminal_that_lacks_letters_ends_no_command(workdir: Path, encoding: str) -> None:
+    """`→`, `×` and the user's own words are on the screen of most commands."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    words = [sys.executable, "-m", "finetune", "train", "conf=smoke", "caption.trigger=猫 ä", "--cfg", "job"]
+    ended = subprocess.run(words, capture_output=True, cwd=workdir, env=environment, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"trigger: " in ended.stdout
+
+
 @pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
 def test_a_command_without_standard_streams_keeps_its_exit_code(closed: str) -> None:
     line = f"exec {shlex.quote(sys.executable)} -m finetune plan conf=nobody {closed}"
@@ -351,6 +361,23 @@ def test_multirun_stops_at_an_interruption(finetune_cli: Cli, workdir: Path, mon
     monkeypatch.setattr(api, "caption", caption)
     assert finetune_cli("caption", "conf=smoke", "seed=1,2", "-m").code == 143
     assert seen == [1]
+
+
+def test_a_sweep_ends_with_a_table_of_its_runs(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def train(config: Config) -> Result:
+        if config.seed == 2:
+            raise errors.DataError("no images")
+        return _result()
+
+    monkeypatch.setattr(api, "train", train)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
+    answer = finetune_cli("train", "conf=smoke", "seed=1,2", "run_dir=mine", "-m")
+    table = [line.split() for line in answer.out.splitlines() if line.startswith(("settings", "seed="))]
+    assert table[0] == ["settings", "loss", "validation", "folder"]
+    assert [(row[0], row[-1]) for row in table[1:]] == [(f"seed={n}", f"mine/smoke/seed={n}") for n in (1, 2)]
+    assert "failed" in table[2]
 
 
 # -- what a command leaves on the screen ---------------------------------------------------------------------------

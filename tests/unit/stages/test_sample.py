@@ -4,8 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from finetune.run.atomic import remove_leftovers
 from finetune.run.receipts import load_receipt
 from finetune.run.records import Adapter
+from finetune.run.rundir import LEFTOVERS
 from finetune.stages.export import export
 from finetune.stages.sample import sample
 from finetune.stages.train import train
@@ -36,3 +38,14 @@ def test_what_a_person_put_beside_the_samples_is_kept_when_they_are_made_again(s
     assert not (folder / "favourite.png").exists()
     kept = [path for path in Path(config.run_dir, "samples-kept-1").rglob("*") if path.is_file()]
     assert [(path.name, path.read_text()) for path in kept] == [("favourite.png", "an image")]
+
+
+@pytest.mark.parametrize("prompt", ["A big, red robot!", "猫 im Schnee", "?", "x" * 100])
+def test_what_a_kill_leaves_of_own_samples_is_known_by_its_name(setting: Setting, prompt: str) -> None:
+    config = setting.config
+    config.sample.prompts = [prompt]
+    folder = Path(sample(config, export(config, train(config, setting.dataset)), own=False).folder)
+    left = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(left)
+    remove_leftovers(Path(config.run_dir), LEFTOVERS)
+    assert not left.exists()
