@@ -20,7 +20,7 @@ from finetune.data.images import colour
 from finetune.data.images.buckets import Bucket, centre_crop
 from finetune.errors import DataError
 from finetune.reading import require_size
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 
 # Named, because Pillow would otherwise hand an EPS that is called .png to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA")
@@ -145,7 +145,8 @@ def report_bad(problems: Sequence[str], *, skip: bool) -> None:
     if not skip:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise DataError(
-            f"{len(problems)} unreadable images; fix or remove them, or skip them with data.skip_bad=true:{listed}"
+            f"{plural(len(problems), 'unreadable image')}; fix or remove what is listed, or skip it with "
+            f"data.skip_bad=true:{listed}"
         )
     for problem in problems:
         say(f"warning: left out {problem}")

@@ -308,7 +308,7 @@ def spoil(config):
 
 def test_all_bad_images_are_named_before_any_work(config, no_captioner):
     spoil(config)
-    with pytest.raises(DataError, match=r"2 unreadable images") as error:
+    with pytest.raises(DataError, match=r"2 unreadable images; fix") as error:
         caption(config)
     assert "0.png: is empty" in str(error.value)
     assert "2.png: is" in str(error.value)
@@ -348,7 +348,10 @@ def test_a_folder_that_cannot_be_written_is_said_first(config, no_captioner, mon
 def test_unreadable_formats_are_mentioned(config, capsys):
     (stage.Path(config.data.folder) / "phone.heic").write_bytes(b"x")
     caption(config)
-    assert "warning: left out 1 image in formats that can't be read, first phone.heic" in capsys.readouterr().err
+    assert (
+        "warning: left out 1 image in formats that can't be read, first phone.heic; save such images as JPEG"
+        in capsys.readouterr().err
+    )
 
 
 def test_missing_captioner_is_said_quickly(config):
