@@ -1,9 +1,11 @@
 """What people type in place of a setting, and what to type instead."""
 
+import os
 import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
 from finetune.config import describe, other_tools, recipes
 from finetune.config.spelling import setting
@@ -99,6 +101,10 @@ def _meant(before: str, strays: Sequence[str]) -> str:
     written = "settings are written key=value, such as "
     if text in recipes.recipe_files():
         return f"{written}{recipes.GROUP}={text}"
+    if text.endswith((".yaml", ".yml")) and Path(text).stem in recipes.recipe_files():
+        return f"{written}{recipes.GROUP}={Path(text).stem}"
+    if os.path.exists(text):  # noqa: PTH110 - a text may be longer than a path
+        return f"{written}{_intended('data.folder' if Path(text).is_dir() else 'data.file', text)}"
     name, _, value = text.replace(":", " ", 1).partition(" ")
     if value.strip() and (meant := _key(name)):
         return written + _intended(meant, value.strip())
