@@ -74,6 +74,8 @@ def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
         return receipt
     except FileNotFoundError:
         return None
+    except PermissionError:  # whole, and not to be deleted
+        raise
     except UNREADABLE as error:
         raise _damaged(run_dir, stage, error) from error
 

@@ -69,7 +69,9 @@ def explained(folder: Path, hint: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise OutOfMemory(f"out of memory; {hint}") from error
         if isinstance(error, OSError) and (file := _file_inside(folder, error)):
-            raise RunError(f"cannot use {file} ({error.strerror}); restore it from a copy, or delete it") from error
+            whole = isinstance(error, PermissionError)
+            way = "make it yours (chown), or readable (chmod)" if whole else "restore it from a copy, or delete it"
+            raise RunError(f"cannot use {file} ({error.strerror}); {way}") from error
         raise
 
 
