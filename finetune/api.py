@@ -134,7 +134,7 @@ def _stage(command: str, recipe: str | Config, overrides: Overrides = ()) -> Any
 @contextmanager
 def _begun(command: str, recipe: str | Config, overrides: Overrides) -> Iterator[Config]:
     """The checked configuration; inside, the command has of the run folder what its row says."""
-    with libraries.quiet_in_notebook():
+    with libraries.quiet_where_typed():
         row = COMMANDS[command]
         taken_warnings()  # of a command that failed
         config = _config(recipe, overrides, needs_prompts=row.needs_prompts)

@@ -4,9 +4,10 @@ argv -> command + Hydra job. Help, completion of commands and every error are an
 imported; a FinetuneError becomes one line a problem on stderr and the exit code of its class.
 """
 
+import contextlib
+import io
 import logging
 import os
-import re
 import shlex
 import sys
 import textwrap
@@ -30,6 +31,16 @@ FLAGS = {
     **dict.fromkeys(("--help", "-h", "--multirun", "-m", "--run", "-r", "--resolve"), False),
     **dict.fromkeys(("--cfg", "-c", "--package", "-p", "--info", "-i"), True),
 }
+# Hydra's own function expands `$(…)` in the names that it offers.
+# Where nothing is offered, bash completes a path: behind `=`, and quoted as it needs.
+BASH_INSTALL = """\
+_finetune_completion() {
+    mapfile -t COMPREPLY < <(COMP_LINE=$COMP_LINE COMP_POINT=$COMP_POINT COMP_WORDBREAKS=$COMP_WORDBREAKS \\
+        "$1" -sc query=bash 2>/dev/null)
+}
+[[ $COMP_WORDBREAKS == *=* ]] || COMP_WORDBREAKS+="="
+complete -o nospace -o default -F _finetune_completion finetune"""
+BASH_UNINSTALL = "complete -r finetune; unset -f _finetune_completion"
 COMPLETION_FLAGS = ("-sc", "--shell-completion", "--shell_completion")
 WIDTH = 80  # columns of the help
 LONGEST_ERROR = 2000  # characters of a line
@@ -38,7 +49,7 @@ INTERRUPTED = 130  # 128 + SIGINT, as shells count
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run a command line; returns the exit code."""
-    _open_missing_streams()
+    _prepare_streams()
     words = list(sys.argv[1:] if argv is None else argv)
     debug = "--debug" in words
     words = [word for word in words if word != "--debug"]
@@ -54,8 +65,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _complain(error, debug)
 
 
-def _open_missing_streams() -> None:
-    """Put /dev/null where a service started us without a standard stream: the next file would take its number."""
+def _prepare_streams() -> None:
+    """Put /dev/null where a service started us without a standard stream: the next file would take its number. What a
+    stream's encoding lacks (latin-1, ASCII) becomes a question mark."""
     for number in range(3):
         try:
             os.fstat(number)
@@ -63,6 +75,8 @@ def _open_missing_streams() -> None:
             os.set_inheritable(os.open(os.devnull, os.O_RDWR), True)  # takes the lowest free number, which is this one
     sys.stdout = sys.stdout or os.fdopen(1, "w", encoding="utf-8")
     sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper) and sys.stdout.errors == "strict":  # as stderr: a `?` ends no run
+        sys.stdout.reconfigure(errors="replace")
 
 
 def _answer(words: list[str], debug: bool) -> int:
@@ -278,44 +292,58 @@ def _quieten(debug: bool) -> None:
 
 
 def _complete(words: list[str]) -> int:
-    """Shell completion: commands from here, everything behind a command from Hydra.
+    """Shell completion: commands from here, everything behind a command from Hydra, paths from bash itself.
 
     Hydra knows no sub-commands: the command word is taken out of the line, and a recipe is put in where none is named
     yet, because without one Hydra can't compose and would offer no keys.
     """
-    line = os.environ.get("COMP_LINE", "")
-    typed = line.split()[1:]
-    new_word = line.endswith(" ")
-    if "query=bash" in words and (not typed or (len(typed) == 1 and not new_word)):
-        prefix = typed[0] if typed else ""
-        print(" ".join(name for name in [*COMMANDS, "--help", "--version"] if name.startswith(prefix)))
+    if "install=bash" in words:
+        print(BASH_INSTALL)
         return 0
+    if "uninstall=bash" in words:
+        print(BASH_UNINSTALL)
+        return 0
+    line = os.environ.get("COMP_LINE", "")
+    line = line.encode()[: int(os.environ.get("COMP_POINT") or len(line.encode()))].decode(errors="ignore")
+    typed = line.split()[1:]
+    done, last = (typed, "") if line.endswith(" ") or not typed else (typed[:-1], typed[-1])
+    for offered in _offered(words, done, last):
+        # bash replaces what stands behind the last of these characters.
+        print(offered[max(last.rfind(each) for each in os.environ.get("COMP_WORDBREAKS", " ")) + 1 :])
+    return 0
+
+
+def _offered(words: list[str], done: Sequence[str], last: str) -> Sequence[str]:
+    """What `last`, the word at the cursor, may become."""
+    if not done:
+        return [name for name in [*COMMANDS, "--help", "--version"] if name.startswith(last)]
     from hydra import main as hydra_main
 
     from finetune.config import compose
 
-    key, sign, text = ("" if new_word else (typed or [""])[-1]).partition("=")
+    key, sign, text = last.partition("=")
     if sign and key in typed_text.PATHS:
-        print(" ".join(f"{key}={path}" for path in _paths(text)))
-        return 0
-    done, last = (typed[1:], "") if new_word else (typed[1:-1], typed[-1] if typed else "")
-    if not any(word.startswith("conf=") for word in typed) and not "conf=".startswith(last or "-"):
+        return [] if "query=bash" in words else [f"{key}={path}" for path in _paths(text)]
+    done = list(done[1:])
+    if not any(word.startswith("conf=") for word in (*done, last)) and not "conf=".startswith(last or "-"):
         done = [f"conf={next(iter(recipes.recipe_files()))}", *done]
     os.environ["COMP_LINE"] = " ".join(["finetune", *done, last])
+    os.environ.pop("COMP_POINT", None)
     before, sys.argv = sys.argv, [sys.argv[0], *words]
+    out = io.StringIO()
     try:
-        with compose.registered():
+        with compose.registered(), contextlib.redirect_stdout(out):
             hydra_main(version_base="1.3", config_path=compose.SEARCH_PATH, config_name="config")(lambda tree: None)()
     finally:
         sys.argv = before
-    return 0
+    return out.getvalue().split()
 
 
 def _paths(text: str) -> Iterator[str]:
-    """Files and folders whose path begins like this. Those with spaces are left out: they would be several words."""
+    """Files and folders whose path begins like this."""
     above, slash, name = text.rpartition("/")
     folder = Path(f"{above}{slash}" or ".").expanduser()
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         hidden = path.name.startswith(".") and not name.startswith(".")
-        if path.name.startswith(name) and not hidden and not re.search(r"\s", path.name):
+        if path.name.startswith(name) and not hidden:
             yield f"{above}{slash}{path.name}{'/' if path.is_dir() else ''}"

@@ -18,6 +18,8 @@ import sys
 # What errors of other classes say: CUDA outside torch's allocator and CUDA's libraries, and torch's allocator on a CPU.
 GPU_OUT_OF_MEMORY = ("CUDA error: out of memory", "CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED")
 CPU_OUT_OF_MEMORY = "DefaultCPUAllocator: can't allocate memory"
+GPU_FAILURE = ("CUDA error", "CUBLAS_STATUS_", "CUDNN_STATUS_", "cuDNN error", "HIP error", "NCCL error")
+"""What errors of a GPU, its driver or its libraries say, whatever was computed."""
 
 
 class FinetuneError(Exception):
@@ -94,3 +96,11 @@ def is_gpu_out_of_memory(error: BaseException) -> bool:
     if torch is not None and isinstance(error, torch.OutOfMemoryError):
         return True
     return any(words in str(error) for words in GPU_OUT_OF_MEMORY)
+
+
+def is_gpu_failure(error: BaseException) -> bool:
+    """Whether a GPU, its driver or its libraries failed: no file is to blame."""
+    torch = sys.modules.get("torch")
+    if torch is not None and isinstance(error, torch.AcceleratorError):
+        return True
+    return any(words in str(error) for words in GPU_FAILURE)

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import FinetuneError, ModelError, is_out_of_memory
+from finetune.errors import FinetuneError, ModelError, is_gpu_failure, is_out_of_memory
 from finetune.reading import TEXTS, damage, read_text, require_whole
 from finetune.run import libraries
 from finetune.run.hashing import known_hash
@@ -57,6 +57,7 @@ def resolve(reference: str) -> Path | str:
     if reference and path.is_dir():
         return path
     if path.is_file():
+        _refuse_gguf(path)
         raise ModelError(
             f"{reference} is a single file, which only image models with a preset of their architecture are read "
             "from (model=sd15, model=sdxl, …); name the folder with its config files instead"
@@ -80,8 +81,7 @@ def single_file(reference: str) -> Path | None:
         return None
     if not path.is_file():
         raise ModelError(f"there is no file {reference}; download it, and type model.base= and where it lies")
-    if suffix == ".gguf":
-        raise ModelError(f"{path} is quantised for inference (GGUF); get the same model as .safetensors in 16 bit")
+    _refuse_gguf(path)
     if suffix != ".safetensors":
         code = PICKLE_WAY_OUT.format(old=str(path), new=str(path.with_suffix(".safetensors")))
         raise ModelError(
@@ -93,6 +93,11 @@ def single_file(reference: str) -> Path | None:
     return path
 
 
+def _refuse_gguf(path: Path) -> None:
+    if path.suffix.lower() == ".gguf":
+        raise ModelError(f"{path} is quantised for inference (GGUF); get the same model as .safetensors in 16 bit")
+
+
 def require(reference: str, *names: str) -> None:
     """Raises ModelError if the reference is a local folder in which none of these files says what model is there.
 
@@ -100,6 +105,8 @@ def require(reference: str, *names: str) -> None:
     """
     source, wanted = resolve(reference), names or MODEL_FILES
     if isinstance(source, Path) and not any((source / name).is_file() for name in wanted):
+        for quantised in sorted(source.glob("*.gguf")):
+            _refuse_gguf(quantised)
         kinds = " and no ".join(f"{name} (of {MODEL_FILES[name]})" for name in wanted)
         raise ModelError(
             f"the folder {reference} holds no {kinds}; name the folder that does, in the ordinary Hugging Face layout, "
@@ -213,16 +220,17 @@ def explained(message: Callable[[str], str]) -> Iterator[None]:
     """Around what libraries read and make of a model's files: whatever they raise becomes a ModelError.
 
     They check little of what they read, so that a damaged or odd file may raise anything. message: what is said for a
-    reason. Errors that are ours, and a lack of memory, pass.
+    reason. Errors that are ours, a lack of memory, and a GPU that fails pass.
     """
     try:
         yield
     except FinetuneError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_gpu_failure(error):
             raise
-        reason = " ".join(str(error).split())[:REASON] or type(error).__name__
+        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        reason = " ".join(said.split())[:REASON] or type(error).__name__
         raise ModelError(message(reason)) from error
 
 

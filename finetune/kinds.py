@@ -28,7 +28,8 @@ class Kind(Protocol):
     SAMPLES: type[Samples] | type[Answers]
 
     def require(self, config: Config, device: "torch.device") -> None:
-        """Raises ConfigError for a model that can't be trained on the device, or exported as asked; loads nothing."""
+        """Raises ConfigError for a model that can't be trained on the device, or exported as asked, ModelError for one
+        that is not there; loads nothing."""
         ...
 
     def dataset_inputs(self, config: Config, captions: CaptionSet | None) -> list[Any]:

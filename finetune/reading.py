@@ -1,8 +1,9 @@
-"""What is looked at before a file is read: its size, and the header of weights."""
+"""What is looked at before a file is read: whether it is one, its size, and the header of weights."""
 
 import errno
 import json
 import os
+import stat
 from pathlib import Path
 
 from finetune.errors import ModelError
@@ -18,8 +19,22 @@ def read_text(path: Path) -> str:
     return path.read_text(encoding="utf-8")
 
 
+def read_bytes(path: Path) -> bytes:
+    """A whole file. Raises OSError, also for what is no file."""
+    require_file(path)
+    return path.read_bytes()
+
+
+def require_file(path: Path) -> None:
+    """Raises OSError for what isn't there, and for what has no end or is there only once: a pipe, socket or device."""
+    mode = path.stat().st_mode
+    if not stat.S_ISREG(mode) and not stat.S_ISDIR(mode):  # opening a folder says what it is
+        raise OSError(errno.EINVAL, "it is a pipe, socket or device, and no file", str(path))
+
+
 def require_size(path: Path, most: int) -> None:
-    """Raises OSError for a file of more bytes, or one that isn't there."""
+    """Raises OSError for a file of more bytes, for what is no file, and for what isn't there."""
+    require_file(path)
     if path.stat().st_size > most:
         raise OSError(errno.EFBIG, os.strerror(errno.EFBIG), str(path))
 
@@ -28,6 +43,10 @@ def damage(file: Path) -> str:
     """What is wrong with a safetensors file (its header or its length); empty if nothing shows without reading all."""
     from safetensors import SafetensorError, safe_open
 
+    try:
+        require_file(file)
+    except OSError as error:
+        return error.strerror or str(error)
     size = file.stat().st_size
     with open(file, "rb") as stream:
         length = int.from_bytes(stream.read(8), "little")

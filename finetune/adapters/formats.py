@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from finetune import hub
 from finetune.adapters import lora
 from finetune.errors import ModelError
-from finetune.reading import read_text
+from finetune.reading import read_text, require_file
 
 # A text-only model loaded from one that also reads images keeps, in this attribute, the prefix that its layers have in
 # the full model. An adapter is exported under the full model's names, which is what everybody else loads.
@@ -74,7 +74,10 @@ def read_weights(path: Path) -> dict[str, Tensor]:
 
     if not path.exists():
         raise ModelError(f"{path} does not exist")
+    if path.suffix.lower() != ".safetensors":
+        raise ModelError(f"{path}: adapters are read from .safetensors files; get it in that format")
     with _explained(path):
+        require_file(path)
         tensors = load_file(path)
         for name, tensor in tensors.items():
             if tensor.is_floating_point() and not torch.isfinite(tensor.float()).all():

@@ -165,7 +165,8 @@ def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
     except Exception as error:  # a number of 5,000 digits, brackets in brackets, a link to itself, …
         mark = getattr(error, "problem_mark", None)
         where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or (str(error).splitlines() or [type(error).__name__])[0]
+        reason = getattr(error, "problem", None) or getattr(error, "strerror", None)
+        reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
         raise ConfigError(f"{recipes.shown(path)}{where} is not readable YAML: {reason}") from error
     return ({"name": path.stem} | tree if group == recipes.GROUP else tree), keys
 

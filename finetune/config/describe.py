@@ -18,6 +18,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
+from finetune.config import other_tools
 from finetune.config import schema as declared
 from finetune.config.rules import Rule
 from finetune.config.schema import Config
@@ -28,18 +29,7 @@ MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
 MEANT = {"trainer.activation_checkpointing": "0 (none), 1 (every block) or n (every n-th block)"}
 
 
-# What other tools call a key, or a value of an enum.
-ELSEWHERE = {
-    "learning_rate": "optim.lr",
-    "batch_size": "trainer.micro_batch",
-    "train_batch_size": "trainer.micro_batch",
-    "gradient_accumulation_steps": "trainer.accumulate",
-    "gradient_checkpointing": "trainer.activation_checkpointing",
-    "max_steps": "trainer.steps",
-    "max_train_steps": "trainer.steps",
-    "output": "run_dir",
-    "output_dir": "run_dir",
-}
+# What other tools call a value of an enum.
 SYNONYMS = {
     "gpu": "cuda",
     "float32": "fp32",
@@ -145,23 +135,33 @@ def _leaf_of(key: str) -> str | None:
 
 
 def _nearest(key: str) -> str:
+    note = other_tools.NOTES.get(key.rpartition(".")[2])
+    if note and not _near_siblings(key):
+        return note
     if near := nearest(key):
         return f"did you mean {near}?"
-    section = key.rpartition(".")[0]
-    siblings = [leaf for leaf in leaf_types() if section and leaf.startswith(f"{section}.")]
+    siblings = _siblings(key).values()
     return f"there are: {', '.join(siblings or [*sections(), 'seed', 'run_dir', 'name'])}"
 
 
 def nearest(key: str) -> str | None:
-    """The key that a wrong one is likest to: in its section, by its last name, or by its whole name."""
-    leaves = list(leaf_types())
-    section, _, name = key.rpartition(".")
-    siblings = {leaf.rpartition(".")[2]: leaf for leaf in leaves if section and leaf.startswith(f"{section}.")}
-    near = [siblings[leaf] for leaf in get_close_matches(name, siblings, n=1)]
+    """The key that a wrong one is likest to: in its section, by what other tools call it, by its last or whole name."""
+    leaves, name = list(leaf_types()), key.rpartition(".")[2]
+    near = _near_siblings(key) or ([other_tools.KEYS[name]] if name in other_tools.KEYS else [])
     near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == name]
-    near = near or ([ELSEWHERE[name]] if name in ELSEWHERE else [])
-    near = near or ([] if siblings else get_close_matches(key, [*leaves, *sections()], n=1))
+    near = near or ([] if _siblings(key) else get_close_matches(key, [*leaves, *sections()], n=1))
     return near[0] if near else None
+
+
+def _near_siblings(key: str) -> list[str]:
+    siblings = _siblings(key)
+    return [siblings[leaf] for leaf in get_close_matches(key.rpartition(".")[2], siblings, n=1)]
+
+
+def _siblings(key: str) -> dict[str, str]:
+    """The keys of a key's section, by their last names; none for a key without a section."""
+    section = key.rpartition(".")[0]
+    return {leaf.rpartition(".")[2]: leaf for leaf in leaf_types() if section and leaf.startswith(f"{section}.")}
 
 
 def value_problem(key: str, value: Any) -> str | None:

@@ -1,11 +1,13 @@
 """What people type in place of a setting, and what to type instead."""
 
+import os
 import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from pathlib import Path
 
-from finetune.config import describe, recipes
+from finetune.config import describe, other_tools, recipes
 from finetune.config.spelling import setting
 
 FLAG_LIKENESS = 0.8  # of a flag that is offered instead; less offers one that means something else
@@ -29,6 +31,8 @@ def flag_problem(flag: str, value: str, settings: Sequence[str], flags: Sequence
         return f"no flag called {flag}; type: {shlex.join(['finetune', 'plan', *settings])}"
     if near := get_close_matches(flag, flags, n=1, cutoff=FLAG_LIKENESS):
         return f"no flag called {flag}; did you mean {near[0]}?"
+    if note := other_tools.NOTES.get(name):
+        return f"no flag called {flag}; {note}"
     key = _key(name)
     if not key:
         return f"no flag called {flag}; see --help"
@@ -65,7 +69,11 @@ def stray_problems(words: Sequence[str]) -> Iterator[str]:
 def several(word: str) -> str:
     """What to say of a setting with several values where one run is to be made."""
     key, _, text = word.partition("=")
+    if problem := describe.key_problem(key):
+        return problem
     hint, one = describe.leaf_types().get(key), ""
+    if len(equal := set(text.split(","))) == 1:  # a width and a height
+        one = f"it takes one: {_intended(key, equal.pop())}; "
     if hint in (str, list[str]):
         whole = text.replace('"', "")
         one = f"if that is one text, quote it twice: {setting(key, whole if hint is str else [whole])}; "
@@ -93,6 +101,10 @@ def _meant(before: str, strays: Sequence[str]) -> str:
     written = "settings are written key=value, such as "
     if text in recipes.recipe_files():
         return f"{written}{recipes.GROUP}={text}"
+    if text.endswith((".yaml", ".yml")) and Path(text).stem in recipes.recipe_files():
+        return f"{written}{recipes.GROUP}={Path(text).stem}"
+    if os.path.exists(text):  # noqa: PTH110 - a text may be longer than a path
+        return f"{written}{_intended('data.folder' if Path(text).is_dir() else 'data.file', text)}"
     name, _, value = text.replace(":", " ", 1).partition(" ")
     if value.strip() and (meant := _key(name)):
         return written + _intended(meant, value.strip())

@@ -38,6 +38,11 @@ def at_least(least: int, example: Any = None, most: int = MOST) -> dict[str, Any
     return {"rule": Rule(f"be at least {least}", lambda value: value >= least, example, most)}
 
 
+def multiple_of(step: int, most: int) -> dict[str, Any]:
+    """The metadata of a number that some other one divides."""
+    return {"rule": Rule(f"be a multiple of {step}", lambda value: value >= step and value % step == 0, most=most)}
+
+
 POSITIVE = {"rule": Rule("be above 0", lambda value: value > 0, most=MOST)}
 SEEDS = must(
     "name at least one seed, none beyond 2^63-1",

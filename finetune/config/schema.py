@@ -7,7 +7,7 @@ field's metadata holds its rule and the kind of model that alone has it; `finetu
 from dataclasses import dataclass, field
 from enum import Enum
 
-from finetune.config.rules import LARGEST_SEED, POSITIVE, SEEDS, SHARE, at_least, is_file_name, must
+from finetune.config.rules import LARGEST_SEED, POSITIVE, SEEDS, SHARE, at_least, is_file_name, multiple_of, must
 
 DIFFUSION = {"kind": "diffusion"}
 LANGUAGE = {"kind": "language"}
@@ -141,8 +141,8 @@ class ModelConfig:
     """Preset name -> module name suffixes that get an adapter; `lora.targets` picks one."""
     resolution: int = field(default=128, metadata=DIFFUSION | at_least(1, most=16_384))
     """Side of the square whose area every bucket keeps, pixels."""
-    bucket_step: int = field(default=16, metadata=DIFFUSION | at_least(1, most=16_384))
-    """Bucket sides are multiples of this, pixels; VAE factor times what the UNet halves."""
+    bucket_step: int = field(default=16, metadata=DIFFUSION | multiple_of(16, most=16_384))
+    """Bucket sides are multiples of this, pixels; VAE factor (8) times patches, or what the UNet halves."""
     quantize: Quantize = Quantize.none
     """Storage of the frozen base: none (as it computes), int8 or nf4; less memory, a little slower and coarser."""
     offload: bool = False

@@ -95,8 +95,9 @@ class Blip:
     @torch.no_grad()
     def caption(self, images: Iterable[Image.Image]) -> list[str]:
         """See `Captioner`."""
+        opened = list(images)
         with hub.explained(lambda reason: f"the captioner {self.reference} doesn't work ({reason}); get it again"):
-            pixels = [self.processor(images=image, return_tensors="pt").pixel_values for image in images]
+            pixels = [self.processor(images=image, return_tensors="pt").pixel_values for image in opened]
             ids_BT = self.model.generate(
                 pixel_values=torch.cat(pixels).to(self.device, self.dtype), do_sample=False, **self.limits
             )

@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ModelConfig, Quantize
 from finetune.data.images import folder
-from finetune.diffusion import encode
+from finetune.diffusion import encode, single_file
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
 from finetune.diffusion.memory_model import DiffusionMemoryModel
@@ -38,6 +38,7 @@ def require(config: Config, device: torch.device) -> None:
     quantize = config.model.quantize
     if quantize is not Quantize.none and device.type != "cuda":  # diffusers quantises on GPUs alone
         raise ConfigError(f"model.quantize={quantize.name} of an image model needs a CUDA GPU; try model.quantize=none")
+    single_file.find(config.model)  # which refuses a base that is no image model, before images are captioned
 
 
 def contents(config: Config) -> dict[str, str]:

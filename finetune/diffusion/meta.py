@@ -12,6 +12,7 @@ from finetune import hub
 from finetune.config.schema import ModelConfig
 from finetune.diffusion.families import family
 from finetune.diffusion.objectives import Objective
+from finetune.errors import ModelError
 from finetune.memory import policy
 from finetune.planning.meta import on_meta
 
@@ -41,6 +42,8 @@ def text_encoders(model: ModelConfig) -> nn.ModuleDict:
                 loader: Any = getattr(transformers, index[part][1])
                 config = loader.config_class.from_pretrained(found / part)
                 encoders[part] = on_meta(partial(loader, config), dtype).eval()
+    if not encoders:
+        raise ModelError(f"{found} has no text encoder ({', '.join(spec.text_tokens)}); get the base again")
     return encoders
 
 

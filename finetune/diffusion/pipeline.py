@@ -6,7 +6,7 @@ B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text 
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
 
@@ -28,6 +28,7 @@ from finetune.run.progress import say
 
 CPU = torch.device("cpu")
 IMAGE_BATCH = 8
+PROOF_SIDE = 16  # latent pixels of a backbone's first pass
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
 
@@ -55,7 +56,7 @@ class TextEncoder:
     @torch.no_grad()
     def _read(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         # The libraries warn of each text that is cut; so do we, once and by file.
-        with libraries.without_warnings(), _working(self.base, "text encoders and tokenizers"):
+        with libraries.without_warnings(), _first_use(self.base, "text encoders and tokenizers"):
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
@@ -69,7 +70,7 @@ class TextEncoder:
         """The tail of `text` that the encoder never sees; empty if all of it fits."""
         tokenizer, limit = self.family.tokenizer_and_limit(self.pipeline)
         room = limit - tokenizer.num_special_tokens_to_add()
-        with _working(self.base, "tokenizer"):
+        with _first_use(self.base, "tokenizer"):
             ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
             return str(tokenizer.decode(ids[room:])).strip() if len(ids) > room else ""
 
@@ -88,7 +89,7 @@ class Vae:
 
         Training draws new latents from them in each epoch.
         """
-        with _working(self.base, "autoencoder"):
+        with _first_use(self.base, "autoencoder"):
             mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
         return [
             {"mean": mean.contiguous(), "std": std.contiguous()}
@@ -96,14 +97,29 @@ class Vae:
         ]
 
 
-def _working(base: str, parts: str) -> AbstractContextManager[None]:
+def _first_use(base: str, parts: str) -> AbstractContextManager[None]:
     """Around the first use of parts: damaged configurations load, and show when they are used."""
     return hub.explained(
         lambda reason: (
-            f"the {parts} of {base} don't work ({reason}); its files may be damaged or of different models: "
-            "get them again"
+            f"the {parts} of {base} failed ({reason}); its files may be damaged or of different models: get them again"
         )
     )
+
+
+@torch.no_grad()
+def prove_backbone(
+    model: ModelConfig, backbone: Any, latents_1Chw: Tensor, text: Text, device: torch.device, dtype: torch.dtype
+) -> None:
+    """One small pass with latents and a stacked caption of the base's own other parts, before anything is trained.
+
+    Raises ModelError if its configuration is damaged, or parts are of different models.
+    """
+    spec = family(model.family)
+    latents_1Chw = latents_1Chw[..., :PROOF_SIDE, :PROOF_SIDE].to(device)
+    text = {name: value.to(device, dtype) for name, value in text.items()}
+    autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
+    with _first_use(model.base, spec.backbone), autocast:
+        spec.predict(backbone, latents_1Chw, torch.full((1,), 500, device=device), text)
 
 
 def base_hash(model: ModelConfig, *parts: str) -> str:
@@ -286,7 +302,7 @@ class ImageSampler:
     def __init__(
         self, model: ModelConfig, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
     ) -> None:
-        self.family = family(model.family)
+        self.family, self.base = family(model.family), model.base
         encoder = TextEncoder(model, device)
         texts = [*prompts, negative]
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
@@ -296,6 +312,7 @@ class ImageSampler:
         self.vae = load_vae_model(model)
         parts = dict.fromkeys((self.family.backbone, *self.family.text_parts)) | {"vae": self.vae}
         self.pipeline = load_pipeline(model, parts)
+        self.proven = False
 
     def generate(
         self,
@@ -313,9 +330,14 @@ class ImageSampler:
         """
         if max(width, height) <= tiling.TILE:  # tiles would be the image
             self.adaptive_batch.fallbacks.clear()
-        return self.adaptive_batch.each(
-            lambda part: self._generate(backbone, part, width, height, steps, guidance), jobs
-        )
+        with (
+            nullcontext() if self.proven else _first_use(self.base, f"{self.family.backbone}, scheduler or autoencoder")
+        ):
+            images = self.adaptive_batch.each(
+                lambda part: self._generate(backbone, part, width, height, steps, guidance), jobs
+            )
+        self.proven = True
+        return images
 
     def _tile(self) -> None:
         say("the GPU is too small for an image; decoding in tiles")

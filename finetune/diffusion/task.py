@@ -13,15 +13,14 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune import hub
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
 from finetune.data import order
 from finetune.data.cache import read
 from finetune.diffusion.families import family
-from finetune.diffusion.families.spec import FamilySpec
+from finetune.diffusion.families.spec import FamilySpec, stacked
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
-from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler, read_adapter
+from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler, prove_backbone, read_adapter
 from finetune.memory import activation_offload, checkpointing, fallbacks
 from finetune.memory.device import usable_bytes
 from finetune.run import ranks
@@ -72,6 +71,8 @@ class DiffusionTask:
         self.objective = self.family.objective(load_scheduler(model))
         self.image_sampler = self._make_image_sampler(model)
         backbone: Any = load_backbone(model, dtype, device, vram_gib=vram_gib)
+        first = self.read(Path(self.training[0].latents))["mean"][None]
+        prove_backbone(model, backbone, first, stacked([self.read(self.empty_text)]), device, dtype)
         checkpointing.set_checkpointing(backbone, activation_checkpointing)
         self.model: nn.Module = lora_layers.inject(backbone, lora, model.lora_targets[lora.targets], seed=seed)
         self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
@@ -202,8 +203,7 @@ def predict(
     text = {  # large text encoders write bf16 whatever the backbone computes in
         name.removeprefix(TEXT): value.to(dtype) for name, value in tensors.items() if name.startswith(TEXT)
     }
-    with hub.explained(lambda reason: f"the {spec.backbone} of the base doesn't work ({reason}); get the base again"):
-        return spec.predict(model, noisy_BChw, tensors["timesteps"], text)
+    return spec.predict(model, noisy_BChw, tensors["timesteps"], text)
 
 
 def replayable(model: ModelConfig) -> bool:

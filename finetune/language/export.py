@@ -217,6 +217,7 @@ def check_formats(model: ModelConfig, lora: LoraConfig, formats: Sequence[Export
     """The base's configuration. Raises ConfigError if one of the formats can't be had for it: ask early."""
     from transformers import AutoConfig
 
+    hub.require(model.base, "config.json")
     base = hub.load(AutoConfig, model.base)
     if ExportFormat.gguf in formats:
         gguf_file.require(base.get_text_config(), dora=lora.dora, added_tokens=bool(model.added_tokens))

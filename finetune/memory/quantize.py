@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config.schema import ModelConfig, Quantize
-from finetune.errors import ModelError
+from finetune.errors import ModelError, is_out_of_memory
 
 NF4_BLOCK = 64  # weights that share a scale (arXiv 2305.14314, §3)
 
@@ -36,6 +36,8 @@ def prove(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
         layer = bnb.nn.Linear4bit(64, 64) if four else bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)
         layer.to(device)(torch.zeros(1, 64, device=device, dtype=dtype, requires_grad=True)).sum().backward()
     except (ImportError, OSError, RuntimeError, AttributeError, AssertionError) as error:
+        if is_out_of_memory(error):
+            raise
         raise ModelError(
             f"model.quantize={model.quantize.name} does not work on this {device.type} "
             f"({' '.join(str(error).split())[:200]}); try model.quantize=none"

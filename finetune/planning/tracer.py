@@ -28,6 +28,7 @@ from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
+from finetune import hub
 from finetune.errors import ModelError
 from finetune.memory.device import allocated_bytes
 from finetune.planning.shape_cache import CPU, Shapes
@@ -160,7 +161,7 @@ class Tracer:
 
     def shape(self, work: Callable[[], Tensor]) -> torch.Size:
         """The shape of what `work` gives, without a trace."""
-        with torch.no_grad(), self.mode:
+        with _failures_named(), torch.no_grad(), self.mode:
             return work().shape
 
     def autocast(self) -> torch.autocast:
@@ -173,21 +174,29 @@ class Tracer:
         collecting = gc.isenabled()
         gc.disable()  # nothing here waits for it, and it would look through every object of the graph again and again
         try:
-            with self.mode, meter, _like_cuda() if self.like_cuda else nullcontext():
+            with _failures_named(), self.mode, meter, _like_cuda() if self.like_cuda else nullcontext():
                 meter.hold("adapters", (parameter for parameter in model.parameters() if parameter.requires_grad))
                 meter.hold("weights", [*model.parameters(), *model.buffers()])
                 for name, size in (held or {}).items():
                     meter.held[name] = meter.held.get(name, 0.0) + size
                     meter.live += size
                 yield meter
+        finally:
+            if collecting:
+                gc.enable()
+
+
+@contextmanager
+def _failures_named() -> Iterator[None]:
+    """Whatever a base raises without its numbers, as a ModelError."""
+    with hub.explained(lambda reason: f"this base can't be planned ({reason}); its configuration may be damaged"):
+        try:
+            yield
         except UNTRACEABLE as error:
             raise ModelError(
                 f"this base can't be planned: it goes by its numbers, which a plan doesn't have ({error}); "
                 "train tries its worst step all the same"
             ) from error
-        finally:
-            if collecting:
-                gc.enable()
 
 
 def extrapolated(one: Trace, two: Trace, micro_batches: tuple[int, int], wanted: int) -> Trace:

@@ -8,8 +8,11 @@ from pathlib import Path
 
 from PIL import Image, ImageOps
 
+from finetune.reading import require_file
+
 LOSSLESS_SIDE = 160  # pixels; up to here a PNG is small, and JPEG would show its blocks
 JPEG_QUALITY = 86
+
 NOT_SHOWN = (OSError, ValueError, SyntaxError, Image.DecompressionBombError)
 """What reading a damaged image may raise; UnidentifiedImageError is an OSError."""
 
@@ -25,6 +28,7 @@ def image_html(file: Path, side: int, described: str) -> str:
 def data_uri(file: Path, side: int) -> str | None:
     """The image, upright and at most `side` pixels wide and high, as a data URI; None if it can't be read."""
     try:
+        require_file(file)
         with Image.open(file) as opened:
             opened.draft("RGB", (side, side))  # JPEGs are decoded at a reduced size: ten times as fast
             image = _on_white(ImageOps.exif_transpose(opened))

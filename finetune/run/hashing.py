@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import RunError
+from finetune.reading import read_bytes, require_file
 from finetune.run.atomic import write_atomically
 
 # A file that is written twice within one tick of the file system's clock shows the same times (git calls it "racy").
@@ -32,6 +33,7 @@ def hash_of(*values: Any) -> str:
 
 def hash_file(path: Path) -> str:
     """Hash of a file's content. Raises OSError where it can't be read."""
+    require_file(path)
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
@@ -84,7 +86,7 @@ def known_hash(path: Path, memory: Path) -> str:
 def _remembered(memory: Path) -> dict[str, list[Any]]:
     """Path -> stamp and hash; none where nothing is remembered or the file is damaged."""
     try:
-        checksum, rows = json.loads(memory.read_bytes())
+        checksum, rows = json.loads(read_bytes(memory))
     except (OSError, ValueError, TypeError):
         return {}
     return dict(rows) if checksum == hash_of(rows) else {}

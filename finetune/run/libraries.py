@@ -34,9 +34,9 @@ def quieten() -> None:
 
 
 @contextmanager
-def quiet_in_notebook() -> Iterator[None]:
-    """In a notebook, `quieten` while the block runs; an application around us keeps its own way."""
-    if not in_notebook():
+def quiet_where_typed() -> Iterator[None]:
+    """In a notebook and at Python's prompt, `quieten` while the block runs; an application keeps its own way."""
+    if not in_notebook() and not hasattr(sys, "ps1"):
         yield
         return
     shown, before = warnings.formatwarning, {name: os.environ.get(name) for name in VARIABLES}

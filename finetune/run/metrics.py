@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.reading import read_bytes
 from finetune.run.plain import UNREADABLE
 from finetune.run.progress import plural, say
 from finetune.run.records import METRICS
@@ -28,7 +29,7 @@ def read_rows(run_dir: Path) -> list[Row]:
     """Every whole line; none without the file. Damaged ones are reported, save a last one that a kill cut short."""
     file = run_dir / METRICS
     try:
-        *lines, cut = file.read_bytes().decode(errors="replace").split("\n")
+        *lines, cut = read_bytes(file).decode(errors="replace").split("\n")
     except FileNotFoundError:
         return []
     except OSError as error:

@@ -3,12 +3,14 @@
 A file is hashed again only if its size or one of its times has changed, so a look at a large adapter costs nothing.
 """
 
+import itertools
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePath
 
 from finetune.run.hashing import Stamp, hash_file, stamp_of, trusted
+from finetune.run.progress import plural, say
 
 
 @dataclass(frozen=True)
@@ -37,6 +39,43 @@ def compare(run_dir: Path, noted: Mapping[str, Output]) -> tuple[str, dict[str, 
     found = {name: _again(run_dir / name, output) for name, output in noted.items()}
     changed = [name for name, output in noted.items() if found[name].sha256 != output.sha256]
     return (f"{changed[0]} has changed", {}) if changed else ("", found)
+
+
+def set_aside_changed(run_dir: Path, folder: Path, noted: Mapping[str, Output], replacement: Path) -> None:
+    """Move the files of `folder`, which is to be replaced, that are neither as they were noted nor as in `replacement`:
+    a person may have changed or added them.
+
+    They go to a folder beside it, `FOLDER-kept-N/`, which is said. Raises OSError.
+    """
+    changed = [
+        file
+        for file in (sorted(_files(folder)) if folder.is_dir() else [])
+        if not _is_noted(run_dir, file, noted) and not _equal(file, replacement / file.relative_to(folder))
+    ]
+    if not changed:
+        return
+    target = free_name(folder.with_name(f"{folder.name}-kept"))
+    for file in changed:
+        moved = target / file.relative_to(folder)
+        moved.parent.mkdir(parents=True, exist_ok=True)
+        file.rename(moved)
+    first = changed[0].relative_to(run_dir)
+    say(f"{plural(len(changed), 'file')} changed or added since {folder} was made, first {first}: now in {target}")
+
+
+def free_name(path: Path) -> Path:
+    """`path` with a number in front of its suffix that makes it a new name."""
+    names = (path.with_name(f"{path.stem}-{number}{path.suffix}") for number in itertools.count(1))
+    return next(name for name in names if not name.exists())
+
+
+def _is_noted(run_dir: Path, file: Path, noted: Mapping[str, Output]) -> bool:
+    output = noted.get(file.relative_to(run_dir).as_posix())
+    return output is not None and _again(file, output).sha256 == output.sha256
+
+
+def _equal(one: Path, other: Path) -> bool:
+    return other.is_file() and one.stat().st_size == other.stat().st_size and hash_file(one) == hash_file(other)
 
 
 def _files(path: Path) -> Iterator[Path]:

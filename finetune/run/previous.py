@@ -55,7 +55,7 @@ def restart(run_dir: Path, input_hash: str) -> None:
     """
     file = run_dir / RESTARTED
     begun = json.dumps(input_hash) + "\n"
-    same = file.exists() and file.read_text(encoding="utf-8", errors="replace") == begun
+    same = file.is_file() and file.read_text(encoding="utf-8", errors="replace") == begun
     if same and not receipt_path(run_dir, "report").exists():
         say(f"train: this run began with trainer.restart and goes on; to begin again delete {run_dir}/checkpoints")
         return

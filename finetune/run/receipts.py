@@ -14,6 +14,7 @@ from typing import Any, TypeVar
 
 from finetune.errors import RunError
 from finetune.reading import read_text
+from finetune.run import outputs as output_files
 from finetune.run import ranks
 from finetune.run.atomic import write_atomically
 from finetune.run.outputs import Output, compare, outputs_of
@@ -29,7 +30,7 @@ Figures = dict[str, float | int | str | None]
 @dataclass(frozen=True)
 class Receipt:
     """Why and how a stage ran: `figures` are what it measured, `outputs` its files by their path in the run folder,
-    `warnings` what it warned of."""
+    `editable` those that a person may change, `warnings` what it warned of."""
 
     stage: str
     input_hash: str
@@ -38,6 +39,7 @@ class Receipt:
     versions: dict[str, str]
     record: dict[str, Any]
     outputs: dict[str, Output] = field(default_factory=dict)
+    editable: dict[str, Output] = field(default_factory=dict)
     warnings: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -53,11 +55,13 @@ def save_receipt(
     seconds: float,
     figures: Figures,
     outputs: Iterable[Path] = (),
+    editable: Iterable[Path] = (),
 ) -> None:
-    """Write `receipts/STAGE.json` atomically. outputs: files and folders in the run folder that the stage left."""
+    """Write `receipts/STAGE.json` atomically. outputs: files and folders in the run folder that the stage left;
+    editable: files too, and the stage is up to date whatever becomes of them."""
     values = inside(type(record), asdict(record))
-    found = outputs_of(run_dir, outputs)
-    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), values, found, taken_warnings()))
+    found, free = outputs_of(run_dir, outputs), outputs_of(run_dir, editable)
+    _write(run_dir, Receipt(stage, input_hash, seconds, figures, versions(), values, found, free, taken_warnings()))
 
 
 def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
@@ -70,6 +74,8 @@ def load_receipt(run_dir: Path, stage: str) -> Receipt | None:
         return receipt
     except FileNotFoundError:
         return None
+    except PermissionError:  # whole, and not to be deleted
+        raise
     except UNREADABLE as error:
         raise _damaged(run_dir, stage, error) from error
 
@@ -124,6 +130,16 @@ def load_record(
     if known != receipt and ranks.rank() == 0:
         _write(run_dir, known)
     return record
+
+
+def set_aside_changed(run_dir: Path, stage: str, folder: Path, replacement: Path) -> None:
+    """Keep what a person changed in or added to the stage's folder, which `replacement` is to replace; see `outputs`.
+
+    Raises RunError for a damaged receipt, OSError.
+    """
+    receipt = load_receipt(run_dir, stage)
+    noted = receipt.outputs | receipt.editable if receipt else {}
+    output_files.set_aside_changed(run_dir, folder, noted, replacement)
 
 
 def _damaged(run_dir: Path, stage: str, error: Exception) -> RunError:

@@ -9,9 +9,11 @@ is not said here but in `finetune.reporting`.
 import json
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import ClassVar, TypeVar
 
 from finetune.errors import RunError
+from finetune.reading import require_file
 from finetune.run.hashing import hash_of
 from finetune.run.plain import UNREADABLE, first_line, from_plain, require_duration, require_names
 
@@ -84,6 +86,7 @@ class Dataset:
     def examples(self) -> Iterator[Example]:
         """Every example in the index's order (sorted by file name). Raises RunError for an index that is damaged."""
         try:
+            require_file(Path(self.index))
             with open(self.index, encoding="utf-8") as lines:
                 for line in lines:
                     yield from_plain(Example, json.loads(line))

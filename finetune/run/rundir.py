@@ -24,7 +24,7 @@ LEFTOVERS = {
     "": r"(\.lock|trained_on|restarted)\.json|(metrics|dataset)\.jsonl|config\.yaml|report\.html|adapter|samples",
     "receipts": r"\w+\.json",
     "checkpoints": r"step-\d{6,}",
-    "samples_more": r"[0-9a-f]{8}",
+    "samples_more": r"(\w[\w-]*-)?[0-9a-f]{6,8}",
 }
 """What is written in a run folder under a temporary name first, by sub-folder."""
 SECTIONS = ("model", "caption", "lora", "sample")  # of config.yaml, as far as they are read again
@@ -69,7 +69,9 @@ def explained(folder: Path, hint: str) -> Iterator[None]:
         if is_out_of_memory(error):
             raise OutOfMemory(f"out of memory; {hint}") from error
         if isinstance(error, OSError) and (file := _file_inside(folder, error)):
-            raise RunError(f"cannot use {file} ({error.strerror}); restore it from a copy, or delete it") from error
+            whole = isinstance(error, PermissionError)
+            way = "make it yours (chown), or readable (chmod)" if whole else "restore it from a copy, or delete it"
+            raise RunError(f"cannot use {file} ({error.strerror}); {way}") from error
         raise
 
 

@@ -1,7 +1,8 @@
 """Captions for the images that have none, into the folder's `metadata.jsonl`."""
 
+import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -15,6 +16,7 @@ from finetune.diffusion.captioner import load_captioner
 from finetune.errors import ConfigError, DataError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
 from finetune.run.hashing import hash_of
+from finetune.run.outputs import free_name
 from finetune.run.progress import plural, progress, say
 from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Caption, CaptionSet
@@ -37,13 +39,14 @@ def caption(config: Config) -> CaptionSet:
     root, run_dir, data = Path(config.data.folder), Path(config.run_dir), config.data
     found = folder.images(root)
     index = ImageIndex(root, cache=Path(data.cache), max_pixels=data.max_pixels)
+    no_files = folder.no_files(root)
     hashes, captions = index.hashes(found), folder.captions(root, found)
-    input_hash = _input_hash(hashes, captions.texts, config.caption, data)
+    input_hash = _input_hash(hashes | no_files, captions.texts, config.caption, data)
     if record := load_record(run_dir, STAGE, CaptionSet, input_hash=input_hash):
         _warn_about_unused(captions)
         say(f"{STAGE}: up to date, skipped")
         return record
-    broken = index.unreadable(found)
+    broken = index.unreadable(found) | no_files
     files = _readable(root, found, broken, skip=data.skip_bad)
     todo = [file for file in files if config.caption.overwrite or file not in captions.texts]
     generated = _generated(run_dir, Path(data.cache))
@@ -53,6 +56,7 @@ def caption(config: Config) -> CaptionSet:
     )
     if todo:
         folder.check_writable(root, todo)
+        _keep_written(root, captions, {file for file in todo if file in captions.texts}, generated)
         device = pick_device(config.hardware.device)
         dtype = pick_dtype(config.trainer.precision, device)
         generated |= _generate(root, todo, config.caption, device, dtype, data)
@@ -64,7 +68,7 @@ def caption(config: Config) -> CaptionSet:
         run_dir,
         STAGE,
         record,
-        input_hash=_input_hash(hashes, captions.texts, config.caption, data),
+        input_hash=_input_hash(hashes | no_files, captions.texts, config.caption, data),
         seconds=seconds,
         figures={
             "images": len(files),
@@ -107,7 +111,8 @@ def _report_strays(strays: Sequence[folder.Stray], *, missing: int) -> None:
 def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, skip: bool) -> list[str]:
     """The files that decode, the others reported. Raises DataError if none does, or unless bad ones are to `skip`."""
     if other := folder.unsupported_files(root):
-        say(f"warning: left out {plural(len(other), 'image')} in formats that can't be read, first {other[0]}")
+        unread = f"{plural(len(other), 'image')} in formats that can't be read, first {other[0]}"
+        say(f"warning: left out {unread}; save such images as JPEG or PNG")
     if linked := folder.linked_folders(root):
         say(
             f"warning: left out {plural(len(linked), 'linked folder')}, first {linked[0]}; links to folders are not "
@@ -118,6 +123,17 @@ def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, sk
     if not readable:
         raise DataError(f"{root} has no readable image left; try data.folder=path/to/images")
     return readable
+
+
+def _keep_written(root: Path, captions: folder.Captions, replaced: Collection[str], generated: Collection[str]) -> None:
+    """Copy the metadata files in which `caption.overwrite` replaces captions by a person; text files stay anyway."""
+    written = [file for file in replaced if authors.key(file, captions.texts[file]) not in generated]
+    for source in sorted({captions.sources[file] for file in written}):
+        metadata = root / source
+        if metadata.name == folder.METADATA:
+            copied = free_name(metadata.with_name(f"before-overwrite-{folder.METADATA}"))
+            shutil.copy2(metadata, copied)
+            say(f"caption.overwrite replaces captions by you; {metadata} as it was is now {copied}")
 
 
 def _generated(run_dir: Path, cache: Path) -> set[str]:

@@ -18,7 +18,7 @@ from finetune.reporting.facts import difference, run_facts
 from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_of
 from finetune.run.progress import say
-from finetune.run.receipts import load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt, set_aside_changed
 from finetune.run.records import Adapter, Run
 from finetune.training import checkpoint
 
@@ -48,6 +48,7 @@ def export(config: Config, run: Run) -> Adapter:
             config, temporary, lambda here: kind.export(here, run, trained.adapter, trained.averaged, temporary)
         )
         (temporary / CARD).write_text(_card(config, run, files, differences, kind.usage(config)), encoding="utf-8")
+        set_aside_changed(run_dir, "export", folder, temporary)
     record = Adapter(str(folder), files, differences, config.model.base, config.caption.trigger)
     save_receipt(
         run_dir,
@@ -57,6 +58,7 @@ def export(config: Config, run: Run) -> Adapter:
         seconds=time.monotonic() - start,
         figures={f"{export_format} difference": value for export_format, value in differences.items()},
         outputs=_outputs(record),
+        editable=[folder / CARD],
     )
     by_difference: dict[str, list[str]] = {}
     for name in differences:

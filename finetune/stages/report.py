@@ -12,7 +12,7 @@ from PIL import Image
 
 from finetune.config.schema import Config
 from finetune.errors import RunError
-from finetune.reading import read_text
+from finetune.reading import read_text, require_file
 from finetune.reporting import curves
 from finetune.reporting.page import Found, page
 from finetune.reporting.thumbnails import NOT_SHOWN
@@ -75,6 +75,7 @@ def _samples(file: Path) -> list[tuple[Sample | Answer, dict[str, Any]]]:
 def _png_texts(file: Path) -> dict[str, Any]:
     """The settings that an image was drawn with; none of one that is gone or damaged."""
     try:
+        require_file(file)
         with Image.open(file) as image:
             return {str(name): text for name, text in image.info.items()}
     except NOT_SHOWN:

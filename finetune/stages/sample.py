@@ -13,7 +13,7 @@ from finetune.memory.device import release_memory
 from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_adapter, hash_files, hash_of
 from finetune.run.progress import say
-from finetune.run.receipts import load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt, set_aside_changed
 from finetune.run.records import Adapter, Answers, Samples
 
 MOST_OF_PROMPT = 40  # characters in a folder's name
@@ -51,6 +51,8 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
     release_memory()  # what the stage before left on the GPU
     with replace_folder(folder) as temporary:
         page, items = kind.sample(config, path, temporary)
+        if own:
+            set_aside_changed(run_dir, "sample", folder, temporary)
     record = kind.SAMPLES(str(folder), str(folder / page), items)  # type: ignore[arg-type]
     if not own:
         return record

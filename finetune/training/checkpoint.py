@@ -135,7 +135,7 @@ def load(folder: Path) -> Checkpoint:
         optimizer = torch.load(folder / OPTIMIZER, map_location="cpu", weights_only=True)
         ema = load_file(folder / EMA) if EMA in hashes else None
     except DAMAGED as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or isinstance(error, PermissionError):  # whole, and not to be deleted
             raise
         raise RunError(
             f"checkpoint {folder} is damaged ({first_line(error)}); "

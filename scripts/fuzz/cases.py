@@ -9,7 +9,7 @@ from pathlib import Path
 from random import Random
 
 from scripts.fuzz import values, workbench
-from scripts.fuzz.damage import damage
+from scripts.fuzz.damage import NO_FILES, damage, no_file
 
 
 @dataclass(frozen=True)
@@ -158,6 +158,122 @@ def _conversations(random: Random, turn: int) -> tuple[tuple[str, ...], Callable
     ), lambda: f"{file}: {damage(Path(file), random)}"
 
 
+def _no_file(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], str]]:
+    """A pipe, a socket or a device where a person names or keeps a file."""
+    what = NO_FILES[turn % len(NO_FILES)]
+    command, kind, file, *words = random.choice(
+        (
+            *(
+                ("caption", "image", "images/red.png"),
+                ("dataset", "image", "images/white.PNG"),
+                ("plan", "image", "images/x.jpg"),
+            ),
+            *(("dataset", "image", "images/white.txt"), ("caption", "image", "images/metadata.jsonl")),
+            *(("dataset", "image", "images/sub/metadata.csv"), ("dataset", "image", "images/red.caption")),
+            *(
+                ("dataset", "language", "odd.jsonl", "data.file=odd.jsonl"),
+                ("plan", "language", "odd.csv", "data.file=odd.csv"),
+            ),
+            *(
+                ("dataset", "language", "odd.json", "data.file=odd.json"),
+                ("train", "language", "more/a.parquet", "data.file=more"),
+            ),
+            *(
+                ("dataset", "language", "odd", "data.file=odd"),
+                ("train", "language", "odd.txt", "data.chat_template=odd.txt"),
+            ),
+            *(
+                ("train", "image", "odd.safetensors", "model.base=odd.safetensors"),
+                ("train", "image", "odd", "model.base=odd"),
+            ),
+            *(
+                ("train", "image", "odd.gguf", "model.base=odd.gguf"),
+                ("sample", "image", "odd.safetensors", "sample.adapter=odd.safetensors"),
+            ),
+            *(
+                ("train", "image", "odd.safetensors", "lora.start_from=odd.safetensors"),
+                ("train", "language", "odd", "lora.start_from=odd"),
+            ),
+            *(
+                ("train", "image", "conf/image.yaml"),
+                ("plan", "image", "conf/model/odd.yaml", "model=odd"),
+                ("train", "image", "odd", "run_dir=odd"),
+            ),
+            *(
+                ("train", "image", "odd", "data.cache=odd"),
+                ("caption", "image", "odd", "caption.model=odd", "caption.overwrite=true"),
+            ),
+            *(
+                ("dataset", "image", "odd", "data.folder=odd"),
+                ("caption", "image", "captioner/model.safetensors", "caption.overwrite=true"),
+            ),
+        )
+    )
+
+    def prepare() -> str:
+        path = Path(file)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.unlink(missing_ok=True)
+        no_file(path, what)
+        return f"{file} is {what}"
+
+    return (command, f"conf={kind}", *words), prepare
+
+
+def _caption_table(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], str]]:
+    """A metadata.csv beside the images, whole or damaged."""
+    name = ("metadata.csv", "metadata.tsv", "captions.csv", "metadata.parquet", "sub/metadata.csv", "Metadata.CSV")[
+        turn % 6
+    ]
+    separator, column = random.choice(",;\t"), random.choice(("text", "caption", "prompt", "additional_feature", ""))
+    mark, end = random.choice(("", "\ufeff")), random.choice(("\n", "\r\n"))
+    rows = [
+        f"file_name{separator}{column}",
+        *(f"{colour}.png{separator}a {colour} wall" for colour in workbench.COLOURS),
+    ]
+
+    def prepare() -> str:
+        file = Path("images", name)
+        file.parent.mkdir(exist_ok=True)
+        file.write_text(mark + end.join(rows), encoding="utf-8")
+        for other in Path("images").glob("*.txt" if random.random() < 0.5 else "metadata.jsonl"):
+            other.unlink()
+        return f"{file}: {damage(file, random)}" if random.random() < 0.6 else f"{file} with {column!r}"
+
+    return (random.choice(("caption", "dataset", "train")), "conf=image", "run_dir=other"), prepare
+
+
+def _gguf(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], str]]:
+    """A GGUF file as a base of any kind, as a folder's only weights, or as an adapter."""
+    name = ("base.gguf", "base.GGUF", "q4.Q4_K_M.gguf", "base.gguf.safetensors")[turn % 4]
+    where, words = random.choice(
+        (
+            ("", ("train", "conf=image", f"model.base={name}")),
+            ("", ("plan", "conf=image", f"model.base={name}", "model.parts=base")),
+            ("", ("train", "conf=language", f"model.base={name}")),
+            ("lm", ("train", "conf=language", "model.base=lm")),
+            ("base/unet", ("train", "conf=image", "model.base=base")),
+            ("only", ("plan", "conf=language", "model.base=only")),
+            ("only", ("train", "conf=language", "model.base=only")),
+            ("", ("sample", "conf=image", f"sample.adapter={name}")),
+            ("", ("train", "conf=language", f"lora.start_from={name}")),
+            ("", ("train", "conf=image", f"lora.start_from={name}")),
+            ("", ("caption", "conf=image", f"caption.model={name}", "caption.overwrite=true")),
+        )
+    )
+
+    def prepare() -> str:
+        folder = Path(where)
+        folder.mkdir(exist_ok=True)
+        for weights in folder.glob("*.safetensors") if where else ():
+            weights.unlink()
+        file = folder / name
+        file.write_bytes(GGUF_HEAD + random.randbytes(random.choice((0, 100, 10_000))))
+        return f"{file}: {damage(file, random)}" if random.random() < 0.3 else f"{file} of {file.stat().st_size} bytes"
+
+    return (*words, "run_dir=other"), prepare
+
+
 def _template(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], str]]:
     """A template that is damaged, or a program that does something else."""
     text = values.TEMPLATES[turn % len(values.TEMPLATES)]
@@ -188,6 +304,7 @@ def _adapter(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], s
     return (command, f"conf={kind}", f"{key}={value}", "run_dir=other"), prepare
 
 
+GGUF_HEAD = b"GGUF" + (3).to_bytes(4, "little") + bytes(16)  # version 3, no tensors, no values
 PEFT = ("adapter_model.safetensors", "adapter_config.json")
 ADAPTERS = (
     ("image", ("run/adapter/pytorch_lora_weights.safetensors",)),
@@ -223,5 +340,8 @@ GROUPS: dict[str, Maker] = {
     "captioners": _damaged(
         "image", ("caption",), tuple(f"captioner/{p}" for p in MODEL_FILES), "caption.overwrite=true"
     ),
+    "no files": _no_file,
+    "caption tables": _caption_table,
+    "GGUF bases": _gguf,
     "caches": _damaged("image", ("train", "dataset"), ("cache/**/*",), "trainer.restart=true"),
 }

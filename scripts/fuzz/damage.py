@@ -1,7 +1,9 @@
 """Ways to damage a file: bytes, and values inside of JSON and safetensors. Each is named and drawn from a seed."""
 
+import contextlib
 import json
 import os
+import socket
 from collections.abc import Callable
 from pathlib import Path
 from random import Random
@@ -10,6 +12,7 @@ from typing import Any
 ABSURD_BYTES = 5 << 30  # of a sparse file, which takes nothing on disk: read whole, it is more than a case may take
 HEAD_BYTES = 256  # where formats declare sizes
 LONG = 100_000  # characters, digits or brackets
+NO_FILES = ("pipe", "socket", "zero", "null", "tty")
 STRANGE = ("naïve 猫 🏴‍☠️", "\ud800", "a\x00b", "%s {} ${x}", "../../x", "<script>alert(1)</script>", "' \" ` \\")
 VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 0.5, 1e-320, 1e308, -1e308, 10**30, 2**31, 2**63, float("inf"), float("nan")),
@@ -61,7 +64,7 @@ def damage(path: Path, random: Random) -> str:
 
 def _whole(path: Path, random: Random) -> str:
     """Put something else in the file's place."""
-    what = random.choice(("other", "other", "other", "gone", "folder", "link", "loop", "sparse"))
+    what = random.choice(("other", "other", "other", "gone", "folder", "link", "loop", "sparse", *NO_FILES))
     if what == "sparse":
         os.truncate(path, ABSURD_BYTES)
         return "made 5 GiB long"
@@ -76,7 +79,20 @@ def _whole(path: Path, random: Random) -> str:
         path.symlink_to("nowhere")
     elif what == "loop":
         path.symlink_to(path.name)
+    elif what in NO_FILES:
+        no_file(path, what)
     return f"made {what}"
+
+
+def no_file(path: Path, what: str) -> None:
+    """Make one of `NO_FILES`. Nobody writes into the pipe, so that whoever opens it waits."""
+    if what == "pipe":
+        os.mkfifo(path)
+    elif what == "socket":
+        with contextlib.chdir(path.parent), socket.socket(socket.AF_UNIX) as made:  # a whole path may be too long
+            made.bind(path.name)
+    else:
+        path.symlink_to(f"/dev/{what}")
 
 
 def _bytes(path: Path, random: Random) -> str:

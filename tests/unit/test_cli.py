@@ -39,6 +39,16 @@ def python(*words: str, cwd: Path | None = None, **environment: str) -> subproce
     )
 
 
+@pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437"])
+def test_a_terminal_that_lacks_letters_ends_no_command(workdir: Path, encoding: str) -> None:
+    """`→`, `×` and the user's own words are on the screen of most commands."""
+    environment = {**os.environ, "PYTHONIOENCODING": encoding}
+    words = [sys.executable, "-m", "finetune", "train", "conf=smoke", "caption.trigger=猫 ä", "--cfg", "job"]
+    ended = subprocess.run(words, capture_output=True, cwd=workdir, env=environment, check=False)
+    assert (ended.returncode, ended.stderr) == (0, b"")
+    assert b"trigger: " in ended.stdout
+
+
 @pytest.mark.parametrize("closed", ["2>&-", "0<&- 1>&- 2>&-"])
 def test_a_command_without_standard_streams_keeps_its_exit_code(closed: str) -> None:
     line = f"exec {shlex.quote(sys.executable)} -m finetune plan conf=nobody {closed}"
@@ -353,69 +363,21 @@ def test_multirun_stops_at_an_interruption(finetune_cli: Cli, workdir: Path, mon
     assert seen == [1]
 
 
-# -- completion ----------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize(
-    ("line", "offered"),
-    [
-        ("finetune ", {*COMMANDS, "--help", "--version"}),
-        ("finetune tr", {"train"}),
-        ("finetune train conf=", {f"conf={name}" for name in recipes.recipe_files()}),
-        ("finetune train conf=pix", {"conf=pixar_style", "conf=pixar_style_sd15", "conf=pixar_style_sdxl"}),
-        ("finetune train conf=pixar_style lora.ra", {"lora.rank="}),
-        ("finetune train lora.ra", {"lora.rank="}),
-        ("finetune train conf=smoke lora=", {"lora=all_linear", "lora=default", "lora=r32"}),
-    ],
-)
-def test_completion(finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch, line: str, offered: set[str]) -> None:
-    monkeypatch.setenv("COMP_LINE", line)
-    answer = finetune_cli("-sc", "query=bash")
-    assert (answer.code, set(answer.out.split())) == (0, offered)
-
-
-@pytest.mark.parametrize(
-    ("typed", "offered"),
-    [
-        ("data.folder=", {"data.folder=pics/", "data.folder=plan.txt"}),
-        ("data.folder=pi", {"data.folder=pics/"}),
-        ("data.folder=./pics/", {"data.folder=./pics/a.png", "data.folder=./pics/b/"}),
-        ("data.file=~/", {"data.file=~/pics/", "data.file=~/plan.txt"}),
-        ("run_dir=nowhere/", set()),
-    ],
-)
-def test_completion_of_paths(
-    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch, typed: str, offered: set[str]
+def test_a_sweep_ends_with_a_table_of_its_runs(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    (workdir / "pics" / "b").mkdir(parents=True)
-    for name in ("pics/a.png", "pics/two words.png", "plan.txt", ".hidden"):
-        (workdir / name).write_text("")
-    monkeypatch.setenv("HOME", str(workdir))
-    monkeypatch.setenv("COMP_LINE", f"finetune train conf=smoke {typed}")
-    answer = finetune_cli("-sc", "query=bash")
-    assert (answer.code, set(answer.out.split())) == (0, offered)
+    def train(config: Config) -> Result:
+        if config.seed == 2:
+            raise errors.DataError("no images")
+        return _result()
 
-
-def test_completion_installs_for_the_console_script() -> None:
-    script = Path(sys.executable).with_name("finetune")
-    if not script.exists():
-        pytest.skip("finetune is not installed here")
-    shown = subprocess.run([str(script), "-sc", "install=bash"], capture_output=True, text=True, check=True).stdout
-    assert shown.rstrip().endswith("-F hydra_bash_completion finetune")
-
-
-def test_completion_in_a_real_bash(workdir: Path) -> None:
-    script = Path(sys.executable).with_name("finetune")
-    if not script.exists():
-        pytest.skip("finetune is not installed here")
-    program = """
-eval "$(finetune -sc install=bash)"
-COMP_LINE="finetune train conf=smo"; COMP_POINT=${#COMP_LINE}; COMP_CWORD=2
-hydra_bash_completion; echo "${COMPREPLY[@]}"
-"""
-    environment = {**os.environ, "PATH": f"{script.parent}:{os.environ['PATH']}"}
-    shown = subprocess.run(["bash", "-c", program], capture_output=True, text=True, env=environment, check=False)
-    assert shown.stdout == "conf=smoke\n", shown.stderr
+    monkeypatch.setattr(api, "train", train)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
+    answer = finetune_cli("train", "conf=smoke", "seed=1,2", "run_dir=mine", "-m")
+    table = [line.split() for line in answer.out.splitlines() if line.startswith(("settings", "seed="))]
+    assert table[0] == ["settings", "loss", "validation", "folder"]
+    assert [(row[0], row[-1]) for row in table[1:]] == [(f"seed={n}", f"mine/smoke/seed={n}") for n in (1, 2)]
+    assert "failed" in table[2]
 
 
 # -- what a command leaves on the screen ---------------------------------------------------------------------------

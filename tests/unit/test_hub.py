@@ -8,6 +8,7 @@ import socket
 import subprocess
 import sys
 import time
+from functools import partial
 
 import pytest
 import torch
@@ -351,8 +352,65 @@ def test_parts_that_do_not_belong_together_are_named_at_their_first_use(copy, ch
     file = copy / "tokenizer" / "tokenizer_config.json"
     file.write_text(json.dumps(json.loads(file.read_text()) | changed))
     encoder = pipeline_module.TextEncoder(ModelConfig(base=str(copy)), torch.device("cpu"))
-    with pytest.raises(ModelError, match=r"the text encoders and tokenizers of .*copy don't work"):
+    with pytest.raises(ModelError, match=r"the text encoders and tokenizers of .*copy failed"):
         encoder.encode(["a red wall"])
+
+
+def changed_part(copy, part, **changed):
+    file = copy / part / ("scheduler_config.json" if part == "scheduler" else "config.json")
+    file.write_text(json.dumps(json.loads(file.read_text()) | changed))
+
+
+@pytest.mark.parametrize(
+    ("part", "changed"),
+    [
+        ("unet", {"freq_shift": "x"}),
+        ("vae", {"scaling_factor": "x"}),
+        ("scheduler", {"timestep_spacing": "x"}),
+    ],
+)
+def test_parts_that_fail_when_the_first_image_is_drawn_are_named(copy, part, changed):
+    changed_part(copy, part, **changed)
+    model, cpu = ModelConfig(base=str(copy)), torch.device("cpu")
+    backbone = pipeline_module.load_backbone(model, torch.float32)
+    sampler = pipeline_module.ImageSampler(model, ["a wall"], "", cpu, torch.float32)
+    with pytest.raises(ModelError, match=r"the unet, scheduler or autoencoder of .*copy failed"):
+        sampler.generate(backbone, [("a wall", 0)], width=32, height=32, steps=2, guidance=1.0)
+
+
+def test_what_fails_after_the_first_image_stays_itself(copy):
+    model, cpu = ModelConfig(base=str(copy)), torch.device("cpu")
+    backbone = pipeline_module.load_backbone(model, torch.float32)
+    sampler = pipeline_module.ImageSampler(model, ["a wall"], "", cpu, torch.float32)
+    draw = partial(sampler.generate, backbone, [("a wall", 0)], width=32, height=32, steps=1, guidance=1.0)
+    draw()
+    backbone.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        draw()
+
+
+def test_a_base_without_text_encoders_is_not_planned(copy):
+    shutil.rmtree(copy / "text_encoder")
+    with pytest.raises(ModelError, match="has no text encoder"):
+        meta.text_encoders(ModelConfig(base=str(copy)))
+
+
+def fail(*_):
+    raise ZeroDivisionError("not about a file")
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        torch.AcceleratorError("an illegal memory access was encountered"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_EXECUTION_FAILED"),
+        RuntimeError("CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasSgemm`"),
+        MemoryError(),
+    ],
+)
+def test_a_failing_gpu_and_a_lack_of_memory_are_not_taken_for_a_damaged_file(error):
+    with pytest.raises(type(error)), hub.explained(lambda reason: f"the file is damaged ({reason})"):
+        raise error
 
 
 def test_a_model_index_that_is_no_object(copy):

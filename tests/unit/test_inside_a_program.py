@@ -5,6 +5,7 @@ import logging
 import os
 import random
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -173,13 +174,9 @@ def in_a_notebook(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, str]]:
     return shown
 
 
-def test_in_a_notebook_libraries_are_quiet_and_there_is_a_bar(
-    language_config: Config,
-    workdir: Path,
-    in_a_notebook: list[dict[str, str]],
-    monkeypatch: pytest.MonkeyPatch,
-    capfd: pytest.CaptureFixture[str],
-) -> None:
+@pytest.fixture
+def chatty(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The caption stage does nothing but let libraries, and this one, print."""
     import transformers
 
     from finetune.stages import caption
@@ -193,6 +190,25 @@ def test_in_a_notebook_libraries_are_quiet_and_there_is_a_bar(
 
     monkeypatch.setattr(caption, "caption", chatter)
     monkeypatch.setattr(logging.getLogger(), "handlers", [])  # pytest's own show everything
+
+
+def test_at_pythons_prompt_libraries_are_quiet(
+    chatty: None, workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
+    with warnings.catch_warnings(record=True) as found:
+        finetune.caption("smoke", {"run_dir": "run"})
+    assert [str(warning.message) for warning in found] == ["worth knowing"]
+    assert capfd.readouterr().err == ""
+
+
+def test_in_a_notebook_libraries_are_quiet_and_there_is_a_bar(
+    chatty: None,
+    language_config: Config,
+    workdir: Path,
+    in_a_notebook: list[dict[str, str]],
+    capfd: pytest.CaptureFixture[str],
+) -> None:
     before = state()
     with warnings.catch_warnings(record=True) as found:
         finetune.caption("smoke", {"run_dir": "run"})

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 
+from finetune.reading import read_bytes, require_file
 from finetune.run.hashing import hash_of
 
 FILE = "images/captioned.txt"  # in the cache folder; one key a line
@@ -17,6 +18,8 @@ def remember(cache: Path, captions: Mapping[str, str]) -> None:
     """Note that these captions, by file, were generated. A cache that can't be written forgets, that is all."""
     with suppress(OSError):
         (cache / FILE).parent.mkdir(parents=True, exist_ok=True)
+        (cache / FILE).touch()
+        require_file(cache / FILE)
         with open(cache / FILE, "a", encoding="ascii") as file:
             file.writelines(f"{key(name, text)}\n" for name, text in captions.items())
 
@@ -24,7 +27,7 @@ def remember(cache: Path, captions: Mapping[str, str]) -> None:
 def remembered(cache: Path) -> set[str]:
     """The keys of all captions that were noted."""
     try:
-        return set((cache / FILE).read_text(encoding="ascii", errors="replace").split())
+        return set(read_bytes(cache / FILE).decode(errors="replace").split())
     except OSError:
         return set()
 

@@ -20,7 +20,7 @@ from finetune.data.images import colour
 from finetune.data.images.buckets import Bucket, centre_crop
 from finetune.errors import DataError
 from finetune.reading import require_size
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 
 # Named, because Pillow would otherwise hand an EPS that is called .png to Ghostscript.
 FORMATS = ("JPEG", "PNG", "WEBP", "BMP", "DIB", "TIFF", "GIF", "AVIF", "JPEG2000", "PPM", "TGA")
@@ -145,7 +145,8 @@ def report_bad(problems: Sequence[str], *, skip: bool) -> None:
     if not skip:
         listed = "".join(f"\n  {problem}" for problem in problems)
         raise DataError(
-            f"{len(problems)} unreadable images; fix or remove them, or skip them with data.skip_bad=true:{listed}"
+            f"{plural(len(problems), 'unreadable image')}; fix or remove what is listed, or skip it with "
+            f"data.skip_bad=true:{listed}"
         )
     for problem in problems:
         say(f"warning: left out {problem}")
@@ -210,6 +211,8 @@ def _texts_first(data: bytes) -> bytes:
 def _reason(error: Exception) -> str:
     if isinstance(error, UnidentifiedImageError):
         return f"is not an image in any of these formats: {', '.join(FORMATS)}"
+    if isinstance(error, MemoryError):
+        return "takes more memory than there is; close other programs, or make the image smaller"
     text = " ".join(str(error).split())
     if "truncated" in text:
         return f"is truncated ({text}); the rest of the file is missing"

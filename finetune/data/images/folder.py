@@ -19,7 +19,7 @@ from typing import Any
 from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.errors import DataError
-from finetune.reading import require_size
+from finetune.reading import require_file, require_size
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.progress import plural
 
@@ -103,6 +103,8 @@ def images(folder: Path) -> list[str]:
                 "give the image another name"
             )
         return found
+    if broken := no_files(folder):
+        raise DataError(f"{folder} has no images; {next(iter(broken.values()))}")
     others = Counter(path.suffix.lower() or path.name for path in folder.rglob("*") if path.is_file())
     linked = linked_folders(folder)
     if not others and not linked:
@@ -125,6 +127,20 @@ def linked_folders(folder: Path) -> list[str]:
     return sorted(path.relative_to(folder).as_posix() for path in links)
 
 
+def no_files(folder: Path) -> dict[str, str]:
+    """What is named like an image and is neither a file nor a folder, a link to nowhere or a pipe -> what is wrong."""
+    found = [path for path in _visible(folder, files_only=False) if path.suffix.lower() in EXTENSIONS]
+    return {path.as_posix(): wrong for path in found if (wrong := _why_no_file(folder / path))}
+
+
+def _why_no_file(path: Path) -> str:
+    try:
+        require_file(path)
+    except OSError as error:
+        return f"{path}: can't be read ({error.strerror})"
+    return ""
+
+
 def unsupported_files(folder: Path) -> list[str]:
     """Files that look like images but are in formats that can't be read here (HEIC, SVG, camera raw, …)."""
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in UNSUPPORTED)
@@ -137,7 +153,7 @@ def captions(folder: Path, files: Sequence[str]) -> Captions:
     """
     owners = [*files, *unsupported_files(folder)]
     rows, strays, unnamed = _from_metadata(folder, owners)
-    visible = _visible(folder)
+    visible = _visible(folder, files_only=False)  # a caption that can't be read is not passed over
     beside = _sidecars(visible, owners)
     found: dict[str, tuple[str, str]] = {}  # image -> its caption and where that stands
     unused: dict[str, str] = {}
@@ -293,9 +309,10 @@ def _tables(visible: Sequence[Path]) -> list[str]:
     ]
 
 
-def _visible(folder: Path) -> list[Path]:
-    """Every file that isn't hidden, relative to the folder, sorted."""
-    paths = sorted(path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+def _visible(folder: Path, *, files_only: bool = True) -> list[Path]:
+    """Every file that isn't hidden, relative to the folder, sorted; else whatever is no folder."""
+    found = (path for path in folder.rglob("*") if (path.is_file() if files_only else not path.is_dir()))
+    paths = sorted(path.relative_to(folder) for path in found)
     return [path for path in paths if not _hidden(path)]
 
 

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from finetune.data.images import decode
 from finetune.errors import DataError, RunError
+from finetune.reading import read_bytes
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.hashing import RACY_NS, Stamp, hash_of, stamp_of
 
@@ -113,7 +114,7 @@ def _stamp(path: Path) -> Stamp:
 def _load(path: Path) -> dict[str, Row]:
     """The rows by file; none if there is no index or it is damaged."""
     try:
-        checksum, text = path.read_text(encoding="utf-8").splitlines()
+        checksum, text = read_bytes(path).decode().splitlines()
     except (OSError, ValueError):
         return {}
     if checksum != hash_of(FORMAT, text):

@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.errors import DataError
-from finetune.reading import read_text
+from finetune.reading import read_text, require_file
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PARQUET_ROWS = 256  # rows of a Parquet file held at once
@@ -106,6 +106,7 @@ def read(path: Path) -> NumberedRows:
     Raises DataError for files that can't be read, wrong encodings and damage behind which no row can be found.
     """
     try:
+        require_file(path)
         if path.is_dir():
             yield from _saved_dataset(path)
         elif path.suffix.lower() == ".parquet":
@@ -127,6 +128,7 @@ def content_hash(files: tuple[Path, ...]) -> str:
         parts = sorted(item for item in file.rglob("*") if item.is_file()) if file.is_dir() else [file]
         for part in parts:
             try:
+                require_file(part)
                 with open(part, "rb") as stream:
                     digest.update(hashlib.file_digest(stream, "sha256").digest())
             except OSError as error:

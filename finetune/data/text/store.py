@@ -24,6 +24,7 @@ from finetune.data.text.template import SKIP
 from finetune.data.text.tokens import Chat, Encoded
 from finetune.data.text.workers import TRAINED, EncodeSettings, encode_stream
 from finetune.errors import DataError, FinetuneError
+from finetune.reading import read_text
 from finetune.run.atomic import replace_folder
 from finetune.run.hashing import hash_of
 from finetune.run.progress import PLAIN_LINE_EVERY_S, plural, say
@@ -277,7 +278,7 @@ def _verified(folder: Path, *, checksums: bool) -> Figures | None:
 
 
 def _read_metadata(folder: Path) -> tuple[Figures, dict[str, int], dict[str, int]]:
-    metadata = json.loads((folder / METADATA).read_text(encoding="utf-8"))
+    metadata = json.loads(read_text(folder / METADATA))
     metadata["figures"]["errors"] = tuple(metadata["figures"]["errors"])
     return Figures(**metadata["figures"]), metadata["sums"], metadata["sizes"]
 

@@ -82,6 +82,25 @@ def _at(config: dict[str, Any], key: str) -> Any:
 
 
 @pytest.mark.parametrize(
+    ("typed", "key"), [("my pics", "data.folder"), ("pics", "data.folder"), ("my chats.jsonl", "data.file")]
+)
+def test_a_path_without_a_key_is_offered_with_the_key(finetune_cli: Cli, workdir: Path, typed: str, key: str) -> None:
+    path = workdir / typed
+    path.touch() if path.suffix else path.mkdir()
+    (line,) = finetune_cli("train", "conf=smoke", typed).errors
+    (word,) = shlex.split(line.partition("such as ")[2])
+    recipe = "smoke" if key == "data.folder" else "pirate_chat"
+    assert attrgetter(key)(finetune.load(recipe, [word])) == typed
+
+
+def test_the_file_of_a_recipe_is_offered_as_the_recipe(finetune_cli: Cli, workdir: Path) -> None:
+    (workdir / "conf").mkdir()
+    (workdir / "conf" / "mine.yaml").write_text("defaults: [smoke]\n")
+    lines = finetune_cli("train", "conf/mine.yaml").errors
+    assert lines[0].endswith("such as conf=mine")
+
+
+@pytest.mark.parametrize(
     ("typed", "offered"),
     [
         (SMOKE + "--resolve", "type: --cfg job --resolve"),

@@ -11,12 +11,14 @@ from hydra import initialize
 from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 
+from finetune import kinds
 from finetune.config import compose, recipes
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Optimizer, Precision
 from finetune.config.validate import cautions, check
 from finetune.errors import ConfigError
 from finetune.reading import MOST_BYTES
+from tests.conftest import ROOT
 
 PRESETS = [f"{group}={name}" for group, files in recipes.preset_files().items() for name in files]
 
@@ -47,17 +49,37 @@ def test_every_preset_composes(preset: str) -> None:
 BASES = [name for name in recipes.preset_files()["model"] if not name.startswith("embedded")]
 
 
-@pytest.mark.parametrize("name", BASES)
-def test_a_recipe_with_another_base_takes_what_suits_that_base(name: str) -> None:
-    of_language = "kind: language" in recipes.preset_files()["model"][name].read_text()
-    config = compose.load("pirate_chat" if of_language else "pixar_style", [f"model={name}"])
-    assert config.optim.lr == (2e-4 if of_language else 1e-4)
-    assert config.trainer.micro_batch * config.trainer.accumulate == (4 if of_language else 16)
+def of_language(name: str) -> bool:
+    return "kind: language" in recipes.preset_files()["model"][name].read_text()
+
+
+PAIRS = [(r, b) for r in recipes.recipe_files() for b in BASES if of_language(b) == ("chat" in r)]
+
+
+@pytest.mark.parametrize(("recipe", "base"), PAIRS)
+def test_every_recipe_with_every_other_base_takes_what_suits_that_base(
+    recipe: str, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing of what belongs to the embedded model is left: its rate, batch, captioner, guidance, targets. The steps
+    of a recipe belong to its data, and see it as often as is usual."""
+    language = of_language(base)
+    config = compose.load(recipe, [f"model={base}"])
+    assert check(config) == []
+    assert config.optim.lr == (2e-4 if language else 1e-4)
     assert config.caption.model == "Salesforce/blip-image-captioning-base"
     assert config.sample.guidance > 3
     assert config.sample.max_new_tokens == 128
-    assert (config.lora.targets, config.loss.min_snr_gamma) == ("all_linear" if of_language else "attention", 5.0)
+    assert (config.lora.targets, config.loss.min_snr_gamma) == ("all_linear" if language else "attention", 5.0)
     assert cautions(config) == []
+    if recipe != "smoke":  # two small steps, which teach nothing
+        effective = config.trainer.micro_batch * config.trainer.accumulate
+        assert effective == (4 if language else 16)
+        assert config.optim.warmup_steps <= config.trainer.steps / 10
+        monkeypatch.chdir(ROOT)  # where the recipes' data is
+        examples = kinds.of(config).examples(config)
+        assert examples is not None
+        visits = config.trainer.steps * effective / examples.per_epoch
+        assert (1 < visits < 10) if language else (50 < visits < 200)
 
 
 def test_a_model_recommends_and_recipe_command_line_and_chosen_presets_decide(

@@ -1,15 +1,19 @@
 """What is drawn for an example depends on (seed, example, epoch) alone; the loss weights are those of the paper."""
 
+import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from finetune import kinds
 from finetune.config.schema import Config
+from finetune.data.cache import Cache
 from finetune.diffusion.objectives import Denoising
 from finetune.diffusion.task import DiffusionTask, draw_seed
+from finetune.errors import ModelError
 from finetune.run.records import Dataset
 from tests.tiny_models import save_diffusion
 
@@ -97,6 +101,39 @@ def test_caption_dropout_noise_offset_and_min_snr_are_used(
     difference = shifted.tensors["noise"] - plain.tensors["noise"]
     assert difference.std(dim=(2, 3)).max() < 1e-5
     assert difference.abs().max() > 0.05
+
+
+def test_a_backbone_that_fails_is_named_before_anything_is_trained(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    config.model.base = str(save_diffusion(tmp_path / "base"))
+    file = tmp_path / "base" / "unet" / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"freq_shift": "x"}))
+    with pytest.raises(ModelError, match=r"the unet of .*base failed"):
+        build(config, make_dataset())
+
+
+def test_captions_of_another_model_are_named_before_anything_is_trained(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    dataset = make_dataset()
+    Cache(tmp_path / "cache").put(Path(dataset.empty_text).stem, {"embedding": torch.zeros(77, 24)})
+    with pytest.raises(ModelError, match="its files may be damaged or of different models"):
+        build(config, dataset)
+
+
+def test_what_a_training_step_raises_stays_itself(config: Config, make_dataset: Callable[..., Dataset]) -> None:
+    dataset = make_dataset()
+    task = build(config, dataset)
+
+    def fail(*_: Any) -> None:
+        raise ZeroDivisionError("not about a file")
+
+    task.model.register_forward_pre_hook(fail)
+    with pytest.raises(ZeroDivisionError):
+        task.loss(task.collate([(next(dataset.examples()), 0)]))
+    with pytest.raises(ZeroDivisionError):
+        task.validate(1)
 
 
 def test_seeds_are_spread() -> None:

@@ -36,6 +36,7 @@ def test_leftovers_of_killed_processes_go_and_nothing_else_does(tmp_path: Path) 
         *(".config.yaml.4711.tmp", "..lock.json.12.tmp", ".metrics.jsonl.1.tmp", ".report.html.99.tmp"),
         *("receipts/.train.json.5.tmp", ".adapter.tmp/weights", ".samples.old/grid.png"),
         *("checkpoints/.step-000004.tmp/adapter", "samples_more/.0123abcd.tmp/grid.png"),
+        "samples_more/.a-big-red-robot-0123ab.tmp/grid.png",
     ]
     others = [
         *("notes.tmp", ".notes.1.tmp", ".config.yaml.tmp.mine", ".adapter.old.txt", "samples/grid.png"),

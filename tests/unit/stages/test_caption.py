@@ -247,6 +247,21 @@ def test_a_text_file_that_comes_meanwhile_is_not_passed_over_in_silence(config, 
     assert "1 image with two captions, first 0.png" in capsys.readouterr().err
 
 
+def test_captions_by_a_person_are_copied_before_they_are_overwritten(config, capsys):
+    write_rows(config, **{"1": "my own words"})
+    file = stage.Path(config.data.folder, "metadata.jsonl")
+    before = file.read_text()
+    config.caption.overwrite = True
+    caption(config)
+    copied = file.with_name("before-overwrite-metadata-1.jsonl")
+    assert copied.read_text() == before
+    assert str(copied) in capsys.readouterr().err
+    assert "my own words" not in file.read_text()
+    config.caption.trigger = "another"
+    caption(config)  # replaces the captioner's words alone
+    assert len(list(file.parent.glob("before-overwrite-*"))) == 1
+
+
 def test_overwrite_captions_all_again_once(config, capsys):
     write_rows(config, **{"1": "my own words"})
     config.caption.overwrite = True
@@ -293,7 +308,7 @@ def spoil(config):
 
 def test_all_bad_images_are_named_before_any_work(config, no_captioner):
     spoil(config)
-    with pytest.raises(DataError, match=r"2 unreadable images") as error:
+    with pytest.raises(DataError, match=r"2 unreadable images; fix") as error:
         caption(config)
     assert "0.png: is empty" in str(error.value)
     assert "2.png: is" in str(error.value)
@@ -333,7 +348,10 @@ def test_a_folder_that_cannot_be_written_is_said_first(config, no_captioner, mon
 def test_unreadable_formats_are_mentioned(config, capsys):
     (stage.Path(config.data.folder) / "phone.heic").write_bytes(b"x")
     caption(config)
-    assert "warning: left out 1 image in formats that can't be read, first phone.heic" in capsys.readouterr().err
+    assert (
+        "warning: left out 1 image in formats that can't be read, first phone.heic; save such images as JPEG"
+        in capsys.readouterr().err
+    )
 
 
 def test_missing_captioner_is_said_quickly(config):

@@ -147,6 +147,41 @@ def test_a_card_that_a_person_has_edited_stays(setting: Setting, capfd: pytest.C
     assert card.read_text() == "My own words."
 
 
+def test_what_a_person_changed_or_added_is_kept_when_the_export_is_made_again(
+    setting: Setting, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, run = setting.config, trained_run(setting)
+    folder = Path(export(config, run).folder)
+    whole, settings = contents(folder), (folder / "peft" / "adapter_config.json").read_text()
+    theirs = {"README.md": "My own card.", "cover/one.png": "an image", "peft/adapter_config.json": f"{settings} "}
+    (folder / "cover").mkdir()
+    for name, text in theirs.items():
+        (folder / name).write_text(text)
+    capfd.readouterr()
+    export(config, run)
+    kept = Path(config.run_dir, "adapter-kept-1")
+    assert f"3 files changed or added since {folder} was made, first adapter/README.md: now in {kept}" in (
+        capfd.readouterr().err
+    )
+    assert {name: (kept / name).read_text() for name in theirs} == theirs
+    assert len([path for path in kept.rglob("*") if path.is_file()]) == 3
+    assert contents(folder) == whole
+    config.name += "_other"  # another export, of which nothing is a person's
+    export(config, run)
+    assert sorted(path.name for path in kept.parent.glob("*-kept-*")) == [kept.name]
+
+
+def test_an_export_without_its_receipt_keeps_all_that_may_be_a_persons(setting: Setting) -> None:
+    """What is as the new export is dropped: the receipt of a killed command was not written yet."""
+    config, run = setting.config, trained_run(setting)
+    card = Path(export(config, run).folder) / "README.md"
+    card.write_text("My own card.")
+    Path(config.run_dir, "receipts", "export.json").unlink()
+    export(config, run)
+    kept = [path for path in Path(config.run_dir, "adapter-kept-1").rglob("*") if path.is_file()]
+    assert [(path.name, path.read_text()) for path in kept] == [("README.md", "My own card.")]
+
+
 def test_equal_runs_give_equal_files(setting: Setting, tmp_path: Path) -> None:
     """Byte by byte, in every format; safetensors alone orders metadata at random."""
     config, found = setting.config, []

@@ -1,12 +1,16 @@
-"""Samples: none without prompts."""
+"""Samples: none without prompts, and what a person put beside them."""
 
 from pathlib import Path
 
 import pytest
 
+from finetune.run.atomic import remove_leftovers
 from finetune.run.receipts import load_receipt
 from finetune.run.records import Adapter
+from finetune.run.rundir import LEFTOVERS
+from finetune.stages.export import export
 from finetune.stages.sample import sample
+from finetune.stages.train import train
 from tests.unit.conftest import Setting
 
 
@@ -22,3 +26,26 @@ def test_without_prompts_nothing_is_loaded_and_there_is_a_receipt(
     assert (receipt.seconds, receipt.figures) == (0.0, {"samples": 0})
     assert "sample.prompts is empty" in capsys.readouterr().err
     assert not (Path(config.run_dir) / "samples").exists()
+
+
+def test_what_a_person_put_beside_the_samples_is_kept_when_they_are_made_again(setting: Setting) -> None:
+    config = setting.config
+    adapter = export(config, train(config, setting.dataset))
+    folder = Path(sample(config, adapter).folder)
+    (folder / "favourite.png").write_text("an image")
+    config.sample.prompts = ["another prompt"]
+    sample(config, adapter)
+    assert not (folder / "favourite.png").exists()
+    kept = [path for path in Path(config.run_dir, "samples-kept-1").rglob("*") if path.is_file()]
+    assert [(path.name, path.read_text()) for path in kept] == [("favourite.png", "an image")]
+
+
+@pytest.mark.parametrize("prompt", ["A big, red robot!", "猫 im Schnee", "?", "x" * 100])
+def test_what_a_kill_leaves_of_own_samples_is_known_by_its_name(setting: Setting, prompt: str) -> None:
+    config = setting.config
+    config.sample.prompts = [prompt]
+    folder = Path(sample(config, export(config, train(config, setting.dataset)), own=False).folder)
+    left = folder.with_name(f".{folder.name}.tmp")
+    folder.rename(left)
+    remove_leftovers(Path(config.run_dir), LEFTOVERS)
+    assert not left.exists()

@@ -1,6 +1,7 @@
 """Schedules, optimisers, averages and checkpoints on disk."""
 
 import json
+import os
 import warnings
 from dataclasses import replace
 from pathlib import Path
@@ -12,6 +13,7 @@ import torch
 
 from finetune.config.schema import OptimConfig, Optimizer, Schedule
 from finetune.errors import ConfigError, RunError
+from finetune.run import rundir
 from finetune.run.hashing import hash_file
 from finetune.training import checkpoint
 from finetune.training.checkpoint import TrainState
@@ -183,6 +185,24 @@ def test_a_persons_copies_beside_checkpoints_are_left_alone(tmp_path: Path) -> N
     assert checkpoint.steps_on_disk(tmp_path) == [7]
     checkpoint.prune(tmp_path, 1, [])
     assert len(list(tmp_path.iterdir())) == 4
+
+
+def test_a_checkpoint_of_another_user_is_not_called_damaged(tmp_path: Path) -> None:
+    folder = checkpoint.save(tmp_path / "checkpoints", STATE, {"a": torch.ones(1)}, {}, None)
+    user = os.geteuid()
+    folder.parent.chmod(0)
+    try:
+        if user == 0:  # who may read everything
+            os.seteuid(65534)
+        with (
+            pytest.raises(RunError, match=r"manifest\.json \(Permission denied\); make it yours") as refused,
+            rundir.explained(tmp_path, ""),
+        ):
+            checkpoint.load(folder)
+    finally:
+        os.seteuid(user)
+        folder.parent.chmod(0o755)
+    assert "delete" not in str(refused.value)
 
 
 def test_a_missing_manifest_is_damage(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
-from PIL import Image, ImageCms, PngImagePlugin
+from PIL import Image, ImageCms, ImageFile, PngImagePlugin
 
 from finetune.data.images import colour, decode
 from finetune.errors import DataError
@@ -333,3 +333,15 @@ def test_large_images_wait_for_one_another_and_small_ones_do_not(tmp_path, monke
 def test_a_plain_rgb_image_is_not_copied():
     image = Image.new("RGB", (8, 8))
     assert colour.to_srgb(image, None) is image
+
+
+def test_a_lack_of_memory_is_not_taken_for_a_corrupt_image(tmp_path, monkeypatch):
+    file = tmp_path / "wall.png"
+    Image.new("RGB", (8, 8)).save(file)
+
+    def fail(*_):
+        raise MemoryError
+
+    monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
+    with pytest.raises(DataError, match=r"wall\.png: takes more memory than there is"):
+        decode.open_rgb(file, 100)

@@ -1,0 +1,94 @@
+"""What other tools call a setting: sd-scripts, diffusers' scripts, axolotl, PEFT, transformers, web UIs.
+
+Names that a likeness finds by itself (`lora_alpha`, `mixed_precision`, `lr_scheduler`) are not here.
+"""
+
+KEYS = {
+    **dict.fromkeys(("learning_rate", "unet_lr", "max_lr"), "optim.lr"),
+    **dict.fromkeys(("optimizer", "optimizer_type", "optim_type"), "optim"),
+    **dict.fromkeys(("batch_size", "train_batch_size", "per_device_train_batch_size"), "trainer.micro_batch"),
+    **dict.fromkeys(("micro_batch_size", "per_gpu_batch_size"), "trainer.micro_batch"),
+    "gradient_accumulation_steps": "trainer.accumulate",
+    "gradient_checkpointing": "trainer.activation_checkpointing",
+    **dict.fromkeys(("max_steps", "max_train_steps", "num_steps", "iterations"), "trainer.steps"),
+    **dict.fromkeys(("save_steps", "save_every_n_steps", "checkpointing_steps"), "trainer.save_every"),
+    **dict.fromkeys(("save_total_limit", "checkpoints_total_limit"), "trainer.keep_checkpoints"),
+    **dict.fromkeys(("eval_steps", "validation_steps"), "trainer.validate_every"),
+    "logging_steps": "trainer.log_every",
+    "early_stopping_patience": "trainer.patience",
+    **dict.fromkeys(("max_grad_norm", "clip_grad_norm", "gradient_clipping"), "trainer.clip_norm"),
+    **dict.fromkeys(("ema", "use_ema"), "trainer.ema_decay"),
+    **dict.fromkeys(("r", "lora_r", "lora_rank", "network_dim", "dim"), "lora.rank"),
+    "network_alpha": "lora.alpha",
+    "network_dropout": "lora.dropout",
+    **dict.fromkeys(("target_modules", "lora_target_modules", "lora_target_linear"), "lora.targets"),
+    "use_rslora": "lora.rslora",
+    **dict.fromkeys(("use_dora", "peft_use_dora"), "lora.dora"),
+    "init_lora_weights": "lora.init",
+    "loraplus_lr_ratio": "optim.lora_plus",
+    **dict.fromkeys(("adam_weight_decay", "decay"), "optim.weight_decay"),
+    **dict.fromkeys(("beta1", "beta2", "adam_beta1", "adam_beta2"), "optim.betas"),
+    **dict.fromkeys(("sequence_len", "max_seq_length", "max_length", "cutoff_len", "block_size"), "data.length"),
+    "sample_packing": "data.packing",
+    **dict.fromkeys(("val_set_size", "validation_split", "test_size"), "data.validation_share"),
+    **dict.fromkeys(("train_data_dir", "instance_data_dir", "image_dir", "image_folder", "folder_path"), "data.folder"),
+    **dict.fromkeys(("train_file", "data_files"), "data.file"),
+    **dict.fromkeys(("flip_aug", "random_flip"), "data.flip"),
+    **dict.fromkeys(("cache_dir", "dataset_prepared_path"), "data.cache"),
+    "bucket_reso_steps": "model.bucket_step",
+    **dict.fromkeys(("base_model", "model_name", "pretrained_model", "ckpt_path"), "model.base"),
+    **dict.fromkeys(("model_name_or_path", "pretrained_model_name_or_path"), "model.base"),
+    **dict.fromkeys(("tokens", "special_tokens"), "model.added_tokens"),
+    **dict.fromkeys(("instance_prompt", "trigger_word", "class_tokens"), "caption.trigger"),
+    **dict.fromkeys(("cfg", "cfg_scale", "guidance_scale"), "sample.guidance"),
+    **dict.fromkeys(("num_inference_steps", "sample_steps"), "sample.steps"),
+    **dict.fromkeys(("validation_prompt", "validation_prompts"), "sample.prompts"),
+    **dict.fromkeys(("sample_every", "sample_every_n_steps"), "sample.every"),
+    **dict.fromkeys(("quantization", "quant_type", "bnb_4bit_quant_type"), "model.quantize"),
+    "negative_prompt": "sample.negative",
+    "max_new_tokens": "sample.max_new_tokens",
+    **dict.fromkeys(("output", "output_dir"), "run_dir"),
+    **dict.fromkeys(("output_name", "run_name", "lora_name"), "name"),
+}
+"""Name -> the key, or the group of presets, that is meant."""
+
+_EPOCHS = "a run's length is trainer.steps; `finetune plan` says how often each example is seen in so many steps"
+_ATTENTION = "the fastest attention that this machine has is taken by itself"
+_CURVES = "curves go to tensorboard/ in the run folder (run_dir) and into report.html"
+_CAPTIONS = "captions are read from metadata.jsonl and from .txt files, and stay as they are"
+_BUCKETS = "images always go into aspect-ratio buckets: see model.resolution, model.bucket_step and data.max_aspect"
+_ENCODERS = "text encoders are not trained; the rate of all else is optim.lr"
+_LORA = "every adapter is a LoRA: see lora.rank, lora.targets and, for convolutions, lora.targets=wide"
+_DATA = "images are in data.folder, conversations in data.file"
+_GOES_ON = "a run goes on by itself: type the same command again"
+_PRIOR = "there are no regularisation images; what is to be kept is an image of data.folder like any other"
+
+NOTES = {
+    **dict.fromkeys(("epochs", "epoch", "num_epochs", "num_train_epochs", "max_train_epochs"), _EPOCHS),
+    **dict.fromkeys(("repeats", "num_repeats"), _EPOCHS),
+    "save_every_n_epochs": "checkpoints are counted in steps: trainer.save_every",
+    "saves_per_epoch": "checkpoints are counted in steps: trainer.save_every",
+    "evals_per_epoch": "validations are counted in steps: trainer.validate_every",
+    "sample_every_n_epochs": "previews are counted in steps: sample.every",
+    **dict.fromkeys(("sampler", "sampler_name", "sample_sampler"), "the base's own scheduler draws images"),
+    **dict.fromkeys(("dataset", "datasets", "dataset_name", "data_path"), _DATA),
+    "fp16": "type trainer.precision=fp16",
+    "bf16": "type trainer.precision=bf16",
+    "load_in_4bit": "type model.quantize=nf4",
+    "load_in_8bit": "type model.quantize=int8",
+    **dict.fromkeys(("xformers", "flash_attention", "flash_attn", "sdpa", "mem_eff_attn", "sdp_attention"), _ATTENTION),
+    **dict.fromkeys(("report_to", "log_with", "logging_dir", "wandb_project", "use_wandb"), _CURVES),
+    **dict.fromkeys(("hub_model_id", "push_to_hub"), "nothing is uploaded; type: hf upload and the adapter/ folder"),
+    **dict.fromkeys(("resume", "resume_from_checkpoint", "auto_resume_from_checkpoints"), _GOES_ON),
+    **dict.fromkeys(("caption_extension", "shuffle_caption", "keep_tokens", "caption_column"), _CAPTIONS),
+    **dict.fromkeys(("enable_bucket", "min_bucket_reso", "max_bucket_reso", "center_crop", "random_crop"), _BUCKETS),
+    **dict.fromkeys(("cache_latents", "cache_latents_to_disk", "cache_text_encoder_outputs"), "data.cache always does"),
+    **dict.fromkeys(("text_encoder_lr", "train_text_encoder", "network_train_unet_only"), _ENCODERS),
+    **dict.fromkeys(("network_module", "network_args", "network_type", "conv_dim", "conv_alpha"), _LORA),
+    **dict.fromkeys(("reg_data_dir", "class_data_dir", "class_prompt", "prior_loss_weight"), _PRIOR),
+    **dict.fromkeys(("v_parameterization", "v_pred", "zero_terminal_snr"), "the base's own scheduler says it"),
+    "clip_skip": "text encoders are read as the base's own pipeline reads them",
+    **dict.fromkeys(("width", "height"), "images are drawn as squares with a side of model.resolution"),
+    **dict.fromkeys(("top_p", "top_k", "repetition_penalty"), "answers are drawn by sample.temperature alone"),
+}
+"""Name -> what to know where no key does the same."""
