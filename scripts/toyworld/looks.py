@@ -62,7 +62,7 @@ STAINED_GLASS = Look("soft", "glass", "panes", "vivid", line="black", outline=0.
 HELD_OUT: dict[str, Look] = {"pixar": PIXAR, "stop motion": STOP_MOTION, "stained glass": STAINED_GLASS}
 """By the words of their recipes. Neither these nor looks close to them may be trained on by autoencoder or base."""
 LEAST_DISTANCE = 2.5
-ALIKE = 8
+ALIKE = 64
 UNNAMED_SHARE = 0.3
 
 NAMED: dict[str, Look] = {
