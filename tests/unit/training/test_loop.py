@@ -1,16 +1,22 @@
 """The loop: gradients are means over items however they are cut up, and bad steps leave the weights alone."""
 
 import re
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import kinds
 from finetune.adapters import lora
+from finetune.config.schema import Config
 from finetune.errors import TrainingError
+from finetune.run.records import Dataset
 from finetune.training.accelerator import without_cudnn_attention
+from finetune.training.loop import forward_backward
 from tests.unit.conftest import Setting
-from tests.unit.training.steps import run
+from tests.unit.training.steps import draws, fallbacks, prepared, run
 
 CPU = torch.device("cpu")
 
@@ -77,3 +83,36 @@ def test_cudnns_attention_is_off_while_anything_trains() -> None:
     with without_cudnn_attention():
         assert not torch.backends.cuda.cudnn_sdp_enabled()
     assert torch.backends.cuda.cudnn_sdp_enabled()
+
+
+class Waits(TorchDispatchMode):
+    """Counts how often a number of a tensor comes to the host, for which a GPU would be waited for."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        waiting = (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.equal.default,
+            torch.ops.aten.nonzero.default,
+        )
+        self.count += func in waiting
+        return func(*args, **kwargs or {})
+
+
+@pytest.mark.parametrize("accumulate", [1, 3])
+def test_a_step_waits_for_its_loss_and_its_norm_alone(
+    config: Config, make_dataset: Callable[..., Dataset], accumulate: int
+) -> None:
+    config.trainer.micro_batch, config.trainer.accumulate = 2, accumulate
+    task, accelerator, optimizer = prepared(config, make_dataset())
+    batches = [[task.collate(part) for part in task.split(chunk, 2)] for chunk in draws(task, config, 2)]
+    for step, made in enumerate(batches):
+        with Waits() as waits:
+            forward_backward(
+                task, lambda _, made=made: made, optimizer, accelerator, fallbacks(task, config), seed=0, step=step
+            )
+            accelerator.clip_grad_norm_(task.model.parameters(), 1.0).item()
+            optimizer.step()
+            optimizer.zero_grad()
+    assert waits.count == 2
