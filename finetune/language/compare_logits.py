@@ -77,6 +77,8 @@ def compare(reference: ModelOutputs, other: ModelOutputs, device: torch.device) 
             )
         )
     count = len(reference.states)
+    if divergence < 0:  # which it is not: equal models differ by rounding, to either side
+        divergence = 0.0
     return LogitDifference((apart / size) ** 0.5, float(largest), divergence / count, same / count)
 
 

@@ -109,19 +109,25 @@ def test_a_run_that_fails_leaves_the_process_as_it_was(
     assert [key for key, value in before.items() if after[key] != value] == []
 
 
-def test_threads_take_turns(workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]) -> None:
+def test_threads_take_turns(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from finetune.memory import device
     from finetune.stages import caption
 
-    inside, most, gate = [], [], threading.Event()
+    inside, most, said, another = [], [], [], threading.Event()
+
+    def say(text: str) -> None:
+        said.append(text)
+        another.set()
 
     def work(config: Config) -> CaptionSet:
         inside.append(config.seed)
         most.append(len(inside))
-        gate.wait(0.5)
+        another.wait(timeout=60)
         inside.remove(config.seed)
         return CaptionSet("pics", ())
 
     monkeypatch.setattr(caption, "caption", work)
+    monkeypatch.setattr(device, "say", say)
     threads = [
         threading.Thread(target=finetune.caption, args=("smoke", {"run_dir": f"run-{seed}", "seed": seed}))
         for seed in range(3)
@@ -131,7 +137,7 @@ def test_threads_take_turns(workdir: Path, monkeypatch: pytest.MonkeyPatch, capf
     for thread in threads:
         thread.join()
     assert most == [1, 1, 1]
-    assert "waiting for another run in this process" in capfd.readouterr().err
+    assert "waiting for another run in this process to end" in said
 
 
 def test_recipes_are_composed_in_several_threads_at_once(workdir: Path) -> None:

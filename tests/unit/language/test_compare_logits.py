@@ -70,6 +70,15 @@ def test_a_model_is_like_itself(load: Callable[[float], Any]) -> None:
     assert compare_logits.compare(outputs, outputs, CPU) == compare_logits.LogitDifference(0.0, 0.0, 0.0, 1.0)
 
 
+def test_rounding_makes_no_divergence_below_zero(load: Callable[[float], Any]) -> None:
+    outputs = compare_logits.model_outputs(load(1.0), ROWS, CPU)
+    generator = torch.Generator().manual_seed(0)
+    for _ in range(20):
+        noise = 1e-7 * torch.randn(outputs.states.shape, generator=generator)
+        near = replace(outputs, states=outputs.states + noise)
+        assert 0 <= compare_logits.compare(outputs, near, CPU).divergence < 1e-6
+
+
 def test_what_is_not_a_number_shows_in_every_figure(
     load: Callable[[float], Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
