@@ -1,26 +1,24 @@
 """python -m scripts.embedded PHASE… : trains, exports and measures the models that ship inside the package.
 
-The phases, in order: render; readers, autoencoder and captioner (independent of one another, may run side by side);
-diffusion (needs the autoencoder); export; evaluate. `all` runs them one after the other. Parts named by --keep are
-taken as shipped. `probe` measures training steps on this machine, and the trainings take its fastest variant; `glance`
-draws contact sheets without figures; `pack` and `unpack` carry the results from one machine to another. rebuild.sh puts
-all of them together.
+The phases, in order: render; readers and captioner (which need the renders alone); autoencoder; decoder (makes it
+crisp); diffusion (needs the autoencoder); export; evaluate. `all` runs them one after the other. A call whose time is
+up pauses, and the next one with the same WORK goes on where it stopped. Parts named by --keep start as they are
+shipped: readers and captioner stay so, autoencoder and diffusion model are trained on where their phase is named.
+`glance` draws contact sheets without figures; `pack` and `unpack` carry the results from one machine to another.
 """
 
 import argparse
 import math
+import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
 
 from scripts.embedded.settings import FULL_MINUTES, PARTS, REPOSITORY, Settings
-from scripts.embedded.team import settle_torch
-from scripts.embedded.variants import Variant
 
-PHASES = ("render", "readers", "autoencoder", "captioner", "diffusion", "export", "evaluate")
-PROBES = ("probe", "probe-autoencoder", "probe-diffusion", "probe-team")
-OTHERS = ("all", "glance", "pack", "unpack", *PROBES)
+PHASES = ("render", "readers", "captioner", "autoencoder", "decoder", "diffusion", "export", "evaluate")
+OTHERS = ("all", "glance", "pack", "unpack")
 
 
 def main() -> None:
@@ -28,43 +26,45 @@ def main() -> None:
     parser.add_argument("phases", nargs="+", choices=(*PHASES, *OTHERS), metavar="PHASE")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "outputs" / "embedded", help="caches and checkpoints")
     parser.add_argument("--root", type=Path, help="where artefacts go; the repository, or WORK/root for a tiny run")
-    parser.add_argument("--keep", default="readers,captioner", help=f"of {','.join(PARTS)}: not trained anew; or none")
+    parser.add_argument("--keep", default="readers,captioner", help=f"of {','.join(PARTS)}: start as shipped; or none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--processes", type=int, help="that train one model together; one a GPU unless named")
-    parser.add_argument("--minutes", type=float, help="time for each phase named, instead of its own default")
-    parser.add_argument("--until", type=float, default=math.inf, help="diffusion pauses at this second of the epoch")
-    parser.add_argument("--variant", help="such as channels_last+bf16+compiled; the fastest probed unless named")
+    parser.add_argument("--minutes", default="", help="of phases over all calls, such as render=4,diffusion=9")
+    parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which this call pauses")
     parser.add_argument("--out", type=Path, help="folder of the tar files, for pack and unpack")
     parser.add_argument("--tiny", action="store_true", help="a few pictures and steps, to prove the whole line")
     given = parser.parse_args()
     phases = [phase for name in given.phases for phase in (PHASES if name == "all" else (name,))]
     kept = frozenset(given.keep.split(",")) - {"none"}
+    minutes = dict(pair.partition("=")[::2] for pair in given.minutes.split(",") if pair)
     if {"pack", "unpack"} & set(phases) and given.out is None:
         parser.error("pack and unpack need --out FOLDER")
     if kept - set(PARTS):
         parser.error(f"--keep takes some of {','.join(PARTS)}, or none; got {given.keep}")
     if "diffusion" in kept and "autoencoder" not in kept:
         parser.error("a diffusion model is of no use without its autoencoder; try --keep …,autoencoder,diffusion")
-    if given.variant is not None:
-        Variant.parse(given.variant)
+    if set(minutes) - set(FULL_MINUTES):
+        parser.error(f"--minutes takes PHASE=MINUTES for {', '.join(FULL_MINUTES)}; got {given.minutes}")
     settings = Settings(
         work=given.work,
         root=given.root or (given.work / "root" if given.tiny else REPOSITORY),
         device=given.device,
         tiny=given.tiny,
-        minutes={name: given.minutes or default for name, default in FULL_MINUTES.items()},
+        minutes=FULL_MINUTES | {phase: float(amount) for phase, amount in minutes.items()},
         kept=kept,
-        processes=given.processes or (torch.cuda.device_count() if given.device == "cuda" else 1),
-        pause_at=given.until,
-        variant=given.variant,
+        pause_at=time.time() + given.limit_s,
     )
-    settle_torch()
+    # TF32 for what stays in fp32, the fastest convolutions found by trial.
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
     if kept and "unpack" not in phases:
         from scripts.embedded.keep import keep_shipped
 
         keep_shipped(settings)
     for phase in phases:
-        if phase in kept and phase != "diffusion":
+        if time.time() >= settings.pause_at:
+            print(f"time is up before {phase}: run this again", flush=True)
+            break
+        if phase in kept & {"readers", "captioner"}:
             print(f"{phase}: kept as shipped", flush=True)
         elif phase in ("pack", "unpack"):
             from scripts.embedded import packing
@@ -82,16 +82,14 @@ def function_of(phase: str) -> Callable[[Settings], None]:
         from scripts.embedded.train_readers import train_readers as function
     elif phase == "autoencoder":
         from scripts.embedded.autoencoder import train_autoencoder as function
+    elif phase == "decoder":
+        from scripts.embedded.decoder import train_decoder as function
     elif phase == "captioner":
         from scripts.embedded.captioner import train_captioner as function
     elif phase == "diffusion":
         from scripts.embedded.diffusion import train_diffusion as function
     elif phase == "export":
         from scripts.embedded.export import export as function
-    elif phase in PROBES:
-        from scripts.embedded import probe
-
-        return getattr(probe, phase.replace("-", "_"))  # type: ignore[no-any-return]
     elif phase == "glance":
         from scripts.embedded.evaluate import glance as function
     else:

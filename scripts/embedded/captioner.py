@@ -96,7 +96,7 @@ def train_captioner(settings: Settings) -> None:
         output = model(pixel_values=pixels_B3PP, input_ids=tokens_BL, attention_mask=attended_BL, labels=labels_BL)
         return output.loss
 
-    fit(
+    fitted = fit(
         model,
         draw,
         loss_of,
@@ -105,11 +105,13 @@ def train_captioner(settings: Settings) -> None:
         lr=6e-4,
         checkpoint=settings.work / "checkpoints" / "captioner.pt",
         seed=SEED,
+        pause_at=settings.pause_at,
     )
-    folder = captioner_folder(settings.work)
-    model.save_pretrained(folder)
-    forget_batching(tokenizer)
-    new_processor(tokenizer).save_pretrained(folder)
+    if fitted.done:
+        folder = captioner_folder(settings.work)
+        model.save_pretrained(folder)
+        forget_batching(tokenizer)
+        new_processor(tokenizer).save_pretrained(folder)
 
 
 def new_processor(tokenizer: BertTokenizer) -> BlipProcessor:

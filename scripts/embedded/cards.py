@@ -9,10 +9,9 @@ RERUN = """```
 scripts/embedded/rebuild.sh WORK OUT
 ```
 
-Run it again with the same folders until it says that all is done: each run takes ten minutes on a machine with one to
-four GPUs, stops in time and goes on where it stopped. It trains autoencoder and diffusion model and keeps the readers
-and the captioner; a fourth argument says what else to keep or train. Seeded, but how many steps fit into the time
-depends on the machine."""
+Run it again with the same folders until it has evaluated: each run takes about ten minutes on a machine with one GPU,
+pauses in time and goes on where it stopped. It trains autoencoder and diffusion model and keeps the readers and the
+captioner; `--keep none` trains them too. Seeded, but how many steps fit into the time depends on the machine."""
 
 LICENCE = """CC0-1.0 for the weights and for the data: every picture and caption comes from the procedural renderer in
 `scripts/toyworld/`; nothing was downloaded and no other model was used."""
@@ -76,7 +75,7 @@ more looks that are kept for other recipes. One caption in ten was left empty, f
 eight carried a style phrase of made-up words, so that the base ignores trigger phrases it does not know. The
 autoencoder learnt from the same renders.
 
-{training_table(figures, ("autoencoder", "diffusion"))}
+{training_table(figures, ("autoencoder", "decoder", "diffusion"))}
 
 {machine_line(made)} To make it again:
 
@@ -149,7 +148,8 @@ def training_table(figures: dict[str, Any], phases: tuple[str, ...]) -> str:
     rows = [
         f"| {phase} | {trained['steps']:,} | {trained['seconds'] / 60:.1f} | {trained['hardware']} |"
         for phase in phases
-        for trained in [figures["training"][phase]]
+        for trained in [figures["training"].get(phase)]
+        if trained
     ]
     return "\n".join(["| phase | steps | minutes | on |", "|---|---|---|---|", *rows])
 

@@ -16,8 +16,6 @@ from scripts.embedded.autoencoder import autoencoder_folder, encode_all
 from scripts.embedded.fit import Budget, Draw, LossOf, fit
 from scripts.embedded.render_sets import load_base_sets
 from scripts.embedded.settings import LATENT_CHANNELS, PICTURE_PX, SEED, TEXT_WIDTH, Settings
-from scripts.embedded.team import Team, together
-from scripts.embedded.variants import chosen_variant
 from scripts.embedded.vocabularies import CLIP_LENGTH, save_clip_tokenizer, train_clip_tokenizer
 from scripts.toyworld.looks import HELD_OUT
 
@@ -91,10 +89,6 @@ def diffusion_folder(work: Path) -> Path:
 
 
 def train_diffusion(settings: Settings) -> None:
-    together(train_in_team, settings)
-
-
-def train_in_team(settings: Settings, team: Team) -> None:
     renders = load_base_sets(settings)
     captions = renders.captions()
     folder, goes_on = diffusion_folder(settings.work), "diffusion" in settings.kept
@@ -105,33 +99,29 @@ def train_in_team(settings: Settings, team: Team) -> None:
     tokens_NVL = tokenise(tokenizer, captions).to(settings.device)
     vae = AutoencoderKL.from_pretrained(autoencoder_folder(settings.work)).to(settings.device)
     latents_NCHW = encode_all(vae, renders.images)
-    if team.leads:
-        print(f"diffusion: {len(renders.scenes)} pictures, {len(tokenizer)} tokens", flush=True)
-        print(f"diffusion: latents mean {latents_NCHW.mean():.3f}, deviation {latents_NCHW.std():.3f}", flush=True)
+    print(f"diffusion: {len(renders.scenes)} pictures, {len(tokenizer)} tokens", flush=True)
+    print(f"diffusion: latents mean {latents_NCHW.mean():.3f}, deviation {latents_NCHW.std():.3f}", flush=True)
     del vae, renders
 
-    variant = chosen_variant(settings, "diffusion")
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet") if goes_on else new_unet()
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder") if goes_on else new_text_encoder(tokenizer)
-    unet.to(settings.device, memory_format=variant.memory_format)
+    unet.to(settings.device, memory_format=torch.channels_last)
     text_encoder.to(settings.device)
     fitted = fit(
         nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
-        batches(latents_NCHW, tokens_NVL, tokenizer, settings.batch(256, at_least=512)),
+        batches(latents_NCHW, tokens_NVL, tokenizer, settings.batch(512)),
         loss_with(unet, text_encoder),
-        name=f"diffusion ({variant}, {team.size} processes)",
+        name="diffusion",
         budget=Budget(settings.minutes["diffusion"] * 60, settings.tiny_steps),
         lr=4e-4 if goes_on else 8e-4,
         checkpoint=settings.work / "checkpoints" / "diffusion.pt",
         seed=SEED,
         ema_decay=0.9995,
         pause_at=settings.pause_at,
-        graph=True,
-        variant=variant,
-        team=team,
+        bf16=True,
     )
-    if team.leads and fitted.steps:  # a pause may come before the first step: no model to show then
+    if fitted.steps:  # a pause may come before the first step: no model to show then
         unet.save_pretrained(folder / "unet")
         text_encoder.save_pretrained(folder / "text_encoder")
         save_clip_tokenizer(tokenizer, folder / "tokenizer")

@@ -15,9 +15,10 @@ from PIL import Image
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
-from scripts.embedded.augment import gaussian, to_float
-from scripts.embedded.autoencoder import decode_all, encode_all, reconstruction_psnr
+from scripts.embedded.augment import to_float
+from scripts.embedded.autoencoder import decode_all, encode_all, restoration
 from scripts.embedded.cards import write_cards
+from scripts.embedded.crispness import detail
 from scripts.embedded.export import parameter_millions
 from scripts.embedded.readers import Reader, load_reader, margins, read
 from scripts.embedded.render_sets import load_set
@@ -38,7 +39,6 @@ SAMPLING_BATCH = 100
 SHEET = 40
 GLANCE_GUIDANCE = 2.5
 DOUBTFUL_SHARE = 0.1  # guidance is judged by the least clear of its pictures
-DETAIL_PX = 1.5
 
 Figures = dict[str, float]
 
@@ -80,7 +80,7 @@ def provenance(settings: Settings) -> dict[str, str]:
     on_gpu = settings.device.startswith("cuda")
     return {
         "date": datetime.date.today().isoformat(),
-        "hardware": f"{settings.processes} {torch.cuda.get_device_name()}" if on_gpu else f"CPU ({platform.machine()})",
+        "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
@@ -153,16 +153,12 @@ def diffusion_figures(settings: Settings, content: Reader, style: Reader) -> dic
 
 
 def autoencoder_figures(settings: Settings, vae: AutoencoderKL) -> Figures:
-    figures: Figures = {"channels": vae.config.latent_channels}
     for name in ("flat", *HELD_OUT):
-        images = load_set(settings, f"{name}-unseen").images
-        decoded = decode_all(vae, encode_all(vae, images))
-        figures[f"psnr_{name}_db"] = round(reconstruction_psnr(decoded, images), 2)
-        figures[f"detail_{name}"] = round(detail(decoded) / detail(to_float(images)), 3)
-        pairs = torch.stack([to_float(images), decoded], dim=1)[: SHEET // 2]
+        images = load_set(settings, f"{name}-unseen").images[: SHEET // 2]
+        pairs = torch.stack([to_float(images), decode_all(vae, encode_all(vae, images))], dim=1)
         lines = ["render", "decoded"] * len(pairs)
         contact_sheet(pairs.flatten(0, 1), lines, settings.evaluation / f"autoencoder-{name}.png")
-    return figures
+    return {"channels": vae.config.latent_channels} | restoration(settings, vae)
 
 
 def clarity(content: Reader, style: Reader, images_N3PP: Tensor, scenes: list[Scene]) -> tuple[float, float]:
@@ -179,13 +175,6 @@ def clarity(content: Reader, style: Reader, images_N3PP: Tensor, scenes: list[Sc
     shown = torch.quantile(margins(content, images_N3PP, right), DOUBTFUL_SHARE)
     flat = torch.quantile(margins(style, images_N3PP, {"style": ["flat"] * len(scenes)}), DOUBTFUL_SHARE)
     return figures["thing_and_colour"] + figures["setting"], round(float(shown + flat), 3)
-
-
-def detail(images_N3PP: Tensor) -> float:
-    """Mean absolute difference from a blurred copy: what is lost first where a picture is not crisp."""
-    return float(
-        torch.stack([(part - gaussian(part, DETAIL_PX)).abs().mean() for part in images_N3PP.split(100)]).mean()
-    )
 
 
 def held_out_scenes(first_seed: int, count: int) -> list[Scene]:

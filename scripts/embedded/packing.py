@@ -1,6 +1,6 @@
 """Packs the artefacts into a few tar files of limited size, for machines that hand back little, and unpacks them.
 
-A tar's folders: `root`, what ships; `evaluation`, contact sheets; `work`, logs, measurements, and the autoencoder where
+A tar's folders: `root`, what ships; `evaluation`, contact sheets; `work`, logs, and the autoencoder where
 it is trained but not yet shipped with a diffusion model.
 """
 
@@ -23,7 +23,7 @@ def pack(settings: Settings, out: Path) -> None:
     members = {path: Path("root") / path.relative_to(settings.root) for path in shipped_files(settings)}
     members |= {path: Path("evaluation") / path.name for path in sorted(settings.evaluation.glob("*"))}
     unshipped = [] if (settings.work / "diffusion").exists() else halved(settings.work / "autoencoder")
-    for path in (*settings.work.glob("*.log"), *settings.probed.glob("*.json"), *unshipped):
+    for path in (*settings.work.glob("*.log"), *unshipped):
         members[path] = Path("work") / path.relative_to(settings.work)
     tars: list[list[Path]] = []
     for path in sorted(members, key=lambda member: -tar_bytes(member)):

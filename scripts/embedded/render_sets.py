@@ -53,8 +53,7 @@ def render_sets(settings: Settings) -> None:
 
     Several processes take chunks from one queue: a few on the GPU, one on each CPU core that is left.
     """
-    gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
-    workers = [f"cuda:{index % gpus}" for index in range(gpus * GPU_WORKERS)]
+    workers = ["cuda"] * GPU_WORKERS if settings.device == "cuda" else []
     workers += ["cpu"] * max(1, (os.cpu_count() or 1) - len(workers) - 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     queue: Queue[tuple[RenderSet, int] | None] = context.Queue()
@@ -63,7 +62,7 @@ def render_sets(settings: Settings) -> None:
         return
     for entry in [*missing, *[None] * len(workers)]:
         queue.put(entry)
-    deadline = time.time() + settings.minutes["render"] * 60
+    deadline = min(time.time() + settings.minutes["render"] * 60, settings.pause_at)
     processes = [context.Process(target=render_chunks, args=(settings, device, queue, deadline)) for device in workers]
     started = time.monotonic()
     for process in processes:

@@ -53,13 +53,13 @@ FULL_MINUTES = {
     "render": 12.0,
     "readers": 2.0,
     "autoencoder": 3.0,
+    "decoder": 2.0,
     "captioner": 3.2,
     "diffusion": 9.0,
-    "probe": 1.0,
 }
 
 PARTS = ("readers", "captioner", "autoencoder", "diffusion")
-"""What a rebuild trains, and what it may instead keep as the repository ships it."""
+"""What a rebuild trains from scratch, or takes as the repository ships it."""
 
 
 @dataclass(frozen=True)
@@ -74,13 +74,9 @@ class Settings:
     tiny: bool
     minutes: dict[str, float] = field(default_factory=lambda: dict(FULL_MINUTES))
     kept: frozenset[str] = frozenset()
-    """Parts that stay as shipped: readers and captioner untouched, autoencoder reused, diffusion trained on."""
-    processes: int = 1
-    """Processes that train one model together, one a GPU."""
+    """Parts that start as shipped: readers and captioner stay so, autoencoder and diffusion model may be trained on."""
     pause_at: float = math.inf
-    """When the diffusion training pauses, as time.time() counts, to be continued by another call."""
-    variant: str | None = None
-    """How models are computed, as `Variant.parse` reads it; None takes what the probe found best."""
+    """When rendering and trainings pause, as time.time() counts, to be continued by another call."""
 
     @property
     def sets(self) -> tuple[RenderSet, ...]:
@@ -95,9 +91,9 @@ class Settings:
         """Optimiser steps of each phase in a tiny run; None where time is the limit."""
         return 4 if self.tiny else None
 
-    def batch(self, a_process: int, at_least: int = 0) -> int:
-        """Pictures each process draws for a step: `a_process`, or its part of `at_least` where few processes train."""
-        return 8 // self.processes if self.tiny else max(a_process, at_least // self.processes)
+    def batch(self, pictures: int) -> int:
+        """Pictures drawn for a step."""
+        return 8 if self.tiny else pictures
 
     @property
     def embedded(self) -> Path:
@@ -110,8 +106,3 @@ class Settings:
     @property
     def evaluation(self) -> Path:
         return self.work / "evaluation"
-
-    @property
-    def probed(self) -> Path:
-        """Folder of what the probe measured."""
-        return self.work / "probe"

@@ -72,7 +72,7 @@ def train_reader(
         logits = reader(images_B3PP).values()
         return torch.stack([functional.cross_entropy(*pair) for pair in zip(logits, answers_B, strict=True)]).sum()
 
-    fit(
+    fitted = fit(
         reader,
         draw,
         loss_of,
@@ -81,6 +81,8 @@ def train_reader(
         lr=2e-3,
         checkpoint=settings.work / "checkpoints" / f"{name}-reader.pt",
         seed=SEED,
+        pause_at=settings.pause_at,
         ema_decay=0.99,  # short, because the batch statistics beside it follow the latest weights
     )
-    save_reader(reader, settings.readers / f"{name}.safetensors")
+    if fitted.done:
+        save_reader(reader, settings.readers / f"{name}.safetensors")

@@ -43,12 +43,11 @@ class FlatWeights:
             for weight, start, stride in zip(self.parameters, self.starts, self.strides, strict=True)
         ]
 
-    def collect_gradients(self) -> Tensor:
-        """What backward passes left, in fp32; also the gradient that the optimiser of `master_W` sees."""
+    def collect_gradients(self) -> None:
+        """Give the optimiser of `master_W` what backward passes left, in fp32."""
         assert self.master_W.grad is not None
         if self.master_W.grad is not self.gradients_W:
             self.master_W.grad.copy_(self.gradients_W)
-        return self.master_W.grad
 
     def publish(self) -> None:
         """Let the model compute with what the optimiser made of the weights."""

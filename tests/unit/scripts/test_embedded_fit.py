@@ -1,19 +1,14 @@
-"""The training loop of the embedded models, its weights and its variants, on models of a few numbers."""
+"""The training loop of the embedded models and its weights, on models of a few numbers."""
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from scripts.embedded.fit import Budget, Draw, Fitted, LossOf, fit
-from scripts.embedded.probe import measure
-from scripts.embedded.settings import Settings
-from scripts.embedded.team import probed_isolation
-from scripts.embedded.variants import Variant, chosen_variant
+from scripts.embedded.fit import Budget, Fitted, fit
 from scripts.embedded.weights import FlatWeights
 
 
@@ -99,7 +94,7 @@ def test_a_paused_training_goes_on_where_it_was(
     assert torch.equal(weight, same)
 
 
-def test_a_checkpoint_of_another_memory_order_is_refused(tmp_path: Path) -> None:
+def test_a_checkpoint_of_other_weights_is_refused(tmp_path: Path) -> None:
     checkpoint = tmp_path / "conv.pt"
 
     def train(memory_format: torch.memory_format) -> None:
@@ -116,11 +111,11 @@ def test_a_checkpoint_of_another_memory_order_is_refused(tmp_path: Path) -> None
         )
 
     train(torch.channels_last)
-    with pytest.raises(ValueError, match=r"conv\.pt orders its weights otherwise; name its --variant, or remove it"):
+    with pytest.raises(ValueError, match=r"conv\.pt holds weights of another shape or order; remove it"):
         train(torch.contiguous_format)
 
 
-# --- flat weights, variants --------------------------------------------------------------------------------------
+# --- flat weights ------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
@@ -162,57 +157,8 @@ def test_a_bf16_training_keeps_steps_that_bf16_would_round_away(tmp_path: Path) 
         checkpoint=tmp_path / "line.pt",
         seed=1,
         ema_decay=0.0,
-        variant=Variant(channels_last=False, bf16=True),
+        bf16=True,
     )
     assert model.weight.dtype == torch.float32
     assert 1.0 < model.weight.item() < 1.1
     assert model.weight.item() != model.weight.bfloat16().item()
-
-
-def test_a_variant_is_read_back_as_written() -> None:
-    for text in ("channels_last+bf16+compiled", "contiguous+autocast+eager"):
-        assert str(Variant.parse(text)) == text
-    with pytest.raises(ValueError, match=r"a variant is made of .*, got 'fast'"):
-        Variant.parse("fast")
-
-
-def test_the_fastest_probed_variant_is_taken_unless_one_is_named(tmp_path: Path) -> None:
-    settings = Settings(tmp_path, tmp_path, "cpu", tiny=True)
-    assert chosen_variant(settings, "diffusion") == Variant()
-    settings.probed.mkdir()
-    (settings.probed / "diffusion.json").write_text('{"contiguous+bf16+eager": 2.0, "contiguous+bf16+compiled": 1.0}')
-    assert str(chosen_variant(settings, "diffusion")) == "contiguous+bf16+compiled"
-    named = replace(settings, variant="channels_last+autocast+eager")
-    assert str(chosen_variant(named, "diffusion")) == "channels_last+autocast+eager"
-
-
-def test_the_probe_writes_down_what_it_timed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("scripts.embedded.probe.VARIANTS", ("contiguous+bf16+eager", "contiguous+autocast+eager"))
-    settings = Settings(tmp_path, tmp_path, "cpu", tiny=True)
-
-    def build(variant: Variant) -> tuple[nn.Module, Draw, LossOf]:
-        model = nn.Linear(1, 1)
-        return (
-            model,
-            lambda generator: (torch.rand(2, 1, generator=generator),),
-            lambda x: model(x.to(model.weight.dtype)).mean(),
-        )
-
-    measure(settings, "line", build)
-    measured = json.loads((settings.probed / "line.json").read_text())
-    assert set(measured) == {"contiguous+bf16+eager", "contiguous+autocast+eager"}
-    assert str(chosen_variant(settings, "line")) == min(measured, key=lambda name: measured[name])
-
-
-@pytest.mark.parametrize(
-    ("measured", "wanted"),
-    [({}, False), ({"shared": 1.0}, False), ({"isolated": 9.0}, True)]
-    + [({"shared": 1.0, "isolated": slow}, slow < 1.5) for slow in (1.1, 2.0)],
-)
-def test_processes_are_isolated_where_that_was_measured_to_work(
-    tmp_path: Path, measured: dict[str, float], wanted: bool
-) -> None:
-    settings = Settings(tmp_path, tmp_path, "cpu", tiny=True)
-    settings.probed.mkdir()
-    (settings.probed / "team.json").write_text(json.dumps(measured))
-    assert probed_isolation(settings) == wanted

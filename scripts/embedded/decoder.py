@@ -1,0 +1,97 @@
+"""Trains the decoder alone, against a small discriminator of patches, so that what it restores is crisp.
+
+Losses that count differences make a decoder blur what it is not sure of. One that also has to look real draws an edge
+(arXiv 2012.09841, section 3.2). The encoder stays as it is, and a diffusion model that fits it goes on fitting.
+
+B pictures, P pixels, C latent channels, H×W latent pixels.
+"""
+
+import torch
+from diffusers import AutoencoderKL
+from torch import Tensor, nn
+from torch.func import functional_call
+from torch.nn import functional
+
+from scripts.embedded.autoencoder import autoencoder_folder, batches, noisy, picture_loss, print_restoration
+from scripts.embedded.fit import Budget, Draw, LossOf, fit
+from scripts.embedded.render_sets import load_base_sets
+from scripts.embedded.settings import SEED, Settings
+
+# How strongly a decoded picture is pulled towards looking real, as a share of the pull towards its own pixels: VQGAN
+# has 0.8, for sixteen times fewer pixels; a guess.
+REALISM_SHARE = 0.4
+MOST_WEIGHT = 1e4  # of the realism, where the discriminator hardly reacts; VQGAN's
+
+
+def new_discriminator() -> nn.Sequential:
+    """A logit for each patch of 34 pixels: positive where it looks like a render."""
+    return nn.Sequential(
+        nn.Conv2d(3, 48, 4, stride=2, padding=1),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(48, 96, 4, stride=2, padding=1),
+        nn.GroupNorm(8, 96),  # no statistics of the batch: they would tell decoded batches from rendered ones
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(96, 192, 4, padding=1),
+        nn.GroupNorm(8, 192),
+        nn.LeakyReLU(0.2),
+        nn.Conv2d(192, 1, 4, padding=1),
+    )
+
+
+def train_decoder(settings: Settings) -> None:
+    renders = load_base_sets(settings)
+    folder = autoencoder_folder(settings.work)
+    vae = AutoencoderKL.from_pretrained(folder).to(settings.device, memory_format=torch.channels_last)
+    print_restoration(settings, vae, "decoder, before")
+    vae.requires_grad_(False)
+    torch.manual_seed(SEED)
+    decoder = nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
+    discriminator = new_discriminator().to(settings.device, memory_format=torch.channels_last)
+    fitted = fit(
+        nn.ModuleDict({"decoder": decoder, "discriminator": discriminator}),
+        encoded(batches(renders, settings.batch(64)), vae),
+        loss_with(decoder, discriminator),
+        name="decoder",
+        budget=Budget(settings.minutes["decoder"] * 60, settings.tiny_steps),
+        lr=3e-4,
+        checkpoint=settings.work / "checkpoints" / "decoder.pt",
+        seed=SEED,
+        betas=(0.5, 0.99),  # each side's target moves with the other
+        pause_at=settings.pause_at,
+        bf16=True,
+    )
+    if fitted.done:
+        vae.save_pretrained(folder)
+        print_restoration(settings, vae, "decoder, after")
+
+
+def encoded(draw_pictures: Draw, vae: AutoencoderKL) -> Draw:
+    """Draws (pictures -1…1 [B, 3, P, P], their noisy latents [B, C, H, W])."""
+
+    @torch.no_grad()
+    def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
+        target_B3PP, noise_BCHW = draw_pictures(generator)
+        posterior = vae.encode(target_B3PP).latent_dist
+        return target_B3PP, noisy(posterior.mean, posterior.var, noise_BCHW)
+
+    return draw
+
+
+def loss_with(decoder: nn.Module, discriminator: nn.Module) -> LossOf:
+    """Both sides' losses in one: neither has a gradient for the other's weights, so one optimiser serves both."""
+
+    def loss_of(target_B3PP: Tensor, latents_BCHW: Tensor) -> Tensor:
+        dtype = next(decoder.parameters()).dtype
+        decoded_B3PP = decoder(latents_BCHW.to(dtype)).float()
+        real, made = (discriminator(images.to(dtype)).float() for images in (target_B3PP, decoded_B3PP.detach()))
+        discriminating = functional.relu(1.0 - real).mean() + functional.relu(1.0 + made).mean()
+        judge = {name: weight.detach() for name, weight in discriminator.named_parameters()}
+        realism = -functional_call(discriminator, judge, (decoded_B3PP.to(dtype),)).float().mean()
+        restoring = picture_loss(decoded_B3PP, target_B3PP)
+        pull, other = (
+            torch.autograd.grad(loss, decoded_B3PP, retain_graph=True)[0].norm() for loss in (restoring, realism)
+        )
+        weight = (REALISM_SHARE * pull / (other + 1e-12)).clamp_max(MOST_WEIGHT)
+        return restoring + weight * realism + discriminating
+
+    return loss_of
