@@ -222,5 +222,4 @@ def restoration(settings: Settings, vae: AutoencoderKL) -> dict[str, float]:
 
 
 def print_restoration(settings: Settings, vae: AutoencoderKL, name: str) -> None:
-    for figure, value in restoration(settings, vae).items():
-        print(f"{name}: {figure} {value}", flush=True)
+    print(f"{name}: {restoration(settings, vae)}", flush=True)
