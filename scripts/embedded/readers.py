@@ -4,7 +4,7 @@ They learn from renders alone and never see a model's samples. B pictures of 3×
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -33,9 +33,13 @@ class Reader(nn.Module):
 
     def forward(self, images_B3PP: Tensor) -> dict[str, Tensor]:
         """Pictures with values 0…1 at READER_PX to logits [B, K] by head."""
+        pooled_BF = self.features(images_B3PP)
+        return {name: head(pooled_BF) for name, head in self.heads.items()}
+
+    def features(self, images_B3PP: Tensor) -> Tensor:
+        """[B, F], what every head sees."""
         features = self.body(2.0 * images_B3PP - 1.0)
-        pooled = torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
-        return {name: head(pooled) for name, head in self.heads.items()}
+        return torch.cat([features.mean((2, 3)), features.amax((2, 3))], dim=1)
 
 
 class Halving(nn.Sequential):
@@ -77,15 +81,25 @@ def margins(reader: Reader, images_B3PP: Tensor, right: Mapping[str, list[str]])
 @torch.no_grad()
 def logits_of(reader: Reader, images_B3PP: Tensor) -> dict[str, Tensor]:
     """Logits [B, K] by head, for uint8 or 0…1 floats of any size."""
+    parts = [reader(pixels) for pixels in as_seen(reader, images_B3PP)]
+    return {name: torch.cat([part[name] for part in parts]) for name in reader.labels}
+
+
+@torch.no_grad()
+def features_of(reader: Reader, images_B3PP: Tensor) -> Tensor:
+    """Features [B, F], for uint8 or 0…1 floats of any size."""
+    return torch.cat([reader.features(pixels) for pixels in as_seen(reader, images_B3PP)])
+
+
+def as_seen(reader: Reader, images_B3PP: Tensor) -> Iterator[Tensor]:
+    """The pictures in batches, as the reader takes them."""
     device = next(reader.parameters()).device
-    parts = []
     for images in images_B3PP.split(BATCH):
         pixels = images.to(device)
         pixels = pixels.float() / 255.0 if images.dtype == torch.uint8 else pixels.float()
         if pixels.shape[-2:] != (READER_PX, READER_PX):
             pixels = functional.interpolate(pixels, (READER_PX, READER_PX), mode="bilinear", antialias=True)
-        parts.append(reader(pixels))
-    return {name: torch.cat([part[name] for part in parts]) for name in reader.labels}
+        yield pixels
 
 
 def save_reader(reader: Reader, path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 from pathlib import Path
 
+from scripts.toyworld.looks import HELD_OUT
 from scripts.toyworld.scene import sample_scene
 
 
@@ -22,8 +23,9 @@ def main() -> None:
     sheet.add_argument("--columns", type=int, default=6)
     sheet.add_argument("--device", default="cpu")
 
-    dataset = commands.add_parser("dataset", help="write the example data set of film-like pictures")
+    dataset = commands.add_parser("dataset", help="write an example data set, such as that of film-like pictures")
     dataset.add_argument("folder", type=Path)
+    dataset.add_argument("--style", default="pixar", choices=tuple(HELD_OUT))
     dataset.add_argument("--count", type=int, default=40)
     dataset.add_argument("--size", type=int, default=512)
     dataset.add_argument("--device", default="cpu")
@@ -36,7 +38,9 @@ def main() -> None:
         scenes = [sample_scene(options.seed + k) for k in range(options.count)]
         write_sheet(options.out, scenes, options.style, options.size, columns=options.columns, device=options.device)
     else:
-        write_dataset(options.folder, count=options.count, size=options.size, device=options.device)
+        write_dataset(
+            options.folder, style=options.style, count=options.count, size=options.size, device=options.device
+        )
 
 
 if __name__ == "__main__":

@@ -18,14 +18,16 @@ PAIR_EVERY = 8  # every eighth picture shows two things
 JPEG_QUALITY = 95
 DATASET_SUPERSAMPLE = 3  # only a few pictures, looked at closely
 
-_README = """# pixar_style
+_LOOKS_OF = {"pixar": "a 3-D animated film", "stop motion": "a stop-motion film", "stained glass": "stained glass"}
 
-{count} images ({size} x {size} px, JPEG) of small scenes in the look of a 3-D animated film. They are the example data
+_README = """# {name}
+
+{count} images ({size} x {size} px, JPEG) of small scenes in the look of {look}. They are the example data
 for a style adapter. They come without captions, like a folder of your own images.
 
-Made by `python -m scripts.toyworld dataset datasets/pixar_style --count {count} --size {size}`: the project's own
+Made by `python -m scripts.toyworld dataset datasets/{name} {options}`: the project's own
 procedural renderer (`scripts/toyworld/`) draws every image. Nothing is taken from a film or a photograph, and no studio
-is involved. The scenes are spread evenly over kinds, colours and settings; their seeds are used nowhere else.
+is involved. The scenes are spread evenly over kinds, colours and settings; no base model trains on their seeds.
 
 Licence: CC0 1.0, public domain.
 """
@@ -45,13 +47,16 @@ def write_sheet(
     _image(sheet).save(path)
 
 
-def write_dataset(folder: Path, *, count: int, size: int, device: str = "cpu") -> None:
-    """Numbered JPEGs and a README; no captions."""
+def write_dataset(folder: Path, *, style: str, count: int, size: int, device: str = "cpu") -> None:
+    """Numbered JPEGs in one of the looks held out of training, and a README; no captions."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(dataset_scenes(count), start=1):
-        picture = render([scene], "pixar", size, device=device, supersample=DATASET_SUPERSAMPLE)[0].cpu()
+        picture = render([scene], style, size, device=device, supersample=DATASET_SUPERSAMPLE)[0].cpu()
         _image(picture).save(folder / f"{number:03d}.jpg", quality=JPEG_QUALITY, optimize=True)
-    (folder / "README.md").write_text(_README.format(count=count, size=size), encoding="utf-8")
+    options = "" if style == "pixar" else f'--style "{style}" '
+    options += f"--count {count} --size {size}"
+    readme = _README.format(name=folder.name, count=count, size=size, look=_LOOKS_OF[style], options=options)
+    (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
 def dataset_scenes(count: int) -> list[Scene]:

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
 from scripts.toyworld.captions import VARIANTS, Mention, caption, read_caption
-from scripts.toyworld.looks import STYLES
-from scripts.toyworld.output import dataset_scenes
+from scripts.toyworld.looks import HELD_OUT, STYLES
+from scripts.toyworld.output import dataset_scenes, write_dataset
 from scripts.toyworld.render import render, render_batch
 from scripts.toyworld.scene import COLOURS, KINDS, PLACES, SETTINGS, SIZES, Scene, Thing, held_out, sample_scene
+from tests.conftest import ROOT
 
 
 @pytest.fixture(autouse=True)
@@ -170,3 +172,16 @@ def test_the_data_set_is_spread_evenly_over_the_words() -> None:
         counts = [used.count(word) for word in words]
         assert max(counts) - min(counts) <= 1
     assert {thing.size for thing in things} == set(SIZES)
+
+
+@pytest.mark.parametrize("style", HELD_OUT)
+def test_an_example_data_set_says_how_it_was_made(style: str, tmp_path: Path) -> None:
+    folder = tmp_path / f"{style.split()[0]}_style"
+    write_dataset(folder, style=style, count=2, size=16)
+    assert sorted(path.name for path in folder.iterdir()) == ["001.jpg", "002.jpg", "README.md"]
+    readme = (folder / "README.md").read_text()
+    shipped = (ROOT / "datasets" / "pixar_style" / "README.md").read_text()
+    as_shipped = readme.replace("2 images (16 x 16 ", "40 images (512 x 512 ")
+    as_shipped = as_shipped.replace("--count 2 --size 16", "--count 40 --size 512")
+    assert (as_shipped == shipped) == (style == "pixar")
+    assert (f'--style "{style}"' in readme) == (style != "pixar")
