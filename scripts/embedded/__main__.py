@@ -53,9 +53,9 @@ def main() -> None:
         kept=kept,
         pause_at=time.time() + given.limit_s,
     )
-    # TF32 for what stays in fp32, the fastest convolutions found by trial.
-    torch.set_float32_matmul_precision("high")
-    torch.backends.cudnn.benchmark = True
+    if given.device == "cuda":  # TF32 for what stays in fp32, the fastest convolutions found by trial
+        torch.set_float32_matmul_precision("high")
+        torch.backends.cudnn.benchmark = True
     if kept and "unpack" not in phases:
         from scripts.embedded.keep import keep_shipped
 

@@ -17,8 +17,8 @@ from scripts.embedded.fit import Budget, Draw, LossOf, fit
 from scripts.embedded.render_sets import load_base_sets
 from scripts.embedded.settings import SEED, Settings
 
-# How strongly a decoded picture is pulled towards looking real, as a share of the pull towards its own pixels: VQGAN
-# has 0.8, for sixteen times fewer pixels; a guess.
+# The pull of a decoded picture towards looking real, as a share of the pull towards its own pixels. A first guess:
+# VQGAN's released configurations have 0.8, for pictures that are harder to restore.
 REALISM_SHARE = 0.4
 MOST_WEIGHT = 1e4  # of the realism, where the discriminator hardly reacts; VQGAN's
 

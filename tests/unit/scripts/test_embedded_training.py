@@ -1,7 +1,6 @@
 """The training scripts of the embedded models, on tiny random models: nothing here waits for real training."""
 
 import random
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional
 from transformers import (
     BlipConfig,
@@ -20,67 +19,27 @@ from transformers import (
     CLIPTokenizer,
 )
 
-from scripts.embedded.augment import to_float
-from scripts.embedded.autoencoder import (
-    WIDEST,
-    batches,
-    decode_all,
-    drift,
-    encode_all,
-    narrow,
-    picture_loss,
-    whiten,
-)
 from scripts.embedded.captioner import new_processor, targets
-from scripts.embedded.crispness import detail, laplacian
-from scripts.embedded.decoder import loss_with as adversarial_loss
-from scripts.embedded.decoder import new_discriminator, train_decoder
 from scripts.embedded.diffusion import append, made_up_suffixes, new_scheduler, tokenise, velocity_pair
 from scripts.embedded.evaluate import clarity, describe
 from scripts.embedded.export import export_captioner, export_diffusion
-from scripts.embedded.fit import save_atomically
 from scripts.embedded.packing import pack, unpack
 from scripts.embedded.readers import Reader, load_reader, margins, read, save_reader
-from scripts.embedded.render_sets import chunk_path, chunk_scenes, chunks_in_turn, load_base_sets, load_set
-from scripts.embedded.settings import BASE_SETS, FULL_SETS, LATENT_CHANNELS, PICTURE_PX, Settings
+from scripts.embedded.render_sets import chunk_scenes, chunks_in_turn
+from scripts.embedded.settings import BASE_SETS, FULL_SETS, Settings
 from scripts.embedded.vocabularies import make_wordpiece_tokenizer, save_clip_tokenizer, train_clip_tokenizer
 from scripts.toyworld.captions import caption, styled
 from scripts.toyworld.looks import HELD_OUT, NAMED, random_look
 from scripts.toyworld.scene import Scene, held_out, sample_scene
+from tests.unit.scripts.tiny_autoencoder import tiny_autoencoder
 
 ALL_HEADS = {"kind": ("cat", "car"), "colour": ("red", "blue"), "setting": ("snow", "space")}
 CAPTIONS = [caption(sample_scene(seed), seed % 8) for seed in range(200)]
 
 
-@pytest.fixture
-def settings(tmp_path: Path) -> Settings:
-    """Of a tiny run whose renders are noise."""
-    settings = Settings(tmp_path, tmp_path / "root", "cpu", tiny=True)
-    generator = torch.Generator().manual_seed(0)
-    for whole, part in chunks_in_turn(settings.sets):
-        if whole.name in ("flat", "looks") or not whole.for_training:
-            size = (len(chunk_scenes(whole, part)), 3, PICTURE_PX, PICTURE_PX)
-            images = torch.randint(0, 256, size, dtype=torch.uint8, generator=generator)
-            save_atomically(images, chunk_path(settings.work, whole, part))
-    return settings
-
-
 @pytest.fixture(scope="module")
 def clip_tokenizer() -> CLIPTokenizer:
     return train_clip_tokenizer(CAPTIONS)
-
-
-def tiny_autoencoder(halvings: int = 1, channels: int = 4) -> AutoencoderKL:
-    torch.manual_seed(0)
-    return AutoencoderKL(
-        down_block_types=("DownEncoderBlock2D",) * (halvings + 1),
-        up_block_types=("UpDecoderBlock2D",) * (halvings + 1),
-        block_out_channels=(8,) * (halvings + 1),
-        latent_channels=channels,
-        norm_num_groups=4,
-        sample_size=16,
-        scaling_factor=1.0,
-    ).eval()
 
 
 # --- tokenizers -------------------------------------------------------------------------------------------------
@@ -186,96 +145,7 @@ def test_a_cut_rendering_leaves_every_training_set_in_proportion() -> None:
     assert half.count("pixar") / order.count("pixar") == pytest.approx(0.5, abs=0.06)
 
 
-# --- autoencoder, export, readers, packing ----------------------------------------------------------------------
-
-
-def test_whitening_normalises_latents_and_leaves_pictures_alone() -> None:
-    vae = tiny_autoencoder()
-    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    before = encode_all(vae, images)
-    decoded = decode_all(vae, before)
-    whiten(vae, before.mean((0, 2, 3)), before.std((0, 2, 3)))
-    after = encode_all(vae, images)
-    torch.testing.assert_close(after.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
-    torch.testing.assert_close(after.std((0, 2, 3)), torch.ones(4), atol=1e-3, rtol=0)
-    torch.testing.assert_close(decode_all(vae, after), decoded, atol=1e-4, rtol=0)
-
-
-def test_a_wide_posterior_is_narrowed_and_its_mean_left_alone() -> None:
-    vae = tiny_autoencoder()
-    images = torch.randint(0, 256, (12, 3, 16, 16), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
-    before = vae.encode(2.0 * to_float(images) - 1.0).latent_dist
-    assert before.std.mean((0, 2, 3)).min() > WIDEST  # untrained
-    narrow(vae, images)
-    after = vae.encode(2.0 * to_float(images) - 1.0).latent_dist
-    torch.testing.assert_close(after.std.mean((0, 2, 3)), torch.full((4,), WIDEST), rtol=1e-3, atol=0)
-    torch.testing.assert_close(after.mean, before.mean)
-
-
-def test_an_error_at_an_eye_costs_more_than_one_in_the_sky() -> None:
-    target = torch.zeros(1, 3, 64, 64)
-    target[..., 40:48, 40:48] = torch.tensor([1.0, -1.0]).repeat(8, 4)
-    at_eye, in_sky = target.clone(), target.clone()
-    at_eye[..., 43:45, 43:45] += 0.5
-    in_sky[..., 11:13, 11:13] += 0.5
-    assert picture_loss(at_eye, target) > 1.2 * picture_loss(in_sky, target)
-    assert picture_loss(target, target) == 0.0
-
-
-@pytest.mark.parametrize("crispness", [detail, laplacian])
-def test_a_blurred_picture_is_less_crisp(crispness: Callable[[Tensor], float]) -> None:
-    images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
-    assert crispness(functional.avg_pool2d(images, 3, 1, 1)) < 0.7 * crispness(images)
-    assert crispness(torch.full((1, 3, 32, 32), 0.5)) == pytest.approx(0.0, abs=1e-6)
-
-
-def test_flat_pictures_are_drawn_with_the_anchors_latents(settings: Settings) -> None:
-    anchor = tiny_autoencoder(halvings=3, channels=LATENT_CHANNELS)
-    target, _, latents, flat = batches(load_base_sets(settings), 16, anchor)(torch.Generator().manual_seed(0))
-    assert 0 < flat.sum() < 16
-    with torch.no_grad():
-        torch.testing.assert_close(latents, anchor.encode(target).latent_dist.mean)
-    moved = latents + 0.5
-    assert drift(latents, latents, flat) == 0.0
-    assert drift(moved, latents, flat) == pytest.approx(0.25)
-    others = torch.where(flat.bool().view(-1, 1, 1, 1), latents, moved)
-    assert drift(others, latents, flat) == 0.0
-    assert drift(moved, latents, torch.zeros(16)) == 0.0
-
-
-def test_the_decoder_and_its_discriminator_learn_against_each_other() -> None:
-    """Each side's gradient is that of its own loss: the other side's loss reaches none of its weights."""
-    torch.manual_seed(0)
-    decoder, discriminator = nn.Conv2d(4, 3, 3, padding=1), new_discriminator()
-    target, latents = torch.rand(4, 3, 32, 32) * 2 - 1, torch.randn(4, 4, 32, 32)
-    adversarial_loss(decoder, discriminator)(target, latents).backward()
-    found = [weight.grad.clone() for weight in discriminator.parameters() if weight.grad is not None]
-    discriminator.zero_grad()
-    made = decoder(latents).detach()
-    wrong = functional.relu(1 - discriminator(target)).mean() + functional.relu(1 + discriminator(made)).mean()
-    wrong.backward()
-    for one, weight in zip(found, discriminator.parameters(), strict=True):
-        torch.testing.assert_close(one, weight.grad)
-    assert decoder.weight.grad is not None
-    both = decoder.weight.grad.clone()
-    decoder.zero_grad()
-    picture_loss(decoder(latents), target).backward()
-    assert not torch.allclose(both, decoder.weight.grad)
-
-
-def test_a_crisper_decoder_leaves_the_latents_as_they_were(settings: Settings) -> None:
-    folder = settings.work / "autoencoder"
-    before = tiny_autoencoder(halvings=3, channels=LATENT_CHANNELS)
-    before.save_pretrained(folder)
-    train_decoder(settings)
-    after = AutoencoderKL.from_pretrained(folder)
-    images = load_set(settings, "pixar-unseen").images
-    latents = encode_all(before, images)
-    assert torch.equal(encode_all(after, images), latents)
-    assert not torch.equal(decode_all(after, latents), decode_all(before, latents))
-    train_decoder(settings)  # finished: only loads
-    again = AutoencoderKL.from_pretrained(folder)
-    assert all(torch.equal(value, again.state_dict()[name]) for name, value in after.state_dict().items())
+# --- export, readers, packing ----------------------------------------------------------------------------------
 
 
 def test_exported_diffusion_loads_and_draws(clip_tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
