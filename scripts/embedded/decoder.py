@@ -20,22 +20,17 @@ from scripts.embedded.settings import SEED, Settings
 # The pull of a decoded picture towards looking real, as a share of the pull towards its own pixels. A first guess:
 # VQGAN's released configurations have 0.8, for pictures that are harder to restore.
 REALISM_SHARE = 0.4
-MOST_WEIGHT = 1e4  # of the realism, where the discriminator hardly reacts; VQGAN's
+LEAST_PULL = 1e-6  # keeps a discriminator that hardly reacts from being made loud
 
 
 def new_discriminator() -> nn.Sequential:
     """A logit for each patch of 34 pixels: positive where it looks like a render."""
-    return nn.Sequential(
-        nn.Conv2d(3, 48, 4, stride=2, padding=1),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(48, 96, 4, stride=2, padding=1),
-        nn.GroupNorm(8, 96),  # no statistics of the batch: they would tell decoded batches from rendered ones
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(96, 192, 4, padding=1),
-        nn.GroupNorm(8, 192),
-        nn.LeakyReLU(0.2),
-        nn.Conv2d(192, 1, 4, padding=1),
-    )
+    layers: list[nn.Module] = []
+    for before, width, stride in ((3, 48, 2), (48, 96, 2), (96, 192, 1)):
+        # None on pixels, whose contrast tells; nor of batches, which are all decoded or all rendered.
+        norm = nn.Identity() if before == 3 else nn.GroupNorm(8, width)
+        layers += [nn.Conv2d(before, width, 4, stride, 1), norm, nn.LeakyReLU(0.2)]
+    return nn.Sequential(*layers, nn.Conv2d(192, 1, 4, padding=1))
 
 
 def train_decoder(settings: Settings) -> None:
@@ -44,8 +39,8 @@ def train_decoder(settings: Settings) -> None:
     vae = AutoencoderKL.from_pretrained(folder).to(settings.device, memory_format=torch.channels_last)
     print_restoration(settings, vae, "decoder, before")
     vae.requires_grad_(False)
-    torch.manual_seed(SEED)
     decoder = nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
+    torch.manual_seed(SEED)
     discriminator = new_discriminator().to(settings.device, memory_format=torch.channels_last)
     fitted = fit(
         nn.ModuleDict({"decoder": decoder, "discriminator": discriminator}),
@@ -88,10 +83,8 @@ def loss_with(decoder: nn.Module, discriminator: nn.Module) -> LossOf:
         judge = {name: weight.detach() for name, weight in discriminator.named_parameters()}
         realism = -functional_call(discriminator, judge, (decoded_B3PP.to(dtype),)).float().mean()
         restoring = picture_loss(decoded_B3PP, target_B3PP)
-        pull, other = (
-            torch.autograd.grad(loss, decoded_B3PP, retain_graph=True)[0].norm() for loss in (restoring, realism)
-        )
-        weight = (REALISM_SHARE * pull / (other + 1e-12)).clamp_max(MOST_WEIGHT)
+        pulls = [torch.autograd.grad(loss, decoded_B3PP, retain_graph=True)[0].norm() for loss in (restoring, realism)]
+        weight = REALISM_SHARE * pulls[0] / (pulls[1] + LEAST_PULL)
         return restoring + weight * realism + discriminating
 
     return loss_of
