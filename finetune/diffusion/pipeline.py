@@ -5,7 +5,7 @@ What the families differ in is in `finetune.diffusion.families`.
 B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text tokens, D text width.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, cast
@@ -300,19 +300,29 @@ class ImageSampler:
     """
 
     def __init__(
-        self, model: ModelConfig, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
+        self,
+        model: ModelConfig,
+        prompts: Sequence[str],
+        negative: str,
+        device: torch.device,
+        dtype: torch.dtype,
+        encoder: TextEncoder | None = None,
     ) -> None:
+        """encoder: one that the caller keeps, to `read` other texts with later."""
         self.family, self.base = family(model.family), model.base
-        encoder = TextEncoder(model, device)
-        texts = [*prompts, negative]
-        self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
-        del encoder
-        self.negative, self.device, self.dtype = negative, device, dtype
+        self.device, self.dtype = device, dtype
+        self.read(prompts, negative, encoder or TextEncoder(model, device))
         self.adaptive_batch = AdaptiveBatch(IMAGE_BATCH, self._tile, doing="drawing")
         self.vae = load_vae_model(model)
         parts = dict.fromkeys((self.family.backbone, *self.family.text_parts)) | {"vae": self.vae}
         self.pipeline = load_pipeline(model, parts)
         self.proven = False
+
+    def read(self, prompts: Sequence[str], negative: str, encoder: TextEncoder) -> None:
+        """Take these prompts from now on instead of those before."""
+        texts = [*prompts, negative]
+        self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
+        self.negative = negative
 
     def generate(
         self,
@@ -323,10 +333,12 @@ class ImageSampler:
         height: int,
         steps: int,
         guidance: float,
+        on_step: Callable[[], None] = lambda: None,
     ) -> list[Any]:
-        """One PIL image for each (prompt, seed); prompts must be among those given at construction.
+        """One PIL image for each (prompt, seed); prompts must be among those that were read.
 
-        Raises torch.OutOfMemoryError where one image is too much, in tiles too.
+        on_step: called after each denoising step of each batch; what it raises ends the work. Raises
+        torch.OutOfMemoryError where one image is too much, in tiles too.
         """
         if max(width, height) <= tiling.TILE:  # tiles would be the image
             self.adaptive_batch.fallbacks.clear()
@@ -334,7 +346,7 @@ class ImageSampler:
             nullcontext() if self.proven else _first_use(self.base, f"{self.family.backbone}, scheduler or autoencoder")
         ):
             images = self.adaptive_batch.each(
-                lambda part: self._generate(backbone, part, width, height, steps, guidance), jobs
+                lambda part: self._generate(backbone, part, width, height, steps, guidance, on_step), jobs
             )
         self.proven = True
         return images
@@ -345,8 +357,19 @@ class ImageSampler:
 
     @torch.no_grad()
     def _generate(
-        self, backbone: nn.Module, jobs: Sequence[tuple[str, int]], width: int, height: int, steps: int, guidance: float
+        self,
+        backbone: nn.Module,
+        jobs: Sequence[tuple[str, int]],
+        width: int,
+        height: int,
+        steps: int,
+        guidance: float,
+        on_step: Callable[[], None],
     ) -> list[Any]:
+        def after_step(_pipeline: Any, _step: int, _timestep: Any, changed: dict[str, Any]) -> dict[str, Any]:
+            on_step()
+            return changed
+
         pipeline = self.pipeline
         pipeline.register_modules(**{self.family.backbone: backbone})
         training = backbone.training
@@ -365,6 +388,7 @@ class ImageSampler:
                     height=height,
                     num_inference_steps=steps,
                     output_type="latent",
+                    callback_on_step_end=after_step,
                 ).images
             pixels_B3HW = self.family.decode(self.vae, latents.float(), height, width)
             return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))

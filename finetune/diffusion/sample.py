@@ -3,7 +3,7 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
@@ -64,7 +64,7 @@ def sample(
                 "base": model.base,
                 "adapter": adapter_name if kind == "tuned" else "",
             }
-            _save_png(drawn[kind][index], folder / name, facts)
+            save_png(drawn[kind][index], folder / name, facts)
         items.append(Sample(prompt, seed, names["tuned"], names["base"]))
     lines = [
         json.dumps({"prompt": item.prompt, "seed": item.seed, "file": item.file, "base_file": item.base_file})
@@ -112,10 +112,11 @@ def _fitting(text: str, font: Any, width: int) -> str:
     return text + "…"
 
 
-def _save_png(image: Any, file: Path, facts: dict[str, str]) -> None:
+def save_png(image: Any, file: Path | BinaryIO, facts: dict[str, str]) -> None:
+    """Write a PNG with `facts` as its metadata."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, value)
-    image.save(file, pnginfo=info)
+    image.save(file, "PNG", pnginfo=info)

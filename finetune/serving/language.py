@@ -11,16 +11,16 @@ from fastapi import APIRouter
 from torch import Tensor, nn
 
 from finetune import hub
-from finetune.adapters import attach, formats
+from finetune.adapters import formats
 from finetune.config.schema import Config, ModelConfig
 from finetune.data.text.tokens import Chat
 from finetune.errors import ModelError
 from finetune.language import causal_lm
 from finetune.language.tokenize import chat_of
 from finetune.memory.device import pick_device, pick_dtype
-from finetune.run import libraries
 from finetune.run.progress import say
 from finetune.serving.adapters import BaseIdentity, Shelf, Source
+from finetune.serving.attachments import Attachments
 from finetune.serving.batch import Batch, CachedBatch, RereadBatch, Router
 from finetune.serving.metrics import Metrics
 from finetune.serving.requests import BASE
@@ -62,7 +62,7 @@ class LanguageServer:
         prompts = [chat.prompt_ids(text) for text in CHECK_PROMPTS]
         batch = working_batch(loaded, self.router, prompts, self.ends, device, dtype)
         self.engine = TextEngine(batch, chat.tokenizer, self.ends, most_rows=most_rows, most_waiting=most_waiting)
-        self._attached = loaded  # with the first adapter a `PeftModel` of it
+        self.attachments = Attachments(loaded)
 
     async def between_steps(self, work: Callable[[], T]) -> T:
         """See `adapters.Holder`."""
@@ -72,21 +72,13 @@ class LanguageServer:
         """See `adapters.Holder`."""
         if formats.read_peft_config(folder).get("use_dora"):  # PEFT has no way to give it to some rows alone
             raise ModelError("an adapter with lora.dora=true can't be served; export it with export.formats=[merged]")
-        try:
-            with torch.inference_mode(False):  # else the weights could never be used outside of it
-                self._attached = attach.attach_peft_folder(self._attached, folder, key)
-        except ModelError:
-            self.drop_adapter(key)
-            raise
+        with torch.inference_mode(False):  # else the weights could never be used outside of it
+            self.attachments.load(folder, key)
         self.router.watch()
 
     def drop_adapter(self, key: str) -> None:
         """See `adapters.Holder`."""
-        from peft.tuners.tuners_utils import delete_adapter
-
-        with libraries.without_warnings():  # of another active adapter: every row names its own
-            delete_adapter(self.model, key, prefix="lora_")
-        getattr(self._attached, "peft_config", {}).pop(key, None)
+        self.attachments.drop(key)
 
 
 def service(config: Config, sources: Mapping[str, Source]) -> "LanguageService":

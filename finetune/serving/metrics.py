@@ -1,12 +1,13 @@
 """What `/metrics` says, under vLLM's names where it has one, so that its dashboards work."""
 
 import time
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
-from finetune.serving.requests import Delta, Reply, Stats
+from finetune.serving.http import P
+from finetune.serving.requests import Stats
 
 SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300)
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -50,27 +51,15 @@ class Metrics:
         """In Prometheus's format."""
         return generate_latest(self._registry)
 
-    def timed(self, reply: Reply) -> Reply:
-        """The same reply, with its times noted."""
-        return _Timed(reply, self)
-
-
-class _Timed:
-    def __init__(self, reply: Reply, metrics: Metrics) -> None:
-        self.reply, self.metrics = reply, metrics
-        self.began = time.monotonic()
-
-    async def __aiter__(self) -> AsyncIterator[Delta]:
-        first = True
-        async for delta in self.reply:
-            now = time.monotonic() - self.began
+    async def timed(self, pieces: AsyncIterable[P]) -> AsyncIterator[P]:
+        """The same pieces of an answer, with their times noted."""
+        began, first = time.monotonic(), True
+        async for piece in pieces:
+            now = time.monotonic() - began
             if first:
-                self.metrics.first_token.observe(now)
+                self.first_token.observe(now)
                 first = False
-            if delta.finish:
-                self.metrics.latency.observe(now)
-                self.metrics.finished.labels(delta.finish.value).inc()
-            yield delta
-
-    def cancel(self) -> None:
-        self.reply.cancel()
+            if piece.finish:
+                self.latency.observe(now)
+                self.finished.labels(piece.finish.value).inc()
+            yield piece

@@ -1,6 +1,7 @@
 """What the front door and the engines say to one another, and how a request is refused."""
 
 from collections.abc import AsyncIterator, Callable
+from concurrent.futures import Future
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any, Protocol, TypeVar
@@ -84,6 +85,14 @@ class TextEngine(Protocol):
     def close(self) -> None:
         """Finish what has begun and end. Later requests are refused."""
         ...
+
+
+def settle(call: Callable[[], Any], done: "Future[Any]") -> None:
+    """Have a future end as the call does."""
+    try:
+        done.set_result(call())
+    except BaseException as error:
+        done.set_exception(error)
 
 
 class Refused(Exception):

@@ -50,6 +50,7 @@ async def _serve(service: Service, rules: Rules, listener: socket.socket) -> Non
     config = uvicorn.Config(
         build(service, rules, state),
         log_config=None,
+        log_level="critical",  # failures are said by the front door
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=DRAIN_S,

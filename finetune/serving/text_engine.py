@@ -21,7 +21,7 @@ from finetune.language.generate import random_stream
 from finetune.memory.device import release_memory
 from finetune.run.progress import say
 from finetune.serving.batch import Batch
-from finetune.serving.requests import Delta, Finish, Refused, Stats, TextRequest
+from finetune.serving.requests import Delta, Finish, Refused, Stats, TextRequest, settle
 from finetune.serving.sampling import Sampler, draw
 from finetune.serving.text_stream import TextStream
 
@@ -99,7 +99,7 @@ class TextEngine:
                 work = list(self._work)
                 self._work.clear()
             for call, done in work:
-                _settle(call, done)
+                settle(call, done)
             try:
                 self._leave()
                 self._join()
@@ -112,7 +112,8 @@ class TextEngine:
     def _join(self) -> None:
         """Read the prompts of rows that have a place now; long ones leave others for the next step."""
         with self._changed:
-            self._joining = found = []
+            found: list[_Row] = []
+            self._joining = found
             while self._waiting and len(self._rows) + len(found) < self.limit:
                 row = self._waiting[0]
                 longest = max([len(row.ids), *(len(other.ids) for other in found)])
@@ -128,11 +129,10 @@ class TextEngine:
     def _take(self, rows: "Sequence[_Row]", logits_BV: Tensor) -> None:
         """Draw the next token of each and tell who waits for it."""
         tokens = draw(logits_BV, [row.sampler for row in rows])
+        self._prompt_tokens += sum(len(row.ids) for row in rows if not row.written)
+        self._written_tokens += len(rows)  # before anybody can see them
         for row, token in zip(rows, tokens, strict=True):
-            if row.written == 0:
-                self._prompt_tokens += len(row.ids)
             row.take(token, self.ends)
-        self._written_tokens += len(rows)
 
     def _leave(self) -> None:
         """Drop rows that are done, whose client has gone, or whose time is over."""
@@ -224,10 +224,3 @@ class _Row:
         if not self.finish and not self._cancelled and time.monotonic() > self.deadline:
             self.give(self._text.end(), Finish.deadline)
         return self._cancelled or self.finish is not None
-
-
-def _settle(call: Callable[[], Any], done: "Future[Any]") -> None:
-    try:
-        done.set_result(call())
-    except BaseException as error:
-        done.set_exception(error)

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
-from fastapi.responses import JSONResponse, Response, StreamingResponse
+from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
 from finetune.data.text.formats import Message
@@ -20,14 +20,9 @@ from finetune.data.text.tokens import Chat
 from finetune.errors import DataError
 from finetune.serving import forms
 from finetune.serving.adapters import Loaded, Shelf
+from finetune.serving.http import ENDED, Events, event, finished, headers_of
 from finetune.serving.metrics import Metrics
-from finetune.serving.requests import Delta, Finish, Refused, Reply, TextEngine, TextRequest
-
-POLL_S = 0.05  # between looks whether a client that doesn't stream is still there
-ENDED = {
-    Finish.deadline: Refused(504, "the reply took longer than serve.timeout_s", code="timeout", retry_after_s=1),
-    Finish.error: Refused(500, "this reply could not be computed", code="reply_failed"),
-}
+from finetune.serving.requests import Delta, Finish, Refused, TextEngine, TextRequest
 
 
 @dataclass(frozen=True)
@@ -47,29 +42,14 @@ class Prepared:
     """A reply that has begun. stack: to be closed when nobody waits for it any more."""
 
     loaded: Loaded
-    reply: Reply
+    reply: AsyncIterator[Delta]
     prompt_tokens: int
     warnings: list[str]
     stack: AsyncExitStack
 
     def headers(self) -> dict[str, str]:
         """Who replies, and what of the request was ignored."""
-        found = {"x-finetune-model": self.loaded.model, "x-finetune-content": self.loaded.content}
-        if self.warnings:
-            found["x-finetune-warning"] = "; ".join(self.warnings).encode("ascii", "replace").decode()[:1000]
-        return found
-
-
-class Events(StreamingResponse):
-    """Server-sent events. Whatever becomes of the client, what it waited for is stopped."""
-
-    def __init__(self, events: AsyncIterator[str], prepared: Prepared) -> None:
-        super().__init__(events, media_type="text/event-stream", headers=prepared.headers())
-        self.stack = prepared.stack
-
-    async def __call__(self, *arguments: Any) -> None:
-        async with self.stack:
-            await super().__call__(*arguments)
+        return headers_of(self.loaded, self.warnings)
 
 
 class Desk:
@@ -139,27 +119,14 @@ async def whole(prepared: Prepared, request: Request) -> tuple[str, Delta]:
     """A reply's text and its last piece. Raises Refused for one that didn't come to its end."""
     text: list[str] = []
 
-    async def read() -> Delta:
+    async def pieces() -> AsyncIterator[Delta]:
         async for delta in prepared.reply:
             text.append(delta.text)
-        return delta
+            yield delta
 
     async with prepared.stack:
-        reading = asyncio.create_task(read())
-        while not (await asyncio.wait({reading}, timeout=POLL_S))[0]:
-            if await request.is_disconnected():
-                reading.cancel()
-                raise Refused(499, "the client has gone", code="client_closed_request")
-        last = reading.result()
-    assert last.finish is not None
-    if last.finish in ENDED:
-        raise ENDED[last.finish]
+        last = await finished(pieces(), request)
     return "".join(text), last
-
-
-def event(data: Any) -> str:
-    """One server-sent event."""
-    return f"data: {data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)}\n\n"
 
 
 def usage(prompt_tokens: int, written: int) -> dict[str, int]:
@@ -226,7 +193,7 @@ def routes(desk: Desk) -> APIRouter:
                     yield event({"delta": delta.text, "finished": False})
             yield event("[DONE]")
 
-        return Events(events(), prepared)
+        return Events(events(), prepared.headers(), prepared.stack)
 
     return router
 
@@ -262,7 +229,8 @@ async def _openai(prepared: Prepared, form: forms.Sampling, request: Request, *,
     if form.stream:
         head["object"] = f"{kind}.chunk" if chat else kind
         with_usage = form.stream_options is not None and form.stream_options.include_usage
-        return Events(_chunks(prepared, head, with_usage=with_usage, chat=chat), prepared)
+        chunks = _chunks(prepared, head, with_usage=with_usage, chat=chat)
+        return Events(chunks, prepared.headers(), prepared.stack)
     text, last = await whole(prepared, request)
     assert last.finish is not None
     said = {"message": {"role": "assistant", "content": text}} if chat else {"text": text}

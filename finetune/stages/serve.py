@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.adapters import formats
 from finetune.config.model_kinds import model_kind
-from finetune.config.schema import Config
+from finetune.config.schema import Config, ExportFormat
 from finetune.errors import ConfigError
 from finetune.run.progress import plural, say
 from finetune.run.receipts import load_record
@@ -42,7 +42,7 @@ def serve(config: Config) -> Served:
             settings.max_body_kib * 1024,
         )
         record = load_record(Path(config.run_dir), "export", Adapter)
-        own = formats.peft_folder(Path(record.folder)) if record else None
+        own = _own_adapter(record, config)
         found = adapters.sources(own, config.name, settings.adapters)
         kind: Any = import_module(f"finetune.serving.{model_kind(config.model.kind).name}")
         service = kind.service(config, found)
@@ -54,6 +54,16 @@ def serve(config: Config) -> Served:
         finally:
             service.close()
     return Served(tuple(service.shelf.names()))
+
+
+def _own_adapter(record: Adapter | None, config: Config) -> Path | None:
+    """The run's PEFT folder, which is the format that adapters are put beside one another from."""
+    if record and ExportFormat.peft.name not in record.files:
+        raise ConfigError(
+            f"the adapter of {config.run_dir} was exported without a PEFT folder; "
+            f"type: finetune export conf={config.name} 'export.formats=[peft]'"
+        )
+    return formats.peft_folder(Path(record.folder)) if record else None
 
 
 def _require_packages() -> None:

@@ -4,11 +4,13 @@ import contextlib
 import json
 import re
 import shutil
+import socket
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import torch
 from safetensors.torch import load_file, save_file
@@ -96,6 +98,14 @@ class Server:
                 )
         except urllib.error.HTTPError as error:
             return error.code, _read(error.read()), {name.lower(): text for name, text in error.headers.items()}
+
+    def connect(self, path: str, body: Any) -> socket.socket:
+        """A connection on which a request was sent; nobody has read the answer."""
+        address, data = urlsplit(self.url), json.dumps(body).encode()
+        connection = socket.create_connection((address.hostname, address.port))
+        head = f"POST {path} HTTP/1.1\r\nHost: {address.netloc}\r\nContent-Type: application/json\r\n"
+        connection.sendall(f"{head}Content-Length: {len(data)}\r\n\r\n".encode() + data)
+        return connection
 
     def metric(self, name: str) -> float:
         """A number of `/metrics`."""

@@ -3,13 +3,12 @@
 import json
 import shutil
 import signal
-import socket
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
-from urllib.parse import quote, urlsplit
+from urllib.parse import quote
 
 import openai
 import pytest
@@ -283,17 +282,13 @@ def test_a_hundred_requests_at_once_never_mix_adapters(server: Server) -> None:
 
 def test_a_client_that_goes_away_stops_costing(server: Server) -> None:
     before = server.metric("vllm:generation_tokens_total")
-    address = urlsplit(server.url)
     for stream in (True, False):
-        body = json.dumps({"messages": TURNS, "model": DRIVEL, "stream": stream, "max_tokens": 450}).encode()
-        with socket.create_connection((address.hostname, address.port)) as connection:
-            head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: {address.netloc}\r\n"
-            head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-            connection.sendall(head.encode() + body)
+        asked = {"messages": TURNS, "model": DRIVEL, "temperature": 0, "stream": stream, "max_tokens": 450}
+        with server.connect("/v1/chat/completions", asked):
             while server.metric("vllm:num_requests_running") != 1:
                 time.sleep(0.005)
-    while server.metric("vllm:num_requests_running"):
-        time.sleep(0.005)
+        while server.metric("vllm:num_requests_running"):
+            time.sleep(0.005)
     assert server.metric("vllm:generation_tokens_total") - before < 2 * 450
 
 
