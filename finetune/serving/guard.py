@@ -107,6 +107,10 @@ class Guard:
                 code="host_not_allowed",
             )
         self._check_origin(headers, host, is_visit=method == "GET" and path == "/")
+        # Browsers ask without a key whether a page may ask; that is answered in front of all routes.
+        may_ask = method == "OPTIONS" and "access-control-request-method" in headers
+        if may_ask and headers.get("origin") in self.rules.origins:
+            return
         if self.rules.key_hash and not hmac.compare_digest(hash_of_key(_given_key(headers)), self.rules.key_hash):
             raise Refused(401, "this server needs its key: Authorization: Bearer KEY", code="invalid_api_key")
         length = headers.get("content-length", "0")

@@ -1,6 +1,8 @@
 """Runs the front door until SIGINT or SIGTERM, and lets what has begun come to its end."""
 
 import asyncio
+import errno
+import os
 import signal
 import socket
 from collections.abc import Iterator
@@ -30,7 +32,8 @@ def listening(host: str, port: int) -> socket.socket:
     try:
         return socket.create_server((host, port), family=family, backlog=2048)
     except (OSError, UnicodeError) as error:
-        reason = getattr(error, "strerror", None) or error
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number in errno.errorcode else error
         line = f"can't listen on {host}, port {port} ({reason}); try serve.port=0, which takes a free one"
         raise ConfigError(line) from error
 
