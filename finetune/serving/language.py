@@ -19,6 +19,7 @@ from finetune.language import causal_lm
 from finetune.language.tokenize import chat_of
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.run.progress import say
+from finetune.serving import page
 from finetune.serving.adapters import BaseIdentity, Shelf, Source
 from finetune.serving.attachments import Attachments
 from finetune.serving.batch import Batch, CachedBatch, RereadBatch, Router
@@ -114,7 +115,9 @@ class LanguageService:
 
     def routes(self) -> APIRouter:
         """See `app.Service`."""
-        return routes(Desk(self.server.engine, self.shelf, self.server.chat, self.defaults, self.metrics))
+        found = routes(Desk(self.server.engine, self.shelf, self.server.chat, self.defaults, self.metrics))
+        found.include_router(page.route("chat.html"))
+        return found
 
     def examples(self, url: str, key: str) -> Sequence[str]:
         """See `app.Service`."""

@@ -1,5 +1,6 @@
 """`finetune serve` with a language model, as its clients see it: over HTTP, in a process of its own."""
 
+import asyncio
 import json
 import shutil
 import signal
@@ -13,6 +14,7 @@ from urllib.parse import quote
 import openai
 import pytest
 
+from scripts.bench import serving as stopwatch
 from tests.end_to_end.serving import Server, other_adapter, serving, train
 
 PROMPT = "How much is 2 plus 3?"
@@ -278,6 +280,15 @@ def test_a_hundred_requests_at_once_never_mix_adapters(server: Server) -> None:
     with ThreadPoolExecutor(32) as clients:
         found = list(clients.map(lambda index: server.ask("/chat", kinds[index % len(kinds)])[1], range(108)))
     assert found == [alone[index % len(kinds)] for index in range(108)]
+
+
+def test_the_stopwatch_counts_what_is_written(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(stopwatch, "REQUESTS", 5)
+    before = server.metric("vllm:generation_tokens_total")
+    _, found = asyncio.run(stopwatch.level(server.url, 3))
+    assert len(found) == 5
+    assert sum(each.tokens for each in found) == server.metric("vllm:generation_tokens_total") - before
+    assert all(len(each.gaps_s) < each.tokens for each in found)
 
 
 def test_a_client_that_goes_away_stops_costing(server: Server) -> None:

@@ -2,11 +2,14 @@
 
 import base64
 import contextlib
+import hashlib
 import http.client
 import os
 import re
+import shutil
 import socket
 import stat
+import subprocess
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -214,6 +217,28 @@ def test_answers_say_that_they_are_no_pages(own: Server) -> None:
         assert found["content-security-policy"].startswith("default-src 'none'")
         assert found["cache-control"] == "no-store"
         assert "server" not in found
+
+
+def test_the_page_runs_its_own_script_alone(own: Server) -> None:
+    status, text, found = own.ask("/", Sec_Fetch_Site="cross-site")
+    assert status == 200, "a link may lead to it"
+    rules = dict(rule.split(" ", 1) for rule in found["content-security-policy"].split("; "))
+    for tag in ("script", "style"):
+        (content,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
+        digest = base64.b64encode(hashlib.sha256(content.encode()).digest()).decode()
+        assert rules[f"{tag}-src"] == f"'sha256-{digest}'"
+    assert rules["default-src"] == rules["frame-ancestors"] == "'none'"
+    assert rules["connect-src"] == "'self'"
+    assert not re.search(r"https?:|innerHTML|insertAdjacent|document\.write|eval\(| on\w+=| style=", text)
+
+
+@pytest.mark.skipif(not shutil.which("chromium"), reason="needs Chromium")
+def test_a_browser_runs_the_page(own: Server, tmp_path: Path) -> None:
+    words = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--dump-dom"]
+    shown = subprocess.run(
+        [*words, "--virtual-time-budget=10000", own.url], capture_output=True, text=True, timeout=120, check=True
+    )
+    assert "<option>base</option>" in shown.stdout, "the script has asked for the models"
 
 
 def test_nonsense_does_not_stop_it(own: Server) -> None:
