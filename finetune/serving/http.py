@@ -4,6 +4,7 @@ import asyncio
 import json
 from collections.abc import AsyncIterator
 from contextlib import AsyncExitStack
+from functools import partial
 from typing import Any, Protocol, TypeVar
 
 from fastapi import Request
@@ -14,9 +15,10 @@ from finetune.serving.requests import Finish, Refused
 
 POLL_S = 0.05  # between looks whether a client that doesn't stream is still there
 ENDED = {
-    Finish.deadline: Refused(504, "this took longer than serve.timeout_s", code="timeout", retry_after_s=1),
-    Finish.error: Refused(500, "this could not be computed", code="failed"),
+    Finish.deadline: partial(Refused, 504, "this took longer than serve.timeout_s", code="timeout", retry_after_s=1),
+    Finish.error: partial(Refused, 500, "this could not be computed", code="failed"),
 }
+"""Why an answer didn't come to its end, each time as a new exception: one that is raised again keeps all its past."""
 
 
 class Piece(Protocol):
@@ -58,7 +60,7 @@ async def finished(pieces: AsyncIterator[P], request: Request) -> P:
             raise Refused(499, "the client has gone", code="client_closed_request")
     last = reading.result()
     if last.finish in ENDED:
-        raise ENDED[last.finish]
+        raise ENDED[last.finish]()
     return last
 
 
@@ -66,7 +68,7 @@ def headers_of(loaded: Loaded, warnings: list[str]) -> dict[str, str]:
     """Who answers, and what of the request was ignored."""
     found = {"x-finetune-model": loaded.model, "x-finetune-content": loaded.content}
     if warnings:
-        text = " ".join("; ".join(warnings).split())
+        text = "".join(char if char.isprintable() else " " for char in "; ".join(warnings))  # a client's own words
         found["x-finetune-warning"] = text.encode("ascii", "replace").decode()[:1000]
     return found
 

@@ -136,7 +136,9 @@ class ImageEngine:
             release_memory()
 
 
-class _Stopped(Exception):
+class _Stopped(BaseException):
+    """No Exception: nobody on the way may take it for a failure of the model."""
+
     def __init__(self, finish: Finish) -> None:
         super().__init__(finish.name)
         self.finish = finish

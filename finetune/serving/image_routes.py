@@ -119,7 +119,7 @@ async def _events(news: AsyncIterator[Drawn], asked: ImageRequest, loaded: Loade
     """Progress after every step, then every image as OpenAI sends it."""
     async for drawn in news:
         if drawn.finish in ENDED:
-            yield event(ENDED[drawn.finish].body())
+            yield event(ENDED[drawn.finish]().body())
         elif drawn.finish is None:
             yield event({"type": "image_generation.progress", "step": drawn.step, "steps": drawn.steps})
         else:

@@ -186,7 +186,7 @@ def routes(desk: Desk) -> APIRouter:
             async for delta in prepared.reply:
                 text += delta.text
                 if delta.finish in ENDED:
-                    yield event(ENDED[delta.finish].body())
+                    yield event(ENDED[delta.finish]().body())
                 elif delta.finish:
                     yield event({"delta": delta.text, "finished": True} | _chat_reply(form, prepared, text, delta))
                 else:
@@ -248,7 +248,7 @@ async def _chunks(prepared: Prepared, head: dict[str, Any], *, with_usage: bool,
         yield chunk({"delta": {"role": "assistant", "content": ""}})
     async for delta in prepared.reply:
         if delta.finish in ENDED:
-            yield event(ENDED[delta.finish].body())
+            yield event(ENDED[delta.finish]().body())
             break
         if delta.text:
             yield chunk({"delta": {"content": delta.text}} if chat else {"text": delta.text})

@@ -209,6 +209,13 @@ def test_no_path_of_a_request_reaches_a_file(own: Server, path: str) -> None:
     connection.close()
 
 
+def test_a_clients_words_in_a_header_stay_in_it(own: Server) -> None:
+    status, _, found = own.ask("/chat", CHAT | {"x\x00\r\nSet-Cookie: a=b\x7f é": 1, "y" * 5000: 1})
+    assert status == 200
+    assert found["x-finetune-warning"].startswith("ignored: x   Set-Cookie: a=b  ?, yyy")
+    assert "set-cookie" not in found
+
+
 def test_answers_say_that_they_are_no_pages(own: Server) -> None:
     for path, body in (("/chat", CHAT), ("/nowhere", None), ("/v1/models", None)):
         _, _, found = own.ask(path, body)
