@@ -17,7 +17,8 @@ import torch
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune.config.schema import ModelConfig
-from finetune.diffusion.pipeline import ImageSampler, load_adapter, load_backbone
+from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.pipeline import load_adapter, load_backbone
 from scripts.embedded.evaluate import content_figures, held_out_scenes, share
 from scripts.embedded.readers import load_reader, read
 from scripts.toyworld.captions import caption

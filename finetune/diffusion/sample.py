@@ -8,7 +8,8 @@ from typing import Any, BinaryIO
 import torch
 
 from finetune.config.schema import ModelConfig, SampleConfig
-from finetune.diffusion.pipeline import ImageSampler, load_adapter, load_backbone
+from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.memory.device import release_memory
 from finetune.run.progress import progress
 from finetune.run.records import Sample

@@ -12,7 +12,8 @@ from fastapi import APIRouter
 
 from finetune.adapters import lora
 from finetune.config.schema import Config, ModelConfig
-from finetune.diffusion.pipeline import ImageSampler, TextEncoder, base_hash, load_backbone
+from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.pipeline import TextEncoder, base_hash, load_backbone
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.serving.adapters import BaseIdentity, Shelf, Source
 from finetune.serving.attachments import Attachments
