@@ -22,7 +22,8 @@ from torch.nn import functional
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 from finetune.config.schema import ModelConfig
-from finetune.diffusion.pipeline import ImageSampler, load_adapter, load_backbone
+from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.run.metrics import read_rows
 from finetune.run.rundir import written_config
 from scripts.embedded.augment import to_float

@@ -12,10 +12,11 @@ from finetune.adapters import formats, lora
 from finetune.errors import ModelError
 
 
-def attach_peft_folder(model: nn.Module, folder: Path) -> Any:
+def attach_peft_folder(model: nn.Module, folder: Path, name: str = lora.ADAPTER) -> Any:
     """The `PeftModel` of a base and a PEFT folder. Changes `model`, which stays inside.
 
-    Raises ModelError if the adapter is missing, damaged, or made for another base.
+    model: a base, or a `PeftModel` of which the folder becomes one more adapter, by a name that it hasn't got yet.
+    Raises ModelError if the adapter is missing, damaged, or made for another base; its name may then be taken.
     """
     from peft import PeftConfig, PeftModel, get_peft_model_state_dict
 
@@ -28,14 +29,17 @@ def attach_peft_folder(model: nn.Module, folder: Path) -> Any:
         if config.exclude_modules == formats.OTHER_MODALITIES:
             config.exclude_modules = None  # `model` has none of them, and PEFT warns of exclusions that exclude none
         with _without_device_map(model):
-            attached = PeftModel.from_pretrained(
-                model, str(folder), config=config, key_mapping=formats.FULL_TO_TEXT_MODEL
-            )
+            if isinstance(model, PeftModel):
+                attached: Any = model
+                attached.add_adapter(name, config)
+                attached.load_adapter(str(folder), name, key_mapping=formats.FULL_TO_TEXT_MODEL)
+            else:
+                attached = PeftModel.from_pretrained(
+                    model, str(folder), name, config=config, key_mapping=formats.FULL_TO_TEXT_MODEL
+                )
         attached.eval()
-    own = {
-        name.removeprefix("base_model.model."): weight
-        for name, weight in get_peft_model_state_dict(attached, save_embedding_layers=False).items()
-    }
+    tensors = get_peft_model_state_dict(attached, adapter_name=name, save_embedding_layers=False)
+    own = {key.removeprefix("base_model.model."): weight for key, weight in tensors.items()}
     if odd := sorted(own.keys() ^ stored.keys()):  # PEFT leaves out what has no place, and says nothing
         raise mismatch(folder, f"{len(odd)} tensors differ, first {odd[0]}")
     move_adapters_to_gpu(attached)

@@ -18,8 +18,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from finetune.config import other_tools
-from finetune.config import schema as declared
+from finetune.config import other_tools, schema, serve
 from finetune.config.rules import Rule
 from finetune.config.schema import Config
 from finetune.config.spelling import setting
@@ -91,7 +90,8 @@ def kind_of(key: str) -> str | None:
 def meanings() -> dict[str, str]:
     """Every dotted key that holds a value -> the docstring under its field and the rule for its value, in one line."""
     texts = {}
-    for node in (node for node in ast.parse(inspect.getsource(declared)).body if isinstance(node, ast.ClassDef)):
+    bodies = (ast.parse(inspect.getsource(module)).body for module in (schema, serve))
+    for node in (node for node in itertools.chain(*bodies) if isinstance(node, ast.ClassDef)):
         for statement, below in itertools.pairwise(node.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
                 text = ast.literal_eval(below.value)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 from enum import Enum
 
 from finetune.config.rules import LARGEST_SEED, POSITIVE, SEEDS, SHARE, at_least, is_file_name, multiple_of, must
+from finetune.config.serve import ServeConfig
 
-DIFFUSION = {"kind": "diffusion"}
-LANGUAGE = {"kind": "language"}
+DIFFUSION, LANGUAGE = {"kind": "diffusion"}, {"kind": "language"}
 
 
 class Precision(Enum):
@@ -397,3 +397,4 @@ class Config:
     hardware: HardwareConfig = field(default_factory=HardwareConfig)
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
+    serve: ServeConfig = field(default_factory=ServeConfig)

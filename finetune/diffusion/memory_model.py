@@ -18,7 +18,7 @@ from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelC
 from finetune.data.images import buckets
 from finetune.diffusion import captioner, export, meta, single_file, task, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.pipeline import IMAGE_BATCH
+from finetune.diffusion.image_sampler import IMAGE_BATCH
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer

@@ -6,7 +6,7 @@ B images, 3 colours, C latent channels, H×W pixels, h×w latent pixels, L text 
 """
 
 from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from finetune import hub
 from finetune.adapters import attach, formats, lora
 from finetune.config.schema import ModelConfig, Quantize
-from finetune.diffusion import single_file, tiling
+from finetune.diffusion import single_file
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import FamilySpec, Text
 from finetune.errors import ModelError, is_gpu_out_of_memory
@@ -27,7 +27,6 @@ from finetune.run import libraries
 from finetune.run.progress import say
 
 CPU = torch.device("cpu")
-IMAGE_BATCH = 8
 PROOF_SIDE = 16  # latent pixels of a backbone's first pass
 ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 
@@ -56,7 +55,7 @@ class TextEncoder:
     @torch.no_grad()
     def _read(self, texts: Sequence[str]) -> list[dict[str, Tensor]]:
         # The libraries warn of each text that is cut; so do we, once and by file.
-        with libraries.without_warnings(), _first_use(self.base, "text encoders and tokenizers"):
+        with libraries.without_warnings(), first_use(self.base, "text encoders and tokenizers"):
             stacked = self.family.encode(self.pipeline, texts)
         kept = {name: values.cpu() for name, values in stacked.items()}
         return [{name: values[index].contiguous() for name, values in kept.items()} for index in range(len(texts))]
@@ -70,7 +69,7 @@ class TextEncoder:
         """The tail of `text` that the encoder never sees; empty if all of it fits."""
         tokenizer, limit = self.family.tokenizer_and_limit(self.pipeline)
         room = limit - tokenizer.num_special_tokens_to_add()
-        with _first_use(self.base, "tokenizer"):
+        with first_use(self.base, "tokenizer"):
             ids = tokenizer(text, add_special_tokens=False, truncation=False, verbose=False).input_ids
             return str(tokenizer.decode(ids[room:])).strip() if len(ids) > room else ""
 
@@ -89,7 +88,7 @@ class Vae:
 
         Training draws new latents from them in each epoch.
         """
-        with _first_use(self.base, "autoencoder"):
+        with first_use(self.base, "autoencoder"):
             mean_BChw, std_BChw = self.family.moments(self.model, pixels_B3HW.to(self.device))
         return [
             {"mean": mean.contiguous(), "std": std.contiguous()}
@@ -97,7 +96,7 @@ class Vae:
         ]
 
 
-def _first_use(base: str, parts: str) -> AbstractContextManager[None]:
+def first_use(base: str, parts: str) -> AbstractContextManager[None]:
     """Around the first use of parts: damaged configurations load, and show when they are used."""
     return hub.explained(
         lambda reason: (
@@ -118,7 +117,7 @@ def prove_backbone(
     latents_1Chw = latents_1Chw[..., :PROOF_SIDE, :PROOF_SIDE].to(device)
     text = {name: value.to(device, dtype) for name, value in text.items()}
     autocast = torch.autocast(device.type, dtype=dtype, enabled=dtype is not torch.float32)
-    with _first_use(model.base, spec.backbone), autocast:
+    with first_use(model.base, spec.backbone), autocast:
         spec.predict(backbone, latents_1Chw, torch.full((1,), 500, device=device), text)
 
 
@@ -289,95 +288,6 @@ def _load_lokr(model: ModelConfig, backbone: Any, path: Path) -> None:
     backbone.load_lora_adapter(found[0], prefix=spec.backbone, metadata=found[-1])
     if not getattr(backbone, "peft_config", None):
         raise attach.mismatch(path, "none of its layers is in it")
-
-
-class ImageSampler:
-    """Draws images with any backbone of one base.
-
-    Prompt embeddings and autoencoder are loaded once, the text encoders are dropped again. The same
-    prompt and seed start from the same noise whatever the backbone, the batch or the device. Where memory runs out it
-    draws fewer at once, and at last decodes in tiles, from then on.
-    """
-
-    def __init__(
-        self, model: ModelConfig, prompts: Sequence[str], negative: str, device: torch.device, dtype: torch.dtype
-    ) -> None:
-        self.family, self.base = family(model.family), model.base
-        encoder = TextEncoder(model, device)
-        texts = [*prompts, negative]
-        self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
-        del encoder
-        self.negative, self.device, self.dtype = negative, device, dtype
-        self.adaptive_batch = AdaptiveBatch(IMAGE_BATCH, self._tile, doing="drawing")
-        self.vae = load_vae_model(model)
-        parts = dict.fromkeys((self.family.backbone, *self.family.text_parts)) | {"vae": self.vae}
-        self.pipeline = load_pipeline(model, parts)
-        self.proven = False
-
-    def generate(
-        self,
-        backbone: nn.Module,
-        jobs: Sequence[tuple[str, int]],
-        *,
-        width: int,
-        height: int,
-        steps: int,
-        guidance: float,
-    ) -> list[Any]:
-        """One PIL image for each (prompt, seed); prompts must be among those given at construction.
-
-        Raises torch.OutOfMemoryError where one image is too much, in tiles too.
-        """
-        if max(width, height) <= tiling.TILE:  # tiles would be the image
-            self.adaptive_batch.fallbacks.clear()
-        with (
-            nullcontext() if self.proven else _first_use(self.base, f"{self.family.backbone}, scheduler or autoencoder")
-        ):
-            images = self.adaptive_batch.each(
-                lambda part: self._generate(backbone, part, width, height, steps, guidance), jobs
-            )
-        self.proven = True
-        return images
-
-    def _tile(self) -> None:
-        say("the GPU is too small for an image; decoding in tiles")
-        tiling.enable_tiling(self.vae)
-
-    @torch.no_grad()
-    def _generate(
-        self, backbone: nn.Module, jobs: Sequence[tuple[str, int]], width: int, height: int, steps: int, guidance: float
-    ) -> list[Any]:
-        pipeline = self.pipeline
-        pipeline.register_modules(**{self.family.backbone: backbone})
-        training = backbone.training
-        backbone.eval()
-        try:
-            self.vae.to(self.device)
-            with torch.autocast(self.device.type, dtype=self.dtype, enabled=self.dtype is not torch.float32):
-                latents = pipeline(
-                    **self.family.pipeline_arguments(
-                        self._stacked([prompt for prompt, _ in jobs]),
-                        self._stacked([self.negative] * len(jobs)),
-                        guidance,
-                    ),
-                    generator=[torch.Generator().manual_seed(seed) for _, seed in jobs],
-                    width=width,
-                    height=height,
-                    num_inference_steps=steps,
-                    output_type="latent",
-                ).images
-            pixels_B3HW = self.family.decode(self.vae, latents.float(), height, width)
-            return list(pipeline.image_processor.postprocess(pixels_B3HW, output_type="pil"))
-        finally:  # also where memory ran out
-            backbone.train(training)
-            pipeline.register_modules(**{self.family.backbone: None})  # whose memory is free once the caller drops it
-            self.vae.to("cpu")  # the training step needs the memory
-
-    def _stacked(self, texts: Sequence[str]) -> Text:
-        first = self.texts[texts[0]]
-        return {
-            name: torch.stack([self.texts[text][name] for text in texts]).to(self.device, self.dtype) for name in first
-        }
 
 
 def _load(loader: Any, model: ModelConfig, part: str, **options: Any) -> Any:

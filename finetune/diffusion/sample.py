@@ -3,12 +3,13 @@
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import torch
 
 from finetune.config.schema import ModelConfig, SampleConfig
-from finetune.diffusion.pipeline import ImageSampler, load_adapter, load_backbone
+from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.memory.device import release_memory
 from finetune.run.progress import progress
 from finetune.run.records import Sample
@@ -64,7 +65,7 @@ def sample(
                 "base": model.base,
                 "adapter": adapter_name if kind == "tuned" else "",
             }
-            _save_png(drawn[kind][index], folder / name, facts)
+            save_png(drawn[kind][index], folder / name, facts)
         items.append(Sample(prompt, seed, names["tuned"], names["base"]))
     lines = [
         json.dumps({"prompt": item.prompt, "seed": item.seed, "file": item.file, "base_file": item.base_file})
@@ -112,10 +113,11 @@ def _fitting(text: str, font: Any, width: int) -> str:
     return text + "…"
 
 
-def _save_png(image: Any, file: Path, facts: dict[str, str]) -> None:
+def save_png(image: Any, file: Path | BinaryIO, facts: dict[str, str]) -> None:
+    """Write a PNG with `facts` as its metadata."""
     from PIL.PngImagePlugin import PngInfo
 
     info = PngInfo()
     for key, value in facts.items():
         info.add_itxt(key, value)
-    image.save(file, pnginfo=info)
+    image.save(file, "PNG", pnginfo=info)

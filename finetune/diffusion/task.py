@@ -19,8 +19,9 @@ from finetune.data import order
 from finetune.data.cache import read
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import FamilySpec, stacked
+from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
-from finetune.diffusion.pipeline import ImageSampler, load_backbone, load_scheduler, prove_backbone, read_adapter
+from finetune.diffusion.pipeline import load_backbone, load_scheduler, prove_backbone, read_adapter
 from finetune.memory import activation_offload, checkpointing, fallbacks
 from finetune.memory.device import usable_bytes
 from finetune.run import ranks

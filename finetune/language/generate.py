@@ -105,13 +105,20 @@ class GumbelNoise:
     """
 
     def __init__(self, jobs: Sequence[tuple[Sequence[int], int]], temperature: float) -> None:
-        seeds = [int(hash_of(list(ids), seed)[:15], 16) for ids, seed in jobs]
-        self.streams = [torch.Generator().manual_seed(seed) for seed in seeds]
+        self.streams = [random_stream(ids, seed) for ids, seed in jobs]
         self.temperature = temperature
 
     def __call__(self, ids_BL: Tensor, scores_BV: Tensor) -> Tensor:
-        size = scores_BV.shape[-1]
-        # fp64: of 32 bits too few are left for the rare large values that decide
-        uniform_BV = torch.stack([torch.rand(size, generator=stream, dtype=torch.float64) for stream in self.streams])
-        noise_BV = -(-uniform_BV.log()).log()
+        noise_BV = torch.stack([gumbel(stream, scores_BV.shape[-1]) for stream in self.streams])
         return scores_BV.double() / self.temperature + noise_BV.to(scores_BV.device)
+
+
+def random_stream(ids: Sequence[int], seed: int) -> torch.Generator:
+    """The random numbers of one answer."""
+    return torch.Generator().manual_seed(int(hash_of(list(ids), seed)[:15], 16))
+
+
+def gumbel(stream: torch.Generator, size: int) -> Tensor:
+    """So many numbers of Gumbel's distribution."""
+    # fp64: of 32 bits too few are left for the rare large values that decide
+    return -(-torch.rand(size, generator=stream, dtype=torch.float64).log()).log()

@@ -39,6 +39,7 @@ COMMANDS = {
     "sample": Command(
         help="draw or answer the recipe's prompts, base beside tuned", loads_base=True, needs_prompts=True
     ),
+    "serve": Command(help="answer over HTTP with the base and its adapters", holds_folder=False, loads_base=True),
     "report": Command(help="write report.html again from what the run folder holds", needs_run=True, uses_device=False),
 }
 

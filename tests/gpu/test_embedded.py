@@ -11,7 +11,8 @@ from safetensors.torch import load_file
 import finetune
 from finetune import kinds
 from finetune.config.schema import Config, ModelConfig, Precision, Quantize
-from finetune.diffusion.pipeline import ImageSampler, load_backbone
+from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.pipeline import load_backbone
 from finetune.memory.device import pick_device
 from finetune.training.accelerator import build_accelerator
 from scripts import measure_style

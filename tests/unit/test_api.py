@@ -78,7 +78,7 @@ def finished(config: Config) -> None:
 
 def test_public_names_are_pinned() -> None:
     assert sorted(finetune.__all__) == [
-        "Config", "caption", "dataset", "export", "load", "plan", "report", "sample", "train",
+        "Config", "caption", "dataset", "export", "load", "plan", "report", "sample", "serve", "train",
     ]  # fmt: skip
     assert all(getattr(finetune, name) for name in finetune.__all__)
     assert set(finetune.__all__) <= set(dir(finetune))

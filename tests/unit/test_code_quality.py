@@ -17,7 +17,12 @@ PACKAGE = ROOT / "finetune"
 LONGEST_FILE, LONGEST_LOOP = 400, 150  # lines
 KNOW_THE_KINDS = ("kinds.py", "config/model_kinds.py")
 TAKE_THE_CONFIG = ("api.py", "cli.py", "config/*.py", "stages/*.py", "kinds.py", "*/kind.py", "reporting/terminal.py")
-BUILDERS = {"diffusion/encode.py": {"inputs", "build"}, "language/tokenize.py": {"inputs", "build"}}
+BUILDERS = {
+    "diffusion/encode.py": {"inputs", "build"},
+    "language/tokenize.py": {"inputs", "build"},
+    "serving/diffusion.py": {"service"},
+    "serving/language.py": {"service"},
+}
 """Functions at the head of a file that turn the whole configuration into the values that all others take."""
 
 

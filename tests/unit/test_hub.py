@@ -18,6 +18,7 @@ from finetune import hub, reading
 from finetune.config.schema import ModelConfig
 from finetune.diffusion import meta, single_file
 from finetune.diffusion import pipeline as pipeline_module
+from finetune.diffusion.image_sampler import ImageSampler
 from finetune.errors import ModelError
 from finetune.language import causal_lm
 from finetune.run import hashing
@@ -373,7 +374,7 @@ def test_parts_that_fail_when_the_first_image_is_drawn_are_named(copy, part, cha
     changed_part(copy, part, **changed)
     model, cpu = ModelConfig(base=str(copy)), torch.device("cpu")
     backbone = pipeline_module.load_backbone(model, torch.float32)
-    sampler = pipeline_module.ImageSampler(model, ["a wall"], "", cpu, torch.float32)
+    sampler = ImageSampler(model, ["a wall"], "", cpu, torch.float32)
     with pytest.raises(ModelError, match=r"the unet, scheduler or autoencoder of .*copy failed"):
         sampler.generate(backbone, [("a wall", 0)], width=32, height=32, steps=2, guidance=1.0)
 
@@ -381,7 +382,7 @@ def test_parts_that_fail_when_the_first_image_is_drawn_are_named(copy, part, cha
 def test_what_fails_after_the_first_image_stays_itself(copy):
     model, cpu = ModelConfig(base=str(copy)), torch.device("cpu")
     backbone = pipeline_module.load_backbone(model, torch.float32)
-    sampler = pipeline_module.ImageSampler(model, ["a wall"], "", cpu, torch.float32)
+    sampler = ImageSampler(model, ["a wall"], "", cpu, torch.float32)
     draw = partial(sampler.generate, backbone, [("a wall", 0)], width=32, height=32, steps=1, guidance=1.0)
     draw()
     backbone.register_forward_pre_hook(fail)

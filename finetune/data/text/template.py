@@ -10,7 +10,7 @@ import itertools
 import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -93,12 +93,12 @@ class Template:
                 spans.append((begin, self._past_turn_end(text, stop, turn_end, index == answers[-1], row.source)))
         return Rendered(text, spans, self.is_token(turn_ends[-1]) or not turns[-1].trained, shortened)
 
-    def generation_prompt(self, text: str, source: str) -> str:
-        """A user's turn, rendered up to where the answer begins. Raises DataError naming the source."""
-        turn = Message("user", text)
-        rendered = self.render(Conversation((turn, Message("assistant", "a")), source))
+    def generation_prompt(self, turns: Sequence[Message], source: str) -> str:
+        """Turns, rendered up to where the next answer begins. Raises DataError naming the source."""
+        earlier = tuple(replace(turn, trained=False) for turn in turns)
+        rendered = self.render(Conversation((*earlier, Message("assistant", "a")), source))
         before = rendered.text[: rendered.spans[0][0]]
-        own = self._render_or_empty((turn,), prompt=True)
+        own = self._render_or_empty(turns, prompt=True)
         # The template's own may go on with the beginning of a thought; some templates ignore `add_generation_prompt`.
         return own if own.startswith(before) else before
 

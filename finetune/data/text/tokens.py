@@ -102,19 +102,28 @@ class Chat:
         Without a template it is the text itself, to be continued. Raises DataError if the template refuses the text or
         no token is left of it.
         """
-        try:
-            text.encode()
-        except UnicodeEncodeError as error:
-            raise DataError(f"sample.prompts: {text!a} has half a character, which no tokenizer takes") from error
         if self.template.text:
-            ids = token_spans(self.tokenizer, [self.template.generation_prompt(text, "sample.prompts")], [[]])[0][0]
-        else:
-            ids = self._plain_ids([text])[0]
-            eos = self.tokenizer.eos_token_id
-            if len(ids) and ids[-1] == eos != self.tokenizer.bos_token_id:  # some tokenizers end every text
-                ids = ids[:-1]
+            return self.answer_ids([Message("user", text)], "sample.prompts")
+        return self.text_ids(text, "sample.prompts")
+
+    def answer_ids(self, turns: Sequence[Message], source: str) -> list[int]:
+        """The ids behind which the model writes the next answer of a conversation. Raises DataError as `prompt_ids`,
+        and where there is no template."""
+        self.template.require()
+        for turn in turns:
+            _require_whole(turn.content, source)
+        ids = token_spans(self.tokenizer, [self.template.generation_prompt(turns, source)], [[]])[0][0]
+        return [int(token) for token in ids[self._repeated_bos(ids) :]]
+
+    def text_ids(self, text: str, source: str) -> list[int]:
+        """The ids of a text to be continued, whatever the template. Raises DataError if no token is left of it."""
+        _require_whole(text, source)
+        ids = self._plain_ids([text])[0]
+        eos = self.tokenizer.eos_token_id
+        if len(ids) and ids[-1] == eos != self.tokenizer.bos_token_id:  # some tokenizers end every text
+            ids = ids[:-1]
         if not len(ids):
-            raise DataError(f"sample.prompts: {text!r} holds no token of this tokenizer; write at least a word")
+            raise DataError(f"{source}: {text!r} holds no token of this tokenizer; write at least a word")
         return [int(token) for token in ids[self._repeated_bos(ids) :]]
 
     def _plain_ids(self, texts: list[str]) -> list[NDArray[np.uint32]]:
@@ -148,6 +157,13 @@ class Chat:
         while bos is not None and count + 1 < len(ids) and ids[count] == ids[count + 1] == bos:
             count += 1
         return count
+
+
+def _require_whole(text: str, source: str) -> None:
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise DataError(f"{source}: {text!a} has half a character, which no tokenizer takes") from error
 
 
 def preview_row(tokenizer: Any, row: Encoded) -> str:

@@ -21,10 +21,11 @@ from finetune.config.schema import Config, LoraConfig, ModelConfig
 from finetune.diffusion import families, tiling
 from finetune.diffusion.families import family, flux
 from finetune.diffusion.families.spec import BaseVersion, FamilySpec, stacked
+from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.kind import workload
 from finetune.diffusion.memory_model import WORKSPACE_GIB_PER_MEGAPIXEL
 from finetune.diffusion.objectives import ERRORS
-from finetune.diffusion.pipeline import ImageSampler, TextEncoder, Vae, load_backbone, load_scheduler
+from finetune.diffusion.pipeline import TextEncoder, Vae, load_backbone, load_scheduler
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload, checkpointing
 from tests.tiny_families import SAVERS, save_family

@@ -11,7 +11,8 @@ import torch
 
 from finetune.config.schema import ModelConfig
 from finetune.diffusion import pipeline, tiling
-from finetune.diffusion.pipeline import ImageSampler, TextEncoder, load_backbone
+from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.pipeline import TextEncoder, load_backbone
 from tests.tiny_families import save_family
 
 CPU = torch.device("cpu")

@@ -11,7 +11,8 @@ import torch
 from finetune.config import compose
 from finetune.config.schema import ModelConfig
 from finetune.config.validate import check
-from finetune.diffusion.pipeline import ImageSampler, load_backbone
+from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.pipeline import load_backbone
 from finetune.language.causal_lm import load_model, load_tokenizer
 from scripts.bench.bases import save
 from scripts.bench.memory import (

@@ -1,0 +1,1 @@
+"""Trained adapters over HTTP on one machine: `finetune serve`. Needs the extra `finetune[serve]`."""

@@ -1,0 +1,72 @@
+"""Runs the front door until SIGINT or SIGTERM, and lets what has begun come to its end."""
+
+import asyncio
+import errno
+import os
+import signal
+import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import uvicorn
+
+from finetune.errors import ConfigError, ModelError
+from finetune.run.progress import say
+from finetune.serving.app import Service, State, build
+from finetune.serving.guard import Rules
+from finetune.serving.requests import Refused
+
+DRAIN_S = 10  # until connections are cut
+
+
+class _Server(uvicorn.Server):
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Signals are ours."""
+        yield
+
+
+def listening(host: str, port: int) -> socket.socket:
+    """A socket that listens. Raises ConfigError where the address or the port can't be had."""
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    try:
+        return socket.create_server((host, port), family=family, backlog=2048)
+    except (OSError, UnicodeError) as error:
+        number = getattr(error, "errno", None) or 0
+        reason = os.strerror(number) if number in errno.errorcode else error
+        line = f"can't listen on {host}, port {port} ({reason}); try serve.port=0, which takes a free one"
+        raise ConfigError(line) from error
+
+
+def run(service: Service, rules: Rules, listener: socket.socket) -> None:
+    """Serve until a signal. Raises ModelError where the default adapter can't be used."""
+    asyncio.run(_serve(service, rules, listener))
+
+
+async def _serve(service: Service, rules: Rules, listener: socket.socket) -> None:
+    try:
+        async with service.shelf.using(service.shelf.default):
+            pass
+    except Refused as error:
+        raise ModelError(error.message) from error
+    state = State()
+    config = uvicorn.Config(
+        build(service, rules, state),
+        log_config=None,
+        log_level="critical",  # failures are said by the front door
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=DRAIN_S,
+        lifespan="off",
+        ws="none",
+    )
+    server = _Server(config)
+
+    def stop() -> None:
+        server.force_exit = state.draining  # the second time
+        state.draining = server.should_exit = True
+        say("serve: shutting down; replies that have begun are finished")
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        asyncio.get_running_loop().add_signal_handler(number, stop)
+    await server.serve(sockets=[listener])

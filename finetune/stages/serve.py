@@ -1,0 +1,100 @@
+"""Answer requests over HTTP, with the base and with adapters, until it is stopped."""
+
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+from finetune.adapters import formats
+from finetune.config.model_kinds import model_kind
+from finetune.config.schema import Config, ExportFormat
+from finetune.errors import ConfigError
+from finetune.run.progress import plural, say
+from finetune.run.receipts import load_record
+from finetune.run.records import Adapter
+
+NEEDED = ("fastapi", "uvicorn", "prometheus_client")  # of the extra `serve`
+KEY_FILE = "serve_key.sha256"
+
+
+@dataclass(frozen=True)
+class Served:
+    """What was served until the server was stopped."""
+
+    models: tuple[str, ...]
+
+
+def serve(config: Config) -> Served:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError, ModelError, DataError before it begins."""
+    _require_packages()
+    from finetune.serving import adapters, guard, server
+
+    settings = config.serve
+    listener = server.listening(settings.host, settings.port)
+    with listener:
+        key_hash, key = "", ""
+        if not guard.is_loopback(settings.host):
+            key_hash, key = guard.stored_or_new_key(Path(config.run_dir) / KEY_FILE)
+        rules = guard.Rules(
+            key_hash,
+            guard.names_of(settings.host, settings.names),
+            frozenset(origin.rstrip("/") for origin in settings.origins),
+            settings.max_body_kib * 1024,
+        )
+        record = load_record(Path(config.run_dir), "export", Adapter)
+        own = _own_adapter(record, config)
+        found = adapters.sources(own, config.name, settings.adapters)
+        kind: Any = import_module(f"finetune.serving.{model_kind(config.model.kind).name}")
+        service = kind.service(config, found)
+        try:
+            _announce(
+                config, service, own is not None, _url(listener), key, new_key=bool(key), needs_key=bool(key_hash)
+            )
+            server.run(service, rules, listener)
+        finally:
+            service.close()
+    return Served(tuple(service.shelf.names()))
+
+
+def _own_adapter(record: Adapter | None, config: Config) -> Path | None:
+    """The run's PEFT folder, which is the format that adapters are put beside one another from."""
+    if record and ExportFormat.peft.name not in record.files:
+        raise ConfigError(
+            f"the adapter of {config.run_dir} was exported without a PEFT folder; "
+            f"type: finetune export conf={config.name} 'export.formats=[peft]'"
+        )
+    return formats.peft_folder(Path(record.folder)) if record else None
+
+
+def _require_packages() -> None:
+    for name in NEEDED:
+        try:
+            import_module(name)
+        except ImportError as error:
+            raise ConfigError(f"`finetune serve` needs {name}; type: pip install 'finetune[serve]'") from error
+
+
+def _url(listener: Any) -> str:
+    host, port = listener.getsockname()[:2]
+    return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
+
+
+def _announce(
+    config: Config, service: Any, is_trained: bool, url: str, key: str, *, new_key: bool, needs_key: bool
+) -> None:
+    names = service.shelf.names()
+    if not is_trained:
+        say(
+            f"serve: no adapter in {config.run_dir} yet, "
+            f"{'' if len(names) > 1 else 'the base answers alone; '}train one: finetune train conf={config.name}"
+        )
+    shown = [name for name in names if "@" not in name]
+    steps = len(names) - len(shown)
+    say(f"serve: models {', '.join(shown)}" + (f", and {plural(steps, 'checkpoint')} as NAME@step-N" if steps else ""))
+    if new_key:
+        say(f"serve: the key, shown this once: {key}")
+    elif needs_key:
+        say(f"serve: the key is that of before; for a new one delete {Path(config.run_dir) / KEY_FILE}")
+    for line in service.examples(url, "KEY" if needs_key else ""):
+        say(f"  {line}")
+    say(f"serve: {url} (stop with Ctrl-C)")
