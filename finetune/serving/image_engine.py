@@ -2,11 +2,9 @@
 
 import asyncio
 import math
-import threading
 import time
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
 
@@ -14,6 +12,7 @@ import torch
 
 from finetune.memory.device import release_memory
 from finetune.run.progress import say
+from finetune.serving.engine_thread import EngineThread
 from finetune.serving.requests import Finish, Refused, Stats, settle
 
 T = TypeVar("T")
@@ -54,26 +53,22 @@ class Painter(Protocol):
         ...
 
 
-class ImageEngine:
+class ImageEngine(EngineThread):
     """Ready at once; `close` ends its thread."""
 
     def __init__(self, painter: Painter, *, most_waiting: int) -> None:
+        super().__init__()
         self.painter, self.most_waiting = painter, most_waiting
-        self._changed = threading.Condition()
         self._waiting: deque[_Job] = deque()
         self._running: _Job | None = None
-        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._closing = False
         self._job_s = 10.0  # how long one takes, an average over the last ones
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: ImageRequest) -> "_Job":
         """A job, to be iterated over for what becomes of it. Raises Refused where too many wait."""
         job = _Job(request, asyncio.get_running_loop())
         with self._changed:
-            if self._closing:
-                raise Refused(503, "this server is shutting down", code="shutting_down", retry_after_s=5)
+            self._refuse_if_closing()
             if len(self._waiting) + (self._running is not None) > self.most_waiting:
                 seconds = min(LONGEST_RETRY_S, max(1, math.ceil((len(self._waiting) + 1) * self._job_s)))
                 raise Refused(
@@ -83,24 +78,9 @@ class ImageEngine:
             self._changed.notify()
         return job
 
-    async def between_steps(self, work: Callable[[], T]) -> T:
-        """See `adapters.Holder`; here it is between two jobs."""
-        done: Future[T] = Future()
-        with self._changed:
-            self._work.append((work, done))
-            self._changed.notify()
-        return await asyncio.wrap_future(done)
-
     def stats(self) -> Stats:
         """Jobs; no tokens are read or written."""
         return Stats(int(self._running is not None), len(self._waiting), 0, 0)
-
-    def close(self) -> None:
-        """Finish what has begun and end. Later requests are refused."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
 
     def _run(self) -> None:
         while True:

@@ -6,11 +6,9 @@ random numbers, so the others are read again, in halves of the batch, until the 
 
 import asyncio
 import math
-import threading
 import time
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Sequence
-from concurrent.futures import Future
+from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -21,6 +19,7 @@ from finetune.language.generate import random_stream
 from finetune.memory.device import release_memory
 from finetune.run.progress import say
 from finetune.serving.batch import Batch
+from finetune.serving.engine_thread import EngineThread
 from finetune.serving.requests import Delta, Finish, Refused, Stats, TextRequest, settle
 from finetune.serving.sampling import Sampler, draw
 from finetune.serving.text_stream import TextStream
@@ -30,32 +29,28 @@ LONGEST_RETRY_S = 60
 JOIN_TOKENS = 2048  # of prompts that are read before the others take their next step
 
 
-class TextEngine:
+class TextEngine(EngineThread):
     """See `requests.TextEngine`. Ready at once; `close` ends its thread."""
 
     def __init__(self, batch: Batch, tokenizer: Any, ends: Sequence[int], *, most_rows: int, most_waiting: int) -> None:
         """ends: ids that end a reply. most_rows: replies that are written at once."""
+        super().__init__()
         self.batch, self.tokenizer, self.ends = batch, tokenizer, frozenset(ends)
         self.most_rows, self.most_waiting = most_rows, most_waiting
         self.limit = most_rows  # lower after a failed step, for good where memory was short
         self._memory_is_short = False
-        self._changed = threading.Condition()
         self._waiting: deque[_Row] = deque()
         self._rows: list[_Row] = []
         self._joining: list[_Row] = []  # neither waiting nor among the rows
-        self._work: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
-        self._closing = False
         self._prompt_tokens = self._written_tokens = 0
         self._reply_s = 1.0  # how long one takes, an average over the last ones
-        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._thread.start()
 
     def submit(self, request: TextRequest) -> "_Row":
         """See `requests.TextEngine`."""
         row = _Row(request, self.tokenizer, asyncio.get_running_loop())
         with self._changed:
-            if self._closing:
-                raise Refused(503, "this server is shutting down", code="shutting_down", retry_after_s=5)
+            self._refuse_if_closing()
             running = len(self._rows) + len(self._joining)
             if len(self._waiting) + running >= self.most_waiting + max(self.limit, running):
                 rounds = (len(self._waiting) + running) / self.limit
@@ -67,26 +62,11 @@ class TextEngine:
             self._changed.notify()
         return row
 
-    async def between_steps(self, work: Callable[[], T]) -> T:
-        """See `requests.TextEngine`."""
-        done: Future[T] = Future()
-        with self._changed:
-            self._work.append((work, done))
-            self._changed.notify()
-        return await asyncio.wrap_future(done)
-
     def stats(self) -> Stats:
         """See `requests.TextEngine`."""
         return Stats(
             len(self._rows) + len(self._joining), len(self._waiting), self._prompt_tokens, self._written_tokens
         )
-
-    def close(self) -> None:
-        """See `requests.TextEngine`."""
-        with self._changed:
-            self._closing = True
-            self._changed.notify()
-        self._thread.join()
 
     @torch.inference_mode()
     def _run(self) -> None:

@@ -8,13 +8,13 @@ from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Query, Request
 from fastapi.responses import JSONResponse, Response
 from pydantic import ValidationError
 
-from finetune.data.text.formats import Message
 from finetune.data.text.template import SKIP
 from finetune.data.text.tokens import Chat
 from finetune.errors import DataError
@@ -199,8 +199,7 @@ def routes(desk: Desk) -> APIRouter:
 
 
 async def _begin_chat(desk: Desk, form: forms.Chat) -> Prepared:
-    messages: list[Message] = form.messages()
-    make_ids = lambda: desk.chat.answer_ids(messages, "prompt")  # noqa: E731
+    make_ids = partial(desk.chat.answer_ids, form.messages(), "prompt")
     return await desk.begin(make_ids, form.sampling(), form.max_new_tokens, form.ignored())
 
 
