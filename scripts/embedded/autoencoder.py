@@ -55,8 +55,8 @@ def train_autoencoder(settings: Settings) -> None:
     if goes_on := "autoencoder" in settings.kept:
         vae = AutoencoderKL.from_pretrained(autoencoder_folder(settings.work))
         anchor = AutoencoderKL.from_pretrained(REPOSITORY / "finetune" / "embedded" / "diffusion" / "vae")
-        anchor.float().to(settings.device, memory_format=torch.channels_last)
-    vae.to(settings.device, memory_format=torch.channels_last)
+        anchor.float().to(settings.device)
+    vae.to(settings.device)
     fitted = fit(
         vae,
         batches(renders, settings.batch(64), anchor),

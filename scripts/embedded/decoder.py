@@ -36,12 +36,12 @@ def new_discriminator() -> nn.Sequential:
 def train_decoder(settings: Settings) -> None:
     renders = load_base_sets(settings)
     folder = autoencoder_folder(settings.work)
-    vae = AutoencoderKL.from_pretrained(folder).to(settings.device, memory_format=torch.channels_last)
+    vae = AutoencoderKL.from_pretrained(folder).to(settings.device)
     print_restoration(settings, vae, "decoder, before")
     vae.requires_grad_(False)
     decoder = nn.Sequential(vae.post_quant_conv, vae.decoder).requires_grad_(True)
     torch.manual_seed(SEED)
-    discriminator = new_discriminator().to(settings.device, memory_format=torch.channels_last)
+    discriminator = new_discriminator().to(settings.device)
     fitted = fit(
         nn.ModuleDict({"decoder": decoder, "discriminator": discriminator}),
         encoded(batches(renders, settings.batch(64)), vae),

@@ -92,10 +92,11 @@ def train_diffusion(settings: Settings) -> None:
     renders = load_base_sets(settings)
     captions = renders.captions()
     folder, goes_on = diffusion_folder(settings.work), "diffusion" in settings.kept
-    if goes_on:
+    if (folder / "tokenizer").exists():  # kept as shipped, or of the call that paused: more renders, other merges
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     else:
         tokenizer = train_clip_tokenizer(text for variants in captions for text in variants)
+        save_clip_tokenizer(tokenizer, folder / "tokenizer")
     tokens_NVL = tokenise(tokenizer, captions).to(settings.device)
     vae = AutoencoderKL.from_pretrained(autoencoder_folder(settings.work)).to(settings.device)
     latents_NCHW = encode_all(vae, renders.images)
@@ -106,7 +107,7 @@ def train_diffusion(settings: Settings) -> None:
     torch.manual_seed(SEED)
     unet = UNet2DConditionModel.from_pretrained(folder / "unet") if goes_on else new_unet()
     text_encoder = CLIPTextModel.from_pretrained(folder / "text_encoder") if goes_on else new_text_encoder(tokenizer)
-    unet.to(settings.device, memory_format=torch.channels_last)
+    unet.to(settings.device)
     text_encoder.to(settings.device)
     fitted = fit(
         nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
@@ -124,7 +125,6 @@ def train_diffusion(settings: Settings) -> None:
     if fitted.steps:  # a pause may come before the first step: no model to show then
         unet.save_pretrained(folder / "unet")
         text_encoder.save_pretrained(folder / "text_encoder")
-        save_clip_tokenizer(tokenizer, folder / "tokenizer")
 
 
 def batches(latents_NCHW: Tensor, tokens_NVL: Tensor, tokenizer: CLIPTokenizer, batch: int) -> Draw:

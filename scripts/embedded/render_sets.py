@@ -22,8 +22,7 @@ from scripts.toyworld.render import render
 from scripts.toyworld.scene import Scene, held_out, sample_scene
 
 CHUNK_SEEDS = 128  # two batches of a GPU; small, so that a spent budget is noticed soon
-SUPERSAMPLE = 1.5  # of twice, it takes half the time, and no eye sees the difference at this size
-GPU_WORKERS = 3  # tracing leaves gaps between its kernels that another process fills
+GPU_WORKERS = 3  # on each: tracing leaves gaps between its kernels that another process fills
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,8 @@ def render_sets(settings: Settings) -> None:
 
     Several processes take chunks from one queue: a few on the GPU, one on each CPU core that is left.
     """
-    workers = ["cuda"] * GPU_WORKERS if settings.device == "cuda" else []
+    gpus = torch.cuda.device_count() if settings.device == "cuda" else 0
+    workers = [f"cuda:{index}" for index in range(gpus)] * GPU_WORKERS
     workers += ["cpu"] * max(1, (os.cpu_count() or 1) - len(workers) - 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
     queue: Queue[tuple[RenderSet, int] | None] = context.Queue()
@@ -86,7 +86,7 @@ def render_chunks(
         if whole.for_training and time.time() > deadline:
             continue
         scenes = chunk_scenes(whole, part)
-        pictures = render(scenes, set_looks(whole, scenes), PICTURE_PX, device, SUPERSAMPLE).cpu()
+        pictures = render(scenes, set_looks(whole, scenes), PICTURE_PX, device).cpu()
         save_atomically(pictures, chunk_path(settings.work, whole, part))
 
 
