@@ -3,6 +3,7 @@
 import gc
 import os
 import signal
+import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -40,6 +41,8 @@ def _libraries_set_aside() -> None:
 
     Half a million objects of the libraries: a third of a second, each time that a stage makes room.
     """
+    if "torch" in sys.modules:
+        import peft  # noqa: F401  the last to be imported, and with all the others behind it
     gc.collect()
     gc.freeze()
 

@@ -45,6 +45,7 @@ def config(name: str, quantize: Quantize, cuda: bool, tmp_path: Path) -> Config:
     config.lora.targets, config.caption.model, config.data.length = "attention", "embedded:captioner", 64
     config.export.formats, config.trainer.validate_every = [ExportFormat.peft], 0
     config.trainer.precision = Precision.bf16 if cuda else Precision.fp32
+    config.data.folder = str(tmp_path / "none")  # an empty one would be the current folder, with all its files
     return config
 
 

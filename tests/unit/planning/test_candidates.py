@@ -17,6 +17,7 @@ from finetune.planning.plan import Setting
 from tests.unit.conftest import image_config, talking_config
 
 GPU = Machine("a GPU", True, 24.0, 0.5, True, 165.2, 82.6, 1008, 20.0, known=True)
+NO_FOLDER = "none"  # an empty name would be the current folder, with all its files
 ATTENTION = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}
 
 
@@ -123,6 +124,7 @@ def test_offloaded_blocks_leave_the_gpu_and_take_time_where_copies_are_slow(
 
 def test_seconds_follow_the_machine() -> None:
     config = Config()
+    config.data.folder = NO_FOLDER
     config.model.lora_targets, config.trainer.micro_batch, config.trainer.accumulate = ATTENTION, 4, 1
     config.hardware.device = Device.cuda
     trace = candidates_of(config).step(4, 0)
@@ -142,6 +144,7 @@ def test_seconds_follow_the_machine() -> None:
 def measured(base: str, family: str, side: int) -> Config:
     """As on the H200: square images, rank-16 adapters on attention without dropout, bf16."""
     config = Config()
+    config.data.folder = NO_FOLDER
     config.model.base, config.model.family, config.model.resolution = base, family, side
     config.model.bucket_step, config.model.lora_targets, config.data.max_aspect = 64, ATTENTION, 1.0
     config.lora.rank, config.lora.dropout, config.trainer.micro_batch = 16, 0.0, 16
