@@ -19,10 +19,13 @@ def preset(name: str) -> ModelConfig:
     return copy.deepcopy(_composed(name))
 
 
+def is_language(name: str) -> bool:
+    return "kind: language" in recipes.preset_files()["model"][name].read_text()
+
+
 @cache
 def _composed(name: str) -> ModelConfig:
-    of_language = "kind: language" in recipes.preset_files()["model"][name].read_text()
-    return compose.load("pirate_chat" if of_language else "pixar_style", [f"model={name}"]).model
+    return compose.load("pirate_chat" if is_language(name) else "pixar_style", [f"model={name}"]).model
 
 
 def shortened(base: str, folder: Path) -> Path:

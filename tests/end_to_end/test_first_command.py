@@ -45,7 +45,7 @@ TRIGGER = "pixar style"
 # The recipe's own settings but for these: half of its steps bring the style with room to spare (a third do not), and
 # what is drawn in fewer steps is read as well. Whole it takes three minutes of a core.
 SHORT = ("trainer.steps=100", "sample.steps=6")
-FIGURE_PROMPTS = 16
+FIGURE_PROMPTS = 10
 
 
 @dataclass(frozen=True)

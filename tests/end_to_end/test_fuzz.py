@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-EACH = 4  # of a group
+EACH = 2  # of a group
 
 
 def test_every_case_ends_soon_in_words_and_changes_no_input(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from finetune.memory.policy import Placement
 from finetune.planning.memory_model import MemoryModel
 from finetune.planning.tracer import Trace, Tracer
 from finetune.run.records import Run
-from tests.presets import preset, shortened
+from tests.presets import is_language, preset, shortened
 
 PRESETS = sorted(recipes.preset_files()["model"])
 LITTLE, MUCH = 1.0, 1e15  # bytes: no block of any base fits, and every base does
@@ -139,7 +139,7 @@ def test_an_export_is_planned_as_it_is_done(
                 assert bound["export"] == pytest.approx(expected, rel=0.05)  # adapters, which are few, or none of them
 
 
-@pytest.mark.parametrize("name", [name for name in PRESETS if preset(name).kind == "diffusion"])
+@pytest.mark.parametrize("name", [name for name in PRESETS if not is_language(name)])
 def test_what_encodes_is_planned_in_the_dtype_that_it_is_loaded_in(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     model = preset(name)
     requested: list[Any] = []
