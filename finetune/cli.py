@@ -16,6 +16,7 @@ import time
 import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +26,7 @@ from finetune.planning.plan import Plan
 from finetune.run import libraries, ranks
 from finetune.run.progress import say
 from finetune.stages import COMMANDS
+from finetune.workstation import COMMANDS as MACHINE
 
 # Hydra's flags that make sense here; True: a value follows.
 FLAGS = {
@@ -93,20 +95,23 @@ def _answer(words: list[str], debug: bool) -> int:
         print(f"finetune {version('finetune')}")
         return 0
     if words[0] in FLAGS:  # the command may stand behind its flags
-        words.sort(key=lambda word: word not in COMMANDS)
+        words.sort(key=lambda word: word not in {**COMMANDS, **MACHINE})
     command, rest = words[0], words[1:]
     if command in FLAGS or "=" in command:
         raise ConfigError(f"say which command, such as: {shlex.join(['finetune', 'train', *words])}")
-    if command not in COMMANDS:
-        raise ConfigError(recipes.no_such("command", command, list(COMMANDS)))
+    if command not in COMMANDS and command not in MACHINE:
+        raise ConfigError(recipes.no_such("command", command, [*COMMANDS, *MACHINE]))
     _quieten(debug)
+    if command in MACHINE:
+        code: int = import_module(f"finetune.workstation.{command}").main(rest)
+        return code
     return _run_hydra(command, rest, debug)
 
 
 def help_text() -> str:
     """What `finetune --help` prints: commands, recipes, one example, the main keys."""
     files = recipes.recipe_files()
-    width = max(map(len, [*COMMANDS, *files]))
+    width = max(map(len, [*COMMANDS, *MACHINE, *files]))
     indent = " " * (width + 4)
 
     def rows(texts: Mapping[str, str]) -> str:
@@ -122,6 +127,9 @@ usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]  (or: python -m finetune …
 
 commands
 {commands}
+
+commands about this machine, without a recipe
+{rows(MACHINE)}
 
 recipes (conf/*.yaml of the package and of the current folder)
 {listed}
@@ -316,7 +324,7 @@ def _complete(words: list[str]) -> int:
 def _offered(words: list[str], done: Sequence[str], last: str) -> Sequence[str]:
     """What `last`, the word at the cursor, may become."""
     if not done:
-        return [name for name in [*COMMANDS, "--help", "--version"] if name.startswith(last)]
+        return [name for name in [*COMMANDS, *MACHINE, "--help", "--version"] if name.startswith(last)]
     from hydra import main as hydra_main
 
     from finetune.config import compose

@@ -1,0 +1,5 @@
+"""The machine around the training: commands without a recipe, each a module with a function `main(words) -> int`."""
+
+COMMANDS = {
+    "doctor": "say whether this machine is set up right, what holds it back, and the cure",
+}

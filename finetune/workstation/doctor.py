@@ -1,0 +1,55 @@
+"""`finetune doctor`: what is wrong with this machine, what it costs, and the cure."""
+
+import json
+import shutil
+import textwrap
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Any
+
+from finetune.errors import ConfigError
+from finetune.workstation import facts
+from finetune.workstation.checks import Check, Verdict, judge, worst
+
+FLAGS = ("--json",)
+EXIT_CODES = {Verdict.ok: 0, Verdict.unknown: 0, Verdict.warn: 1, Verdict.bad: 2}
+WIDTH = 80  # columns; a narrower terminal gets its own width
+UNBROKEN = 1000  # a command to copy stays in one line
+
+
+def main(words: Sequence[str]) -> int:
+    """Print every check; the exit code is 2 if one is bad, else 1 if one warns, else 0. Raises ConfigError."""
+    if unknown := [word for word in words if word not in FLAGS]:
+        raise ConfigError(f"doctor takes {' '.join(FLAGS)} and no recipe, got {unknown[0]}")
+    checks = doctor()
+    print(json.dumps([as_plain(check) for check in checks], indent=1) if "--json" in words else text(checks))
+    return EXIT_CODES[worst(checks)]
+
+
+def doctor() -> list[Check]:
+    """Every check of this machine. Nothing is changed or written."""
+    return judge(facts.read())
+
+
+def as_plain(check: Check) -> dict[str, Any]:
+    return asdict(check) | {"verdict": check.verdict.name}
+
+
+def text(checks: Sequence[Check]) -> str:
+    """A line a check, and below what isn't well its limit, its cost and its cure."""
+    columns = min(WIDTH, shutil.get_terminal_size((WIDTH, 0)).columns)
+    wide = max(len(check.id) for check in checks)
+    lines: list[str] = []
+    for check in checks:
+        lines += _wrapped(f"{check.verdict.name:<8}{check.id:<{wide + 2}}", check.fact, columns)
+        if check.verdict in (Verdict.warn, Verdict.bad):
+            for name in ("limit", "cost", "cure"):
+                if said := getattr(check, name):
+                    more = f" ({check.source})" if name == "limit" and check.source else ""
+                    lines += _wrapped(f"{'':8}{name}: ", f"{said}{more}", columns if name != "cure" else UNBROKEN)
+    counts = [f"{sum(check.verdict is verdict for check in checks)} {verdict.name}" for verdict in Verdict]
+    return "\n".join([*lines, "", f"{len(checks)} checks: {', '.join(counts)}"])
+
+
+def _wrapped(head: str, said: str, columns: int) -> list[str]:
+    return textwrap.wrap(said, columns, initial_indent=head, subsequent_indent=" " * len(head))

@@ -1,0 +1,154 @@
+"""What is found on this machine, as one plain value: it can be printed, kept, and judged later or elsewhere.
+
+None stands for what can't be told here. Nothing is changed, and nothing is written.
+"""
+
+import os
+import platform
+import resource
+import shutil
+import socket
+import time
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+from finetune.workstation import nvml
+
+GIB = 2**30
+PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
+HIDING = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+IN_CONTAINER = (Path("/.dockerenv"), Path("/run/.containerenv"))
+SYNCHRONIZED = Path("/run/systemd/timesync/synchronized")
+PLACES = {"outputs": Path("outputs"), "temporary files": Path("/tmp"), "shared memory": Path("/dev/shm")}
+
+
+def read() -> dict[str, Any]:
+    """Every fact; takes a second or two, most of it for importing torch."""
+    import psutil
+
+    memory, swap = psutil.virtual_memory(), psutil.swap_memory()
+    return {
+        "time": time.time(),
+        "host": socket.gethostname(),
+        "system": f"{platform.system()} {platform.release()}",
+        "container": any(path.exists() for path in IN_CONTAINER),
+        "nvml": nvml.read(),
+        "torch": _torch(),
+        "hiding": {name: os.environ[name] for name in HIDING if name in os.environ},
+        "ram_gib": round(memory.total / GIB, 1),
+        "ram_free_gib": round(memory.available / GIB, 1),
+        "ram_limit_gib": _scaled(_number(CGROUP / "memory.max"), GIB),
+        "swap_used_gib": round(swap.used / GIB, 1),
+        "swappiness": _number(PROC / "sys" / "vm" / "swappiness"),
+        "threads": os.cpu_count(),
+        "threads_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads_quota": _quota(),
+        "governor": _text(FREQUENCY / "scaling_governor"),
+        "frequency_driver": _text(FREQUENCY / "scaling_driver"),
+        "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "places": {name: found for name, path in _places().items() if (found := _place(path))},
+        "clock_synchronized": SYNCHRONIZED.exists() if SYNCHRONIZED.parent.exists() else None,
+        "packages": _packages(),
+        "hub": _hub(),
+    }
+
+
+def _torch() -> dict[str, Any]:
+    """How torch was built, and whether it reaches a GPU."""
+    import torch
+
+    found: dict[str, Any] = {
+        "version": torch.__version__,
+        "cuda": torch.version.cuda,
+        "architectures": torch.cuda.get_arch_list() if torch.version.cuda else [],
+        "gpus": 0,
+        "error": None,
+    }
+    if torch.version.cuda:
+        try:
+            torch.cuda.init()  # type: ignore[no-untyped-call]
+            found["gpus"] = torch.cuda.device_count()
+        except RuntimeError as error:
+            found["error"] = str(error).splitlines()[0]
+    return found
+
+
+def _packages() -> dict[str, dict[str, Any]]:
+    """What finetune depends on: the version that is installed, what is asked for, and whether that fits."""
+    from packaging.requirements import Requirement
+
+    found = {}
+    for line in metadata.requires("finetune") or []:
+        requirement = Requirement(line)
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            version = None
+        fits = version is not None and requirement.specifier.contains(version, prereleases=True)
+        found[requirement.name] = {"version": version, "wanted": str(requirement.specifier), "fits": fits}
+    return found
+
+
+def _hub() -> dict[str, Any]:
+    """The cache of downloaded models: whether it can be written, and whether a token for gated ones is there."""
+    from huggingface_hub import constants, get_token
+
+    cache = Path(constants.HF_HUB_CACHE)
+    return {"cache": str(cache), "writable": os.access(_existing(cache), os.W_OK), "token": bool(get_token())}
+
+
+def _places() -> dict[str, Path]:
+    from huggingface_hub import constants
+
+    return PLACES | {"downloaded models": Path(constants.HF_HUB_CACHE)}
+
+
+def _place(path: Path) -> dict[str, Any] | None:
+    """The disk that a folder is on, or would be on."""
+    import psutil
+
+    try:
+        at = _existing(path.absolute())
+        usage = shutil.disk_usage(at)
+    except OSError:
+        return None
+    mounts = [part for part in psutil.disk_partitions(all=True) if at.is_relative_to(part.mountpoint)]
+    mount = max(mounts, key=lambda part: len(part.mountpoint), default=None)
+    return {
+        "path": str(at),
+        "free_gib": round(usage.free / GIB, 2),
+        "size_gib": round(usage.total / GIB, 2),
+        "file_system": mount and mount.fstype,
+        "options": mount and mount.opts,
+    }
+
+
+def _existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(each for each in (path, *path.parents) if each.exists())
+
+
+def _quota() -> float | None:
+    """CPUs' worth of time that this container may take."""
+    words = (_text(CGROUP / "cpu.max") or "max").split()
+    return None if words[0] == "max" else round(int(words[0]) / int(words[1]), 1)
+
+
+def _scaled(number: int | None, unit: float) -> float | None:
+    return None if number is None else round(number / unit, 1)
+
+
+def _number(path: Path) -> int | None:
+    text = _text(path)
+    return int(text) if text and text.isdigit() else None
+
+
+def _text(path: Path) -> str | None:
+    try:
+        return path.read_text(encoding="utf-8").strip()
+    except (OSError, UnicodeDecodeError):
+        return None

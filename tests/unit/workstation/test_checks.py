@@ -1,0 +1,176 @@
+"""Each fault is found by its own check and by no other, and a healthy machine raises no alarm."""
+
+import copy
+from typing import Any
+
+import pytest
+
+from finetune.workstation.checks import Facts, Verdict, judge, worst
+
+GPU: Facts = {
+    "index": 0,
+    "name": "NVIDIA GeForce RTX 4090",
+    "uuid": "GPU-0",
+    "capability": [8, 9],
+    "memory_gib": 23.99,
+    "used_gib": 0.6,
+    "processes": [],
+    "power_limit_w": 450.0,
+    "power_default_w": 450.0,
+    "power_w": 21.0,
+    "temperature_c": 38,
+    "throttling": [],
+    "pcie": {"generation": 1, "width": 16, "most_generation": 4, "most_width": 16},  # as an idle one has it
+    "ecc_errors": None,
+    "remapped_rows": None,
+    "recovery": "",
+    "mig": None,
+}
+DISK = {"path": "/home/me", "free_gib": 700.0, "size_gib": 900.0, "file_system": "ext4", "options": "rw,relatime"}
+HEALTHY: Facts = {
+    "time": 0.0,
+    "host": "desk",
+    "system": "Linux 6.8",
+    "container": False,
+    "nvml": {"driver": "580.95.05", "cuda": 13000, "gpus": [GPU]},
+    "torch": {
+        "version": "2.13.0+cu130", "cuda": "13.0", "architectures": ["sm_80", "sm_86", "sm_90"],
+        "gpus": 1, "error": None,
+    },
+    "hiding": {},
+    "ram_gib": 62.6,
+    "ram_free_gib": 55.0,
+    "ram_limit_gib": None,
+    "swap_used_gib": 0.0,
+    "swappiness": 10,
+    "threads": 32,
+    "threads_usable": 32,
+    "threads_quota": None,
+    "governor": "powersave",
+    "frequency_driver": "amd-pstate-epp",
+    "open_files": 1_048_576,
+    "places": {
+        "outputs": DISK,
+        "temporary files": DISK,
+        "shared memory": DISK | {"file_system": "tmpfs"},
+        "downloaded models": DISK,
+    },
+    "clock_synchronized": True,
+    "packages": {"torch": {"version": "2.13.0+cu130", "wanted": ">=2.11", "fits": True}},
+    "hub": {"cache": "/home/me/.cache/huggingface/hub", "writable": True, "token": True},
+}  # fmt: skip
+
+
+def changed(**places: Any) -> Facts:
+    """The healthy facts with others in places such as `nvml__gpus__0__mig`."""
+    facts = copy.deepcopy(HEALTHY)
+    for place, value in places.items():
+        *above, last = (int(part) if part.isdigit() else part.replace("-", " ") for part in place.split("__"))
+        owner: Any = facts
+        for part in above:
+            owner = owner[part]
+        owner[last] = value
+    return facts
+
+
+def verdicts(facts: Facts) -> dict[str, Verdict]:
+    return {check.id: check.verdict for check in judge(facts)}
+
+
+def test_a_healthy_machine_raises_no_alarm() -> None:
+    found = verdicts(HEALTHY)
+    assert worst(judge(HEALTHY)) is Verdict.unknown
+    # A GeForce has neither error-correcting memory nor rows to remap.
+    assert [id_ for id_, verdict in found.items() if verdict is not Verdict.ok] == ["ecc-0", "remapped-rows-0"]
+
+
+PROGRAM = {"pid": 4321, "name": "python3", "mib": 9000}
+FAULTS = [
+    ("driver-for-torch", Verdict.bad, {"nvml__cuda": 12080}),
+    ("torch-sees", Verdict.bad, {"torch__gpus": 0, "torch__error": "CUDA unknown error"}),
+    ("hidden", Verdict.bad, {"hiding": {"CUDA_VISIBLE_DEVICES": ""}, "torch__gpus": 0}),
+    ("architecture-0", Verdict.bad, {"torch__architectures": ["sm_90", "sm_100"]}),
+    ("memory-in-use-0", Verdict.warn, {"nvml__gpus__0__used_gib": 9.5, "nvml__gpus__0__processes": [PROGRAM]}),
+    ("throttling-0", Verdict.bad, {"nvml__gpus__0__throttling": ["heat (hardware)"]}),
+    ("power-limit-0", Verdict.warn, {"nvml__gpus__0__power_limit_w": 300.0}),
+    ("pcie-width-0", Verdict.warn, {"nvml__gpus__0__pcie__width": 8}),
+    ("recovery-0", Verdict.bad, {"nvml__gpus__0__recovery": "reset the GPU"}),
+    ("ecc-0", Verdict.bad, {"nvml__gpus__0__ecc_errors": 2}),
+    (
+        "remapped-rows-0",
+        Verdict.bad,
+        {"nvml__gpus__0__remapped_rows": {"corrected": 0, "uncorrected": 1, "pending": 1, "failed": 0}},
+    ),
+    ("ram", Verdict.warn, {"ram_gib": 31.2}),
+    ("ram", Verdict.warn, {"ram_limit_gib": 16.0}),
+    ("swappiness", Verdict.warn, {"swappiness": 60}),
+    ("swap-in-use", Verdict.warn, {"swap_used_gib": 7.0}),
+    ("cpu-threads", Verdict.warn, {"threads_usable": 4}),
+    ("cpu-threads", Verdict.warn, {"threads_quota": 2.0}),
+    ("cpu-governor", Verdict.warn, {"frequency_driver": "acpi-cpufreq"}),
+    ("open-files", Verdict.warn, {"open_files": 1024}),
+    ("outputs", Verdict.bad, {"places__outputs": DISK | {"free_gib": 3.0}}),
+    ("outputs", Verdict.bad, {"places__outputs": DISK | {"options": "ro,relatime"}}),
+    ("outputs", Verdict.warn, {"places__outputs": DISK | {"file_system": "nfs4"}}),
+    ("downloaded-models", Verdict.warn, {"places__downloaded-models": DISK | {"free_gib": 30.0}}),
+    ("shared-memory", Verdict.warn, {"places__shared-memory": DISK | {"size_gib": 0.06}}),
+    ("clock", Verdict.warn, {"clock_synchronized": False}),
+    ("packages", Verdict.bad, {"packages": {"peft": {"version": None, "wanted": ">=0.21", "fits": False}}}),
+    ("model-cache", Verdict.bad, {"hub__writable": False}),
+]
+
+
+@pytest.mark.parametrize(("id_", "verdict", "places"), FAULTS, ids=[f"{row[0]}-{n}" for n, row in enumerate(FAULTS)])
+def test_a_fault_is_found_and_nothing_else(id_: str, verdict: Verdict, places: dict[str, Any]) -> None:
+    before, facts = verdicts(HEALTHY), changed(**places)
+    (check,) = [check for check in judge(facts) if check.verdict is not before[check.id]]
+    assert (check.id, check.verdict) == (id_, verdict)
+    assert check.limit
+    assert check.source
+    assert check.cost
+    assert check.cure
+
+
+MISMATCH = "Driver/library version mismatch"
+WITHOUT_CUDA = {"version": "2.13.0+cpu", "cuda": None, "architectures": [], "gpus": 0, "error": None}
+
+
+@pytest.mark.parametrize(
+    ("places", "id_", "verdict", "cure"),
+    [
+        ({"nvml": {"error": MISMATCH}}, "driver", Verdict.bad, "reboot"),
+        ({"nvml": {"error": "NVML Shared Library Not Found"}}, "driver", Verdict.warn, "driver"),
+        ({"nvml": {"error": "Driver Not Loaded"}, "container": True}, "driver", Verdict.warn, "--gpus all"),
+        ({"nvml": {"driver": "580", "cuda": 13000, "gpus": []}}, "driver", Verdict.bad, "lspci"),
+        ({"torch": WITHOUT_CUDA}, "torch-build", Verdict.bad, "--force-reinstall torch==2.13.0"),
+        ({"nvml__gpus__0__mig": True, "torch__gpus": 0}, "torch-sees", Verdict.bad, "mig -cgi"),
+    ],
+)
+def test_what_leaves_torch_without_a_gpu(places: dict[str, Any], id_: str, verdict: Verdict, cure: str) -> None:
+    (check,) = [check for check in judge(changed(**places)) if check.id == id_]
+    assert check.verdict is verdict
+    assert cure in check.cure
+
+
+def blank(value: Any) -> Any:
+    """What a driver that answers nothing leaves of a GPU."""
+    return {name: blank(part) for name, part in value.items()} if isinstance(value, dict) else None
+
+
+def test_what_can_not_be_told_is_never_well() -> None:
+    facts = changed(nvml__gpus__0=blank(GPU) | {"index": 0, "name": "GPU"}, swappiness=None, governor=None)
+    facts |= {"clock_synchronized": None, "packages": {}}
+    of_the_gpu = {id_: verdict for id_, verdict in verdicts(facts).items() if id_.endswith("-0")}
+    assert len(of_the_gpu) == 8
+    assert set(of_the_gpu.values()) == {Verdict.unknown}
+    for id_ in ("swappiness", "cpu-governor", "clock", "packages"):
+        assert verdicts(facts)[id_] is Verdict.unknown
+
+
+@pytest.mark.parametrize("amount", [0.5, 2.0])
+def test_a_machine_without_a_gpu_needs_less(amount: float) -> None:
+    facts = changed(nvml={"error": "NVML Shared Library Not Found"}, torch=WITHOUT_CUDA, swappiness=60)
+    facts |= {"ram_gib": 8 * amount, "threads_usable": int(2 * amount), "open_files": int(1024 * amount)}
+    limited = {id_: verdicts(facts)[id_] for id_ in ("ram", "cpu-threads", "open-files")}
+    assert set(limited.values()) == {Verdict.warn if amount < 1 else Verdict.ok}
+    assert verdicts(facts)["swappiness"] is Verdict.ok

@@ -1,0 +1,110 @@
+"""What `finetune doctor` reads, prints and returns."""
+
+import json
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import pynvml
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.workstation import doctor, facts, nvml
+from finetune.workstation.checks import Check, Verdict, judge
+from tests.conftest import Answer
+from tests.unit.workstation.test_checks import HEALTHY, changed
+
+Cli = Callable[..., Answer]
+
+
+def test_this_machine_is_read_and_judged(finetune_cli: Cli) -> None:
+    answer = finetune_cli("doctor", "--json")
+    rows = json.loads(answer.out)
+    assert {"driver", "ram", "outputs", "packages"} <= {row["id"] for row in rows}
+    assert all(row.keys() == {"id", "verdict", "fact", "limit", "source", "cost", "cure"} for row in rows)
+    verdicts = {row["verdict"] for row in rows}
+    assert answer.code == (2 if "bad" in verdicts else 1 if "warn" in verdicts else 0)
+    (packages,) = [row for row in rows if row["id"] == "packages"]
+    assert packages["verdict"] == "ok", packages
+
+
+@pytest.mark.parametrize(
+    ("places", "code"), [({}, 0), ({"swappiness": 60}, 1), ({"swappiness": 60, "hub__writable": False}, 2)]
+)
+def test_the_exit_code_is_the_worst(
+    places: dict[str, Any], code: int, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(facts, "read", lambda: changed(**places))
+    assert doctor.main([]) == code
+    lines = capsys.readouterr().out.splitlines()
+    assert max(len(line) for line in lines if "cure: " not in line) <= 80
+    assert [line for line in lines if "vm.swappiness=10" in line] == [
+        f"{'':8}cure: echo vm.swappiness=10 | sudo tee /etc/sysctl.d/90-finetune.conf && sudo sysctl --system"
+        for _ in range(code > 0)
+    ]
+
+
+def test_another_word_is_refused(finetune_cli: Cli) -> None:
+    answer = finetune_cli("doctor", "conf=pixar_style")
+    assert answer.code == ConfigError.exit_code
+    assert answer.errors == ["error: doctor takes --json and no recipe, got conf=pixar_style"]
+
+
+def test_a_text_tells_what_is_wrong_and_the_cure() -> None:
+    shown = doctor.text([Check("ram", Verdict.warn, "16 GiB", "64 GiB", "plans", "no offload", "add memory")])
+    assert shown.splitlines() == [
+        "warn    ram  16 GiB",
+        "        limit: 64 GiB (plans)",
+        "        cost: no offload",
+        "        cure: add memory",
+        "",
+        "1 checks: 0 ok, 0 unknown, 1 warn, 0 bad",
+    ]
+
+
+def test_a_driver_that_answers_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As a GeForce in a virtual machine: names and memory, and nothing else."""
+
+    def refuse(*_: Any) -> Any:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
+
+    for name in (name for name in dir(pynvml) if name.startswith("nvmlDeviceGet")):
+        monkeypatch.setattr(pynvml, name, refuse)
+    answers = {
+        "nvmlInit": None,
+        "nvmlShutdown": None,
+        "nvmlDeviceGetCount": 1,
+        "nvmlDeviceGetHandleByIndex": 0,
+        "nvmlSystemGetDriverVersion": "580.95.05",
+        "nvmlSystemGetCudaDriverVersion": 13000,
+        "nvmlDeviceGetName": "NVIDIA GeForce RTX 4090",
+        "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=24 * 2**30, used=2**29),
+        "nvmlDeviceGetCurrentClocksEventReasons": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
+        "nvmlDeviceGetRemappedRows": (0, 0, 1, 0),
+    }
+    for name, answer in answers.items():
+        monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
+    found = nvml.read()
+    (gpu,) = found["gpus"]
+    assert (found["driver"], found["cuda"]) == ("580.95.05", 13000)
+    assert (gpu["memory_gib"], gpu["used_gib"], gpu["throttling"]) == (24.0, 0.5, ["heat (hardware)"])
+    assert gpu["remapped_rows"] == {"corrected": 0, "uncorrected": 0, "pending": 1, "failed": 0}
+    assert {gpu[name] for name in ("processes", "power_limit_w", "ecc_errors", "recovery", "mig")} == {None}
+    assert json.loads(json.dumps(found)) == found
+    assert "throttling-0" in {check.id for check in judge(changed(nvml=found)) if check.verdict is Verdict.bad}
+
+
+def test_without_a_driver_it_says_why(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse() -> None:
+        raise pynvml.NVMLError(pynvml.NVML_ERROR_LIB_RM_VERSION_MISMATCH)
+
+    monkeypatch.setattr(pynvml, "nvmlInit", refuse)
+    found = nvml.read()
+    assert "version mismatch" in found["error"].lower()
+    assert judge(changed(nvml=found))[0].verdict is Verdict.bad
+
+
+def test_facts_are_plain_and_those_of_every_check() -> None:
+    found = facts.read()
+    assert json.loads(json.dumps(found)) == found
+    assert found.keys() == HEALTHY.keys()
