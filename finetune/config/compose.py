@@ -12,7 +12,7 @@ import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import is_dataclass
+from dataclasses import dataclass, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -41,8 +41,19 @@ from finetune.reading import read_text
 SEARCH_PATH = "pkg://hydra.conf"
 MODEL, RECOMMENDED = "model", "recommended"  # presets that may say what suits their base in other sections
 Say = Callable[[str], object]
-_lock = threading.RLock()
 LOG: Say = logging.getLogger(__name__).warning
+
+
+@dataclass
+class _Stored:
+    """Entries of the ConfigStore, and the files that they were made of: group, name, path and content."""
+
+    files: list[tuple[str, str, Path, bytes | None]]
+    entries: dict[str, Any]
+
+
+_stored = _Stored([], {})
+_lock = threading.RLock()
 
 
 def load(recipe: str, overrides: Overrides = (), say: Say = LOG) -> Config:
@@ -133,29 +144,51 @@ def registered() -> Iterator[None]:
     One thread at a time, because Hydra's state is global. Entries of the same names that an application around us
     stored are put back afterwards. Raises ConfigError that names every file that is not readable YAML.
     """
-    files = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
-    files += [(recipes.GROUP, name, path) for name, path in recipes.recipe_files().items()]
-    files += [(group, name, path) for group, paths in recipes.preset_files().items() for name, path in paths.items()]
+    repo = ConfigStore.instance().repo
+    with _lock:
+        ours = _entries()
+        theirs = {name: repo.pop(name) for name in ours.keys() & repo.keys()}
+        try:
+            repo.update(ours)
+            yield
+        finally:
+            for name in ours:
+                repo.pop(name, None)
+            repo.update(theirs)
+
+
+def _entries() -> dict[str, Any]:
+    """What the ConfigStore is to hold; made again only when a file says something else, for it takes its time."""
+    paths = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
+    paths += [(recipes.GROUP, name, path) for name, path in recipes.recipe_files().items()]
+    paths += [(group, name, path) for group, files in recipes.preset_files().items() for name, path in files.items()]
+    files = [(*entry, _bytes(entry[-1])) for entry in paths]
+    if files == _stored.files:
+        return _stored.entries
     nodes: list[tuple[str, str, Any]] = [("", "schema", Config)]
     unreadable = []
-    for group, name, path in files:
+    for group, name, path in paths:
         try:
             nodes.append((group, name, _read(path, group)[0]))
         except ConfigError as error:
             unreadable.append(str(error))
     refuse(unreadable)
     store = ConfigStore.instance()
-    ours = {group or f"{name}.yaml" for group, name, _ in nodes}
-    with _lock:
-        theirs = {name: store.repo.pop(name) for name in ours & store.repo.keys()}
-        try:
-            for group, name, node in nodes:
-                store.store(name, node, group or None, package=None if _prefix(group) else "_global_")
-            yield
-        finally:
-            for name in ours:
-                store.repo.pop(name, None)
-            store.repo.update(theirs)
+    theirs, store.repo = store.repo, {}
+    try:
+        for group, name, node in nodes:
+            store.store(name, node, group or None, package=None if _prefix(group) else "_global_")
+        _stored.files, _stored.entries = files, store.repo
+    finally:
+        store.repo = theirs
+    return _stored.entries
+
+
+def _bytes(path: Path) -> bytes | None:
+    try:
+        return path.read_bytes()
+    except OSError:  # `_read` says why
+        return None
 
 
 def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:

@@ -252,6 +252,7 @@ for share in shares:
 """
 
 
+@pytest.mark.exhaustive
 def test_a_full_disk_loses_nothing_wherever_it_strikes(workdir: Path, images: Path, small: list[str]) -> None:
     own = ["unshare", "--user", "--map-root-user", "--mount"]
     (workdir / "disk").mkdir()

@@ -13,9 +13,10 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-EACH = 2  # of a group
+EACH = 3  # of a group
 
 
+@pytest.mark.exhaustive
 def test_every_case_ends_soon_in_words_and_changes_no_input(tmp_path: Path) -> None:
     out = tmp_path / "counts.json"
     words = ("--cases", str(EACH * len(GROUPS)), "--jobs", "2", "--work", str(tmp_path), "--out", str(out))

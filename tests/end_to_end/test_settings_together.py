@@ -27,6 +27,7 @@ from tests.tiny_language_models import save_language
 from tests.tiny_models import save_captioner, save_diffusion
 from tests.unit.conftest import image_config
 
+pytestmark = pytest.mark.exhaustive
 torch.set_num_threads(1)
 
 COMMAND = "command"

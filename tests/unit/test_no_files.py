@@ -105,7 +105,7 @@ def test_a_model_in_another_format_is_named(finetune_cli: Cli, here: Path, file:
     assert said in answer.err.splitlines()[-1]
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_files_of_a_run_folder_may_be_pipes(finetune_cli: Cli, here: Path, tmp_path: Path) -> None:
     """They are named, or done without."""
     words = (

@@ -280,6 +280,7 @@ def test_shapes_alone_are_enough_to_predict_for_a_memory_plan(model: ModelConfig
     assert predicted.shape == noisy.shape
 
 
+@pytest.mark.exhaustive
 def test_a_memory_plan_sees_pictures_decoded(model: ModelConfig) -> None:
     config = Config(model=replace(model, resolution=64, bucket_step=32, lora_targets={"attention": ["to_q"]}))
     config.lora.targets = "attention"

@@ -117,6 +117,7 @@ def plain_weights(model: nn.Module) -> list[Tensor]:
     return [weight for weight in model.parameters() if not weight.requires_grad and weight.is_floating_point()]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("cuda", [True, False], ids=["cuda", "cpu"])
 @pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4], ids=lambda how: how.name)
 @pytest.mark.parametrize("name", PRESETS)

@@ -119,6 +119,7 @@ def flip(file: Path) -> None:
     os.utime(file, ns=(times.st_atime_ns, times.st_mtime_ns))
 
 
+@pytest.mark.exhaustive
 def test_any_damage_of_an_export_is_found_and_made_good(setting: Setting, capfd: pytest.CaptureFixture[str]) -> None:
     config, run = setting.config, trained_run(setting)
     folder = Path(export(config, run).folder)
