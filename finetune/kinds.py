@@ -92,4 +92,9 @@ class Kind(Protocol):
 
 def of(config: Config) -> Kind:
     """The kind of this configuration's model. Raises ConfigError for one that there isn't."""
-    return cast(Kind, import_module(f"finetune.{model_kind(config.model.kind).name}.kind"))
+    return named(config.model.kind)
+
+
+def named(name: str) -> Kind:
+    """The kind of that name. Raises ConfigError for one that there isn't."""
+    return cast(Kind, import_module(f"finetune.{model_kind(name).name}.kind"))

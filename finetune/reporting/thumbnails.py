@@ -5,6 +5,7 @@ import io
 from collections.abc import Sequence
 from html import escape
 from pathlib import Path
+from typing import BinaryIO
 
 from PIL import Image, ImageOps
 
@@ -29,7 +30,15 @@ def data_uri(file: Path, side: int) -> str | None:
     """The image, upright and at most `side` pixels wide and high, as a data URI; None if it can't be read."""
     try:
         require_file(file)
-        with Image.open(file) as opened:
+    except OSError:
+        return None
+    return encoded(file, side)
+
+
+def encoded(source: Path | BinaryIO, side: int) -> str | None:
+    """The same of a file that is known to be one, or of its content."""
+    try:
+        with Image.open(source) as opened:
             opened.draft("RGB", (side, side))  # JPEGs are decoded at a reduced size: ten times as fast
             image = _on_white(ImageOps.exif_transpose(opened))
     except NOT_SHOWN:

@@ -12,11 +12,13 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from finetune.run.progress import say
+from finetune.serving import page, run_routes
 from finetune.serving.adapters import Shelf
 from finetune.serving.forms import described
 from finetune.serving.guard import Guard, Rules
 from finetune.serving.metrics import CONTENT_TYPE, Metrics
 from finetune.serving.requests import Refused
+from finetune.serving.runs import Runs
 
 
 class Service(Protocol):
@@ -24,6 +26,8 @@ class Service(Protocol):
 
     shelf: Shelf
     metrics: Metrics
+    main_page: str
+    """See `page.TITLES`."""
 
     def routes(self) -> APIRouter:
         """What this kind of model is asked by."""
@@ -44,7 +48,7 @@ class State:
     draining = False
 
 
-def build(service: Service, rules: Rules, state: State) -> ASGIApp:
+def build(service: Service, rules: Rules, state: State, runs: Runs) -> ASGIApp:
     """The application."""
     app = FastAPI(title="finetune", docs_url=None, redoc_url=None)  # their pages load scripts from elsewhere
     began = int(time.time())
@@ -72,7 +76,8 @@ def build(service: Service, rules: Rules, state: State) -> ASGIApp:
     async def model(name: str) -> dict[str, object]:
         return _model(name, began) | {"content": await shelf.content(name)}
 
-    app.include_router(service.routes())
+    for each in (service.routes(), page.routes(service.main_page), run_routes.routes(runs)):
+        app.include_router(each)
     _answer_errors(app, service.metrics)
     cors = CORSMiddleware(
         app,

@@ -87,18 +87,20 @@ def service(config: Config, sources: Mapping[str, Source]) -> "ImageService":
         steps=config.sample.steps,
         guidance=config.sample.guidance,
         negative=config.sample.negative,
+        prompt=next(iter(config.sample.prompts), config.caption.trigger or "a house on a hill"),
         most_images=config.serve.batch,
         timeout_s=config.serve.timeout_s,
     )
-    prompt = next(iter(config.sample.prompts), config.caption.trigger or "a house on a hill")
-    return ImageService(server, sources, canvas, prompt)
+    return ImageService(server, sources, canvas)
 
 
 class ImageService:
     """See `app.Service`."""
 
-    def __init__(self, server: ImageServer, sources: Mapping[str, Source], canvas: Canvas, prompt: str) -> None:
-        self.server, self.canvas, self.prompt = server, canvas, prompt
+    main_page = "images"
+
+    def __init__(self, server: ImageServer, sources: Mapping[str, Source], canvas: Canvas) -> None:
+        self.server, self.canvas = server, canvas
         self.shelf = Shelf(sources, server, base=server.identity, most=MOST_ADAPTERS)
         self.metrics = Metrics(server.engine.stats)
 
@@ -108,7 +110,7 @@ class ImageService:
 
     def examples(self, url: str, key: str) -> Sequence[str]:
         """See `app.Service`."""
-        body = shlex.quote(json.dumps({"prompt": self.prompt, "seed": 0}))
+        body = shlex.quote(json.dumps({"prompt": self.canvas.prompt, "seed": 0}))
         bearer = f" -H 'Authorization: Bearer {key}'" if key else ""
         write = "import base64, json, sys; sys.stdout.buffer.write("
         write += 'base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))'
@@ -116,7 +118,7 @@ class ImageService:
         client = f"openai.OpenAI(base_url='{url}/v1', api_key='{key or 'none'}')"
         return (
             f"{ask} | python -c {shlex.quote(write)} > image.png",
-            f"{client}.images.generate(model='{self.shelf.default}', prompt={self.prompt!r})",
+            f"{client}.images.generate(model='{self.shelf.default}', prompt={self.canvas.prompt!r})",
         )
 
     def close(self) -> None:

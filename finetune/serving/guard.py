@@ -24,6 +24,7 @@ from finetune.run.atomic import write_atomically
 from finetune.serving.requests import Refused
 
 LOOPBACK = "localhost"
+PAGES = ("/", "/runs")
 KEY_BYTES = 32
 ANSWER_HEADERS = {
     "X-Content-Type-Options": "nosniff",
@@ -106,7 +107,7 @@ class Guard:
                 f"this server is not called {host[:100]!r}; its owner can allow the name: serve.names=[…]",
                 code="host_not_allowed",
             )
-        self._check_origin(headers, host, is_visit=method == "GET" and path == "/")
+        self._check_origin(headers, host, is_visit=method == "GET" and path in PAGES)
         # Browsers ask without a key whether a page may ask; that is answered in front of all routes.
         may_ask = method == "OPTIONS" and "access-control-request-method" in headers
         if may_ask and headers.get("origin") in self.rules.origins:
@@ -127,7 +128,7 @@ class Guard:
             return host != "" and name in self.rules.names
 
     def _check_origin(self, headers: Headers, host: str, *, is_visit: bool) -> None:
-        """is_visit: somebody opens the page, which a link on any site may lead to."""
+        """is_visit: somebody opens a page, which a link on any site may lead to."""
         origin = headers.get("origin")
         same = origin in (f"http://{host}", f"https://{host}")
         if origin is not None and not same and origin not in self.rules.origins:

@@ -32,13 +32,17 @@ LONGEST_PROMPT = 4000  # characters; encoders read some 77 to 512 tokens
 
 @dataclass(frozen=True)
 class Canvas:
-    """What holds where a request says nothing. side: pixels. multiple: sides are of it. most_images: of a request."""
+    """What holds where a request says nothing. side: pixels. multiple: sides are of it. most_images: of a request.
+
+    prompt: an example.
+    """
 
     side: int
     multiple: int
     steps: int
     guidance: float
     negative: str
+    prompt: str
     most_images: int
     timeout_s: float
 
@@ -78,6 +82,17 @@ class Generation(Form):
 def routes(engine: ImageEngine, shelf: Shelf, canvas: Canvas, metrics: Metrics) -> APIRouter:
     """All of them."""
     router = APIRouter()
+
+    @router.get("/api/image_settings")
+    async def image_settings() -> dict[str, Any]:
+        """What a page begins with."""
+        return {
+            "prompt": canvas.prompt,
+            "negative_prompt": canvas.negative,
+            "steps": canvas.steps,
+            "guidance": canvas.guidance,
+            "size": f"{canvas.side}x{canvas.side}",
+        }
 
     @router.post("/v1/images/generations")
     async def generations(form: Generation, request: Request) -> Response:
@@ -124,8 +139,9 @@ async def _events(news: AsyncIterator[Drawn], asked: ImageRequest, loaded: Loade
             yield event({"type": "image_generation.progress", "step": drawn.step, "steps": drawn.steps})
         else:
             answer = await asyncio.to_thread(_answer, drawn, asked, loaded)
+            facts = {"type": "image_generation.completed", "created_at": answer["created"], "size": answer["size"]}
             for image in answer["data"]:
-                yield event({"type": "image_generation.completed", "created_at": answer["created"]} | image)
+                yield event(facts | _facts(asked, image["seed"], loaded) | image)
     yield event("[DONE]")
 
 
@@ -134,17 +150,8 @@ def _answer(drawn: Drawn, asked: ImageRequest, loaded: Loaded) -> dict[str, Any]
     assert drawn.finish is Finish.stop
     data = []
     for seed, image in zip(asked.seeds, drawn.images, strict=True):
-        facts = {
-            "prompt": asked.prompt,
-            "negative_prompt": asked.negative,
-            "seed": str(seed),
-            "steps": str(asked.steps),
-            "guidance": str(asked.guidance),
-            "model": loaded.model,
-            "content": loaded.content,
-        }
         file = io.BytesIO()
-        save_png(image, file, facts)
+        save_png(image, file, _facts(asked, seed, loaded))
         data.append({"b64_json": base64.b64encode(file.getvalue()).decode(), "seed": seed})
     return {
         "created": int(time.time()),
@@ -153,4 +160,17 @@ def _answer(drawn: Drawn, asked: ImageRequest, loaded: Loaded) -> dict[str, Any]
         "size": f"{asked.width}x{asked.height}",
         "model": loaded.model,
         "system_fingerprint": loaded.content,
+    }
+
+
+def _facts(asked: ImageRequest, seed: int, loaded: Loaded) -> dict[str, str]:
+    """What made an image, as it is noted in its file."""
+    return {
+        "prompt": asked.prompt,
+        "negative_prompt": asked.negative,
+        "seed": str(seed),
+        "steps": str(asked.steps),
+        "guidance": str(asked.guidance),
+        "model": loaded.model,
+        "content": loaded.content,
     }

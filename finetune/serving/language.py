@@ -19,7 +19,6 @@ from finetune.language import causal_lm
 from finetune.language.tokenize import chat_of
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.run.progress import say
-from finetune.serving import page
 from finetune.serving.adapters import BaseIdentity, Shelf, Source
 from finetune.serving.attachments import Attachments
 from finetune.serving.batch import Batch, CachedBatch, RereadBatch, Router
@@ -108,6 +107,8 @@ def service(config: Config, sources: Mapping[str, Source]) -> "LanguageService":
 class LanguageService:
     """See `app.Service`."""
 
+    main_page = "chat"
+
     def __init__(self, server: LanguageServer, sources: Mapping[str, Source], defaults: Defaults) -> None:
         self.server, self.defaults = server, defaults
         self.shelf = Shelf(sources, server, base=server.identity, most=MOST_ADAPTERS)
@@ -115,9 +116,7 @@ class LanguageService:
 
     def routes(self) -> APIRouter:
         """See `app.Service`."""
-        found = routes(Desk(self.server.engine, self.shelf, self.server.chat, self.defaults, self.metrics))
-        found.include_router(page.route("chat.html"))
-        return found
+        return routes(Desk(self.server.engine, self.shelf, self.server.chat, self.defaults, self.metrics))
 
     def examples(self, url: str, key: str) -> Sequence[str]:
         """See `app.Service`."""

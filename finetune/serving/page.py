@@ -1,38 +1,52 @@
-"""The page of a server: one file, whose own script and style are all that a browser may run on it."""
+"""The pages of a server: files of this package, and a policy under which a browser runs nothing else."""
 
-import base64
-import hashlib
-import re
 from pathlib import Path
+from string import Template
 
 from fastapi import APIRouter
 from fastapi.responses import HTMLResponse, Response
 
-PAGES = Path(__file__).parent
+from finetune.serving.guard import PAGES
+
+FILES = Path(__file__).parent / "pages"
+TITLES = {"chat": "Chat", "images": "Images", "runs": "Runs"}
+TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
+# Of this server's answers, the files of this package alone are sent as scripts and styles. data: and blob: are images
+# that a page has been sent within JSON.
+POLICY = (
+    "default-src 'none'; script-src 'self'; style-src 'self'; img-src data: blob:; connect-src 'self'; "
+    "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+)
 
 
-def route(file: str) -> APIRouter:
-    """`/` with a page of this folder."""
-    text = (PAGES / file).read_text(encoding="utf-8")
-    headers = {"Content-Security-Policy": policy(text)}
+def routes(main: str) -> APIRouter:
+    """`/` with the page of that name, `/runs`, and what they load. All is read once: no request names a file."""
     router = APIRouter()
-
-    @router.get("/", include_in_schema=False)
-    async def page() -> Response:
-        return HTMLResponse(text, headers=headers)
-
+    for path, name in zip(PAGES, (main, "runs"), strict=True):
+        html = page(name, main)
+        _give(router, path, HTMLResponse(html, headers={"Content-Security-Policy": POLICY}))
+    for file in sorted(FILES.iterdir()):
+        if file.suffix in TYPES:
+            _give(router, f"/static/{file.name}", Response(file.read_bytes(), media_type=TYPES[file.suffix]))
     return router
 
 
-def policy(text: str) -> str:
-    """A Content-Security-Policy under which the page's script and style run, and no other ones."""
-    script, style = (_hash(text, tag) for tag in ("script", "style"))
-    return (
-        f"default-src 'none'; script-src '{script}'; style-src '{style}'; connect-src 'self'; "
-        "base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
+def page(name: str, main: str) -> str:
+    """One page, with links to the main one and to that of the runs."""
+    current = ' aria-current="page"'
+    links = "".join(
+        f'<a href="{path}"{current if each == name else ""}>{TITLES[each]}</a>'
+        for each, path in ((main, "./"), ("runs", "runs"))
     )
+    layout = Template(_text("layout"))
+    return layout.substitute(title=TITLES[name], name=name, links=links, body=_text(name))
 
 
-def _hash(text: str, tag: str) -> str:
-    (found,) = re.findall(rf"<{tag}>(.*?)</{tag}>", text, re.DOTALL)
-    return "sha256-" + base64.b64encode(hashlib.sha256(found.encode()).digest()).decode()
+def _text(name: str) -> str:
+    return (FILES / f"{name}.html").read_text(encoding="utf-8")
+
+
+def _give(router: APIRouter, path: str, answer: Response) -> None:
+    @router.get(path, include_in_schema=False)
+    async def give() -> Response:
+        return answer

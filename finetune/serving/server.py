@@ -15,6 +15,7 @@ from finetune.run.progress import say
 from finetune.serving.app import Service, State, build
 from finetune.serving.guard import Rules
 from finetune.serving.requests import Refused
+from finetune.serving.runs import Runs
 
 DRAIN_S = 10  # until connections are cut
 
@@ -38,12 +39,12 @@ def listening(host: str, port: int) -> socket.socket:
         raise ConfigError(line) from error
 
 
-def run(service: Service, rules: Rules, listener: socket.socket) -> None:
+def run(service: Service, rules: Rules, listener: socket.socket, runs: Runs) -> None:
     """Serve until a signal. Raises ModelError where the default adapter can't be used."""
-    asyncio.run(_serve(service, rules, listener))
+    asyncio.run(_serve(service, rules, listener, runs))
 
 
-async def _serve(service: Service, rules: Rules, listener: socket.socket) -> None:
+async def _serve(service: Service, rules: Rules, listener: socket.socket, runs: Runs) -> None:
     try:
         async with service.shelf.using(service.shelf.default):
             pass
@@ -51,7 +52,7 @@ async def _serve(service: Service, rules: Rules, listener: socket.socket) -> Non
         raise ModelError(error.message) from error
     state = State()
     config = uvicorn.Config(
-        build(service, rules, state),
+        build(service, rules, state, runs),
         log_config=None,
         log_level="critical",  # failures are said by the front door
         access_log=False,

@@ -27,7 +27,7 @@ class Served:
 def serve(config: Config) -> Served:
     """Serve until SIGINT or SIGTERM. Raises ConfigError, ModelError, DataError before it begins."""
     _require_packages()
-    from finetune.serving import adapters, guard, server
+    from finetune.serving import adapters, guard, runs, server
 
     settings = config.serve
     listener = server.listening(settings.host, settings.port)
@@ -41,6 +41,7 @@ def serve(config: Config) -> Served:
             frozenset(origin.rstrip("/") for origin in settings.origins),
             settings.max_body_kib * 1024,
         )
+        beside = runs.Runs(Path(config.run_dir).absolute().parent, config.data.folder)
         record = load_record(Path(config.run_dir), "export", Adapter)
         own = _own_adapter(record, config)
         found = adapters.sources(own, config.name, settings.adapters)
@@ -50,7 +51,7 @@ def serve(config: Config) -> Served:
             _announce(
                 config, service, own is not None, _url(listener), key, new_key=bool(key), needs_key=bool(key_hash)
             )
-            server.run(service, rules, listener)
+            server.run(service, rules, listener, beside)
         finally:
             service.close()
     return Served(tuple(service.shelf.names()))

@@ -113,6 +113,19 @@ def test_progress_comes_step_by_step(server: Server) -> None:
     events = [json.loads(line) for line in lines[:-1]]
     assert [event.get("step") for event in events] == [1, 2, 3, None]
     assert image(events[-1]).size == (16, 48)
+    assert events[-1] | {"b64_json": "", "content": "", "created_at": 0} == {
+        "type": "image_generation.completed",
+        "created_at": 0,
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "seed": 0,
+        "steps": "3",
+        "guidance": "2.0",
+        "size": "16x48",
+        "model": "base:pixar_style",
+        "content": "",
+        "b64_json": "",
+    }
 
 
 @pytest.mark.parametrize(
@@ -141,6 +154,34 @@ def test_a_long_prompt_is_cut_and_says_so(server: Server) -> None:
     assert status == 200
     assert headers["x-finetune-warning"].startswith("the end of the prompt is too much for this model: ")
     assert headers["x-finetune-warning"].endswith("end")
+
+
+def test_the_images_page_begins_with_the_recipes_settings(server: Server) -> None:
+    assert '<script type="module" src="static/images.js">' in server.ask("/")[1]
+    assert server.ask("/api/image_settings")[1] == {
+        "prompt": PROMPT,
+        "negative_prompt": "",
+        "steps": 1,
+        "guidance": 2.0,
+        "size": "32x32",
+    }
+
+
+def test_the_run_is_shown_with_what_it_left(server: Server) -> None:
+    (run,) = server.ask("/api/runs")[1]["runs"]
+    assert (run["name"], run["state"], run["step"], run["steps"]) == ("run", "finished", 2, 2)
+    curves = server.ask("/api/runs/run/curves")[1]
+    assert [step for step, _ in curves["curves"]["loss/smoothed"]] == [1, 2]
+    (pair,) = server.ask("/api/runs/run/samples")[1]["items"]
+    assert all(pair[side].startswith("data:image/png;base64,") for side in ("base", "tuned"))
+    assert server.ask("/api/runs/run/previews")[1] == {"items": []}
+    captions = server.ask("/api/runs/run/captions?first=1")[1]
+    assert captions["total"] == 4
+    assert len(captions["items"]) == 3
+    assert all(each["image"].startswith("data:image/") for each in captions["items"])
+    status, answer, _ = server.ask("/api/runs/loud/curves")
+    assert (status, answer["error"]["code"]) == (404, "run_not_found")
+    assert server.ask("/api/runs/run/captions?first=-1")[0] == 400
 
 
 def test_a_chat_is_not_what_this_server_has(server: Server) -> None:

@@ -60,7 +60,10 @@ def test_wheel_holds_configuration_and_embedded_models(wheel: Path) -> None:
     for path in (ROOT / "conf").rglob("*.yaml"):
         assert f"finetune/conf/{path.relative_to(ROOT / 'conf').as_posix()}" in names
     for path in itertools.chain(
-        *((ROOT / "finetune" / part).rglob("*") for part in ("embedded", "architectures", "diffusion/tokenizers"))
+        *(
+            (ROOT / "finetune" / part).rglob("*")
+            for part in ("embedded", "architectures", "diffusion/tokenizers", "serving/pages")
+        )
     ):
         if path.is_file() and "__pycache__" not in path.parts:
             assert path.relative_to(ROOT).as_posix() in names
