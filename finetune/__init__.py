@@ -1,6 +1,7 @@
 """LoRA fine-tuning from a folder of images to an adapter that is known to work.
 
-The functions below are the commands of the command line, for Python and notebooks. Nothing heavy is imported until one
+The functions below are the commands of the command line, for Python and notebooks; `chat` and `draw` use what was
+trained. Nothing heavy is imported until one
 of them is called.
 """
 
@@ -10,7 +11,19 @@ from typing import TYPE_CHECKING, Any
 from finetune.stages import COMMANDS
 
 if TYPE_CHECKING:  # a command that is not named here has no types, and works
-    from finetune.api import caption, dataset, export, load, plan, report, sample, train  # noqa: F401
+    from finetune.api import (  # noqa: F401
+        caption,
+        chat,
+        dataset,
+        draw,
+        export,
+        load,
+        plan,
+        report,
+        sample,
+        serve,
+        train,
+    )
     from finetune.config.schema import Config
 
 ALLOCATOR = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the newer name first
@@ -28,7 +41,7 @@ WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 if not any(name in os.environ for name in WAITING):
     os.environ[WAITING[0]] = "20000"
 
-__all__ = ["Config", "load", *COMMANDS]
+__all__ = ["Config", "chat", "draw", "load", *COMMANDS]
 
 
 def __getattr__(name: str) -> Any:

@@ -11,7 +11,7 @@ from dataclasses import replace
 from functools import partial
 from importlib import import_module
 from pathlib import Path
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 from finetune import kinds
 from finetune.config import hints
@@ -30,6 +30,11 @@ from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
 from finetune.stages import COMMANDS, Command
 from finetune.training import distributed
+
+if TYPE_CHECKING:
+    from finetune.diffusion.brush import Brush
+    from finetune.language.conversation import Conversation
+    from finetune.stages.serve import Served, Serving
 
 
 def load(recipe: str, overrides: Overrides = ()) -> Config:
@@ -116,11 +121,48 @@ def report(recipe: str | Config, overrides: Overrides = ()) -> Report:
     return cast(Report, _stage("report", recipe, overrides))
 
 
+@contextmanager
+def serve(recipe: str | Config, overrides: Overrides = ()) -> Iterator["Serving"]:
+    """A server of the recipe's base and adapters inside the block, at `url`; see `finetune serve`."""
+    with _begun("serve", recipe, overrides) as config:
+        from finetune.stages.serve import serving
+
+        with serving(config) as found:
+            yield found
+
+
+def serve_forever(config: Config) -> "Served":
+    """The same until SIGINT or SIGTERM, as the command line does."""
+    return cast("Served", _stage("serve", config))
+
+
+def chat(recipe: str | Config, overrides: Overrides = ()) -> "Conversation":
+    """The model that the recipe trained, to talk to: `reply = chat("pirate_chat")("Who are you?")`."""
+    return cast("Conversation", _used("chat", recipe, overrides))
+
+
+def draw(recipe: str | Config, overrides: Overrides = ()) -> "Brush":
+    """The model that the recipe trained, to draw with: `image = draw("pixar_style")("a red robot, pixar style")`."""
+    return cast("Brush", _used("draw", recipe, overrides))
+
+
 def __getattr__(name: str) -> Callable[..., Any]:
     """A command without a function above."""
     if name not in COMMANDS:
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     return partial(_stage, name)
+
+
+def _used(verb: str, recipe: str | Config, overrides: Overrides) -> Any:
+    """Raises ConfigError for a model of another kind, ModelError where there is no adapter."""
+    with _begun("serve", recipe, overrides) as config:
+        facts = model_kind(config.model.kind)
+        if facts.verb != verb:
+            raise ConfigError(f"{config.name} is a recipe for a {facts.name} model; type finetune.{facts.verb}(…)")
+        from finetune.stages.sample import adapter_path
+
+        own = load_record(Path(config.run_dir), "export", Adapter)
+        return kinds.of(config).use(config, adapter_path(config, own))
 
 
 def _stage(command: str, recipe: str | Config, overrides: Overrides = ()) -> Any:

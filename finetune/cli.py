@@ -250,7 +250,7 @@ def _run_job(command: str, tree: Any, sweep: bool, began: float) -> Any:
     if sweep:
         config.run_dir = compose.job_folder()
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
-    record = getattr(api, command)(config)
+    record = api.serve_forever(config) if command == "serve" else getattr(api, command)(config)
     if ranks.rank() == 0:
         terminal.show(config, record, overrides, began=began)
     if isinstance(record, Plan) and not record.fits:

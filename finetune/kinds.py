@@ -83,6 +83,10 @@ class Kind(Protocol):
         """Python that loads an adapter, `{base}` to be filled in with what its libraries load the base from."""
         ...
 
+    def use(self, config: Config, adapter: Path) -> Any:
+        """The model with an adapter, to be called from Python as `ModelKind.verb` says."""
+        ...
+
     def sample(
         self, config: Config, adapter: Path, folder: Path
     ) -> tuple[str, tuple[Sample, ...] | tuple[Answer, ...]]:

@@ -14,14 +14,15 @@ class ModelKind:
     """Facts of a kind of model; its package is `finetune.NAME`.
 
     data_key: the setting that names the examples. example_recipe: the recipe that shows it. captioned: its examples may
-    need captions first. resize: make every example that share of its size: what to type, and the configuration.
-    smaller_shares: those that may help where memory is short.
+    need captions first. verb: `finetune.VERB` uses what was trained. resize: make every example that share of its size:
+    what to type, and the configuration. smaller_shares: those that may help where memory is short.
     """
 
     name: str
     data_key: str
     example_recipe: str
     captioned: bool
+    verb: str
     resize: Callable[[Config, float], tuple[str, Config]]
     smaller_shares: tuple[float, ...]
 
@@ -55,6 +56,7 @@ MODEL_KINDS = {
             data_key="data.folder",
             example_recipe="pixar_style",
             captioned=True,
+            verb="draw",
             resize=_resized_images,
             smaller_shares=(0.75, 0.5, 0.25),
         ),
@@ -63,6 +65,7 @@ MODEL_KINDS = {
             data_key="data.file",
             example_recipe="pirate_chat",
             captioned=False,
+            verb="chat",
             resize=_resized_rows,
             smaller_shares=(0.5, 0.25, 0.125),
         ),

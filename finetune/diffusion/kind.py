@@ -13,6 +13,7 @@ from finetune.data.images import folder
 from finetune.diffusion import encode, single_file
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
+from finetune.diffusion.brush import Brush
 from finetune.diffusion.memory_model import DiffusionMemoryModel
 from finetune.diffusion.pipeline import base_hash
 from finetune.diffusion.task import DiffusionTask
@@ -133,6 +134,12 @@ def export(
 def usage(config: Config) -> str:
     prompt = next(iter(config.sample.prompts), config.caption.trigger or "a house on a hill")
     return exporting.usage(config.model, prompt=prompt, steps=config.sample.steps)
+
+
+def use(config: Config, adapter: Path) -> Brush:
+    device = pick_device(config.hardware.device)
+    dtype = pick_dtype(config.trainer.precision, device)
+    return Brush(config.model, config.sample, adapter, device, dtype, config.hardware.vram_gib)
 
 
 def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Sample, ...]]:

@@ -17,6 +17,7 @@ from finetune.errors import ConfigError, DataError
 from finetune.language import card, tokenize
 from finetune.language import export as exporting
 from finetune.language import sample as sampling
+from finetune.language.conversation import Conversation
 from finetune.language.memory_model import LanguageMemoryModel
 from finetune.language.task import LanguageTask
 from finetune.memory import policy
@@ -154,6 +155,13 @@ def usage(config: Config) -> str:
         dtype=pick_dtype(config.trainer.precision, pick_device(config.hardware.device)),
         prompt=next(iter(config.sample.prompts), "Hello!"),
     )
+
+
+def use(config: Config, adapter: Path) -> Conversation:
+    device = pick_device(config.hardware.device)
+    dtype = pick_dtype(config.trainer.precision, device)
+    chat = tokenize.chat_of(config.model, config.data)
+    return Conversation(config.model, config.sample, chat, adapter, device, dtype, config.hardware.vram_gib)
 
 
 def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Answer, ...]]:

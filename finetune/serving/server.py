@@ -5,8 +5,11 @@ import errno
 import os
 import signal
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager, suppress
+from typing import cast
 
 import uvicorn
 
@@ -41,10 +44,50 @@ def listening(host: str, port: int) -> socket.socket:
 
 def run(service: Service, rules: Rules, listener: socket.socket, runs: Runs) -> None:
     """Serve until a signal. Raises ModelError where the default adapter can't be used."""
-    asyncio.run(_serve(service, rules, listener, runs))
+
+    def take_signals(stop: Callable[[], None]) -> None:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            asyncio.get_running_loop().add_signal_handler(number, stop)
+
+    asyncio.run(_serve(service, rules, listener, runs, take_signals))
 
 
-async def _serve(service: Service, rules: Rules, listener: socket.socket, runs: Runs) -> None:
+@contextmanager
+def in_background(service: Service, rules: Rules, listener: socket.socket, runs: Runs) -> Iterator[None]:
+    """Serve inside the block, in a thread. Raises ModelError where the default adapter can't be used."""
+    started: Future[Callable[[], None]] = Future()
+
+    def hand_out(stop: Callable[[], None]) -> None:
+        loop = asyncio.get_running_loop()
+        started.set_result(lambda: cast(None, loop.call_soon_threadsafe(stop)))
+
+    def work() -> None:
+        try:
+            asyncio.run(_serve(service, rules, listener, runs, hand_out))
+        except Exception as error:
+            if started.done():
+                raise
+            started.set_exception(error)
+
+    thread = threading.Thread(target=work, name="server", daemon=True)
+    thread.start()
+    stop = started.result()
+    try:
+        yield
+    finally:
+        with suppress(RuntimeError):  # it has ended by itself
+            stop()
+        thread.join()
+
+
+async def _serve(
+    service: Service,
+    rules: Rules,
+    listener: socket.socket,
+    runs: Runs,
+    on_start: Callable[[Callable[[], None]], None],
+) -> None:
+    """on_start: is given what stops the server, before it begins."""
     try:
         async with service.shelf.using(service.shelf.default):
             pass
@@ -68,6 +111,5 @@ async def _serve(service: Service, rules: Rules, listener: socket.socket, runs: 
         state.draining = server.should_exit = True
         say("serve: shutting down; replies that have begun are finished")
 
-    for number in (signal.SIGINT, signal.SIGTERM):
-        asyncio.get_running_loop().add_signal_handler(number, stop)
+    on_start(stop)
     await server.serve(sockets=[listener])

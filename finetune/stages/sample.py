@@ -34,7 +34,7 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
     settings = as_dict(config)
     if not config.sample.prompts:
         return _none(config, run_dir, hash_of(settings["sample"]))
-    path = _path(config, adapter)
+    path = adapter_path(config, adapter)
     kind, precision = kinds.of(config), settings["trainer"]["precision"]
     earlier = hash_of(_weights_hash(path), settings["sample"], settings["model"], precision)
     model = {key: value for key, value in settings["model"].items() if key != "base"}
@@ -85,7 +85,8 @@ def _none(config: Config, run_dir: Path, input_hash: str) -> Samples | Answers:
     return record
 
 
-def _path(config: Config, adapter: Adapter | None) -> Path:
+def adapter_path(config: Config, adapter: Adapter | None) -> Path:
+    """`sample.adapter`, or else the run's. Raises ModelError if there is none."""
     if config.sample.adapter:
         return formats.peft_folder(Path(config.sample.adapter))
     if adapter is None:

@@ -1,5 +1,7 @@
 """Answer requests over HTTP, with the base and with adapters, until it is stopped."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -18,6 +20,15 @@ KEY_FILE = "serve_key.sha256"
 
 
 @dataclass(frozen=True)
+class Serving:
+    """A server that runs. key: of clients, where it was made just now; else empty."""
+
+    url: str
+    key: str
+    models: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class Served:
     """What was served until the server was stopped."""
 
@@ -26,35 +37,51 @@ class Served:
 
 def serve(config: Config) -> Served:
     """Serve until SIGINT or SIGTERM. Raises ConfigError, ModelError, DataError before it begins."""
+    with _prepared(config) as (parts, serving):
+        from finetune.serving import server
+
+        server.run(*parts)
+    return Served(serving.models)
+
+
+@contextmanager
+def serving(config: Config) -> Iterator[Serving]:
+    """Serve inside the block, in a thread. Raises as `serve`."""
+    with _prepared(config) as (parts, found):
+        from finetune.serving import server
+
+        with server.in_background(*parts):
+            yield found
+
+
+@contextmanager
+def _prepared(config: Config) -> Iterator[tuple[Any, Serving]]:
+    """What `finetune.serving.server` takes, with the models loaded and the address taken; what to type is said."""
     _require_packages()
     from finetune.serving import adapters, guard, runs, server
 
-    settings = config.serve
-    listener = server.listening(settings.host, settings.port)
-    with listener:
+    settings, run_dir = config.serve, Path(config.run_dir)
+    with server.listening(settings.host, settings.port) as listener:
         key_hash, key = "", ""
         if not guard.is_loopback(settings.host):
-            key_hash, key = guard.stored_or_new_key(Path(config.run_dir) / KEY_FILE)
+            key_hash, key = guard.stored_or_new_key(run_dir / KEY_FILE)
         rules = guard.Rules(
             key_hash,
             guard.names_of(settings.host, settings.names),
             frozenset(origin.rstrip("/") for origin in settings.origins),
             settings.max_body_kib * 1024,
         )
-        beside = runs.Runs(Path(config.run_dir).absolute().parent, config.data.folder)
-        record = load_record(Path(config.run_dir), "export", Adapter)
-        own = _own_adapter(record, config)
+        own = _own_adapter(load_record(run_dir, "export", Adapter), config)
         found = adapters.sources(own, config.name, settings.adapters)
         kind: Any = import_module(f"finetune.serving.{model_kind(config.model.kind).name}")
         service = kind.service(config, found)
         try:
-            _announce(
-                config, service, own is not None, _url(listener), key, new_key=bool(key), needs_key=bool(key_hash)
-            )
-            server.run(service, rules, listener, beside)
+            url = _url(listener)
+            _announce(config, service, own is not None, url, key, new_key=bool(key), needs_key=bool(key_hash))
+            beside = runs.Runs(run_dir.absolute().parent, config.data.folder)
+            yield (service, rules, listener, beside), Serving(url, key, tuple(service.shelf.names()))
         finally:
             service.close()
-    return Served(tuple(service.shelf.names()))
 
 
 def _own_adapter(record: Adapter | None, config: Config) -> Path | None:

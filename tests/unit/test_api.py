@@ -78,14 +78,14 @@ def finished(config: Config) -> None:
 
 def test_public_names_are_pinned() -> None:
     assert sorted(finetune.__all__) == [
-        "Config", "caption", "dataset", "export", "load", "plan", "report", "sample", "serve", "train",
+        "Config", "caption", "chat", "dataset", "draw", "export", "load", "plan", "report", "sample", "serve", "train",
     ]  # fmt: skip
     assert all(getattr(finetune, name) for name in finetune.__all__)
     assert set(finetune.__all__) <= set(dir(finetune))
 
 
 def test_an_unknown_name_lists_what_there_is() -> None:
-    with pytest.raises(AttributeError, match=r"has no attribute 'tune'; it offers Config, caption"):
+    with pytest.raises(AttributeError, match=r"has no attribute 'tune'; it offers Config, caption, chat"):
         finetune.tune  # noqa: B018
 
 

@@ -88,7 +88,7 @@ def test_a_damaged_run_says_what_is_wrong(outputs: Path) -> None:
 
 def test_samples_of_a_kind_of_model_that_there_is_not_are_refused(outputs: Path) -> None:
     make_run(outputs, "new", kind="music")
-    with pytest.raises(Refused, match="model.kind=music is not known"):
+    with pytest.raises(Refused, match=r"model\.kind=music is not known"):
         Runs(outputs).samples("new")
 
 

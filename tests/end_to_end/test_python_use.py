@@ -1,0 +1,94 @@
+"""`finetune.serve`, `finetune.chat` and `finetune.draw`: what was trained, used from Python."""
+
+import json
+import urllib.request
+from collections.abc import Iterator
+from contextlib import chdir
+from pathlib import Path
+from typing import Any
+
+import pytest
+from PIL import Image, ImageChops
+
+import finetune
+from finetune.config.schema import Config
+from finetune.errors import ConfigError, DataError, ModelError
+from finetune.run.receipts import load_record
+from finetune.run.records import Samples
+from tests.end_to_end.conftest import settings
+from tests.end_to_end.serving import other_adapter, train
+
+PROMPT = "How much is 2 plus 3?"
+
+
+@pytest.fixture(scope="module")
+def pirate(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Config]:
+    folder = tmp_path_factory.mktemp("python")
+    drivel = other_adapter(train(folder), folder / "drivel", 1)
+    with chdir(folder):
+        yield finetune.load("pirate_chat", ["hardware.device=cpu", f"sample.adapter={drivel}", "serve.port=0"])
+
+
+def ask(url: str, body: Any) -> Any:
+    asked = urllib.request.Request(url, json.dumps(body).encode(), {"Content-Type": "application/json"})
+    with urllib.request.urlopen(asked, timeout=60) as answer:
+        return json.load(answer)
+
+
+def test_a_server_runs_as_long_as_its_block(pirate: Config, capsys: pytest.CaptureFixture[str]) -> None:
+    with finetune.serve(pirate) as server:
+        assert server.models[:2] == ("base:pirate_chat", "base")
+        assert server.key == ""
+        body = {"prompt": PROMPT, "model": "base", "temperature": 0}
+        assert ask(f"{server.url}/chat", body)["response"] == "2 plus 3 is 5."
+    assert f"curl {server.url}/chat" in capsys.readouterr().err
+    with pytest.raises(OSError, match="refused"):
+        ask(f"{server.url}/chat", body)
+
+
+def test_a_server_that_can_not_begin_raises(pirate: Config) -> None:
+    weights = Path(pirate.run_dir) / "adapter/peft/adapter_model.safetensors"
+    content = weights.read_bytes()
+    weights.write_bytes(b"x")
+    try:
+        with pytest.raises(ModelError, match="is damaged"), finetune.serve(pirate):
+            pass
+    finally:
+        weights.write_bytes(content)
+
+
+def test_a_conversation_goes_on(pirate: Config) -> None:
+    talk = finetune.chat(pirate, ["sample.max_new_tokens=12"])
+    assert talk(PROMPT, tuned=False) == "2 plus 3 is 5."
+    said = talk("Hello", tuned=False)
+    assert [turn.content for turn in talk.turns] == [PROMPT, "2 plus 3 is 5.", "Hello", said]
+    with pytest.raises(DataError, match="the conversation"):
+        talk("\ud83d")
+    assert len(talk.turns) == 4
+    talk.forget()
+    assert talk(PROMPT) != "2 plus 3 is 5."
+    assert talk.turns[0].content == PROMPT
+    with pytest.raises(ModelError, match="are more than the 512 tokens that the base reads"):
+        talk("word " * 600)
+
+
+def test_images_are_those_that_the_run_has_drawn(
+    finished: Path, tiny_base: Path, shared_cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(finished)
+    config = finetune.load("pixar_style", settings(tiny_base, shared_cache)[1:])
+    record = load_record(Path("run"), "sample", Samples)
+    assert record
+    item, draw = record.items[0], finetune.draw(config)
+    for file, tuned in ((item.file, True), (item.base_file, False)):
+        drawn, expected = draw(item.prompt, seed=item.seed, tuned=tuned), Image.open(Path(record.folder) / file)
+        assert max(high for _, high in ImageChops.difference(drawn, expected).getextrema()) <= 1, "but for rounding"
+    assert draw(item.prompt, steps=2, guidance=1.0).size == (32, 32)
+
+
+def test_what_can_not_be_used_is_said(pirate: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(ConfigError, match=r"is a recipe for a language model; type finetune\.chat\(…\)"):
+        finetune.draw(pirate)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ModelError, match="has no adapter"):
+        finetune.chat("pirate_chat", ["hardware.device=cpu"])
