@@ -49,7 +49,12 @@ export function chart(title, { log = false } = {}) {
   function show(given) {
     lines = given.map(line => ({ ...line, points: line.points.filter(point => !log || point[1] > 0) })).filter(line => line.points.length);
     made.hidden = !lines.length;
-    if (!lines.length) return;
+    if (!lines.length) {
+      svg.replaceChildren();
+      svg.setAttribute("aria-label", `${title}: nothing yet`);
+      reading.textContent = "nothing yet";
+      return;
+    }
     steps = [...new Set(lines.flatMap(line => line.points.map(point => point[0])))].sort((a, b) => a - b);
     const [low, high] = range(lines.map(line => ({ ...line, points: line.points.map(([x, y]) => [x, seen(y)]) })));
     const first = steps[0], last = Math.max(steps.at(-1), first + 1);
@@ -90,6 +95,7 @@ export function chart(title, { log = false } = {}) {
   }
 
   svg.addEventListener("pointermove", event => {
+    if (!lines.length) return;
     const box = svg.getBoundingClientRect(), wanted = (event.clientX - box.left) / box.width * WIDTH;
     read(steps.reduce((best, step) => (Math.abs(place.x(step) - wanted) < Math.abs(place.x(best) - wanted) ? step : best), steps[0]));
   });
@@ -97,7 +103,7 @@ export function chart(title, { log = false } = {}) {
   svg.addEventListener("blur", () => read(null));
   svg.addEventListener("keydown", event => {
     const by = { ArrowLeft: -1, ArrowRight: 1 }[event.key];
-    if (!by) return;
+    if (!by || !lines.length) return;
     event.preventDefault();
     const index = at === null ? steps.length : steps.indexOf(at) + by;
     read(steps[Math.max(0, Math.min(steps.length - 1, index))]);

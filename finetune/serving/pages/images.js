@@ -2,6 +2,7 @@ import { $, aborted, button, clock, events, fill, json, make, models, number, ra
 import * as gallery from "./gallery.js";
 
 const FACTS = ["prompt", "negative prompt", "model", "content", "seed", "steps", "guidance", "size"];
+const empty = $("empty");
 let running = null;
 let shown = [];  // ids of the items on the stage
 const urls = new Map();  // of items, by id
@@ -35,7 +36,10 @@ async function drawOne(body, after) {
     prompt: body.prompt, "negative prompt": drawn.negative_prompt, model: drawn.model, content: drawn.content,
     seed: drawn.seed, steps: drawn.steps, guidance: drawn.guidance, size: drawn.size,
   };
-  return gallery.keep({ file, facts, at: Date.now() });
+  const item = { file, facts, at: Date.now() };
+  try { await gallery.keep(item); }
+  catch { item.id = `not kept ${item.at}`; }  // the gallery says why; the image is shown and can be saved
+  return item;
 }
 
 // Jobs one after another, with one progress bar and one button that cancels. done: after each.
@@ -103,7 +107,7 @@ function show(items) {
     actions.append(make("a", { href: urlOf(item), download: `${name}-seed${item.facts.seed}.png`, textContent: `Save ${item.facts.model}` }));
   }
   actions.append(button(items.length > 1 ? "Delete both" : "Delete", () => drop(items)));
-  $("stage").replaceChildren(box, list, actions);
+  $("stage").replaceChildren(box, make("div", { className: "stack" }, list, actions));
   markShown();
 }
 
@@ -115,8 +119,8 @@ function take(facts) {
 }
 
 async function drop(items) {
-  for (const item of items) await gallery.remove(item.id);
-  $("stage").replaceChildren($("stage").empty);
+  for (const item of items) if (typeof item.id === "number") await gallery.remove(item.id);
+  $("stage").replaceChildren(empty);
   shown = [];
   await showGallery();
   $("prompt").focus();
@@ -125,7 +129,9 @@ async function drop(items) {
 const key = item => JSON.stringify([item.facts.prompt, item.facts["negative prompt"], item.facts.seed, item.facts.steps, item.facts.guidance, item.facts.size]);
 
 async function showGallery() {
-  const items = await gallery.all();
+  let items = [];
+  try { items = await gallery.all(); }
+  catch (error) { say($("kept"), `This browser keeps no images (${error.message}). Save those that you want.`, true); }
   $("gallery").replaceChildren(...items.map(item => {
     const made = button("", () => {
       const base = items.find(other => other.facts.model === "base" && key(other) === key(item));
@@ -168,14 +174,13 @@ async function drawSheet() {
   });
 }
 
-$("stage").empty = $("empty");
 $("form").addEventListener("submit", draw);
 $("sheet-draw").addEventListener("click", drawSheet);
 $("stop").addEventListener("click", () => running?.abort());
 $("forget").addEventListener("click", async () => {
   if (!confirm("Delete all images that this browser keeps?")) return;
   await gallery.clear();
-  $("stage").replaceChildren($("stage").empty);
+  $("stage").replaceChildren(empty);
   await showGallery();
 });
 

@@ -3,14 +3,14 @@ import { chart } from "./chart.js";
 
 const POLL_MS = { training: 2000, idle: 10000 };
 const CHARTS = [
-  { title: "Training loss", tags: ["loss/smoothed"], faint: "loss/step" },
-  { title: "Validation loss", tags: ["validation/mean"] },
-  { title: "Perplexity", tags: ["validation/perplexity"], log: true },
-  { title: "Learning rate", tags: ["train/learning_rate"] },
-  { title: "Gradient norm", tags: ["train/gradient_norm"] },
-  { title: "Images per second", tags: ["train/images_per_s"] },
-  { title: "Tokens per second", tags: ["train/tokens_per_s"] },
-  { title: "Memory, GiB", tags: ["system/memory_gib"] },
+  { title: "Training loss", tag: "loss/smoothed", faint: "loss/step" },
+  { title: "Validation loss", tag: "validation/mean" },
+  { title: "Perplexity", tag: "validation/perplexity", log: true, kind: "language" },
+  { title: "Learning rate", tag: "train/learning_rate" },
+  { title: "Gradient norm", tag: "train/gradient_norm" },
+  { title: "Images per second", tag: "train/images_per_s", kind: "diffusion" },
+  { title: "Tokens per second", tag: "train/tokens_per_s", kind: "language" },
+  { title: "Memory, GiB", tag: "system/memory_gib" },
 ].map(each => ({ ...each, ...chart(each.title, each) }));
 
 let timer = null;
@@ -55,7 +55,7 @@ function showRun(run, runs, other) {
   const facts = { trained: progress(run), loss: short(run.loss), "best validation": short(run.validation), base: run.base, rank: run.rank, changed: clock(run.changed * 1000) };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value ?? "").map(([name, value]) =>
     make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
-  $("progress").hidden = run.state !== "training";
+  $("progress").classList.toggle("kept", run.state !== "training");
   $("progress").max = run.steps || 1;
   $("progress").value = Math.min(run.step ?? 0, run.steps || 1);
   const names = ["", ...runs.map(each => each.name).filter(each => each !== run.name)];
@@ -65,13 +65,13 @@ function showRun(run, runs, other) {
 }
 
 function showCurves(parts) {
+  const { kind, state } = parts[0].run;
   for (const each of CHARTS) {
-    const lines = parts.flatMap(({ run, curves }, index) => {
-      const name = "ab"[index];
-      const found = each.tags.map(tag => ({ label: run.name, name, points: curves[tag] ?? [] }));
-      return parts.length === 1 && each.faint ? [...found, { label: "", name, points: curves[each.faint] ?? [], faint: true }] : found;
-    });
-    each.show(lines.filter(line => line.points.length > 1 || each.title.endsWith("loss")));
+    const lines = parts.map(({ run, curves }, index) => ({ label: run.name, name: "ab"[index], points: curves[each.tag] ?? [] }));
+    if (parts.length === 1 && each.faint) lines.push({ label: "", name: "a", points: parts[0].curves[each.faint] ?? [], faint: true });
+    each.show(lines);
+    // Of a run that trains, charts have their place before they have points: nothing jumps when these come.
+    if (state === "training" && (each.kind ?? kind) === kind) each.made.hidden = false;
   }
   $("no-curves").hidden = CHARTS.some(each => !each.made.hidden);
   $("legend").replaceChildren(...(parts.length > 1 ? parts.map(({ run }, index) => make("span", {}, make("i", { className: "ab"[index] }), `${run.name} `)) : []));
@@ -79,25 +79,38 @@ function showCurves(parts) {
 
 const image = (source, described) => (source ? make("img", { src: source, alt: described }) : make("em", { textContent: "can't be shown" }));
 
+// TensorBoard's texts are Markdown, of which ours use one mark.
+const strong = text => text.split("**").map((part, index) => (index % 2 ? make("strong", { textContent: part }) : part));
+
 function show(id, filled) {
   $(id).closest("section").hidden = !filled;
 }
 
-async function showPreviews(name) {
+// The three below ask first, and return what shows the answer: all of them are shown at once, so that nothing jumps.
+
+async function askPreviews(name) {
   const { items } = await json(path(name, "previews"));
+  return () => showPreviews(items);
+}
+
+function showPreviews(items) {
   const steps = [...new Set(items.map(item => item.step))], prompts = [...new Set(items.map(item => item.prompt))];
   const head = make("tr", {}, make("th", { textContent: "prompt" }), ...steps.map(step => make("th", { scope: "col", textContent: `step ${step}` })));
   const rows = prompts.map(prompt => make("tr", {}, make("th", { scope: "row", textContent: prompt }), ...steps.map(step => {
     const found = items.find(item => item.prompt === prompt && item.step === step);
     if (!found) return make("td");
-    return found.text === null ? make("td", {}, image(found.image, `${prompt}, step ${step}`)) : make("td", { className: "text", textContent: found.text });
+    return found.text === null ? make("td", {}, image(found.image, `${prompt}, step ${step}`)) : make("td", { className: "text" }, ...strong(found.text));
   })));
   $("previews").replaceChildren(make("table", {}, make("thead", {}, head), make("tbody", {}, ...rows)));
   show("previews", items.length);
 }
 
-async function showSamples(name) {
+async function askSamples(name) {
   const { items, kind } = await json(path(name, "samples"));
+  return () => showSamples(items, kind);
+}
+
+function showSamples(items, kind) {
   const half = (item, side) => (kind === "images" ? image(item[side], `${side}: ${item.prompt}, seed ${item.seed}`) : make("p", { className: "answer", textContent: item[side] }));
   $("samples").className = kind === "images" ? "tiles wide" : "stack";
   $("samples").replaceChildren(...items.map(item => make("figure", { className: "pair" },
@@ -105,8 +118,12 @@ async function showSamples(name) {
   show("samples", items.length);
 }
 
-async function showCaptions(name, first = 0) {
+async function askCaptions(name, first = 0) {
   const { total, items } = await json(path(name, `captions?first=${first}`));
+  return () => showCaptions(items, total, first);
+}
+
+function showCaptions(items, total, first) {
   if (!first) $("captions").replaceChildren();
   $("captions").append(...items.map(item => make("figure", {},
     ...(item.image ? [make("img", { src: item.image, alt: item.file, loading: "lazy" })] : []),
@@ -135,10 +152,11 @@ async function update() {
       const { changed, state } = parts[0].run, before = told;
       told = { name, state, changed };
       const isOther = before.name !== name;
-      await Promise.all([
-        ...(isOther || before.changed !== changed ? [showPreviews(name)] : []),
-        ...(isOther || before.state !== state ? [showSamples(name), showCaptions(name)] : []),
+      const answers = await Promise.all([
+        ...(isOther || before.changed !== changed ? [askPreviews(name)] : []),
+        ...(isOther || before.state !== state ? [askSamples(name), askCaptions(name)] : []),
       ]);
+      answers.forEach(showAnswer => showAnswer());
       say($("status"), "");
     }
   } catch (error) { say($("status"), error.message, true); }
@@ -147,7 +165,10 @@ async function update() {
 
 $("charts").append(...CHARTS.map(each => each.made));
 $("with").addEventListener("change", () => { location.hash = link(told.name, $("with").value); });
-$("more").addEventListener("click", () => showCaptions(told.name, $("captions").shown));
+$("more").addEventListener("click", async () => {
+  try { (await askCaptions(told.name, $("captions").shown))(); }
+  catch (error) { say($("status"), error.message, true); }
+});
 window.addEventListener("hashchange", update);
 document.addEventListener("visibilitychange", () => { if (!document.hidden) update(); });
 update();
