@@ -13,6 +13,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 import torch
+from playwright.sync_api import Page
 from safetensors.torch import load_file, save_file
 
 import finetune
@@ -119,6 +120,14 @@ def _read(text: bytes) -> Any:
         return json.loads(text)
     except ValueError:
         return text.decode()
+
+
+def complaints(page: Page) -> list[str]:
+    """Errors of a page's scripts, and what its policy forbade, as they come."""
+    found: list[str] = []
+    page.on("pageerror", lambda error: found.append(str(error)))
+    page.on("console", lambda line: found.append(line.text) if line.type == "error" else None)
+    return found
 
 
 @contextlib.contextmanager

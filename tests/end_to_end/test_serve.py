@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 import shutil
 import signal
 import time
@@ -13,9 +14,10 @@ from urllib.parse import quote
 
 import openai
 import pytest
+from playwright.sync_api import Browser, expect
 
 from scripts.bench import serving as stopwatch
-from tests.end_to_end.serving import Server, other_adapter, serving, train
+from tests.end_to_end.serving import Server, complaints, other_adapter, serving, train
 
 PROMPT = "How much is 2 plus 3?"
 TURNS: Any = [{"role": "user", "content": PROMPT}]
@@ -289,6 +291,38 @@ def test_the_stopwatch_counts_what_is_written(server: Server, monkeypatch: pytes
     assert len(found) == 5
     assert sum(each.tokens for each in found) == server.metric("vllm:generation_tokens_total") - before
     assert all(len(each.gaps_s) < each.tokens for each in found)
+
+
+def test_a_person_chats_edits_and_finds_the_chats_again(server: Server, browser: Browser) -> None:
+    page = browser.new_page()
+    wrong = complaints(page)
+    page.goto(server.url)
+    message, replies = page.get_by_label("Message"), page.locator(".replies p")
+    page.get_by_label("Beside the base").check()
+    page.get_by_label("Seed").fill("1")
+    message.fill(PROMPT)
+    message.press("Enter")
+    expect(replies).to_have_text(["2 plus 3 is 5.", re.compile(".")])
+    page.get_by_role("button", name="Retry").click()
+    expect(page.get_by_role("button", name="Stop")).to_be_disabled()
+    page.get_by_label("Beside the base").uncheck()
+    page.get_by_label("Model").select_option("base")
+    page.get_by_role("button", name=f"Edit: {PROMPT}").click()
+    expect(message).to_have_value(PROMPT)
+    message.fill("How much is 4 plus 3?")
+    message.press("Enter")
+    expect(replies).to_have_text(["4 plus 3 is 7."])
+
+    page.get_by_label("Model").select_option(DRIVEL)
+    message.fill("<img src=x onerror=alert(1)>")
+    message.press("Enter")
+    page.get_by_role("button", name="Stop").click()
+    expect(page.get_by_text("stopped")).to_be_visible()
+    expect(page.locator(".asked").last).to_have_text("<img src=x onerror=alert(1)>")
+    page.reload()
+    page.get_by_role("button", name=PROMPT, exact=True).click()
+    expect(replies.first).to_have_text("2 plus 3 is 5.")
+    assert wrong == []
 
 
 def test_a_client_that_goes_away_stops_costing(server: Server) -> None:

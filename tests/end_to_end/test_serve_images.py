@@ -13,11 +13,12 @@ from typing import Any
 import openai
 import pytest
 from PIL import Image, ImageChops
+from playwright.sync_api import Browser, expect
 
 from finetune.run.receipts import load_record
 from finetune.run.records import Samples
 from tests.end_to_end.conftest import settings
-from tests.end_to_end.serving import Server, other_adapter, serving
+from tests.end_to_end.serving import Server, complaints, other_adapter, serving
 
 PATH = "/v1/images/generations"
 PROMPT = "a red wall, pixar style"
@@ -182,6 +183,39 @@ def test_the_run_is_shown_with_what_it_left(server: Server) -> None:
     status, answer, _ = server.ask("/api/runs/loud/curves")
     assert (status, answer["error"]["code"]) == (404, "run_not_found")
     assert server.ask("/api/runs/run/captions?first=-1")[0] == 400
+
+
+def test_a_person_draws_and_looks_at_the_run(server: Server, browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 380, "height": 800})
+    wrong = complaints(page)
+    page.goto(server.url)
+    expect(page.get_by_label("Prompt", exact=True)).to_have_value(PROMPT)
+    page.get_by_label("Seed", exact=True).fill("7")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    slider = page.get_by_role("slider", name="Base to the left")
+    expect(slider).to_be_visible()
+    slider.press("ArrowRight")
+    expect(slider).to_have_value("51")
+    shown = page.locator("#gallery img")
+    expect(shown).to_have_count(2)
+
+    page.get_by_label("Steps", exact=True).fill("200")
+    page.get_by_role("button", name="Draw", exact=True).click()
+    expect(page.get_by_role("status")).to_contain_text("step")
+    page.get_by_role("button", name="Cancel").click()
+    expect(page.get_by_role("status")).to_have_text("Cancelled.")
+    page.reload()
+    expect(shown).to_have_count(2)
+    shown.first.click()
+    page.get_by_role("button", name="Use these settings").click()
+    expect(page.get_by_label("Seed", exact=True)).to_have_value("7")
+
+    page.get_by_role("link", name="Runs").click()
+    page.get_by_role("link", name="run finished").click()
+    expect(page.get_by_role("img", name="Training loss")).to_be_visible()
+    expect(page.locator("#captions img")).to_have_count(4)
+    assert page.evaluate("document.documentElement.scrollWidth") == 380, "nothing is wider than a phone"
+    assert wrong == []
 
 
 def test_a_chat_is_not_what_this_server_has(server: Server) -> None:
