@@ -122,7 +122,7 @@ def routes(engine: ImageEngine, shelf: Shelf, canvas: Canvas, metrics: Metrics) 
                 return Events(_events(news, asked, loaded), headers_of(loaded, warnings), stack.pop_all())
             last = await finished(news, request)
             if last.cut:
-                warnings.append(f"the end of the prompt is too much for this model: {last.cut}")
+                warnings.append(_cut(last))
             answer = await asyncio.to_thread(_answer, last, asked, loaded)
             return JSONResponse(answer, headers=headers_of(loaded, warnings))
         raise AssertionError("unreachable")
@@ -140,9 +140,15 @@ async def _events(news: AsyncIterator[Drawn], asked: ImageRequest, loaded: Loade
         else:
             answer = await asyncio.to_thread(_answer, drawn, asked, loaded)
             facts = {"type": "image_generation.completed", "created_at": answer["created"], "size": answer["size"]}
+            if drawn.cut:
+                facts["warning"] = _cut(drawn)
             for image in answer["data"]:
                 yield event(facts | _facts(asked, image["seed"], loaded) | image)
     yield event("[DONE]")
+
+
+def _cut(drawn: Drawn) -> str:
+    return f"the end of the prompt is too much for this model: {drawn.cut}"
 
 
 def _answer(drawn: Drawn, asked: ImageRequest, loaded: Loaded) -> dict[str, Any]:

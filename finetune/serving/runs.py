@@ -31,6 +31,7 @@ SIDE, SMALL_SIDE = 512, 160  # pixels of samples, and of what comes in numbers
 MOST_SAMPLES, MOST_PREVIEWS = 60, 160
 CAPTIONS_AT_ONCE = 24
 REPORTED = (METRICS, rundir.CONFIG, "receipts/train.json")  # what a summary is made of
+NO_FILE: Stamp = (0, 0, 0)
 PREVIEW = "samples/"  # in front of the prompt, in TensorBoard's tags
 TEXT_SUFFIX = "/text_summary"  # TensorBoard's, behind the tags of texts
 
@@ -44,20 +45,11 @@ class Runs:
 
     def all(self) -> list[dict[str, Any]]:
         """A summary of each, the one that changed last first."""
-        return sorted((self.summary(name) for name in self._names()), key=lambda found: -found["changed"])
+        return sorted(map(_summed_up, self._runs()), key=lambda found: -found["changed"])
 
     def summary(self, name: str) -> dict[str, Any]:
         """What a run is and how far it came; of a damaged one, what is wrong with it."""
-        run = self._find(name)
-        stamps = tuple(_stamp(run / file) for file in REPORTED)
-        times = [(run / file).stat().st_mtime for file in REPORTED if (run / file).exists()]
-        try:
-            found = _summary(run, stamps)
-        except RunError as error:
-            found = {"state": "damaged", "problem": str(error)}
-        if _is_held(run):
-            found = found | {"state": "training"}
-        return {"name": name, "changed": max(times, default=0.0)} | found
+        return _summed_up(self._find(name))
 
     def curves(self, name: str) -> dict[str, curves.Points]:
         """Tag -> (step, value), thinned."""
@@ -104,19 +96,28 @@ class Runs:
         ]
         return {"total": len(record.items), "items": items}
 
-    def _names(self) -> list[str]:
-        if not self.folder.is_dir():
-            return []
-        return [path.name for path in self.folder.iterdir() if _is_run(path)]
+    def _runs(self) -> Iterator[Path]:
+        for path in self.folder.iterdir() if self.folder.is_dir() else ():
+            if (path / rundir.CONFIG).is_file() and (path / "receipts").is_dir():
+                yield path
 
     def _find(self, name: str) -> Path:
-        if name not in self._names():
-            raise Refused(404, f"there is no run {name[:100]!r} here", code="run_not_found", param="name")
-        return self.folder / name
+        for run in self._runs():
+            if run.name == name:
+                return run
+        raise Refused(404, f"there is no run {name[:100]!r} here", code="run_not_found", param="name")
 
 
-def _is_run(path: Path) -> bool:
-    return (path / rundir.CONFIG).is_file() and (path / "receipts").is_dir()
+def _summed_up(run: Path) -> dict[str, Any]:
+    stamps = tuple(_stamp(run / name) for name in REPORTED)
+    changed = max(stamp[1] for stamp in stamps) / 1e9
+    try:
+        found = _summary(run, stamps)
+    except RunError as error:
+        found = {"state": "damaged", "problem": str(error)}
+    if _is_held(run):
+        found = found | {"state": "training"}
+    return {"name": run.name, "changed": changed} | found
 
 
 def _is_held(run: Path) -> bool:
@@ -128,7 +129,10 @@ def _is_held(run: Path) -> bool:
 
 
 def _stamp(file: Path) -> Stamp:
-    return stamp_of(file) if file.exists() else ()
+    try:
+        return stamp_of(file)
+    except OSError:  # not there yet, or moved away just now
+        return NO_FILE
 
 
 @lru_cache(maxsize=256)

@@ -61,6 +61,7 @@ class Tracker:
                 self.text(tag, preview, step)
             else:
                 self.board.add_image(tag, np.asarray(preview), step, dataformats="HWC")
+        self.board.flush()  # by itself TensorBoard's writer does it every two minutes
 
     def hparams(self, settings: Mapping[str, Any], tags: Iterable[str]) -> None:
         """Settings against the last values of these curves, for TensorBoard's hparams table.

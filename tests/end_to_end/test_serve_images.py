@@ -155,6 +155,8 @@ def test_a_long_prompt_is_cut_and_says_so(server: Server) -> None:
     assert status == 200
     assert headers["x-finetune-warning"].startswith("the end of the prompt is too much for this model: ")
     assert headers["x-finetune-warning"].endswith("end")
+    _, text, _ = server.ask(PATH, {"prompt": "wall " * 100 + "end", "steps": 1, "stream": True})
+    assert json.loads(text.split("\n\n")[-3].removeprefix("data: "))["warning"] == headers["x-finetune-warning"]
 
 
 def test_the_images_page_begins_with_the_recipes_settings(server: Server) -> None:

@@ -3,6 +3,7 @@ import * as gallery from "./gallery.js";
 
 const FACTS = ["prompt", "negative prompt", "model", "content", "seed", "steps", "guidance", "size"];
 const empty = $("empty");
+const warnings = new Set();  // of the jobs under way
 let running = null;
 let shown = [];  // ids of the items on the stage
 const urls = new Map();  // of items, by id
@@ -26,7 +27,7 @@ function form() {
 async function drawOne(body, after) {
   let drawn = null;
   for await (const news of events("v1/images/generations", body, running.signal)) {
-    if (news.warning) say($("status"), news.warning);
+    if (news.warning) warnings.add(news.warning);
     if (news.type === "image_generation.progress") after(news.step / news.steps, `step ${news.step} of ${news.steps}`);
     if (news.type === "image_generation.completed") drawn = news;
   }
@@ -48,6 +49,7 @@ async function work(jobs, done) {
   const buttons = [$("draw"), $("sheet-draw")];
   buttons.forEach(each => { each.disabled = true; });
   $("stop").disabled = false;
+  warnings.clear();
   say($("status"), "Waiting for the server …");
   try {
     for (const [index, job] of jobs.entries()) {
@@ -57,7 +59,7 @@ async function work(jobs, done) {
         say($("status"), `Drawing: ${place}${text}`);
       }), index);
     }
-    say($("status"), "Done.");
+    say($("status"), ["Done", ...warnings].join(", but ") + ".");
   } catch (error) {
     say($("status"), aborted(error) ? "Cancelled." : error.message, !aborted(error));
   }

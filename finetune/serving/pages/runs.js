@@ -2,6 +2,7 @@ import { $, clock, json, make, say } from "./common.js";
 import { chart } from "./chart.js";
 
 const POLL_MS = { training: 2000, idle: 10000 };
+const SAMPLES_MS = 10000;  // between questions for the samples of a run that trains; images are large
 const CHARTS = [
   { title: "Training loss", tag: "loss/smoothed", faint: "loss/step" },
   { title: "Validation loss", tag: "validation/mean" },
@@ -150,11 +151,12 @@ async function update() {
       showCurves(parts);
       if (parts.some(part => part.run.state === "training")) wait = POLL_MS.training;
       const { changed, state } = parts[0].run, before = told;
-      told = { name, state, changed };
-      const isOther = before.name !== name;
+      const isOther = before.name !== name, isNew = isOther || before.state !== state;
+      const again = changed !== before.changed && Date.now() - (before.sampled ?? 0) > SAMPLES_MS;
+      told = { name, state, changed: isNew || again ? changed : before.changed, sampled: isNew || again ? Date.now() : before.sampled };
       const answers = await Promise.all([
-        ...(isOther || before.changed !== changed ? [askPreviews(name)] : []),
-        ...(isOther || before.state !== state ? [askSamples(name), askCaptions(name)] : []),
+        ...(isNew || again ? [askPreviews(name)] : []),
+        ...(isNew ? [askSamples(name), askCaptions(name)] : []),
       ]);
       answers.forEach(showAnswer => showAnswer());
       say($("status"), "");

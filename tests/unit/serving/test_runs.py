@@ -142,8 +142,8 @@ def test_previews_come_from_the_training(outputs: Path) -> None:
     for step in (0, 5):
         tracker.previews(step, {tag: Image.new("RGB", (8, 8), "red"), "samples/1: Hello": "**base**: Hi."})
     tracker.scalars(1, {"loss/step": 1.0})
+    found = Runs(outputs).previews("run")  # while the run goes on
     tracker.close()
-    found = Runs(outputs).previews("run")
     assert [(item["step"], item["prompt"], item["text"]) for item in found] == [
         (0, "a wall: red", None),
         (0, "Hello", "**base**: Hi."),
