@@ -116,7 +116,7 @@ def _summed_up(run: Path) -> dict[str, Any]:
     except RunError as error:
         found = {"state": "damaged", "problem": str(error)}
     if _is_held(run):
-        found = found | {"state": "training"}
+        found = found | {"state": "running"}
     return {"name": run.name, "changed": changed} | found
 
 

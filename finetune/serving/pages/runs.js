@@ -1,7 +1,7 @@
 import { $, clock, json, make, say } from "./common.js";
 import { chart } from "./chart.js";
 
-const POLL_MS = { training: 2000, idle: 10000 };
+const POLL_MS = { running: 2000, idle: 10000 };
 const SAMPLES_MS = 10000;  // between questions for the samples of a run that trains; images are large
 const CHARTS = [
   { title: "Training loss", tag: "loss/smoothed", faint: "loss/step" },
@@ -56,7 +56,7 @@ function showRun(run, runs, other) {
   const facts = { trained: progress(run), loss: short(run.loss), "best validation": short(run.validation), base: run.base, rank: run.rank, changed: clock(run.changed * 1000) };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value ?? "").map(([name, value]) =>
     make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
-  $("progress").classList.toggle("kept", run.state !== "training");
+  $("progress").classList.toggle("kept", run.state !== "running");
   $("progress").max = run.steps || 1;
   $("progress").value = Math.min(run.step ?? 0, run.steps || 1);
   const names = ["", ...runs.map(each => each.name).filter(each => each !== run.name)];
@@ -72,7 +72,7 @@ function showCurves(parts) {
     if (parts.length === 1 && each.faint) lines.push({ label: "", name: "a", points: parts[0].curves[each.faint] ?? [], faint: true });
     each.show(lines);
     // Of a run that trains, charts have their place before they have points: nothing jumps when these come.
-    if (state === "training" && (each.kind ?? kind) === kind) each.made.hidden = false;
+    if (state === "running" && (each.kind ?? kind) === kind) each.made.hidden = false;
   }
   $("no-curves").hidden = CHARTS.some(each => !each.made.hidden);
   $("legend").replaceChildren(...(parts.length > 1 ? parts.map(({ run }, index) => make("span", {}, make("i", { className: "ab"[index] }), `${run.name} `)) : []));
@@ -149,7 +149,7 @@ async function update() {
       const parts = await Promise.all([name, ...(other ? [other] : [])].map(each => json(path(each, "curves"))));
       showRun(parts[0].run, runs, other);
       showCurves(parts);
-      if (parts.some(part => part.run.state === "training")) wait = POLL_MS.training;
+      if (parts.some(part => part.run.state === "running")) wait = POLL_MS.running;
       const { changed, state } = parts[0].run, before = told;
       const isOther = before.name !== name, isNew = isOther || before.state !== state;
       const again = changed !== before.changed && Date.now() - (before.sampled ?? 0) > SAMPLES_MS;

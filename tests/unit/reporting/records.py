@@ -9,8 +9,8 @@ from finetune.stages import COMMANDS
 
 
 def returned_records() -> set[type]:
-    """Every class that a command returns in Python, of the commands that say so."""
-    commands = COMMANDS.keys() & vars(api)
+    """Every class that a command returns in Python, of the commands that say so; `serve` is a block."""
+    commands = (COMMANDS.keys() & vars(api)) - {"serve"}
     return {kind for name in commands for kind in _classes(typing.get_type_hints(getattr(api, name))["return"])}
 
 

@@ -63,7 +63,7 @@ def test_each_run_is_summed_up_the_last_that_changed_first(outputs: Path) -> Non
     (outputs / ".cache").mkdir()
     found = Runs(outputs).all()
     assert [(run["name"], run["state"]) for run in found] == [
-        ("going", "training"),
+        ("going", "running"),
         ("done", "finished"),
         ("stopped", "stopped"),
         ("killed", "stopped"),
