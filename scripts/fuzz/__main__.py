@@ -15,7 +15,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
 from scripts.fuzz import cases, runner, workbench
@@ -30,6 +30,8 @@ def main(words: Sequence[str] | None = None) -> int:
     deadline = time.monotonic() + options.seconds
     failed: list[Outcome] = []
     counts: dict[str, Counter[str]] = {}
+    if options.work:
+        options.work.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=options.work, prefix="fuzz-") as folder:
         bench = Path(folder, "bench")
         _quietly(bench)
@@ -43,11 +45,10 @@ def main(words: Sequence[str] | None = None) -> int:
                 counts[outcome.case.group].update(["failed"])
             if outcome.faults or options.case:
                 _show(outcome, options.seed, bool(options.case))
+            if options.out:  # after every case: hours of them may be stopped
+                _write(options.out, options.seed, counts)
     total = sum(count["cases"] for count in counts.values())
     print(f"{total:,} cases, {len(failed):,} failed")
-    if options.out:
-        rows = {group: dict(sorted(count.items())) for group, count in sorted(counts.items())}
-        options.out.write_text(json.dumps({"seed": options.seed, "cases": total, "groups": rows}, indent=2) + "\n")
     return 1 if failed else 0
 
 
@@ -80,6 +81,12 @@ def _until(deadline: float, chosen: Iterator[Case]) -> Iterator[Case]:
         if time.monotonic() > deadline:
             return
         yield case
+
+
+def _write(file: Path, seed: int, counts: Mapping[str, Counter[str]]) -> None:
+    rows = {group: dict(sorted(count.items())) for group, count in sorted(counts.items())}
+    total = sum(count["cases"] for count in counts.values())
+    file.write_text(json.dumps({"seed": seed, "cases": total, "groups": rows}, indent=2) + "\n")
 
 
 def _show(outcome: Outcome, seed: int, whole: bool) -> None:
