@@ -8,6 +8,7 @@ What can't be shown to be an assistant's text is an error: there is no guessing.
 
 import itertools
 import re
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -23,6 +24,7 @@ PROBE = "\ue0f3\ue0f7"  # private-use characters: no template strips them, nobod
 GENERATION = re.compile(r"\{%-?\s*generation\s*-?%\}")  # as transformers looks for it
 RENDER_BYTES = 2 * 2**30  # memory that one rendering may take; a template is a program, and may ask for any amount
 LONGEST_COMMON_END = 16  # characters; </think> is 8
+_limited = threading.Lock()  # a limit is the whole process's: one rendering at a time sets it and takes it back
 SKIP = "or leave such rows out: data.skip_bad=true"
 BUILT_IN_TEMPLATES = {
     "chatml": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' }}"
@@ -305,14 +307,15 @@ def _bounded_memory() -> Iterator[None]:
         return
     import resource
 
-    before, most = resource.getrlimit(resource.RLIMIT_AS)
-    limit = int(status.read_bytes().split()[0]) * resource.getpagesize() + RENDER_BYTES
-    limits = [each for each in (before, most) if each != resource.RLIM_INFINITY]
-    resource.setrlimit(resource.RLIMIT_AS, (min([limit, *limits]), most))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_AS, (before, most))
+    with _limited:
+        before, most = resource.getrlimit(resource.RLIMIT_AS)
+        limit = int(status.read_bytes().split()[0]) * resource.getpagesize() + RENDER_BYTES
+        limits = [each for each in (before, most) if each != resource.RLIM_INFINITY]
+        resource.setrlimit(resource.RLIMIT_AS, (min([limit, *limits]), most))
+        try:
+            yield
+        finally:
+            resource.setrlimit(resource.RLIMIT_AS, (before, most))
 
 
 def _template_text(tokenizer: Any, name: str) -> str:

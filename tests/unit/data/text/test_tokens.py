@@ -3,6 +3,7 @@
 import pickle
 import resource
 import sys
+import threading
 
 import numpy as np
 import pytest
@@ -281,6 +282,24 @@ def test_a_template_that_takes_memory_without_end_is_stopped(endless, monkeypatc
     limits = resource.getrlimit(resource.RLIMIT_AS)
     with pytest.raises(DataError, match=r"^data.jsonl:7: .* takes more than 0.125 GiB.*template=chatml"):
         Chat(tokenizer(endless)).encode(row(*TWO))
+    assert resource.getrlimit(resource.RLIMIT_AS) == limits
+
+
+def test_the_limit_on_memory_ends_with_the_last_of_several_threads():
+    limits = resource.getrlimit(resource.RLIMIT_AS)
+    entered, leave = threading.Event(), threading.Event()
+
+    def render():
+        with template._bounded_memory():
+            entered.set()
+            leave.wait()
+
+    other = threading.Thread(target=render)
+    with template._bounded_memory():
+        other.start()
+        entered.wait(0.2)  # where both were inside, the first to leave took the other's limit back
+    leave.set()
+    other.join()
     assert resource.getrlimit(resource.RLIMIT_AS) == limits
 
 
