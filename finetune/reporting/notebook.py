@@ -21,6 +21,7 @@ from finetune.reporting.facts import (
     text_set_facts,
 )
 from finetune.reporting.tables import answers_table, by_prompt_html, facts_table, marked_html, more_html, table_of
+from finetune.reporting.text import text
 from finetune.reporting.thumbnails import image_html
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
 
@@ -91,8 +92,10 @@ def html(record: Any) -> str:
 
 
 def give_look(record_type: type) -> None:
-    """Let notebooks show records of this type, those without an entry in `RENDERERS` by their fields."""
+    """Let notebooks and Python's prompt show records of this type, those without an entry in `RENDERERS` by their
+    fields."""
     record_type._repr_html_ = RENDERERS.get(record_type, _fields)  # type: ignore[attr-defined]  # Jupyter asks for it
+    record_type.__repr__ = text  # type: ignore[method-assign,assignment]  # that of a thousand captions fills screens
 
 
 RENDERERS: dict[type, Callable[[Any], str]] = {

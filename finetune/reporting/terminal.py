@@ -4,9 +4,8 @@ import os
 import shlex
 import shutil
 import sys
-import textwrap
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,25 +15,15 @@ from finetune.config.recipes import shown
 from finetune.config.schema import Config
 from finetune.config.spelling import override
 from finetune.planning.plan import KEYS, Plan
-from finetune.reporting.facts import (
-    Fact,
-    caption_counts,
-    dataset_facts,
-    plan_tables,
-    record_facts,
-    run_facts,
-    text_set_facts,
-)
+from finetune.reporting.facts import plan_tables
+from finetune.reporting.text import WIDTH, result_facts, rich_table, text
 from finetune.run.progress import plural
 from finetune.run.receipts import load_receipt, receipt_path
-from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Samples, TextSet
+from finetune.run.records import Answers, Result
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
 NOT_REPEATED = ("run_dir", "sample.prompts", "trainer.restart")  # the next command gives its own, or none
-NUMBERS = ("GiB", "time", "s/step", "images/s", "tokens/s", "loss", "validation")
 CLOCKS_DIFFER_S = 0.1  # those of files are coarser than ours
-MOST_PREVIEWED = 1200  # characters of a row: about a screen
-WIDTH = 80  # columns; a narrower terminal gets its own width
 
 
 def show(config: Config, record: Any, overrides: Sequence[str] = (), *, began: float) -> None:
@@ -51,7 +40,7 @@ def show(config: Config, record: Any, overrides: Sequence[str] = (), *, began: f
         for line in _next(config, record, overrides):
             print(f"  {line}")
     else:
-        print(LINES.get(type(record), _fields)(record))
+        print(text(record))
 
 
 @dataclass(frozen=True)
@@ -85,53 +74,8 @@ def _losses(record: Any) -> tuple[str, str]:
 
 def _result_rows(config: Config, result: Result, began: float) -> list[tuple[str, str]]:
     names, seconds = _seconds(Path(config.run_dir), began)
-    facts = run_facts(result.run, result.dataset, as_dict(config))
-    page = shown(Path(result.samples.page)) if result.samples.page else "none (sample.prompts is empty)"
-    return [
-        ("stage", names),
-        ("seconds", seconds),
-        *((fact.label, fact.text) for fact in facts),
-        ("adapter", shown(Path(result.adapter.folder))),
-        ("answers" if isinstance(result.samples, Answers) else "grid", page),
-        ("report", shown(Path(result.report.file))),
-    ]
-
-
-def _facts(title: str, facts: Sequence[Fact]) -> str:
-    return "\n".join([title, *(f"  {fact.label}: {fact.text}" for fact in facts)])
-
-
-def _fields(record: Any) -> str:
-    """A record without a line of its own."""
-    return _facts(type(record).__name__.lower(), record_facts(record))
-
-
-def _preview(row: str) -> str:
-    """One row as the model sees it, cut where it is long."""
-    if not row:
-        return ""
-    text = row[:MOST_PREVIEWED] + (" …" if len(row) > MOST_PREVIEWED else "")
-    return "\none row as the model sees it, trained is what stands in ⟦ ⟧\n" + textwrap.indent(text, "  ")
-
-
-def _answers(answers: Answers) -> str:
-    pairs = (f"{item.prompt}\n  base:  {item.base}\n  tuned: {item.tuned}\n" for item in answers.items)
-    return f"{''.join(pairs)}samples: {answers.page}"
-
-
-LINES: dict[type, Callable[[Any], str]] = {
-    CaptionSet: lambda captions: (
-        f"captions: {caption_counts(captions)}; correct them in {captions.folder}"
-        + ("/metadata.jsonl" if all(item.source == "generated" for item in captions.items) else "")
-    ),
-    Dataset: lambda dataset: _facts("dataset", dataset_facts(dataset)),
-    TextSet: lambda texts: _facts("dataset", text_set_facts(texts)) + _preview(texts.preview),
-    Adapter: lambda adapter: f"adapter: {adapter.folder} ({', '.join(adapter.files.values())})",
-    Samples: lambda samples: f"samples: {samples.page}",
-    Answers: _answers,
-    Report: lambda report: f"report: {report.file}",
-}
-"""Record -> what is printed of it; `show` prints tables of a `Result` and a `Plan`."""
+    facts = result_facts(result, as_dict(config))
+    return [("stage", names), ("seconds", seconds), *((fact.label, fact.text) for fact in facts)]
 
 
 def _plan(plan: Plan, overrides: Sequence[str]) -> None:
@@ -147,14 +91,9 @@ def _plan(plan: Plan, overrides: Sequence[str]) -> None:
 
 def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
     from rich.console import Console
-    from rich.table import Table
 
-    table = Table(title=title or None, title_justify="left", show_header=any(head), box=None, pad_edge=False)
-    for name in head:
-        table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
-    for row in rows:
-        table.add_row(*row)
-    Console(width=min(WIDTH, Console().width), highlight=False, markup=False).print(table)
+    console = Console(width=min(WIDTH, Console().width), highlight=False, markup=False)
+    console.print(rich_table(title, head, rows))
 
 
 def _seconds(run_dir: Path, began: float) -> tuple[str, str]:
