@@ -7,6 +7,7 @@ from enum import Enum
 from typing import Any
 
 MOST = 10**9  # of a number without a bound of its own: beyond lie slips of the finger, and what overflows
+LONGEST_FILE_NAME = 200  # bytes; file systems take 255, of which endings and temporary names need some
 LARGEST_SEED = 2**63 - 1  # torch takes 64 bits, in which it counts negative ones too
 
 
@@ -53,7 +54,8 @@ SHARE = must("be in 0 … 1 (1 excluded)", lambda value: 0 <= value < 1)
 
 def is_file_name(text: str) -> bool:
     """Whether a file or folder of this name lies in plain sight, right below the one that it is put in."""
-    return bool(text.strip()) and not text.startswith(".") and not set(text) & set("/\\\0")
+    short = len(text.encode(errors="surrogatepass")) <= LONGEST_FILE_NAME
+    return short and bool(text.strip()) and not text.startswith(".") and not set(text) & set("/\\\0")
 
 
 def require_all(members: Iterable[Enum], table: Iterable[Enum], name: str) -> None:

@@ -1,15 +1,19 @@
 """Every problem of a configuration that can be seen without loading anything."""
 
 import math
+import os
 from collections.abc import Iterator
 from operator import attrgetter
+from pathlib import Path
 
 from finetune.config.describe import as_dict, rules
 from finetune.config.model_kinds import MODEL_KINDS, model_kind
 from finetune.config.schema import CheckpointChoice, Config, LoraInit, ModelConfig, OptimConfig, Optimizer, Quantize
 from finetune.config.spelling import setting
+from finetune.config.typed_text import PATHS
 from finetune.errors import ConfigError
 
+LONGEST_NAME, LONGEST_PATH = 255, 3840  # bytes; NAME_MAX of Linux, and PATH_MAX less what comes below a folder
 RATE_OF_SMALL_BASES = 1e-3  # from here on a rate for AdamW is none for a released base
 
 
@@ -18,6 +22,7 @@ def check(config: Config) -> list[str]:
     return [
         *_kind_problems(config),
         *_value_problems(config),
+        *_path_problems(config),
         *_resolution_problems(config.model),
         *_quantize_problems(config.model, config.lora.init),
         *_rate_problems(config.optim),
@@ -78,6 +83,24 @@ def _value_problems(config: Config) -> Iterator[str]:
             got = repr(value) if isinstance(value, str) else value
             good = default if rule.example is None else rule.example
             yield f"{key} must {words}, got {got}; try {setting(key, good)}"
+
+
+def _path_problems(config: Config) -> Iterator[str]:
+    values = [(key, attrgetter(key)(config)) for key in PATHS]
+    values += [("serve.adapters", path) for path in config.serve.adapters.values()]
+    for key, value in values:
+        is_template = key == "data.chat_template" and "{" in value
+        for path in [] if is_template else value.split(os.pathsep):
+            whole, name = _bytes(path), max(map(_bytes, Path(path).parts), default=0)
+            if name > LONGEST_NAME or whole > LONGEST_PATH:
+                yield (
+                    f"{key} must be a path that file systems take, of {LONGEST_PATH} bytes, {LONGEST_NAME} a name; "
+                    f"got {whole:,}, {name:,} a name: {path[:20]}…; take a shorter one"
+                )
+
+
+def _bytes(text: str) -> int:
+    return len(text.encode(errors="surrogatepass"))
 
 
 def _resolution_problems(model: ModelConfig) -> Iterator[str]:

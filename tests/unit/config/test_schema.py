@@ -1,6 +1,7 @@
 """The schema: documented, checked all at once, true to the libraries it names things of; what memory hints say."""
 
 import ast
+import os
 from pathlib import Path
 
 import pytest
@@ -11,6 +12,7 @@ from finetune.config.compose import load
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import MODEL_KINDS, model_kind
 from finetune.config.schema import CheckpointChoice, Config
+from finetune.config.typed_text import PATHS
 from finetune.config.validate import cautions, check
 from finetune.errors import ConfigError
 
@@ -37,7 +39,7 @@ BAD = [
     ("seed", -1, "seed must be in 0 … 2^63-1, got -1"),
     ("run_dir", " ", "run_dir must name a folder"),
     ("data.cache", "", "data.cache must name a folder, got ''; try data.cache=outputs/.cache"),
-    ("name", "style/v2", "name must be one name, not a path, got 'style/v2'; try name=mine"),
+    ("name", "style/v2", "name must be one name of at most 200 bytes, not a path, got 'style/v2'; try name=mine"),
     ("model.resolution", 100, "model.resolution must be a multiple of model.bucket_step=32, got 100; try model"),
     ("model.bucket_step", 0, "model.bucket_step must be a multiple of 16, got 0; try model.bucket_step=16"),
     ("model.bucket_step", 1, "model.bucket_step must be a multiple of 16, got 1; try model.bucket_step=16"),
@@ -89,19 +91,39 @@ def test_every_number_has_a_rule_that_its_default_keeps_and_help_shows() -> None
         assert f"ust {rule.meaning}." in describe.meanings()[key]
 
 
-@pytest.mark.parametrize("name", ["", " ", ".", "..", ".cache", "a/b", "a\\b", "../up", "a\0"])
+@pytest.mark.parametrize("name", ["", " ", ".", "..", ".cache", "a/b", "a\\b", "../up", "a\0", "ä" * 101])
 def test_a_name_is_no_path(name: str) -> None:
     config = load("pixar_style")
     config.name = name
     (problem,) = check(config)
-    assert problem.startswith("name must be one name, not a path, got ")
+    assert problem.startswith("name must be one name of at most 200 bytes, not a path, got ")
 
 
-@pytest.mark.parametrize("name", ["mine", "2024_05_01", "größer v2.1", "a=b,c"])
+@pytest.mark.parametrize("name", ["mine", "2024_05_01", "größer v2.1", "a=b,c", "ä" * 100])
 def test_a_name_may_be_what_a_file_may_be_called(name: str) -> None:
     config = load("pixar_style")
     config.name = name
     assert check(config) == []
+
+
+@pytest.mark.parametrize("key", PATHS)
+@pytest.mark.parametrize(("path", "said"), [("ä" * 128, "got 256, 256 a name"), ("a/" * 3000, "got 6,000, 1 a name")])
+def test_a_path_is_one_that_file_systems_take(key: str, path: str, said: str) -> None:
+    config = load("pixar_style")
+    _set(config, key, path)
+    (problem,) = [line for line in check(config) if "file systems" in line]
+    assert problem.startswith(f"{key} must be a path")
+    assert said in problem
+
+
+def test_a_path_may_be_long_a_list_of_paths_longer_and_a_template_too() -> None:
+    config = load("pixar_style")
+    config.data.folder = "/".join(["a" * 255] * 15)
+    config.data.file = os.pathsep.join(["a" * 255] * 50)
+    config.data.chat_template = "{{ messages }}" * 1000
+    assert not [line for line in check(config) if "file systems" in line]
+    config.serve.adapters = {"mine": "a" * 256}
+    assert any(line.startswith("serve.adapters must be a path") for line in check(config))
 
 
 def test_settings_that_contradict_each_other_are_refused() -> None:
