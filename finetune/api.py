@@ -248,7 +248,8 @@ def _finished(config: Config) -> Run:
     """The run that finished in the run folder. Raises RunError if none did."""
     run = load_record(Path(config.run_dir), "train", Run)
     if run is None:
-        raise RunError(f"{config.run_dir} holds no finished run; type the same command with train first")
+        way = "train first, with the same settings: finetune train conf=…"
+        raise RunError(f"{config.run_dir} holds no finished run; {way}")
     return run
 
 

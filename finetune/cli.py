@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.config import mistyped, recipes, typed_text
+from finetune.config.schema import Config
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
 from finetune.run import libraries, ranks
@@ -167,13 +168,17 @@ def _keys_text(recipe: str, words: list[str]) -> str:
 def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     overrides, flags = _sorted_out(words)
     sweep = "--multirun" in flags or "-m" in flags
+    named = any(word.startswith(f"{recipes.GROUP}=") for word in overrides)
     import psutil
     from hydra import main as hydra_main
 
-    from finetune.config import compose
+    from finetune.config import compose, run_config
     from finetune.reporting import terminal
 
     began = psutil.Process().create_time()
+    if COMMANDS[command].takes_run and not named and not flags:
+        _run_config(command, run_config.of_run(overrides, say), overrides, began)
+        return 0
     failures: list[int] = []
     runs: list[terminal.SweptRun] = []
 
@@ -241,15 +246,20 @@ def _sorted_out(words: list[str]) -> tuple[list[str], list[str]]:
 
 def _run_job(command: str, tree: Any, sweep: bool, began: float) -> Any:
     """Run the command; returns its record. began: when it was started, for the clock of the summary."""
-    from finetune import api
     from finetune.config import compose
-    from finetune.reporting import terminal
 
     overrides = compose.job_overrides()
     config = compose.resolve(tree, overrides)
     if sweep:
         config.run_dir = compose.job_folder()
         say(f"run folder: {recipes.shown(Path(config.run_dir))}")
+    return _run_config(command, config, overrides, began)
+
+
+def _run_config(command: str, config: Config, overrides: Sequence[str], began: float) -> Any:
+    from finetune import api
+    from finetune.reporting import terminal
+
     record = api.serve_forever(config) if command == "serve" else getattr(api, command)(config)
     if ranks.rank() == 0:
         terminal.show(config, record, overrides, began=began)

@@ -10,9 +10,9 @@ import logging
 import os
 import threading
 import typing
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, is_dataclass
+from dataclasses import asdict, dataclass, is_dataclass
 from enum import Enum
 from functools import cache
 from pathlib import Path
@@ -72,13 +72,27 @@ def apply(config: Config, overrides: Overrides, say: Say = LOG) -> Config:
     judge, words = _Judge(), typed_text.as_words(overrides)
     good = judge.overrides(words)
     for group, ((name, _), *_) in judge.chosen.items():
-        judge.problems.append(f"{group}={name} chooses a preset, which needs a recipe; give it to finetune.load")
+        judge.problems.append(f"{group}={name} chooses a preset, which needs a recipe: conf=…, or finetune.load")
     judge.report(say)
     with explained():
-        tree = OmegaConf.structured(config)
+        tree = _literal_tree(asdict(config))
         for override in good:
             OmegaConf.update(tree, override.key_or_group, override.value())
     return resolve(tree, words)
+
+
+def from_plain(values: Mapping[str, Any]) -> Config:
+    """The configuration with these values, such as `describe.as_dict` gives; defaults for the others."""
+    with explained():
+        return _typed(_literal_tree(values))
+
+
+def _literal_tree(values: Mapping[str, Any]) -> DictConfig:
+    """Resolved values once more as a typed tree; a `${…}` that they hold is no reference, but for the default's."""
+    literal = spelling.literal(values)
+    if values.get("run_dir") == Config.run_dir:
+        literal["run_dir"] = Config.run_dir
+    return cast(DictConfig, OmegaConf.merge(OmegaConf.structured(Config), literal))
 
 
 def resolve(tree: DictConfig, words: Iterable[str]) -> Config:
@@ -98,7 +112,7 @@ def _typed(tree: DictConfig) -> Config:
         refuse([f"{key} is not set; type {key}=…" for key in missing])
         typed = OmegaConf.merge(OmegaConf.structured(Config), tree)
         for key in typed_text.PATHS:
-            OmegaConf.update(typed, key, typed_text.at_home(key, OmegaConf.select(typed, key)))
+            OmegaConf.update(typed, key, spelling.literal(typed_text.at_home(key, OmegaConf.select(typed, key))))
         return cast(Config, OmegaConf.to_object(typed))
 
 

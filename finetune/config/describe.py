@@ -10,7 +10,6 @@ import json
 import textwrap
 import typing
 from collections.abc import Iterator, Mapping
-from contextlib import suppress
 from dataclasses import fields, is_dataclass
 from difflib import get_close_matches
 from enum import Enum
@@ -222,9 +221,11 @@ def _fits(hint: Any, value: Any) -> bool:
         return isinstance(value, hint) or str(value) in hint.__members__
     if isinstance(value, bool) or hint is bool:
         return hint is bool and isinstance(value, bool)
-    if hint is float and isinstance(value, str):
-        with suppress(ValueError):
+    if hint is float and isinstance(value, str | int):
+        try:
             value = float(value)
+        except (ValueError, OverflowError):  # the latter of a number of 400 digits
+            return False
     return isinstance(value, {str: str | int | float, float: int | float, int: int}[hint])
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 
 from finetune.config import describe, other_tools, recipes
 from finetune.config.spelling import setting
+from finetune.run.rundir import CONFIG
 
 FLAG_LIKENESS = 0.8  # of a flag that is offered instead; less offers one that means something else
 GOES_ON = ("resume", "continue", "resume_from_checkpoint")
@@ -104,7 +105,8 @@ def _meant(before: str, strays: Sequence[str]) -> str:
     if text.endswith((".yaml", ".yml")) and Path(text).stem in recipes.recipe_files():
         return f"{written}{recipes.GROUP}={Path(text).stem}"
     if os.path.exists(text):  # noqa: PTH110 - a text may be longer than a path
-        return f"{written}{_intended('data.folder' if Path(text).is_dir() else 'data.file', text)}"
+        what = "run_dir" if (Path(text) / CONFIG).exists() else "data.folder" if Path(text).is_dir() else "data.file"
+        return f"{written}{_intended(what, text)}"
     name, _, value = text.replace(":", " ", 1).partition(" ")
     if value.strip() and (meant := _key(name)):
         return written + _intended(meant, value.strip())

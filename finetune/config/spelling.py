@@ -37,8 +37,16 @@ def _written(value: Any) -> str:
     text = str(value)
     if PLAIN.fullmatch(text) and text.lower() not in WORDS:
         return text
-    # OmegaConf reads `\${` as `${`, and takes backslashes before it in pairs.
-    return quoted(re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", text))
+    return quoted(literal(text))
+
+
+def literal(value: Any) -> Any:
+    """What OmegaConf reads as this very value: `\\${` is `${` there, and backslashes before it come in pairs."""
+    if isinstance(value, Mapping):
+        return {key: literal(item) for key, item in value.items()}
+    if isinstance(value, list | tuple):
+        return [literal(item) for item in value]
+    return re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", value) if type(value) is str else value
 
 
 def quoted(text: str) -> str:

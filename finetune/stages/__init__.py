@@ -13,14 +13,16 @@ class Command:
 
     help: what `finetune --help` says. holds_folder: no other command may use the run folder until this one ends; false
     for one that only reads, or that serves for hours. uses_device: `hardware.device` has to be there. loads_base: the
-    base model has to run on it. needs_run: a run has finished in the run folder. needs_prompts: `sample.prompts` is not
-    empty. trains: several processes may take part, and the run folder's config.yaml becomes what the command was given.
+    base model has to run on it. takes_run: where no recipe is named, it is the run folder's config.yaml. needs_run: a
+    run has finished in the run folder. needs_prompts: `sample.prompts` is not empty. trains: several processes may take
+    part, and the run folder's config.yaml becomes what the command was given.
     """
 
     help: str
     holds_folder: bool = True
     uses_device: bool = True
     loads_base: bool = False
+    takes_run: bool = False
     needs_run: bool = False
     needs_prompts: bool = False
     trains: bool = False
@@ -35,12 +37,19 @@ COMMANDS = {
     ),
     "caption": Command(help="write a caption for every image that has none"),
     "dataset": Command(help="read and encode images or conversations"),
-    "export": Command(help="write the trained adapter in every file format, checked", loads_base=True, needs_run=True),
-    "sample": Command(
-        help="draw or answer the recipe's prompts, base beside tuned", loads_base=True, needs_prompts=True
+    "export": Command(
+        help="write the trained adapter in every file format, checked", loads_base=True, takes_run=True, needs_run=True
     ),
-    "serve": Command(help="answer over HTTP with the base and its adapters", holds_folder=False, loads_base=True),
-    "report": Command(help="write report.html again from what the run folder holds", needs_run=True, uses_device=False),
+    "sample": Command(
+        help="draw or answer the recipe's prompts, base beside tuned",
+        loads_base=True,
+        takes_run=True,
+        needs_prompts=True,
+    ),
+    "serve": Command(
+        help="answer over HTTP with the base and its adapters", holds_folder=False, loads_base=True, takes_run=True
+    ),
+    "report": Command(help="write report.html again", uses_device=False, takes_run=True, needs_run=True),
 }
 
 _modules = {module.name for module in pkgutil.iter_modules(__path__)}

@@ -91,7 +91,8 @@ def adapter_path(config: Config, adapter: Adapter | None) -> Path:
         return formats.peft_folder(Path(config.sample.adapter))
     if adapter is None:
         raise ModelError(
-            f"{config.run_dir} has no adapter; type the same command with train first, or set sample.adapter=…"
+            f"{config.run_dir} has no adapter; train first, with the same settings (finetune train conf=…), or set "
+            "sample.adapter=…"
         )
     return Path(adapter.folder) / next(iter(adapter.files.values()))
 

@@ -160,6 +160,7 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
     [
         (["trian", "conf=pixar_style"], ["no command called 'trian'; did you mean train?"]),
         (["train"], ["conf= is missing: say which recipe"]),
+        (["train", "conf=smoke", f"optim.lr={'1' * 400}"], ["optim.lr must be a number, got 1111"]),
         (["train", "conf=pixar_stile"], ["no recipe called 'pixar_stile'; did you mean pixar_style? there are: "]),
         (
             ["train", "conf=pixar_style", "lora.rnak=4", "optm.lr=1", "rank=3"],

@@ -58,6 +58,9 @@ def composed(words: list[str]) -> list[str]:
     overrides = [word for word in words if not word.startswith("-")]
     if "--multirun" in words:
         overrides = [word if "[" in word else word.split(",")[0] for word in overrides]
+    named = {word.partition("=")[0] for word in overrides}
+    if "run_dir" in named and "conf" not in named:  # of a run, whose folder is in no page
+        return check(compose.apply(compose.load("smoke"), overrides))
     (recipe,) = (word.removeprefix("conf=") for word in overrides if word.startswith("conf="))
     return check(compose.load(recipe, [word for word in overrides if not word.startswith("conf=")]))
 

@@ -364,6 +364,12 @@ def test_apply_changes_a_copy() -> None:
     assert (config.lora.rank, config.run_dir) == (16, "outputs/pixar_style")
 
 
+def test_apply_takes_no_text_for_a_reference() -> None:
+    config = compose.load("pixar_style", {"sample.prompts": ["for ${5} or \\${name}"]})
+    assert compose.apply(config, ["seed=4"]).sample.prompts == ["for ${5} or \\${name}"] == config.sample.prompts
+    assert compose.apply(Config(), ["name=mine"]).run_dir == "outputs/mine"
+
+
 def test_apply_refuses_what_load_refuses_and_presets() -> None:
     config = compose.load("pixar_style")
     with pytest.raises(ConfigError, match=r"no key called lora\.rnk"):

@@ -1,0 +1,103 @@
+"""A finished run is named by its folder alone: its config.yaml says what a recipe would."""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import finetune
+from finetune.config.compose import from_plain
+from finetune.config.describe import as_dict
+from finetune.errors import ConfigError, RunError
+from finetune.run.rundir import CONFIG, write_config, written_config
+from tests.end_to_end import command
+
+Cli = Callable[..., Any]
+
+
+def test_report_and_export_of_a_folder(finetune_cli: Cli, trained: Path) -> None:
+    (trained / "report.html").unlink()
+    shown = finetune_cli("report", f"run_dir={trained}")
+    assert (shown.code, shown.out) == (0, f"report: {trained / 'report.html'}\n")
+    assert (trained / "report.html").exists()
+    exported = finetune_cli("export", f"run_dir={trained}")
+    assert exported.code == 0
+    assert "export: up to date, skipped" in exported.err  # the very settings that it was trained with
+
+
+def test_sample_of_a_folder_takes_other_settings(finetune_cli: Cli, trained: Path) -> None:
+    drawn = finetune_cli("sample", f"run_dir={trained}", 'sample.prompts=["a blue wall, 100%"]', "sample.seeds=[7]")
+    assert drawn.code == 0, drawn.err
+    (folder,) = (trained / "samples_more").iterdir()
+    assert (folder / "000-seed7-tuned.png").exists()
+    again = finetune_cli("sample", f"run_dir={trained}")
+    assert "sample: up to date, skipped" in again.err
+
+
+def test_a_folder_under_another_name_is_the_folder_that_is_meant(finetune_cli: Cli, trained: Path) -> None:
+    copy = Path("outputs/it's [a] copy")
+    shutil.copytree(trained, copy)
+    before = command.contents(trained)
+    assert finetune_cli("report", f'run_dir="{copy}"').out == f"report: {copy / 'report.html'}\n"
+    assert finetune_cli("report", 'name="it\'s [a] copy"').out == f"report: {copy / 'report.html'}\n"
+    assert command.contents(trained) == before
+
+
+def test_what_to_type_where_no_run_is_named(finetune_cli: Cli, trained: Path) -> None:
+    shutil.copytree(trained, "outputs/mine one")
+    offered = """such as 'run_dir="outputs/mine one"', or which recipe, such as conf=pixar_style; there are: """
+    for words, said in {
+        (): "error: conf= is missing: say which run, such as",
+        ("name=other",): "error: conf= is missing, and outputs/other holds no run: say which run, such as",
+        ("run_dir=other",): "error: conf= is missing, and other holds no run: say which run, such as",
+    }.items():
+        refused = finetune_cli("report", *words)
+        assert refused.code == ConfigError.exit_code
+        assert refused.err.startswith(said)
+        assert offered in refused.err
+    stray = finetune_cli("report", "run").err.splitlines()[0]
+    assert stray == "error: 'run' is not a setting; settings are written key=value, such as run_dir=run"
+    assert "conf= is missing: say which recipe" in finetune_cli("train", f"run_dir={trained}").err
+
+
+def test_what_to_type_where_there_is_no_run_yet(finetune_cli: Cli, workdir: Path) -> None:
+    assert "such as run_dir=outputs/NAME, or" in finetune_cli("report").err
+    assert list(workdir.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"lora": {"rnk": 4}}, "no key called lora.rnk"),
+        ({"lora": {"rank": "high"}}, "lora.rank must be a whole number"),
+        ({"seed": "${lora.rank}"}, "Value '${lora.rank}' of type 'str' could not be converted to Integer"),
+    ],
+)
+def test_a_config_that_cannot_be_used(finetune_cli: Cli, trained: Path, changed: dict[str, Any], said: str) -> None:
+    write_config(written_config(trained) | changed, trained)
+    refused = finetune_cli("report", f"run_dir={trained}")
+    assert refused.code == RunError.exit_code
+    assert refused.err.startswith(f"error: {trained / CONFIG} can't be used (")
+    assert said in refused.err
+    assert "name its recipe, such as conf=pixar_style" in refused.err
+
+
+def test_presets_need_a_recipe(finetune_cli: Cli, trained: Path) -> None:
+    refused = finetune_cli("export", f"run_dir={trained}", "lora=r32")
+    assert refused.code == ConfigError.exit_code
+    assert "lora=r32 chooses a preset, which needs a recipe: conf=…, or finetune.load" in refused.err
+
+
+def test_a_folder_without_a_finished_run(finetune_cli: Cli, workdir: Path) -> None:
+    write_config(as_dict(finetune.load("smoke")), workdir / "begun")
+    refused = finetune_cli("export", "run_dir=begun", "hardware.device=cpu")
+    assert refused.code == RunError.exit_code
+    assert "begun holds no finished run; train first, with the same settings: finetune train conf=…" in refused.err
+
+
+@pytest.mark.parametrize("recipe", ["smoke", "pirate_chat"])
+def test_a_configuration_comes_back_from_its_plain_values(recipe: str) -> None:
+    config = finetune.load(recipe, {"sample.prompts": ["${a} \\${b} $c {d}"], "run_dir": "${x}", "name": "2024_05_01"})
+    assert as_dict(from_plain(as_dict(config))) == as_dict(config)
