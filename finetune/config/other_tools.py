@@ -55,7 +55,7 @@ KEYS = {
 _EPOCHS = "a run's length is trainer.steps; `finetune plan` says how often each example is seen in so many steps"
 _ATTENTION = "the fastest attention that this machine has is taken by itself"
 _CURVES = "curves go to tensorboard/ in the run folder (run_dir) and into report.html"
-_CAPTIONS = "captions are read from metadata.jsonl and from .txt files, and stay as they are"
+_CAPTIONS = "captions are read from metadata.jsonl, metadata.csv and .txt files, and stay as they are"
 _BUCKETS = "images always go into aspect-ratio buckets: see model.resolution, model.bucket_step and data.max_aspect"
 _ENCODERS = "text encoders are not trained; the rate of all else is optim.lr"
 _LORA = "every adapter is a LoRA: see lora.rank, lora.targets and, for convolutions, lora.targets=wide"

@@ -22,6 +22,7 @@ from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.data.cache import Cache, whole
 from finetune.data.images import buckets, decode, folder
 from finetune.data.images.index import ImageIndex, content_hash
+from finetune.data.images.metadata import METADATA
 from finetune.diffusion.pipeline import (
     TextEncoder,
     Vae,
@@ -231,7 +232,7 @@ def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path) -> None
 def _places(root: Path, files: Sequence[str]) -> str:
     """The file that holds the first image's caption, and how many others hold the rest."""
     sources = folder.captions(root, files).sources
-    first, *others = dict.fromkeys(sources.get(file, folder.METADATA) for file in files)
+    first, *others = dict.fromkeys(sources.get(file, METADATA) for file in files)
     return f"{first} and {plural(len(others), 'other file')}" if others else first
 
 

@@ -12,6 +12,7 @@ from finetune.config.model_kinds import model_kind
 from finetune.config.schema import CaptionConfig, Config, DataConfig
 from finetune.data.images import authors, decode, folder
 from finetune.data.images.index import ImageIndex
+from finetune.data.images.metadata import METADATA
 from finetune.diffusion.captioner import load_captioner
 from finetune.errors import ConfigError, DataError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
@@ -130,8 +131,8 @@ def _keep_written(root: Path, captions: folder.Captions, replaced: Collection[st
     written = [file for file in replaced if authors.key(file, captions.texts[file]) not in generated]
     for source in sorted({captions.sources[file] for file in written}):
         metadata = root / source
-        if metadata.name == folder.METADATA:
-            copied = free_name(metadata.with_name(f"before-overwrite-{folder.METADATA}"))
+        if metadata.name == METADATA:
+            copied = free_name(metadata.with_name(f"before-overwrite-{METADATA}"))
             shutil.copy2(metadata, copied)
             say(f"caption.overwrite replaces captions by you; {metadata} as it was is now {copied}")
 

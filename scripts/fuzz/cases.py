@@ -115,8 +115,8 @@ def _odd_path(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], 
     return (command, *(() if key == "conf" else (f"conf={kind}",)), word, *parts), prepare
 
 
-def _damaged(kind: str, commands: tuple[str, ...], patterns: tuple[str, ...], *settings: str) -> Maker:
-    """Damage one or two of the files that fit a pattern, then run a command on them."""
+def _damaged(run: str, commands: tuple[str, ...], patterns: tuple[str, ...], *settings: str) -> Maker:
+    """Damage one or two of the files that fit a pattern, then run a command. run: the setting that says on what."""
 
     def make_case(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[[], str]]:
         command = random.choice(commands)
@@ -127,7 +127,7 @@ def _damaged(kind: str, commands: tuple[str, ...], patterns: tuple[str, ...], *s
             chosen = {first, *random.sample(files, 1 if random.random() < 0.1 else 0)}
             return "; ".join(f"{path}: {damage(path, random)}" for path in sorted(chosen))
 
-        return (command, f"conf={kind}", *settings), prepare
+        return (command, run, *settings), prepare
 
     return make_case
 
@@ -319,18 +319,21 @@ GROUPS: dict[str, Maker] = {
     "language settings": _language_setting,
     "recipe values": _recipe_value,
     "images": _picture,
-    "image runs": _damaged("image", LINE, ("run/**/*", "run/.*/*")),
+    "image runs": _damaged("conf=image", LINE, ("run/**/*", "run/.*/*")),
     "conversations": _conversations,
-    "captions": _damaged("image", ("caption", "dataset", "train"), ("images/*.txt", "images/*.jsonl")),
-    "language runs": _damaged("language", LINE, ("chat/**/*", "chat/.*/*")),
+    "captions": _damaged("conf=image", ("caption", "dataset", "train"), ("images/*.txt", "images/*.jsonl")),
+    "language runs": _damaged("conf=language", LINE, ("chat/**/*", "chat/.*/*")),
+    "runs by folder": _damaged("run_dir=run", ("export", "sample", "report"), ("run/config.yaml",)),
     "odd names": _odd_path,
-    "recipe files": _damaged("image", ("train", "plan", "report"), ("conf/image.yaml",)),
+    "recipe files": _damaged("conf=image", ("train", "plan", "report"), ("conf/image.yaml",)),
     "adapters": _adapter,
     "chat templates": _template,
-    "language bases": _damaged("language", ("train", "plan"), tuple(f"lm/{p}" for p in MODEL_FILES), "run_dir=other"),
-    "image bases": _damaged("image", ("train", "plan"), tuple(f"base/{p}" for p in MODEL_FILES), "run_dir=other"),
+    "language bases": _damaged(
+        "conf=language", ("train", "plan"), tuple(f"lm/{p}" for p in MODEL_FILES), "run_dir=other"
+    ),
+    "image bases": _damaged("conf=image", ("train", "plan"), tuple(f"base/{p}" for p in MODEL_FILES), "run_dir=other"),
     "single files": _damaged(
-        "image",
+        "conf=image",
         ("train",),
         ("single.safetensors",),
         "model.base=single.safetensors",
@@ -343,5 +346,5 @@ GROUPS: dict[str, Maker] = {
     "no files": _no_file,
     "caption tables": _caption_table,
     "GGUF bases": _gguf,
-    "caches": _damaged("image", ("train", "dataset"), ("cache/**/*",), "trainer.restart=true"),
+    "caches": _damaged("conf=image", ("train", "dataset"), ("cache/**/*",), "trainer.restart=true"),
 }

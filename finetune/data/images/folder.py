@@ -1,31 +1,26 @@
-"""A folder of images and their captions: `metadata.jsonl` as imagefolder of the `datasets` library reads it, or a text
-file beside an image.
+"""A folder of images and their captions: `metadata.jsonl` or `metadata.csv` as imagefolder of the `datasets` library
+reads them, or a text file beside an image.
 
 Only names and texts are read here; nothing is decoded.
 """
 
-import json
 import os
 import posixpath
 import re
 import tempfile
-import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Any
 
 from finetune.config import recipes
 from finetune.config.spelling import setting
+from finetune.data.images.metadata import METADATA, READ, decode, is_text, key, line_of, read_rows
 from finetune.errors import DataError
-from finetune.reading import require_file, require_size
+from finetune.reading import require_file
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.progress import plural
 
-METADATA = "metadata.jsonl"
-TEXT_BYTES = 1 << 30  # of a file of captions, those of a whole folder included
-COLUMNS = ("text", "caption", "prompt")  # of a row's caption, the first that is filled; new ones go into the first
 SIDECARS = (".txt", ".caption", ".cap", ".text")  # beside an image, the first that is there; in any case of letters
 TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of captions for a whole folder, by other tools
 TABLE_NAMES = ("metadata", "captions", "caption", "prompts")
@@ -36,31 +31,6 @@ EXTENSIONS = (
     *(".avifs", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".tga"),
 )
 UNSUPPORTED = (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw", ".eps", ".ico")
-
-
-@dataclass(frozen=True)
-class Row:
-    """One line of a metadata file: its text as it stands, its values, and the line number from 1."""
-
-    line: str
-    values: dict[str, Any]
-    number: int
-
-    @property
-    def text(self) -> str:
-        """The caption, stripped; empty where there is none."""
-        named = self._named()
-        return next((text for column in COLUMNS if (text := (named.get(column) or "").strip())), "")
-
-    @property
-    def other_texts(self) -> list[str]:
-        """Of a row without a column for the caption: columns that may hold it under another name."""
-        if self._named().keys() & set(COLUMNS):
-            return []
-        return [name for name, value in self.values.items() if isinstance(value, str) and name != "file_name"]
-
-    def _named(self) -> dict[str, Any]:
-        return {name.casefold(): value for name, value in self.values.items()}
 
 
 @dataclass(frozen=True)
@@ -97,7 +67,7 @@ def images(folder: Path) -> list[str]:
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; name the folder that holds it: {setting('data.folder', folder.parent)}")
     if found := sorted(path.as_posix() for path in _visible(folder) if path.suffix.lower() in EXTENSIONS):
-        if misnamed := [file for file in found if not _is_text(file)]:
+        if misnamed := [file for file in found if not is_text(file)]:
             raise DataError(
                 f"{folder}: {plural(len(misnamed), 'file name')} not in UTF-8, first {os.fsencode(misnamed[0])!r}; "
                 "give the image another name"
@@ -147,7 +117,8 @@ def unsupported_files(folder: Path) -> list[str]:
 
 
 def captions(folder: Path, files: Sequence[str]) -> Captions:
-    """The captions that are there: from `metadata.jsonl` (here or below), else from the text file beside an image.
+    """The captions that are there: from `metadata.jsonl` (here or below), else from `metadata.csv`, else from the text
+    file beside an image.
 
     Blank texts count as none. Raises DataError for texts that aren't UTF-8, broken or contradictory metadata lines.
     """
@@ -166,7 +137,7 @@ def captions(folder: Path, files: Sequence[str]) -> Captions:
     strays += [
         Stray(f"{path}: there is no image {path.stem}") for path in lonely if path.stem.lower() not in NO_CAPTIONS
     ]
-    strays += [Stray(f"{path}: captions are read from {METADATA} only") for path in _tables(visible)]
+    strays += [Stray(f"{path}: captions are read from {' and '.join(READ)} only") for path in _tables(visible)]
     return Captions(
         {file: found[file][0] for file in files if file in found},
         {file: found[file][1] for file in files if file in found},
@@ -176,7 +147,8 @@ def captions(folder: Path, files: Sequence[str]) -> Captions:
 
 
 def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> None:
-    """Write captions into `metadata.jsonl`, in place where a row is there, below where not; all else in it stays.
+    """Write captions into `metadata.jsonl`, in place where a row is there, below where not; all else in it stays. A
+    `metadata.csv` is a person's and stays as it is.
 
     The file is read again first, so a caption that was typed meanwhile is kept unless `overwrite`. Raises RunError
     where it can't be written.
@@ -185,22 +157,22 @@ def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> 
     for file, text in texts.items():
         metadata = metadata_of(folder, file)
         name = (folder / file).relative_to(metadata.parent).as_posix()
-        targets.setdefault(metadata, {})[_key(name)] = text
+        targets.setdefault(metadata, {})[key(name)] = text
     for metadata, named in targets.items():
         remove_abandoned(metadata.parent, re.escape(METADATA))
         rows = read_rows(metadata) if metadata.exists() else {}
         lines = []
         for name, row in rows.items():
             kept = name not in named or (not overwrite and row.text)
-            lines.append(row.line if kept else _line(row.values | {"text": named[name]}))
-        lines += [_line({"file_name": name, "text": text}) for name, text in named.items() if name not in rows]
+            lines.append(row.line if kept else line_of(row.values | {"text": named[name]}))
+        lines += [line_of({"file_name": name, "text": text}) for name, text in named.items() if name not in rows]
         write_atomically(metadata, "\n".join(lines) + "\n")
 
 
 def metadata_of(folder: Path, file: str) -> Path:
-    """The metadata file that an image's caption belongs to: the nearest one above it, else the folder's own."""
+    """The metadata file that an image's caption goes into: beside the nearest one above it, else the folder's own."""
     parent = (folder / file).parent
-    while parent != folder and not (parent / METADATA).exists():
+    while parent != folder and not any((parent / name).exists() for name in READ):
         parent = parent.parent
     return parent / METADATA
 
@@ -219,43 +191,18 @@ def check_writable(folder: Path, files: Sequence[str]) -> None:
 
 
 def metadata_files(folder: Path) -> list[Path]:
-    """Every `metadata.jsonl` in the folder and below, the deepest first: an image belongs to the nearest above it.
+    """Every metadata file in the folder and below, the deepest first: an image belongs to the nearest above it.
 
     Raises DataError for a metadata file of another kind.
     """
-    for other in ("metadata.csv", "metadata.parquet"):
-        if (folder / other).exists():
-            raise DataError(
-                f"{folder / other}: captions are read from {METADATA} only; write its rows there as "
-                f'{{"file_name": …, "text": …}}, one a line, and move {other} away'
-            )
-    found = [path for path in folder.rglob(METADATA) if not _hidden(path.relative_to(folder))]
-    return sorted(found, key=lambda path: (-len(path.parts), path))
-
-
-def read_rows(metadata: Path) -> dict[str, Row]:
-    """Rows of a metadata file by `file_name`, in its order. Raises DataError naming the file and the line."""
-    rows: dict[str, Row] = {}
-    for number, line in enumerate(_decode(metadata).split("\n"), start=1):  # not splitlines: texts may hold U+2028
-        if not line.strip():
-            continue
-        where = f"{metadata}, line {number}"
-        try:
-            values = json.loads(line)
-        except ValueError as error:
-            raise DataError(f'{where}: is not JSON ({error}); expected {{"file_name": …, "text": …}}') from error
-        if not isinstance(values, dict) or not isinstance(values.get("file_name"), str) or not values["file_name"]:
-            raise DataError(f'{where}: has no "file_name"; expected {{"file_name": "a.jpg", "text": "…"}}')
-        for column, value in values.items():
-            if column.casefold() in COLUMNS and not isinstance(value, str | None):
-                raise DataError(f'{where}: "{column}" must be a text, got {json.dumps(value)}')
-        if not _is_text(_line(values)):
-            raise DataError(f"{where}: holds half a character (a surrogate without its pair); type the character again")
-        name = _key(values["file_name"])
-        if name in rows:
-            raise DataError(f"{where}: {name} has a row on line {rows[name].number} already; keep one of them")
-        rows[name] = Row(line.rstrip("\r"), values, number)
-    return rows
+    other = folder / "metadata.parquet"
+    if other.exists():
+        raise DataError(
+            f"{other}: captions are read from {' and '.join(READ)} only; write its rows to one of them as "
+            f'{{"file_name": …, "text": …}}, one a line, and move {other.name} away'
+        )
+    found = [path for name in READ for path in folder.rglob(name) if not _hidden(path.relative_to(folder))]
+    return sorted(found, key=lambda path: (-len(path.parts), str(path.parent), READ.index(path.name)))
 
 
 def _from_metadata(
@@ -263,12 +210,12 @@ def _from_metadata(
 ) -> tuple[list[tuple[str, str, str]], list[Stray], dict[str, Stray]]:
     """Of all metadata files: (image, caption, metadata file), rows of no image, and image -> a row without a caption
     that may hold one under another name."""
-    by_name = {_key(image): image for image in images}
+    by_name = {key(image): image for image in images}
     found, strays, unnamed = [], [], {}
     for metadata in metadata_files(folder):
         source = metadata.relative_to(folder).as_posix()
         for name, row in read_rows(metadata).items():
-            image = by_name.get(_key(posixpath.join(posixpath.dirname(source), name)))
+            image = by_name.get(key(posixpath.join(posixpath.dirname(source), name)))
             where = f"{source}, line {row.number}"
             if image is None and row.text:
                 strays.append(Stray(f"{where}: there is no image {name}", name, row.text))
@@ -285,10 +232,10 @@ def _sidecars(visible: Sequence[Path], images: Sequence[str]) -> dict[str, list[
     whose name differs in the case of letters only. What is read first comes first."""
     exact, folded = defaultdict(list), defaultdict(list)
     for image in images:
-        for name in (_key(image), _key(str(PurePosixPath(image).with_suffix("")))):
+        for name in (key(image), key(str(PurePosixPath(image).with_suffix("")))):
             exact[name].append(image)
             folded[name.casefold()].append(image)
-    stems = {path: _key(path.with_suffix("").as_posix()) for path in visible if path.suffix.lower() in SIDECARS}
+    stems = {path: key(path.with_suffix("").as_posix()) for path in visible if path.suffix.lower() in SIDECARS}
     order = sorted(stems, key=lambda path: (stems[path] not in exact, SIDECARS.index(path.suffix.lower()), path))
     return {path.as_posix(): exact.get(stems[path]) or folded.get(stems[path].casefold(), []) for path in order}
 
@@ -296,7 +243,7 @@ def _sidecars(visible: Sequence[Path], images: Sequence[str]) -> dict[str, list[
 def _from_sidecars(folder: Path, sidecars: Mapping[str, Sequence[str]]) -> Iterator[tuple[str, str, str]]:
     """(image, caption in one line, text file)."""
     for path, images in sidecars.items():
-        if images and (text := " ".join(_decode(folder / path).split())):
+        if images and (text := " ".join(decode(folder / path).split())):
             yield from ((image, text, path) for image in images)
 
 
@@ -305,7 +252,7 @@ def _tables(visible: Sequence[Path]) -> list[str]:
     return [
         path.as_posix()
         for path in visible
-        if path.suffix.lower() in TABLES and path.stem.lower() in TABLE_NAMES and path.name != METADATA
+        if path.suffix.lower() in TABLES and path.stem.lower() in TABLE_NAMES and path.name not in READ
     ]
 
 
@@ -316,36 +263,6 @@ def _visible(folder: Path, *, files_only: bool = True) -> list[Path]:
     return [path for path in paths if not _hidden(path)]
 
 
-def _key(name: str) -> str:
-    """What two spellings of a path have in common: other separators, needless dots, other Unicode forms."""
-    return unicodedata.normalize("NFC", posixpath.normpath(name.replace("\\", "/")))
-
-
 def _hidden(path: Path) -> bool:
     """Whether imagefolder passes over a path."""
     return path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parent.parts)
-
-
-def _is_text(value: str) -> bool:
-    """Whether it can be written as UTF-8: names that aren't and half surrogates can't."""
-    try:
-        value.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _decode(path: Path) -> str:
-    try:
-        require_size(path, TEXT_BYTES)
-        return path.read_bytes().decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{path}: byte {error.start} is not UTF-8 (0x{error.object[error.start]:02x}); save the file as UTF-8"
-        ) from error
-    except OSError as error:
-        raise DataError(f"{path}: can't be read ({error.strerror})") from error
-
-
-def _line(values: dict[str, Any]) -> str:
-    return json.dumps(values, ensure_ascii=False)

@@ -193,6 +193,8 @@ def _csv(path: Path) -> NumberedRows:
             for cells in reader:
                 if not names:
                     names = [cell.strip() for cell in cells]
+                    if twice := [name for name in names if name and names.count(name) > 1]:
+                        raise DataError(f"{path}:{line}: has two columns called {twice[0]}; give one another name")
                 elif cells and len(cells) != len(names):
                     yield line, DataError(f"{path}:{line}: has {len(cells)} cells for {len(names)} columns; {QUOTES}")
                 elif cells:

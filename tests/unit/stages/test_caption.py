@@ -366,3 +366,19 @@ def test_the_record_survives_its_receipt(config):
     first = caption(config)
     assert isinstance(first, CaptionSet)
     assert caption(config) == first
+
+
+def test_captions_in_a_csv_are_trained_and_stay(config, monkeypatch, capsys):
+    table = stage.Path(config.data.folder) / "metadata.csv"
+    table.write_text("file_name,text\n0.png,my own words\n1.png,\n", "utf-8")
+    captions = caption(config)
+    assert [item.source for item in captions.items] == ["user", *["generated"] * 4]
+    assert captions.items[0].text == "my own words"
+    assert sorted(metadata(config)) == ["1.png", "2.png", "3.png", "sub/4.png"]
+    assert table.read_text("utf-8") == "file_name,text\n0.png,my own words\n1.png,\n"
+    table.write_text("file_name,text\n0.png,my own words\n1.png,corrected here\n", "utf-8")
+    assert caption(config).items[1].source == "generated"
+    assert "the one in metadata.jsonl is used, the one in metadata.csv is not" in capsys.readouterr().err
+    monkeypatch.setattr(config.caption, "overwrite", True)
+    assert caption(config).items[0].source == "generated"
+    assert "my own words" in table.read_text("utf-8")
