@@ -24,6 +24,7 @@ from finetune.config import mistyped, recipes, typed_text
 from finetune.config.schema import Config
 from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
 from finetune.planning.plan import Plan
+from finetune.reading import at_home
 from finetune.run import libraries, ranks
 from finetune.run.progress import say
 from finetune.stages import COMMANDS
@@ -360,7 +361,7 @@ def _offered(words: list[str], done: Sequence[str], last: str) -> Sequence[str]:
 def _paths(text: str) -> Iterator[str]:
     """Files and folders whose path begins like this."""
     above, slash, name = text.rpartition("/")
-    folder = Path(f"{above}{slash}" or ".").expanduser()
+    folder = at_home(f"{above}{slash}" or ".")
     for path in sorted(folder.iterdir()) if folder.is_dir() else []:
         hidden = path.name.startswith(".") and not name.startswith(".")
         if path.name.startswith(name) and not hidden:

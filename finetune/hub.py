@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.errors import FinetuneError, ModelError, is_gpu_failure, is_out_of_memory
-from finetune.reading import TEXTS, damage, read_text, require_whole
+from finetune.reading import TEXTS, at_home, damage, read_text, require_whole
 from finetune.run import libraries
 from finetune.run.hashing import known_hash
 
@@ -53,7 +53,7 @@ def resolve(reference: str) -> Path | str:
             there = ", ".join(f"embedded:{item.name}" for item in sorted(EMBEDDED.glob("*")) if _is_model(item))
             raise ModelError(f"there is no {reference}; this package carries: {there or 'none'}")
         return folder
-    path = Path(reference).expanduser()
+    path = at_home(reference)
     if reference and path.is_dir():
         return path
     if path.is_file():
@@ -75,7 +75,7 @@ def single_file(reference: str) -> Path | None:
 
     Raises ModelError for one that isn't there, is damaged, or has another format.
     """
-    path = Path(reference).expanduser()
+    path = at_home(reference)
     suffix = path.suffix.lower()
     if not path.is_file() and (path.is_dir() or suffix not in (".safetensors", *OTHER_FORMATS)):
         return None

@@ -13,6 +13,14 @@ HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TEXTS = (".json", ".txt", ".model", ".jinja")  # a model's configurations and vocabularies
 
 
+def at_home(path: str) -> Path:
+    """A path with the home folder in place of `~`; of a user that there isn't it stays, as in a shell."""
+    try:
+        return Path(path).expanduser()
+    except RuntimeError:
+        return Path(path)
+
+
 def read_text(path: Path) -> str:
     """A text file in UTF-8. Raises OSError, also for one that is too large to be what it should be, and ValueError."""
     require_size(path, MOST_BYTES)

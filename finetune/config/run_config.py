@@ -40,8 +40,8 @@ def _of_key(key: str, words: Sequence[str]) -> list[str]:
 def _no_run(run_dir: str) -> str:
     """What to say, and to type, where there is no config.yaml."""
     here = f", and {run_dir} holds no run" if run_dir else ""
-    runs = sorted(Path("outputs").glob(f"*/{rundir.CONFIG}"), key=lambda file: file.stat().st_mtime)
-    example = setting("run_dir", str(runs[-1].parent)) if runs else "run_dir=outputs/NAME"
+    trained = sorted(Path("outputs").glob("*/receipts/train.json"), key=lambda file: file.stat().st_mtime)
+    example = setting("run_dir", str(trained[-1].parents[1])) if trained else "run_dir=outputs/NAME"
     there = ", ".join(recipes.recipe_files())
     return (
         f"conf= is missing{here}: say which run, such as {example}, or which recipe, such as conf=pixar_style; there "

@@ -3,11 +3,11 @@
 import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import yaml
 
+from finetune import reading
 from finetune.config import describe, recipes, renamed, spelling
 from finetune.errors import ConfigError
 
@@ -84,7 +84,7 @@ def literally(word: str) -> str:
 
 def at_home(key: str, value: str) -> str:
     """A value in which `~` stands for the home folder if it is a path."""
-    return str(Path(value).expanduser()) if key in PATHS and value.startswith("~") else value
+    return str(reading.at_home(value)) if key in PATHS and value.startswith("~") else value
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:

@@ -34,7 +34,7 @@ from finetune.errors import DataError
 from finetune.memory.device import pick_device, release_memory
 from finetune.run.atomic import write_atomically
 from finetune.run.hashing import hash_of
-from finetune.run.progress import plural, progress, say
+from finetune.run.progress import plural, progress, say, shortened
 from finetune.run.records import Caption, CaptionSet, Dataset, Example
 
 GEOMETRY = "lanczos-1"  # part of every image's key: change it when the same bucket and crop would give other pixels
@@ -279,7 +279,8 @@ def _encode_texts(
     for image in images:
         # Kept with the entry, so that the warning comes back when nothing is left to encode.
         if tail := cache.notes(keys[image.caption]).get("truncated"):
-            say(f"warning: the caption of {image.file} is truncated: {len(tail.split())} words dropped: {tail}")
+            words = plural(len(tail.split()), "word")
+            say(f"warning: the caption of {image.file} is truncated: {words} dropped: {shortened(tail)}")
     return keys, len(new)
 
 

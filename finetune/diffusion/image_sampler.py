@@ -49,9 +49,10 @@ class ImageSampler:
         self.proven = False
 
     def read(self, prompts: Sequence[str], negative: str, encoder: TextEncoder) -> None:
-        """Take these prompts from now on instead of those before."""
+        """Take these prompts from now on instead of those before. `truncated` then says what isn't read of them."""
         texts = [*prompts, negative]
         self.texts = dict(zip(texts, encoder.encode(texts), strict=True))
+        self.truncated = {text: tail for text in self.texts if (tail := encoder.truncated_tail(text))}
         self.negative = negative
 
     def generate(

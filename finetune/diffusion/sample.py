@@ -11,7 +11,7 @@ from finetune.config.schema import ModelConfig, SampleConfig
 from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.memory.device import release_memory
-from finetune.run.progress import progress
+from finetune.run.progress import plural, progress, say, shortened
 from finetune.run.records import Sample
 
 CELL = 192  # pixels an image takes in the grid, if it is smaller than that
@@ -35,6 +35,9 @@ def sample(
     `samples.jsonl` too. Returns the grid's name and the samples with file names relative to `folder`.
     """
     image_sampler = ImageSampler(model, settings.prompts, settings.negative, device, dtype)
+    for prompt, tail in image_sampler.truncated.items():
+        words = plural(len(tail.split()), "word")
+        say(f"warning: the prompt {shortened(prompt, 60)} is truncated: {words} dropped: {shortened(tail)}")
     jobs = [(prompt, seed) for prompt in settings.prompts for seed in settings.seeds]
     drawn: dict[str, list[Any]] = {}
     with progress("sample", 2 * len(jobs), unit="images") as bar:
@@ -105,7 +108,8 @@ def grid(rows: Sequence[tuple[str, Sequence[tuple[Any, Any]]]]) -> Any:
 
 
 def _fitting(text: str, font: Any, width: int) -> str:
-    """The text, cut with an ellipsis where it is wider than `width` pixels."""
+    """The text in one line, cut with an ellipsis where it is wider than `width` pixels."""
+    text = shortened(text, width)  # no letter is narrower than a pixel, and measuring thousands takes minutes
     if font.getlength(text) <= width:
         return text
     while text and font.getlength(text + "…") > width:

@@ -39,6 +39,8 @@ def load_tokenizer(base: str, added: Sequence[str] = ()) -> Any:
     from transformers import AddedToken, AutoTokenizer
 
     tokenizer = hub.load(AutoTokenizer, base)
+    with hub.explained(lambda reason: f"the tokenizer of {base} failed ({reason}); get its files again"):
+        tokenizer("a")  # what its configuration says of lengths and sides is used here first
     pieces = tokenizer.get_vocab().keys() - {entry.content for entry in tokenizer.added_tokens_decoder.values()}
     for token in added:
         if token != token.strip() or not token or token in pieces:

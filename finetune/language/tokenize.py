@@ -92,7 +92,7 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     return TextSet(
         rows=str(found.folder),
         content=hash_of(found.folder.name, data.validation_share, data.packing)[:16],
-        source=str(source),
+        source=str(source).encode(errors="backslashreplace").decode(),  # not every file has a name in UTF-8
         train=len(train),
         validation=len(held_out),
         tokens=found.figures.tokens,

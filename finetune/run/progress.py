@@ -154,3 +154,9 @@ def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Progress]:
                 bars.advance(task, amount)
 
         yield Bar()
+
+
+def shortened(text: str, most: int = 300) -> str:
+    """The beginning of a text, in one line."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else f"{line[:most]}…"

@@ -96,6 +96,8 @@ def written_config(folder: Path) -> dict[str, Any]:
     file = folder / CONFIG
     try:
         found = yaml.safe_load(read_text(file))
+        if not isinstance(found, dict):
+            raise TypeError("it holds no settings")
         if wrong := [key for key in SECTIONS if not isinstance(found.get(key, {}), dict)]:
             raise TypeError(f"{wrong[0]} has no settings")
         return dict(found)

@@ -119,6 +119,9 @@ def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, sk
             f"warning: left out {plural(len(linked), 'linked folder')}, first {linked[0]}; links to folders are not "
             "followed, copy the folder or link its files"
         )
+    if runs := folder.run_folders(root):
+        drawn = f"the images that {plural(len(runs), 'run')} drew, first in {runs[0]}"
+        say(f"warning: left out {drawn}; keep runs outside of the folder: run_dir=PATH")
     decode.report_bad(list(broken.values()), skip=skip)
     readable = [file for file in files if file not in broken]
     if not readable:

@@ -121,7 +121,11 @@ def save(
 
 
 def load(folder: Path) -> Checkpoint:
-    """Read one checkpoint. Raises RunError if a file is missing or differs from its manifest."""
+    """Read one checkpoint. Raises RunError if it or a file in it is missing or differs from its manifest."""
+    if not folder.exists():
+        raise RunError(
+            f"there is no checkpoint {folder}; restore it from a copy, or train again with the same settings"
+        )
     try:
         hashes: dict[str, str] = json.loads(read_text(folder / MANIFEST))
         if lacking := [name for name in (ADAPTER, OPTIMIZER, STATE) if name not in hashes]:

@@ -341,7 +341,7 @@ GROUPS: dict[str, Maker] = {
         "run_dir=other",
     ),
     "captioners": _damaged(
-        "image", ("caption",), tuple(f"captioner/{p}" for p in MODEL_FILES), "caption.overwrite=true"
+        "conf=image", ("caption",), tuple(f"captioner/{p}" for p in MODEL_FILES), "caption.overwrite=true"
     ),
     "no files": _no_file,
     "caption tables": _caption_table,

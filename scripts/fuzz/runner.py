@@ -3,6 +3,7 @@
 import gc
 import hashlib
 import io
+import json
 import logging
 import os
 import resource
@@ -133,10 +134,21 @@ def _people(home: Path) -> str:
         if (
             str(relative) == workbench.METADATA and path.is_file() and path.stat().st_size < HASHED_BYTES
         ):  # commands add texts
-            lines += [f"{row!r} {relative}" for row in path.read_bytes().splitlines() if b'"text"' in row]
+            lines += [f"{row!r} {relative}" for row in path.read_bytes().splitlines() if _is_caption(row)]
         elif relative.parts[0] not in workbench.MADE and path.is_file():
             lines.append(f"{_content(path)} {str(relative)!a}")
     return "\n".join(lines)
+
+
+def _is_caption(row: bytes) -> bool:
+    """Whether a row says something of its image; one without words is filled in."""
+    try:
+        values = json.loads(row)
+        return bool(values["text"].strip())
+    except ValueError:
+        return b'"text"' in row
+    except (AttributeError, LookupError, TypeError):
+        return False
 
 
 def _content(path: Path) -> str:

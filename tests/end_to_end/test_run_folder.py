@@ -84,6 +84,22 @@ def test_a_config_that_cannot_be_used(finetune_cli: Cli, trained: Path, changed:
     assert "name its recipe, such as conf=pixar_style" in refused.err
 
 
+@pytest.mark.parametrize("text", ["", "- a list\n"])
+def test_an_empty_config_is_named(finetune_cli: Cli, trained: Path, text: str) -> None:
+    (trained / CONFIG).write_text(text)
+    refused = finetune_cli("export", f"run_dir={trained}")
+    assert refused.code == RunError.exit_code
+    assert f"{trained / CONFIG} is damaged (it holds no settings); the same `train` command" in refused.err
+
+
+def test_an_export_whose_checkpoint_was_deleted(finetune_cli: Cli, trained: Path) -> None:
+    shutil.rmtree(trained / "checkpoints")
+    shutil.rmtree(trained / "adapter")
+    refused = finetune_cli("export", f"run_dir={trained}")
+    assert refused.code == RunError.exit_code
+    assert "there is no checkpoint run/checkpoints/step-000002; restore it from a copy, or train again" in refused.err
+
+
 def test_presets_need_a_recipe(finetune_cli: Cli, trained: Path) -> None:
     refused = finetune_cli("export", f"run_dir={trained}", "lora=r32")
     assert refused.code == ConfigError.exit_code

@@ -57,8 +57,8 @@ class Captions:
 def images(folder: Path) -> list[str]:
     """Every image below a folder, as sorted paths relative to it with forward slashes.
 
-    Hidden files and folders are left out, as imagefolder does. Raises DataError if the folder is missing, empty or
-    without images.
+    Hidden files and folders are left out, as imagefolder does, and run folders, which hold drawn images. Raises
+    DataError if the folder is missing, empty or without images.
     """
     if not str(folder) or not folder.exists():
         shipped = recipes.elsewhere(folder)
@@ -95,6 +95,13 @@ def linked_folders(folder: Path) -> list[str]:
     """Symbolic links to folders: what is in them is left out, as imagefolder does."""
     links = [path for path in folder.rglob("*") if path.is_symlink() and path.is_dir()]
     return sorted(path.relative_to(folder).as_posix() for path in links)
+
+
+def run_folders(folder: Path) -> list[str]:
+    """Run folders below the folder: those of somebody who trains on the current folder lie in it."""
+    found = (path.parent.parent for path in folder.rglob("receipts/caption.json"))
+    below = (path.relative_to(folder) for path in found if path != folder and (path / "config.yaml").exists())
+    return sorted(path.as_posix() for path in below if not _hidden(path))
 
 
 def no_files(folder: Path) -> dict[str, str]:
@@ -257,10 +264,11 @@ def _tables(visible: Sequence[Path]) -> list[str]:
 
 
 def _visible(folder: Path, *, files_only: bool = True) -> list[Path]:
-    """Every file that isn't hidden, relative to the folder, sorted; else whatever is no folder."""
+    """Every file that isn't hidden or in a run folder, relative to the folder, sorted; else whatever is no folder."""
     found = (path for path in folder.rglob("*") if (path.is_file() if files_only else not path.is_dir()))
     paths = sorted(path.relative_to(folder) for path in found)
-    return [path for path in paths if not _hidden(path)]
+    runs = run_folders(folder)
+    return [path for path in paths if not _hidden(path) and not any(path.is_relative_to(run) for run in runs)]
 
 
 def _hidden(path: Path) -> bool:

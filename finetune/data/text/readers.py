@@ -21,7 +21,7 @@ from typing import Any, BinaryIO
 from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.errors import DataError
-from finetune.reading import read_text, require_file
+from finetune.reading import at_home, read_text, require_file
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PARQUET_ROWS = 256  # rows of a Parquet file held at once
@@ -65,7 +65,7 @@ def paths_of(named: Path) -> tuple[Path, ...]:
     # A name may hold the separator too. `Path.exists` raises for a text that is longer than a path can be.
     if os.pathsep not in whole or os.path.exists(whole):  # noqa: PTH110
         return (named,)
-    return tuple(Path(part).expanduser() for part in whole.split(os.pathsep) if part)
+    return tuple(at_home(part) for part in whole.split(os.pathsep) if part)
 
 
 def _files_of(path: Path) -> tuple[Path, ...]:

@@ -173,6 +173,9 @@ def test_a_tilde_is_the_home_folder_wherever_a_path_is_typed(workdir: Path, monk
         "/home/me/a",
     )
     assert compose.apply(config, ["lora.start_from=~/b"]).lora.start_from == "/home/me/b"
+    names = {"model.base": "~.safetensors", "data.folder": "~nobody-of-this-name/x"}  # as a shell leaves them
+    config = compose.load("pixar_style", names)
+    assert {"model.base": config.model.base, "data.folder": config.data.folder} == names
 
 
 def test_conversations_may_be_a_list_of_paths(workdir: Path) -> None:

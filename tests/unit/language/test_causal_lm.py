@@ -1,6 +1,7 @@
 """Language models: what a pack's rows see, what the output layer says, how a base is stored, what is refused."""
 
 import dataclasses
+import json
 import shutil
 import warnings
 from collections.abc import Callable
@@ -391,6 +392,14 @@ def test_a_damaged_tokenizer_is_one_line(base: Base, tmp_path: Path, name: str, 
     with pytest.raises(ModelError, match=str(folder)) as error:
         causal_lm.load_tokenizer(str(folder))
     assert "\n" not in str(error.value)
+
+
+def test_a_tokenizer_with_a_setting_of_another_type_is_one_line(base: Base, tmp_path: Path) -> None:
+    folder = shutil.copytree(base(), tmp_path / "odd")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"model_max_length": {}}))
+    with pytest.raises(ModelError, match=rf"^the tokenizer of {folder} failed \(.*'dict'.*\); get its files again"):
+        causal_lm.load_tokenizer(str(folder))
 
 
 def test_storage_that_the_machine_can_not_compute_in_is_refused(base: Base, monkeypatch: pytest.MonkeyPatch) -> None:

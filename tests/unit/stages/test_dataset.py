@@ -364,3 +364,9 @@ def test_pixels_are_in_minus_one_to_one():
     assert pixels_3HW.shape == (3, 3, 5)
     assert pixels_3HW[0].eq(1).all()
     assert pixels_3HW[1:].eq(-1).all()
+
+
+def test_conversations_in_a_file_whose_name_is_not_utf8(language_config):
+    file = Path(language_config.data.file)
+    language_config.data.file = str(file.rename(file.with_name(os.fsdecode(b"B\xe4r.jsonl"))))
+    assert dataset(language_config, None).source.startswith("B\\udce4r.jsonl: ")

@@ -1,12 +1,14 @@
 """Samples: none without prompts, and what a person put beside them."""
 
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
+from finetune.config.schema import Config
 from finetune.run.atomic import remove_leftovers
 from finetune.run.receipts import load_receipt
-from finetune.run.records import Adapter
+from finetune.run.records import Adapter, Dataset
 from finetune.run.rundir import LEFTOVERS
 from finetune.stages.export import export
 from finetune.stages.sample import sample
@@ -38,6 +40,22 @@ def test_what_a_person_put_beside_the_samples_is_kept_when_they_are_made_again(s
     assert not (folder / "favourite.png").exists()
     kept = [path for path in Path(config.run_dir, "samples-kept-1").rglob("*") if path.is_file()]
     assert [(path.name, path.read_text()) for path in kept] == [("favourite.png", "an image")]
+
+
+def test_a_prompt_that_the_base_does_not_read_whole_is_named(
+    config: Config, make_dataset: Callable[[], Dataset], capsys: pytest.CaptureFixture[str]
+) -> None:
+    adapter = export(config, train(config, make_dataset()))
+    config.sample.prompts = [
+        "short\nand in two lines",
+        "a red wall, " + " ".join(f"brick{number}" for number in range(3000)),
+    ]
+    capsys.readouterr()
+    sample(config, adapter, own=False)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning:")]
+    assert line.startswith("warning: the prompt a red wall, brick0 brick1")
+    assert " words dropped: " in line
+    assert len(line) < 500
 
 
 @pytest.mark.parametrize("prompt", ["A big, red robot!", "猫 im Schnee", "?", "x" * 100])

@@ -171,6 +171,20 @@ def test_rows_of_other_tools_are_captions(root, row):
     assert rows(root / "metadata.jsonl") == [row | {"text": "generated"}]
 
 
+def test_what_runs_drew_is_no_image_to_train_on(root):
+    put(root, "a.png", "outputs/mine/samples/0.png", "receipts/b.png")
+    (root / "outputs/mine/receipts").mkdir()
+    for receipts in ("receipts", "outputs/mine/receipts"):
+        write(root / receipts / "caption.json", {})
+    (root / "outputs/mine/config.yaml").write_text("name: mine")
+    (root / "outputs/mine/samples/note.txt").write_text("of no image")
+    assert folder.images(root) == ["a.png", "receipts/b.png"]
+    assert folder.run_folders(root) == ["outputs/mine"]
+    strays = folder.captions(root, ["a.png"]).strays
+    assert [stray.where.partition(":")[0] for stray in strays] == ["receipts/caption.json"]
+    assert folder.images(root / "outputs/mine") == ["samples/0.png"], "where it is named, it is meant"
+
+
 @pytest.mark.parametrize(
     ("name", "text", "where"),
     [
