@@ -5,7 +5,7 @@ and brings the stages before its own up to date: a stage whose inputs haven't ch
 needs no function here. Heavy imports wait until a stage runs.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
@@ -14,11 +14,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
 from finetune import kinds
-from finetune.config import hints
+from finetune.config import describe, hints, mistyped, recipes, renamed
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config
-from finetune.config.typed_text import Overrides
+from finetune.config.spelling import setting
+from finetune.config.typed_text import Overrides, as_words
 from finetune.config.validate import cautions, check
 from finetune.diffusion import families
 from finetune.errors import ConfigError, RunError
@@ -45,6 +46,30 @@ def load(recipe: str, overrides: Overrides = ()) -> Config:
     from finetune.config import compose
 
     return compose.load(recipe, overrides, say)
+
+
+def load_run(overrides: Overrides) -> Config:
+    """What config.yaml says in the run folder that `run_dir`, or else `name`, chooses, with the other overrides.
+
+    The folder may have been moved or renamed since: `run_dir` is where it is now. Raises ConfigError where no run is
+    chosen and for wrong overrides, RunError for a damaged config.yaml.
+    """
+    from finetune.config import compose
+
+    words = as_words(overrides)
+    choice = _of_key("run_dir", words) or _of_key("name", words)
+    run_dir = compose.apply(Config(), choice).run_dir if choice else ""
+    written = rundir.written_config(Path(run_dir)) if run_dir else {}
+    if not written:
+        compose.refuse([*mistyped.stray_problems(words), _no_run(run_dir)])
+    values = renamed.new_tree(written) | {"run_dir": run_dir}
+    try:
+        compose.refuse(describe.tree_problems(values))
+        config = compose.from_plain(values)
+    except ConfigError as error:
+        file, reason = Path(run_dir) / rundir.CONFIG, str(error).splitlines()[0]
+        raise RunError(f"{file} can't be used ({reason}); name its recipe, such as conf=pixar_style") from error
+    return compose.apply(config, [word for word in words if word not in choice], say)
 
 
 def train(recipe: str | Config, overrides: Overrides = ()) -> Result:
@@ -266,3 +291,19 @@ def _as_trained(config: Config) -> Config:
     if wrong:
         raise RunError(f"{run_dir / rundir.CONFIG} is damaged ({wrong[0]}); the same `train` command writes it again")
     return found
+
+
+def _of_key(key: str, words: Sequence[str]) -> list[str]:
+    return [word for word in words if word.partition("=")[0] == key]
+
+
+def _no_run(run_dir: str) -> str:
+    """What to say, and to type, where there is no config.yaml."""
+    here = f", and {run_dir} holds no run" if run_dir else ""
+    trained = sorted(Path("outputs").glob("*/receipts/train.json"), key=lambda file: file.stat().st_mtime)
+    example = setting("run_dir", str(trained[-1].parents[1])) if trained else "run_dir=outputs/NAME"
+    there = ", ".join(recipes.recipe_files())
+    return (
+        f"conf= is missing{here}: say which run, such as {example}, or which recipe, such as conf=pixar_style; there "
+        f"are: {there}"
+    )

@@ -173,12 +173,13 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     import psutil
     from hydra import main as hydra_main
 
-    from finetune.config import compose, run_config
+    from finetune import api
+    from finetune.config import compose
     from finetune.reporting import terminal
 
     began = psutil.Process().create_time()
     if COMMANDS[command].takes_run and not named and not flags:
-        _run_config(command, run_config.of_run(overrides, say), overrides, began)
+        _run_config(command, api.load_run(overrides), overrides, began)
         return 0
     failures: list[int] = []
     runs: list[terminal.SweptRun] = []

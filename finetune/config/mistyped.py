@@ -9,7 +9,6 @@ from pathlib import Path
 
 from finetune.config import describe, other_tools, recipes
 from finetune.config.spelling import setting
-from finetune.run.rundir import CONFIG
 
 FLAG_LIKENESS = 0.8  # of a flag that is offered instead; less offers one that means something else
 GOES_ON = ("resume", "continue", "resume_from_checkpoint")
@@ -105,7 +104,9 @@ def _meant(before: str, strays: Sequence[str]) -> str:
     if text.endswith((".yaml", ".yml")) and Path(text).stem in recipes.recipe_files():
         return f"{written}{recipes.GROUP}={Path(text).stem}"
     if os.path.exists(text):  # noqa: PTH110 - a text may be longer than a path
-        what = "run_dir" if (Path(text) / CONFIG).exists() else "data.folder" if Path(text).is_dir() else "data.file"
+        what = (
+            "run_dir" if (Path(text) / "receipts").is_dir() else "data.folder" if Path(text).is_dir() else "data.file"
+        )
         return f"{written}{_intended(what, text)}"
     name, _, value = text.replace(":", " ", 1).partition(" ")
     if value.strip() and (meant := _key(name)):

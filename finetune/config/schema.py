@@ -381,9 +381,7 @@ class ExportConfig:
 class Config:
     """One run. `name` is the recipe's file name unless the recipe says otherwise."""
 
-    name: str = field(
-        default="run", metadata=must("be one name of at most 200 bytes, not a path", is_file_name, "mine")
-    )
+    name: str = field(default="run", metadata=must("be one name, no path, of at most 200 bytes", is_file_name, "mine"))
     """The recipe; also the name of the run folder and of exported files."""
     seed: int = field(default=0, metadata=must("be in 0 … 2^63-1", lambda seed: 0 <= seed <= LARGEST_SEED))
     """Every random number of the run follows from it."""

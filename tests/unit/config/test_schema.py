@@ -39,7 +39,7 @@ BAD = [
     ("seed", -1, "seed must be in 0 … 2^63-1, got -1"),
     ("run_dir", " ", "run_dir must name a folder"),
     ("data.cache", "", "data.cache must name a folder, got ''; try data.cache=outputs/.cache"),
-    ("name", "style/v2", "name must be one name of at most 200 bytes, not a path, got 'style/v2'; try name=mine"),
+    ("name", "style/v2", "name must be one name, no path, of at most 200 bytes, got 'style/v2'; try name=mine"),
     ("model.resolution", 100, "model.resolution must be a multiple of model.bucket_step=32, got 100; try model"),
     ("model.bucket_step", 0, "model.bucket_step must be a multiple of 16, got 0; try model.bucket_step=16"),
     ("model.bucket_step", 1, "model.bucket_step must be a multiple of 16, got 1; try model.bucket_step=16"),
@@ -96,7 +96,7 @@ def test_a_name_is_no_path(name: str) -> None:
     config = load("pixar_style")
     config.name = name
     (problem,) = check(config)
-    assert problem.startswith("name must be one name of at most 200 bytes, not a path, got ")
+    assert problem.startswith("name must be one name, no path, of at most 200 bytes, got ")
 
 
 @pytest.mark.parametrize("name", ["mine", "2024_05_01", "größer v2.1", "a=b,c", "ä" * 100])

@@ -369,4 +369,4 @@ def test_pixels_are_in_minus_one_to_one():
 def test_conversations_in_a_file_whose_name_is_not_utf8(language_config):
     file = Path(language_config.data.file)
     language_config.data.file = str(file.rename(file.with_name(os.fsdecode(b"B\xe4r.jsonl"))))
-    assert dataset(language_config, None).source.startswith("B\\udce4r.jsonl: ")
+    assert "B\\udce4r.jsonl: " in dataset(language_config, None).source
