@@ -156,7 +156,7 @@ def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Progress]:
         yield Bar()
 
 
-def shortened(text: str, most: int = 300) -> str:
+def shortened(text: str, most: int = 1000) -> str:
     """The beginning of a text, in one line."""
     line = " ".join(text.split())
     return line if len(line) <= most else f"{line[:most]}…"
