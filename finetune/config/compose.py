@@ -12,8 +12,7 @@ import threading
 import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, is_dataclass
-from enum import Enum
+from dataclasses import asdict, dataclass
 from functools import cache
 from pathlib import Path
 from typing import Any, cast
@@ -234,7 +233,7 @@ def _tree(text: str, group: str) -> tuple[dict[str, Any], list[str]]:
     if group == MODEL:
         tree, written = _spread(tree), _spread(written)
     hint = typing.get_type_hints(Config).get(prefix.rstrip(".")) if prefix else Config
-    kept = _as_written(hint, renamed.new_tree(tree, prefix), renamed.new_tree(written, prefix))
+    kept = typed_text.as_written(hint, renamed.new_tree(tree, prefix), renamed.new_tree(written, prefix))
     section = kept if prefix == "data." else kept.get("data")
     if isinstance(section, dict) and isinstance(paths := section.get("file"), list):
         section["file"] = os.pathsep.join(map(str, paths))
@@ -247,19 +246,6 @@ def _spread(preset: dict[Any, Any]) -> dict[Any, Any]:
     own = {key: value for key, value in preset.items() if key not in apart}
     order = {"defaults": preset["defaults"]} if "defaults" in preset else {}
     return {**order, **(preset.get(RECOMMENDED) or {}), MODEL: own}
-
-
-def _as_written(hint: Any, value: Any, written: Any) -> Any:
-    """A value of YAML in which text and names stay as written (`2024_05_01`, `off`), whatever YAML takes them for."""
-    if isinstance(value, bool | int | float) and isinstance(hint, type) and issubclass(hint, str | Enum):
-        return written or value
-    item = (typing.get_args(hint) or [None])[-1]
-    if isinstance(value, list) and isinstance(written, list):
-        return [_as_written(item, *pair) for pair in zip(value, written, strict=True)]
-    if isinstance(value, dict) and isinstance(written, dict):
-        hints = typing.get_type_hints(hint) if is_dataclass(hint) else dict.fromkeys(value, item)
-        return {key: _as_written(hints.get(key), part, written.get(str(key))) for key, part in value.items()}
-    return value
 
 
 def job_overrides() -> list[str]:

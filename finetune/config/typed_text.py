@@ -2,7 +2,10 @@
 
 import os
 import re
+import typing
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import is_dataclass
+from enum import Enum
 from typing import Any
 
 import yaml
@@ -85,6 +88,19 @@ def literally(word: str) -> str:
 def at_home(key: str, value: str) -> str:
     """A value in which `~` stands for the home folder if it is a path."""
     return str(reading.at_home(value)) if key in PATHS and value.startswith("~") else value
+
+
+def as_written(hint: Any, value: Any, written: Any) -> Any:
+    """A value of YAML in which text and names stay as written (`2024_05_01`, `off`), whatever YAML takes them for."""
+    if isinstance(value, bool | int | float) and isinstance(hint, type) and issubclass(hint, str | Enum):
+        return written or value
+    item = (typing.get_args(hint) or [None])[-1]
+    if isinstance(value, list) and isinstance(written, list):
+        return [as_written(item, *pair) for pair in zip(value, written, strict=True)]
+    if isinstance(value, dict) and isinstance(written, dict):
+        hints = typing.get_type_hints(hint) if is_dataclass(hint) else dict.fromkeys(value, item)
+        return {key: as_written(hints.get(key), part, written.get(str(key))) for key, part in value.items()}
+    return value
 
 
 def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
