@@ -47,7 +47,7 @@ LOG: Say = logging.getLogger(__name__).warning
 class _Stored:
     """Entries of the ConfigStore, and the files that they were made of: group, name, path and content."""
 
-    files: list[tuple[str, str, Path, bytes | None]]
+    files: list[tuple[str, str, Path, str | None]]
     entries: dict[str, Any]
 
 
@@ -175,7 +175,7 @@ def _entries() -> dict[str, Any]:
     paths = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
     paths += [(recipes.GROUP, name, path) for name, path in recipes.recipe_files().items()]
     paths += [(group, name, path) for group, files in recipes.preset_files().items() for name, path in files.items()]
-    files = [(*entry, _bytes(entry[-1])) for entry in paths]
+    files = [(*entry, _content(entry[-1])) for entry in paths]
     if files == _stored.files:
         return _stored.entries
     nodes: list[tuple[str, str, Any]] = [("", "schema", Config)]
@@ -197,10 +197,10 @@ def _entries() -> dict[str, Any]:
     return _stored.entries
 
 
-def _bytes(path: Path) -> bytes | None:
+def _content(path: Path) -> str | None:
     try:
-        return path.read_bytes()
-    except OSError:  # `_read` says why
+        return read_text(path)
+    except (OSError, ValueError):  # `_read` says why
         return None
 
 

@@ -13,7 +13,7 @@ from tests.conftest import ROOT
 
 pytestmark = pytest.mark.slow
 
-EACH = 3  # of a group
+EACH = 10  # of a group
 
 
 @pytest.mark.exhaustive
