@@ -122,10 +122,6 @@ def save(
 
 def load(folder: Path) -> Checkpoint:
     """Read one checkpoint. Raises RunError if it or a file in it is missing or differs from its manifest."""
-    if not folder.exists():
-        raise RunError(
-            f"there is no checkpoint {folder}; restore it from a copy, or train again with the same settings"
-        )
     try:
         hashes: dict[str, str] = json.loads(read_text(folder / MANIFEST))
         if lacking := [name for name in (ADAPTER, OPTIMIZER, STATE) if name not in hashes]:
@@ -141,6 +137,9 @@ def load(folder: Path) -> Checkpoint:
     except DAMAGED as error:
         if is_out_of_memory(error) or isinstance(error, PermissionError):  # whole, and not to be deleted
             raise
+        if not folder.exists():
+            way = "restore it from a copy, or train again with the same settings"
+            raise RunError(f"there is no checkpoint {folder}; {way}") from error
         raise RunError(
             f"checkpoint {folder} is damaged ({first_line(error)}); "
             "delete that folder and the same command goes on from the one before"

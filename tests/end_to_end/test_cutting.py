@@ -73,6 +73,7 @@ def losses(run_dir: Path) -> list[tuple[int, float]]:
     return [(line["step"], line["loss/step"]) for line in lines if "loss/step" in line]
 
 
+@pytest.mark.exhaustive
 def test_a_run_interrupted_by_a_signal_gives_the_very_same_adapter(
     captioned: Path, finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -51,7 +51,7 @@ def execute(notebook: Path, where: Path) -> Any:
     return NotebookClient(cells, timeout=TIME_LIMIT_S, kernel_name="python3", resources=resources).execute()
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_retraining_a_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     lines = conversations(40).splitlines(keepends=True)
     for name, part in (("first", lines[:30]), ("more", lines[30:])):

@@ -228,7 +228,10 @@ def test_jobs_wait_in_a_queue_with_an_end_and_stop_when_nobody_waits(server: Ser
     long = {"prompt": PROMPT, "steps": 200, "n": 8}
     before = server.metric('vllm:request_success_total{finished_reason="stop"}')
     with ThreadPoolExecutor(6) as clients:
-        jobs = [clients.submit(server.ask, PATH, long) for _ in range(5)]
+        jobs = [clients.submit(server.ask, PATH, long)]
+        while not server.metric("vllm:num_requests_running"):
+            time.sleep(0.005)
+        jobs += [clients.submit(server.ask, PATH, {"prompt": PROMPT}) for _ in range(4)]
         while server.metric("vllm:num_requests_waiting") < 4:
             assert not any(job.done() for job in jobs)
             time.sleep(0.005)

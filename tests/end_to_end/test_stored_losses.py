@@ -11,7 +11,7 @@ from tests.end_to_end.stored_runs import RUNS
 @pytest.mark.parametrize(
     "name",
     [
-        pytest.param(name, marks=pytest.mark.slow if name in RECIPES else ())
+        pytest.param(name, marks=pytest.mark.exhaustive if name in RECIPES else ())
         for name in CASES
         if name not in RUNS  # test_stored_runs.py goes on with those
     ],

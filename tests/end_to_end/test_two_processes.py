@@ -19,7 +19,7 @@ from tests.ports import free_port
 from tests.tiny_language_models import save_language
 from tests.unit.conftest import conversations
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 STEPS = 30  # of which a signal meets one long before the end
 TWO, ONE = "trainer.accumulate=1", "trainer.accumulate=2"  # the same effective batch

@@ -28,7 +28,7 @@ from tests.tiny_language_models import save_language
 from tests.tiny_models import save_diffusion
 from tests.unit.conftest import conversations
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.exhaustive
 
 PAGE = (ROOT / "docs/extending.md").read_text(encoding="utf-8")
 BLOCK = re.compile(

@@ -152,7 +152,7 @@ def measured(base: str, family: str, side: int) -> Config:
     return config
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("base", "family", "side", "points"),
     [
