@@ -19,7 +19,6 @@ from scripts.toyworld.output import dataset_scenes
 from tests.conftest import ROOT, Answer
 from tests.end_to_end import command
 
-pytestmark = pytest.mark.slow
 torch.set_num_threads(1)  # sums of several threads are added up in another order
 
 Cli = Callable[..., Answer]

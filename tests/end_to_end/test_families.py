@@ -21,6 +21,7 @@ from finetune.run.records import Result
 from tests import cutting
 from tests.tiny_families import save_family
 
+pytestmark = pytest.mark.exhaustive
 torch.set_num_threads(1)
 
 INTERRUPTED = {"sdxl", "flux"}  # a UNet and a transformer

@@ -38,8 +38,6 @@ from tests.conftest import ROOT
 from tests.end_to_end import command
 from tests.end_to_end.command import Finished
 
-pytestmark = pytest.mark.slow
-
 IMAGES = 40
 TRIGGER = "pixar style"
 # The recipe's own settings but for these: half of its steps bring the style with room to spare (a third do not), and

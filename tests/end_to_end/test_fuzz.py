@@ -11,8 +11,6 @@ import pytest
 from scripts.fuzz.cases import GROUPS, make
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.slow
-
 EACH = 10  # of a group
 
 

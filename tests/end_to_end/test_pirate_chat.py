@@ -18,8 +18,6 @@ from tests.conftest import ROOT, Answer
 from tests.end_to_end import command
 from tests.end_to_end.command import Finished
 
-pytestmark = pytest.mark.slow
-
 QUESTIONS = 80
 STEPS = "trainer.steps=120"  # of 200: the last ones refine what is checked here with room to spare
 

@@ -383,6 +383,7 @@ def test_an_adapter_that_is_replaced_is_served_from_then_on(work: Path) -> None:
     assert before["response"] != after["response"]
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("file", "text", "words"),
     [

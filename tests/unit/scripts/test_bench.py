@@ -90,7 +90,7 @@ def test_plan_and_dry_run_are_mostly_closer() -> None:
     assert statistics.median(abs(line["dry_run_gib"] / line["measured_gib"] - 1) for line in MEASURED) <= 0.02
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("preset", ["sd15", "flux2_klein", "llama2_7b"])
 def test_the_committed_plans_are_those_of_today(preset: str) -> None:
     """One case of a UNet, a transformer and a language model: a trace takes seconds."""

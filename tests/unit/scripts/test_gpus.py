@@ -19,7 +19,7 @@ def test_the_page_shows_the_lines() -> None:
     assert table(LINES) in text
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 def test_the_lines_are_what_the_plan_says() -> None:
     """Of the smallest base; `python -m scripts.bench.gpus` plans all of them again."""
     gpus = ["rtx3060_12gb", "rtx4090"]

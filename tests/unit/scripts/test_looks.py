@@ -109,6 +109,7 @@ def test_looks_of_one_kind_are_drawn_like_each_alone() -> None:
     assert torch.equal(render(scenes, looks, 48), torch.cat(alone))
 
 
+@pytest.mark.exhaustive
 def test_named_looks_are_told_apart_by_simple_statistics() -> None:
     """The nearest mean of a few statistics over other scenes names the look of most pictures."""
     scenes = [sample_scene(k, things=1) for k in range(20)]
