@@ -85,6 +85,7 @@ def executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Any:
     return execute(IMAGES, tmp_path)
 
 
+@pytest.mark.exhaustive
 def test_retraining(executed: Any, tmp_path: Path) -> None:
     out = tmp_path / "outputs"
     captions = json.loads((out / "pixar_style_2" / "receipts" / "caption.json").read_text())["record"]["items"]

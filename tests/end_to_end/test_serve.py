@@ -337,6 +337,7 @@ def test_a_client_that_goes_away_stops_costing(server: Server) -> None:
     assert server.metric("vllm:generation_tokens_total") - before < 2 * 450
 
 
+@pytest.mark.exhaustive
 def test_a_full_queue_says_when_to_come_again_and_time_runs_out(work: Path) -> None:
     asked = {"prompt": PROMPT, "model": DRIVEL, "max_new_tokens": 480}
     with (
@@ -358,6 +359,7 @@ def test_a_full_queue_says_when_to_come_again_and_time_runs_out(work: Path) -> N
         assert server.ask("/chat", {"prompt": "x", "max_new_tokens": 1})[0] == 200, "it goes on"
 
 
+@pytest.mark.exhaustive
 def test_sigterm_lets_replies_come_to_their_end(work: Path) -> None:
     with serving(work, "serve.adapters={drivel:drivel}") as server, ThreadPoolExecutor(1) as other:
         asked = {"prompt": PROMPT, "model": DRIVEL, "max_new_tokens": 60, "seed": 0}

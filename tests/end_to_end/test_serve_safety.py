@@ -107,6 +107,7 @@ def test_with_the_key_they_answer(public: Server) -> None:
     public.key = key
 
 
+@pytest.mark.exhaustive
 def test_the_key_itself_is_kept_nowhere_and_stays_the_same(public: Server, work: Path) -> None:
     files = [path for path in (work / "b").rglob("*") if path.is_file()]
     assert [path.name for path in files] == ["serve_key.sha256"]
@@ -306,6 +307,7 @@ def refused(*overrides: str, cwd: Path, **environment: str) -> Any:
     return command.run("serve", "conf=pirate_chat", "hardware.device=cpu", *overrides, cwd=cwd, **environment)
 
 
+@pytest.mark.exhaustive
 def test_what_can_not_be_served_is_one_line(own: Server, tmp_path: Path) -> None:
     port = urlsplit(own.url).port
     ended = refused(f"serve.port={port}", cwd=tmp_path)

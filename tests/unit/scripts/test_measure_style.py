@@ -66,6 +66,7 @@ def test_every_figure_is_measured(run_dir: Path) -> None:
     assert figures["novelty"] > 0
 
 
+@pytest.mark.exhaustive
 def test_a_classifier_tells_blurred_renders_from_renders_and_these_not_from_one_another(renders: Tensor) -> None:
     blurred = (255 * gaussian(to_float(renders), 1.0)).round().to(torch.uint8)
     known, unseen = renders[:16], renders[32:]
