@@ -2,6 +2,7 @@
 
 import asyncio
 import threading
+from abc import ABC, abstractmethod
 from collections import deque
 from collections.abc import Callable
 from concurrent.futures import Future
@@ -12,7 +13,7 @@ from finetune.serving.requests import Refused
 T = TypeVar("T")
 
 
-class EngineThread:
+class EngineThread(ABC):
     """Its thread calls `_run`; all it shares with others is touched with `_changed` held."""
 
     def __init__(self) -> None:
@@ -40,5 +41,6 @@ class EngineThread:
         if self._closing:
             raise Refused(503, "this server is shutting down", code="shutting_down", retry_after_s=5)
 
+    @abstractmethod
     def _run(self) -> None:
-        raise NotImplementedError
+        """What the thread does until `_closing`."""
