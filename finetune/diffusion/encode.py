@@ -20,7 +20,7 @@ from torch import Tensor
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.data.cache import Cache, whole
-from finetune.data.images import buckets, decode, folder
+from finetune.data.images import authors, buckets, decode, folder
 from finetune.data.images.index import ImageIndex, content_hash
 from finetune.data.images.metadata import METADATA
 from finetune.diffusion.pipeline import (
@@ -129,7 +129,7 @@ def encode_images(
     Raises DataError naming every unreadable image (left out with a warning under `data.skip_bad`).
     """
     images = read_images(captions, model, data)
-    _warn_about(images, trigger, Path(captions.folder))
+    _warn_about(images, trigger, Path(captions.folder), Path(data.cache))
     held_out = hold_out([image.sha256 for image in images], data.validation_share)
     # A held-out image is never trained on, so its mirror image isn't either, and it is measured once, as it is.
     variants = [
@@ -205,7 +205,7 @@ def _source_image(item: Caption, sha256: str, size: tuple[int, int], shapes: Seq
     return SourceImage(item.file, sha256, item.text, bucket, crop, buckets.upscales(*size, bucket), cut_away)
 
 
-def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path) -> None:
+def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path, cache: Path) -> None:
     if len(images) == 1:
         say("warning: only one image; the adapter will draw it over and over; 10 to 40 of one style work well")
     trigger = trigger.strip()
@@ -213,7 +213,7 @@ def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path) -> None
     if trigger and without:
         say(
             f"warning: no trigger phrase {trigger!r} in {len(without)} of {plural(len(images), 'caption')}, first "
-            f"{without[0]}; their style is learnt without it; add it to them in {_places(root, without)}"
+            f"{without[0]}; their style is learnt without it; add it to them in {_places(root, without, cache)}"
         )
     small = [image.file for image in images if image.upscaled]
     if small:
@@ -229,9 +229,9 @@ def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path) -> None
         )
 
 
-def _places(root: Path, files: Sequence[str]) -> str:
+def _places(root: Path, files: Sequence[str], cache: Path) -> str:
     """The file that holds the first image's caption, and how many others hold the rest."""
-    sources = folder.captions(root, files).sources
+    sources = folder.captions(root, files, authors.remembered(cache)).sources
     first, *others = dict.fromkeys(sources.get(file, METADATA) for file in files)
     return f"{first} and {plural(len(others), 'other file')}" if others else first
 

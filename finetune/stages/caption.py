@@ -41,7 +41,9 @@ def caption(config: Config) -> CaptionSet:
     found = folder.images(root)
     index = ImageIndex(root, cache=Path(data.cache), max_pixels=data.max_pixels)
     no_files = folder.no_files(root)
-    hashes, captions = index.hashes(found), folder.captions(root, found)
+    generated = _generated(run_dir, Path(data.cache))
+    hashes = index.hashes(found)
+    captions = folder.captions(root, found, () if config.caption.overwrite else generated)
     input_hash = _input_hash(hashes | no_files, captions.texts, config.caption, data)
     if record := load_record(run_dir, STAGE, CaptionSet, input_hash=input_hash):
         _warn_about_unused(captions)
@@ -50,7 +52,6 @@ def caption(config: Config) -> CaptionSet:
     broken = index.unreadable(found) | no_files
     files = _readable(root, found, broken, skip=data.skip_bad)
     todo = [file for file in files if config.caption.overwrite or file not in captions.texts]
-    generated = _generated(run_dir, Path(data.cache))
     _report_strays(
         [stray for stray in captions.strays if authors.key(stray.name, stray.text) not in generated],
         missing=0 if config.caption.overwrite else len(todo),
@@ -61,7 +62,7 @@ def caption(config: Config) -> CaptionSet:
         device = pick_device(config.hardware.device)
         dtype = pick_dtype(config.trainer.precision, device)
         generated |= _generate(root, todo, config.caption, device, dtype, data)
-        captions = folder.captions(root, found)
+        captions = folder.captions(root, found, () if config.caption.overwrite else generated)
     _warn_about_unused(captions)
     record = CaptionSet(str(root), _items(files, captions.texts, generated), tuple(broken))
     seconds = time.monotonic() - start

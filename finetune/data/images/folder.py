@@ -9,12 +9,14 @@ import posixpath
 import re
 import tempfile
 from collections import Counter, defaultdict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path, PurePosixPath
 
 from finetune.config import recipes
 from finetune.config.spelling import setting
+from finetune.data.images import authors
 from finetune.data.images.metadata import METADATA, READ, decode, is_text, key, line_of, read_rows
 from finetune.errors import DataError
 from finetune.reading import require_file
@@ -123,10 +125,11 @@ def unsupported_files(folder: Path) -> list[str]:
     return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in UNSUPPORTED)
 
 
-def captions(folder: Path, files: Sequence[str]) -> Captions:
+def captions(folder: Path, files: Sequence[str], generated: Collection[str] = ()) -> Captions:
     """The captions that are there: from `metadata.jsonl` (here or below), else from `metadata.csv`, else from the text
     file beside an image.
 
+    A text whose `authors.key` is among the `generated` ones counts only where a person wrote none, wherever they stand.
     Blank texts count as none. Raises DataError for texts that aren't UTF-8, broken or contradictory metadata lines.
     """
     owners = [*files, *unsupported_files(folder)]
@@ -135,8 +138,10 @@ def captions(folder: Path, files: Sequence[str]) -> Captions:
     beside = _sidecars(visible, owners)
     found: dict[str, tuple[str, str]] = {}  # image -> its caption and where that stands
     unused: dict[str, str] = {}
-    for file, text, source in [*rows, *_from_sidecars(folder, beside)]:
-        if file in found and found[file][0].split() != text.split():
+    candidates = [*rows, *_from_sidecars(folder, beside)]
+    by_captioner = [authors.key(file, text) in generated for file, text, _ in candidates]
+    for (file, text, source), is_generated in sorted(zip(candidates, by_captioner, strict=True), key=itemgetter(1)):
+        if file in found and found[file][0].split() != text.split() and not is_generated:
             unused[file] = source
         found.setdefault(file, (text, source))
     strays += [stray for file, stray in unnamed.items() if file not in found]

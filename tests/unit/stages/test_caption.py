@@ -109,21 +109,31 @@ def test_being_up_to_date_follows_images_captions_and_settings(config, model, ca
     assert again().items[0].text == "corrected by hand"
 
 
-def test_a_txt_that_comes_after_a_generated_caption_is_not_ignored_in_silence(config, capsys):
+@pytest.mark.parametrize("name", ["2.txt", "metadata.csv"])
+def test_what_a_person_writes_later_counts_before_a_generated_caption(config, capsys, name):
     first = caption(config)
-    sidecar = stage.Path(config.data.folder) / "2.txt"
-    sidecar.write_text(first.items[2].text + "\n")
+    later = stage.Path(config.data.folder) / name
+    head = "file_name,text\n2.png," if name == "metadata.csv" else ""
+    later.write_text(head + "my own words\n")
     capsys.readouterr()
+    items = caption(config).items
+    assert (items[2].text, items[2].source) == ("my own words", "user")
+    assert [item.text for item in items[:2]] == [item.text for item in first.items[:2]]
+    assert "warning" not in capsys.readouterr().err
+    assert metadata(config)["2.png"] == first.items[2].text  # nothing is deleted
+    config.caption.overwrite = True
+    assert caption(config).items[2].source == "generated"
+
+
+def test_the_second_of_a_persons_two_captions_is_named(config, capsys):
     caption(config)
-    assert "warning" not in capsys.readouterr().err  # they agree
-    sidecar.write_text("my own words")
-    assert caption(config).items[2].text == first.items[2].text
+    rows = {name.removesuffix(".png"): text for name, text in metadata(config).items()}
+    write_rows(config, **rows | {"2": "corrected by hand"})
+    (stage.Path(config.data.folder) / "2.txt").write_text("my own words")
+    capsys.readouterr()
+    assert caption(config).items[2].text == "corrected by hand"
     said = capsys.readouterr().err
     assert "1 image with two captions, first 2.png: the one in metadata.jsonl is used, the one in 2.txt is not" in said
-    rows = {name.removesuffix(".png"): text for name, text in metadata(config).items() if name != "2.png"}
-    write_rows(config, **rows)
-    assert caption(config).items[2].text == "my own words"  # what the warning says works
-    assert "warning" not in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("name", ["0.TXT", "0.caption", "0.png.txt"])
@@ -236,15 +246,14 @@ def test_a_caption_typed_meanwhile_is_kept(config, monkeypatch):
     assert (first.text, first.source) == ("typed meanwhile", "user")
 
 
-def test_a_text_file_that_comes_meanwhile_is_not_passed_over_in_silence(config, monkeypatch, capsys):
+def test_a_text_file_that_comes_meanwhile_counts(config, monkeypatch):
     class Slow(Blip):
         def caption(self, images):
             (stage.Path(config.data.folder) / "0.txt").write_text("typed meanwhile")
             return super().caption(images)
 
     monkeypatch.setattr(stage, "load_captioner", Slow)
-    caption(config)
-    assert "1 image with two captions, first 0.png" in capsys.readouterr().err
+    assert caption(config).items[0].text == "typed meanwhile"
 
 
 def test_captions_by_a_person_are_copied_before_they_are_overwritten(config, capsys):
@@ -368,7 +377,7 @@ def test_the_record_survives_its_receipt(config):
     assert caption(config) == first
 
 
-def test_captions_in_a_csv_are_trained_and_stay(config, monkeypatch, capsys):
+def test_captions_in_a_csv_are_trained_and_stay(config, monkeypatch):
     table = stage.Path(config.data.folder) / "metadata.csv"
     table.write_text("file_name,text\n0.png,my own words\n1.png,\n", "utf-8")
     captions = caption(config)
@@ -377,8 +386,7 @@ def test_captions_in_a_csv_are_trained_and_stay(config, monkeypatch, capsys):
     assert sorted(metadata(config)) == ["1.png", "2.png", "3.png", "sub/4.png"]
     assert table.read_text("utf-8") == "file_name,text\n0.png,my own words\n1.png,\n"
     table.write_text("file_name,text\n0.png,my own words\n1.png,corrected here\n", "utf-8")
-    assert caption(config).items[1].source == "generated"
-    assert "the one in metadata.jsonl is used, the one in metadata.csv is not" in capsys.readouterr().err
+    assert caption(config).items[1].text == "corrected here"
     monkeypatch.setattr(config.caption, "overwrite", True)
     assert caption(config).items[0].source == "generated"
     assert "my own words" in table.read_text("utf-8")
