@@ -4,16 +4,19 @@ The phases, in order: render; readers and captioner (which need the renders alon
 crisp); diffusion (needs the autoencoder); export; evaluate. `all` runs them one after the other. A call whose time is
 up pauses, and the next one with the same WORK goes on where it stopped. Parts named by --keep start as they are
 shipped: readers and captioner stay so, autoencoder and diffusion model are trained on where their phase is named.
+The diffusion model may be trained by several GPUs: torchrun --nproc-per-node 2 -m scripts.embedded diffusion.
 `glance` draws contact sheets without figures; `pack` and `unpack` carry the results from one machine to another.
 """
 
 import argparse
 import math
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 
 from scripts.embedded.settings import FULL_MINUTES, PARTS, REPOSITORY, Settings
 
@@ -53,6 +56,10 @@ def main() -> None:
         kept=kept,
         pause_at=time.time() + given.limit_s,
     )
+    if "LOCAL_RANK" in os.environ:  # of torchrun
+        dist.init_process_group("cpu:gloo,cuda:nccl" if given.device == "cuda" else "gloo")
+        if given.device == "cuda":
+            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     if given.device == "cuda":  # TF32 for what stays in fp32, the fastest convolutions found by trial
         torch.set_float32_matmul_precision("high")
         torch.backends.cudnn.benchmark = True

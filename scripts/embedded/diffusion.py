@@ -13,7 +13,7 @@ from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from scripts.embedded.autoencoder import autoencoder_folder, encode_all
-from scripts.embedded.fit import Budget, Draw, LossOf, fit
+from scripts.embedded.fit import Budget, Draw, LossOf, fit, rank_and_count
 from scripts.embedded.render_sets import load_base_sets
 from scripts.embedded.settings import LATENT_CHANNELS, PICTURE_PX, SEED, TEXT_WIDTH, Settings
 from scripts.embedded.vocabularies import CLIP_LENGTH, save_clip_tokenizer, train_clip_tokenizer
@@ -59,11 +59,11 @@ def new_unet() -> UNet2DConditionModel:
         out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D",) * 3,
         up_block_types=("CrossAttnUpBlock2D",) * 3,
-        block_out_channels=(64, 128, 192),
+        block_out_channels=(96, 160, 192),
         layers_per_block=1,
         # The numbers of heads: the field's name is a historical slip of the library. All of width 32, the least that
         # fused attention computes: it pads narrower ones.
-        attention_head_dim=(2, 4, 6),
+        attention_head_dim=(3, 5, 6),
         cross_attention_dim=TEXT_WIDTH,
     )
 
@@ -92,11 +92,15 @@ def train_diffusion(settings: Settings) -> None:
     renders = load_base_sets(settings)
     captions = renders.captions()
     folder, goes_on = diffusion_folder(settings.work), "diffusion" in settings.kept
-    if (folder / "tokenizer").exists():  # kept as shipped, or of the call that paused: more renders, other merges
+    rank, processes = rank_and_count()
+    if (
+        folder / "tokenizer" / "merges.txt"
+    ).exists():  # kept as shipped, or of the call that paused: more renders, other merges
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     else:
         tokenizer = train_clip_tokenizer(text for variants in captions for text in variants)
-        save_clip_tokenizer(tokenizer, folder / "tokenizer")
+        if rank == 0:
+            save_clip_tokenizer(tokenizer, folder / "tokenizer")
     tokens_NVL = tokenise(tokenizer, captions).to(settings.device)
     vae = AutoencoderKL.from_pretrained(autoencoder_folder(settings.work)).to(settings.device)
     latents_NCHW = encode_all(vae, renders.images)
@@ -111,7 +115,7 @@ def train_diffusion(settings: Settings) -> None:
     text_encoder.to(settings.device)
     fitted = fit(
         nn.ModuleDict({"unet": unet, "text_encoder": text_encoder}),
-        batches(latents_NCHW, tokens_NVL, tokenizer, settings.batch(512)),
+        batches(latents_NCHW, tokens_NVL, tokenizer, settings.batch(512) // processes),
         loss_with(unet, text_encoder),
         name="diffusion",
         budget=Budget(settings.minutes["diffusion"] * 60, settings.tiny_steps),
@@ -121,8 +125,9 @@ def train_diffusion(settings: Settings) -> None:
         ema_decay=0.9995,
         pause_at=settings.pause_at,
         bf16=True,
+        compiles=True,
     )
-    if fitted.steps:  # a pause may come before the first step: no model to show then
+    if fitted.steps and rank == 0:  # a pause may come before the first step: no model to show then
         unet.save_pretrained(folder / "unet")
         text_encoder.save_pretrained(folder / "text_encoder")
 

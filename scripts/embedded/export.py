@@ -19,7 +19,7 @@ SHIPPED = torch.float16
 MAX_SHARD = "14MB"
 MAX_FILE_MIB = 15
 MODELS = ("diffusion", "captioner")  # the language model is made by a script of its own
-MAX_TOTAL_MIB = 48
+MAX_TOTAL_MIB = 52
 
 
 def export(settings: Settings) -> None:

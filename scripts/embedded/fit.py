@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 
 from scripts.embedded.weights import FlatWeights
@@ -61,6 +62,7 @@ def fit(
     pause_at: float = math.inf,
     betas: tuple[float, float] = (0.9, 0.99),
     bf16: bool = False,
+    compiles: bool = False,
 ) -> Fitted:
     """Train `model` in place and leave the moving average of its weights in it, in fp32.
 
@@ -69,10 +71,14 @@ def fit(
     what an uninterrupted one of as many steps sees. `pause_at`: the time (as time.time() counts) when the training
     pauses, for another call to go on at the same place of its schedule.
 
+    Processes that torchrun started train as one: each draws its own part of a step's batch, the first one decides on
+    rate and end and saves.
+
     `bf16`: the model computes on bf16 weights, and a GPU replays forward and backward pass as one CUDA graph (shapes
     never change, and small networks otherwise wait for kernel launches). Otherwise a GPU computes under autocast.
+    `compiles`: torch.compile first joins norms, activations and losses into kernels of their own (on a GPU).
     """
-    device = next(model.parameters()).device
+    device, rank = next(model.parameters()).device, rank_and_count()[0]
     weights = FlatWeights(model, torch.bfloat16 if bf16 else torch.float32)
     averages_W = weights.master_W.detach().clone()
     optimizer = torch.optim.AdamW(
@@ -93,6 +99,8 @@ def fit(
     weights.publish()
 
     def save() -> None:
+        if rank:
+            return
         state = {
             "weights": weights.master_W.data,
             "averages": averages_W,
@@ -108,20 +116,23 @@ def fit(
     generator = torch.Generator(device)
     generator.manual_seed(seed)
     model.train()
+    if compiles and device.type == "cuda":
+        loss_of = torch.compile(loss_of, dynamic=False)
     forward_backward = stepper(weights, loss_of, autocasts=device.type == "cuda" and not bf16)
     if device.type == "cuda" and bf16 and budget.progress(seconds, step) < 1.0:
         forward_backward = captured(forward_backward, draw(generator))
     loss: Tensor | None = None
     last = saved = said = time.monotonic()
     while True:
-        progress = budget.progress(seconds, step)
-        if progress >= 1.0 or time.time() >= pause_at:
+        progress, pauses = agreed(budget.progress(seconds, step), time.time() >= pause_at)
+        if progress >= 1.0 or pauses:
             break
         warmup = min(1.0, (step + 1) / WARMUP_STEPS)
         optimizer.param_groups[0]["lr"] = lr * warmup * 0.5 * (1.0 + math.cos(math.pi * progress))
-        generator.manual_seed(seed * 1_000_003 + step)
+        generator.manual_seed((seed + rank) * 1_000_003 + step)
         loss = forward_backward(*draw(generator))
         weights.collect_gradients()
+        average(weights.master_W.grad)
         nn.utils.clip_grad_norm_([weights.master_W], MAX_GRADIENT_NORM)
         optimizer.step()
         weights.publish()
@@ -146,12 +157,34 @@ def fit(
     weights.release(averages_W)
     model.eval()
     fitted = Fitted(step, seconds, loss_value, progress >= 1.0)
-    checkpoint.parent.mkdir(parents=True, exist_ok=True)
-    trained_on = {"hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}
-    checkpoint.with_suffix(".json").write_text(json.dumps(asdict(fitted) | trained_on))
+    if rank == 0:
+        checkpoint.parent.mkdir(parents=True, exist_ok=True)
+        trained_on = {"hardware": torch.cuda.get_device_name() if device.type == "cuda" else "CPU"}
+        checkpoint.with_suffix(".json").write_text(json.dumps(asdict(fitted) | trained_on))
     ending = "done" if fitted.done else "pauses"
     print(f"{name}: {ending}, {step} steps in {seconds:.0f} s, loss {loss_value:.4f}", flush=True)
     return fitted
+
+
+def rank_and_count() -> tuple[int, int]:
+    """This process among those that train as one, and how many they are."""
+    return (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+
+
+def agreed(progress: float, pauses: bool) -> tuple[float, bool]:
+    """What the first process says: clocks differ, and all must end with the same step."""
+    if not dist.is_initialized():
+        return progress, pauses
+    said = torch.tensor([progress, float(pauses)], dtype=torch.float64)
+    dist.broadcast(said, src=0)
+    return float(said[0]), bool(said[1])
+
+
+def average(gradients_W: Tensor | None) -> None:
+    """The mean over all processes, in place."""
+    if dist.is_initialized() and gradients_W is not None:
+        dist.all_reduce(gradients_W)
+        gradients_W /= dist.get_world_size()
 
 
 def stepper(weights: FlatWeights, loss_of: LossOf, *, autocasts: bool) -> Callable[..., Tensor]:

@@ -7,7 +7,7 @@ from pathlib import Path
 from scripts.toyworld.looks import STYLES
 
 PICTURE_PX = 128
-LATENT_CHANNELS = 16  # eight left an eye, a few pixels in one 8×8 patch, too little room: 26 dB
+LATENT_CHANNELS = 16  # of 32 the decoder used 15; eight left an eye, a few pixels in one 8×8 patch, too little room
 CAPTION_VARIANTS = 8
 TEXT_WIDTH = 192
 SEED = 20_26

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
+import torch.multiprocessing as mp
 from torch import Tensor, nn
 
 from scripts.embedded.fit import Budget, Fitted, fit
@@ -162,3 +164,23 @@ def test_a_bf16_training_keeps_steps_that_bf16_would_round_away(tmp_path: Path) 
     assert model.weight.dtype == torch.float32
     assert 1.0 < model.weight.item() < 1.1
     assert model.weight.item() != model.weight.bfloat16().item()
+
+
+def fit_line_together(rank: int, folder: Path) -> None:
+    dist.init_process_group("gloo", init_method=f"file://{folder / 'meet'}", rank=rank, world_size=2)
+    # The second process never wants to pause, and the first one says when.
+    fitted, weight = fit_line(folder / f"{rank}.pt", steps=20, pause_at=math.inf if rank else 0.0)
+    assert (fitted.steps, fitted.done) == (0, False)
+    fitted, weight = fit_line(folder / f"{rank}.pt", steps=20)
+    torch.save((fitted.steps, weight), folder / f"weight-{rank}.pt")
+
+
+@pytest.mark.exhaustive
+def test_processes_train_as_one(tmp_path: Path) -> None:
+    mp.spawn(fit_line_together, (tmp_path,), nprocs=2)
+    (steps, weight), (as_many, same) = (torch.load(tmp_path / f"weight-{rank}.pt") for rank in (0, 1))
+    assert steps == as_many == 20
+    assert torch.equal(weight, same)
+    assert not (tmp_path / "1.pt").exists()
+    _, alone = fit_line(tmp_path / "alone.pt", steps=20)
+    assert not torch.equal(weight, alone)  # each drew examples of its own
