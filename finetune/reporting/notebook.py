@@ -9,6 +9,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+from finetune.config.schema import Config
 from finetune.planning.plan import Plan
 from finetune.reporting import curves
 from finetune.reporting.facts import (
@@ -99,6 +100,7 @@ def give_look(record_type: type) -> None:
 
 
 RENDERERS: dict[type, Callable[[Any], str]] = {
+    Config: lambda config: f"<pre>{escape(text(config))}</pre>",
     CaptionSet: _captions,
     Dataset: lambda dataset: facts_table("data set", dataset_facts(dataset)),
     TextSet: _text_set,

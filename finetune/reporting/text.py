@@ -6,7 +6,11 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
+
+from finetune.config.describe import as_dict
 from finetune.config.recipes import shown
+from finetune.config.schema import Config
 from finetune.planning.plan import Plan
 from finetune.reporting.facts import (
     Fact,
@@ -98,6 +102,7 @@ def _plan(plan: Plan) -> str:
 
 
 TEXTS: dict[type, Callable[[Any], str]] = {
+    Config: lambda config: yaml.safe_dump(as_dict(config), sort_keys=False, allow_unicode=True, width=WIDTH).rstrip(),
     CaptionSet: lambda captions: (
         f"captions: {caption_counts(captions)}; correct them in {captions.folder}"
         + ("/metadata.jsonl" if all(item.source == "generated" for item in captions.items) else "")

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from finetune.config.schema import Config
 from finetune.planning.plan import Plan
 from finetune.reporting.notebook import RENDERERS, html
 from finetune.reporting.tables import MOST_MARKED
@@ -34,7 +35,7 @@ def decoded(text: str) -> list[Image.Image]:
 
 def test_every_record_that_a_command_returns_has_a_look() -> None:
     assert returned_records() >= {Plan, Result, CaptionSet, Report}
-    assert set(RENDERERS) == returned_records() | parts(Result)
+    assert set(RENDERERS) == {Config, *returned_records(), *parts(Result)}
     assert all(record._repr_html_ is draw for record, draw in RENDERERS.items())  # type: ignore[attr-defined]
 
 

@@ -4,9 +4,13 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import yaml
 
+from finetune.config.compose import load
+from finetune.config.describe import as_dict
+from finetune.config.schema import Config
 from finetune.planning.plan import Plan, Setting
-from finetune.reporting.notebook import RENDERERS
+from finetune.reporting.notebook import RENDERERS, html
 from finetune.reporting.text import TEXTS
 from finetune.run.records import Adapter, Answer, Answers, Caption, CaptionSet, Dataset, Report, Result, Sample, Samples
 from tests.unit.reporting.records import parts, returned_records, run_record
@@ -26,7 +30,15 @@ def result(folder: Path) -> Result:
 
 
 def test_every_record_that_a_command_returns_has_a_text() -> None:
-    assert set(TEXTS) == returned_records() | parts(Result) == set(RENDERERS)
+    assert set(TEXTS) == {Config, *returned_records(), *parts(Result)} == set(RENDERERS)
+
+
+def test_a_configuration_reads_like_a_recipe() -> None:
+    config = load("pixar_style", ["name=mine", "trainer.steps=3", "caption.trigger='größe: 2'"])
+    assert "\nlora:\n  rank: 16\n" in repr(config)
+    assert yaml.safe_load(repr(config)) == as_dict(config)
+    assert "größe" in repr(config)
+    assert "<pre>name: mine\n" in html(config)
 
 
 @pytest.mark.usefixtures("workdir")
