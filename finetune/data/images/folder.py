@@ -101,9 +101,7 @@ def linked_folders(folder: Path) -> list[str]:
 
 def run_folders(folder: Path) -> list[str]:
     """Run folders below the folder: those of somebody who trains on the current folder lie in it."""
-    found = (path.parent.parent for path in folder.rglob("receipts/caption.json"))
-    below = (path.relative_to(folder) for path in found if path != folder and (path / "config.yaml").exists())
-    return sorted(path.as_posix() for path in below if not _hidden(path))
+    return [run.as_posix() for run in _runs_among([path.relative_to(folder) for path in folder.rglob("*")])]
 
 
 def no_files(folder: Path) -> dict[str, str]:
@@ -272,8 +270,15 @@ def _visible(folder: Path, *, files_only: bool = True) -> list[Path]:
     """Every file that isn't hidden or in a run folder, relative to the folder, sorted; else whatever is no folder."""
     found = (path for path in folder.rglob("*") if (path.is_file() if files_only else not path.is_dir()))
     paths = sorted(path.relative_to(folder) for path in found)
-    runs = run_folders(folder)
+    runs = _runs_among(paths)
     return [path for path in paths if not _hidden(path) and not any(path.is_relative_to(run) for run in runs)]
+
+
+def _runs_among(paths: Sequence[Path]) -> list[Path]:
+    """The run folders that these paths, relative to one folder, lie in; that folder itself is none."""
+    known = set(paths)
+    found = (path.parents[1] for path in paths if path.parts[-2:] == ("receipts", "caption.json"))
+    return sorted(run for run in found if run.parts and run / "config.yaml" in known and not _hidden(run))
 
 
 def _hidden(path: Path) -> bool:
