@@ -68,8 +68,8 @@ def train_autoencoder(settings: Settings) -> None:
         checkpoint=settings.work / "checkpoints" / "autoencoder.pt",
         seed=SEED,
         pause_at=settings.pause_at,
-        bf16=True,
-        compiles=True,
+        bf16=settings.on_gpu,
+        compiles=settings.on_gpu,
     )
     if not fitted.done:
         return

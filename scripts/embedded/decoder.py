@@ -53,7 +53,7 @@ def train_decoder(settings: Settings) -> None:
         seed=SEED,
         betas=(0.5, 0.99),  # each side's target moves with the other
         pause_at=settings.pause_at,
-        bf16=True,
+        bf16=settings.on_gpu,
     )
     if fitted.done:
         vae.save_pretrained(folder)
@@ -66,7 +66,7 @@ def encoded(draw_pictures: Draw, vae: AutoencoderKL) -> Draw:
     @torch.no_grad()
     def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
         target_B3PP, noise_BCHW = draw_pictures(generator)
-        with torch.autocast(target_B3PP.device.type, torch.bfloat16):
+        with torch.autocast("cuda", torch.bfloat16, enabled=target_B3PP.is_cuda):
             posterior = vae.encode(target_B3PP).latent_dist
         return target_B3PP, noisy(posterior.mean.float(), posterior.var.float(), noise_BCHW)
 

@@ -124,8 +124,8 @@ def train_diffusion(settings: Settings) -> None:
         seed=SEED,
         ema_decay=0.9995,
         pause_at=settings.pause_at,
-        bf16=True,
-        compiles=True,
+        bf16=settings.on_gpu,
+        compiles=settings.on_gpu,
     )
     if fitted.steps and rank == 0:  # a pause may come before the first step: no model to show then
         unet.save_pretrained(folder / "unet")

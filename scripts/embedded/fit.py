@@ -76,7 +76,7 @@ def fit(
 
     `bf16`: the model computes on bf16 weights, and a GPU replays forward and backward pass as one CUDA graph (shapes
     never change, and small networks otherwise wait for kernel launches). Otherwise a GPU computes under autocast.
-    `compiles`: torch.compile first joins norms, activations and losses into kernels of their own (on a GPU).
+    `compiles`: torch.compile first joins norms, activations and losses into kernels of their own.
     """
     device, rank = next(model.parameters()).device, rank_and_count()[0]
     weights = FlatWeights(model, torch.bfloat16 if bf16 else torch.float32)
@@ -116,7 +116,7 @@ def fit(
     generator = torch.Generator(device)
     generator.manual_seed(seed)
     model.train()
-    if compiles and device.type == "cuda":
+    if compiles:
         loss_of = torch.compile(loss_of, dynamic=False)
     forward_backward = stepper(weights, loss_of, autocasts=device.type == "cuda" and not bf16)
     if device.type == "cuda" and bf16 and budget.progress(seconds, step) < 1.0:

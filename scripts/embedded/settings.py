@@ -87,6 +87,11 @@ class Settings:
         return sets
 
     @property
+    def on_gpu(self) -> bool:
+        """There the models compute in bf16, which CPUs mostly do many times slower than fp32."""
+        return self.device.startswith("cuda")
+
+    @property
     def tiny_steps(self) -> int | None:
         """Optimiser steps of each phase in a tiny run; None where time is the limit."""
         return 4 if self.tiny else None

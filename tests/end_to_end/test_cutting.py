@@ -101,6 +101,7 @@ def test_a_run_interrupted_by_a_signal_gives_the_very_same_adapter(
     assert losses(run_dir) == losses(captioned / "whole")
 
 
+@pytest.mark.exhaustive
 def test_captioning_interrupted_by_ctrl_c_captions_nothing_twice(
     tmp_path: Path, finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch
 ) -> None:

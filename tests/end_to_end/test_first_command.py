@@ -492,6 +492,7 @@ def figures(first: First) -> dict[str, float]:
     return dict(json.loads(command.script("measure_style.py", *words)))
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("figure", "least"), [("flat_without_adapter", 0.95), ("style", 0.90), ("thing_and_colour", 0.85)]
 )

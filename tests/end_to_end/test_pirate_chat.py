@@ -136,6 +136,7 @@ def figures(talk: Talk) -> dict[str, dict[str, float]]:
     return dict(json.loads(command.script("measure_voice.py", str(talk.run_dir), "--questions", str(QUESTIONS))))
 
 
+@pytest.mark.exhaustive
 def test_the_adapter_has_the_voice_and_keeps_the_facts(figures: dict[str, dict[str, float]]) -> None:
     assert figures["base"]["voice"] == 0.0
     assert figures["tuned"]["voice"] >= 0.95, figures

@@ -253,6 +253,7 @@ def test_metrics_count_replies(server: Server) -> None:
     assert server.metric("vllm:generation_tokens_total") == written + 5
 
 
+@pytest.mark.exhaustive
 def test_an_adapter_is_known_by_its_content_and_steps_have_their_own(server: Server) -> None:
     names = ["base", "base:pirate_chat", "base:pirate_chat@step-1", DRIVEL, "base:second"]
     contents = [server.ask("/chat", {"prompt": "x", "model": name})[1]["content"] for name in names]
@@ -374,6 +375,7 @@ def test_sigterm_lets_replies_come_to_their_end(work: Path) -> None:
     assert "serve: shutting down; replies that have begun are finished" in ended.err
 
 
+@pytest.mark.exhaustive
 def test_an_adapter_that_is_replaced_is_served_from_then_on(work: Path) -> None:
     shutil.copytree(work / "drivel", work / "changing")
     with serving(work, "serve.adapters={changing:changing}") as server:

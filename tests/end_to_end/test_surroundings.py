@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pytest
+
 from tests.end_to_end import command
 
 CACHES = ("HF_HOME", "HF_HUB_CACHE", "HF_DATASETS_CACHE", "XDG_CACHE_HOME", "XDG_CONFIG_HOME", "XDG_DATA_HOME")
 
 
+@pytest.mark.exhaustive
 def test_a_home_folder_that_is_not_there(workdir: Path, small: list[str]) -> None:
     """As in containers and for service accounts: nothing can be made below it, not even by root."""
     nowhere = {"HOME": "/dev/null/home", **dict.fromkeys(CACHES, "")}
