@@ -367,7 +367,11 @@ class _Judge:
             if isinstance(entry, dict):
                 for key, name in entry.items():
                     chosen = key.removeprefix("override ").strip().removeprefix("/").removeprefix("optional ")
-                    if isinstance(name, str) and chosen != recipes.GROUP and not chosen.startswith("hydra/"):
+                    if chosen == recipes.GROUP and group:
+                        self.problems.append(
+                            f"{where}defaults name a recipe without its group: {name}, not {key}: {name}"
+                        )
+                    elif chosen != recipes.GROUP and (group or not chosen.startswith("hydra/")):
                         self.chosen[chosen] = [(name, where)]
             elif group and entry != "_self_":
                 self._file(group, str(entry).removeprefix(f"/{group}/"), where, above)

@@ -244,7 +244,10 @@ class OptimConfig:
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
     betas: list[float] = field(
         default_factory=lambda: [0.9, 0.999],
-        metadata=must("be two numbers in 0 … 1 (1 excluded)", lambda b: len(b) == 2 and min(b) >= 0 and max(b) < 1),
+        metadata=must(
+            "be two numbers in 0 … 1 (1 excluded)",
+            lambda b: len(b) == 2 and all(0 <= x < 1 for x in b),
+        ),
     )
     """Adam's decay rates."""
     eps: float = field(default=1e-8, metadata=POSITIVE)

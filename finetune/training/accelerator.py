@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState, GradientState
 from torch import nn
 
 from finetune.config.schema import Precision
+from finetune.run import ranks
 from finetune.training import distributed
 from finetune.training.reduction import broadcast_start
 
@@ -42,7 +43,8 @@ def build_accelerator(precision: Precision, device: torch.device) -> Accelerator
     patience = InitProcessGroupKwargs(timeout=timedelta(seconds=distributed.TIMEOUT_S))
     # Each weight is cast once a pass anyway, and a copy that outlives the pass is not there when a CUDA graph reads it.
     uncached = AutocastKwargs(cache_enabled=False)
-    return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patience, uncached])
+    with ranks.alone_if_single():
+        return Accelerator(mixed_precision=mixed, cpu=device.type == "cpu", kwargs_handlers=[patience, uncached])
 
 
 def prepare(

@@ -330,6 +330,22 @@ def test_a_recipe_is_data_and_sets_nothing_of_hydras(workdir: Path) -> None:
     assert compose.load("pixar_style").name == "pixar_style"
 
 
+@pytest.mark.parametrize("entry", ["/foo@hydra.callbacks.y: x", "override hydra/callbacks: x"])
+def test_a_recipe_sets_nothing_of_hydras_by_its_defaults_either(workdir: Path, entry: str) -> None:
+    write(workdir / "conf/mine.yaml", f"defaults: [smoke, {{{entry}}}]\n")
+    call = "{_target_: builtins.exit, _args_: [9]}\n"
+    for group in ("foo", "foo@hydra.callbacks.y", "hydra/callbacks"):
+        write(workdir / f"conf/{group}/x.yaml", f"y: {call}" if group == "hydra/callbacks" else call)
+    with pytest.raises(ConfigError, match=r"^conf/mine\.yaml: (defaults must be|no preset group called)"):
+        compose.load("mine")
+
+
+def test_a_recipe_is_extended_by_its_name_alone(workdir: Path) -> None:
+    write(workdir / "conf/mine.yaml", "defaults: [{/conf: smoke}]\n")
+    with pytest.raises(ConfigError, match=r"^conf/mine\.yaml: .*: smoke, not /conf: smoke$"):
+        compose.load("mine")
+
+
 def test_hydra_around_us_is_left_alone(workdir: Path) -> None:
     with initialize(version_base="1.3", config_path=None):
         outer = GlobalHydra.instance().hydra

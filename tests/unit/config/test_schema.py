@@ -49,6 +49,7 @@ BAD = [
     ("lora.targets", "all", "lora.targets=all is not a preset of this model; it offers: attention, attention_ff, wide"),
     ("optim.lr", 0.0, "optim.lr must be above 0, got 0.0; try optim.lr=0.0001"),
     ("optim.betas", [0.9], "optim.betas must be two numbers in 0 … 1 (1 excluded), got [0.9]; try 'optim.betas=[0.9,"),
+    ("optim.betas", [0.9, float("nan")], "optim.betas must be two numbers in 0 … 1 (1 excluded), got [0.9, nan]"),
     ("data.max_aspect", float("inf"), "data.max_aspect must be a finite number, got inf; try data.max_aspect=2.0"),
     ("loss.noise_offset", float("nan"), "loss.noise_offset must be a finite number, got nan"),
     ("data.length", 1, "data.length must be at least 2, got 1; try data.length=2048"),

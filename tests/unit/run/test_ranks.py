@@ -1,16 +1,21 @@
 """Half of what a launcher says is a line to read, whatever command it stands before."""
 
-import pytest
+import os
 
+import pytest
+import torch
+
+from finetune.config.schema import Precision
 from finetune.errors import ConfigError
 from finetune.run import ranks
+from finetune.training.accelerator import build_accelerator
 
 WHOLE = {"WORLD_SIZE": "2", "RANK": "1", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29500"}
 
 
 @pytest.fixture(autouse=True)
 def _no_launcher(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in WHOLE:
+    for name in (*WHOLE, *ranks.MPI, *ranks.PLUGINS):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -45,3 +50,23 @@ def test_a_single_process_needs_no_launcher(monkeypatch: pytest.MonkeyPatch, siz
     surround(monkeypatch, {"WORLD_SIZE": size, "RANK": "3"})
     ranks.check_launcher()
     assert (ranks.world_size(), ranks.rank(), ranks.local_rank()) == (1, 0, 0)
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("OMPI_COMM_WORLD_SIZE", "2"), ("PMI_SIZE", "4"), ("ACCELERATE_USE_DEEPSPEED", "true")]
+)
+def test_launchers_that_are_not_joined_are_named(monkeypatch: pytest.MonkeyPatch, name: str, value: str) -> None:
+    surround(monkeypatch, {name: value})
+    with pytest.raises(ConfigError, match=f"^{name}={value} .*unset {name}$"):
+        ranks.check_launcher()
+
+
+@pytest.mark.parametrize(
+    "left", [{"LOCAL_RANK": "0"}, {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}, {"OMPI_COMM_WORLD_SIZE": "1"}]
+)
+def test_what_a_launcher_left_makes_no_others(monkeypatch: pytest.MonkeyPatch, left: dict[str, str]) -> None:
+    surround(monkeypatch, left)
+    ranks.check_launcher()
+    accelerator = build_accelerator(Precision.fp32, torch.device("cpu"))
+    assert (accelerator.num_processes, accelerator.is_main_process) == (1, True)
+    assert all(os.environ[name] == value for name, value in left.items())
