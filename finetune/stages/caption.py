@@ -56,6 +56,9 @@ def caption(config: Config) -> CaptionSet:
         [stray for stray in captions.strays if authors.key(stray.name, stray.text) not in generated],
         missing=0 if config.caption.overwrite else len(todo),
     )
+    if unread := captions.unread:
+        beside = f"{plural(len(unread), 'file')} beside images without a caption, first {unread[0]}"
+        say(f"warning: not read: {beside}; captions beside images are read from {' '.join(folder.SIDECARS)}")
     if todo:
         folder.check_writable(root, todo)
         _keep_written(root, captions, {file for file in todo if file in captions.texts}, generated)

@@ -24,8 +24,18 @@ from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.progress import plural
 
 SIDECARS = (".txt", ".caption", ".cap", ".text")  # beside an image, the first that is there; in any case of letters
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet")  # of captions for a whole folder, by other tools
-TABLE_NAMES = ("metadata", "captions", "caption", "prompts")
+UNREAD = (".json", ".md", ".tags", ".tag", ".wd14", ".yaml", ".yml", ".csv", ".xml")  # beside an image, of other tools
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".yaml", ".yml")  # of captions for a whole folder
+TABLE_NAMES = (
+    "metadata",
+    "captions",
+    "caption",
+    "prompts",
+    "dataset",
+    "train",
+    "meta_cap",
+    "meta_clean",
+)  # kohya's last
 NO_CAPTIONS = ("readme", "license", "licence")  # stems of files that come with a data set and hold no caption
 # What Pillow decodes by itself. imagefolder lists PostScript, fonts' and films' files too, and no AVIF.
 EXTENSIONS = (
@@ -48,12 +58,14 @@ class Stray:
 @dataclass(frozen=True)
 class Captions:
     """texts: image -> its caption. sources: image -> the file that its caption stands in, relative to the folder.
-    unused: image -> another file with another text. strays: texts of no image."""
+    unused: image -> another file with another text. strays: texts of no image. unread: files beside images without a
+    caption that may hold one, in a form that isn't read."""
 
     texts: dict[str, str]
     sources: dict[str, str]
     unused: dict[str, str]
     strays: tuple[Stray, ...]
+    unread: tuple[str, ...]
 
 
 def images(folder: Path) -> list[str]:
@@ -133,7 +145,7 @@ def captions(folder: Path, files: Sequence[str], generated: Collection[str] = ()
     owners = [*files, *unsupported_files(folder)]
     rows, strays, unnamed = _from_metadata(folder, owners)
     visible = _visible(folder, files_only=False)  # a caption that can't be read is not passed over
-    beside = _sidecars(visible, owners)
+    beside = _sidecars(visible, owners, SIDECARS)
     found: dict[str, tuple[str, str]] = {}  # image -> its caption and where that stands
     unused: dict[str, str] = {}
     candidates = [*rows, *_from_sidecars(folder, beside)]
@@ -147,12 +159,14 @@ def captions(folder: Path, files: Sequence[str], generated: Collection[str] = ()
     strays += [
         Stray(f"{path}: there is no image {path.stem}") for path in lonely if path.stem.lower() not in NO_CAPTIONS
     ]
+    others = _sidecars(visible, owners, UNREAD)
     strays += [Stray(f"{path}: captions are read from {' and '.join(READ)} only") for path in _tables(visible)]
     return Captions(
         {file: found[file][0] for file in files if file in found},
         {file: found[file][1] for file in files if file in found},
         {file: unused[file] for file in files if file in unused},
         tuple(strays),
+        tuple(path for path, its_images in others.items() if its_images and not found.keys() & set(its_images)),
     )
 
 
@@ -237,16 +251,16 @@ def _from_metadata(
     return found, strays, unnamed
 
 
-def _sidecars(visible: Sequence[Path], images: Sequence[str]) -> dict[str, list[str]]:
-    """Text file -> the images it belongs to: those of its name, with or without the image's own suffix, else those
-    whose name differs in the case of letters only. What is read first comes first."""
+def _sidecars(visible: Sequence[Path], images: Sequence[str], suffixes: Sequence[str]) -> dict[str, list[str]]:
+    """Text file of one of these suffixes -> the images it belongs to: those of its name, with or without the image's
+    own suffix, else those whose name differs in the case of letters only. What is read first comes first."""
     exact, folded = defaultdict(list), defaultdict(list)
     for image in images:
         for name in (key(image), key(str(PurePosixPath(image).with_suffix("")))):
             exact[name].append(image)
             folded[name.casefold()].append(image)
-    stems = {path: key(path.with_suffix("").as_posix()) for path in visible if path.suffix.lower() in SIDECARS}
-    order = sorted(stems, key=lambda path: (stems[path] not in exact, SIDECARS.index(path.suffix.lower()), path))
+    stems = {path: key(path.with_suffix("").as_posix()) for path in visible if path.suffix.lower() in suffixes}
+    order = sorted(stems, key=lambda path: (stems[path] not in exact, suffixes.index(path.suffix.lower()), path))
     return {path.as_posix(): exact.get(stems[path]) or folded.get(stems[path].casefold(), []) for path in order}
 
 

@@ -6,7 +6,7 @@ does not grow with the file. Texts stay as they are; only blank system turns are
 
 import hashlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,19 @@ ALIASES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 TURN_COLUMNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
 ANSWER_COLUMNS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
 # Columns of rows that are made for another training than this one, which shows good answers only.
-VERDICT_COLUMNS = ("label", "kto_tag", "chosen")  # KTO: whether the answer is a good one (TRL's name, LLaMA-Factory's)
-BAD_VERDICTS = ("false", "0", "0.0", "-1", "-1.0")
-PREFERENCE_COLUMNS = ("chosen", "rejected", "rejected_response", "rejected_messages", "non_preferred_output")
-TOOL_COLUMNS = ("tools", "functions")  # OpenAI's, new and old
+# KTO: whether the answer is a good one. TRL's name, LLaMA-Factory's, and what rating tools export.
+VERDICT_COLUMNS = ("label", "kto_tag", "kto_label", "chosen", "desirable", "is_desirable", "is_good", "thumbs_up")
+VERDICT_COLUMNS += ("accepted", "is_accepted", "liked")
+BAD_VERDICTS = ("false", "0", "0.0", "-1", "-1.0", "bad", "rejected", "undesirable", "thumbs_down")
+PREFERENCE_COLUMNS = ("chosen", "rejected", "non_preferred_output")
+PREFERENCE_COLUMNS += tuple(f"rejected_{what}" for what in ("response", "messages", "completion", "answer", "output"))
+TOOL_COLUMNS = (
+    "tools",
+    "functions",
+    "tool_definitions",
+    "function_definitions",
+    "functions_list",
+)  # OpenAI's first
 EMPTY = ("", "[]", "{}", "null")  # JSON that holds nothing
 # Keys of a turn that may hold text to train on.
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
@@ -190,11 +199,13 @@ def _refuse_other_training(columns: dict[str, Any], where: str, format_: Convers
             f"{where}: is a preference pair ({', '.join(names)}), which is for DPO and not for supervised training; "
             f"keep the good answer alone, as {COLUMNS[ConversationFormat.prompt_completion]}, {LEAVE_OUT}"
         )
+    _refuse_bad_answer(columns, where, ("false",) if format_ is ConversationFormat.text else BAD_VERDICTS)
+
+
+def _refuse_bad_answer(marks: dict[str, Any], where: str, bad: Sequence[str] = BAD_VERDICTS) -> None:
+    """marks: of a row or a turn. bad: beside a plain text, numbers and words are classes: of reviews, of topics."""
     for name in VERDICT_COLUMNS:
-        verdict = str(columns.get(name)).strip().lower()
-        if format_ is ConversationFormat.text and verdict != "false":
-            continue  # numbers beside a plain text are classes: of films' reviews, of topics
-        if verdict in BAD_VERDICTS:
+        if (verdict := str(marks.get(name)).strip().lower()) in bad:
             raise DataError(
                 f"{where}: is a KTO row with {name} {verdict}: its answer is a bad one, and training would "
                 f"teach it; remove the row, {LEAVE_OUT}"
@@ -284,6 +295,7 @@ def _turns(value: object, where: str, name: str, format_: ConversationFormat) ->
                 f'{where}: {what} holds "{unsupported}", which is not read; write it into "{text_key}" as the model '
                 "shall write it, or leave such rows out: data.skip_bad=true"
             )
+        _refuse_bad_answer(turn, where)
         role = ALIASES.get(turn[role_key].strip().lower()) if isinstance(turn[role_key], str) else None
         if role is None:
             allowed = ", ".join(f"{name} ({', '.join(others)})" for name, (_, *others) in ROLES.items())

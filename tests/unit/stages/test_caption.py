@@ -136,6 +136,12 @@ def test_the_second_of_a_persons_two_captions_is_named(config, capsys):
     assert "1 image with two captions, first 2.png: the one in metadata.jsonl is used, the one in 2.txt is not" in said
 
 
+def test_a_file_beside_an_image_that_is_not_read_is_named(config, capsys):
+    (stage.Path(config.data.folder) / "0.json").write_text("{}")
+    assert caption(config).items[0].source == "generated"
+    assert "warning: not read: 1 file beside images without a caption, first 0.json" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["0.TXT", "0.caption", "0.png.txt"])
 def test_captions_beside_images_are_trained_whatever_they_are_called(config, name):
     (stage.Path(config.data.folder) / name).write_text("my own words")

@@ -196,9 +196,9 @@ SUPERVISED = [format_ for format_ in ROWS if format_ is not ConversationFormat.t
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("format_", SUPERVISED, ids=lambda item: item.name)
-@pytest.mark.parametrize("column", ["label", "kto_tag"])
+@pytest.mark.parametrize("column", ["label", "kto_tag", "thumbs_up"])
 def test_an_answer_that_is_marked_as_bad_is_never_trained(format_, column, named):
-    for verdict in (False, 0, 0.0, -1, "False", "0"):
+    for verdict in (False, 0, 0.0, -1, "False", "0", "Bad", "rejected"):
         with pytest.raises(DataError, match=rf"^f:1: is a KTO row with {column} .*skip_bad=true"):
             formats.conversation(ROWS[format_] | {column: verdict}, format_, "f:1", strict=not named)
     for verdict in (True, 1, "true", None, "", "sports"):
@@ -207,12 +207,25 @@ def test_an_answer_that_is_marked_as_bad_is_never_trained(format_, column, named
 
 @pytest.mark.parametrize("format_", ROWS, ids=lambda item: item.name)
 def test_a_pair_of_answers_beside_other_columns_is_never_trained(format_):
-    for pair in ({"chosen": "a", "rejected": "b"}, {"rejected_response": "b"}, {"chosen": [{"role": "assistant"}]}):
+    pairs = {"chosen": "a", "rejected": "b"}, {"rejected_response": "b"}, {"rejected_answer": "b"}
+    for pair in (*pairs, {"chosen": [{"role": "assistant"}]}):
         with pytest.raises(DataError, match=r"^f:1: is a preference pair \("):
             one(ROWS[format_] | pair)
     assert one(ROWS[format_] | {"chosen": None, "rejected": ""}) == WANTED[format_]
     with pytest.raises(DataError, match="KTO row with chosen false"):
         one(ROWS[format_] | {"chosen": False})
+
+
+def test_a_turn_that_is_marked_as_bad_is_never_trained():
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "go away", "label": False}]
+    with pytest.raises(DataError, match=r"^f:1: is a KTO row with label false"):
+        one({"messages": turns})
+
+
+@pytest.mark.parametrize("column", ["tools", "tool_definitions", "functions_list"])
+def test_tool_definitions_are_named(column):
+    with pytest.raises(DataError, match=f'^f:1: holds "{column}"'):
+        one(ROWS[ConversationFormat.messages] | {column: [{"name": "search"}]})
 
 
 def test_numbers_beside_a_plain_text_are_classes_and_false_is_a_verdict():
