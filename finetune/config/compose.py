@@ -299,7 +299,9 @@ class _Judge:
         self._names((word.partition("=")[0].lstrip("+") for word in typed), "")
         self.problems += mistyped.stray_problems(typed)
         good = []
-        for word in (typed_text.as_typed(word) for word in typed if "=" in word or word.startswith("~")):
+        for word in (
+            typed_text.as_typed(word) for word in typed if ("=" in word and word != "=") or word.startswith("~")
+        ):
             try:
                 override = _parsed(word)
                 problem = self._override_problem(override, word, sweep)

@@ -58,7 +58,7 @@ def stray_problems(words: Sequence[str]) -> Iterator[str]:
     """What to say of the words of a command line that are no settings, those that belong together in one line."""
     before, strays = "", list[str]()
     for word in [*words, ""]:
-        if word and "=" not in word and not word.startswith("~"):
+        if word and ("=" not in word or word == "=") and not word.startswith("~"):
             strays.append(word)
             continue
         if strays:
@@ -98,6 +98,9 @@ def _meant(before: str, strays: Sequence[str]) -> str:
         return f"write it without a space: {_intended(key, text)}"
     if sign and describe.leaf_types().get(key) in (str, list[str]):
         return f"what holds spaces is quoted: {_intended(key, f'{value} {text}')}"
+    key, sign, value = text.partition(" = ")
+    if sign:
+        return f"write it without spaces: {_intended(key, value)}"
     written = "settings are written key=value, such as "
     if text in recipes.recipe_files():
         return f"{written}{recipes.GROUP}={text}"

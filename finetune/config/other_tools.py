@@ -52,6 +52,16 @@ KEYS = {
 }
 """Name -> the key, or the group of presets, that is meant."""
 
+NAMES = {
+    **dict.fromkeys(("gpu", "cuda", "nvidia"), "auto"),
+    **dict.fromkeys(("resume", "continue", "fit", "finetune"), "train"),
+    **dict.fromkeys(("generate", "infer", "inference", "draw"), "sample"),
+    **dict.fromkeys(("tag", "label"), "caption"),
+    **dict.fromkeys(("merge", "convert"), "export"),
+    **dict.fromkeys(("chat", "webui", "gradio"), "serve"),
+}
+"""Name -> the command or preset that is meant."""
+
 _EPOCHS = "a run's length is trainer.steps; `finetune plan` says how often each example is seen in so many steps"
 _ATTENTION = "the fastest attention that this machine has is taken by itself"
 _CURVES = "curves go to tensorboard/ in the run folder (run_dir) and into report.html"

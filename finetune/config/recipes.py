@@ -6,6 +6,7 @@ from difflib import get_close_matches
 from hashlib import sha256
 from pathlib import Path
 
+from finetune.config.other_tools import NAMES
 from finetune.reading import read_text
 
 GROUP = "conf"  # Hydra's group of recipes; every other group holds presets
@@ -69,7 +70,8 @@ def elsewhere(path: Path) -> Path | None:
 
 def no_such(what: str, word: str, offered: list[str]) -> str:
     """`no WHAT called WORD` with the nearest name and the list of what there is."""
-    near = [name for name in offered if name.startswith(word)] or [name for name in offered if word and word in name]
+    near = [name for name in offered if name == NAMES.get(word) or name.startswith(word)]
+    near = near or [name for name in offered if word and word in name]
     near = near or get_close_matches(word, offered, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     return f"no {what} called '{word}'; {hint}there are: {', '.join(offered) or 'none'}"

@@ -199,6 +199,12 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
         ),
         (["train", "conf=smoke", 'caption.prefix="a'], ['cannot read caption.prefix="a; text with spaces']),
         (["train", "conf=smoke", "sample.prompts=[a:"], ["cannot read sample.prompts=[a:; a list of texts is quoted"]),
+        (["resume", "conf=smoke"], ["no command called 'resume'; did you mean train?"]),
+        (["train", "conf=smoke", "hardware=gpu"], ["no hardware preset called 'gpu'; did you mean auto?"]),
+        (
+            ["train", "conf=smoke", "data.folder", "=", "my/pics"],
+            ["'data.folder = my/pics' is not a setting; write it without spaces: data.folder=my/pics"],
+        ),
         (["train", "conf=smoke", "--multirn"], ["no flag called --multirn; did you mean --multirun?"]),
         (
             ["--multirun", "conf=smoke", "seed=1,2"],
