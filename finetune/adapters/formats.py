@@ -98,10 +98,15 @@ def peft_folder(path: Path) -> Path:
 
 def read_peft_folder(folder: Path) -> dict[str, Tensor]:
     """An exported PEFT adapter's weights under the names that `load_state` takes. Raises ModelError."""
+    return {_text_model_name(name): weight for name, weight in _as_saved(folder).items()}
+
+
+def _as_saved(folder: Path) -> dict[str, Tensor]:
+    """Under the names of the model that the adapter was made for, which `rank_pattern` and `alpha_pattern` use too."""
     if folder.is_file():
         raise ModelError(f"{folder} is a file, and only an image model takes one; name a PEFT folder")
     weights = read_weights(folder / PEFT_WEIGHTS)
-    return {_text_model_name(name.removeprefix("base_model.model.")): weight for name, weight in weights.items()}
+    return {name.removeprefix("base_model.model."): weight for name, weight in weights.items()}
 
 
 def read_peft_config(folder: Path) -> dict[str, Any]:
@@ -128,7 +133,7 @@ def _require_strength(settings: Mapping[str, Any], path: Path) -> None:
 
 def read_peft(folder: Path) -> StoredAdapter:
     """A PEFT folder from any trainer. Raises ModelError if it is missing, damaged, or changes the base besides."""
-    weights = read_peft_folder(folder)
+    saved = _as_saved(folder)
     settings = read_peft_config(folder)
     if (start := settings.get("init_lora_weights", True)) not in STARTS_AS_BASE:
         raise ModelError(
@@ -136,7 +141,8 @@ def read_peft(folder: Path) -> StoredAdapter:
             "PEFT's path_initial_model_for_weight_conversion"
         )
     with _explained(folder / PEFT_CONFIG):
-        return StoredAdapter(weights, {layer: _scale(settings, layer) for layer in _layers(weights)})
+        scales = {_text_model_name(layer): _scale(settings, layer) for layer in _layers(saved)}
+    return StoredAdapter({_text_model_name(name): weight for name, weight in saved.items()}, scales)
 
 
 def _layers(weights: Iterable[str]) -> set[str]:

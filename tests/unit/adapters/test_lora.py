@@ -1,6 +1,7 @@
 """Adapters: zero at first, named as PEFT names them, refused where they don't fit."""
 
 import copy
+import json
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -444,6 +445,17 @@ def test_an_adapter_made_elsewhere_is_the_same_function_at_the_start(
     lora.start_from(continued, stored.weights, stored.scales, "the folder")
     assert difference(logits(continued), logits(base.eval())) < 1e-5
     assert difference(logits(continued), logits(load("fp32"))) > 0.01
+
+
+def test_patterns_go_by_the_names_of_the_model_that_was_trained(tmp_path: Path) -> None:
+    full = "model.language_model.layers.0.self_attn.q_proj"  # shortened for the text model alone
+    factors = {f"base_model.model.{full}.lora_{side}.weight": torch.ones(2, 2) for side in "AB"}
+    save_file(factors, tmp_path / formats.PEFT_WEIGHTS)
+    settings = {"peft_type": "LORA", "r": 2, "lora_alpha": 2, "alpha_pattern": {full: 8}}
+    (tmp_path / formats.PEFT_CONFIG).write_text(json.dumps(settings))
+    stored = formats.read_peft(tmp_path)
+    assert stored.scales == {"model.layers.0.self_attn.q_proj": 4.0}
+    assert stored.weights.keys() == {f"model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"}
 
 
 def test_a_start_that_would_be_another_function_is_refused(load: Callable[[str], Any], tmp_path: Path) -> None:
