@@ -431,15 +431,22 @@ def test_a_base_is_known_by_its_weights_wherever_it_lies(
     assert "up to date" not in capsys.readouterr().err
 
 
-def test_an_adapter_to_start_from_is_known_by_its_weights(
-    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+def change_strength(folder: Path) -> None:
+    file = next(folder.rglob("adapter_config.json"))
+    settings = json.loads(file.read_text())
+    file.write_text(json.dumps(settings | {"lora_alpha": 2 * settings["lora_alpha"]}))
+
+
+@pytest.mark.parametrize("change", [change_weights, change_strength])
+def test_an_adapter_to_start_from_is_known_by_its_content(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, change: Callable[[Path], None]
 ) -> None:
     dataset = make_dataset()
     config.export.formats = [ExportFormat.peft]
     first = Path(export(config, train(config, dataset)).folder)
     config.run_dir, config.lora.start_from = str(tmp_path / "second"), str(first)
     train(config, dataset)
-    change_weights(first)
+    change(first)
     with pytest.raises(RunError, match=r"lora.start_from: other files"):
         train(config, dataset)
 
