@@ -1,6 +1,5 @@
 """Export a diffusion adapter in every format, and verify each file by loading it into a fresh base."""
 
-import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,7 +8,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from finetune import hub
 from finetune.adapters import formats as files
 from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
@@ -24,15 +22,6 @@ from finetune.memory.device import release_memory, usable_bytes
 from finetune.run.hashing import hash_of
 from finetune.run.progress import say
 
-USAGE = """from diffusers import DiffusionPipeline
-
-pipeline = DiffusionPipeline.from_pretrained({base})
-pipeline.load_lora_weights("adapter", weight_name="pytorch_lora_weights.safetensors")
-# ComfyUI and other programs take the kohya-style file: its strength (alpha) is in it.
-
-image = pipeline({prompt}, width={side}, height={side}, num_inference_steps={steps}).images[0]
-image.save("image.png")
-"""
 EMA_FILE = "pytorch_lora_weights_ema.safetensors"
 PROBE_SEED = 20240131  # any fixed number: the inputs of the comparison
 PROBE_SIDE = 16  # latent pixels
@@ -140,7 +129,7 @@ def _write_diffusers(exporter: Exporter, trained: nn.Module, weights: Mapping[st
 
 
 def _write_kohya(exporter: Exporter, trained: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> str:
-    spec, file = family(exporter.model.family), folder / f"{exporter.name}.safetensors"
+    spec, file = family(exporter.model.family), folder / kohya_file(exporter.name)
     version = spec.base_version(trained.config, load_scheduler(exporter.model).config)
     metadata = {**exporter.metadata, **version_metadata(version)}
     return files.save_kohya(file, weights, spec.kohya_prefix, exporter.lora.alpha, metadata).name
@@ -155,14 +144,9 @@ WRITERS: dict[ExportFormat, Callable[[Exporter, nn.Module, Mapping[str, Tensor],
 require_all(MODEL_KINDS["diffusion"].export_formats, WRITERS, "diffusion.export.WRITERS")
 
 
-def usage(model: ModelConfig, *, prompt: str, steps: int) -> str:
-    """Python that loads an adapter and draws a prompt, `{base}` to be filled in as `str.format` does."""
-    spelt = json.dumps(prompt, ensure_ascii=False).replace("{", "{{").replace("}", "}}")
-    code = USAGE
-    if hub.single_file(model.base) is not None:
-        pipeline = family(model.family).pipeline  # the others have no loader of single files
-        code = code.replace("from_pretrained", "from_single_file").replace("DiffusionPipeline", pipeline)
-    return code.format(base="{base}", prompt=spelt, side=model.resolution, steps=steps)
+def kohya_file(name: str) -> str:
+    """What the kohya-style file of an adapter of that name is called."""
+    return f"{name}.safetensors"
 
 
 def kohya_metadata(

@@ -10,7 +10,7 @@ from torch import Tensor
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ModelConfig, Quantize
 from finetune.data.images import folder
-from finetune.diffusion import encode, single_file
+from finetune.diffusion import card, encode, single_file
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
 from finetune.diffusion.brush import Brush
@@ -133,7 +133,13 @@ def export(
 
 def usage(config: Config) -> str:
     prompt = next(iter(config.sample.prompts), config.caption.trigger or "a house on a hill")
-    return exporting.usage(config.model, prompt=prompt, steps=config.sample.steps)
+    return card.usage(
+        config.model,
+        formats=config.export.formats,
+        kohya_file=exporting.kohya_file(config.name),
+        prompt=prompt,
+        steps=config.sample.steps,
+    )
 
 
 def use(config: Config, adapter: Path) -> Brush:

@@ -87,6 +87,7 @@ SPEC = FamilySpec(
     captions_per_pass=1,
     large_text=("text_encoder",),
     kohya_prefix="lora_unet_",  # musubi-tuner's names, which diffusers and ComfyUI read too
+    diffusers_reads_kohya=True,
     base_version=lambda *_: BaseVersion("qwen_image", "Qwen-Image"),
     file_vae=False,
     decode_workspace_measured=False,

@@ -41,6 +41,7 @@ SPEC = FamilySpec(
     backbone_class="UNet2DConditionModel",
     text_tokens={"text_encoder": CLIP_TOKENS},
     kohya_prefix="lora_unet_",  # sd-scripts' names, which diffusers and ComfyUI read too
+    diffusers_reads_kohya=True,
     base_version=base_version,
     file_text_prefixes={"text_encoder": "cond_stage_model."},
     decode_workspace_measured=True,

@@ -47,6 +47,7 @@ SPEC = FamilySpec(
     backbone_class="UNet2DConditionModel",
     text_tokens={"text_encoder": CLIP_TOKENS, "text_encoder_2": CLIP_TOKENS},
     kohya_prefix="lora_unet_",  # sd-scripts' names, which diffusers and ComfyUI read too
+    diffusers_reads_kohya=True,
     base_version=lambda *_: BaseVersion("sdxl_base_v1-0", "stable-diffusion-xl-v1-base"),
     file_text_prefixes={"text_encoder": "conditioner.embedders.0.", "text_encoder_2": "conditioner.embedders.1."},
     decode_workspace_measured=True,

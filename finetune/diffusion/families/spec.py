@@ -90,6 +90,8 @@ class FamilySpec:
     """Text encoders of billions of parameters: loaded in bf16, as they are released; others in fp32."""
     kohya_prefix: str
     """What begins the names of layers in kohya-style files, so that other programs know them; see `save_kohya`."""
+    diffusers_reads_kohya: bool = False
+    """Whether the pipeline's `load_lora_weights` reads every layer of such a file."""
     base_version: Callable[[Any, Any], BaseVersion]
     """(backbone's configuration, scheduler's configuration): what kohya-style files say of their base."""
     file_text_prefixes: Mapping[str, str] = field(default_factory=dict)

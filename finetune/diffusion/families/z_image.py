@@ -59,6 +59,7 @@ SPEC = FamilySpec(
     captions_per_pass=1,  # the hidden states of many would fill a GPU
     large_text=("text_encoder",),
     kohya_prefix="diffusion_model.",  # the one form that both diffusers and ComfyUI read together with alpha
+    diffusers_reads_kohya=True,
     base_version=lambda *_: BaseVersion("z_image", "Z-Image"),
     decode_workspace_measured=True,
     encode=encode,

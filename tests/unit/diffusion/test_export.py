@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from torch import Tensor
 
 from finetune import hub, kinds
 from finetune.adapters import formats, lora
-from finetune.config.schema import Config, ModelConfig
+from finetune.config.schema import Config, ExportFormat, ModelConfig
+from finetune.diffusion import card
+from finetune.diffusion.families import family
 from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.errors import ExportError, ModelError
 from finetune.run.records import Dataset, Run
@@ -60,13 +64,9 @@ def test_the_libraries_own_loaders_read_the_files(config: Config, run: Run, tiny
         pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
         pipeline.load_lora_weights(adapter.folder, weight_name=name)
         pipelines.append(pipeline)
-    latents, text = torch.randn(1, 4, 8, 8), torch.randn(1, 77, 16)
-    with torch.no_grad():
-        outputs = [pipe.unet(latents, torch.tensor([5]), encoder_hidden_states=text).sample for pipe in pipelines]
-        base = load_backbone(ModelConfig(base=str(tiny_base)), torch.float32)(
-            latents, torch.tensor([5]), encoder_hidden_states=text
-        ).sample
+    outputs = [predicted(pipeline.unet) for pipeline in pipelines]
     assert torch.allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
+    base = predicted(load_backbone(ModelConfig(base=str(tiny_base)), torch.float32))
     assert not torch.allclose(outputs[0], base, atol=1e-4)
 
 
@@ -117,20 +117,47 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
             load_adapter(config.model, other, Path(adapter.folder) / adapter.files[name])
 
 
-@pytest.mark.parametrize("embedded", [True, False])
+CARDS = [(formats, False, True) for formats in [["peft"], ["diffusers"], ["kohya"], ["kohya", "peft"]]]
+CARDS += [(["kohya"], False, False), (["peft", "diffusers", "kohya"], True, True)]
+
+
+@pytest.mark.parametrize(("names", "embedded", "reads_kohya"), CARDS)
 def test_the_code_of_the_model_card_runs(
-    config: Config, run: Run, tiny_base: Path, monkeypatch: pytest.MonkeyPatch, embedded: bool
+    config: Config,
+    run: Run,
+    tiny_base: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    names: list[str],
+    embedded: bool,
+    reads_kohya: bool,
 ) -> None:
     if embedded:
         monkeypatch.setattr(hub, "EMBEDDED", tiny_base.parent)
         config.model.base = f"embedded:{tiny_base.name}"
+    spec = replace(family(config.model.family), diffusers_reads_kohya=reads_kohya)
+    monkeypatch.setattr(card, "family", lambda _: spec)
+    config.name, config.export.formats = "it's a {name}", [ExportFormat[name] for name in names]
     config.sample.prompts = ['it\'s a "red" {robot}']
-    page = Path(export(config, run).folder, "README.md").read_text()
+    adapter = export(config, run)
+    page = Path(adapter.folder, "README.md").read_text()
     monkeypatch.chdir(config.run_dir)
-    names: dict[str, Any] = {}
-    exec(page.split("```python\n")[1].split("```")[0], names)
-    assert names["pipeline"].get_active_adapters()
+    made: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], made)
     assert Image.open("image.png").size == (32, 32)
+    base = load_backbone(config.model, torch.float32)
+    untuned = predicted(base)
+    trained = predicted(load_adapter(config.model, base, Path(adapter.folder, adapter.files[names[0]])))
+    assert torch.allclose(predicted(made["pipeline"].unet), trained, rtol=1e-5, atol=1e-6)
+    assert not torch.allclose(untuned, trained, atol=1e-4)
+
+
+@torch.no_grad()
+def predicted(unet: Any) -> Tensor:
+    """What it predicts for fixed random inputs."""
+    random = torch.Generator().manual_seed(0)
+    latents, text = torch.randn(1, 4, 8, 8, generator=random), torch.randn(1, 77, 16, generator=random)
+    sample: Tensor = unet.eval()(latents, torch.tensor([5]), encoder_hidden_states=text).sample
+    return sample
 
 
 @pytest.mark.parametrize(
