@@ -135,6 +135,7 @@ def usage(config: Config) -> str:
     prompt = next(iter(config.sample.prompts), config.caption.trigger or "a house on a hill")
     return card.usage(
         config.model,
+        dtype=pick_dtype(config.trainer.precision, pick_device(config.hardware.device)),
         formats=config.export.formats,
         kohya_file=exporting.kohya_file(config.name),
         prompt=prompt,

@@ -39,9 +39,8 @@ print(tokenizer.decode(answer[0, inputs["input_ids"].shape[1] :], skip_special_t
 def _load_base(model: ModelConfig, dtype: torch.dtype) -> str:
     if model.quantize is Quantize.none:
         return "base = AutoModelForCausalLM.from_pretrained({base})\n"
-    settings = ", ".join(f"{key}={value!r}" for key, value in quantize.settings(model.quantize, dtype).items())
     return (
-        f"stored = BitsAndBytesConfig({settings})\n"
+        f"stored = {quantize.as_code(model.quantize, dtype)}\n"
         f"base = AutoModelForCausalLM.from_pretrained({{base}}, dtype={dtype}, quantization_config=stored)\n"
         + (CPU_LAYOUT if model.quantize is Quantize.nf4 else "")
     )

@@ -26,6 +26,11 @@ def settings(quantize: Quantize, dtype: torch.dtype) -> dict[str, Any]:
     }
 
 
+def as_code(quantize: Quantize, dtype: torch.dtype) -> str:
+    """The `BitsAndBytesConfig` of `settings` as Python; it needs `torch`."""
+    return f"BitsAndBytesConfig({', '.join(f'{key}={value!r}' for key, value in settings(quantize, dtype).items())})"
+
+
 def prove(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
     """Send a gradient through one small layer of that kind. Raises ModelError where it doesn't work on the device."""
     logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # int8 warns in every product of every step

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -10,15 +11,18 @@ import pytest
 import torch
 from PIL import Image
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from finetune import hub, kinds
 from finetune.adapters import formats, lora
-from finetune.config.schema import Config, ExportFormat, ModelConfig
-from finetune.diffusion import card
+from finetune.config.schema import Config, ExportFormat, ModelConfig, Precision, Quantize
+from finetune.diffusion import card, pipeline
 from finetune.diffusion.families import family
 from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.errors import ExportError, ModelError
+from finetune.memory import quantize
+from finetune.memory.device import pick_dtype
 from finetune.run.records import Dataset, Run
 from finetune.stages.export import export
 from finetune.stages.train import train
@@ -59,12 +63,11 @@ def test_the_libraries_own_loaders_read_the_files(config: Config, run: Run, tiny
     from diffusers import StableDiffusionPipeline
 
     adapter = export(config, run)
-    pipelines = []
+    outputs = []
     for name in (adapter.files["diffusers"], adapter.files["kohya"]):
-        pipeline = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
-        pipeline.load_lora_weights(adapter.folder, weight_name=name)
-        pipelines.append(pipeline)
-    outputs = [predicted(pipeline.unet) for pipeline in pipelines]
+        loaded_into = StableDiffusionPipeline.from_pretrained(tiny_base, safety_checker=None)
+        loaded_into.load_lora_weights(adapter.folder, weight_name=name)
+        outputs.append(predicted(loaded_into.unet))
     assert torch.allclose(outputs[0], outputs[1], rtol=1e-5, atol=1e-6)
     base = predicted(load_backbone(ModelConfig(base=str(tiny_base)), torch.float32))
     assert not torch.allclose(outputs[0], base, atol=1e-4)
@@ -149,6 +152,59 @@ def test_the_code_of_the_model_card_runs(
     trained = predicted(load_adapter(config.model, base, Path(adapter.folder, adapter.files[names[0]])))
     assert torch.allclose(predicted(made["pipeline"].unet), trained, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(untuned, trained, atol=1e-4)
+
+
+class _Asked(Exception):
+    """What a loader was asked for, instead of a GPU to load it on."""
+
+    def __init__(self, **options: Any) -> None:
+        self.options = options
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp32"])
+@pytest.mark.parametrize("stored", [Quantize.nf4, Quantize.int8])
+def test_the_code_of_the_model_card_quantises_the_base_as_the_export_did(
+    config: Config, monkeypatch: pytest.MonkeyPatch, stored: Quantize, precision: str
+) -> None:
+    from diffusers import UNet2DConditionModel
+
+    config.model.quantize, config.trainer.precision = stored, Precision[precision]
+    dtype = pick_dtype(config.trainer.precision, torch.device("cpu"))
+
+    def asked(_: str, **options: Any) -> None:
+        raise _Asked(**options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", asked)
+    monkeypatch.setattr(quantize, "prove", lambda *_: None)
+    monkeypatch.setattr(hub, "explained", lambda _: nullcontext())
+    with pytest.raises(_Asked) as ours:
+        load_backbone(config.model, dtype)
+    with pytest.raises(_Asked) as shown:
+        exec(kinds.of(config).usage(config).format(base=repr(config.model.base)), {})
+    first, second = ours.value.options, shown.value.options
+    for name in ("subfolder", "torch_dtype"):
+        assert first[name] == second[name]
+    assert first["quantization_config"].to_dict() == second["quantization_config"].to_dict()
+
+
+def test_the_code_of_the_model_card_quantises_a_single_file_as_the_export_did(
+    config: Config, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    base = tmp_path / "base.safetensors"
+    save_file({}, base)
+    config.model.base, config.model.family, config.model.parts = str(base), "sdxl", "some/parts"
+    config.model.quantize, config.trainer.precision = Quantize.nf4, Precision.bf16
+
+    def asked(model: ModelConfig, dtype: torch.dtype, device: torch.device) -> None:
+        raise _Asked(model=model, dtype=dtype, device=device.type)
+
+    monkeypatch.setattr(pipeline, "load_backbone", asked)
+    with pytest.raises(_Asked) as shown:
+        exec(kinds.of(config).usage(config).format(base=repr(config.model.base)), {})
+    asked_for, own = shown.value.options, config.model
+    assert (asked_for["dtype"], asked_for["device"]) == (torch.bfloat16, "cuda")
+    for name in ("base", "family", "parts", "quantize"):
+        assert getattr(asked_for["model"], name) == getattr(own, name)
 
 
 @torch.no_grad()
