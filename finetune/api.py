@@ -206,7 +206,7 @@ def _begun(command: str, recipe: str | Config, overrides: Overrides) -> Iterator
         taken_warnings()  # of a command that failed
         config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
         limited = _machine(config, row) if row.uses_device else nullcontext()
-        folder, hint = Path(config.run_dir), hints.smaller(config)
+        folder, hint = Path(config.run_dir), hints.smaller(config, on_gpu=row.uses_device and _on_gpu(config))
         if not row.trains:
             ranks.require_single_process()
         together = distributed.process_group() if row.trains else nullcontext()
@@ -238,6 +238,12 @@ def _config(recipe: str | Config, overrides: Overrides, *, needs_prompts: bool) 
     if problems:
         raise ConfigError("\n".join(problems))
     return config
+
+
+def _on_gpu(config: Config) -> bool:
+    from finetune.memory.device import pick_device
+
+    return pick_device(config.hardware.device).type == "cuda"
 
 
 def _machine(config: Config, row: Command) -> AbstractContextManager[None]:

@@ -164,7 +164,7 @@ def start_from(model: nn.Module, weights: Mapping[str, Tensor], scales: Mapping[
     if ranks and ranks != [rank]:
         advice = f"set lora.rank={ranks[0]}" if len(ranks) == 1 else "only adapters of one rank can be continued"
         raise ModelError(f"{source} has rank {', '.join(map(str, ranks))}, and lora.rank is {rank}; {advice}")
-    dora, here = (any("lora_magnitude_vector" in name for name in names) for names in (weights, own))
+    dora, here = is_dora(weights), is_dora(own)
     if dora != here:
         setting, stored = str(here).lower(), str(dora).lower()
         raise ModelError(f"{source} was trained with dora={stored}, and lora.dora is {setting}; set lora.dora={stored}")
@@ -175,6 +175,11 @@ def start_from(model: nn.Module, weights: Mapping[str, Tensor], scales: Mapping[
             if key in scaled and factor != 1:
                 scaled[key] = scaled[key].float() * factor
     load_state(model, scaled, source)
+
+
+def is_dora(weights: Mapping[str, Tensor]) -> bool:
+    """Whether an adapter has magnitudes of its own beside its factors."""
+    return any("lora_magnitude_vector" in name for name in weights)
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -4,7 +4,7 @@ from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config, Quantize
 
 
-def smaller(config: Config) -> str:
+def smaller(config: Config, *, on_gpu: bool) -> str:
     """What needs less memory and trains the same, with the same effective batch; where nothing does, `smallest`."""
     trainer = config.trainer
     if trainer.micro_batch > 1:
@@ -13,13 +13,14 @@ def smaller(config: Config) -> str:
         return f"try trainer.micro_batch={micro_batch} trainer.accumulate={accumulate}"
     if trainer.activation_checkpointing != 1:
         return "try trainer.activation_checkpointing=1"
-    return smallest(config)
+    return smallest(config, on_gpu=on_gpu)
 
 
-def smallest(config: Config) -> str:
+def smallest(config: Config, *, on_gpu: bool) -> str:
     """What is left when every setting that trains the same was tried: another result, or another base."""
-    half, changed = model_kind(config.model.kind).resize(config, 0.5)
+    kind = model_kind(config.model.kind)
+    half, changed = kind.resize(config, 0.5)
     ideas = [half] if changed != config else []
-    if config.model.quantize is Quantize.none:
+    if config.model.quantize is Quantize.none and (on_gpu or kind.quantizes_on_cpu):
         ideas.append("model.quantize=nf4")
     return f"try {', '.join([*ideas, 'or a smaller base model' if ideas else 'a smaller base model'])}"

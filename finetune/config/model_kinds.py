@@ -15,7 +15,8 @@ class ModelKind:
 
     data_key: the setting that names the examples. example_recipe: the recipe that shows it. captioned: its examples may
     need captions first. verb: `finetune.VERB` uses what was trained. resize: make every example that share of its size:
-    what to type, and the configuration. smaller_shares: those that may help where memory is short.
+    what to type, and the configuration. smaller_shares: those that may help where memory is short. quantizes_on_cpu:
+    `model.quantize` works without a GPU too.
     """
 
     name: str
@@ -25,6 +26,7 @@ class ModelKind:
     verb: str
     resize: Callable[[Config, float], tuple[str, Config]]
     smaller_shares: tuple[float, ...]
+    quantizes_on_cpu: bool
 
     @property
     def export_formats(self) -> tuple[ExportFormat, ...]:
@@ -59,6 +61,7 @@ MODEL_KINDS = {
             verb="draw",
             resize=_resized_images,
             smaller_shares=(0.75, 0.5, 0.25),
+            quantizes_on_cpu=False,  # diffusers quantises on GPUs alone
         ),
         ModelKind(
             name="language",
@@ -68,6 +71,7 @@ MODEL_KINDS = {
             verb="chat",
             resize=_resized_rows,
             smaller_shares=(0.5, 0.25, 0.125),
+            quantizes_on_cpu=True,
         ),
     )
 }

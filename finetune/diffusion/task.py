@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from finetune.adapters import lora as lora_layers
 from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
+from finetune.config.spelling import setting
 from finetune.data import order
 from finetune.data.cache import read
 from finetune.diffusion.families import family
@@ -22,6 +23,7 @@ from finetune.diffusion.families.spec import FamilySpec, stacked
 from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
 from finetune.diffusion.pipeline import load_backbone, load_scheduler, prove_backbone, read_adapter
+from finetune.errors import ModelError
 from finetune.memory import activation_offload, checkpointing, fallbacks
 from finetune.memory.device import usable_bytes
 from finetune.run import ranks
@@ -87,6 +89,11 @@ class DiffusionTask:
             self.graphs = CudaGraphs(self._loss, trained, usable_bytes(device, vram_gib))
         if lora.start_from:
             stored = read_adapter(model, self.model, Path(lora.start_from))
+            if lora_layers.is_dora(stored.weights):  # as `lora.dora`, which is for language models alone
+                raise ModelError(
+                    f"{lora.start_from} was trained with DoRA, and image models can't continue such an adapter; "
+                    f"take one without DoRA, or start anew with {setting('lora.start_from', '')}"
+                )
             lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:

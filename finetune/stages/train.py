@@ -128,7 +128,7 @@ def _trainer(
         shown=flat(as_dict(config)),
         requested=requested,
         applied=choice.settings(config.trainer, config.model),
-        hint=hints.smallest(config),
+        hint=hints.smallest(config, on_gpu=device.type == "cuda"),
         resumed=resumed,
         dry_run_first=dry_run_first,
         planned_gib=planned_gib,

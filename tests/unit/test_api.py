@@ -448,7 +448,7 @@ def _failing(number: int) -> Callable[..., Any]:
         (["trainer.micro_batch=1", "trainer.activation_checkpointing=2"], "try trainer.activation_checkpointing=1"),
         (
             ["trainer.micro_batch=1", "trainer.activation_checkpointing=1"],
-            "try model.resolution=64, model.quantize=nf4, or a smaller base model",
+            "try model.resolution=64, or a smaller base model",
         ),
     ],
 )

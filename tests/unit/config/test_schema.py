@@ -2,16 +2,19 @@
 
 import ast
 import os
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import torch
 
+from finetune import kinds
 from finetune.config import describe, hints
 from finetune.config import schema as module
 from finetune.config.compose import load
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import MODEL_KINDS, model_kind
-from finetune.config.schema import CheckpointChoice, Config
+from finetune.config.schema import CheckpointChoice, Config, Quantize
 from finetune.config.typed_text import PATHS
 from finetune.config.validate import cautions, check
 from finetune.errors import ConfigError
@@ -266,10 +269,24 @@ def test_smaller_examples_are_named_and_hinted_at(recipe: str, setting: str, sma
     for words, changed in found:
         assert changed == load(recipe, [setting, words])
         assert check(changed) == []
-    hint = hints.smallest(config)
+    hint = hints.smallest(config, on_gpu=True)
     assert hint.startswith("try ")
     half = model_kind(config.model.kind).resize(config, 0.5)[0]
     assert (half in smaller and half in hint) if smaller else (half not in hint)
     config = load(recipe, [setting, "model.quantize=nf4"])
-    assert "quantize" not in hints.smallest(config)
-    assert smaller or hints.smallest(config) == "try a smaller base model"
+    assert "quantize" not in hints.smallest(config, on_gpu=True)
+    assert smaller or hints.smallest(config, on_gpu=True) == "try a smaller base model"
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("recipe", ["pixar_style", "pirate_chat"])
+def test_the_hint_for_a_full_memory_offers_quantisation_only_where_it_is_not_refused(recipe: str, device: str) -> None:
+    config = load(recipe, ["trainer.micro_batch=1", "trainer.activation_checkpointing=1"])
+    quantised = replace(config, model=replace(config.model, quantize=Quantize.nf4))
+    try:
+        kinds.of(quantised).require(quantised, torch.device(device))
+        works = True
+    except ConfigError:
+        works = False
+    for hint in (hints.smallest, hints.smaller):
+        assert ("model.quantize=nf4" in hint(config, on_gpu=device == "cuda")) == works

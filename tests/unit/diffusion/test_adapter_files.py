@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -243,6 +244,19 @@ def test_an_adapter_of_another_rank_is_not_continued(
     config.lora.rank, config.lora.start_from, config.sample.previews = 8, str(tmp_path), 0
     with pytest.raises(ModelError, match=r"has rank 4, and lora.rank is 8; set lora.rank=4"):
         kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
+
+
+def test_a_dora_adapter_is_not_continued_and_no_refused_setting_is_advised(
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+) -> None:
+    unet = lora.inject(load_backbone(config.model, torch.float32), replace(SETTINGS, dora=True), ATTENTION, seed=0)
+    formats.save_peft(unet, tmp_path / "peft", lora.state(unet), "")
+    config.lora.start_from, config.sample.previews = str(tmp_path), 0
+    with pytest.raises(ModelError, match=r"DoRA.*lora.start_from=") as error:
+        kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
+    assert "lora.dora" not in str(error.value)
+    config.lora.start_from = ""
+    kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
 
 
 @pytest.mark.parametrize(
