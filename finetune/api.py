@@ -18,7 +18,7 @@ from finetune.config import describe, hints, mistyped, recipes, renamed
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config
-from finetune.config.spelling import setting
+from finetune.config.spelling import override, setting
 from finetune.config.typed_text import Overrides, as_words
 from finetune.config.validate import cautions, check
 from finetune.diffusion import families
@@ -152,13 +152,17 @@ def serve(recipe: str | Config, overrides: Overrides = ()) -> Iterator["Serving"
     with _begun("serve", recipe, overrides) as config:
         from finetune.stages.serve import serving
 
-        with serving(config) as found:
+        typed = [override("conf", recipe), *as_words(overrides)] if isinstance(recipe, str) else []
+        with serving(config, typed) as found:
             yield found
 
 
-def serve_forever(config: Config) -> "Served":
-    """The same until SIGINT or SIGTERM, as the command line does."""
-    return cast("Served", _stage("serve", config))
+def serve_forever(config: Config, typed: Sequence[str] = ()) -> "Served":
+    """The same until SIGINT or SIGTERM, as the command line does. typed: there, which makes up `config`."""
+    with _begun("serve", config, ()):
+        from finetune.stages.serve import serve
+
+        return serve(config, typed)
 
 
 def chat(recipe: str | Config, overrides: Overrides = ()) -> "Conversation":

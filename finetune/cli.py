@@ -262,7 +262,7 @@ def _run_config(command: str, config: Config, overrides: Sequence[str], began: f
     from finetune import api
     from finetune.reporting import terminal
 
-    record = api.serve_forever(config) if command == "serve" else getattr(api, command)(config)
+    record = api.serve_forever(config, overrides) if command == "serve" else getattr(api, command)(config)
     if ranks.rank() == 0:
         terminal.show(config, record, overrides, began=began)
     if isinstance(record, Plan) and not record.fits:

@@ -115,10 +115,10 @@ class ImageService:
         write = "import base64, json, sys; sys.stdout.buffer.write("
         write += 'base64.b64decode(json.load(sys.stdin)["data"][0]["b64_json"]))'
         ask = f"curl {url}/v1/images/generations -H 'Content-Type: application/json'{bearer} -d {body}"
-        client = f"openai.OpenAI(base_url='{url}/v1', api_key='{key or 'none'}')"
+        client = f"openai.OpenAI(base_url={url + '/v1'!r}, api_key={key or 'none'!r})"
         return (
             f"{ask} | python -c {shlex.quote(write)} > image.png",
-            f"{client}.images.generate(model='{self.shelf.default}', prompt={self.canvas.prompt!r})",
+            f"{client}.images.generate(model={self.shelf.default!r}, prompt={self.canvas.prompt!r})",
         )
 
     def close(self) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shlex
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
@@ -120,13 +121,13 @@ class LanguageService:
 
     def examples(self, url: str, key: str) -> Sequence[str]:
         """See `app.Service`."""
-        body = json.dumps({"prompt": "Who are you?", "history": []})
+        body = shlex.quote(json.dumps({"prompt": "Who are you?", "history": []}))
         bearer = f" -H 'Authorization: Bearer {key}'" if key else ""
-        client = f"openai.OpenAI(base_url='{url}/v1', api_key='{key or 'none'}')"
+        client = f"openai.OpenAI(base_url={url + '/v1'!r}, api_key={key or 'none'!r})"
         messages = "[{'role': 'user', 'content': 'Who are you?'}]"
         return (
-            f"curl {url}/chat -H 'Content-Type: application/json'{bearer} -d '{body}'",
-            f"{client}.chat.completions.create(model='{self.shelf.default}', messages={messages})",
+            f"curl {url}/chat -H 'Content-Type: application/json'{bearer} -d {body}",
+            f"{client}.chat.completions.create(model={self.shelf.default!r}, messages={messages})",
         )
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 """Answer requests over HTTP, with the base and with adapters, until it is stopped."""
 
-from collections.abc import Iterator
+import shlex
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -10,6 +11,7 @@ from typing import Any
 from finetune.adapters import formats
 from finetune.config.model_kinds import model_kind
 from finetune.config.schema import Config, ExportFormat
+from finetune.config.spelling import override
 from finetune.errors import ConfigError
 from finetune.run.progress import plural, say
 from finetune.run.receipts import load_record
@@ -35,9 +37,12 @@ class Served:
     models: tuple[str, ...]
 
 
-def serve(config: Config) -> Served:
-    """Serve until SIGINT or SIGTERM. Raises ConfigError, ModelError, DataError before it begins."""
-    with _prepared(config) as (parts, serving):
+def serve(config: Config, typed: Sequence[str] = ()) -> Served:
+    """Serve until SIGINT or SIGTERM. Raises ConfigError, ModelError, DataError before it begins.
+
+    typed: recipe and settings as they were given, which a command that is offered repeats.
+    """
+    with _prepared(config, typed) as (parts, serving):
         from finetune.serving import server
 
         server.run(*parts)
@@ -45,9 +50,9 @@ def serve(config: Config) -> Served:
 
 
 @contextmanager
-def serving(config: Config) -> Iterator[Serving]:
-    """Serve inside the block, in a thread. Raises as `serve`."""
-    with _prepared(config) as (parts, found):
+def serving(config: Config, typed: Sequence[str] = ()) -> Iterator[Serving]:
+    """Serve inside the block, in a thread; otherwise as `serve`."""
+    with _prepared(config, typed) as (parts, found):
         from finetune.serving import server
 
         with server.in_background(*parts):
@@ -55,7 +60,7 @@ def serving(config: Config) -> Iterator[Serving]:
 
 
 @contextmanager
-def _prepared(config: Config) -> Iterator[tuple[Any, Serving]]:
+def _prepared(config: Config, typed: Sequence[str]) -> Iterator[tuple[Any, Serving]]:
     """What `finetune.serving.server` takes, with the models loaded and the address taken; what to type is said."""
     _require_packages()
     from finetune.serving import adapters, guard, runs, server
@@ -77,7 +82,10 @@ def _prepared(config: Config) -> Iterator[tuple[Any, Serving]]:
         service = kind.service(config, found)
         try:
             url = _url(listener)
-            _announce(config, service, own is not None, url, key, new_key=bool(key), needs_key=bool(key_hash))
+            if own is None:
+                others = "" if len(service.shelf.names()) > 1 else "the base answers alone; "
+                say(f"serve: no adapter in {config.run_dir} yet, {others}train one: {_train_command(config, typed)}")
+            _announce(config, service, url, key, needs_key=bool(key_hash))
             beside = runs.Runs(run_dir.absolute().parent, config.data.folder)
             yield (service, rules, listener, beside), Serving(url, key, tuple(service.shelf.names()))
         finally:
@@ -87,9 +95,11 @@ def _prepared(config: Config) -> Iterator[tuple[Any, Serving]]:
 def _own_adapter(record: Adapter | None, config: Config) -> Path | None:
     """The run's PEFT folder, which is the format that adapters are put beside one another from."""
     if record and ExportFormat.peft.name not in record.files:
+        formats_kept = [name for name in record.files if name in ExportFormat.__members__]
+        words = [override("run_dir", config.run_dir), override("export.formats", [*formats_kept, "peft"])]
         raise ConfigError(
             f"the adapter of {config.run_dir} was exported without a PEFT folder; "
-            f"type: finetune export conf={config.name} 'export.formats=[peft]'"
+            f"type: {shlex.join(['finetune', 'export', *words])}"
         )
     return formats.peft_folder(Path(record.folder)) if record else None
 
@@ -107,19 +117,21 @@ def _url(listener: Any) -> str:
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 
-def _announce(
-    config: Config, service: Any, is_trained: bool, url: str, key: str, *, new_key: bool, needs_key: bool
-) -> None:
+def _train_command(config: Config, typed: Sequence[str]) -> str:
+    """What trains the run that is served; the server's own settings don't belong to it."""
+    words = [word for word in typed if not word.lstrip("+").startswith(("serve.", "serve="))]
+    if not any(word.startswith("conf=") for word in words):
+        words.insert(0, override("conf", config.name))
+    return shlex.join(["finetune", "train", *words])
+
+
+def _announce(config: Config, service: Any, url: str, key: str, *, needs_key: bool) -> None:
+    """Models, and what to type to ask them. key: where it is a new one."""
     names = service.shelf.names()
-    if not is_trained:
-        say(
-            f"serve: no adapter in {config.run_dir} yet, "
-            f"{'' if len(names) > 1 else 'the base answers alone; '}train one: finetune train conf={config.name}"
-        )
     shown = [name for name in names if "@" not in name]
     steps = len(names) - len(shown)
     say(f"serve: models {', '.join(shown)}" + (f", and {plural(steps, 'checkpoint')} as NAME@step-N" if steps else ""))
-    if new_key:
+    if key:
         say(f"serve: the key, shown this once: {key}")
     elif needs_key:
         say(f"serve: the key is that of before; for a new one delete {Path(config.run_dir) / KEY_FILE}")

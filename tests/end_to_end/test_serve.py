@@ -58,7 +58,7 @@ def test_a_fresh_recipe_serves_its_base_and_says_how_to_train(tmp_path: Path) ->
     with serving(tmp_path) as server:
         assert server.said.splitlines()[0] == (
             "serve: no adapter in outputs/pirate_chat yet, the base answers alone; "
-            "train one: finetune train conf=pirate_chat"
+            "train one: finetune train conf=pirate_chat hardware.device=cpu"
         )
         _, models, _ = server.ask("/v1/models")
         assert [model["id"] for model in models["data"]] == ["base"]
