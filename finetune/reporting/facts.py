@@ -47,7 +47,11 @@ def run_facts(
         losses = f"{run.first_validation:.4f} → {run.best_validation:.4f}"
         found.append(Fact("validation loss", losses, ", ".join(at + where)))
     found += [
-        Fact("trained on", f"{run.items:,} {run.unit}", f"in {plural(run.steps, 'step')}{_visits(run, dataset)}"),
+        Fact(
+            "trained on",
+            plural(run.items, run.unit.removesuffix("s")),
+            f"in {plural(run.steps, 'step')}{_visits(run, dataset)}",
+        ),
         *_batch(run),
         *_rate(settings or {}),
         Fact("trained parameters", f"{run.trainable:,}", f"{share:.2%} of {run.total:,}"),

@@ -245,10 +245,11 @@ def _write(folder: Path, source: Source, settings: EncodeSettings, workers: int)
             errors += batch.errors[: ERRORS_KEPT - len(errors)]
             if time.monotonic() - last > PLAIN_LINE_EVERY_S:
                 last, read = time.monotonic(), totals["conversations"]
-                say(f"tokens: {read:,} conversations, {read / (last - start):,.0f} conversations/s")
+                say(f"tokens: {plural(read, 'conversation')}, {read / (last - start):,.0f} conversations/s")
     if not totals["rows"]:
+        rows = plural(totals["conversations"], "row")
         raise DataError(
-            f"{source.path}: nothing is left of {totals['conversations']} rows: {totals['bad']} are unusable, of "
+            f"{source.path}: nothing is left of {rows}: {totals['bad']} are unusable, of "
             f"{totals['left_out']} no trained token is within {settings.length} tokens"
             + (f" ({errors[0]})" if errors else "")
             + "; allow longer rows with data.length, or choose: data.long_rows=keep_end"

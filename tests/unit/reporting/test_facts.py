@@ -124,6 +124,12 @@ def test_a_plan_says_how_often_each_example_is_seen_at_which_rate_and_what_is_do
     assert rows["training"] == "250 steps of 16 (roughly 3.2 passes over the data)"
 
 
+@pytest.mark.parametrize("unit", ["images", "tokens"])
+def test_one_is_not_called_many(tmp_path: Path, unit: str) -> None:
+    for items, expected in ((1, f"1 {unit[:-1]} ("), (2, f"2 {unit} ("), (1234, f"1,234 {unit} (")):
+        assert texts(tmp_path, items=items, unit=unit)["trained on"].startswith(expected)
+
+
 def test_a_run_says_how_often_each_example_was_seen_and_at_which_rate(tmp_path: Path) -> None:
     run = run_record(tmp_path, micro_batch=2, effective=4)
     settings = {"optim": {"lr": 1e-4}, "lora": {"rank": 16, "alpha": 32.0}}
