@@ -88,6 +88,16 @@ def test_the_fastest_that_fits_whatever_the_budget(roomy: Config, tmp_path: Path
 
 
 @pytest.mark.usefixtures("training_alone")
+@pytest.mark.parametrize(("fast", "offload"), [(True, False), (False, False), (True, True)])
+def test_the_plan_says_what_is_faster_only_where_it_is(config: Config, fast: bool, offload: bool) -> None:
+    on_a_gpu(config)
+    config.trainer.fast, config.model.offload = fast, offload
+    memory_model = candidates_of(config).memory_model
+    assert any("trainer.fast" in note for note in memory_model.notes) == memory_model.replayed(0, False)
+    assert memory_model.replayed(0, False) == (fast and not offload)
+
+
+@pytest.mark.usefixtures("training_alone")
 def test_a_full_gpu_that_is_not_here_may_have_a_monitor(roomy: Config) -> None:
     chosen = plan(roomy).chosen
     assert chosen is not None
