@@ -299,9 +299,7 @@ class _Judge:
         self._names((word.partition("=")[0].lstrip("+") for word in typed), "")
         self.problems += mistyped.stray_problems(typed)
         good = []
-        for word in (
-            typed_text.as_typed(word) for word in typed if ("=" in word and word != "=") or word.startswith("~")
-        ):
+        for word in map(typed_text.as_typed, filter(mistyped.is_setting, typed)):
             try:
                 override = _parsed(word)
                 problem = self._override_problem(override, word, sweep)
@@ -321,9 +319,8 @@ class _Judge:
             return f"{word} would delete a setting, which is not possible; give it a value: {key}=…"
         if key.startswith(("hydra.", "hydra/")):
             return None
-        values = [
-            _plain(v) for v in (override.sweep_iterator() if override.is_sweep_override() else [override.value()])
-        ]
+        typed = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+        values = list(map(_plain, typed))
         if key == recipes.GROUP or (key in self.presets and all(isinstance(value, str) for value in values)):
             self.chosen[key] = [(str(value), "") for value in values]
             return None
@@ -370,9 +367,7 @@ class _Judge:
                 for key, name in entry.items():
                     chosen = key.removeprefix("override ").strip().removeprefix("/").removeprefix("optional ")
                     if chosen == recipes.GROUP and group:
-                        self.problems.append(
-                            f"{where}defaults name a recipe without its group: {name}, not {key}: {name}"
-                        )
+                        self.problems.append(f"{where}a recipe stands alone in defaults: {name}, not {key}: {name}")
                     elif chosen != recipes.GROUP and (group or not chosen.startswith("hydra/")):
                         self.chosen[chosen] = [(name, where)]
             elif group and entry != "_self_":

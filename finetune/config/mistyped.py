@@ -54,11 +54,16 @@ def flags_at_odds(flags: Sequence[str]) -> Iterator[str]:
             yield f"{name} takes one of {', '.join(FLAG_VALUES[name])}; type: {name} {FLAG_VALUES[name][0]}"
 
 
+def is_setting(word: str) -> bool:
+    """Whether Hydra would take a word for one; a single = stands between a key and a value with spaces around it."""
+    return word.startswith("~") or ("=" in word and word != "=")
+
+
 def stray_problems(words: Sequence[str]) -> Iterator[str]:
     """What to say of the words of a command line that are no settings, those that belong together in one line."""
     before, strays = "", list[str]()
     for word in [*words, ""]:
-        if word and ("=" not in word or word == "=") and not word.startswith("~"):
+        if word and not is_setting(word):
             strays.append(word)
             continue
         if strays:

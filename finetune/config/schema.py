@@ -244,10 +244,7 @@ class OptimConfig:
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
     betas: list[float] = field(
         default_factory=lambda: [0.9, 0.999],
-        metadata=must(
-            "be two numbers in 0 … 1 (1 excluded)",
-            lambda b: len(b) == 2 and all(0 <= x < 1 for x in b),
-        ),
+        metadata=must("be two numbers in 0 … 1 (1 excluded)", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b)),
     )
     """Adam's decay rates."""
     eps: float = field(default=1e-8, metadata=POSITIVE)

@@ -28,11 +28,15 @@ TURN_COLUMNS = ("messages", "conversations", "conversation")  # columns that hol
 ANSWER_COLUMNS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
 # Columns of rows that are made for another training than this one, which shows good answers only.
 # KTO: whether the answer is a good one. TRL's name, LLaMA-Factory's, and what rating tools export.
-VERDICT_COLUMNS = ("label", "kto_tag", "kto_label", "chosen", "desirable", "is_desirable", "is_good", "thumbs_up")
-VERDICT_COLUMNS += ("accepted", "is_accepted", "liked")
+VERDICT_COLUMNS = (
+    *("label", "kto_tag", "kto_label", "chosen", "desirable", "is_desirable"),
+    *("is_good", "thumbs_up", "accepted", "is_accepted", "liked"),
+)
 BAD_VERDICTS = ("false", "0", "0.0", "-1", "-1.0", "bad", "rejected", "undesirable", "thumbs_down")
-PREFERENCE_COLUMNS = ("chosen", "rejected", "non_preferred_output")
-PREFERENCE_COLUMNS += tuple(f"rejected_{what}" for what in ("response", "messages", "completion", "answer", "output"))
+PREFERENCE_COLUMNS = (
+    *("chosen", "rejected", "non_preferred_output", "rejected_response", "rejected_messages"),
+    *("rejected_completion", "rejected_answer", "rejected_output"),
+)
 TOOL_COLUMNS = (
     "tools",
     "functions",
