@@ -206,9 +206,8 @@ def defaults_problem(value: Any) -> str | None:
     """Why Hydra can't read a recipe's `defaults`; None if they are names, and `group: name`."""
     entries = value if isinstance(value, list) else [None]
     words = [word for entry in entries for word in ([*entry, *entry.values()] if isinstance(entry, dict) else [entry])]
-    if all(
-        isinstance(word, str) and word and "@" not in word for word in words
-    ):  # with @ it could set Hydra's own keys
+    # With @ it could set Hydra's own keys.
+    if all(isinstance(word, str) and word and "@" not in word for word in words):
         return None
     return "defaults must be a list of recipes and presets, such as [pixar_style, override /lora: r32]"
 

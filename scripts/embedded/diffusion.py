@@ -93,9 +93,8 @@ def train_diffusion(settings: Settings) -> None:
     captions = renders.captions()
     folder, goes_on = diffusion_folder(settings.work), "diffusion" in settings.kept
     rank, processes = rank_and_count()
-    if (
-        folder / "tokenizer" / "merges.txt"
-    ).exists():  # kept as shipped, or of the call that paused: more renders, other merges
+    # Kept as shipped, or of the call that paused: more renders give other merges.
+    if (folder / "tokenizer" / "merges.txt").exists():
         tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     else:
         tokenizer = train_clip_tokenizer(text for variants in captions for text in variants)

@@ -77,10 +77,9 @@ def shipped_pipeline(settings: Settings) -> StableDiffusionPipeline:
 
 
 def provenance(settings: Settings) -> dict[str, str]:
-    on_gpu = settings.device.startswith("cuda")
     return {
         "date": datetime.date.today().isoformat(),
-        "hardware": torch.cuda.get_device_name() if on_gpu else f"CPU ({platform.machine()})",
+        "hardware": torch.cuda.get_device_name() if settings.on_gpu else f"CPU ({platform.machine()})",
         "torch": torch.__version__,
         "diffusers": diffusers.__version__,
         "transformers": transformers.__version__,
