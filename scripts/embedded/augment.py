@@ -53,6 +53,23 @@ def expose(images_B3PP: Tensor, generator: torch.Generator, *, most: float) -> T
     return ((images_B3PP - 0.5) * gain + 0.5 + offset).clamp(1e-4, 1.0) ** gamma
 
 
+def scratch(images_B3PP: Tensor, generator: torch.Generator, *, most: int) -> Tensor:
+    """Draw up to `most` straight black or white lines across each picture, more or less opaque."""
+    count, _, height, width = images_B3PP.shape
+
+    def random(low: float, high: float) -> Tensor:  # [B, lines, 1, 1]
+        return uniform(count * most, low, high, generator).view(count, most, 1, 1)
+
+    y, x = (torch.arange(px, device=images_B3PP.device) / px - 0.5 for px in (height, width))
+    turned = random(0.0, math.pi)
+    from_line = (x * turned.cos() + y[:, None] * turned.sin() - random(-0.6, 0.6)).abs() * width
+    opacity = (random(0.3, 1.8) + 0.5 - from_line).clamp(0.0, 1.0) * random(-1.0, 1.0).clamp_min(0.0)
+    white = (random(0.0, 1.0) > 0.7).float()
+    for line in range(most):
+        images_B3PP = torch.lerp(images_B3PP, white[:, line, None], opacity[:, line, None])
+    return images_B3PP
+
+
 def add_noise(images_B3PP: Tensor, generator: torch.Generator, *, most: float) -> Tensor:
     noise = torch.randn(images_B3PP.shape, device=generator.device, generator=generator)
     return images_B3PP + uniform(len(images_B3PP), 0.0, most, generator) * noise
@@ -80,8 +97,8 @@ def cosine_basis(device: torch.device) -> Tensor:
 
 
 def spoil(images_B3PP: Tensor, generator: torch.Generator, *, zoom: float, shift: float) -> Tensor:
-    """All of the above, as a camera, a codec or a careless resize would leave a picture."""
-    images = reframe(images_B3PP, generator, zoom=zoom, shift=shift)
+    """All of the above, as a scanner, a camera, a codec or a careless resize would leave a picture."""
+    images = scratch(reframe(images_B3PP, generator, zoom=zoom, shift=shift), generator, most=12)
     images = expose(blur(images, generator, most=1.6), generator, most=0.15)
     images = jpeg_like(images, generator, most=0.25)
     return add_noise(images, generator, most=0.05).clamp(0.0, 1.0)

@@ -106,6 +106,7 @@ def train_captioner(settings: Settings) -> None:
         checkpoint=settings.work / "checkpoints" / "captioner.pt",
         seed=SEED,
         pause_at=settings.pause_at,
+        bf16=settings.on_gpu,
     )
     if fitted.done:
         folder = captioner_folder(settings.work)

@@ -1,6 +1,6 @@
 """Two finished run folders in `tests/stored/`, as an earlier version left them, and the settings that made them.
 
-They are not made anew: what they prove is that today's code still goes on with what that version wrote.
+That version alone makes them: what they prove is that today's code still goes on with what it wrote.
 `tests/stored/README.md` has the commands.
 """
 
@@ -47,6 +47,8 @@ RUNS = {
         (
             *(f"data.folder={PICTURES}", "model.lora_targets.attention=[to_q]", "trainer.micro_batch=2", *SHARED),
             *("sample.steps=1", 'sample.prompts=["a red wall, pixar style"]'),
+            # What the embedded base recommended then.
+            *("optim.lr=2e-3", "loss.weighting=min_snr", "loss.min_snr_gamma=20.0", "sample.guidance=2.0"),
         ),
         prompt="a green wall, pixar style",
     ),
