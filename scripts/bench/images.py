@@ -27,6 +27,7 @@ from PIL import Image, ImageFile
 from finetune import api
 from finetune.config.schema import Config
 from finetune.data.images import index
+from finetune.diffusion import encode
 from finetune.stages.caption import caption
 from finetune.stages.dataset import dataset
 
@@ -120,6 +121,7 @@ def counting(folder: Path) -> Iterator[Counts]:
         patch.object(builtins, "open", open_file),
         patch.object(io, "open", open_file),
         patch.object(index, "content_hash", content_hash),
+        patch.object(encode, "content_hash", content_hash),
         patch.object(ImageFile.ImageFile, "load", load),
     ):
         yield counts
