@@ -5,7 +5,7 @@ r rank, O and I output and input features of an adapted layer.
 
 import math
 import re
-from collections.abc import Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -177,9 +177,9 @@ def start_from(model: nn.Module, weights: Mapping[str, Tensor], scales: Mapping[
     load_state(model, scaled, source)
 
 
-def is_dora(weights: Mapping[str, Tensor]) -> bool:
-    """Whether an adapter has magnitudes of its own beside its factors."""
-    return any("lora_magnitude_vector" in name for name in weights)
+def is_dora(names: Iterable[str]) -> bool:
+    """Whether an adapter has magnitudes beside its factors, by its tensors' names, which are PEFT's or kohya's."""
+    return any("lora_magnitude_vector" in name or name.endswith(".dora_scale") for name in names)
 
 
 def lora_layers(model: nn.Module) -> list[tuple[str, Any]]:

@@ -260,9 +260,13 @@ def read_adapter(model: ModelConfig, backbone: Any, path: Path) -> formats.Store
         stored = formats.read_file(path, spec.backbone, layers, lambda foreign: _converted(spec, backbone, foreign))
     if not stored.weights:
         raise attach.mismatch(path, stored.describe_unused() or "it holds nothing")
+    _say_unused(path, stored)
+    return stored
+
+
+def _say_unused(path: Path, stored: formats.StoredAdapter) -> None:
     if stored.unused:
         say(f"{path}: not used: {stored.describe_unused()}")
-    return stored
 
 
 def _located(path: Path) -> Path:
@@ -285,9 +289,13 @@ def _load_lokr(model: ModelConfig, backbone: Any, path: Path) -> None:
     """A LoKr (arXiv 2309.14859), where diffusers knows its names; its factors have no A and B."""
     spec = family(model.family)
     found = _class(spec.pipeline).lora_state_dict(str(path), return_lora_metadata=True)
-    backbone.load_lora_adapter(found[0], prefix=spec.backbone, metadata=found[-1])
-    if not getattr(backbone, "peft_config", None):
-        raise attach.mismatch(path, "none of its layers is in it")
+    layers = {f"{spec.backbone}.{name}" for name, _ in backbone.named_modules()}
+    used = {key: factor for key, factor in found[0].items() if key.partition(".lokr_")[0] in layers}
+    stored = formats.StoredAdapter(used, {}, tuple(sorted(found[0].keys() - used.keys())))
+    if not used:
+        raise attach.mismatch(path, stored.describe_unused())
+    backbone.load_lora_adapter(used, prefix=spec.backbone, metadata=found[-1])
+    _say_unused(path, stored)
 
 
 def _load(loader: Any, model: ModelConfig, part: str, **options: Any) -> Any:

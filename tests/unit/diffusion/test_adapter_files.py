@@ -210,6 +210,33 @@ def test_what_a_file_holds_and_is_not_used_is_said(
         load_adapter(model, load_backbone(model, torch.float32), file)
 
 
+def test_a_lokr_is_its_kronecker_product_and_layers_without_a_place_are_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model = save_family(tmp_path / "base", "z_image")
+    plain, layer = load_backbone(model, torch.float32), "layers.0.attention.to_q"
+    weight = plain.get_submodule(layer).weight
+    small = torch.randn((2, 2), generator=torch.Generator().manual_seed(0))
+    large = torch.ones(weight.shape[0] // 2, weight.shape[1] // 2)
+    factors = {"lokr_w1": small, "lokr_w2": large}
+    file = tmp_path / "lokr.safetensors"
+    here, elsewhere = (
+        {f"diffusion_model.{place}.{name}": factor.clone() for name, factor in factors.items()}
+        for place in (layer, "layers.99.attention.to_q")
+    )
+    save_file(here | elsewhere, file)
+    tuned = load_adapter(model, load_backbone(model, torch.float32), file)
+    assert "not used: 2 tensors without a place" in capsys.readouterr().err
+    change = next(module for name, module in tuned.named_modules() if name == layer)
+    inputs = torch.randn((3, weight.shape[1]), generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        added = change(inputs) - plain.get_submodule(layer)(inputs)
+    torch.testing.assert_close(added, inputs @ torch.kron(small, large).T, rtol=1e-4, atol=1e-4)
+    save_file(elsewhere, file)
+    with pytest.raises(ModelError, match="does not fit this base"):
+        load_adapter(model, load_backbone(model, torch.float32), file)
+
+
 def test_a_folder_of_another_kind_of_adapter_is_refused(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
     formats.save_peft(trained, tmp_path, lora.state(trained), "")
     settings = json.loads((tmp_path / "adapter_config.json").read_text())
@@ -246,11 +273,19 @@ def test_an_adapter_of_another_rank_is_not_continued(
         kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
 
 
+@pytest.mark.parametrize("kind", ["peft", "kohya"])
 def test_a_dora_adapter_is_not_continued_and_no_refused_setting_is_advised(
-    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
+    config: Config, make_dataset: Callable[..., Dataset], tmp_path: Path, kind: str
 ) -> None:
-    unet = lora.inject(load_backbone(config.model, torch.float32), replace(SETTINGS, dora=True), ATTENTION, seed=0)
-    formats.save_peft(unet, tmp_path / "peft", lora.state(unet), "")
+    dora = replace(SETTINGS, dora=kind == "peft")
+    unet = lora.inject(load_backbone(config.model, torch.float32), dora, ATTENTION, seed=0)
+    if kind == "peft":
+        formats.save_peft(unet, tmp_path / "peft", lora.state(unet), "")
+    else:
+        file = tmp_path / "pytorch_lora_weights.safetensors"
+        formats.save_kohya(file, lora.state(unet), "lora_unet_", SETTINGS.alpha, {})
+        first = next(key for key in load_file(file) if key.endswith(".alpha")).removesuffix(".alpha")
+        save_file(load_file(file) | {f"{first}.dora_scale": torch.ones(16, 1)}, file)
     config.lora.start_from, config.sample.previews = str(tmp_path), 0
     with pytest.raises(ModelError, match=r"DoRA.*lora.start_from=") as error:
         kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
