@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig as PeftLoraConfig
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 
 from finetune import kinds
@@ -139,6 +141,37 @@ def test_a_file_without_alpha_has_strength_one(model: ModelConfig, trained: Any,
     for name in ("plain", "early"):
         loaded = load_adapter(model, load_backbone(model, torch.float32), tmp_path / f"{name}.safetensors")
         assert same(output(loaded), output(trained))
+
+
+@pytest.mark.parametrize("kind", ["peft", "kohya"])
+def test_layers_of_their_own_rank_and_strength_are_the_same_function(
+    model: ModelConfig, tmp_path: Path, kind: str
+) -> None:
+    """As other trainers write them: in PEFT's settings, or as an alpha beside each layer's factors."""
+    settings = PeftLoraConfig(
+        r=4,
+        lora_alpha=3,
+        use_rslora=True,
+        target_modules=["to_q", "to_k", "to_v"],
+        rank_pattern={"attn1.to_q": 2},
+        alpha_pattern={"attn2.to_k": 7},
+    )
+    unet = get_peft_model(load_backbone(model, torch.float32), settings)
+    random = torch.Generator().manual_seed(1)
+    for name, parameter in unet.named_parameters():
+        if "lora_B" in name:
+            parameter.data = 0.1 * torch.randn(parameter.shape, generator=random)
+    if kind == "peft":
+        unet.save_pretrained(tmp_path)
+    else:
+        file = {}
+        for name, layer in lora.lora_layers(unet.base_model.model):
+            rank, key = layer.r["default"], "lora_unet_" + name.replace(".", "_")
+            file[f"{key}.lora_down.weight"] = layer.lora_A["default"].weight.data.clone()
+            file[f"{key}.lora_up.weight"] = layer.lora_B["default"].weight.data.clone()
+            file[f"{key}.alpha"] = torch.tensor(layer.scaling["default"] * rank)
+        save_file(file, tmp_path / ADAPTER_FILE)
+    assert same(output(load_adapter(model, load_backbone(model, torch.float32), tmp_path)), output(unet.eval()))
 
 
 def test_readers_that_know_no_metadata_get_the_same_adapter(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
