@@ -1,15 +1,17 @@
 """Image models as a `finetune.kinds.Kind`: here the whole configuration becomes the values that this slice takes."""
 
 from collections.abc import Mapping
+from contextlib import suppress
 from functools import partial
 from pathlib import Path
 
 import torch
+from PIL import Image
 from torch import Tensor
 
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ModelConfig, Quantize
-from finetune.data.images import folder
+from finetune.data.images import decode, folder
 from finetune.diffusion import card, encode, single_file
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
@@ -21,13 +23,15 @@ from finetune.errors import ConfigError, DataError
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Examples, Workload, previews, validations
-from finetune.run.records import Dataset, Run, Sample, Samples
+from finetune.run.receipts import load_record
+from finetune.run.records import CaptionSet, Dataset, Run, Sample, Samples
 from finetune.run.rundir import name_inside
 from finetune.training.optim import OPTIMIZERS, optimizer_bytes
 from finetune.training.task import Task
 
 FACTS = MODEL_KINDS["diffusion"]
 DATASET, SAMPLES = Dataset, Samples
+REFERENCES = 8  # images of the data set beside the samples
 
 dataset_inputs = encode.inputs
 build_dataset = encode.build
@@ -153,4 +157,24 @@ def sample(config: Config, adapter: Path, folder: Path) -> tuple[str, tuple[Samp
     device = pick_device(config.hardware.device)
     dtype = pick_dtype(config.trainer.precision, device)
     name = name_inside(adapter, Path(config.run_dir))
-    return sampling.sample(config.model, config.sample, adapter, name, folder, device, dtype, config.hardware.vram_gib)
+    return sampling.sample(
+        config.model,
+        config.sample,
+        adapter,
+        name,
+        [] if config.sample.adapter else _references(config),
+        folder,
+        device,
+        dtype,
+        config.hardware.vram_gib,
+    )
+
+
+def _references(config: Config) -> list[Image.Image]:
+    """Some of the run's images, as far as they still are where they were."""
+    images = []
+    if captions := load_record(Path(config.run_dir), "caption", CaptionSet):
+        for file in captions.some(REFERENCES):
+            with suppress(DataError):
+                images.append(decode.open_rgb(file, config.data.max_pixels))
+    return images

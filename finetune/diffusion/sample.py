@@ -24,6 +24,7 @@ def sample(
     settings: SampleConfig,
     adapter: Path,
     adapter_name: str,
+    references: Sequence[Any],
     folder: Path,
     device: torch.device,
     dtype: torch.dtype,
@@ -32,7 +33,8 @@ def sample(
     """Every prompt and seed, base and tuned from the same noise, as PNGs into `folder`, and `grid.png` of all pairs.
 
     Prompt, seed, steps, guidance and adapter (`adapter_name`) are in each PNG's metadata, prompt and seed in
-    `samples.jsonl` too. Returns the grid's name and the samples with file names relative to `folder`.
+    `samples.jsonl` too. references: PIL images of the data set, shown above the grid as far as one row holds them.
+    Returns the grid's name and the samples with file names relative to `folder`.
     """
     image_sampler = ImageSampler(model, settings.prompts, settings.negative, device, dtype)
     for prompt, tail in image_sampler.truncated.items():
@@ -79,13 +81,16 @@ def sample(
         (prompt, [(drawn["base"][i], drawn["tuned"][i]) for i, job in enumerate(jobs) if job[0] == prompt])
         for prompt in dict.fromkeys(settings.prompts)
     ]
-    grid(rows).save(folder / "grid.png")
+    grid(rows, references).save(folder / "grid.png")
     return "grid.png", tuple(items)
 
 
-def grid(rows: Sequence[tuple[str, Sequence[tuple[Any, Any]]]]) -> Any:
-    """One image: per prompt a line of text and its (base, tuned) pairs, each half named; two prompts side by side."""
-    from PIL import Image, ImageDraw, ImageFont
+def grid(rows: Sequence[tuple[str, Sequence[tuple[Any, Any]]]], references: Sequence[Any] = ()) -> Any:
+    """One image: per prompt a line of text and its (base, tuned) pairs, each half named; two prompts side by side.
+
+    references: what the tuned images should look like, in a row above.
+    """
+    from PIL import Image, ImageDraw, ImageFont, ImageOps
 
     font = ImageFont.load_default(TEXT)
     cell = max(CELL, max(image.width for _, pairs in rows for pair in pairs for image in pair))
@@ -93,11 +98,17 @@ def grid(rows: Sequence[tuple[str, Sequence[tuple[Any, Any]]]]) -> Any:
     columns = 2 if len(rows) > 1 else 1
     block = pairs_wide * (2 * cell + GAP) + GAP
     line = cell + 2 * TEXT + 4 * GAP
-    height = -(-len(rows) // columns) * line
-    sheet = Image.new("RGB", (columns * block + (columns + 1) * GAP, height + GAP), "white")
+    width = columns * block + (columns + 1) * GAP
+    first = cell + TEXT + 4 * GAP if references else 0
+    sheet = Image.new("RGB", (width, first + -(-len(rows) // columns) * line + GAP), "white")
     pen = ImageDraw.Draw(sheet)
+    if references:
+        pen.text((GAP, GAP), "some images of the data set", fill="black", font=font)
+    for number, image in enumerate(references[: (width - GAP) // (cell + GAP)]):
+        shown = ImageOps.fit(image, (cell, cell), Image.Resampling.LANCZOS)
+        sheet.paste(shown, (GAP + number * (cell + GAP), TEXT + 2 * GAP))
     for index, (prompt, pairs) in enumerate(rows):
-        left, top = GAP + (index % columns) * (block + GAP), GAP + (index // columns) * line
+        left, top = GAP + (index % columns) * (block + GAP), first + GAP + (index // columns) * line
         pen.text((left, top), _fitting(prompt, font, block), fill="black", font=font)
         for number, pair in enumerate(pairs):
             for half, (name, image) in enumerate(zip(("base", "tuned"), pair, strict=True)):

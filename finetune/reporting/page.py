@@ -11,7 +11,7 @@ from finetune.reporting import curves
 from finetune.reporting.facts import Fact, Table, duration, run_facts
 from finetune.reporting.notebook import html
 from finetune.reporting.tables import answers_table, by_prompt_html, more_html, table_html, table_of
-from finetune.reporting.thumbnails import fitting
+from finetune.reporting.thumbnails import data_uri, fitting
 from finetune.run.progress import plural
 from finetune.run.receipts import Receipt, receipt_path, record_of, versions
 from finetune.run.records import Adapter, Answer, CaptionSet, Dataset, Run, Sample, TextSet
@@ -21,6 +21,7 @@ from finetune.run.records import Adapter, Answer, CaptionSet, Dataset, Run, Samp
 BUDGET_BYTES = 3_300_000
 SIDES = (512, 384, 256, 128)  # pixels; the first that fits the budget
 MOST_PAIRS = 60
+REFERENCES, REFERENCE_SIDE = 8, 160  # images of the data set beside them, and their side in pixels
 STYLE = Path(__file__).with_name("report.css")
 # Nothing may be fetched or run, whatever a caption says.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -150,7 +151,15 @@ def _images(found: Found) -> str:
             for sample in samples
         )
 
-    return _noted(found, by_prompt_html(shown, pairs), len(found.samples))
+    return _references(found) + _noted(found, by_prompt_html(shown, pairs), len(found.samples)) if shown else ""
+
+
+def _references(found: Found) -> str:
+    """Some of the images that the tuned ones should look like."""
+    captions = found.record("caption", CaptionSet)
+    uris = [data_uri(file, REFERENCE_SIDE) for file in captions.some(REFERENCES)] if captions else []
+    images = "".join(f'<img src="{uri}" alt="an image of the data set">' for uri in uris if uri)
+    return f'<p class="note">Some images of the data set:</p><div class="row">{images}</div>' if images else ""
 
 
 def _answers(found: Found) -> str:

@@ -37,6 +37,11 @@ class CaptionSet:
     items: tuple[Caption, ...]
     skipped: tuple[str, ...] = ()
 
+    def some(self, most: int) -> list[Path]:
+        """Files of up to `most` of the images, evenly spread over all."""
+        count = min(most, len(self.items))
+        return [Path(self.folder) / self.items[at * len(self.items) // count].file for at in range(count)]
+
 
 @dataclass(frozen=True)
 class Example:

@@ -74,7 +74,9 @@ def recipe(name: str, *data: str, work: Path) -> Path:
 
 def pictures(kind: str, *, work: Path) -> Path:
     """Three steps of a tiny model of a family of image models."""
-    config = _tiny("pixar_style", "lora.targets=attention", "loss.weighting=min_snr", "loss.min_snr_gamma=20", work=work)
+    config = _tiny(
+        "pixar_style", "lora.targets=attention", "loss.weighting=min_snr", "loss.min_snr_gamma=20", work=work
+    )
     config.data.folder = str(shutil.copytree(STORED / PICTURES, work / PICTURES))
     config.model = save_family(work / "base", kind)
     finetune.train(config)

@@ -388,15 +388,19 @@ def test_every_sample_holds_the_settings_it_was_drawn_with(first: First) -> None
     )
 
 
-def test_the_grid_shows_base_beside_tuned(first: First) -> None:
+def test_the_grid_shows_base_beside_tuned_below_images_of_the_data_set(first: First) -> None:
     sample, folder = first.config["sample"], first.run_dir / "samples"
     block = len(sample["seeds"]) * (2 * CELL + GAP) + GAP
-    rows = -(-len(sample["prompts"]) // 2)
+    rows, above = -(-len(sample["prompts"]) // 2), CELL + TEXT + 4 * GAP
     with Image.open(folder / "grid.png") as grid:
-        assert grid.size == (2 * block + 3 * GAP, rows * (CELL + 2 * TEXT + 4 * GAP) + GAP)
+        assert grid.size == (2 * block + 3 * GAP, above + rows * (CELL + 2 * TEXT + 4 * GAP) + GAP)
+        with Image.open(first.data / "006.jpg") as second:  # of 8 of 40 images
+            shown = grid.crop((2 * GAP + CELL, 2 * GAP + TEXT, 2 * GAP + 2 * CELL, 2 * GAP + TEXT + CELL))
+            expected = second.resize((CELL, CELL), Image.Resampling.LANCZOS)
+            assert np.abs(np.asarray(shown, float) - np.asarray(expected, float)).max() <= 2
         item = first.record("sample", Samples).items[0]
         for place, name in enumerate((item.base_file, item.file)):
-            left, top = GAP + place * CELL, 2 * GAP + 2 * TEXT
+            left, top = GAP + place * CELL, above + 2 * GAP + 2 * TEXT
             shown = grid.crop((left, top, left + CELL, top + CELL))
             with Image.open(folder / name) as image:
                 assert shown.tobytes() == image.resize((CELL, CELL), Image.Resampling.LANCZOS).tobytes()
@@ -427,7 +431,8 @@ def test_the_report_is_one_page_that_fetches_nothing(first: First) -> None:
     assert not re.findall(r"url\(|@import", html)
     images = [value for name, value in page.found if name == "src"]
     pairs = len(first.config["sample"]["prompts"]) * len(first.config["sample"]["seeds"])
-    assert len(images) >= 2 * pairs + IMAGES  # base and tuned, and every captioned image
+    assert len(images) >= 2 * pairs + IMAGES + 8  # base and tuned, every captioned image, and eight beside the samples
+    assert html.count('alt="an image of the data set"') == 8
     assert page.tags.count("svg") >= 3
     for words in (
         "pixar_style",
