@@ -71,6 +71,7 @@ _ENCODERS = "text encoders are not trained; the rate of all else is optim.lr"
 _LORA = "every adapter is a LoRA: see lora.rank, lora.targets and, for convolutions, lora.targets=wide"
 _DATA = "images are in data.folder, conversations in data.file"
 _GOES_ON = "a run goes on by itself: type the same command again"
+_GPUS = "which GPU: put CUDA_VISIBLE_DEVICES=1 before the command; several at once: torchrun, see docs/multi_gpu.md"
 _PRIOR = "there are no regularisation images; what is to be kept is an image of data.folder like any other"
 
 NOTES = {
@@ -97,6 +98,7 @@ NOTES = {
     **dict.fromkeys(("network_module", "network_args", "network_type", "conv_dim", "conv_alpha"), _LORA),
     **dict.fromkeys(("reg_data_dir", "class_data_dir", "class_prompt", "prior_loss_weight"), _PRIOR),
     **dict.fromkeys(("v_parameterization", "v_pred", "zero_terminal_snr"), "the base's own scheduler says it"),
+    **dict.fromkeys(("gpu", "gpus", "gpu_id", "gpu_ids", "device_id", "device_ids", "devices", "num_processes"), _GPUS),
     "clip_skip": "text encoders are read as the base's own pipeline reads them",
     **dict.fromkeys(("width", "height"), "images are drawn as squares with a side of model.resolution"),
     **dict.fromkeys(("top_p", "top_k", "repetition_penalty"), "answers are drawn by sample.temperature alone"),

@@ -70,7 +70,8 @@ def captioner_folder(work: Path) -> Path:
 
 
 def train_captioner(settings: Settings) -> None:
-    pictures = join([load_set(settings, style) for style in SHARES])
+    sets = [load_set(settings, name) for name in SHARES]
+    pictures = join(sets)
     images_N3PP = pictures.images
     captions = [caption(scene) for scene in pictures.scenes]
     tokenizer = make_wordpiece_tokenizer(
@@ -83,7 +84,7 @@ def train_captioner(settings: Settings) -> None:
     model = new_captioner(tokenizer).to(settings.device)
     mean, deviation = (torch.tensor(x, device=settings.device).view(3, 1, 1) for x in channel_statistics())
     # The styles differ in size; pixar pictures, the hardest, are drawn more often than their share.
-    weights = style_weights(settings).to(settings.device)
+    weights = style_weights([len(part.scenes) for part in sets]).to(settings.device)
     batch = settings.batch(256)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -106,7 +107,6 @@ def train_captioner(settings: Settings) -> None:
         checkpoint=settings.work / "checkpoints" / "captioner.pt",
         seed=SEED,
         pause_at=settings.pause_at,
-        bf16=settings.on_gpu,
     )
     if fitted.done:
         folder = captioner_folder(settings.work)
@@ -134,7 +134,7 @@ def targets(tokenizer: BertTokenizer, captions: list[str]) -> tuple[Tensor, Tens
     return tokens_NL, tokens_NL.masked_fill(tokens_NL == tokenizer.pad_token_id, IGNORED)
 
 
-def style_weights(settings: Settings) -> Tensor:
-    """One weight a picture, in the order of SHARES."""
-    counts = {name: len(load_set(settings, name).scenes) for name in SHARES}
-    return torch.cat([torch.full((counts[name],), share / counts[name]) for name, share in SHARES.items()])
+def style_weights(counts: list[int]) -> Tensor:
+    """One weight a picture, of sets of so many in the order of SHARES."""
+    shares = zip(counts, SHARES.values(), strict=True)
+    return torch.cat([torch.full((count,), share / count) for count, share in shares])

@@ -22,7 +22,7 @@ from scripts.toyworld.render import render
 from scripts.toyworld.scene import Scene, held_out, sample_scene
 
 CHUNK_SEEDS = 128  # two batches of a GPU; small, so that a spent budget is noticed soon
-GPU_WORKERS = 3  # on each: tracing leaves gaps between its kernels that another process fills
+GPU_WORKERS = 5  # on each: tracing leaves gaps between its kernels that another process fills
 
 
 @dataclass(frozen=True)

@@ -32,6 +32,7 @@ def test_every_name_is_no_key_and_leads_to_one(word: str) -> None:
     ("typed", "meant"),
     [
         *((f"network_dim=16 {rest}".strip(), "lora.rank") for rest in ("", "seed=1")),
+        *(("--gpu 0", "CUDA_VISIBLE_DEVICES"), ("gpu=0", "CUDA_VISIBLE_DEVICES")),
         *(("lora_r=8", "lora.rank"), ("lora_alpha=16", "lora.alpha"), ("lora_target_modules=[q_proj]", "lora.targets")),
         *(("learning_rate=1e-4", "optim.lr"), ("train_batch_size=2", "trainer.micro_batch")),
         *(("max_train_steps=500", "trainer.steps"), ("micro_batch_size=2", "trainer.micro_batch")),
