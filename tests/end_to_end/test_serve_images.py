@@ -95,7 +95,7 @@ def test_the_official_client_draws_and_the_file_says_how(server: Server) -> None
             "negative_prompt": "",
             "seed": "7",
             "steps": "2",
-            "guidance": "2.0",
+            "guidance": "3.0",
             "model": "base",
             "content": "",
         }
@@ -121,7 +121,7 @@ def test_progress_comes_step_by_step(server: Server) -> None:
         "negative_prompt": "",
         "seed": 0,
         "steps": "3",
-        "guidance": "2.0",
+        "guidance": "3.0",
         "size": "16x48",
         "model": "base:pixar_style",
         "content": "",
@@ -165,7 +165,7 @@ def test_the_images_page_begins_with_the_recipes_settings(server: Server) -> Non
         "prompt": PROMPT,
         "negative_prompt": "",
         "steps": 1,
-        "guidance": 2.0,
+        "guidance": 3.0,
         "size": "32x32",
     }
 
