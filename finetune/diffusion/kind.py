@@ -31,7 +31,7 @@ from finetune.training.task import Task
 
 FACTS = MODEL_KINDS["diffusion"]
 DATASET, SAMPLES = Dataset, Samples
-REFERENCES = 8  # images of the data set beside the samples
+REFERENCE_PX = 1024  # of an image of the data set beside the samples: several are held while these are drawn
 
 dataset_inputs = encode.inputs
 build_dataset = encode.build
@@ -174,7 +174,9 @@ def _references(config: Config) -> list[Image.Image]:
     """Some of the run's images, as far as they still are where they were."""
     images = []
     if captions := load_record(Path(config.run_dir), "caption", CaptionSet):
-        for file in captions.some(REFERENCES):
+        for file in captions.some():
             with suppress(DataError):
-                images.append(decode.open_rgb(file, config.data.max_pixels))
+                image = decode.open_rgb(file, config.data.max_pixels)
+                image.thumbnail((REFERENCE_PX, REFERENCE_PX))
+                images.append(image)
     return images

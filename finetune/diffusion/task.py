@@ -89,9 +89,8 @@ class DiffusionTask:
             self.graphs = CudaGraphs(self._loss, trained, usable_bytes(device, vram_gib))
         if lora.start_from:
             stored = read_adapter(model, self.model, Path(lora.start_from))
-            if lora_layers.is_dora(
-                [*stored.weights, *stored.unused]
-            ):  # as `lora.dora`, which is for language models alone
+            # As `lora.dora`, which is for language models alone.
+            if lora_layers.is_dora([*stored.weights, *stored.unused]):
                 raise ModelError(
                     f"{lora.start_from} was trained with DoRA, and image models can't continue such an adapter; "
                     f"take one without DoRA, or start anew with {setting('lora.start_from', '')}"

@@ -21,7 +21,7 @@ from finetune.run.records import Adapter, Answer, CaptionSet, Dataset, Run, Samp
 BUDGET_BYTES = 3_300_000
 SIDES = (512, 384, 256, 128)  # pixels; the first that fits the budget
 MOST_PAIRS = 60
-REFERENCES, REFERENCE_SIDE = 8, 160  # images of the data set beside them, and their side in pixels
+REFERENCE_SIDE = 160  # pixels of an image of the data set beside them
 STYLE = Path(__file__).with_name("report.css")
 # Nothing may be fetched or run, whatever a caption says.
 POLICY = "default-src 'none'; img-src data:; style-src 'unsafe-inline'"
@@ -157,7 +157,7 @@ def _images(found: Found) -> str:
 def _references(found: Found) -> str:
     """Some of the images that the tuned ones should look like."""
     captions = found.record("caption", CaptionSet)
-    uris = [data_uri(file, REFERENCE_SIDE) for file in captions.some(REFERENCES)] if captions else []
+    uris = [data_uri(file, REFERENCE_SIDE) for file in captions.some()] if captions else []
     images = "".join(f'<img src="{uri}" alt="an image of the data set">' for uri in uris if uri)
     return f'<p class="note">Some images of the data set:</p><div class="row">{images}</div>' if images else ""
 

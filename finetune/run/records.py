@@ -37,9 +37,9 @@ class CaptionSet:
     items: tuple[Caption, ...]
     skipped: tuple[str, ...] = ()
 
-    def some(self, most: int) -> list[Path]:
-        """Files of up to `most` of the images, evenly spread over all."""
-        count = min(most, len(self.items))
+    def some(self) -> list[Path]:
+        """Files of up to eight of the images, evenly spread over all, to be shown beside samples."""
+        count = min(8, len(self.items))
         return [Path(self.folder) / self.items[at * len(self.items) // count].file for at in range(count)]
 
 
