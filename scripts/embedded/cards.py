@@ -42,7 +42,7 @@ painting of …"): a real base for a LoRA that needs no download. A `StableDiffu
 | AutoencoderKL, 8× smaller, {codec["channels"]} channels | {drawn["vae_million_parameters"]} M |
 
 Velocity prediction, zero terminal SNR, DDIM with trailing timesteps; use guidance {drawn["guidance"]}: of
-{drawn["guidances"]} the one whose samples the classifiers below read most clearly, on prompts of its own.
+{drawn["guidances"]} values the one whose samples the classifiers below read most clearly, on prompts of its own.
 
 ## Figures
 

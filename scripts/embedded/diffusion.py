@@ -89,7 +89,7 @@ def diffusion_folder(work: Path) -> Path:
 
 
 def train_diffusion(settings: Settings) -> None:
-    renders = load_base_sets(settings)
+    renders = load_base_sets(settings).with_mirrored()
     captions = renders.captions()
     folder, goes_on = diffusion_folder(settings.work), "diffusion" in settings.kept
     rank, processes = rank_and_count()

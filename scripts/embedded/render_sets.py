@@ -19,7 +19,7 @@ from scripts.embedded.settings import BASE_SETS, CAPTION_VARIANTS, PICTURE_PX, R
 from scripts.toyworld.captions import caption, styled
 from scripts.toyworld.looks import STYLES, Look, training_look
 from scripts.toyworld.render import render
-from scripts.toyworld.scene import Scene, held_out, sample_scene
+from scripts.toyworld.scene import Scene, held_out, mirrored, sample_scene
 
 CHUNK_SEEDS = 128  # two batches of a GPU; small, so that a spent budget is noticed soon
 GPU_WORKERS = 5  # on each: tracing leaves gaps between its kernels that another process fills
@@ -39,6 +39,10 @@ class Pictures:
             [styled(caption(scene, variant), look, variant) for variant in range(CAPTION_VARIANTS)]
             for scene, look in zip(self.scenes, self.looks, strict=True)
         ]
+
+    def with_mirrored(self) -> "Pictures":
+        """These and their mirror images, in the words that fit them. Twice the pictures for no rendering."""
+        return join([self, Pictures(self.images.flip(3), [mirrored(scene) for scene in self.scenes], self.looks)])
 
     def only(self, wanted: Callable[[Scene, Look], bool]) -> "Pictures":
         """The pictures whose scene and look are wanted."""

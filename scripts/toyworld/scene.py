@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 KINDS: tuple[str, ...] = (
     "robot",
@@ -85,6 +85,13 @@ def sample_scene(seed: int, *, things: int | None = None) -> Scene:
         for kind, place in zip(kinds, places, strict=True)
     )
     return Scene(things=made, setting=rng.choice(SETTINGS), seed=seed)
+
+
+def mirrored(scene: Scene) -> Scene:
+    """The scene whose words fit the mirror image of this one's picture."""
+    opposite = {"left": "right", "right": "left"}
+    things = (replace(thing, place=opposite.get(thing.place, thing.place)) for thing in reversed(scene.things))
+    return replace(scene, things=tuple(things))
 
 
 def held_out(scene: Scene) -> bool:

@@ -25,7 +25,7 @@ from scripts.embedded.evaluate import clarity, describe
 from scripts.embedded.export import export_captioner, export_diffusion
 from scripts.embedded.packing import pack, unpack
 from scripts.embedded.readers import Reader, load_reader, margins, read, save_reader
-from scripts.embedded.render_sets import chunk_scenes, chunks_in_turn
+from scripts.embedded.render_sets import Pictures, chunk_scenes, chunks_in_turn
 from scripts.embedded.settings import BASE_SETS, FULL_SETS, Settings
 from scripts.embedded.vocabularies import make_wordpiece_tokenizer, save_clip_tokenizer, train_clip_tokenizer
 from scripts.toyworld.captions import caption, styled
@@ -146,6 +146,17 @@ def test_a_cut_rendering_leaves_every_training_set_in_proportion() -> None:
 
 
 # --- export, readers, packing ----------------------------------------------------------------------------------
+
+
+def test_mirror_images_come_with_words_that_fit_them() -> None:
+    images = torch.arange(2 * 3 * 4 * 4, dtype=torch.uint8).view(2, 3, 4, 4)
+    scenes = [sample_scene(1, things=2), sample_scene(2, things=1)]
+    both = Pictures(images, scenes, [NAMED["flat"], NAMED["clay"]]).with_mirrored()
+    assert torch.equal(both.images[2:].flip(3), both.images[:2])
+    assert both.looks == [NAMED["flat"], NAMED["clay"]] * 2
+    first, second = scenes[0].things
+    assert [thing.kind for thing in both.scenes[2].things] == [second.kind, first.kind]
+    assert both.captions()[2][0].index(second.kind) < both.captions()[2][0].index(first.kind)
 
 
 def test_exported_diffusion_loads_and_draws(clip_tokenizer: CLIPTokenizer, tmp_path: Path) -> None:
