@@ -28,6 +28,7 @@ def main() -> None:
     dataset.add_argument("--style", default="pixar", choices=tuple(HELD_OUT))
     dataset.add_argument("--count", type=int, default=40)
     dataset.add_argument("--size", type=int, default=512)
+    dataset.add_argument("--captions", action="store_true", help="write them too, in text files beside the images")
     dataset.add_argument("--device", default="cpu")
 
     options = parser.parse_args()
@@ -38,9 +39,8 @@ def main() -> None:
         scenes = [sample_scene(options.seed + k) for k in range(options.count)]
         write_sheet(options.out, scenes, options.style, options.size, columns=options.columns, device=options.device)
     else:
-        write_dataset(
-            options.folder, style=options.style, count=options.count, size=options.size, device=options.device
-        )
+        how = {"style": options.style, "captions": options.captions, "device": options.device}
+        write_dataset(options.folder, count=options.count, size=options.size, **how)
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from scripts.toyworld.captions import caption
 from scripts.toyworld.render import render
 from scripts.toyworld.scene import COLOURS, KINDS, PLACES, SETTINGS, SIZES, Scene, Thing
 
@@ -20,14 +21,19 @@ DATASET_SUPERSAMPLE = 3  # only a few pictures, looked at closely
 
 _LOOKS_OF = {"pixar": "a 3-D animated film", "stop motion": "a stop-motion film", "stained glass": "stained glass"}
 
+_WITHOUT_CAPTIONS = "They come without captions, like a folder of your own images."
+_WITH_CAPTIONS = "A text file beside each says what it shows."
 _README = """# {name}
 
 {count} images ({size} x {size} px, JPEG) of small scenes in the look of {look}. They are the example data
-for a style adapter. They come without captions, like a folder of your own images.
+for a style adapter. {captions}
 
-Made by `python -m scripts.toyworld dataset datasets/{name} {options}`: the project's own
-procedural renderer (`scripts/toyworld/`) draws every image. Nothing is taken from a film or a photograph, and no studio
-is involved. The scenes are spread evenly over kinds, colours and settings; no base model trains on their seeds.
+Made by the project's own procedural renderer (`scripts/toyworld/`):
+
+    python -m scripts.toyworld dataset datasets/{name} {options}
+
+Nothing is taken from a film or a photograph, and no studio is involved. The scenes are spread evenly over kinds,
+colours and settings; no base model trains on their seeds.
 
 Licence: CC0 1.0, public domain.
 """
@@ -47,15 +53,20 @@ def write_sheet(
     _image(sheet).save(path)
 
 
-def write_dataset(folder: Path, *, style: str, count: int, size: int, device: str = "cpu") -> None:
-    """Numbered JPEGs in one of the looks held out of training, and a README; no captions."""
+def write_dataset(
+    folder: Path, *, style: str, count: int, size: int, captions: bool = False, device: str = "cpu"
+) -> None:
+    """Numbered JPEGs in one of the looks held out of training, their captions in text files if wanted, a README."""
     folder.mkdir(parents=True, exist_ok=True)
     for number, scene in enumerate(dataset_scenes(count), start=1):
         picture = render([scene], style, size, device=device, supersample=DATASET_SUPERSAMPLE)[0].cpu()
         _image(picture).save(folder / f"{number:03d}.jpg", quality=JPEG_QUALITY, optimize=True)
+        if captions:
+            (folder / f"{number:03d}.txt").write_text(f"{caption(scene)}, {style} style\n", encoding="utf-8")
     options = "" if style == "pixar" else f'--style "{style}" '
-    options += f"--count {count} --size {size}"
-    readme = _README.format(name=folder.name, count=count, size=size, look=_LOOKS_OF[style], options=options)
+    options += f"--count {count} --size {size}" + " --captions" * captions
+    words = {"name": folder.name, "count": count, "size": size, "look": _LOOKS_OF[style], "options": options}
+    readme = _README.format(**words, captions=_WITH_CAPTIONS if captions else _WITHOUT_CAPTIONS)
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
