@@ -288,9 +288,14 @@ def duration(seconds: float) -> str:
 
 def file_size(path: Path) -> str:
     """Size of a file, or of everything in a folder, such as "5.7 MB"; "gone" where there is nothing."""
-    size = float(sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file()))
+    found = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
+    return size_text(found) if found else "gone"
+
+
+def size_text(size: float) -> str:
+    """ "5.7 MB", of bytes."""
     for unit in ("B", "KB", "MB"):
         if size < 1000:
-            return f"{size:.3g} {unit}" if size else "gone"
+            return f"{size:.3g} {unit}"
         size /= 1000
     return f"{size:.1f} GB"

@@ -28,6 +28,11 @@ def outputs_of(run_dir: Path, paths: Iterable[Path]) -> dict[str, Output]:
     return {file.relative_to(run_dir).as_posix(): _output(file) for file in files}
 
 
+def output_of(file: Path, noted: Output | None = None) -> Output:
+    """A file as of today; it is read only if it isn't as it was noted. Raises OSError."""
+    return noted if noted and noted.stamp == stamp_of(file) else _output(file)
+
+
 def compare(run_dir: Path, noted: Mapping[str, Output]) -> tuple[str, dict[str, Output]]:
     """What is wrong with the first file that is no longer as it was noted, empty if all are; and all as of today."""
     for name, output in noted.items():
@@ -36,7 +41,7 @@ def compare(run_dir: Path, noted: Mapping[str, Output]) -> tuple[str, dict[str, 
             return f"{name} is gone", {}
         if file.stat().st_size != output.size:
             return f"{name} has changed", {}
-    found = {name: _again(run_dir / name, output) for name, output in noted.items()}
+    found = {name: output_of(run_dir / name, output) for name, output in noted.items()}
     changed = [name for name, output in noted.items() if found[name].sha256 != output.sha256]
     return (f"{changed[0]} has changed", {}) if changed else ("", found)
 
@@ -71,7 +76,7 @@ def free_name(path: Path) -> Path:
 
 def _is_noted(run_dir: Path, file: Path, noted: Mapping[str, Output]) -> bool:
     output = noted.get(file.relative_to(run_dir).as_posix())
-    return output is not None and _again(file, output).sha256 == output.sha256
+    return output is not None and output_of(file, output).sha256 == output.sha256
 
 
 def _equal(one: Path, other: Path) -> bool:
@@ -83,10 +88,6 @@ def _files(path: Path) -> Iterator[Path]:
         yield from (file for file in path.rglob("*") if file.is_file())
     else:
         yield path
-
-
-def _again(file: Path, noted: Output) -> Output:
-    return noted if noted.stamp == stamp_of(file) else _output(file)
 
 
 def _output(file: Path) -> Output:

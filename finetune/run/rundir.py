@@ -27,7 +27,7 @@ LEFTOVERS = {
     "samples_more": r"(\w[\w-]*-)?[0-9a-f]{6,8}",
 }
 """What is written in a run folder under a temporary name first, by sub-folder."""
-SECTIONS = ("model", "caption", "lora", "sample")  # of config.yaml, as far as they are read again
+SECTIONS = ("model", "caption", "data", "lora", "sample")  # of config.yaml, as far as they are read again
 
 
 @contextmanager
@@ -73,6 +73,16 @@ def explained(folder: Path, hint: str) -> Iterator[None]:
             way = "make it yours (chown), or readable (chmod)" if whole else "restore it from a copy, or delete it"
             raise RunError(f"cannot use {file} ({error.strerror}); {way}") from error
         raise
+
+
+def is_held(folder: Path) -> bool:
+    """Whether a command is at work there. A killed one leaves its note, without its process."""
+    import psutil
+
+    try:
+        return bool(psutil.pid_exists(json.loads(read_text(folder / OWNER))["pid"]))
+    except UNREADABLE:
+        return False
 
 
 def write_config(settings: Mapping[str, Any], folder: Path) -> None:

@@ -5,7 +5,6 @@ were drawn again, and training images of the recipe's own image folder alone.
 """
 
 import io
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
@@ -13,15 +12,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from finetune import kinds
 from finetune.errors import ConfigError, RunError
-from finetune.reading import read_text
 from finetune.reporting import curves, thumbnails
 from finetune.run import rundir
 from finetune.run.hashing import Stamp, stamp_of
-from finetune.run.plain import UNREADABLE
 from finetune.run.receipts import load_record
 from finetune.run.records import METRICS, Answers, CaptionSet, Run, Samples
 from finetune.serving.requests import Refused
@@ -115,17 +110,9 @@ def _summed_up(run: Path) -> dict[str, Any]:
         found = _summary(run, stamps)
     except RunError as error:
         found = {"state": "damaged", "problem": str(error)}
-    if _is_held(run):
+    if rundir.is_held(run):
         found = found | {"state": "running"}
     return {"name": run.name, "changed": changed} | found
-
-
-def _is_held(run: Path) -> bool:
-    """Whether a command is at work there. A killed one leaves its note, without its process."""
-    try:
-        return bool(psutil.pid_exists(json.loads(read_text(run / rundir.OWNER))["pid"]))
-    except UNREADABLE:
-        return False
 
 
 def _stamp(file: Path) -> Stamp:

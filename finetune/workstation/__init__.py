@@ -2,4 +2,5 @@
 
 COMMANDS = {
     "doctor": "say whether this machine is set up right, what holds it back, and the cure",
+    "backup": "copy finished runs, recipes and captions to another disk, and back",
 }

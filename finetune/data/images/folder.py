@@ -229,6 +229,13 @@ def metadata_files(folder: Path) -> list[Path]:
     return sorted(found, key=lambda path: (-len(path.parts), str(path.parent), READ.index(path.name)))
 
 
+def caption_files(folder: Path) -> list[Path]:
+    """Every file that captions are read from: metadata files, and text files beside images. Raises DataError."""
+    owners = [*images(folder), *unsupported_files(folder)]
+    beside = _sidecars(_visible(folder), owners, SIDECARS)
+    return [*metadata_files(folder), *(folder / name for name, its_images in beside.items() if its_images)]
+
+
 def _from_metadata(
     folder: Path, images: Sequence[str]
 ) -> tuple[list[tuple[str, str, str]], list[Stray], dict[str, Stray]]:

@@ -383,3 +383,14 @@ def test_a_caption_without_end_is_not_read(tmp_path):
         file.truncate(1 << 34)
     with pytest.raises(DataError, match=r"a.txt: can't be read \(File too large\)"):
         folder.captions(tmp_path, ["a.png"])
+
+
+def test_files_with_captions_are_those_that_are_read(root):
+    put(root, "a.png", "deep/b.png")
+    write(root / "deep" / "metadata.jsonl", {"file_name": "b.png", "text": "b"})
+    for name in ("a.txt", "notes.txt", ".hidden.txt"):
+        (root / name).write_text("a")
+    assert {path.relative_to(root).as_posix() for path in folder.caption_files(root)} == {
+        "a.txt",
+        "deep/metadata.jsonl",
+    }
