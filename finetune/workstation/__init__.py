@@ -3,4 +3,5 @@
 COMMANDS = {
     "doctor": "say whether this machine is set up right, what holds it back, and the cure",
     "backup": "copy finished runs, recipes and captions to another disk, and back",
+    "monitor": "watch temperature, power, memory and disks: a log, alerts, Prometheus",
 }

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
+from finetune.workstation.nvml import POWER_CAP
+
 Facts = dict[str, Any]
 
 
@@ -169,7 +171,7 @@ def _others(gpu: Facts) -> Check:
 
 def _throttling(gpu: Facts) -> Check:
     found = gpu["throttling"]
-    serious = [reason for reason in found or [] if reason != "power cap"]
+    serious = [reason for reason in found or [] if reason != POWER_CAP]
     fact = "not told" if found is None else ", ".join(found) or "nothing slows it down now"
     temperature = f" at {gpu['temperature_c']} °C" if gpu["temperature_c"] is not None and found else ""
     return _of(

@@ -48,7 +48,7 @@ def read() -> dict[str, Any]:
         "governor": _text(FREQUENCY / "scaling_governor"),
         "frequency_driver": _text(FREQUENCY / "scaling_driver"),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
-        "places": {name: found for name, path in _places().items() if (found := _place(path))},
+        "places": {name: found for name, path in places().items() if (found := _place(path))},
         "clock_synchronized": SYNCHRONIZED.exists() if SYNCHRONIZED.parent.exists() else None,
         "packages": _packages(),
         "hub": _hub(),
@@ -101,7 +101,8 @@ def _hub() -> dict[str, Any]:
     return {"cache": str(cache), "writable": os.access(_existing(cache), os.W_OK), "token": bool(get_token())}
 
 
-def _places() -> dict[str, Path]:
+def places() -> dict[str, Path]:
+    """Where much is written, by name."""
     from huggingface_hub import constants
 
     return PLACES | {"downloaded models": Path(constants.HF_HUB_CACHE)}
@@ -111,20 +112,27 @@ def _place(path: Path) -> dict[str, Any] | None:
     """The disk that a folder is on, or would be on."""
     import psutil
 
-    try:
-        at = _existing(path.absolute())
-        usage = shutil.disk_usage(at)
-    except OSError:
+    found = usage(path)
+    if found is None:
         return None
+    at = _existing(path.absolute())
     mounts = [part for part in psutil.disk_partitions(all=True) if at.is_relative_to(part.mountpoint)]
     mount = max(mounts, key=lambda part: len(part.mountpoint), default=None)
     return {
         "path": str(at),
-        "free_gib": round(usage.free / GIB, 2),
-        "size_gib": round(usage.total / GIB, 2),
+        "free_gib": round(found.free / GIB, 2),
+        "size_gib": round(found.total / GIB, 2),
         "file_system": mount and mount.fstype,
         "options": mount and mount.opts,
     }
+
+
+def usage(path: Path) -> Any:
+    """Bytes of the disk that a path is on, or would be on: `total`, `used`, `free`; None where they can't be told."""
+    try:
+        return shutil.disk_usage(_existing(path.absolute()))
+    except OSError:
+        return None
 
 
 def _existing(path: Path) -> Path:

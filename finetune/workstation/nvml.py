@@ -3,16 +3,18 @@
 A GeForce lacks some fields, and so do virtual machines: what the driver does not answer is None, never a guess.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 GIB = 2**30
+POWER_CAP = "power cap"
 THROTTLING = {
     "hardware slowdown": "nvmlClocksEventReasonHwSlowdown",
     "heat (hardware)": "nvmlClocksEventReasonHwThermalSlowdown",
     "heat (driver)": "nvmlClocksEventReasonSwThermalSlowdown",
     "power brake": "nvmlClocksEventReasonHwPowerBrakeSlowdown",
-    "power cap": "nvmlClocksEventReasonSwPowerCap",
+    POWER_CAP: "nvmlClocksEventReasonSwPowerCap",
 }
 RECOVERY = {
     "GPU_RESET": "reset the GPU",
@@ -26,21 +28,76 @@ def read() -> dict[str, Any]:
     """`{"driver": …, "cuda": …, "gpus": […]}`, or `{"error": why}` where there is no driver that answers."""
     import pynvml
 
+    with opened() as error:
+        if error:
+            return {"error": error}
+        try:
+            return {
+                "driver": _asked(pynvml.nvmlSystemGetDriverVersion),
+                "cuda": _asked(pynvml.nvmlSystemGetCudaDriverVersion),
+                "gpus": [_gpu(index) for index in range(pynvml.nvmlDeviceGetCount())],
+            }
+        except pynvml.NVMLError as found:
+            return {"error": str(found)}
+
+
+@contextmanager
+def opened() -> Iterator[str]:
+    """The driver's library, open inside; why it can't be opened, or empty. An open one keeps the GPUs awake: without,
+    some drivers reset clocks and fans between two questions."""
+    import pynvml
+
     try:
         pynvml.nvmlInit()
     except pynvml.NVMLError as error:
-        return {"error": str(error)}
+        yield str(error)
+        return
     try:
-        count = pynvml.nvmlDeviceGetCount()
-        return {
-            "driver": _asked(pynvml.nvmlSystemGetDriverVersion),
-            "cuda": _asked(pynvml.nvmlSystemGetCudaDriverVersion),
-            "gpus": [_gpu(index) for index in range(count)],
-        }
-    except pynvml.NVMLError as error:
-        return {"error": str(error)}
+        yield ""
     finally:
         pynvml.nvmlShutdown()
+
+
+def gauges() -> list[dict[str, float | None]]:
+    """What changes while a GPU works, by name with its unit, of every GPU; inside `opened`.
+
+    Raises pynvml.NVMLError where the driver no longer answers.
+    """
+    import pynvml
+
+    found = []
+    for index in range(pynvml.nvmlDeviceGetCount()):
+        gpu = _asked(pynvml.nvmlDeviceGetHandleByIndex, index)
+        gauges = {} if gpu is None else _gauges(gpu)
+        lost = all(value is None for value in gauges.values())  # as behind "GPU has fallen off the bus"
+        found.append(gauges | {"lost": float(lost)})
+    return found
+
+
+def _gauges(gpu: Any) -> dict[str, float | None]:
+    import pynvml
+
+    memory = _asked(pynvml.nvmlDeviceGetMemoryInfo, gpu)
+    use = _asked(pynvml.nvmlDeviceGetUtilizationRates, gpu)
+    slowed = _throttling(_asked(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu))
+    received, sent = pynvml.NVML_PCIE_UTIL_RX_BYTES, pynvml.NVML_PCIE_UTIL_TX_BYTES  # KB in a second, by NVML's header
+    return {
+        "temperature_celsius": _asked(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "memory_temperature_celsius": _field(gpu, pynvml.NVML_FI_DEV_MEMORY_TEMP) or None,  # 0 where there is none
+        "power_watts": _scaled(1e-3, pynvml.nvmlDeviceGetPowerUsage, gpu),
+        "power_limit_watts": _scaled(1e-3, pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu),
+        "energy_joules_total": _scaled(1e-3, pynvml.nvmlDeviceGetTotalEnergyConsumption, gpu),
+        "utilization_ratio": use and use.gpu / 100,
+        "memory_used_bytes": memory and memory.used,
+        "memory_size_bytes": memory and memory.total,
+        "fan_ratio": _scaled(1e-2, pynvml.nvmlDeviceGetFanSpeed, gpu),
+        "clock_hertz": _scaled(1e6, pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM),
+        "memory_clock_hertz": _scaled(1e6, pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_MEM),
+        "pcie_received_bytes_per_second": _scaled(1e3, pynvml.nvmlDeviceGetPcieThroughput, gpu, received),
+        "pcie_sent_bytes_per_second": _scaled(1e3, pynvml.nvmlDeviceGetPcieThroughput, gpu, sent),
+        "throttled": None if slowed is None else float(any(reason != POWER_CAP for reason in slowed)),
+        "power_capped": None if slowed is None else float(POWER_CAP in slowed),
+    }
 
 
 def _asked(question: Callable[..., Any], *arguments: Any) -> Any:
@@ -69,9 +126,9 @@ def _gpu(index: int) -> dict[str, Any]:
         "memory_gib": memory and round(memory.total / GIB, 2),
         "used_gib": memory and round(memory.used / GIB, 2),
         "processes": _processes(gpu),
-        "power_limit_w": _watts(pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu),
-        "power_default_w": _watts(pynvml.nvmlDeviceGetPowerManagementDefaultLimit, gpu),
-        "power_w": _watts(pynvml.nvmlDeviceGetPowerUsage, gpu),
+        "power_limit_w": _scaled(1e-3, pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu),
+        "power_default_w": _scaled(1e-3, pynvml.nvmlDeviceGetPowerManagementDefaultLimit, gpu),
+        "power_w": _scaled(1e-3, pynvml.nvmlDeviceGetPowerUsage, gpu),
         "temperature_c": _asked(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU),
         "throttling": _throttling(_asked(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu)),
         "pcie": {
@@ -92,9 +149,9 @@ def _gpu(index: int) -> dict[str, Any]:
     }
 
 
-def _watts(question: Callable[..., Any], gpu: Any) -> float | None:
-    found = _asked(question, gpu)
-    return None if found is None else found / 1000
+def _scaled(unit: float, question: Callable[..., Any], *arguments: Any) -> float | None:
+    found = _asked(question, *arguments)
+    return None if found is None else round(found * unit, 6)
 
 
 def _throttling(reasons: int | None) -> list[str] | None:
@@ -124,13 +181,22 @@ def _processes(gpu: Any) -> list[dict[str, Any]] | None:
     return programs
 
 
+def _field(gpu: Any, number: int) -> int | None:
+    """A value that the driver has under a number."""
+    import pynvml
+
+    values = _asked(pynvml.nvmlDeviceGetFieldValues, gpu, [number])
+    if not values or values[0].nvmlReturn != pynvml.NVML_SUCCESS:
+        return None
+    return int(values[0].value.uiVal)
+
+
 def _recovery(gpu: Any) -> str | None:
     """What the driver wants done before the GPU is used again, in words; empty for nothing."""
     import pynvml
 
-    values = _asked(pynvml.nvmlDeviceGetFieldValues, gpu, [pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION])
-    if not values or values[0].nvmlReturn != pynvml.NVML_SUCCESS:
+    action = _field(gpu, pynvml.NVML_FI_DEV_GET_GPU_RECOVERY_ACTION)
+    if action is None:
         return None
-    action = values[0].value.uiVal
     wanted = {getattr(pynvml, f"NVML_GPU_RECOVERY_ACTION_{name}"): words for name, words in RECOVERY.items()}
     return wanted.get(action, f"action {action}" if action else "")

@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from types import SimpleNamespace
 from typing import Any
 
 import pynvml
@@ -12,6 +11,7 @@ from finetune.errors import ConfigError
 from finetune.workstation import doctor, facts, nvml
 from finetune.workstation.checks import Check, Verdict, judge
 from tests.conftest import Answer
+from tests.unit.workstation.gpus import GEFORCE, stand_in
 from tests.unit.workstation.test_checks import HEALTHY, changed
 
 Cli = Callable[..., Answer]
@@ -63,27 +63,7 @@ def test_a_text_tells_what_is_wrong_and_the_cure() -> None:
 
 
 def test_a_driver_that_answers_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
-    """As a GeForce in a virtual machine: names and memory, and nothing else."""
-
-    def refuse(*_: Any) -> Any:
-        raise pynvml.NVMLError(pynvml.NVML_ERROR_NOT_SUPPORTED)
-
-    for name in (name for name in dir(pynvml) if name.startswith("nvmlDeviceGet")):
-        monkeypatch.setattr(pynvml, name, refuse)
-    answers = {
-        "nvmlInit": None,
-        "nvmlShutdown": None,
-        "nvmlDeviceGetCount": 1,
-        "nvmlDeviceGetHandleByIndex": 0,
-        "nvmlSystemGetDriverVersion": "580.95.05",
-        "nvmlSystemGetCudaDriverVersion": 13000,
-        "nvmlDeviceGetName": "NVIDIA GeForce RTX 4090",
-        "nvmlDeviceGetMemoryInfo": SimpleNamespace(total=24 * 2**30, used=2**29),
-        "nvmlDeviceGetCurrentClocksEventReasons": pynvml.nvmlClocksEventReasonHwThermalSlowdown,
-        "nvmlDeviceGetRemappedRows": (0, 0, 1, 0),
-    }
-    for name, answer in answers.items():
-        monkeypatch.setattr(pynvml, name, lambda *_, answer=answer: answer)
+    stand_in(monkeypatch, GEFORCE)
     found = nvml.read()
     (gpu,) = found["gpus"]
     assert (found["driver"], found["cuda"]) == ("580.95.05", 13000)
