@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from finetune.errors import ConfigError
 from finetune.reading import at_home
@@ -19,6 +19,7 @@ from finetune.run.plain import first_line
 from finetune.run.progress import say
 from finetune.workstation import alerts, nvml, samples
 from finetune.workstation.alerts import Alert, Watch
+from finetune.workstation.flags import Flags
 from finetune.workstation.samples import METRICS, Sample
 
 EVERY_S, LEAST_S, FIRST_S = 60.0, 0.5, 0.2
@@ -87,15 +88,8 @@ def watch(
     return worst
 
 
-class _Parser(argparse.ArgumentParser):
-    """argparse with our way to refuse."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ConfigError(f"{message}; {' '.join(self.format_usage().split())}")
-
-
 def _options(words: Sequence[str]) -> argparse.Namespace:
-    parser = _Parser(prog="finetune monitor", add_help=False, allow_abbrev=False)
+    parser = Flags("monitor")
     parser.add_argument("--every", metavar="SECONDS", type=_seconds, default=EVERY_S)
     parser.add_argument("--for", metavar="SECONDS", type=_seconds, default=None, dest="for_s")
     for flag, value in (("--log", "FILE"), ("--rules", "FILE"), ("--command", "COMMAND"), ("--webhook", "URL")):

@@ -1,0 +1,149 @@
+"""What `finetune bench` measures, prints and compares."""
+
+from collections.abc import Callable, Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.errors import ConfigError
+from finetune.workstation import bench, speeds
+from finetune.workstation.bench import Benchmark, Figure, change, load, table
+from finetune.workstation.speeds import Speed
+from tests.conftest import Answer
+
+Cli = Callable[..., Answer]
+
+
+def figure(*values: float, more_is_better: bool = False) -> Figure:
+    middle = sorted(values)[len(values) // 2]
+    return Figure("tokens/s" if more_is_better else "s", more_is_better, middle, min(values), max(values), len(values))
+
+
+def benchmark(**figures: Figure) -> Benchmark:
+    return Benchmark(1.8e9, 0.1, "desk", "NVIDIA GeForce RTX 4090", 16, {"torch": "2.13.0"}, figures)
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in (("PROMPT_TOKENS", 8), ("NEW_TOKENS", 4), ("STEPS", 1)):
+        monkeypatch.setattr(speeds, name, value)
+
+
+def test_the_embedded_models_are_measured(small: None, finetune_cli: Cli, workdir: Path) -> None:
+    answer = finetune_cli("bench", "--repeats", "2", "--json")
+    assert answer.code == 0
+    Path("now.json").write_text(answer.out)
+    found = load(Path("now.json"))
+    assert list(found.figures) == [
+        *("text-fp32-pp8", "text-fp32-tg4", "text-bf16-pp8", "text-bf16-tg4"),
+        *("image-128px-efficient", "image-128px-plain"),
+    ]
+    for each in found.figures.values():
+        assert 0 < each.low <= each.median <= each.high
+        assert each.repeats == 2
+        assert each.more_is_better == (each.unit == "tokens/s")
+    assert found.versions.keys() == {"finetune", "torch", "transformers", "diffusers"}
+
+
+def test_both_ways_of_attention_are_used(small: None, monkeypatch: pytest.MonkeyPatch, workdir: Path) -> None:
+    used: list[set[str]] = []
+
+    def note(_: Any, backbone: Any, *__: Any, **___: Any) -> None:
+        used.append({type(each).__name__ for each in backbone.attn_processors.values()})
+
+    monkeypatch.setattr(speeds.ImageSampler, "generate", note)
+    for measure in speeds.every_measurement()[-2:]:
+        list(measure(1))
+    assert used == [{"AttnProcessor2_0"}] * 2 + [{"AttnProcessor"}] * 2
+
+
+SLOW, FAST, NEAR = (10.0, 10.5, 11.0), (5.0, 5.5, 6.0), (9.0, 9.9, 10.4)
+
+
+@pytest.mark.parametrize(
+    ("before", "now", "more_is_better", "word"),
+    [
+        (FAST, SLOW, False, "slower"),
+        (SLOW, FAST, False, "faster"),
+        (FAST, SLOW, True, "faster"),
+        (SLOW, FAST, True, "slower"),
+        (SLOW, NEAR, False, "same"),  # some repeats are alike
+        ((10.0, 10.0, 10.0), (10.4, 10.4, 10.4), False, "same"),  # too little
+    ],
+)
+def test_a_change_is_told_from_chance(before: Any, now: Any, more_is_better: bool, word: str) -> None:
+    old = benchmark(a=figure(*before, more_is_better=more_is_better))
+    new = benchmark(a=figure(*now, more_is_better=more_is_better), b=figure(1.0))
+    assert (change(old, new, "a"), change(old, new, "b")) == (word, "")
+
+
+def measurements(*values: float) -> list[Callable[[int], Iterator[Speed]]]:
+    return [lambda _: iter([Speed("text-fp32-tg128", "tokens/s", True, values)])]
+
+
+@pytest.mark.parametrize(("values", "code", "shown"), [(FAST, 1, "-48% slower"), (SLOW, 0, "+0% same")])
+def test_slower_than_an_earlier_file_is_an_exit_code(
+    values: tuple[float, ...],
+    code: int,
+    shown: str,
+    finetune_cli: Cli,
+    workdir: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(speeds, "every_measurement", lambda: measurements(*SLOW))
+    Path("before.json").write_text(finetune_cli("bench", "--json").out)
+    monkeypatch.setattr(speeds, "every_measurement", lambda: measurements(*values))
+    answer = finetune_cli("bench", "--compare", "before.json")
+    assert answer.code == code
+    [line] = [line for line in answer.out.splitlines() if line.startswith("text-fp32-tg128")]
+    assert line.endswith(shown)
+
+
+def test_a_table_says_what_else_is_another_one_and_fits_a_terminal() -> None:
+    now = benchmark(**{"image-128px-efficient": figure(*SLOW), "text-fp32-pp256": figure(123.4, 150.2, 160.9)})
+    assert table(now).splitlines() == [
+        "NVIDIA GeForce RTX 4090, 16 threads, torch 2.13.0",
+        "",
+        "image-128px-efficient       10.5  s                          10–11",
+        "text-fp32-pp256              150  s                        123–161",
+    ]
+    before = replace(now, host="lap", threads=1, load=3.5, versions={"torch": "2.11.0"})
+    shown = table(replace(now, load=2.5), before).splitlines()
+    assert shown[0].endswith("; load 2.5 before")
+    assert shown[2].endswith("10–11  +0% same")
+    assert max(map(len, shown)) <= 80
+    assert shown[-5].startswith("compared with 20")
+    assert shown[-4:] == ["host was lap", "threads was 1", "load was 3.5", "torch was 2.11.0"]
+
+
+@pytest.mark.parametrize("text", [None, "", "[]", '{"time": 1}'])
+def test_a_file_that_can_not_be_compared_is_named(text: str | None, finetune_cli: Cli, workdir: Path) -> None:
+    if text is not None:
+        Path("before.json").write_text(text)
+    answer = finetune_cli("bench", "--compare", "before.json")
+    assert answer.code == ConfigError.exit_code
+    assert answer.errors[0].startswith("error: cannot compare with before.json (")
+    assert answer.errors[0].endswith("); make one with: finetune bench --json > before.json")
+
+
+@pytest.mark.parametrize(
+    ("words", "why"),
+    [
+        (("conf=pixar_style",), "unrecognized arguments: conf=pixar_style"),
+        (("--repeats", "0"), "argument --repeats: 0 is no number from 1 to 1000"),
+        (("--repeats", "many"), "argument --repeats: many is no number from 1 to 1000"),
+    ],
+)
+def test_other_words_are_refused(finetune_cli: Cli, words: tuple[str, ...], why: str) -> None:
+    answer = finetune_cli("bench", *words)
+    assert answer.code == ConfigError.exit_code
+    usage = "usage: finetune bench [--repeats NUMBER] [--compare FILE] [--json]"
+    assert answer.errors == [f"error: {why}; {usage}"]
+
+
+def test_the_processor_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert bench._cpu()
+    monkeypatch.setattr(bench, "Path", lambda _: Path("/nowhere"))
+    assert bench._cpu().endswith(" CPU")
