@@ -58,14 +58,24 @@ def to_srgb(xyz_D50: Colours) -> Colours:
     return 255 * np.where(linear <= 0.0031308, 12.92 * linear, 1.055 * linear ** (1 / 2.4) - 0.055)
 
 
-def png(values: np.ndarray, bits: int, icc: bytes, *, extra: bytes = b"") -> bytes:
-    """An unfiltered PNG of (H, W, 1 … 4 channels); Pillow can't write 16 bits a channel. extra: chunks at its end."""
+def png(values: np.ndarray, bits: int, icc: bytes, *, said: bytes = b"", extra: bytes = b"") -> bytes:
+    """An unfiltered PNG of (H, W, 1 … 4 channels); Pillow can't write 16 bits a channel. extra: chunks at its end.
+    said: chunks about its colours."""
     height, width, channels = values.shape
     header = struct.pack(">IIBBBBB", width, height, bits, {1: 0, 2: 4, 3: 2, 4: 6}[channels], 0, 0, 0)
     rows = b"".join(b"\0" + row.astype(f">u{bits // 8}").tobytes() for row in values)
     profile_chunk = chunk(b"iCCP", b"profile\0\0" + zlib.compress(icc)) if icc else b""
-    body = chunk(b"IHDR", header) + profile_chunk + chunk(b"IDAT", zlib.compress(rows))
+    body = chunk(b"IHDR", header) + said + profile_chunk + chunk(b"IDAT", zlib.compress(rows))
     return b"\x89PNG\r\n\x1a\n" + body + extra + chunk(b"IEND", b"")
+
+
+def gamma_chunk(gamma: float) -> bytes:
+    return chunk(b"gAMA", struct.pack(">I", round(gamma * 100000)))
+
+
+def chromaticities_chunk(xy: tuple[float, ...]) -> bytes:
+    """xy: of white, red, green and blue."""
+    return chunk(b"cHRM", struct.pack(">8I", *(round(value * 100000) for value in xy)))
 
 
 def tiff(values: np.ndarray, icc: bytes, *, order: str, deflate: bool) -> bytes:

@@ -7,8 +7,9 @@ from html import escape
 from pathlib import Path
 from typing import BinaryIO
 
-from PIL import Image, ImageOps
+from PIL import Image
 
+from finetune.data.images import decode
 from finetune.reading import require_file
 
 LOSSLESS_SIDE = 160  # pixels; up to here a PNG is small, and JPEG would show its blocks
@@ -40,7 +41,7 @@ def encoded(source: Path | BinaryIO, side: int) -> str | None:
     try:
         with Image.open(source) as opened:
             opened.draft("RGB", (side, side))  # JPEGs are decoded at a reduced size: ten times as fast
-            image = _on_white(ImageOps.exif_transpose(opened))
+            image = decode.shown(opened)
     except NOT_SHOWN:
         return None
     kind = "png" if max(image.size) <= min(side, LOSSLESS_SIDE) else "jpeg"
@@ -57,13 +58,3 @@ def fitting(files: Sequence[Path], sides: Sequence[int], budget_bytes: int) -> d
         if sum(len(uri) for uri in uris.values() if uri) <= budget_bytes:
             break
     return uris
-
-
-def _on_white(image: Image.Image) -> Image.Image:
-    """8-bit RGB: 16 bits scaled down, transparency on white."""
-    if image.mode.startswith("I"):
-        image = image.convert("F").point(lambda value: value / 257).convert("L")  # 65535 / 255 = 257
-    if image.mode not in ("RGBA", "LA", "PA") and "transparency" not in image.info:
-        return image.convert("RGB")
-    seen = image.convert("RGBA")
-    return Image.alpha_composite(Image.new("RGBA", seen.size, "white"), seen).convert("RGB")

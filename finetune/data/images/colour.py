@@ -1,22 +1,33 @@
-"""Colours through an embedded ICC profile (ICC.1:2022), as a colour-managed viewer shows them on an sRGB screen.
+"""Colours as a colour-managed viewer shows them on an sRGB screen: through an embedded ICC profile (ICC.1:2022), or
+through what a PNG says instead of one.
 
 H×W pixels, C channels of the image.
 """
 
 import io
 import itertools
+from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
 from PIL import Image, ImageCms
+
+from finetune.data.images import gamma
 
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # a profile for another kind of image is passed over
 SAME = 2  # of 255; profiles that change no colour by more are sRGB, whatever they are called
 LEVELS = (0, 1, 2, 4, 8, 16, 32, 64, 96, 128, 160, 192, 224, 255)  # of the patches by which that is judged
 ROWS = 64  # of a 16-bit image at a time: up to sixteen float copies of them are held
 
+Profile = bytes | gamma.Gamma
 
-def to_srgb(image: Image.Image, profile: bytes | None, low: Image.Image | None = None) -> Image.Image:
+
+def profile_of(image: Image.Image) -> Profile | None:
+    """What an opened image says of its colours; None for sRGB as well as for nothing."""
+    return image.info.get("icc_profile") or gamma.of(image.info)
+
+
+def to_srgb(image: Image.Image, profile: Profile | None, low: Image.Image | None = None) -> Image.Image:
     """An L, RGB or CMYK image in sRGB. Without a profile, or with a broken one, by Pillow's plain conversion.
 
     low: the low bytes of an image of 16 bits, whose high bytes are `image`.
@@ -24,17 +35,23 @@ def to_srgb(image: Image.Image, profile: bytes | None, low: Image.Image | None =
     if not is_needed(profile, image.mode):
         return image if image.mode == "RGB" else image.convert("RGB")  # large images are not copied
     assert profile is not None
+    if isinstance(profile, gamma.Gamma):
+        return _in_parts(_values(image, low), profile.shown).convert("RGB")
     if image.mode == "L":
-        high_HW = np.asarray(image).astype(np.uint16) * 256
-        return Image.fromarray(_grey_table(profile)[high_HW + np.asarray(image if low is None else low)])
+        return Image.fromarray(_grey_table(profile)[_values(image, low)])
     transform = _transform(profile, image.mode)
     assert transform is not None
-    return transform.apply(image) if low is None else _of_sixteen_bits(image, low, transform)
+    if low is None:
+        return transform.apply(image)
+    # Pillow's transforms take 8 bits: the colours of the 2^C nearest ones are interpolated.
+    return _in_parts(_values(image, low), lambda values_HWC: _interpolated(values_HWC, image.mode, transform))
 
 
 @lru_cache(maxsize=32)
-def is_needed(profile: bytes | None, mode: str) -> bool:
+def is_needed(profile: Profile | None, mode: str) -> bool:
     """Whether the profile fits the mode and changes colours at all; its name is not asked."""
+    if isinstance(profile, gamma.Gamma):
+        return True
     transform = _transform(profile, mode) if profile else None
     if transform is None or mode == "CMYK":
         return transform is not None
@@ -74,11 +91,16 @@ def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-def _of_sixteen_bits(high: Image.Image, low: Image.Image, transform: ImageCms.ImageCmsTransform) -> Image.Image:
-    """Pillow's transforms take 8 bits: the colours of the 2^C nearest ones are interpolated."""
-    values_HWC = np.asarray(high).astype(np.uint16) * 256 + np.asarray(low)
-    found = [_interpolated(values_HWC[row : row + ROWS], high.mode, transform) for row in range(0, high.height, ROWS)]
-    return Image.fromarray(np.concatenate(found))
+def _values(image: Image.Image, low: Image.Image | None) -> np.ndarray:
+    """Of 16 bits, (H, W) for grey and (H, W, C) for colours; 8 bits are scaled up."""
+    high_HWC = np.asarray(image).astype(np.uint16) * 256
+    values_HWC: np.ndarray = high_HWC + np.asarray(image if low is None else low)
+    return values_HWC
+
+
+def _in_parts(values_HWC: np.ndarray, shown: Callable[[np.ndarray], np.ndarray]) -> Image.Image:
+    parts = [shown(values_HWC[row : row + ROWS]) for row in range(0, len(values_HWC), ROWS)]
+    return Image.fromarray(np.concatenate(parts))
 
 
 def _interpolated(values_HWC: np.ndarray, mode: str, transform: ImageCms.ImageCmsTransform) -> np.ndarray:

@@ -60,6 +60,12 @@ def rgb(path: Path, data: bytes, max_pixels: int) -> Image.Image:
         raise DataError(f"{path}: {_reason(error)}") from error
 
 
+def shown(image: ImageFile.ImageFile) -> Image.Image:
+    """An opened image as `open_rgb` gives it, but the colours of 16 bits by their high bytes: enough to look at."""
+    image.load()
+    return _rgb(_upright(image), None)
+
+
 def upright_size(path: Path, data: bytes, max_pixels: int) -> tuple[int, int]:
     """Width and height in pixels of an image that decodes, from the bytes of its file.
 
@@ -227,12 +233,7 @@ def _orientation(image: Image.Image) -> int:
 
 
 def _upright(image: Image.Image) -> Image.Image:
-    if _orientation(image) == 1:
-        return image
-    profile = image.info.get("icc_profile")
-    turned = ImageOps.exif_transpose(image)
-    turned.info["icc_profile"] = profile
-    return turned
+    return image if _orientation(image) == 1 else ImageOps.exif_transpose(image)
 
 
 def _low_bytes(image: ImageFile.ImageFile, again: Callable[[], ImageFile.ImageFile]) -> Image.Image | None:
@@ -246,7 +247,7 @@ def _low_bytes(image: ImageFile.ImageFile, again: Callable[[], ImageFile.ImageFi
     grey = rawmode == GREY_ALPHA
     if not (grey or (mode in ("RGB", "RGBA", "CMYK") and order in OTHER_ORDER)):
         return None
-    if not colour.is_needed(image.info.get("icc_profile"), "L" if grey else mode.removesuffix("A")):
+    if not colour.is_needed(colour.profile_of(image), "L" if grey else mode.removesuffix("A")):
         return None
     # With the bytes in the other order the same decoder keeps the low ones. Of grey with alpha all four are taken.
     exchanged = "RGBA" if grey else f"{mode};16{OTHER_ORDER[order]}"
@@ -261,7 +262,7 @@ def _low_bytes(image: ImageFile.ImageFile, again: Callable[[], ImageFile.ImageFi
 
 
 def _rgb(image: Image.Image, low: Image.Image | None) -> Image.Image:
-    profile = image.info.get("icc_profile")
+    profile = colour.profile_of(image)
     if image.mode.startswith("I;16") and colour.is_needed(profile, "L"):
         values_HW = np.asarray(image)
         high, low = Image.fromarray((values_HW >> 8).astype(np.uint8)), Image.fromarray(values_HW.astype(np.uint8))
@@ -275,7 +276,7 @@ def _rgb(image: Image.Image, low: Image.Image | None) -> Image.Image:
     return colour.to_srgb(image, profile, low)
 
 
-def _on_white(image: Image.Image, profile: bytes | None, low: Image.Image | None) -> Image.Image:
+def _on_white(image: Image.Image, profile: colour.Profile | None, low: Image.Image | None) -> Image.Image:
     """The colour profile belongs to the colours; alpha is not a colour."""
     coloured = image.convert("RGBA")
     grey = image.getbands()[0] in ("L", "1") or (low is not None and low.mode == "L")
