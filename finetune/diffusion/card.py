@@ -40,29 +40,38 @@ image.save("image.png")
 
 def _base(model: ModelConfig, dtype: torch.dtype) -> tuple[str, str]:
     """What to import to load the base as `pipeline`, and how: stored as the adapter was trained and compared."""
-    spec, is_file = family(model.family), hub.single_file(model.base) is not None
-    pipeline, loader = "DiffusionPipeline", "from_pretrained"
-    if is_file:
-        pipeline, loader = spec.pipeline, "from_single_file"  # the others have no loader of single files
+    spec = family(model.family)
+    if hub.single_file(model.base) is not None:
+        return _single_file(model, dtype)
     if model.quantize is Quantize.none:
-        return f"from diffusers import {pipeline}\n", f"pipeline = {pipeline}.{loader}({{base}})\n"
-    load = f"{spec.backbone}={spec.backbone}, torch_dtype={dtype}"
-    load = f'pipeline = {pipeline}.{loader}({{base}}, {load}).to("cuda")\n'
-    if is_file:
-        imports = f"""import torch
-from diffusers import {pipeline}
-from finetune.config.schema import ModelConfig, Quantize
-from finetune.diffusion.pipeline import load_backbone  # diffusers doesn't quantise the weights of a single file
-"""
-        stored = f"family={model.family!r}, parts={_text(model.parts)}, quantize={model.quantize}"
-        return imports, (
-            f"model = ModelConfig(base={{base}}, {stored})\n"
-            f'{spec.backbone} = load_backbone(model, {dtype}, torch.device("cuda"))\n{load}'
-        )
+        return "from diffusers import DiffusionPipeline\n", "pipeline = DiffusionPipeline.from_pretrained({base})\n"
     options = f'subfolder="{spec.backbone}", quantization_config=stored, torch_dtype={dtype}'
-    return f"import torch\nfrom diffusers import BitsAndBytesConfig, {pipeline}, {spec.backbone_class}\n", (
+    load = f'{spec.backbone}={spec.backbone}, torch_dtype={dtype}).to("cuda")'
+    return f"import torch\nfrom diffusers import BitsAndBytesConfig, DiffusionPipeline, {spec.backbone_class}\n", (
         f"stored = {quantize.as_code(model.quantize, dtype)}\n"
-        f"{spec.backbone} = {spec.backbone_class}.from_pretrained({{base}}, {options})\n{load}"
+        f"{spec.backbone} = {spec.backbone_class}.from_pretrained({{base}}, {options})\n"
+        f"pipeline = DiffusionPipeline.from_pretrained({{base}}, {load}\n"
+    )
+
+
+def _single_file(model: ModelConfig, dtype: torch.dtype) -> tuple[str, str]:
+    """Diffusers guesses a file's configuration, fetches no part that it lacks, and doesn't quantise its weights."""
+    part = family(model.family).backbone
+    source = f"base={{base}}, family={model.family!r}, parts={_text(model.parts)}"
+    if model.quantize is Quantize.none:
+        imports = (
+            "from finetune.config.schema import ModelConfig\nfrom finetune.diffusion.pipeline import load_pipeline\n"
+        )
+        return imports, f"pipeline = load_pipeline(ModelConfig({source}), {{{{}}}})\n"
+    imports = """import torch
+from finetune.config.schema import ModelConfig, Quantize
+from finetune.diffusion.pipeline import load_backbone, load_pipeline
+"""
+    return imports, (
+        f"model = ModelConfig({source}, quantize={model.quantize})\n"
+        f'{part} = load_backbone(model, {dtype}, torch.device("cuda"))\n'
+        f'stored = {{{{"default": {dtype}}}}}\n'
+        f'pipeline = load_pipeline(model, {{{{"{part}": {part}}}}}, torch_dtype=stored).to("cuda")\n'
     )
 
 

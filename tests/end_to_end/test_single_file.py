@@ -61,6 +61,4 @@ def test_a_run_from_a_file_is_the_run_from_its_folder(config: Config, tmp_path: 
                 for samples, item in ((result, one), (whole, other))
             )
             assert drawn == wanted
-    page = (Path(result.adapter.folder) / "README.md").read_text()
-    assert f'pipeline = StableDiffusionPipeline.from_single_file("{file}")' in page
     assert finetune.train(single).run == result.run  # every stage is up to date

@@ -19,7 +19,7 @@ from finetune.adapters import formats, lora
 from finetune.config.schema import Config, ExportFormat, ModelConfig, Precision, Quantize
 from finetune.diffusion import card, pipeline
 from finetune.diffusion.families import family
-from finetune.diffusion.pipeline import load_adapter, load_backbone
+from finetune.diffusion.pipeline import load_adapter, load_backbone, load_vae_model
 from finetune.errors import ExportError, ModelError
 from finetune.memory import quantize
 from finetune.memory.device import pick_dtype
@@ -28,6 +28,7 @@ from finetune.stages.export import export
 from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.checkpoint import Checkpoint, TrainState
+from tests.single_files import save_single_file
 
 
 @pytest.fixture(params=["attention", "wide"])
@@ -152,6 +153,28 @@ def test_the_code_of_the_model_card_runs(
     trained = predicted(load_adapter(config.model, base, Path(adapter.folder, adapter.files[names[0]])))
     assert torch.allclose(predicted(made["pipeline"].unet), trained, rtol=1e-5, atol=1e-6)
     assert not torch.allclose(untuned, trained, atol=1e-4)
+
+
+@pytest.mark.parametrize("parts", [None, ["unet"]], ids=["whole", "backbone alone"])
+def test_the_code_of_the_model_card_loads_a_base_in_a_single_file(
+    config: Config,
+    run: Run,
+    tiny_base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    parts: list[str] | None,
+) -> None:
+    file = save_single_file(tiny_base, tmp_path / "my base.safetensors", "sd", parts)
+    config.model = replace(config.model, base=str(file), parts=str(tiny_base))
+    page = Path(export(config, run).folder, "README.md").read_text()
+    monkeypatch.chdir(config.run_dir)
+    made: dict[str, Any] = {}
+    exec(page.split("```python\n")[1].split("```")[0], made)
+    assert Image.open("image.png").size == (32, 32)
+    trained = load_adapter(config.model, load_backbone(config.model, torch.float32), Path("adapter", "peft"))
+    assert torch.allclose(predicted(made["pipeline"].unet), predicted(trained), rtol=1e-5, atol=1e-6)
+    theirs, ours = made["pipeline"].vae.state_dict(), load_vae_model(config.model).state_dict()
+    assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
 
 
 class _Asked(Exception):
