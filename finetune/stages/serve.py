@@ -10,8 +10,9 @@ from typing import Any
 
 from finetune.adapters import formats
 from finetune.config.model_kinds import model_kind
+from finetune.config.recipes import recipe_files
 from finetune.config.schema import Config, ExportFormat
-from finetune.config.spelling import override
+from finetune.config.spelling import override, setting
 from finetune.errors import ConfigError
 from finetune.run.progress import plural, say
 from finetune.run.receipts import load_record
@@ -119,10 +120,13 @@ def _url(listener: Any) -> str:
 
 def _train_command(config: Config, typed: Sequence[str]) -> str:
     """What trains the run that is served; the server's own settings don't belong to it."""
+    if not typed:
+        return "finetune.train(config)"
     words = [word for word in typed if not word.lstrip("+").startswith(("serve.", "serve="))]
-    if not any(word.startswith("conf=") for word in words):
-        words.insert(0, override("conf", config.name))
-    return shlex.join(["finetune", "train", *words])
+    if any(word.startswith("conf=") for word in words):
+        return shlex.join(["finetune", "train", *words])
+    recipe = setting("conf", config.name) if config.name in recipe_files() else "conf=…"  # a run doesn't know its own
+    return f"finetune train {recipe} {shlex.join(words)}"
 
 
 def _announce(config: Config, service: Any, url: str, key: str, *, needs_key: bool) -> None:

@@ -38,13 +38,26 @@ def test_the_command_that_trains_what_is_served_is_the_recipe_with_its_settings(
     assert (again.name, again.lora.rank, again.run_dir) == tuple(ODD.values())
 
 
-def test_a_server_that_was_given_no_recipe_names_that_of_the_run(
-    language_config: Config, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize(("name", "recipe"), [("smoke", "conf=smoke"), (NAME, "conf=…")])
+def test_a_server_of_a_run_folder_names_the_recipe_if_there_is_one_of_that_name(
+    language_config: Config, capsys: pytest.CaptureFixture[str], name: str, recipe: str
 ) -> None:
-    language_config.serve.port, language_config.name = 0, NAME
+    language_config.serve.port, language_config.name = 0, name
     with serving(language_config, ["run_dir=out"]):
         words = shlex.split(capsys.readouterr().err.partition("train one: ")[2].splitlines()[0])
-    assert words == ["finetune", "train", override("conf", NAME), "run_dir=out"]
+    assert words == ["finetune", "train", recipe, "run_dir=out"]
+
+
+def test_a_server_of_a_configuration_is_trained_with_that_configuration(
+    language_config: Config, capsys: pytest.CaptureFixture[str]
+) -> None:
+    language_config.serve.port, language_config.sample.prompts = 0, []
+    language_config.trainer.steps, language_config.trainer.validate_every = 1, 0
+    with finetune.serve(language_config):
+        offered = capsys.readouterr().err.partition("train one: ")[2].splitlines()[0]
+    eval(offered, {"finetune": finetune, "config": language_config})
+    with finetune.serve(language_config) as server:
+        assert f"base:{language_config.name}" in server.models
 
 
 def test_a_run_without_a_peft_folder_is_exported_with_one_besides(language_config: Config, tmp_path: Path) -> None:
