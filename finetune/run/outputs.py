@@ -50,11 +50,13 @@ def set_aside_changed(run_dir: Path, folder: Path, noted: Mapping[str, Output], 
     """Move the files of `folder`, which is to be replaced, that are neither as they were noted nor as in `replacement`:
     a person may have changed or added them.
 
-    They go to a folder beside it, `FOLDER-kept-N/`, which is said. Raises OSError.
+    They go to a folder beside it, `FOLDER-kept-N/`, which is said; so does a file in place of the folder. Raises
+    OSError.
     """
+    there = sorted(file for file in _files(folder) if file.exists())
     changed = [
         file
-        for file in (sorted(_files(folder)) if folder.is_dir() else [])
+        for file in there
         if not _is_noted(run_dir, file, noted) and not _equal(file, replacement / file.relative_to(folder))
     ]
     if not changed:

@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from functools import lru_cache
+from os.path import realpath
 from pathlib import Path
 from typing import Any
 
@@ -84,7 +85,7 @@ class Runs:
         if record is None:
             return {"total": 0, "items": []}
         folder = Path(record.folder)
-        shown = folder if self.own_images and folder.resolve() == Path(self.own_images).resolve() else None
+        shown = folder if self.own_images and realpath(folder) == realpath(self.own_images) else None
         items = [
             asdict(item) | {"image": _thumbnail(shown / item.file, shown, SMALL_SIDE) if shown else None}
             for item in record.items[first : first + CAPTIONS_AT_ONCE]
@@ -163,7 +164,7 @@ def _thinned(points: curves.Points) -> curves.Points:
 
 
 def _is_inside(file: Path, folder: Path) -> bool:
-    return file.resolve().is_relative_to(folder.resolve())
+    return Path(realpath(file)).is_relative_to(realpath(folder))  # Path.resolve fails at a link to itself
 
 
 def _thumbnail(file: Path, folder: Path, side: int) -> str | None:
