@@ -1,10 +1,14 @@
 """The notebooks run from their first cell to their last, and keep the better adapter for the reason that they give."""
 
+import csv
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import nbformat
+import pyarrow
+import pyarrow.parquet
 import pytest
 from nbclient import NotebookClient
 from PIL import Image, ImageDraw
@@ -74,6 +78,58 @@ def test_retraining_a_chat(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert f"{min(losses):.5f} against" in (out / "pirate_chat_best" / "WHY.md").read_text()
     for words in ("Training loss", "old adapter", "<mark>"):
         assert words in html
+
+
+def _sharegpt(messages: list[dict[str, str]]) -> dict[str, Any]:
+    turns = [{"from": {"user": "human"}.get(turn["role"], "gpt"), "value": turn["content"]} for turn in messages]
+    return {"conversations": turns}
+
+
+def _pairs(messages: list[dict[str, str]]) -> dict[str, str]:
+    return {"prompt": messages[0]["content"], "completion": messages[1]["content"]}
+
+
+def _csv(rows: list[dict[str, str]], file: Path) -> None:
+    with open(file, "w", newline="") as stream:
+        writer = csv.DictWriter(stream, ["prompt", "completion"])
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+KINDS_OF_FILE: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Path], Any]]] = {
+    "messages.jsonl": (
+        lambda messages: {"messages": messages},
+        lambda rows, file: file.write_text("\n".join(map(json.dumps, rows))),  # no line end at its end
+    ),
+    "pairs.csv": (_pairs, _csv),
+    "pairs.parquet": (_pairs, lambda rows, file: pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file)),
+    'it\'s "ShareGPT", [1]=ä.json': (_sharegpt, lambda rows, file: file.write_text(json.dumps(rows, indent=1))),
+}
+
+
+@pytest.mark.parametrize("added", KINDS_OF_FILE)
+@pytest.mark.parametrize("first", ["messages.jsonl", "pairs.csv"])
+def test_conversations_are_added_whatever_kind_of_file_they_are_in(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, first: str, added: str
+) -> None:
+    talks = [json.loads(line)["messages"] for line in conversations(40).splitlines()]
+    files = []
+    for folder, name, part in (("first", first, talks[:30]), ("more", added, talks[30:])):
+        row, write = KINDS_OF_FILE[name]
+        (tmp_path / folder).mkdir()
+        files.append(tmp_path / folder / name)
+        write([row(messages) for messages in part], files[-1])
+    settings = f"data.file={files[0]} data.cache={tmp_path / 'cache'} hardware.device=cpu"
+    settings += f" model.base={save_language(tmp_path / 'tiny')} data.length=192 data.workers=1"
+    for name, value in {"ADDED": files[1], "OVERRIDES": settings}.items():
+        monkeypatch.setenv(f"RETRAIN_{name}", str(value))
+    monkeypatch.chdir(tmp_path)
+    names: dict[str, Any] = {}
+    for cell in nbformat.read(CHAT, as_version=4).cells:
+        if cell.cell_type == "code" and cell.id in ("c1", "c5", "c7"):  # parameters, adding, the data set
+            exec(cell.source, names)
+    rows = json.loads((tmp_path / "outputs" / "pirate_chat_2" / "receipts" / "dataset.json").read_text())["record"]
+    assert rows["train"] + rows["validation"] == 40
 
 
 @pytest.fixture

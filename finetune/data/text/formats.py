@@ -1,7 +1,7 @@
 """Conversations from a file, whatever its format: OpenAI messages, ShareGPT, Alpaca, prompt and completion, plain text.
 
-The format is recognised by the columns of the first row, or named. Rows are streamed and normalised one by one: memory
-does not grow with the file. Texts stay as they are; only blank system turns are left out.
+The format is recognised by the columns of a file's first row, or named. Rows are streamed and normalised one by one:
+memory does not grow with the file. Texts stay as they are; only blank system turns are left out.
 """
 
 import hashlib
@@ -15,6 +15,7 @@ from finetune.config.schema import ConversationFormat
 from finetune.config.spelling import setting
 from finetune.data.text import readers
 from finetune.errors import DataError
+from finetune.run.progress import say
 
 TEXT = "text"  # the role of the only message of a row of plain text, which goes through no chat template
 ROLES = {
@@ -84,7 +85,7 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Source:
-    """Files of one format. columns: what the format calls a column -> what the files call it."""
+    """Files, and the format of the first one. columns: what a format calls a column -> what the files call it."""
 
     path: Path
     files: tuple[Path, ...]
@@ -132,12 +133,14 @@ def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> I
     """
     count = left_out = 0
     for file in source.files:
+        format_ = None
         for number, row in readers.read(file):
             try:
                 if isinstance(row, DataError):
                     raise row
-                named = _renamed(row, source.columns)
-                yield conversation(named, source.format, f"{file}:{number}", strict=not source.named)
+                named, where = _renamed(row, source.columns), f"{file}:{number}"
+                format_ = format_ or _of_file(file, source, _columns(named, where), where)
+                yield conversation(named, format_, where, strict=not source.named)
                 count += 1
             except DataError as error:
                 if bad is None:
@@ -146,6 +149,15 @@ def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> I
                 bad(error)
     if not count:
         raise DataError(f"{source.path}: nothing is left, all {left_out} rows are unusable; try data.skip_bad=false")
+
+
+def _of_file(file: Path, source: Source, columns: dict[str, Any], where: str) -> ConversationFormat:
+    """By its first row: several files may be conversations of different formats, but not conversations and texts."""
+    found = source.format if source.named else recognise(columns, where)
+    if found is source.format or ConversationFormat.text in (found, source.format):
+        return source.format
+    say(f"dataset: {file}: {found.value} (recognised)")
+    return found
 
 
 def conversation(row: object, format_: ConversationFormat, where: str, *, strict: bool = True) -> Conversation:

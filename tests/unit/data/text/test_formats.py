@@ -286,6 +286,33 @@ def test_mixed_formats_are_refused_unless_named(tmp_path):
     assert read(both, format_=ConversationFormat.text, bad=lambda _: None)[0].messages == (Message("text", "x"),)
 
 
+CONVERSATIONS = [format_ for format_ in ROWS if format_ is not ConversationFormat.text]
+
+
+@pytest.mark.parametrize("first", CONVERSATIONS)
+def test_files_of_different_formats_are_read_together(tmp_path, capsys, first):
+    for number, format_ in enumerate([first, *CONVERSATIONS]):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(ROWS[format_]) + "\n")
+    alone = [read(tmp_path / f"{number}.jsonl")[0].messages for number in range(len(CONVERSATIONS) + 1)]
+    capsys.readouterr()
+    assert [row.messages for row in read(tmp_path)] == alone
+    said = capsys.readouterr().err.splitlines()
+    others = [(number, format_) for number, format_ in enumerate(CONVERSATIONS, 1) if format_ is not first]
+    assert said == [
+        f"dataset: {tmp_path / f'{number}.jsonl'}: {format_.value} (recognised)" for number, format_ in others
+    ]
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_files_of_conversations_and_of_texts_are_refused_unless_named(tmp_path, order):
+    formats = [ConversationFormat.messages, ConversationFormat.text][::order]
+    for number, format_ in enumerate(formats):
+        (tmp_path / f"{number}.jsonl").write_text(json.dumps(ROWS[format_]) + "\n")
+    wrong = rf"1.jsonl:1: is {formats[1].value}, earlier rows are {formats[0].value}.*data.format={formats[0].value}"
+    with pytest.raises(DataError, match=wrong):
+        read(tmp_path)
+
+
 def test_bad_rows_can_be_left_out_and_are_told(tmp_path):
     path = tmp_path / "rows.jsonl"
     good = json.dumps(ROWS[ConversationFormat.messages]).encode()
