@@ -22,6 +22,7 @@ from finetune.config.rules import Rule
 from finetune.config.schema import Config
 from finetune.config.spelling import setting
 
+SHORT_LIKENESS = 0.75  # of a name of few letters, such as `seed`, to a wrong one; else `deepspeed` is like it
 MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
 # Keys whose type alone doesn't say what to type; in 0.1 checkpointing was true or false.
 MEANT = {"trainer.activation_checkpointing": "0 (none), 1 (every block) or n (every n-th block)"}
@@ -148,7 +149,10 @@ def nearest(key: str) -> str | None:
     leaves, name = list(leaf_types()), key.rpartition(".")[2]
     near = _near_siblings(key) or ([other_tools.KEYS[name]] if name in other_tools.KEYS else [])
     near = near or [leaf for leaf in leaves if leaf.rpartition(".")[2] == name]
-    near = near or ([] if _siblings(key) else get_close_matches(key, [*leaves, *sections()], n=1))
+    if not near and not _siblings(key):
+        names = [*leaves, *sections()]
+        like = get_close_matches(key, names, n=1, cutoff=SHORT_LIKENESS)
+        near = like or [found for found in get_close_matches(key, names) if "." in found]
     return near[0] if near else None
 
 

@@ -28,6 +28,18 @@ def test_every_name_is_no_key_and_leads_to_one(word: str) -> None:
         assert set(keys) <= NAMES
 
 
+@pytest.mark.parametrize("word", ["color_aug", "resumed", "conditioning"])
+def test_a_short_name_is_not_like_every_long_one(word: str) -> None:
+    assert "did you mean" not in (describe.key_problem(word) or "")
+
+
+@pytest.mark.parametrize(
+    ("wrong", "meant"), [("seed_", "seed"), ("trainr", "trainer"), ("optim_lr", "optim.lr"), ("rundir", "run_dir")]
+)
+def test_what_is_like_a_name_is_offered(wrong: str, meant: str) -> None:
+    assert describe.nearest(wrong) == meant
+
+
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [
