@@ -208,6 +208,13 @@ def _source_image(item: Caption, sha256: str, size: tuple[int, int], shapes: Seq
 def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path, cache: Path) -> None:
     if len(images) == 1:
         say("warning: only one image; the adapter will draw it over and over; 10 to 40 of one style work well")
+    first: dict[str, str] = {}
+    copies = [image for image in images if first.setdefault(image.sha256, image.file) != image.file]
+    if copies:
+        say(
+            f"warning: more than once: {plural(len(copies), 'image')}, {copies[0].file} is {first[copies[0].sha256]}; "
+            "each copy is trained as an image of its own, delete what you do not want to stress"
+        )
     trigger = trigger.strip()
     without = [image.file for image in images if trigger.casefold() not in image.caption.casefold()]
     if trigger and without:

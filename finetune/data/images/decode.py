@@ -32,6 +32,7 @@ OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L
 TEXT_LIMITS = {"MAX_TEXT_CHUNK": 64 * 2**20, "MAX_TEXT_MEMORY": 256 * 2**20}  # bytes; Pillow's are 1 and 64 MiB
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+HEIC_REASON = "is a HEIC image, whatever its name says; save it as JPEG or PNG"
 FILE_BYTES = 4 << 30  # of an image, three times what `data.max_pixels` of 16 bits take without compression
 CHECK_SIDE = 512  # pixels; JPEGs are checked at a reduced size, which still reads every byte
 PIXELS_AT_ONCE = 100_000_000  # decoded by all threads together: about 12 bytes each at the peak
@@ -166,7 +167,8 @@ def _open(path: Path, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
         with _pillow_limits():
             image = Image.open(io.BytesIO(_texts_first(data)), formats=FORMATS)
     except Exception as error:  # see open_rgb
-        raise DataError(f"{path}: {_reason(error)}") from error
+        reason = HEIC_REASON if _is_heic(data) else _reason(error)
+        raise DataError(f"{path}: {reason}") from error
     width, height = image.size
     if width * height > max_pixels:
         raise DataError(
@@ -212,6 +214,11 @@ def _texts_first(data: bytes) -> bytes:
     ends = [*(start for start, _ in texts), len(data)]
     rest = [data[start:end] for start, end in zip([pixels, *(end for _, end in texts)], ends, strict=True)]
     return b"".join([data[:pixels], moved, *rest])
+
+
+def _is_heic(data: bytes) -> bool:
+    """As phones write it, also under the name of a JPEG: heic, heix, … among its brands (ISO/IEC 23008-12, annex B)."""
+    return data[4:8] == b"ftyp" and b"hei" in data[8:64]
 
 
 def _reason(error: Exception) -> str:

@@ -324,6 +324,15 @@ def test_the_warning_about_triggers_names_the_file_and_ends_when_it_is_obeyed(co
     assert not found.strays
 
 
+def test_copies_of_an_image_are_said(config, capsys):
+    dataset(config, captions(config))
+    assert "more than once" not in capsys.readouterr().err
+    root = Path(config.data.folder)
+    (root / "copy.png").write_bytes((root / "1.png").read_bytes())
+    assert dataset(config, captions(config)).train == 6
+    assert "warning: more than once: 1 image, copy.png is 1.png; " in capsys.readouterr().err
+
+
 def test_how_much_is_cut_away_is_said_where_it_is_much(config, capsys):
     dataset(config, captions(config))
     assert "cut away" not in capsys.readouterr().err

@@ -184,6 +184,7 @@ def jpeg(side: int = 256) -> bytes:
 
 BAD = {
     "zero.jpg": (b"", r"is empty \(0 bytes\)"),
+    "phone.jpg": (b"\0\0\0\x18ftypmif1\0\0\0\0mif1heic" + bytes(500), "is a HEIC image, .*; save it as JPEG"),
     "text.png": (b"hello, this is no image", "is not an image in any of these formats: JPEG, PNG"),
     "short.jpg": (jpeg()[:9000], "is truncated"),
     "header.jpg": (jpeg()[:100], "is (truncated|corrupt|not an image)"),
