@@ -1,6 +1,7 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
 import signal
+import time
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -45,7 +46,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     Raises RunError if an earlier run in the folder was trained with other settings or data (they are listed) or a
     checkpoint is damaged, TrainingError after too many non-finite steps, Interrupted after a signal (state saved).
     """
-    run_dir = Path(config.run_dir)
+    began, run_dir = time.monotonic(), Path(config.run_dir)
     contents = distributed.on_first_rank(lambda: _contents(config))
     settings = _settings(config, dataset)
     identity = settings | contents
@@ -91,7 +92,9 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     if ranks.rank() == 0:
         figures = {name: getattr(record, name) for name in FIGURES}
         figures |= {"effective_batch": record.effective, f"{record.unit}_per_s": record.items_per_s}
-        save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=record.seconds, figures=figures)
+        # Loading and validation too, as in other stages; the record has the time of all steps, also before a resume.
+        seconds = max(record.seconds, time.monotonic() - began)
+        save_receipt(run_dir, "train", record, input_hash=input_hash, seconds=seconds, figures=figures)
     return record
 
 

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 import signal
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -46,8 +47,9 @@ def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
 
 def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_dataset: Callable[..., Dataset]) -> None:
     config.trainer.ema_decay = 0.9
-    run = train(config, make_dataset())
-    run_dir = Path(config.run_dir)
+    dataset, began = make_dataset(), time.monotonic()
+    run = train(config, dataset)
+    elapsed, run_dir = time.monotonic() - began, Path(config.run_dir)
     assert checkpoint.steps_on_disk(run_dir / "checkpoints") == [2, 4]
     assert run.steps == 4
     assert run.items == 16
@@ -56,6 +58,7 @@ def test_a_run_leaves_checkpoints_curves_and_a_receipt(config: Config, make_data
     receipt = load_receipt(run_dir, "train")
     assert receipt is not None
     assert receipt.figures["last_loss"] == run.last_loss
+    assert run.seconds < 0.9 * elapsed < receipt.seconds <= elapsed, "the stage is more than its steps"
     events = EventAccumulator(str(run_dir / "tensorboard" / run_dir.name), size_guidance={"images": 0}).Reload()
     tags = events.Tags()
     for tag in ("loss/step", "loss/smoothed", "train/learning_rate", "train/gradient_norm", "train/images_per_s"):
