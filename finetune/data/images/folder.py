@@ -24,8 +24,13 @@ from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.progress import plural
 
 SIDECARS = (".txt", ".caption", ".cap", ".text")  # beside an image, the first that is there; in any case of letters
-UNREAD = (".json", ".md", ".tags", ".tag", ".wd14", ".yaml", ".yml", ".csv", ".xml")  # beside an image, of other tools
-TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".yaml", ".yml")  # of captions for a whole folder
+# Beside an image, of other tools and of people.
+UNREAD = (
+    *(".json", ".md", ".tags", ".tag", ".wd14", ".yaml", ".yml", ".toml", ".csv", ".tsv", ".xml", ".xmp", ".captions"),
+    *(".prompt", ".prompts", ".desc", ".description", ".label", ".rtf", ".doc", ".docx", ".odt", ".html"),
+)
+# Of captions for a whole folder.
+TABLES = (".csv", ".tsv", ".json", ".jsonl", ".parquet", ".yaml", ".yml", ".toml", ".xlsx", ".xls", ".ods", ".xml")
 TABLE_NAMES = (
     "metadata",
     "captions",

@@ -31,20 +31,19 @@ ANSWER_COLUMNS = ("output", "response")  # Alpaca's name for the answer, and Dol
 # KTO: whether the answer is a good one. TRL's name, LLaMA-Factory's, and what rating tools export.
 VERDICT_COLUMNS = (
     *("label", "kto_tag", "kto_label", "chosen", "desirable", "is_desirable"),
-    *("is_good", "thumbs_up", "accepted", "is_accepted", "liked"),
+    *("is_good", "good", "thumbs_up", "thumbs", "accepted", "is_accepted", "approved", "is_approved", "liked"),
+    *("is_chosen", "preferred", "is_preferred", "correct", "is_correct", "verdict", "feedback"),
 )
-BAD_VERDICTS = ("false", "0", "0.0", "-1", "-1.0", "bad", "rejected", "undesirable", "thumbs_down")
+BAD_VERDICTS = (
+    *("false", "0", "0.0", "-1", "-1.0", "bad", "rejected", "undesirable", "thumbs_down", "down", "incorrect", "wrong"),
+)
 PREFERENCE_COLUMNS = (
     *("chosen", "rejected", "non_preferred_output", "rejected_response", "rejected_messages"),
     *("rejected_completion", "rejected_answer", "rejected_output"),
 )
-TOOL_COLUMNS = (
-    "tools",
-    "functions",
-    "tool_definitions",
-    "function_definitions",
-    "functions_list",
-)  # OpenAI's first
+TOOL_COLUMNS = ("tools", "functions", "tool_definitions", "function_definitions", "functions_list")  # OpenAI's first
+MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")  # of models that see and hear
+UNTRAINED_KEYS = ("weight", "train", "training", "loss")  # of a turn: OpenAI's, axolotl's two, ms-swift's
 EMPTY = ("", "[]", "{}", "null")  # JSON that holds nothing
 # Keys of a turn that may hold text to train on.
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
@@ -203,17 +202,24 @@ def _renamed(row: Any, columns: Mapping[str, str]) -> Any:
 
 
 def _columns(row: object, where: str) -> dict[str, Any]:
+    if isinstance(row, list):
+        raise DataError(f"{where}: is a list, and a line holds one row; a file that is one list is called .json")
     if not isinstance(row, dict):
         raise DataError(f"{where}: is no object with columns; a row has one of these: {_known_formats()}")
     return row
 
 
 def _refuse_other_training(columns: dict[str, Any], where: str, format_: ConversationFormat) -> None:
-    """Raises DataError for an answer that is marked as a bad one, and for a pair of a good and a bad answer."""
+    """Raises DataError for a marked bad answer, a pair of a good and a bad one, and a text about an image or sound."""
     if names := [name for name in PREFERENCE_COLUMNS if _is_filled(columns.get(name))]:
         raise DataError(
             f"{where}: is a preference pair ({', '.join(names)}), which is for DPO and not for supervised training; "
             f"keep the good answer alone, as {COLUMNS[ConversationFormat.prompt_completion]}, {LEAVE_OUT}"
+        )
+    if name := next((name for name in MEDIA_COLUMNS if _is_filled(columns.get(name))), ""):
+        raise DataError(
+            f'{where}: holds "{name}", which a language model does not see; remove that column if the text is to be '
+            f"trained without it, {LEAVE_OUT}"
         )
     _refuse_bad_answer(columns, where, ("false",) if format_ is ConversationFormat.text else BAD_VERDICTS)
 
@@ -338,7 +344,7 @@ def _joined_parts(content: object) -> object:
 
 
 def _weight(turn: dict[str, Any], where: str, what: str) -> bool:
-    for name in ("weight", "train"):
+    for name in UNTRAINED_KEYS:
         value = turn.get(name)
         if value not in (None, 0, 1):
             raise DataError(f'{where}: "{name}" of {what} must be 0 or 1, got {_shown(value)}; {SKIP}')

@@ -34,6 +34,7 @@ NOT_SPACE = re.compile(r"[^ \t\r\n]")
 HELD_OUT = re.compile(
     r"(?:^|[-_. ])(?:test|testing|eval|evaluation|val|valid|validation|dev)(?:[-_. ]?\d+(?:[-_. ]of[-_. ]\d+)?)?$", re.I
 )
+ABOUT = ("dataset_info.json", "dataset_infos.json")  # what LLaMA-Factory and `datasets` write about files beside them
 ARRAY = "a .json file holds one array of objects: [{…}, {…}]"
 
 NumberedRows = Iterator[tuple[int, Any]]  # (line or row number from 1, the value or a DataError)
@@ -93,7 +94,9 @@ def _files_of(path: Path) -> tuple[Path, ...]:
 def _by_split(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
     """The readable files of a folder: those to train on, and those that are named as another split."""
     files = sorted(
-        item for item in folder.iterdir() if item.suffix.lower() in SUFFIXES and not item.name.startswith(".")
+        item
+        for item in folder.iterdir()
+        if item.suffix.lower() in SUFFIXES and not item.name.startswith(".") and item.name not in ABOUT
     )
     held_out = tuple(file for file in files if HELD_OUT.search(file.stem))
     training = tuple(file for file in files if file not in held_out)

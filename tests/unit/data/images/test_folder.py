@@ -192,6 +192,7 @@ def test_what_runs_drew_is_no_image_to_train_on(root):
         ("sub/b.caption", "x", "sub/b.caption: there is no image b"),
         ("meta_cap.json", "{}", "meta_cap.json: captions are read from metadata.jsonl and metadata.csv only"),
         ("captions.csv", "file,text", "captions.csv: captions are read from metadata.jsonl and metadata.csv only"),
+        ("captions.xlsx", "PK", "captions.xlsx: captions are read from metadata.jsonl and metadata.csv only"),
         ("Metadata.JSONL", "{}", "Metadata.JSONL: captions are read from metadata.jsonl and metadata.csv only"),
         (
             "sub/metadata.parquet",
@@ -228,9 +229,10 @@ def test_texts_that_are_no_captions_are_passed_over(root):
 
 def test_files_beside_images_that_may_hold_their_captions_are_named(root):
     put(root, "a.png", "b.png", "sub/c.png")
-    for name in ("a.md", "b.txt", "b.json", "sub/c.png.TAGS", "notes.md"):
+    for name in ("a.md", "a.captions", "a.docx", "b.txt", "b.json", "sub/c.png.TAGS", "notes.md", "a.npz"):
         (root / name).write_text("words")
-    assert folder.captions(root, folder.images(root)).unread == ("a.md", "sub/c.png.TAGS")
+    unread = folder.captions(root, folder.images(root)).unread
+    assert set(unread) == {"a.md", "a.captions", "a.docx", "sub/c.png.TAGS"}
 
 
 def test_the_other_of_two_captions_is_named(root):

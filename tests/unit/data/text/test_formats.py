@@ -196,9 +196,9 @@ SUPERVISED = [format_ for format_ in ROWS if format_ is not ConversationFormat.t
 
 @pytest.mark.parametrize("named", [False, True])
 @pytest.mark.parametrize("format_", SUPERVISED, ids=lambda item: item.name)
-@pytest.mark.parametrize("column", ["label", "kto_tag", "thumbs_up"])
+@pytest.mark.parametrize("column", ["label", "kto_tag", "thumbs_up", "is_correct"])
 def test_an_answer_that_is_marked_as_bad_is_never_trained(format_, column, named):
-    for verdict in (False, 0, 0.0, -1, "False", "0", "Bad", "rejected"):
+    for verdict in (False, 0, 0.0, -1, "False", "0", "Bad", "rejected", "incorrect"):
         with pytest.raises(DataError, match=rf"^f:1: is a KTO row with {column} .*skip_bad=true"):
             formats.conversation(ROWS[format_] | {column: verdict}, format_, "f:1", strict=not named)
     for verdict in (True, 1, "true", None, "", "sports"):
@@ -214,6 +214,30 @@ def test_a_pair_of_answers_beside_other_columns_is_never_trained(format_):
     assert one(ROWS[format_] | {"chosen": None, "rejected": ""}) == WANTED[format_]
     with pytest.raises(DataError, match="KTO row with chosen false"):
         one(ROWS[format_] | {"chosen": False})
+
+
+@pytest.mark.parametrize("format_", ROWS, ids=lambda item: item.name)
+@pytest.mark.parametrize(("column", "value"), [("image", "a.jpg"), ("images", ["a.jpg"]), ("audio", {"path": "a"})])
+def test_a_text_about_an_image_or_sound_is_never_trained_alone(format_, column, value):
+    with pytest.raises(DataError, match=f'^f:1: holds "{column}", .*skip_bad=true'):
+        one(ROWS[format_] | {column: value})
+    assert one(ROWS[format_] | {"image": None, "images": [], "audio": ""}) == WANTED[format_]
+
+
+@pytest.mark.parametrize("key", ["weight", "train", "training", "loss"])
+@pytest.mark.parametrize("value", [0, False])
+def test_turns_that_other_tools_mark_are_not_trained(key, value):
+    turns = [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "no", key: value}]
+    assert [turn.trained for turn in one({"messages": turns + ROWS[ConversationFormat.messages]["messages"]})][:2] == [
+        True,
+        False,
+    ]
+
+
+def test_a_list_of_rows_in_one_line_is_named(tmp_path):
+    (tmp_path / "rows.jsonl").write_text(json.dumps([ROWS[ConversationFormat.messages]]))
+    with pytest.raises(DataError, match=r"rows.jsonl:1: is a list, .* called .json"):
+        open_source(tmp_path / "rows.jsonl")
 
 
 def test_a_turn_that_is_marked_as_bad_is_never_trained():
@@ -259,7 +283,7 @@ def test_unknown_columns_list_every_format(tmp_path):
         format_.value in str(caught.value) for format_ in ConversationFormat if format_ is not ConversationFormat.auto
     )
     with pytest.raises(DataError, match=r"rows.jsonl:1: is no object with columns; a row has one of"):
-        open_source(save(tmp_path, "jsonl", [[1]]))
+        open_source(save(tmp_path, "jsonl", [1]))
 
 
 def test_rows_by_id_and_many_columns_give_a_short_message(tmp_path):
@@ -286,18 +310,15 @@ def test_mixed_formats_are_refused_unless_named(tmp_path):
     assert read(both, format_=ConversationFormat.text, bad=lambda _: None)[0].messages == (Message("text", "x"),)
 
 
-CONVERSATIONS = [format_ for format_ in ROWS if format_ is not ConversationFormat.text]
-
-
-@pytest.mark.parametrize("first", CONVERSATIONS)
+@pytest.mark.parametrize("first", SUPERVISED)
 def test_files_of_different_formats_are_read_together(tmp_path, capsys, first):
-    for number, format_ in enumerate([first, *CONVERSATIONS]):
+    for number, format_ in enumerate([first, *SUPERVISED]):
         (tmp_path / f"{number}.jsonl").write_text(json.dumps(ROWS[format_]) + "\n")
-    alone = [read(tmp_path / f"{number}.jsonl")[0].messages for number in range(len(CONVERSATIONS) + 1)]
+    alone = [read(tmp_path / f"{number}.jsonl")[0].messages for number in range(len(SUPERVISED) + 1)]
     capsys.readouterr()
     assert [row.messages for row in read(tmp_path)] == alone
     said = capsys.readouterr().err.splitlines()
-    others = [(number, format_) for number, format_ in enumerate(CONVERSATIONS, 1) if format_ is not first]
+    others = [(number, format_) for number, format_ in enumerate(SUPERVISED, 1) if format_ is not first]
     assert said == [
         f"dataset: {tmp_path / f'{number}.jsonl'}: {format_.value} (recognised)" for number, format_ in others
     ]

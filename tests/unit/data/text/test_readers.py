@@ -32,7 +32,8 @@ def test_missing_and_unknown_files_say_what_to_type(tmp_path):
 def test_litter_and_other_splits_of_a_folder_are_not_read(tmp_path):
     kept = ["1.jsonl", "contest.json", "latest-val-data.csv", "train-00000-of-00002.parquet"]
     others = ["Test.jsonl", "a_dev.csv", "alpaca-val.json", "test_1.jsonl", "validation-00000-of-00001.parquet"]
-    for name in (*kept, *others, "._1.jsonl", "._train-00000-of-00002.parquet", ".hidden.json", "notes.md"):
+    litter = ["._1.jsonl", "._train-00000-of-00002.parquet", ".hidden.json", "notes.md", "dataset_info.json"]
+    for name in (*kept, *others, *litter):
         put(tmp_path, name, "")
     assert [path.name for path in readers.files_of(tmp_path)] == kept
     assert [path.name for path in readers.held_out_files(tmp_path)] == others
