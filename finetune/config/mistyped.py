@@ -90,8 +90,13 @@ def several(word: str) -> str:
 def unreadable(word: str) -> str:
     """What to say of a setting that Hydra's grammar doesn't take."""
     key, _, text = word.partition("=")
+    if key != key.strip():
+        return f"cannot read {word}; write it without spaces: {_intended(key.strip(), text.strip())}"
     if text.startswith("["):
         return f"cannot read {word}; a list of texts is quoted twice: {_intended(key, text)}"
+    is_value = describe.leaf_types().get(key) not in (None, str)
+    if problem := describe.key_problem(key) or (is_value and describe.value_problem(key, text)):
+        return f"cannot read {word}; {problem}"
     rule = "text with spaces, commas, colons or brackets is quoted twice"
     return f"cannot read {word}; {rule}: {_intended(key, text)}"
 

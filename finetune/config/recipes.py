@@ -7,6 +7,7 @@ from hashlib import sha256
 from pathlib import Path
 
 from finetune.config.other_tools import NAMES
+from finetune.config.spelling import setting
 from finetune.reading import read_text
 
 GROUP = "conf"  # Hydra's group of recipes; every other group holds presets
@@ -74,19 +75,9 @@ def no_such(what: str, word: str, offered: list[str]) -> str:
     near = near or [name for name in offered if word and word in name]
     near = near or get_close_matches(word, offered, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
+    if what == "model preset" and "/" in word:
+        hint = f"type {setting('model.base', word)} and the preset of its architecture; "
     return f"no {what} called '{word}'; {hint}there are: {', '.join(offered) or 'none'}"
-
-
-def unreadable(word: str) -> str:
-    """What is said of a setting that can't be read, with how to write it."""
-    if "=" not in word:
-        hint = f"conf={word}" if word in recipe_files() else "lora.rank=32"
-        return f"'{word}' is not a setting; settings are written key=value, such as {hint}"
-    key, value = word.split("=", 1)
-    if value.startswith("["):
-        return f'cannot read {word}; a list of texts is quoted twice: \'{key}=["first text","second text"]\''
-    quoted = value.strip("'\"").replace('"', '\\"')
-    return f"cannot read {word}; text with spaces, commas, colons or brackets is quoted twice: '{key}=\"{quoted}\"'"
 
 
 def sweep_folder(words: Sequence[str], swept: set[str]) -> str:

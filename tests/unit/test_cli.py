@@ -199,6 +199,23 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
         ),
         (["train", "conf=smoke", 'caption.prefix="a'], ['cannot read caption.prefix="a; text with spaces']),
         (["train", "conf=smoke", "sample.prompts=[a:"], ["cannot read sample.prompts=[a:; a list of texts is quoted"]),
+        (["train", "conf=smoke", "lora.rank = 8"], ["cannot read lora.rank = 8; write it without spaces: lora.rank=8"]),
+        (
+            ["train", "conf=smoke", "lora.rank=8,"],
+            ["cannot read lora.rank=8,; lora.rank must be a whole number, got '8,'"],
+        ),
+        (
+            ["train", "conf=smoke", "lora.rang=8,"],
+            ["cannot read lora.rang=8,; no key called lora.rang; did you mean lo"],
+        ),
+        (
+            ["train", "conf=smoke", "optim.lr=1e-4 lora.rank=8"],
+            ["cannot read optim.lr=1e-4 lora.rank=8; optim.lr must be a number, got '1e-4 lora.rank=8'"],
+        ),
+        (
+            ["train", "conf=smoke", "model=some/sd one"],
+            ["no model preset called 'some/sd one'; type 'model.base=\"some/sd one\"' and the preset of its"],
+        ),
         (["resume", "conf=smoke"], ["no command called 'resume'; did you mean train?"]),
         (["train", "conf=smoke", "hardware=gpu"], ["no hardware preset called 'gpu'; did you mean auto?"]),
         (
