@@ -73,7 +73,7 @@ def read_weights(path: Path) -> dict[str, Tensor]:
     from safetensors.torch import load_file
 
     if not path.exists():
-        raise ModelError(f"{path} does not exist")
+        raise ModelError(f"{path} does not exist; name a PEFT folder, or the .safetensors file of an adapter")
     if path.suffix.lower() != ".safetensors":
         raise ModelError(f"{path}: adapters are read from .safetensors files; get it in that format")
     with _explained(path):
@@ -90,10 +90,10 @@ def _explained(path: Path) -> AbstractContextManager[None]:
 
 
 def peft_folder(path: Path) -> Path:
-    """The PEFT folder in a run's `adapter/` folder, or around a PEFT folder's weights; any other path as it is."""
+    """The PEFT folder in a run folder or its `adapter/`, or around a PEFT folder's weights; any other path as it is."""
     if path.name == PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).exists():
         return path.parent  # the file alone doesn't say how strong it is
-    return path / "peft" if (path / "peft" / PEFT_CONFIG).exists() else path
+    return next((inner for inner in (path / "peft", path / "adapter" / "peft") if (inner / PEFT_CONFIG).exists()), path)
 
 
 def read_peft_folder(folder: Path) -> dict[str, Tensor]:
@@ -129,6 +129,8 @@ def _require_strength(settings: Mapping[str, Any], path: Path) -> None:
         for value in (settings.get(name, PEFT_DEFAULT), *values):
             if isinstance(value, bool) or not isinstance(value, int | float) or not least <= value <= LARGEST_ALPHA:
                 raise ModelError(f"{path} is damaged ({name} is {value}); export it again or restore it from a copy")
+    if not any((settings.get("lora_alpha", PEFT_DEFAULT), *(settings.get("alpha_pattern") or {}).values())):
+        raise ModelError(f"{path}: lora_alpha is 0, so the adapter changes nothing; take another checkpoint's")
 
 
 def read_peft(folder: Path) -> StoredAdapter:

@@ -105,9 +105,7 @@ def sources(own: Path | None, own_name: str, given: Mapping[str, str]) -> dict[s
             raise ConfigError(
                 f"serve.adapters: an adapter can't be called {name!r} here; take another name, without : @ /"
             )
-        folder = formats.peft_folder(Path(path) / "adapter")
-        if not folder.exists():
-            folder = formats.peft_folder(Path(path))
+        folder = formats.peft_folder(Path(path))
         if not folder.exists():
             raise ModelError(f"serve.adapters: there is no adapter at {path}; name a run folder or an adapter's folder")
         found[name] = Source(name, folder, _run_around(folder))

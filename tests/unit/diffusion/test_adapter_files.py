@@ -355,6 +355,18 @@ def test_a_strength_that_is_no_number_is_refused(
         load_adapter(model, load_backbone(model, torch.float32), file)
 
 
+def test_an_adapter_of_no_strength_is_refused(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
+    """It would be drawn as the base twice; a single layer may be switched off."""
+    formats.save_peft(trained, tmp_path / "peft", lora.state(trained), "")
+    path = tmp_path / "peft" / "adapter_config.json"
+    settings = json.loads(path.read_text())
+    path.write_text(json.dumps(settings | {"alpha_pattern": {"to_q": 0}}))
+    load_adapter(model, load_backbone(model, torch.float32), tmp_path / "peft")
+    path.write_text(json.dumps(settings | {"lora_alpha": 0}))
+    with pytest.raises(ModelError, match=r"adapter_config.json: lora_alpha is 0, .*changes nothing"):
+        load_adapter(model, load_backbone(model, torch.float32), tmp_path / "peft")
+
+
 def test_an_adapter_that_is_not_finite_is_refused(model: ModelConfig, trained: Any, tmp_path: Path) -> None:
     weights = lora.state(trained)
     weights[next(iter(weights))][0, 0] = float("nan")

@@ -373,7 +373,7 @@ def test_a_run_can_continue_from_an_earlier_adapter(config: Config, make_dataset
     dataset = make_dataset()
     export(config, train(config, dataset))
     before = adapter(config.run_dir, 4)
-    for folder in ("adapter", "adapter/peft"):
+    for folder in ("", "adapter", "adapter/peft"):
         config.lora.start_from = str(Path(config.run_dir) / folder)
         assert same(before, lora.state(kinds.of(config).build_task(config, dataset, CPU).model))
     config.lora.start_from = str(Path(config.run_dir) / "nothing")
