@@ -175,6 +175,10 @@ def test_the_code_of_the_model_card_loads_a_base_in_a_single_file(
     assert torch.allclose(predicted(made["pipeline"].unet), predicted(trained), rtol=1e-5, atol=1e-6)
     theirs, ours = made["pipeline"].vae.state_dict(), load_vae_model(config.model).state_dict()
     assert all(torch.equal(theirs[name], weight) for name, weight in ours.items())
+    config.model.quantize, config.trainer.precision = Quantize.nf4, Precision.bf16
+    code = kinds.of(config).usage(config).format(base=repr(config.model.base))
+    exec(code.replace("Quantize.nf4", "Quantize.none").replace('"cuda"', '"cpu"'), made)  # the same without a GPU
+    assert {made["pipeline"].unet.dtype, made["pipeline"].vae.dtype} == {torch.bfloat16}
 
 
 class _Asked(Exception):
