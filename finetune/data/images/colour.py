@@ -36,15 +36,15 @@ def to_srgb(image: Image.Image, profile: Profile | None, low: Image.Image | None
         return image if image.mode == "RGB" else image.convert("RGB")  # large images are not copied
     assert profile is not None
     if isinstance(profile, gamma.Gamma):
-        return _in_parts(_values(image, low), profile.shown).convert("RGB")
+        return _in_parts(values_of(image, low), profile.shown).convert("RGB")
     if image.mode == "L":
-        return Image.fromarray(_grey_table(profile)[_values(image, low)])
+        return Image.fromarray(_grey_table(profile)[values_of(image, low)])
     transform = _transform(profile, image.mode)
     assert transform is not None
     if low is None:
         return transform.apply(image)
     # Pillow's transforms take 8 bits: the colours of the 2^C nearest ones are interpolated.
-    return _in_parts(_values(image, low), lambda values_HWC: _interpolated(values_HWC, image.mode, transform))
+    return _in_parts(values_of(image, low), lambda values_HWC: _interpolated(values_HWC, image.mode, transform))
 
 
 @lru_cache(maxsize=32)
@@ -91,7 +91,7 @@ def _srgb() -> ImageCms.ImageCmsProfile:
     return ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB"))
 
 
-def _values(image: Image.Image, low: Image.Image | None) -> np.ndarray:
+def values_of(image: Image.Image, low: Image.Image | None) -> np.ndarray:
     """Of 16 bits, (H, W) for grey and (H, W, C) for colours; 8 bits are scaled up."""
     high_HWC = np.asarray(image).astype(np.uint16) * 256
     values_HWC: np.ndarray = high_HWC + np.asarray(image if low is None else low)

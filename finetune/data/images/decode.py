@@ -246,7 +246,8 @@ def _upright(image: Image.Image) -> Image.Image:
 def _low_bytes(image: ImageFile.ImageFile, again: Callable[[], ImageFile.ImageFile]) -> Image.Image | None:
     """The low bytes of the colours of an image of 16 bits a channel, of which Pillow keeps the high ones.
 
-    None where 8 bits are enough: for an image in sRGB. image: not decoded yet. again: opens it once more.
+    None where 8 bits are enough: for an image in sRGB without a colour that is see-through. image: not decoded yet.
+    again: opens it once more.
     """
     rawmodes = {tile.args if isinstance(tile.args, str) else (tile.args or ("",))[0] for tile in image.tile}
     rawmode = str(rawmodes.pop()) if len(rawmodes) == 1 else ""
@@ -254,7 +255,8 @@ def _low_bytes(image: ImageFile.ImageFile, again: Callable[[], ImageFile.ImageFi
     grey = rawmode == GREY_ALPHA
     if not (grey or (mode in ("RGB", "RGBA", "CMYK") and order in OTHER_ORDER)):
         return None
-    if not colour.is_needed(colour.profile_of(image), "L" if grey else mode.removesuffix("A")):
+    is_needed = colour.is_needed(colour.profile_of(image), "L" if grey else mode.removesuffix("A"))
+    if not (is_needed or "transparency" in image.info):
         return None
     # With the bytes in the other order the same decoder keeps the low ones. Of grey with alpha all four are taken.
     exchanged = "RGBA" if grey else f"{mode};16{OTHER_ORDER[order]}"
@@ -269,18 +271,30 @@ def _low_bytes(image: ImageFile.ImageFile, again: Callable[[], ImageFile.ImageFi
 
 
 def _rgb(image: Image.Image, low: Image.Image | None) -> Image.Image:
-    profile = colour.profile_of(image)
-    if image.mode.startswith("I;16") and colour.is_needed(profile, "L"):
+    profile, see_through = colour.profile_of(image), image.info.get("transparency")
+    if image.mode.startswith("I;16"):
         values_HW = np.asarray(image)
-        high, low = Image.fromarray((values_HW >> 8).astype(np.uint8)), Image.fromarray(values_HW.astype(np.uint8))
-        return colour.to_srgb(high, profile, low)
-    if image.mode in ("I", "F") or image.mode.startswith("I;16"):
+        if colour.is_needed(profile, "L"):
+            high, low = Image.fromarray((values_HW >> 8).astype(np.uint8)), Image.fromarray(values_HW.astype(np.uint8))
+            shown = colour.to_srgb(high, profile, low)
+        else:
+            shown = colour.to_srgb(_eight_bits(image), None)
+        return shown if see_through is None else _white_where(values_HW == see_through, shown)
+    if image.mode in ("I", "F"):
         return colour.to_srgb(_eight_bits(image), profile)
+    if image.mode == "RGB" and low is not None and see_through is not None:  # Pillow would compare 8 bits
+        is_gone_HW = (colour.values_of(image, low) == see_through).all(axis=2)
+        return _white_where(is_gone_HW, colour.to_srgb(image, profile, low))
     if image.has_transparency_data:
         return _on_white(image, profile, low)
     if image.mode not in colour.SPACES:
         image = image.convert("L" if image.mode == "1" else "RGB")
     return colour.to_srgb(image, profile, low)
+
+
+def _white_where(is_gone_HW: np.ndarray, image: Image.Image) -> Image.Image:
+    image.paste("white", mask=Image.fromarray(is_gone_HW))
+    return image
 
 
 def _on_white(image: Image.Image, profile: colour.Profile | None, low: Image.Image | None) -> Image.Image:

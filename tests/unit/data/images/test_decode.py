@@ -346,3 +346,20 @@ def test_a_lack_of_memory_is_not_taken_for_a_corrupt_image(tmp_path, monkeypatch
     monkeypatch.setattr(ImageFile.ImageFile, "load", fail)
     with pytest.raises(DataError, match=r"wall\.png: takes more memory than there is"):
         decode.open_rgb(file, 100)
+
+
+@pytest.mark.parametrize("said", [b"", profiles.gamma_chunk(1.0)], ids=["sRGB", "linear"])
+@pytest.mark.parametrize("bits", [8, 16])
+@pytest.mark.parametrize("channels", [1, 3])
+def test_a_see_through_colour_lies_on_white(tmp_path, channels, bits, said):
+    """A neighbour that differs in the last bit alone is a colour."""
+    values = np.zeros((1, 3, channels), int)
+    values[0, :, 0] = np.array([16, 17, 200]) if bits == 8 else np.array([0x1000, 0x1001, 0xC800])
+    key = values[0, 0] if channels == 3 else values[0, 0, :1]
+    extra = profiles.chunk(b"tRNS", struct.pack(f">{len(key)}H", *key))
+    (tmp_path / "a.png").write_bytes(profiles.png(values, bits, b"", said=said + extra))
+    read = np.asarray(decode.open_rgb(tmp_path / "a.png", LIMIT)).astype(int)[0]
+    assert read[0].tolist() == [255, 255, 255]
+    exact = values[0, 1:] / (2**bits - 1)
+    shown = exact if not said else profiles.rgb_shown(np.broadcast_to(exact, (2, 3)), profiles.SRGB, 1.0) / 255
+    assert np.abs(read[1:] - 255 * np.broadcast_to(shown, (2, 3))).max() <= 2
