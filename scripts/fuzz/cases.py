@@ -65,7 +65,7 @@ def _recipe_value(random: Random, turn: int) -> tuple[tuple[str, ...], Callable[
     def prepare() -> str:
         section, _, name = key.rpartition(".")
         line = f"{section}: {{{name}: {text}}}" if section else f"{name}: {text}"
-        Path("conf", "odd.yaml").write_text(f"defaults: [{kind}]\n{line}\n", encoding="utf-8", errors="surrogateescape")
+        Path("conf", "odd.yaml").write_text(f"defaults: [{kind}]\n{line}\n", encoding="utf-8", errors="surrogatepass")
         return line[:100]
 
     return (_command(kind, key, random), "conf=odd"), prepare
