@@ -20,7 +20,6 @@ from finetune.language.causal_lm import load_model
 from finetune.memory.device import DTYPES, pick_device, pick_precision
 
 PROMPT_TOKENS, NEW_TOKENS = 256, 128  # the embedded model reads 512 in all
-STEPS, GUIDANCE = 20, 3.0  # as the embedded model's preset recommends
 PROMPT = "a big red robot in a city"
 TEXT_MODEL, IMAGE_MODEL = ("pirate_chat", ["model=embedded_language"]), ("pixar_style", ["model=embedded"])
 
@@ -92,15 +91,15 @@ def image(repeats: int, *, attention: str, precision: Precision, device: torch.d
     """Seconds for one image, decoding included; the attention is torch's own kernel, or plain products."""
     from diffusers.models.attention_processor import AttnProcessor, AttnProcessor2_0
 
-    model = compose.load(*IMAGE_MODEL).model
-    side = model.resolution
+    config = compose.load(*IMAGE_MODEL)
+    model, how, side = config.model, config.sample, config.model.resolution
     sampler = ImageSampler(model, [PROMPT], "", device, DTYPES[precision])
     backbone: Any = load_backbone(model, DTYPES[precision], device)
     backbone.set_attn_processor(AttnProcessor2_0() if attention == "efficient" else AttnProcessor())
     seconds = []
     for seed in range(1 + repeats):
         began = _now(device)
-        sampler.generate(backbone, [(PROMPT, seed)], width=side, height=side, steps=STEPS, guidance=GUIDANCE)
+        sampler.generate(backbone, [(PROMPT, seed)], width=side, height=side, steps=how.steps, guidance=how.guidance)
         seconds.append(_now(device) - began)
     yield Speed(f"image-{side}px-{attention}", "s an image", False, tuple(seconds[1:]))
 

@@ -27,7 +27,9 @@ def benchmark(**figures: Figure) -> Benchmark:
 
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("PROMPT_TOKENS", 8), ("NEW_TOKENS", 4), ("STEPS", 1)):
+    recipe, overrides = speeds.IMAGE_MODEL
+    values = {"PROMPT_TOKENS": 8, "NEW_TOKENS": 4, "IMAGE_MODEL": (recipe, [*overrides, "sample.steps=1"])}
+    for name, value in values.items():
         monkeypatch.setattr(speeds, name, value)
 
 

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import psutil
@@ -109,8 +110,8 @@ def test_without_a_gpu_it_says_so_and_watches_the_rest(
 
 
 def test_the_hottest_cpu_sensor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
-    row = lambda celsius: type("Row", (), {"current": celsius})  # noqa: E731
-    sensors = {"k10temp": [row(61.5), row(70.25)], "nvme": [row(99.0)]}
+    celsius = {"k10temp": (61.5, 70.25), "nvme": (99.0,)}
+    sensors = {chip: [SimpleNamespace(current=value) for value in values] for chip, values in celsius.items()}
     monkeypatch.setattr(psutil, "sensors_temperatures", lambda: sensors)
     assert look()["finetune_cpu_temperature_celsius"] == {"k10temp": 70.25}
 
