@@ -39,8 +39,14 @@ def main() -> None:
         scenes = [sample_scene(options.seed + k) for k in range(options.count)]
         write_sheet(options.out, scenes, options.style, options.size, columns=options.columns, device=options.device)
     else:
-        how = {"style": options.style, "captions": options.captions, "device": options.device}
-        write_dataset(options.folder, count=options.count, size=options.size, **how)
+        write_dataset(
+            options.folder,
+            style=options.style,
+            count=options.count,
+            size=options.size,
+            captions=options.captions,
+            device=options.device,
+        )
 
 
 if __name__ == "__main__":

@@ -65,8 +65,14 @@ def write_dataset(
             (folder / f"{number:03d}.txt").write_text(f"{caption(scene)}, {style} style\n", encoding="utf-8")
     options = "" if style == "pixar" else f'--style "{style}" '
     options += f"--count {count} --size {size}" + " --captions" * captions
-    words = {"name": folder.name, "count": count, "size": size, "look": _LOOKS_OF[style], "options": options}
-    readme = _README.format(**words, captions=_WITH_CAPTIONS if captions else _WITHOUT_CAPTIONS)
+    readme = _README.format(
+        name=folder.name,
+        count=count,
+        size=size,
+        look=_LOOKS_OF[style],
+        options=options,
+        captions=_WITH_CAPTIONS if captions else _WITHOUT_CAPTIONS,
+    )
     (folder / "README.md").write_text(readme, encoding="utf-8")
 
 
