@@ -27,7 +27,17 @@ class _Made:
     of: int | None
 
 
-_Results = tuple[bool, tuple[_Made, ...]]  # whether it is one tensor, and what there is
+@dataclass(frozen=True)
+class _Results:
+    """What an operation gives. parts: of each what is made, or the place, among the tensors given, of the one that it
+    is, or None. kind: what holds them; `Tensor` is one part alone, `NoneType` none."""
+
+    kind: type
+    parts: tuple[_Made | int | None, ...]
+
+
+# Of the whole process: a plan traces several candidates of one base, and most of their operations are the same.
+_KNOWN: dict[Any, _Results | None] = {}
 
 
 class Shapes:
@@ -35,24 +45,26 @@ class Shapes:
 
     def __init__(self, mode: FakeTensorMode) -> None:
         self.mode = mode
-        self.known: dict[Any, _Results | None] = {}
 
     def run(self, function: Any, args: Any, kwargs: Any) -> tuple[Any, Any]:
         """What `function(*args, **kwargs)` gives, made again from shapes where they were met before, and what it is
         known by: function, shapes, and all else that it was given."""
         given: list[Tensor] = []
         key = (function, _key(args, given), _key(tuple(kwargs.items()), given) if kwargs else ())
-        found = self.known.get(key)
+        found = _KNOWN.get(key)
         if found is None or not all(map(_plain, given)):
+            before = [_key(tensor, []) for tensor in given] if function._schema.is_mutable else None
             result = function(*args, **kwargs)
-            if not function._schema.is_mutable and all(map(_plain, given)):
-                self.known[key] = _described(result, given)
+            reshaped = before is not None and before != [_key(tensor, []) for tensor in given]
+            if not reshaped and all(map(_plain, given)):
+                _KNOWN[key] = _described(result, given)
             return result, key
-        alone, made = found
-        results = tuple(self._make(part, given) for part in made)
-        return results[0] if alone else results, key
+        parts = [self._make(part, given) for part in found.parts]
+        return (found.kind(parts) if found.kind in (tuple, list) else parts[0]), key
 
-    def _make(self, made: _Made, given: Sequence[Tensor]) -> Tensor:
+    def _make(self, made: _Made | int | None, given: Sequence[Tensor]) -> Tensor | None:
+        if not isinstance(made, _Made):
+            return None if made is None else given[made]
         storage = None if made.of is None else given[made.of].untyped_storage()
         with torch._C._DisableTorchDispatch():
             empty = torch.empty_strided(made.shape, made.stride, dtype=made.dtype, device="meta")
@@ -78,18 +90,25 @@ def _plain(tensor: Tensor) -> bool:
 
 def _described(result: Any, given: Sequence[Tensor]) -> _Results | None:
     """What there is to remember of a result; None where that isn't all of it."""
-    alone = isinstance(result, Tensor)
-    results = (result,) if alone else result
-    if not isinstance(results, tuple) or not all(isinstance(tensor, Tensor) and _plain(tensor) for tensor in results):
+    kind = Tensor if isinstance(result, Tensor) else type(result)
+    if kind not in (Tensor, tuple, list, type(None)):
         return None
+    parts: list[_Made | int | None] = []
     given_storages = [tensor.untyped_storage()._cdata for tensor in given]
     own: set[int] = set()
-    made = []
-    for tensor in results:
+    for tensor in result if kind in (tuple, list) else (result,):
+        if tensor is None:
+            parts.append(None)
+            continue
+        if not isinstance(tensor, Tensor) or not _plain(tensor):
+            return None
+        if (same := next((place for place, one in enumerate(given) if one is tensor), None)) is not None:
+            parts.append(same)
+            continue
         storage = tensor.untyped_storage()._cdata
         of = given_storages.index(storage) if storage in given_storages else None
         if of is None and storage in own:  # two results in one storage
             return None
         own.add(storage)
-        made.append(_Made(tensor.shape, tensor.stride(), tensor.dtype, tensor.storage_offset(), of))
-    return alone, tuple(made)
+        parts.append(_Made(tensor.shape, tensor.stride(), tensor.dtype, int(tensor.storage_offset()), of))
+    return _Results(kind, tuple(parts))

@@ -42,15 +42,47 @@ def facts(tensors: Any) -> list[tuple[Any, ...]]:
         lambda matrix: torch.zeros(3, dtype=torch.long),
         lambda matrix: torch.view_as_complex(matrix.view(8, 4, 2)).conj(),
         lambda matrix: matrix.add_(1),
+        lambda matrix: torch.mul(matrix, 2, out=matrix),
+        lambda matrix: matrix.t_(),
+        lambda matrix: torch.native_layer_norm(matrix, [8], None, None, 1e-5),
+        lambda matrix: [
+            part
+            for part in torch.ops.aten.native_layer_norm_backward(
+                matrix, matrix, [8], matrix[:, :1], matrix[:, :1], None, None, [True, False, False]
+            )
+            if part is not None
+        ],
+        lambda matrix: torch._foreach_add([matrix, matrix[:2]], 1.0),
     ],
 )
 def test_as_torch_has_it(work: Callable[[Tensor], Any]) -> None:
     with FakeTensorMode() as mode:
         expected = facts(work(torch.empty(8, 8)))
-        with Asking(mode) as asking:
+        with Asking(mode):
             for _ in range(3):  # first it is run, then it is known
                 assert facts(work(torch.empty(8, 8))) == expected
-    assert asking.shapes.known
+
+
+def test_what_is_known_is_not_run_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not by the tracer of the next candidate either."""
+
+    def work() -> None:
+        with FakeTensorMode() as mode, Asking(mode):
+            one = torch.empty(8, 8)
+            part = torch.split(one.add_(one @ one), 3)[0]
+            assert part.untyped_storage()._cdata == one.untyped_storage()._cdata
+
+    work()
+    run: list[Any] = []
+    dispatch = FakeTensorMode.dispatch
+
+    def noted(self: FakeTensorMode, function: Any, *others: Any, **named: Any) -> Any:
+        run.append(function)
+        return dispatch(self, function, *others, **named)
+
+    monkeypatch.setattr(FakeTensorMode, "dispatch", noted)
+    work()
+    assert set(run) <= {torch.ops.prim.device.default}
 
 
 def test_numbers_of_other_types_are_told_apart() -> None:
