@@ -56,7 +56,7 @@ def image_config(tmp_path: Path, tiny_base: Path) -> Config:
 
 @pytest.fixture
 def make_dataset(tmp_path: Path) -> Callable[..., Dataset]:
-    """Random latents under hand-made examples, in two aspect buckets."""
+    """Random latents under hand-made examples, in two aspect buckets; those held out are in one."""
 
     def make(count: int = 10, held_out: int = 2) -> Dataset:
         cache = Cache(tmp_path / "cache")
@@ -64,7 +64,7 @@ def make_dataset(tmp_path: Path) -> Callable[..., Dataset]:
         empty = cache.put("0" * 64, {"embedding": torch.zeros(77, 16)})
         examples = []
         for index in range(count):
-            bucket = (32, 32) if index % 3 else (48, 16)
+            bucket = (32, 32) if index % 3 < 2 else (48, 16)
             shape = (4, bucket[1] // 4, bucket[0] // 4)
             key = f"{index + 1:064x}"
             latents = {"mean": torch.randn(shape, generator=random), "std": torch.full(shape, 0.1)}

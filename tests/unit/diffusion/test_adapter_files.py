@@ -20,6 +20,7 @@ from finetune.errors import ModelError
 from finetune.run.hashing import hash_adapter
 from finetune.run.records import Dataset
 from tests.tiny_families import save_family
+from tests.tiny_models import save_diffusion
 
 Weights = dict[str, torch.Tensor]
 SETTINGS = LoraConfig(rank=4, alpha=3.0, dropout=0.0)  # alpha != rank: converters like to mix them up
@@ -38,6 +39,12 @@ ORIGINAL = {
     "up_blocks.1.attentions.1": "output_blocks_3_1",
 }
 """Layers of the tiny UNet as Stable Diffusion's first code calls them."""
+
+
+@pytest.fixture(scope="module")
+def tiny_base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """With the blocks of `ORIGINAL`."""
+    return save_diffusion(tmp_path_factory.mktemp("models") / "whole", whole=True)
 
 
 @pytest.fixture

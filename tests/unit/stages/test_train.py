@@ -32,6 +32,7 @@ from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.task import Task
 from tests import cutting
+from tests.tiny_models import save_diffusion
 from tests.unit.conftest import Setting, change_tasks
 
 CPU = torch.device("cpu")
@@ -323,6 +324,8 @@ def test_offloaded_blocks_change_nothing_and_may_be_switched_on_resume(
     """Training, validation and previews, all on a CPU."""
     config, dataset = setting.config, setting.dataset
     config.lora.dropout, config.optim.schedule = 0.2, Schedule.constant
+    if config.model.kind == "diffusion":
+        config.model.base = str(save_diffusion(tmp_path / "base", whole=True))  # a ring takes several blocks
     config.run_dir = str(tmp_path / "resident")
     resident = checkpoint.load(Path(train(config, dataset).checkpoint))
     monkeypatch.setattr(block_offload, "is_active", lambda model, _: model.offload)
