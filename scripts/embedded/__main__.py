@@ -1,9 +1,10 @@
 """python -m scripts.embedded PHASE… : trains, exports and measures the models that ship inside the package.
 
-The phases, in order: render; readers and captioner (which need the renders alone); autoencoder; decoder (makes it
-crisp); diffusion (needs the autoencoder); export; evaluate. `all` runs them one after the other. A call whose time is
+The phases, in order: render; readers, captioner and detector (which need the renders alone; the detector is exported
+and measured in the same phase); autoencoder; decoder (makes it crisp); diffusion (needs the autoencoder); export;
+evaluate. `all` runs them one after the other. A call whose time is
 up pauses, and the next one with the same WORK goes on where it stopped. Parts named by --keep start as they are
-shipped: readers and captioner stay so, autoencoder and diffusion model are trained on where their phase is named.
+shipped: autoencoder and diffusion model are trained on where their phase is named, the others stay so.
 The diffusion model may be trained by several GPUs: torchrun --nproc-per-node 2 -m scripts.embedded diffusion.
 `glance` draws contact sheets without figures; `pack` and `unpack` carry the results from one machine to another.
 """
@@ -20,7 +21,7 @@ import torch.distributed as dist
 
 from scripts.embedded.settings import FULL_MINUTES, PARTS, REPOSITORY, Settings
 
-PHASES = ("render", "readers", "captioner", "autoencoder", "decoder", "diffusion", "export", "evaluate")
+PHASES = ("render", "readers", "captioner", "detector", "autoencoder", "decoder", "diffusion", "export", "evaluate")
 OTHERS = ("all", "glance", "pack", "unpack")
 
 
@@ -29,7 +30,9 @@ def main() -> None:
     parser.add_argument("phases", nargs="+", choices=(*PHASES, *OTHERS), metavar="PHASE")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "outputs" / "embedded", help="caches and checkpoints")
     parser.add_argument("--root", type=Path, help="where artefacts go; the repository, or WORK/root for a tiny run")
-    parser.add_argument("--keep", default="readers,captioner", help=f"of {','.join(PARTS)}: start as shipped; or none")
+    parser.add_argument(
+        "--keep", default="readers,captioner,detector", help=f"of {','.join(PARTS)}: start as shipped; or none"
+    )
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", default="", help="of phases over all calls, such as render=4,diffusion=9")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which this call pauses")
@@ -71,7 +74,7 @@ def main() -> None:
         if time.time() >= settings.pause_at:
             print(f"time is up before {phase}: run this again", flush=True)
             break
-        if phase in kept & {"readers", "captioner"}:
+        if phase in kept & {"readers", "captioner", "detector"}:
             print(f"{phase}: kept as shipped", flush=True)
         elif phase in ("pack", "unpack"):
             from scripts.embedded import packing
@@ -93,6 +96,8 @@ def function_of(phase: str) -> Callable[[Settings], None]:
         from scripts.embedded.decoder import train_decoder as function
     elif phase == "captioner":
         from scripts.embedded.captioner import train_captioner as function
+    elif phase == "detector":
+        from scripts.embedded.detector_evaluate import detector as function
     elif phase == "diffusion":
         from scripts.embedded.diffusion import train_diffusion as function
     elif phase == "export":

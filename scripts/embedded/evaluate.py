@@ -46,7 +46,9 @@ Figures = dict[str, float]
 def evaluate(settings: Settings) -> None:
     content = load_reader(settings.readers / "content.safetensors", settings.device)
     style = load_reader(settings.readers / "style.safetensors", settings.device)
-    figures = {
+    path = settings.embedded / "figures.json"
+    before = json.loads(path.read_text()) if path.exists() else {}  # the detector's are measured in its own phase
+    figures = before | {
         "made": provenance(settings),
         "readers": reader_figures(settings, content, style),
         **diffusion_figures(settings, content, style),
@@ -55,7 +57,6 @@ def evaluate(settings: Settings) -> None:
     }
     renders = [load_set(settings, f"{name}-unseen").images[:8] for name in STYLES]
     contact_sheet(torch.cat(renders), [""] * sum(map(len, renders)), settings.evaluation / "renders.png")
-    path = settings.embedded / "figures.json"
     path.write_text(json.dumps(figures, indent=2) + "\n")
     print(path.read_text(), flush=True)
     write_cards(settings.embedded, figures)

@@ -18,8 +18,8 @@ from scripts.embedded.vocabularies import save_clip_tokenizer
 SHIPPED = torch.float16
 MAX_SHARD = "14MB"
 MAX_FILE_MIB = 15
-MODELS = ("diffusion", "captioner")  # the language model is made by a script of its own
-MAX_TOTAL_MIB = 52
+MODELS = ("diffusion", "captioner", "detector")  # the language model is made by a script of its own
+MAX_TOTAL_MIB = 62
 
 
 def export(settings: Settings) -> None:

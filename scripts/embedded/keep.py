@@ -11,7 +11,7 @@ from scripts.embedded.settings import REPOSITORY, Settings
 
 
 def keep_shipped(settings: Settings) -> None:
-    """Readers and captioner stay where they are; autoencoder and diffusion model come into the work folder, as fp32."""
+    """Autoencoder and diffusion model come into the work folder, as fp32; the others stay where they are."""
     for folder in (settings.embedded, settings.readers):
         shipped = REPOSITORY / folder.relative_to(settings.root)
         if not folder.exists():  # a root other than the repository

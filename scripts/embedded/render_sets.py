@@ -5,11 +5,13 @@ N pictures of 3×P×P pixels.
 
 import multiprocessing
 import os
+import random
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,20 +19,26 @@ from torch import Tensor
 from scripts.embedded.fit import save_atomically
 from scripts.embedded.settings import BASE_SETS, CAPTION_VARIANTS, PICTURE_PX, RenderSet, Settings
 from scripts.toyworld.captions import caption, styled
-from scripts.toyworld.looks import STYLES, Look, training_look
+from scripts.toyworld.crowd import Crowd, sample_crowd
+from scripts.toyworld.looks import ALIKE, HELD_OUT, STYLES, Look, training_look
 from scripts.toyworld.render import render
 from scripts.toyworld.scene import Scene, held_out, mirrored, sample_scene
 
 CHUNK_SEEDS = 128  # two batches of a GPU; small, so that a spent budget is noticed soon
+HELD_OUT_SHARE = 0.15  # of crowds; other sets have the looks held out on their own
 GPU_WORKERS = 5  # on each: tracing leaves gaps between its kernels that another process fills
+
+Chunk = tuple[RenderSet, int]
+Job = Callable[[Settings, RenderSet, int, str], None]
+PathOf = Callable[[Path, RenderSet, int], Path]
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set in memory: images [N, 3, P, P] as uint8 on the device, and the scene and the look of each."""
+    """A set in memory: images [N, 3, P, P] as uint8 on the device, and the scene (or crowd) and the look of each."""
 
     images: Tensor
-    scenes: list[Scene]
+    scenes: list[Any]
     looks: list[Look]
 
     def captions(self) -> list[list[str]]:
@@ -52,7 +60,13 @@ class Pictures:
 
 
 def render_sets(settings: Settings) -> None:
-    """Render what is missing, set by set in turn, so that a spent budget leaves every set in proportion.
+    """Render what is missing, set by set in turn, so that a spent budget leaves every set in proportion."""
+    deadline = min(time.time() + settings.minutes["render"] * 60, settings.pause_at)
+    work_off(settings, render_chunk, chunks_in_turn(settings.sets), chunk_path, deadline, name="render")
+
+
+def work_off(settings: Settings, job: Job, chunks: list[Chunk], path_of: PathOf, deadline: float, *, name: str) -> None:
+    """Do `job` for every chunk whose file is missing, until the deadline.
 
     Several processes take chunks from one queue: a few on the GPU, one on each CPU core that is left.
     """
@@ -60,41 +74,42 @@ def render_sets(settings: Settings) -> None:
     workers = [f"cuda:{index}" for index in range(gpus)] * GPU_WORKERS
     workers += ["cpu"] * max(1, (os.cpu_count() or 1) - len(workers) - 1)
     context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-    queue: Queue[tuple[RenderSet, int] | None] = context.Queue()
-    missing = [entry for entry in chunks_in_turn(settings.sets) if not chunk_path(settings.work, *entry).exists()]
+    queue: Queue[Chunk | None] = context.Queue()
+    missing = [chunk for chunk in chunks if not path_of(settings.work, *chunk).exists()]
     if not missing:
         return
     for entry in [*missing, *[None] * len(workers)]:
         queue.put(entry)
-    deadline = min(time.time() + settings.minutes["render"] * 60, settings.pause_at)
-    processes = [context.Process(target=render_chunks, args=(settings, device, queue, deadline)) for device in workers]
+    processes = [
+        context.Process(target=take_chunks, args=(settings, job, device, queue, deadline)) for device in workers
+    ]
     started = time.monotonic()
     for process in processes:
         process.start()
     for process in processes:
         process.join()
         if process.exitcode:
-            raise RuntimeError(f"a rendering process ended with exit code {process.exitcode}")
-    left = sum(not chunk_path(settings.work, *entry).exists() for entry in missing)
-    print(f"render: {len(missing) - left} chunks in {time.monotonic() - started:.0f} s, {left} left out", flush=True)
+            raise RuntimeError(f"a process of {name} ended with exit code {process.exitcode}")
+    left = sum(not path_of(settings.work, *chunk).exists() for chunk in missing)
+    print(f"{name}: {len(missing) - left} chunks in {time.monotonic() - started:.0f} s, {left} left out", flush=True)
 
 
-def render_chunks(
-    settings: Settings, device: str, queue: "Queue[tuple[RenderSet, int] | None]", deadline: float
-) -> None:
-    """Render chunks until the queue ends. Test sets are never cut short: figures need the same pictures each time."""
+def take_chunks(settings: Settings, job: Job, device: str, queue: "Queue[Chunk | None]", deadline: float) -> None:
+    """Work until the queue ends. Test sets are never cut short: figures need the same pictures each time."""
     if device == "cpu":
         torch.set_num_threads(1)
-    while (entry := queue.get()) is not None:
-        whole, part = entry
-        if whole.for_training and time.time() > deadline:
-            continue
-        scenes = chunk_scenes(whole, part)
-        pictures = render(scenes, set_looks(whole, scenes), PICTURE_PX, device).cpu()
-        save_atomically(pictures, chunk_path(settings.work, whole, part))
+    while (chunk := queue.get()) is not None:
+        if not chunk[0].for_training or time.time() <= deadline:
+            job(settings, *chunk, device)
 
 
-def chunks_in_turn(sets: tuple[RenderSet, ...]) -> list[tuple[RenderSet, int]]:
+def render_chunk(settings: Settings, whole: RenderSet, part: int, device: str) -> None:
+    scenes = chunk_scenes(whole, part)
+    pictures = render(scenes, set_looks(whole, scenes), PICTURE_PX, device).cpu()
+    save_atomically(pictures, chunk_path(settings.work, whole, part))
+
+
+def chunks_in_turn(sets: tuple[RenderSet, ...]) -> list[Chunk]:
     """All (set, chunk) pairs, ordered by the share of their own set that precedes them; test sets first."""
     keyed = []
     for whole in sets:
@@ -103,15 +118,29 @@ def chunks_in_turn(sets: tuple[RenderSet, ...]) -> list[tuple[RenderSet, int]]:
     return [(whole, part) for _, _, _, whole, part in sorted(keyed, key=lambda entry: entry[:3])]
 
 
-def chunk_scenes(whole: RenderSet, part: int) -> list[Scene]:
+def chunk_scenes(whole: RenderSet, part: int) -> list[Any]:
+    """Scenes, or the crowds of a crowded set."""
     first = whole.first_seed + part * CHUNK_SEEDS
     stop = min(first + CHUNK_SEEDS, whole.first_seed + whole.seeds)
+    if whole.crowded:
+        return [sample_crowd(seed) for seed in range(first, stop)]
     scenes = [sample_scene(seed, things=whole.things) for seed in range(first, stop)]
     return [scene for scene in scenes if not (whole.for_training and held_out(scene))]
 
 
-def set_looks(whole: RenderSet, scenes: list[Scene]) -> list[Look]:
-    return [training_look(scene.seed) if whole.look is None else STYLES[whole.look] for scene in scenes]
+def set_looks(whole: RenderSet, scenes: list[Scene] | list[Crowd]) -> list[Look]:
+    return [look_of(whole, scene.seed) for scene in scenes]
+
+
+def look_of(whole: RenderSet, seed: int) -> Look:
+    if whole.look is not None:
+        return STYLES[whole.look]
+    if not whole.for_training:  # every look in turn
+        return STYLES[list(STYLES)[(seed - whole.first_seed) * len(STYLES) // whole.seeds]]
+    rng = random.Random(f"embedded crowd look {seed // ALIKE}")
+    if whole.crowded and rng.random() < HELD_OUT_SHARE:
+        return rng.choice(list(HELD_OUT.values()))
+    return training_look(seed)
 
 
 def chunk_path(work: Path, whole: RenderSet, part: int) -> Path:

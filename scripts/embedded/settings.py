@@ -28,10 +28,13 @@ class RenderSet:
     for_training: bool
     things: int | None = None
     """Things in each scene; None leaves it to the scene's seed."""
+    crowded: bool = False
+    """Of crowds instead, which have no caption."""
 
 
 BASE_SETS = ("flat", "looks")
 """What autoencoder and diffusion model learn from: none of the looks held out."""
+CROWD, CROWD_UNSEEN = "crowd", "crowd-unseen"
 FULL_SETS = (
     RenderSet("flat", "flat", 0, 50_000, for_training=True),
     RenderSet("looks", None, 200_000_000, 170_000, for_training=True),
@@ -40,14 +43,15 @@ FULL_SETS = (
     RenderSet("stained glass", "stained glass", 30_000_000, 2_500, for_training=True),
     RenderSet("flat-unseen", "flat", 40_000_000, 500, for_training=False, things=1),
     RenderSet("pixar-unseen", "pixar", 50_000_000, 500, for_training=False, things=1),
+    RenderSet(CROWD, None, 400_000_000, 60_000, for_training=True, crowded=True),
+    RenderSet(CROWD_UNSEEN, None, 100_000_000, 64 * len(STYLES), for_training=False, crowded=True),
     *(
         RenderSet(f"{name}-unseen", name, 60_000_000 + 1_000_000 * index, 120, for_training=False, things=1)
         for index, name in enumerate(name for name in STYLES if name not in ("flat", "pixar"))
     ),
 )
-TINY_SETS = tuple(
-    replace(full, seeds=(160 if full.look is None else 24) if full.for_training else 4) for full in FULL_SETS
-)
+TINY_SEEDS = {"looks": 160, CROWD_UNSEEN: len(STYLES)}
+TINY_SETS = tuple(replace(full, seeds=TINY_SEEDS.get(full.name, 24 if full.for_training else 4)) for full in FULL_SETS)
 
 FULL_MINUTES = {
     "render": 12.0,
@@ -56,9 +60,10 @@ FULL_MINUTES = {
     "decoder": 2.0,
     "captioner": 3.2,
     "diffusion": 9.0,
+    "detector": 8.0,
 }
 
-PARTS = ("readers", "captioner", "autoencoder", "diffusion")
+PARTS = ("readers", "captioner", "autoencoder", "diffusion", "detector")
 """What a rebuild trains from scratch, or takes as the repository ships it."""
 
 
@@ -74,14 +79,17 @@ class Settings:
     tiny: bool
     minutes: dict[str, float] = field(default_factory=lambda: dict(FULL_MINUTES))
     kept: frozenset[str] = frozenset()
-    """Parts that start as shipped: readers and captioner stay so, autoencoder and diffusion model may be trained on."""
+    """Parts that start as shipped: autoencoder and diffusion model may be trained on, the others stay so."""
     pause_at: float = math.inf
     """When rendering and trainings pause, as time.time() counts, to be continued by another call."""
 
     @property
     def sets(self) -> tuple[RenderSet, ...]:
-        """Only readers and captioner learn from the looks held out."""
+        """Only readers, captioner and detector learn from the looks held out, and only the detector from crowds."""
         sets = TINY_SETS if self.tiny else FULL_SETS
+        if "detector" not in self.kept:
+            return sets
+        sets = tuple(entry for entry in sets if not entry.crowded)
         if {"readers", "captioner"} <= self.kept:
             return tuple(entry for entry in sets if entry.name in BASE_SETS or not entry.for_training)
         return sets

@@ -13,13 +13,14 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from scripts.toyworld.crowd import Crowd
 from scripts.toyworld.scene import Scene
 
 DICE = 40
 Rgb = tuple[float, float, float]
 
 
-def scatter_dice(scenes: Sequence[Scene], device: torch.device) -> Tensor:
+def scatter_dice(scenes: Sequence[Scene | Crowd], device: torch.device) -> Tensor:
     """[B, DICE] uniform numbers, from each scene's seed."""
     rows = []
     for scene in scenes:

@@ -61,6 +61,19 @@ class Placed:
     """Bounding box in the thing's own coordinates."""
 
 
+@dataclass(frozen=True)
+class Stance:
+    """Where and how one thing stands: its middle's place in the world, its scale, its turn before it is mirrored."""
+
+    x: float
+    z: float
+    scale: float
+    yaw_deg: float
+    mirrored: bool
+    pose: Pose
+    y: float = 0.0
+
+
 def place_things(scene: Scene, *, frontal: bool) -> list[Placed]:
     """The scene's things, ready to be traced; `frontal` turns each one's face to the picture plane."""
     rng = random.Random(f"toyworld stance {scene.seed}")
@@ -71,9 +84,8 @@ def _place(thing: Thing, count: int, rng: random.Random, *, frontal: bool) -> Pl
     # Drawn in a fixed order, whatever the style, so that all styles show the same scene.
     lift, tilt, look, girth, turn, aside, deep, grow = (rng.uniform(-1, 1) for _ in range(8))
     mirrored = rng.random() < 0.5
-    parts = BUILDERS[thing.kind](Pose(lift=lift, tilt=tilt, look=look, girth=girth))
-    low, high = _bounds(parts)
-    wide, tall = high[0] - low[0], high[1]
+    pose = Pose(lift=lift, tilt=tilt, look=look, girth=girth)
+    wide, tall = size_of(thing.kind, pose)
     height = _HEIGHT[thing.size] * (1 + 0.035 * grow)
     if count == 2:
         x, limit = _CENTRE_X_OF_TWO[thing.place], _WIDTH_LIMIT_OF_TWO
@@ -86,13 +98,29 @@ def _place(thing: Thing, count: int, rng: random.Random, *, frontal: bool) -> Pl
     scale = min(height / tall, limit / wide)
     room = max(0.0, _EDGE - wide * scale / 2)
     x = max(-room, min(room, x))
-    middle = (low[0] + high[0]) / 2 * scale
     sideways = thing.kind in _SIDEWAYS
     yaw = 6.0 * turn if frontal else _TURNED_DEG.get(thing.kind, 0.0) + (9.0 if sideways else 20.0) * turn
-    if mirrored:
+    stance = Stance(x=x, z=0.12 * deep, scale=scale, yaw_deg=yaw, mirrored=mirrored, pose=pose)
+    return stand(thing.kind, thing.colour, stance)
+
+
+def size_of(kind: str, pose: Pose) -> tuple[float, float]:
+    """Width and height of a thing in its own units."""
+    low, high = _bounds(BUILDERS[kind](pose))
+    return high[0] - low[0], high[1]
+
+
+def stand(kind: str, colour: str, stance: Stance) -> Placed:
+    """A thing on the ground, or above it, as `stance` says."""
+    parts = BUILDERS[kind](stance.pose)
+    low, high = _bounds(parts)
+    middle = (low[0] + high[0]) / 2 * stance.scale
+    yaw = stance.yaw_deg
+    if stance.mirrored:
         yaw, middle = -yaw, -middle
-    rgb = [_dye(part.material, thing.colour) for part in parts]
-    return Placed(parts, rgb, (x - middle, 0.0, 0.12 * deep), scale, yaw, mirrored, low, high)
+    rgb = [_dye(part.material, colour) for part in parts]
+    at = (stance.x - middle, stance.y, stance.z)
+    return Placed(parts, rgb, at, stance.scale, yaw, stance.mirrored, low, high)
 
 
 def _dye(material: Material, colour: str) -> tuple[float, float, float]:

@@ -12,7 +12,10 @@ from scripts.embedded.__main__ import main
     ("words", "message"),
     [
         (["pack"], "pack and unpack need --out FOLDER"),
-        (["render", "--keep", "tokenizer"], "--keep takes some of readers,captioner,autoencoder,diffusion, or none"),
+        (
+            ["render", "--keep", "tokenizer"],
+            "--keep takes some of readers,captioner,autoencoder,diffusion,detector, or none",
+        ),
         (["diffusion", "--keep", "diffusion"], "try --keep …,autoencoder,diffusion"),
         (["render", "--minutes", "export=3"], "--minutes takes PHASE=MINUTES for render, readers,"),
         (["render", "--minutes", "5"], "--minutes takes PHASE=MINUTES for render, readers,"),

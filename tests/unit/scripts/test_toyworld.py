@@ -11,7 +11,7 @@ import torch
 from scripts.toyworld.captions import VARIANTS, Mention, caption, read_caption
 from scripts.toyworld.looks import STYLES
 from scripts.toyworld.output import dataset_scenes, write_dataset
-from scripts.toyworld.render import render, render_batch
+from scripts.toyworld.render import batch_of, picture, render
 from scripts.toyworld.scene import (
     COLOURS,
     KINDS,
@@ -123,8 +123,8 @@ def test_the_same_scene_gives_the_same_bytes(style: str) -> None:
 def test_a_batch_shows_what_single_pictures_show(style: str) -> None:
     """A GPU draws scenes together, padded to one another's parts and rays; no picture may leak into the next."""
     scenes = [sample_scene(k, things=1 + k % 2) for k in range(4)]
-    together = render_batch(scenes, STYLES[style], 48, torch.device("cpu"), 1).int()
-    apart = torch.cat([render_batch([scene], STYLES[style], 48, torch.device("cpu"), 1) for scene in scenes]).int()
+    together = picture(batch_of(scenes, STYLES[style], 48, 48, torch.device("cpu"))).int()
+    apart = render(scenes, style, 48, supersample=1).int()
     assert ((together - apart).abs() > 2).float().mean() < 1e-3
 
 
