@@ -78,7 +78,7 @@ def train_detector(settings: Settings) -> bool:
 
     torch.manual_seed(SEED)
     model = new_detector().to(settings.device)
-    batch = settings.batch(64)
+    batch = settings.batch(128)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
         return frames(pictures, weights_N, batch, generator)
