@@ -38,7 +38,7 @@ from finetune.run.progress import plural, progress, say, shortened
 from finetune.run.records import Caption, CaptionSet, Dataset, Example
 
 GEOMETRY = "lanczos-1"  # part of every image's key: change it when the same bucket and crop would give other pixels
-MADE_BY = 3  # part of every entry's key: raised when the same image or caption would give another entry
+MADE_BY = 4  # part of every entry's key: raised when the same image or caption would give another entry
 SMALLEST_SPLIT = 20  # images; of fewer, holding some out costs more than the validation loss tells
 MUCH = 0.5  # of an image's area: more than that is not cut away in silence
 DECODE_THREADS = 4

@@ -1,5 +1,5 @@
 """Colours as a colour-managed viewer shows them on an sRGB screen: through an embedded ICC profile (ICC.1:2022), or
-through what a PNG says instead of one.
+through what a PNG or AVIF says instead of one.
 
 H×W pixels, C channels of the image.
 """
@@ -12,7 +12,7 @@ from functools import lru_cache
 import numpy as np
 from PIL import Image, ImageCms
 
-from finetune.data.images import gamma
+from finetune.data.images import code_points, gamma
 
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # a profile for another kind of image is passed over
 SAME = 2  # of 255; profiles that change no colour by more are sRGB, whatever they are called
@@ -24,6 +24,8 @@ Profile = bytes | gamma.Gamma
 
 def profile_of(image: Image.Image) -> Profile | None:
     """What an opened image says of its colours; None for sRGB as well as for nothing."""
+    if points := image.info.get(code_points.KEY):
+        return code_points.encoding(points)
     return image.info.get("icc_profile") or gamma.of(image.info)
 
 

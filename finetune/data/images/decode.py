@@ -16,7 +16,7 @@ from typing import BinaryIO
 import numpy as np
 from PIL import Image, ImageFile, ImageOps, PngImagePlugin, UnidentifiedImageError
 
-from finetune.data.images import colour
+from finetune.data.images import code_points, colour
 from finetune.data.images.buckets import Bucket, centre_crop
 from finetune.errors import DataError
 from finetune.reading import require_size
@@ -63,6 +63,7 @@ def rgb(path: Path, data: bytes, max_pixels: int) -> Image.Image:
 
 def shown(image: ImageFile.ImageFile) -> Image.Image:
     """An opened image as `open_rgb` gives it, but the colours of 16 bits by their high bytes: enough to look at."""
+    code_points.note(image)
     image.load()
     return _rgb(_upright(image), None)
 
@@ -175,6 +176,9 @@ def _open(path: Path, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
             f"{path}: {width} x {height} pixels are more than data.max_pixels={max_pixels}; "
             f"make it smaller or try data.max_pixels={width * height}"
         )
+    code_points.note(image)
+    if refusal := code_points.refusal(image.info.get(code_points.KEY)):
+        raise DataError(f"{path}: {refusal}")
     return image
 
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+SRGB_CURVE = 0.0  # stands for sRGB's own curve, which is no power
 SRGB_GAMMA, SAME_GAMMA = 0.45455, 0.005  # what encoders write for sRGB, and how it is rounded
 SRGB_XY = (0.3127, 0.3290, 0.64, 0.33, 0.30, 0.60, 0.15, 0.06)  # white, red, green, blue (IEC 61966-2-1)
 SAME_XY = 0.005
@@ -21,10 +22,10 @@ CONES = np.array([[0.8951, 0.2664, -0.1614], [-0.7502, 1.7135, 0.0367], [0.0389,
 
 @dataclass(frozen=True)
 class Gamma:
-    """How the values of a PNG were encoded."""
+    """How the values of an image were encoded."""
 
     exponent: float
-    """value = light ** exponent."""
+    """value = light ** exponent, or SRGB_CURVE."""
     xy: tuple[float, ...]
     """Chromaticities of white, red, green and blue."""
 
@@ -56,7 +57,12 @@ def _are_chromaticities(xy: tuple[float, ...]) -> bool:
 @lru_cache(maxsize=8)
 def _light(exponent: float) -> np.ndarray:
     """Of each value of 16 bits, 0 … 1."""
-    return ((np.arange(65536) / 65535) ** (1 / exponent)).astype(np.float32)
+    values = np.arange(65536) / 65535
+    if exponent == SRGB_CURVE:  # IEC 61966-2-1
+        light = np.where(values <= 0.04045, values / 12.92, ((values + 0.055) / 1.055) ** 2.4)
+    else:
+        light = values ** (1 / exponent)
+    return light.astype(np.float32)
 
 
 @lru_cache(maxsize=1)

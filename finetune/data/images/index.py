@@ -19,7 +19,7 @@ from finetune.reading import read_bytes
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.hashing import RACY_NS, Stamp, hash_of, stamp_of
 
-FORMAT = "images-1"  # of the index: change it when a row means something else
+FORMAT = "images-2"  # of the index: change it when a row means something else
 READ_THREADS = 4  # reading, hashing and decoding release the interpreter lock
 
 
