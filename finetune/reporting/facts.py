@@ -246,11 +246,14 @@ def _plan_facts(plan: Plan) -> list[Fact]:
 
 
 def _settings(plan: Plan) -> list[tuple[str, ...]]:
-    """The chosen setting, the next best that fit, and the recipe's own, each with what it is."""
+    """The chosen setting, the next best that fit, and the recipe's own if it is none of these, each with what it is."""
     named = [("fastest", plan.chosen)] if plan.chosen else []
     named += [("next", other) for other in plan.others]
-    own = "recipe's own" if plan.requested.gib <= plan.budget_gib else "own, too large"
-    return [(name, *_setting(setting)) for name, setting in [*named, (own, plan.requested)]]
+    own = plan.requested.overrides
+    rows = [(f"{name}, own" if setting.overrides == own else name, setting) for name, setting in named]
+    if all(setting.overrides != own for _, setting in named):
+        rows.append(("recipe's own" if plan.requested.gib <= plan.budget_gib else "own, too large", plan.requested))
+    return [(name, *_setting(setting)) for name, setting in rows]
 
 
 def _setting(setting: Setting) -> list[str]:

@@ -112,6 +112,14 @@ def test_a_plan_shows_settings_memory_and_phases() -> None:
     ]
 
 
+def test_a_plan_shows_each_setting_once() -> None:
+    fast, next_ = (Setting(size, 8 // size, 0, False, False, 0.5, 8, {"weights": 5.0}) for size in (8, 4))
+    plan = Plan("n", "base", "a GPU", 20.0, "bf16", "none", "images", fast, fast, (next_,), {"training": 5.0}, (), ())
+    assert [row[:2] for row in plan_tables(plan)[1].rows] == [("fastest, own", "8 × 1"), ("next", "4 × 2")]
+    plan = replace(plan, requested=replace(next_, seconds=0.6))
+    assert [row[:2] for row in plan_tables(plan)[1].rows] == [("fastest", "8 × 1"), ("next, own", "4 × 2")]
+
+
 def test_a_plan_says_how_often_each_example_is_seen_at_which_rate_and_what_is_downloaded() -> None:
     fast = Setting(2, 4, 2, True, True, 0.25, 8, {"weights": 5.0})
     plan = Plan("n", "base", "a GPU", 20.0, "bf16", "nf4", "images", fast, fast, (), {"training": 5.0}, (), ())
