@@ -28,19 +28,6 @@ MISSING = "???"  # OmegaConf's mark for a value that somebody else must give
 MEANT = {"trainer.activation_checkpointing": "0 (none), 1 (every block) or n (every n-th block)"}
 
 
-# What other tools call a value of an enum.
-SYNONYMS = {
-    "gpu": "cuda",
-    "float32": "fp32",
-    "float16": "fp16",
-    "half": "fp16",
-    "bfloat16": "bf16",
-    "4bit": "nf4",
-    "int4": "nf4",
-    "8bit": "int8",
-}
-
-
 class _Entry(NamedTuple):
     key: str
     type: Any
@@ -179,7 +166,9 @@ def value_problem(key: str, value: Any) -> str | None:
         return None
     wanted = MEANT.get(key) or _described(hint)
     item = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
-    near = _nearest_member(item, value)
+    if note := other_tools.VALUE_NOTES.get(key, {}).get(str(value).lower()):
+        return f"{key} must be {wanted}, got {value!r}; {note}"
+    near = _nearest_member(key, item, value)
     if item is not hint and (near or _fits(item, value)):
         return f"{key} must be {wanted}, got {value!r}; try {setting(key, [near or value])}"
     return f"{key} must be {wanted}, got {value!r}" + (f"; did you mean {near}?" if near else "")
@@ -198,11 +187,13 @@ def tree_problems(tree: Mapping[Any, Any], prefix: str = "") -> list[str]:
     return found
 
 
-def _nearest_member(hint: Any, value: Any) -> str | None:
+def _nearest_member(key: str, hint: Any, value: Any) -> str | None:
     if not _is_enum(hint):
         return None
-    meant = SYNONYMS.get(str(value))
-    near = [meant] if meant in hint.__members__ else get_close_matches(str(value), hint.__members__, n=1)
+    word = (str(value[0]) if isinstance(value, list) and value else str(value)).lower()
+    if meant := other_tools.VALUES.get(key, {}).get(word):
+        return meant
+    near = get_close_matches(word, hint.__members__, n=1)
     return near[0] if near else None
 
 

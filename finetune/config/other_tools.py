@@ -1,4 +1,4 @@
-"""What other tools call a setting: sd-scripts, diffusers' scripts, axolotl, PEFT, transformers, web UIs.
+"""What other tools call a setting or its value: sd-scripts, diffusers' scripts, axolotl, PEFT, transformers, web UIs.
 
 Names that a likeness finds by itself (`lora_alpha`, `mixed_precision`, `lr_scheduler`) are not here.
 """
@@ -66,8 +66,47 @@ NAMES = {
     **dict.fromkeys(("tag", "label"), "caption"),
     **dict.fromkeys(("merge", "convert"), "export"),
     **dict.fromkeys(("chat", "webui", "gradio"), "serve"),
+    **dict.fromkeys(("adafactor", "lion", "lion8bit", "came", "galore_adamw"), "adamw8bit"),
+    **dict.fromkeys(("prodigy", "sgd", "radam", "muon"), "adamw"),
 }
 """Name -> the command or preset that is meant."""
+
+VALUES = {
+    "trainer.precision": {
+        **dict.fromkeys(("no", "32", "float", "float32", "full", "tf32", "32-true"), "fp32"),
+        **dict.fromkeys(("16", "half", "float16", "fp16-mixed", "16-mixed"), "fp16"),
+        **dict.fromkeys(("bfloat16", "bf16-mixed", "bf16-true"), "bf16"),
+    },
+    "hardware.device": dict.fromkeys(("gpu", "nvidia", "rocm", "hip", "amd"), "cuda"),
+    "model.quantize": {
+        **dict.fromkeys(("4bit", "4-bit", "int4", "fp4", "qlora", "bnb4", "4"), "nf4"),
+        **dict.fromkeys(("8bit", "8-bit", "fp8", "float8", "bnb8", "8"), "int8"),
+        **dict.fromkeys(("no", "off", "false", "null"), "none"),
+    },
+    "optim.name": {
+        **dict.fromkeys(("adafactor", "lion", "lion8bit", "came"), "adamw8bit"),
+        **dict.fromkeys(("prodigy", "sgd", "radam", "muon"), "adamw"),
+    },
+    "optim.schedule": {
+        **dict.fromkeys(("cosine_with_restarts", "cosine_annealing"), "cosine"),
+        **dict.fromkeys(("constant_with_warmup", "none"), "constant"),
+        "polynomial": "linear",
+    },
+    "lora.init": {"pissa_niter_4": "pissa", **dict.fromkeys(("gaussian", "true", "zero", "eva", "olora"), "default")},
+    "loss.weighting": {"min_snr_gamma": "min_snr", **dict.fromkeys(("none", "constant", "mse"), "uniform")},
+    "data.format": {
+        **dict.fromkeys(("chatml", "chat_template", "openai", "chat", "jsonl"), "messages"),
+        **dict.fromkeys(("completion", "pretrain", "pretraining", "raw"), "text"),
+        "input_output": "prompt_completion",
+    },
+    "export.formats": {
+        **dict.fromkeys(("safetensors", "comfyui", "a1111", "webui", "forge", "sd-scripts"), "kohya"),
+        **dict.fromkeys(("full", "hf", "16bit"), "merged"),
+        "llama.cpp": "gguf",
+    },
+    "trainer.autotune": {"true": "auto", "false": "off"},
+}
+"""Key -> what other tools call a value of it -> the value that is meant. Words in small letters."""
 
 _EPOCHS = "a run's length is trainer.steps; `finetune plan` says how often each example is seen in so many steps"
 _ATTENTION = "the fastest attention that this machine has is taken by itself"
@@ -82,6 +121,18 @@ _GPUS = "which GPU: put CUDA_VISIBLE_DEVICES=1 before the command; several at on
 _SCHEDULER = "the base's own scheduler says it"
 _ANSWERS = "only the assistant's turns are trained, and all of a plain text (data.format=text)"
 _PRIOR = "there are no regularisation images; what is to be kept is an image of data.folder like any other"
+
+_MAKERS = "GPUs other than NVIDIA's are not used; type hardware.device=cpu"
+_WEIGHTS = "weights in 8 bits are model.quantize=int8, in 4 bits model.quantize=nf4"
+
+VALUE_NOTES = {
+    "trainer.precision": dict.fromkeys(("fp8", "float8", "int8", "8", "8bit", "int4", "4bit", "nf4"), _WEIGHTS),
+    "hardware.device": {
+        **dict.fromkeys(("mps", "metal", "xpu", "npu", "tpu", "hpu", "directml", "vulkan"), _MAKERS),
+        **dict.fromkeys(("cuda:0", "cuda:1", "cuda:2", "cuda:3", "0", "1", "2", "3"), _GPUS),
+    },
+}
+"""Key -> a value of other tools -> what to know where none does the same."""
 
 NOTES = {
     **dict.fromkeys(("epochs", "epoch", "num_epochs", "num_train_epochs", "max_train_epochs"), _EPOCHS),

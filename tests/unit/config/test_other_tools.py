@@ -2,13 +2,14 @@
 
 import re
 import shlex
+import typing
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 
 from finetune.config import describe, recipes
-from finetune.config.other_tools import KEYS, NOTES
+from finetune.config.other_tools import KEYS, NOTES, VALUE_NOTES, VALUES
 
 Cli = Callable[..., Any]
 NAMES = {*describe.leaf_types(), *describe.sections(), *recipes.preset_files()}
@@ -26,6 +27,24 @@ def test_every_name_is_no_key_and_leads_to_one(word: str) -> None:
         assert said == f"no key called {word}; {NOTES[word]}"
         keys = re.findall(rf"\b(?:{'|'.join(describe.sections())})\.\w+", NOTES[word])
         assert set(keys) <= NAMES
+
+
+@pytest.mark.parametrize(
+    ("key", "word", "meant"), [(key, *pair) for key, words in VALUES.items() for pair in words.items()]
+)
+def test_every_value_is_none_and_leads_to_one(key: str, word: str, meant: str) -> None:
+    hint = describe.leaf_types()[key]
+    is_list = typing.get_origin(hint) is list
+    offered = f"try '{key}=[{meant}]'" if is_list else f"did you mean {meant}?"
+    assert (describe.value_problem(key, [word] if is_list else word.upper()) or "").endswith(f"; {offered}")
+    assert describe.value_problem(key, [meant] if is_list else meant) is None
+
+
+@pytest.mark.parametrize(("key", "word"), [(key, word) for key, words in VALUE_NOTES.items() for word in words])
+def test_every_value_without_a_like_is_answered_by_a_setting(key: str, word: str) -> None:
+    assert (describe.value_problem(key, word) or "").endswith(f"; {VALUE_NOTES[key][word]}")
+    for setting in re.findall(r"\b\w+\.\w+=\w+", VALUE_NOTES[key][word]):
+        assert describe.value_problem(*setting.split("=")) is None
 
 
 @pytest.mark.parametrize("word", ["color_aug", "resumed", "conditioning"])
@@ -57,6 +76,9 @@ def test_what_is_like_a_name_is_offered(wrong: str, meant: str) -> None:
             ("lora.r=8", "lora.rank"),
             ("model.resolution=512,512", "model.resolution=512;"),
             ("load_in_4bit=true", "nf4"),
+            ("trainer.precision=fp8", "model.quantize=int8"),
+            ("hardware.device=mps", "type hardware.device=cpu"),
+            ("optim=Lion", "adamw8bit"),
         ),
     ],
 )
