@@ -41,7 +41,7 @@ def caption(config: Config) -> CaptionSet:
     found = folder.images(root)
     index = ImageIndex(root, cache=Path(data.cache), max_pixels=data.max_pixels)
     no_files = folder.no_files(root)
-    generated = _generated(run_dir, Path(data.cache))
+    generated = _generated(run_dir, Path(data.cache)) | folder.generated_captions(root)
     hashes = index.hashes(found)
     captions = folder.captions(root, found, () if config.caption.overwrite else generated)
     input_hash = _input_hash(hashes | no_files, captions.texts, config.caption, data)

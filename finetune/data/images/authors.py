@@ -1,6 +1,7 @@
-"""Which captions a captioner wrote, remembered in the cache folder for every run; all others are a person's.
+"""Which captions a captioner wrote; all others are a person's.
 
-Known by file name and text: a caption that is corrected is no longer the captioner's.
+Its row in `metadata.jsonl` says so; the cache folder remembers it for texts that were moved or lost that mark. Both go
+by the text: a caption that is corrected is no longer the captioner's.
 """
 
 import unicodedata
@@ -12,6 +13,8 @@ from finetune.reading import read_bytes, require_file
 from finetune.run.hashing import hash_of
 
 FILE = "images/captioned.txt"  # in the cache folder; one key a line
+MARK = "captioned"  # column of a row that was generated: a digest of its text
+MARK_LENGTH = 16  # hexadecimal digits
 
 
 def remember(cache: Path, captions: Mapping[str, str]) -> None:
@@ -35,3 +38,8 @@ def remembered(cache: Path) -> set[str]:
 def key(file: str, text: str) -> str:
     """A caption's key. Of the path only the name counts: folders move."""
     return hash_of(unicodedata.normalize("NFC", PurePosixPath(file).name), text.strip())
+
+
+def mark(text: str) -> str:
+    """What stands in a generated caption's row beside it."""
+    return hash_of(text.strip())[:MARK_LENGTH]

@@ -17,7 +17,7 @@ from pathlib import Path, PurePosixPath
 from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.data.images import authors
-from finetune.data.images.metadata import METADATA, READ, decode, is_text, key, line_of, read_rows
+from finetune.data.images.metadata import METADATA, READ, decode, generated, is_text, key, line_of, read_rows
 from finetune.errors import DataError
 from finetune.reading import require_file
 from finetune.run.atomic import remove_abandoned, write_atomically
@@ -175,6 +175,12 @@ def captions(folder: Path, files: Sequence[str], generated: Collection[str] = ()
     )
 
 
+def generated_captions(folder: Path) -> set[str]:
+    """The `authors.key` of every caption whose row says that a captioner wrote it."""
+    rows = [entry for metadata in metadata_files(folder) for entry in read_rows(metadata).items()]
+    return {authors.key(name, row.text) for name, row in rows if row.is_generated}
+
+
 def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> None:
     """Write captions into `metadata.jsonl`, in place where a row is there, below where not; all else in it stays. A
     `metadata.csv` is a person's and stays as it is.
@@ -193,8 +199,8 @@ def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> 
         lines = []
         for name, row in rows.items():
             kept = name not in named or (not overwrite and row.text)
-            lines.append(row.line if kept else line_of(row.values | {"text": named[name]}))
-        lines += [line_of({"file_name": name, "text": text}) for name, text in named.items() if name not in rows]
+            lines.append(row.line if kept else line_of(row.values | generated(named[name])))
+        lines += [line_of({"file_name": name} | generated(text)) for name, text in named.items() if name not in rows]
         write_atomically(metadata, "\n".join(lines) + "\n")
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.data.images import authors
 from finetune.data.text import readers
 from finetune.errors import DataError
 from finetune.reading import require_size
@@ -41,11 +42,17 @@ class Row:
         return next((text for column in COLUMNS if (text := (named.get(column) or "").strip())), "")
 
     @property
+    def is_generated(self) -> bool:
+        """Whether a captioner wrote the caption, and nobody changed it since."""
+        return bool(self.text) and self.values.get(authors.MARK) == authors.mark(self.text)
+
+    @property
     def other_texts(self) -> list[str]:
         """Of a row without a column for the caption: columns that may hold it under another name."""
         if self._named().keys() & set(COLUMNS):
             return []
-        texts = {name: value for name, value in self.values.items() if isinstance(value, str) and name != "file_name"}
+        others = {name: value for name, value in self.values.items() if name not in ("file_name", authors.MARK)}
+        texts = {name: value for name, value in others.items() if isinstance(value, str)}
         return [name for name, value in texts.items() if any(map(str.isalpha, value))]  # CSV has numbers as texts
 
     def _named(self) -> dict[str, Any]:
@@ -121,6 +128,11 @@ def decode(path: Path) -> str:
         ) from error
     except OSError as error:
         raise DataError(f"{path}: can't be read ({error.strerror})") from error
+
+
+def generated(text: str) -> dict[str, str]:
+    """The columns of a caption that a captioner wrote."""
+    return {COLUMNS[0]: text, authors.MARK: authors.mark(text)}
 
 
 def line_of(values: dict[str, Any]) -> str:

@@ -194,6 +194,26 @@ def test_who_wrote_a_caption_is_remembered_over_runs_and_run_folders(config):
     assert [item.source for item in caption(config).items] == ["generated", "user", "user", "user", "generated"]
 
 
+def test_who_wrote_a_caption_stands_beside_it(config):
+    write_rows(config, **{"1": "my own words"})
+    first = caption(config)
+    root = stage.Path(config.data.folder)
+    for gone in (config.run_dir, config.data.cache):
+        shutil.rmtree(gone)
+    assert caption(config).items == first.items
+    rows = (root / "metadata.jsonl").read_text("utf-8").splitlines()
+    rows[1] = rows[1].replace(metadata(config)["0.png"], "corrected by me")
+    (root / "metadata.jsonl").write_text("\n".join(rows), "utf-8")
+    (root / "2.txt").write_text("mine beside it")
+    for gone in (config.run_dir, config.data.cache):
+        shutil.rmtree(gone)
+    items = {item.file: (item.text, item.source) for item in caption(config).items}
+    assert items["0.png"] == ("corrected by me", "user")
+    assert items["1.png"] == ("my own words", "user")
+    assert items["2.png"] == ("mine beside it", "user"), "it counts before the captioner's"
+    assert items["3.png"][1] == items["sub/4.png"][1] == "generated"
+
+
 def test_a_cache_that_cannot_be_written_stops_no_caption(config, tmp_path):
     (tmp_path / "file").write_text("no folder")
     config.data.cache = str(tmp_path / "file")

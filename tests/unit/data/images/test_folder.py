@@ -9,6 +9,7 @@ import pytest
 from PIL import Image
 
 from finetune.data.images import folder
+from finetune.data.images.metadata import generated
 from finetune.errors import DataError, RunError
 
 
@@ -168,7 +169,7 @@ def test_rows_of_other_tools_are_captions(root, row):
     folder.add_captions(root, {"sub/a.png": "generated"}, overwrite=False)
     assert rows(root / "metadata.jsonl") == [row], "what a person wrote stays"
     folder.add_captions(root, {"sub/a.png": "generated"}, overwrite=True)
-    assert rows(root / "metadata.jsonl") == [row | {"text": "generated"}]
+    assert rows(root / "metadata.jsonl") == [row | generated("generated")]
 
 
 def test_what_runs_drew_is_no_image_to_train_on(root):
@@ -255,7 +256,7 @@ def test_names_match_across_unicode_forms(root):
     write(root / "metadata.jsonl", {"file_name": "B\u00e4r.png", "text": "a bear"})
     assert folder.captions(root, folder.images(root)).texts == {"Ba\u0308r.png": "a bear"}
     folder.add_captions(root, {"Ba\u0308r.png": "another"}, overwrite=True)
-    assert rows(root / "metadata.jsonl") == [{"file_name": "B\u00e4r.png", "text": "another"}]
+    assert rows(root / "metadata.jsonl") == [{"file_name": "B\u00e4r.png", **generated("another")}]
 
 
 def test_rows_of_images_that_are_gone_are_named(root):
@@ -321,11 +322,11 @@ def test_writing_keeps_what_the_user_put_there(root):
     folder.add_captions(root, {"a.png": "generated", "b.png": "ein Bär", "c.png": "new"}, overwrite=False)
     assert (root / "metadata.jsonl").read_text("utf-8").splitlines()[0] == kept, "an untouched row stays as it stands"
     assert rows(root / "metadata.jsonl")[1:] == [
-        {"rating": 1, "file_name": "b.png", "text": "ein Bär"},
-        {"file_name": "c.png", "text": "new"},
+        {"rating": 1, "file_name": "b.png", **generated("ein Bär")},
+        {"file_name": "c.png", **generated("new")},
     ]
     folder.add_captions(root, {"a.png": "generated"}, overwrite=True)
-    assert rows(root / "metadata.jsonl")[0] == {"file_name": "a.png", "text": "generated", "rating": 5}
+    assert rows(root / "metadata.jsonl")[0] == {"file_name": "a.png", **generated("generated"), "rating": 5}
     assert sorted(path.suffix for path in root.iterdir()) == [".jsonl", *[".png"] * 4], "no temporary files stay"
 
 
@@ -333,18 +334,20 @@ def test_captions_go_to_the_nearest_metadata(root):
     put(root, "a.png", "sub/b.png", "sub/deep/c.png", "other/d.png")
     write(root / "sub/metadata.jsonl", {"file_name": "b.png", "text": "there"})
     folder.add_captions(root, {"sub/deep/c.png": "c", "other/d.png": "d"}, overwrite=False)
-    assert rows(root / "sub/metadata.jsonl")[1] == {"file_name": "deep/c.png", "text": "c"}
-    assert rows(root / "metadata.jsonl") == [{"file_name": "other/d.png", "text": "d"}]
+    assert rows(root / "sub/metadata.jsonl")[1] == {"file_name": "deep/c.png", **generated("c")}
+    assert rows(root / "metadata.jsonl") == [{"file_name": "other/d.png", **generated("d")}]
     assert set(folder.captions(root, folder.images(root)).texts) == {"sub/b.png", "sub/deep/c.png", "other/d.png"}
 
 
 def test_imagefolder_reads_what_is_written(tmp_path):
     import datasets
 
-    put(tmp_path, "one.png", "sub/two.png")
+    put(tmp_path, "mine.png", "one.png", "sub/two.png")
+    write(tmp_path / "metadata.jsonl", {"file_name": "mine.png", "text": "by me"})
     folder.add_captions(tmp_path, {"one.png": "first", "sub/two.png": "second"}, overwrite=False)
     table = datasets.load_dataset("imagefolder", data_dir=str(tmp_path), split="train", streaming=True)
     assert sorted(row["text"] for row in table.cast_column("image", datasets.Image(decode=False))) == [
+        "by me",
         "first",
         "second",
     ]

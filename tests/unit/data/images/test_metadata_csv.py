@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from finetune.data.images import folder
+from finetune.data.images.metadata import generated
 from finetune.errors import DataError
 
 
@@ -96,5 +97,5 @@ def test_captions_are_written_beside_it_and_it_stays(root: Path) -> None:
     folder.add_captions(root, {"sub/d.png": "generated"}, overwrite=False)
     assert (root / "sub/metadata.csv").read_bytes() == before
     (line,) = (root / "sub/metadata.jsonl").read_text().splitlines()
-    assert json.loads(line) == {"file_name": "d.png", "text": "generated"}
+    assert json.loads(line) == {"file_name": "d.png", **generated("generated")}
     assert folder.captions(root, ["sub/d.png"]).texts == {"sub/d.png": "generated"}
