@@ -23,6 +23,7 @@ def check(config: Config) -> list[str]:
         *_kind_problems(config),
         *_value_problems(config),
         *_path_problems(config),
+        *_folder_problems(config),
         *_resolution_problems(config.model),
         *_quantize_problems(config.model, config.lora.init),
         *_rate_problems(config.optim),
@@ -97,6 +98,15 @@ def _path_problems(config: Config) -> Iterator[str]:
                     f"{key} must be a path that file systems take, of {LONGEST_PATH} bytes, {LONGEST_NAME} a name; "
                     f"got {whole:,}, {name:,} a name: {path[:20]}…; take a shorter one"
                 )
+
+
+def _folder_problems(config: Config) -> Iterator[str]:
+    folder = config.data.folder
+    if folder.strip() and os.path.realpath(config.run_dir) == os.path.realpath(folder):
+        yield (
+            f"{setting('run_dir', config.run_dir)} is the folder of the images: what a run draws would lie among them, "
+            f"and be trained on; try {setting('run_dir', f'outputs/{config.name}')}"
+        )
 
 
 def _bytes(text: str) -> int:

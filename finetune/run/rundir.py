@@ -27,6 +27,12 @@ LEFTOVERS = {
     "samples_more": r"(\w[\w-]*-)?[0-9a-f]{6,8}",
 }
 """What is written in a run folder under a temporary name first, by sub-folder."""
+REPLACED = (CONFIG, "report.html", "metrics.jsonl", "dataset.jsonl", "trained_on.json", "restarted.json")
+TRACES = (
+    LOCK,
+    "receipts/*.json",
+    "checkpoints/step-*",
+)  # of a run, however early it ended or wherever it was copied to
 SECTIONS = ("model", "caption", "data", "lora", "sample")  # of config.yaml, as far as they are read again
 
 
@@ -37,13 +43,14 @@ def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False
     settings: as plain values, for config.yaml. owns_config: the caller trains, so config.yaml is its to write; other
     verbs write it only where there is none. hint: what to type where memory is too small. A command that fails before
     it leaves anything there leaves no folder either. Of several processes the first one holds the folder for all.
-    Raises RunError for a folder that is in use or can't be written.
+    Raises RunError for a folder that is in use, can't be written, or holds a file of that name which is of no run.
     """
     if ranks.rank():
         with explained(folder, hint):
             yield folder
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
+    _require_no_other(folder)
     _make(folder)
     with _locked(folder), _without_trace(made), explained(folder, hint), _in_place(folder):
         remove_leftovers(folder, LEFTOVERS)
@@ -115,6 +122,23 @@ def written_config(folder: Path) -> dict[str, Any]:
         return {}
     except (yaml.YAMLError, *UNREADABLE) as error:
         raise RunError(f"{file} is damaged ({first_line(error)}); the same `train` command writes it again") from error
+
+
+def _require_no_other(folder: Path) -> None:
+    """Raises RunError for a folder of something else, whose files a run would replace."""
+    foreign = [name for name in REPLACED if (folder / name).exists()]
+    if foreign and not _is_of_a_run(folder):
+        raise RunError(
+            f"{folder / foreign[0]} is of no run, and a run would replace it; choose another folder: run_dir=PATH"
+        )
+
+
+def _is_of_a_run(folder: Path) -> bool:
+    if any(any(folder.glob(pattern)) for pattern in TRACES):
+        return True
+    with suppress(RunError):
+        return "run_dir" in written_config(folder)
+    return False
 
 
 def _has_training_state(folder: Path) -> bool:

@@ -11,7 +11,7 @@ import finetune
 from finetune.config.compose import from_plain
 from finetune.config.describe import as_dict
 from finetune.errors import ConfigError, RunError
-from finetune.run.rundir import CONFIG, write_config, written_config
+from finetune.run.rundir import CONFIG, REPLACED, write_config, written_config
 from tests.end_to_end import command
 
 Cli = Callable[..., Any]
@@ -111,6 +111,20 @@ def test_a_folder_without_a_finished_run(finetune_cli: Cli, workdir: Path) -> No
     refused = finetune_cli("export", "run_dir=begun", "hardware.device=cpu")
     assert refused.code == RunError.exit_code
     assert "begun holds no finished run; train first, with the same settings: finetune train conf=…" in refused.err
+
+
+@pytest.mark.parametrize("name", REPLACED)
+def test_a_file_of_no_run_is_not_replaced(finetune_cli: Cli, small: list[str], images: Path, name: str) -> None:
+    other = images.parent / "other"
+    (other / "checkpoints").mkdir(parents=True)
+    (other / name).write_text("mine")
+    (other / "checkpoints" / "checkpoint-500").write_text("mine")
+    before = command.contents(other)
+    for verb in ("train", "caption"):
+        refused = finetune_cli(verb, *small, "run_dir=other")
+        assert refused.code == RunError.exit_code
+        assert f"error: other/{name} is of no run, and a run would replace it" in refused.err
+    assert command.contents(other) == before
 
 
 @pytest.mark.parametrize("recipe", ["smoke", "pirate_chat"])

@@ -151,6 +151,18 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     ]
 
 
+@pytest.mark.parametrize("run_dir", ["images", "./images/", "linked", "images/../images"])
+def test_a_run_does_not_draw_among_its_images(workdir: Path, run_dir: str) -> None:
+    (workdir / "images").mkdir()
+    (workdir / "linked").symlink_to("images")
+    config = load("pixar_style", ["data.folder=images", f"run_dir={run_dir}", "name=mine"])
+    (problem,) = check(config)
+    assert "is the folder of the images" in problem
+    assert problem.endswith("try run_dir=outputs/mine")
+    config.run_dir = "images/runs/mine"  # which is left out of the images
+    assert check(config) == []
+
+
 def test_a_warm_up_longer_than_the_run_is_a_caution() -> None:
     assert cautions(load("pixar_style", ["optim.warmup_steps=50", "trainer.steps=50"])) == []
     config = load("pixar_style", ["optim.warmup_steps=100", "trainer.steps=50"])
