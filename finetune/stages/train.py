@@ -115,9 +115,10 @@ def _trainer(
     reset_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
     if config.trainer.validate_every and not dataset.validation:
+        reason = "under 20 none are" if config.data.validation_share else "data.validation_share=0"
         say(
-            "warning: no examples are held out (under 20 none are); the validation loss, and what is chosen by it, "
-            "is of some that are trained on"
+            f"warning: no examples are held out ({reason}); the validation loss, and what is chosen by it, is of some "
+            "that are trained on"
         )
     return Trainer(
         task=kinds.of(config).build_task(config, dataset, device),
