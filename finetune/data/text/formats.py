@@ -14,6 +14,18 @@ from typing import Any
 from finetune.config.schema import ConversationFormat
 from finetune.config.spelling import setting
 from finetune.data.text import readers
+from finetune.data.text.columns import (
+    ANSWER_COLUMNS,
+    BAD_VERDICTS,
+    COLUMNS,
+    MEDIA_COLUMNS,
+    PREFERENCE_COLUMNS,
+    SYSTEM_COLUMNS,
+    TOOL_COLUMNS,
+    TURN_COLUMNS,
+    VERDICT_COLUMNS,
+    unread,
+)
 from finetune.errors import DataError
 from finetune.run.progress import say
 
@@ -25,24 +37,6 @@ ROLES = {
     "tool": ("tool", "function", "observation", "function_response"),
 }
 ALIASES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
-TURN_COLUMNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
-ANSWER_COLUMNS = ("output", "response")  # Alpaca's name for the answer, and Dolly's
-# Columns of rows that are made for another training than this one, which shows good answers only.
-# KTO: whether the answer is a good one. TRL's name, LLaMA-Factory's, and what rating tools export.
-VERDICT_COLUMNS = (
-    *("label", "kto_tag", "kto_label", "chosen", "desirable", "is_desirable"),
-    *("is_good", "good", "thumbs_up", "thumbs", "accepted", "is_accepted", "approved", "is_approved", "liked"),
-    *("is_chosen", "preferred", "is_preferred", "correct", "is_correct", "verdict", "feedback"),
-)
-BAD_VERDICTS = (
-    *("false", "0", "0.0", "-1", "-1.0", "bad", "rejected", "undesirable", "thumbs_down", "down", "incorrect", "wrong"),
-)
-PREFERENCE_COLUMNS = (
-    *("chosen", "rejected", "non_preferred_output", "rejected_response", "rejected_messages"),
-    *("rejected_completion", "rejected_answer", "rejected_output"),
-)
-TOOL_COLUMNS = ("tools", "functions", "tool_definitions", "function_definitions", "functions_list")  # OpenAI's first
-MEDIA_COLUMNS = ("image", "images", "video", "videos", "audio", "audios")  # of models that see and hear
 UNTRAINED_KEYS = ("weight", "train", "training", "loss")  # of a turn: OpenAI's, axolotl's two, ms-swift's
 EMPTY = ("", "[]", "{}", "null")  # JSON that holds nothing
 # Keys of a turn that may hold text to train on.
@@ -50,13 +44,6 @@ UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinkin
 LONGEST_SHOWN, MOST_NAMES = 60, 12  # characters of a value, and columns, that a message shows
 LEAVE_OUT = "or leave such rows out: data.skip_bad=true"
 SKIP = f"correct it, {LEAVE_OUT}"
-COLUMNS = {
-    ConversationFormat.messages: '"messages": [{"role": …, "content": …}, …]',
-    ConversationFormat.sharegpt: '"conversations": [{"from": …, "value": …}, …]',
-    ConversationFormat.alpaca: '"instruction", "output" and perhaps "input", "system", "history"',
-    ConversationFormat.prompt_completion: '"prompt" and "completion", two texts or two lists of messages',
-    ConversationFormat.text: '"text"',
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,18 +71,21 @@ class Conversation:
 
 @dataclass(frozen=True)
 class Source:
-    """Files, and the format of the first one. columns: what a format calls a column -> what the files call it."""
+    """Files, and the format of the first one. columns: what a format calls a column -> what the files call it. unread:
+    columns of the first row that are not trained. aliases: of its other names for `system`, those that are filled."""
 
     path: Path
     files: tuple[Path, ...]
     format: ConversationFormat
     named: bool
     columns: Mapping[str, str]
+    unread: tuple[str, ...]
+    aliases: tuple[str, ...]
 
     def __str__(self) -> str:
         how = "as named" if self.named else "recognised"
         files = f", {len(self.files)} files" if len(self.files) > 1 else ""
-        return f"{self.path}: {self.format.value} ({how}){files}"
+        return f"{self.path}: {self.format.value} ({how}{_listed(self.unread)}){files}"
 
 
 def open_source(
@@ -119,8 +109,10 @@ def open_source(
             if missing := [column for column in columns.values() if column not in there]:
                 names = ", ".join(map(_printable, there))
                 raise DataError(f"{where}: data.columns names {missing[0]}, and the columns are {names}")
-            found = format_ if named else recognise(_renamed(there, columns), where)
-            return Source(path, files, found, named, columns)
+            renamed = _renamed(there, columns)
+            found = format_ if named else recognise(renamed, where)
+            aliases = tuple(name for name in SYSTEM_COLUMNS[1:] if renamed.get(name))
+            return Source(path, files, found, named, columns, unread(renamed, found), aliases)
     raise error or DataError(f"{path} holds no rows; a row has one of these: {_known_formats()}")
 
 
@@ -155,8 +147,13 @@ def _of_file(file: Path, source: Source, columns: dict[str, Any], where: str) ->
     found = source.format if source.named else recognise(columns, where)
     if found is source.format or ConversationFormat.text in (found, source.format):
         return source.format
-    say(f"dataset: {file}: {found.value} (recognised)")
+    say(f"dataset: {file}: {found.value} (recognised{_listed(unread(columns, found))})")
     return found
+
+
+def _listed(columns: Sequence[str]) -> str:
+    more = ", …" if len(columns) > MOST_NAMES else ""
+    return f"; not read: {', '.join(map(_printable, columns[:MOST_NAMES]))}{more}" if columns else ""
 
 
 def conversation(row: object, format_: ConversationFormat, where: str, *, strict: bool = True) -> Conversation:
@@ -188,8 +185,8 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
     else:
         name = next((name for name in TURN_COLUMNS if columns.get(name) is not None), TURN_COLUMNS[0])
         messages = _turns(columns.get(name), where, f'"{name}"', format_)
-    if columns.get("system") is not None:  # a blank one is left out below
-        messages = [Message("system", _text(columns["system"], where, '"system"')), *messages]
+    if name := next((name for name in SYSTEM_COLUMNS if columns.get(name) not in (None, "")), ""):
+        messages = [Message("system", _text(columns[name], where, f'"{name}"')), *messages]
     return Conversation(_checked(messages, where), where)
 
 

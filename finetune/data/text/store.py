@@ -179,7 +179,7 @@ def encode_or_load(
 
     content = readers.content_hash(source.files)
     renamed = [dict(source.columns)] if source.columns else []  # rows from before there were any stay
-    read_as = (source.format.value, source.named, *renamed)
+    read_as = (source.format.value, source.named, *renamed, *source.aliases)
     key = hash_of(MADE_BY, content, *read_as, chat.content_hash, length, long_rows.value, skip_bad)
     folder = cache / f"rows-{key[:32]}"
     try:

@@ -310,6 +310,32 @@ def test_mixed_formats_are_refused_unless_named(tmp_path):
     assert read(both, format_=ConversationFormat.text, bad=lambda _: None)[0].messages == (Message("text", "x"),)
 
 
+@pytest.mark.parametrize("format_", [item for item in ROWS if item is not ConversationFormat.text])
+@pytest.mark.parametrize("name", ["system", "system_prompt", "system_message"])
+def test_what_the_system_says_stands_in_any_of_its_columns(tmp_path, format_, name):
+    said = Message("system", "Be a pirate")
+    rest = [message for message in WANTED[format_] if message.role != "system"]
+    row = {key: value for key, value in ROWS[format_].items() if key != "system"} | {name: said.content}
+    path = save(tmp_path, "jsonl", [row])
+    assert str(open_source(path)) == f"{path}: {format_.value} (recognised)"
+    assert [message for message in read(path)[0].messages if message.role != "system"] == rest
+    assert read(path)[0].messages[0] == said
+
+
+def test_columns_that_are_not_read_are_named(tmp_path, capsys):
+    row = ROWS[ConversationFormat.messages] | {"label": True, "tools": [], "empty": None}
+    path = save(tmp_path, "jsonl", [row | {"context": "It says X", "reward": -1.0}])
+    assert str(open_source(path)).endswith("messages (recognised; not read: context, reward)")
+    many = save(tmp_path, "jsonl", [row | {f"c{number}": number + 1 for number in range(20)}])
+    assert str(open_source(many)).endswith("c10, c11, …)")
+    named = save(tmp_path, "jsonl", [{"q": "a", "a": "b", "doc": "c"}])
+    assert str(open_source(named, columns={"prompt": "q", "completion": "a"})).endswith("(recognised; not read: doc)")
+    save(tmp_path, "jsonl", [row])
+    (tmp_path / "two.jsonl").write_text(json.dumps(ROWS[ConversationFormat.prompt_completion] | {"topic": "x"}))
+    read(tmp_path)
+    assert "prompt_completion (recognised; not read: topic)" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("first", SUPERVISED)
 def test_files_of_different_formats_are_read_together(tmp_path, capsys, first):
     for number, format_ in enumerate([first, *SUPERVISED]):
