@@ -168,7 +168,7 @@ def value_problem(key: str, value: Any) -> str | None:
     item = typing.get_args(hint)[0] if typing.get_origin(hint) is list else hint
     if note := other_tools.VALUE_NOTES.get(key, {}).get(str(value).lower()):
         return f"{key} must be {wanted}, got {value!r}; {note}"
-    near = _nearest_member(key, item, value)
+    near = _nearest_member(key, item, value) if item is not bool else other_tools.TRUTHS.get(str(value).lower())
     if item is not hint and (near or _fits(item, value)):
         return f"{key} must be {wanted}, got {value!r}; try {setting(key, [near or value])}"
     return f"{key} must be {wanted}, got {value!r}" + (f"; did you mean {near}?" if near else "")

@@ -122,6 +122,9 @@ _SCHEDULER = "the base's own scheduler says it"
 _ANSWERS = "only the assistant's turns are trained, and all of a plain text (data.format=text)"
 _PRIOR = "there are no regularisation images; what is to be kept is an image of data.folder like any other"
 
+TRUTHS = {**dict.fromkeys(("yes", "on", "1"), "true"), **dict.fromkeys(("no", "off", "0", "none", "null"), "false")}
+"""What others type for true and false."""
+
 _MAKERS = "GPUs other than NVIDIA's are not used; type hardware.device=cpu"
 _WEIGHTS = "weights in 8 bits are model.quantize=int8, in 4 bits model.quantize=nf4"
 

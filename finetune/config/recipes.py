@@ -71,9 +71,11 @@ def elsewhere(path: Path) -> Path | None:
 
 def no_such(what: str, word: str, offered: list[str]) -> str:
     """`no WHAT called WORD` with the nearest name and the list of what there is."""
-    near = [name for name in offered if name == NAMES.get(word.lower()) or name.startswith(word)]
-    near = near or [name for name in offered if word and word in name]
-    near = near or get_close_matches(word, offered, n=1, cutoff=0.5)
+    meant = word.lower().removesuffix(".yaml")
+    near = [name for name in offered if name.lower() == meant]
+    near = near or [name for name in offered if name == NAMES.get(meant) or name.lower().startswith(meant)]
+    near = near or [name for name in offered if meant and meant in name.lower()]
+    near = near or get_close_matches(meant, offered, n=1, cutoff=0.5)
     hint = f"did you mean {near[0]}? " if near else ""
     if what == "model preset" and "/" in word:
         hint = f"type {setting('model.base', word)} and the preset of its architecture; "

@@ -69,6 +69,8 @@ def as_typed(word: str) -> str:
         value = NUMBERS.sub(quoted, f"={value}")[1:]
     if describe.in_mapping(key):
         plus = "++"  # Hydra adds an entry only if it is told to
+    elif key in describe.leaf_types():
+        plus = ""  # which is what somebody who knows Hydra means by + of a key that is there
     return f"{plus}{key}={value}"
 
 

@@ -156,6 +156,11 @@ def test_text_stays_what_was_typed(workdir: Path) -> None:
     assert (config.caption.prefix, config.trainer.autotune.name) == ("1_000", "off")
 
 
+def test_a_plus_as_hydra_has_it_sets_a_key_that_is_there() -> None:
+    config = compose.load("pirate_chat", ["+lora.rank=8", "++optim.lr=1e-4", "+data.columns.prompt=q"])
+    assert (config.lora.rank, config.optim.lr, config.data.columns) == (8, 1e-4, {"prompt": "q"})
+
+
 def test_quoted_text_keeps_commas_and_colons() -> None:
     config = compose.load("pixar_style", ['sample.prompts=["a: b, c","d"]', 'caption.prefix="one, two"'])
     assert config.sample.prompts == ["a: b, c", "d"]
