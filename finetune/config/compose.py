@@ -155,7 +155,7 @@ def registered() -> Iterator[None]:
     """Inside, Hydra's ConfigStore holds the schema, presets and recipes: `./conf` follows the current folder.
 
     One thread at a time, because Hydra's state is global. Entries of the same names that an application around us
-    stored are put back afterwards. Raises ConfigError that names every file that is not readable YAML.
+    stored are put back afterwards. A file that is not readable YAML is left out, and named where it is chosen.
     """
     repo = ConfigStore.instance().repo
     with _lock:
@@ -179,13 +179,9 @@ def _entries() -> dict[str, Any]:
     if files == _stored.files:
         return _stored.entries
     nodes: list[tuple[str, str, Any]] = [("", "schema", Config)]
-    unreadable = []
     for group, name, path in paths:
-        try:
+        with suppress(ConfigError):
             nodes.append((group, name, _read(path, group)[0]))
-        except ConfigError as error:
-            unreadable.append(str(error))
-    refuse(unreadable)
     store = ConfigStore.instance()
     theirs, store.repo = store.repo, {}
     try:

@@ -253,10 +253,15 @@ def test_unreadable_yaml_is_named(finetune_cli: Cli, workdir: Path) -> None:
     (workdir / "conf" / "lora").mkdir(parents=True)
     (workdir / "conf" / "broken.yaml").write_text("seed: 1\nlora: [\n")
     (workdir / "conf" / "lora" / "list.yaml").write_text("- 1\n")
-    answer = finetune_cli("train", "conf=pixar_style")
-    assert answer.code == errors.ConfigError.exit_code
-    assert answer.errors[0].startswith("error: conf/broken.yaml, line 3 is not readable YAML: ")
-    assert answer.errors[1].startswith("error: conf/lora/list.yaml is not readable YAML: it holds a list")
+    for chosen, said in {
+        "conf=broken": "error: conf/broken.yaml, line 3 is not readable YAML: ",
+        "lora=list": "error: conf/lora/list.yaml is not readable YAML: it holds a list",
+    }.items():
+        answer = finetune_cli("train", "conf=pixar_style", chosen)
+        assert answer.code == errors.ConfigError.exit_code
+        assert answer.err.startswith(said)
+    unread = finetune_cli("train", "conf=pixar_style", "--cfg", "job")
+    assert (unread.code, unread.err) == (0, ""), "a file that is not chosen stops nothing"
 
 
 @pytest.mark.parametrize(
