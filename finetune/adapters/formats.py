@@ -10,7 +10,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import Any
 
 import torch
@@ -18,8 +18,10 @@ from torch import Tensor, nn
 
 from finetune import hub
 from finetune.adapters import lora
+from finetune.config.spelling import setting
 from finetune.errors import ModelError
 from finetune.reading import read_text, require_file
+from finetune.run.progress import say
 
 # A text-only model loaded from one that also reads images keeps, in this attribute, the prefix that its layers have in
 # the full model. An adapter is exported under the full model's names, which is what everybody else loads.
@@ -45,6 +47,11 @@ TEXT_ENCODERS = ("lora_te", "text_encoder")  # begin names of their layers
 CONVERTER_ERRORS = (ValueError, LookupError, RuntimeError, TypeError, AttributeError)
 STARTS_AS_BASE = (True, False, None, "gaussian", "eva", "orthogonal")
 """PEFT's starts that leave the base's weights as they are. After others A and B add to weights that no file holds."""
+OTHER_FUNCTIONS = (
+    *("alora_invocation_tokens", "layer_replication", "use_qalora", "use_bdlora", "arrow_config", "kasa_config"),
+    "monteclora_config",
+)
+"""Settings of PEFT's LoRA with which the same factors are another function than LoRA, rsLoRA or DoRA."""
 
 
 @dataclass(frozen=True)
@@ -118,7 +125,22 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     if kind != "LORA":
         raise ModelError(f"{path} is of type {kind}, and only LORA adapters are read")
     _require_strength(settings, path)
+    if variant := next((name for name in OTHER_FUNCTIONS if settings.get(name)), ""):
+        raise ModelError(f"{path} sets {variant}, and only plain LoRA, rsLoRA and DoRA are read")
     return dict(settings)
+
+
+def warn_of_another_base(path: Path, base: str) -> None:
+    """Say that a PEFT folder was made for a base of another name: where the shapes fit, nothing else shows it."""
+    made_for = read_peft_config(path).get("base_model_name_or_path") if (path / PEFT_CONFIG).is_file() else None
+    if isinstance(made_for, str) and made_for and _model_name(made_for) != _model_name(base):
+        own = setting("model.base", made_for)
+        say(f"warning: {path} was trained on {made_for}, and model.base is {base}; if that is another model, try {own}")
+
+
+def _model_name(base: str) -> str:
+    """Of a path, or of an id on the hub, what names the model in both."""
+    return PurePath(base.rpartition("@")[0] or base).name.casefold()
 
 
 def _require_strength(settings: Mapping[str, Any], path: Path) -> None:

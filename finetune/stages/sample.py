@@ -48,6 +48,8 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
         say("sample: up to date, skipped")
         return record
     start = time.monotonic()
+    if config.sample.adapter:
+        formats.warn_of_another_base(path, config.model.base)
     release_memory()  # what the stage before left on the GPU
     with replace_folder(folder) as temporary:
         page, items = kind.sample(config, path, temporary)

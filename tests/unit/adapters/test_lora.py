@@ -14,6 +14,7 @@ from peft import LoraConfig as PeftLoraConfig
 from safetensors.torch import load_file, save_file
 
 from finetune.adapters import formats, lora
+from finetune.adapters.attach import attach_peft_folder
 from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, OptimConfig, Quantize
 from finetune.diffusion.pipeline import load_backbone
 from finetune.errors import ConfigError, ModelError
@@ -456,6 +457,37 @@ def test_patterns_go_by_the_names_of_the_model_that_was_trained(tmp_path: Path) 
     stored = formats.read_peft(tmp_path)
     assert stored.scales == {"model.layers.0.self_attn.q_proj": 4.0}
     assert stored.weights.keys() == {f"model.layers.0.self_attn.q_proj.lora_{side}.weight" for side in "AB"}
+
+
+@pytest.mark.parametrize("name", formats.OTHER_FUNCTIONS)
+def test_factors_that_mean_something_else_are_refused(load: Callable[[str], Any], tmp_path: Path, name: str) -> None:
+    model = inject(load("fp32"))
+    formats.save_peft(model, tmp_path, lora.state(model), "")
+    settings = json.loads((tmp_path / formats.PEFT_CONFIG).read_text())
+    (tmp_path / formats.PEFT_CONFIG).write_text(json.dumps(settings | {name: [1]}))
+    for use in (formats.read_peft, lambda folder: attach_peft_folder(load("fp32"), folder)):
+        with pytest.raises(ModelError, match=rf"sets {name}, and only plain LoRA, rsLoRA and DoRA are read"):
+            use(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("made_for", "base", "is_said"),
+    [
+        ("meta-llama/Other-8B", "models/mine", True),
+        ("meta-llama/Llama-8B", "models/llama-8b", False),
+        ("a/b@v2", "a/b", False),
+        ("", "a/b", False),
+        ("embedded:language", "embedded:diffusion", True),
+    ],
+)
+def test_an_adapter_of_another_base_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], made_for: str, base: str, is_said: bool
+) -> None:
+    settings = {"peft_type": "LORA", "base_model_name_or_path": made_for}
+    (tmp_path / formats.PEFT_CONFIG).write_text(json.dumps(settings))
+    formats.warn_of_another_base(tmp_path, base)
+    assert (f"was trained on {made_for}, and model.base is {base}" in capsys.readouterr().err) is is_said
+    formats.warn_of_another_base(tmp_path / "file.safetensors", base)  # which doesn't say
 
 
 def test_a_start_that_would_be_another_function_is_refused(load: Callable[[str], Any], tmp_path: Path) -> None:
