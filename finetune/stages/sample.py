@@ -36,9 +36,9 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
         return _none(config, run_dir, hash_of(settings["sample"]))
     path = adapter_path(config, adapter)
     kind, precision = kinds.of(config), settings["trainer"]["precision"]
-    earlier = hash_of(_weights_hash(path), settings["sample"], settings["model"], precision)
     model = {key: value for key, value in settings["model"].items() if key != "base"}
     input_hash = hash_of(hash_adapter(path), settings["sample"], model, kind.contents(config), precision)
+    earlier = hash_of(_weights_hash(path), settings["sample"], settings["model"], precision)
     folder = (
         run_dir / "samples" if own else run_dir / "samples_more" / _folder_name(config.sample.prompts[0], input_hash)
     )

@@ -4,8 +4,12 @@ import hashlib
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
-from finetune.run.hashing import hash_file, hash_files, hash_of
+from finetune.errors import ModelError
+from finetune.run import hashing
+from finetune.run.hashing import hash_adapter, hash_file, hash_files, hash_of
 
 
 def test_hashes_differ_with_every_value() -> None:
@@ -31,3 +35,20 @@ def test_files_are_known_by_content_and_order_alone(tmp_path: Path) -> None:
 
 def test_a_name_that_is_not_utf8_has_a_hash():
     assert hash_of("\udcff") != hash_of("\udcfe")
+
+
+@pytest.mark.parametrize("in_folder", [True, False])
+def test_an_adapter_that_is_damaged_is_not_read_whole(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, in_folder: bool
+) -> None:
+    file = tmp_path / "adapter_model.safetensors"
+    save_file({"a": torch.zeros(2)}, file)
+    whole = hash_adapter(tmp_path if in_folder else file)
+    assert whole == hash_files([file])
+    with open(file, "r+b") as stream:
+        stream.truncate(5 << 30)  # sparse
+    monkeypatch.setattr(hashing, "hash_files", lambda _: pytest.fail("it was read"))
+    with pytest.raises(
+        ModelError, match=r"adapter_model.safetensors is damaged \(5368709120 bytes where its header says"
+    ):
+        hash_adapter(tmp_path if in_folder else file)
