@@ -1,7 +1,7 @@
 """Encoded examples on disk, found by content: a key hashes everything the entry depends on, never a path or a time.
 
 One safetensors file per key (`ab/abcdef….safetensors`), so entries are shared between runs, and the folder may be
-deleted at any time. Each entry holds the checksum of its bytes, and no entry is used before it was compared.
+deleted at any time. Each entry holds the checksum of all that it says, and no entry is used before it was compared.
 """
 
 import hashlib
@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
@@ -18,10 +19,11 @@ from torch import Tensor
 from finetune.errors import DataError, RunError
 from finetune.reading import damage
 from finetune.run.atomic import remove_abandoned, replace_file
-from finetune.run.hashing import Stamp, stamp_of, trusted
+from finetune.run.hashing import Stamp, hash_of, stamp_of, trusted
 
 HEADER_BYTES = 8 + 65536  # more than the length and header of an entry take: it has a handful of tensors
 NOTES = "notes"  # what the metadata is called that holds the texts of an entry
+CHECKSUM = "checksum"  # among them
 READ_THREADS = 4  # reading and hashing release the interpreter lock
 
 
@@ -52,10 +54,9 @@ class Cache:
     def put(self, key: str, tensors: Mapping[str, Tensor], **notes: str) -> Path:
         """Store tensors (any shapes, CPU) and texts under a key. Raises RunError where the folder can't be written."""
         plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
-        body = _body(save(plain))
         # One text, because safetensors writes several in any order: equal entries are equal files.
-        notes["checksum"] = hashlib.sha256(body).hexdigest()
-        data = save(plain, metadata={NOTES: json.dumps(notes)})
+        noted = json.dumps(notes | {CHECKSUM: _checksum(save(plain), notes)})
+        data = save(plain, metadata={NOTES: noted})
         path = self.path(key)
         try:
             # Not flushed to disk: after a power cut the checksum finds a half-written entry, and it is made again.
@@ -107,7 +108,8 @@ def _is_whole(path: Path) -> bool:
         return False
     except OSError as error:
         raise RunError(f"cannot read {path} ({error.strerror}); delete the cache folder") from error
-    if hashlib.sha256(_body(data)).hexdigest() != _notes(data).get("checksum", ""):
+    notes = _notes(data)
+    if notes.pop(CHECKSUM, "") != _checksum(data, notes):
         path.unlink(missing_ok=True)
         return False
     if trusted(stamp, now):
@@ -121,11 +123,24 @@ _compared: set[tuple[Path, Stamp]] = set()
 
 def _notes(data: bytes) -> dict[str, str]:
     try:
-        header = json.loads(data[8 : 8 + int.from_bytes(data[:8], "little")])
-        return dict(json.loads(header["__metadata__"][NOTES]))
-    except (ValueError, LookupError, TypeError):
+        return dict(json.loads(_header(data)["__metadata__"][NOTES]))
+    except (LookupError, ValueError, TypeError):
         return {}
 
 
-def _body(data: bytes) -> bytes:
-    return data[8 + int.from_bytes(data[:8], "little") :]
+def _checksum(data: bytes, notes: Mapping[str, str]) -> str:
+    """Of the tensors of a file, their names, types and shapes, and of the texts: a changed name is damage too."""
+    tensors = {name: entry for name, entry in _header(data).items() if name != "__metadata__"}
+    return hashlib.sha256(hash_of(tensors, notes).encode() + data[8 + _length(data) :]).hexdigest()
+
+
+def _header(data: bytes) -> dict[str, Any]:
+    """Empty for what has none."""
+    try:
+        return dict(json.loads(data[8 : 8 + _length(data)]))
+    except (ValueError, TypeError):
+        return {}
+
+
+def _length(data: bytes) -> int:
+    return int.from_bytes(data[:8], "little")

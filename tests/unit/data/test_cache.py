@@ -12,6 +12,7 @@ from finetune.errors import DataError, RunError
 from finetune.run.hashing import hash_of
 
 TENSORS = {"mean": torch.arange(6.0).reshape(2, 3), "std": torch.ones(2, 3, dtype=torch.bfloat16)}
+VALUES = {name: tensor.tolist() for name, tensor in TENSORS.items()}
 
 
 @pytest.fixture
@@ -74,6 +75,17 @@ def test_one_changed_bit_is_not_trained_on_and_the_entry_is_made_again(store):
     with pytest.raises(DataError, match=r"damaged.*; the same command encodes it again"):
         cache.read(path)
     assert not path.exists()  # so the same command does
+
+
+@pytest.mark.parametrize("bit", range(8))
+def test_no_changed_bit_of_an_entry_is_passed_over(store, bit):
+    path = store.put("ef" * 32, TENSORS, lost="the tail … ü")
+    whole = path.read_bytes()
+    for place in range(len(whole)):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << bit]) + whole[place + 1 :])
+        if store.has("ef" * 32):  # as JSON it may say the same: white space, hexadecimal digits of a letter
+            assert {name: tensor.tolist() for name, tensor in cache.read(path).items()} == VALUES
+            assert store.notes("ef" * 32)["lost"] == "the tail … ü"
 
 
 def test_a_folder_that_cannot_be_written(tmp_path):
