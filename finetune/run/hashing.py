@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import ModelError, RunError
-from finetune.reading import damage, read_bytes, require_file
+from finetune.errors import RunError
+from finetune.reading import read_bytes, require_file, require_whole
 from finetune.run.atomic import write_atomically
 
 # A file that is written twice within one tick of the file system's clock shows the same times (git calls it "racy").
@@ -49,13 +49,12 @@ def hash_files(paths: Iterable[Path]) -> str:
 def hash_adapter(path: Path) -> str:
     """Content of an adapter, a file or a folder; of a path that isn't there, which its loader reports, of nothing.
 
-    Raises ModelError for weights whose header or length is wrong, before all of a file is read.
+    Raises ModelError for a file whose header or length is wrong, before all of it is read.
     """
     found = sorted([*path.rglob("*.safetensors"), *path.rglob("adapter_config.json")]) if path.is_dir() else [path]
     files = [file for file in found if file.is_file()]
     for file in files:
-        if file.suffix == ".safetensors" and (wrong := damage(file)):
-            raise ModelError(f"{file} is damaged ({wrong}); export it again or restore it from a copy")
+        require_whole(file)
     return hash_files(files)
 
 

@@ -252,12 +252,22 @@ def test_a_setting_that_is_newer_than_the_run_counts_as_its_default(
     assert train(config, dataset).steps == 6
 
 
-@pytest.mark.parametrize("held_out", [0, 2])
-def test_a_data_set_too_small_to_hold_examples_out_is_announced(
-    config: Config, make_dataset: Callable[..., Dataset], capsys: pytest.CaptureFixture[str], held_out: int
+@pytest.mark.parametrize(
+    ("held_out", "share", "said"),
+    [(0, 0.1, "(under 20 none are)"), (0, 0.0, "(data.validation_share=0)"), (2, 0.1, "")],
+)
+def test_a_data_set_without_examples_held_out_is_announced(
+    config: Config,
+    make_dataset: Callable[..., Dataset],
+    capsys: pytest.CaptureFixture[str],
+    held_out: int,
+    share: float,
+    said: str,
 ) -> None:
+    config.data.validation_share = share
     train(config, make_dataset(10, held_out))
-    assert ("no examples are held out" in capsys.readouterr().err) == (not held_out)
+    found = [line for line in capsys.readouterr().err.splitlines() if "no examples are held out" in line]
+    assert [said in line for line in found] == ([True] if said else [])
 
 
 def test_changed_captions_are_listed(config: Config, make_dataset: Callable[..., Dataset]) -> None:
