@@ -71,12 +71,16 @@ def damage(file: Path) -> str:
             return "its safetensors header is unreadable"
 
 
+def what_is_wrong(file: Path) -> str:
+    """With weights, or with a configuration or vocabulary that is too large to be one; empty if nothing shows."""
+    if file.suffix == ".safetensors":
+        return damage(file)
+    if file.suffix in TEXTS and file.is_file() and file.stat().st_size > MOST_BYTES:
+        return f"{file.stat().st_size} bytes are too many for it"
+    return ""
+
+
 def require_whole(file: Path) -> None:
     """Raises ModelError for damaged weights, and for a configuration or vocabulary that is too large to be one."""
-    wrong = ""
-    if file.suffix == ".safetensors":
-        wrong = damage(file)
-    elif file.suffix in TEXTS and file.is_file() and file.stat().st_size > MOST_BYTES:
-        wrong = f"{file.stat().st_size} bytes are too many for it"
-    if wrong:
+    if wrong := what_is_wrong(file):
         raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from finetune.errors import RunError
-from finetune.reading import read_bytes, require_file, require_whole
+from finetune.errors import ModelError, RunError
+from finetune.reading import read_bytes, require_file, what_is_wrong
 from finetune.run.atomic import write_atomically
 
 # A file that is written twice within one tick of the file system's clock shows the same times (git calls it "racy").
@@ -54,7 +54,8 @@ def hash_adapter(path: Path) -> str:
     found = sorted([*path.rglob("*.safetensors"), *path.rglob("adapter_config.json")]) if path.is_dir() else [path]
     files = [file for file in found if file.is_file()]
     for file in files:
-        require_whole(file)
+        if wrong := what_is_wrong(file):
+            raise ModelError(f"{file} is damaged ({wrong}); export it again or restore it from a copy")
     return hash_files(files)
 
 

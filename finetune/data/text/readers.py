@@ -14,7 +14,7 @@ import itertools
 import json
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -156,18 +156,35 @@ def _saved_dataset(path: Path) -> NumberedRows:
     import datasets
 
     try:
+        for file in sorted(path.rglob("*.arrow")):
+            _validate(file)
         loaded = datasets.load_from_disk(str(path))
+        if isinstance(loaded, datasets.DatasetDict):
+            loaded = loaded[_part(path, list(loaded))]
+        yield from enumerate(loaded.with_format(None), start=1)
+    except DataError:
+        raise
     except Exception as error:  # whatever the library makes of a damaged folder
         raise DataError(f"{path}: can't be loaded by `datasets` ({_short(error)}); save it again") from error
-    if isinstance(loaded, datasets.DatasetDict):
-        name = "train" if "train" in loaded else next(iter(loaded), "") if len(loaded) == 1 else ""
-        if not name:
-            raise DataError(
-                f"{path}: has the parts {', '.join(loaded)} and none is called train; name one: "
-                + setting("data.file", path / next(iter(loaded), "PART"))
-            )
-        loaded = loaded[name]
-    yield from enumerate(loaded.with_format(None), start=1)
+
+
+def _validate(file: Path) -> None:
+    """Arrow trusts the lengths in a file that it maps into memory: a changed one ends the process. Raises what Arrow
+    raises where it reads and compares."""
+    import pyarrow
+
+    with open(file, "rb") as stream, pyarrow.ipc.open_stream(stream) as batches:
+        for batch in batches:
+            batch.validate(full=True)
+
+
+def _part(path: Path, parts: Sequence[str]) -> str:
+    if "train" in parts or len(parts) == 1:
+        return "train" if "train" in parts else parts[0]
+    raise DataError(
+        f"{path}: has the parts {', '.join(parts)} and none is called train; name one: "
+        + setting("data.file", path / next(iter(parts), "PART"))
+    )
 
 
 def _parquet(path: Path) -> NumberedRows:
@@ -178,7 +195,7 @@ def _parquet(path: Path) -> NumberedRows:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as table:
             batches = table.iter_batches(batch_size=PARQUET_ROWS)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
-    except pyarrow.ArrowException as error:
+    except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a text whose bytes have changed
         raise DataError(f"{path}: is no readable Parquet file ({_short(error)}); write or copy it again") from error
 
 

@@ -1,8 +1,10 @@
 """Files: what is in them, where it stands, and what is wrong with them."""
 
+import contextlib
 import json
 import os
 import re
+import shutil
 
 import pytest
 
@@ -159,6 +161,28 @@ def test_broken_parquet_and_saved_folders(tmp_path):
     (tmp_path / "saved" / "state.json").write_text("{}")
     with pytest.raises(DataError, match=r"saved: can't be loaded by `datasets`"):
         rows(tmp_path / "saved")
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved"])
+def test_a_changed_byte_is_damage_or_another_row(tmp_path, kind):
+    import datasets
+
+    stored = datasets.Dataset.from_list([{"text": "ünd so weiter"}] * 3)
+    (tmp_path / "whole").mkdir()
+    stored.to_parquet(tmp_path / "whole" / "a.parquet")
+    stored.save_to_disk(str(tmp_path / "whole" / "saved"))
+    for name in ("a.parquet",) if kind == "parquet" else ("saved/data-00000-of-00001.arrow", "saved/state.json"):
+        data = (tmp_path / "whole" / name).read_bytes()
+        changed = [data[:at] + bytes([data[at] ^ 0x80]) + data[at + 1 :] for at in range(0, len(data), 6)]
+        for number, content in enumerate([*changed, data.replace("ü".encode(), b"\xff\xff")]):
+            copy = tmp_path / f"{number}-{kind}"  # of its own: what is mapped into memory must not change
+            shutil.copytree(tmp_path / "whole", copy, dirs_exist_ok=True)
+            (copy / name).write_bytes(content)
+            with contextlib.suppress(DataError):
+                rows(copy / name.partition("/")[0])
+        if b"\xff\xff" in content:
+            with pytest.raises(DataError, match=r"can't decode|Invalid UTF8"):
+                rows(copy / name.partition("/")[0])
 
 
 def test_parts_of_a_saved_folder(tmp_path):
