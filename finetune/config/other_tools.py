@@ -52,6 +52,11 @@ KEYS = {
     **dict.fromkeys(("sample_every", "sample_every_n_steps"), "sample.every"),
     **dict.fromkeys(("batch_count", "num_images"), "sample.seeds"),
     **dict.fromkeys(("quantization", "quant", "fp8_base", "quant_type", "bnb_4bit_quant_type"), "model.quantize"),
+    "adam_epsilon": "optim.eps",
+    "cpu_offload_checkpointing": "trainer.offload_activations",
+    "save_last_n_steps": "trainer.keep_checkpoints",
+    "base_weights": "lora.start_from",
+    "token_string": "caption.trigger",
     "negative_prompt": "sample.negative",
     "max_new_tokens": "sample.max_new_tokens",
     **dict.fromkeys(("output", "output_dir"), "run_dir"),
@@ -120,6 +125,16 @@ _GOES_ON = "a run goes on by itself: type the same command again"
 _GPUS = "which GPU: put CUDA_VISIBLE_DEVICES=1 before the command; several at once: torchrun, see docs/multi_gpu.md"
 _SCHEDULER = "the base's own scheduler says it"
 _ANSWERS = "only the assistant's turns are trained, and all of a plain text (data.format=text)"
+_OWN_FILES = "the base's own files say it, and code that comes with a model is never run"
+_SUPERVISED = "training is supervised: on good answers alone"
+_FAST = "what is fast on this machine is taken by itself (trainer.fast)"
+_STORED = "adapters are trained and written in 32 bits; the arithmetic around them is trainer.precision"
+_NOISE = "there is no such loss or noise; what there is stands under loss in finetune --help conf=NAME"
+_ROWS = "rows are packed to data.length (data.packing)"
+_PARTS = "what a base in a single file lacks comes from model.parts"
+_READING = "texts are read as the base's own pipeline reads them"
+_SCHEDULE = "a schedule is optim.schedule, optim.warmup_steps and trainer.steps, and no more"
+_DRAWING = "images are drawn by the base's own pipeline, without further steps"
 _PRIOR = "there are no regularisation images; what is to be kept is an image of data.folder like any other"
 
 TRUTHS = {**dict.fromkeys(("yes", "on", "1"), "true"), **dict.fromkeys(("no", "off", "0", "none", "null"), "false")}
@@ -171,7 +186,28 @@ NOTES = {
     **dict.fromkeys(("timestep_sampling", "model_prediction_type"), _SCHEDULER),
     **dict.fromkeys(("gpu", "gpus", "gpu_id", "gpu_ids", "device_id", "device_ids", "devices", "num_processes"), _GPUS),
     **dict.fromkeys(("deepspeed", "fsdp", "num_gpus"), _GPUS),
-    "clip_skip": "text encoders are read as the base's own pipeline reads them",
+    **dict.fromkeys(("local_rank", "rank0_only"), _GPUS),
+    **dict.fromkeys(("clip_skip", "max_token_length", "weighted_captions", "apply_t5_attn_mask"), _READING),
+    **dict.fromkeys(("model_type", "tokenizer_type", "base_model_config", "trust_remote_code"), _OWN_FILES),
+    **dict.fromkeys(("dpo", "rl", "kto_beta", "rlhf"), _SUPERVISED),
+    **dict.fromkeys(("torch_compile", "dynamo_backend", "liger_kernel", "unsloth", "cut_cross_entropy"), _FAST),
+    "fused_backward_pass": _FAST,
+    **dict.fromkeys(("save_precision", "full_bf16", "full_fp16", "tf32"), _STORED),
+    **dict.fromkeys(("neftune_noise_alpha", "multires_noise_iterations", "multires_noise_discount"), _NOISE),
+    **dict.fromkeys(("ip_noise_gamma", "adaptive_noise_scale", "debiased_estimation_loss", "loss_type"), _NOISE),
+    **dict.fromkeys(("huber_c", "scale_weight_norms"), _NOISE),
+    **dict.fromkeys(("roles_to_train", "train_on_eos"), _ANSWERS),
+    **dict.fromkeys(("group_by_length", "pad_to_sequence_len", "eval_sample_packing"), _ROWS),
+    **dict.fromkeys(("vae", "t5xxl", "clip_l", "clip_g", "ae"), _PARTS),
+    **dict.fromkeys(("lr_scheduler_num_cycles", "lr_scheduler_args", "cosine_min_lr_ratio"), _SCHEDULE),
+    "optimizer_args": "what an optimiser has is optim.betas, optim.eps and optim.weight_decay",
+    "relora_steps": _LORA,
+    "save_state": _GOES_ON,
+    "stop_text_encoder_training": _ENCODERS,
+    **dict.fromkeys(("min_timestep", "max_timestep", "guidance_scale_train"), _SCHEDULER),
+    **dict.fromkeys(("config_file", "dataset_config"), "a recipe holds all settings, those of the data too: conf=NAME"),
+    "sdxl": "type model=sdxl",
+    **dict.fromkeys(("hires", "hires_fix", "restore_faces", "styles", "subseed", "eta"), _DRAWING),
     **dict.fromkeys(("denoise", "denoising_strength"), "images are drawn from noise alone"),
     **dict.fromkeys(("lora_weight", "lora_scale"), "an adapter is drawn with the strength that it was trained with"),
     **dict.fromkeys(("width", "height"), "images are drawn as squares with a side of model.resolution"),
