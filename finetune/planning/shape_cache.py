@@ -30,9 +30,9 @@ class _Made:
 @dataclass(frozen=True)
 class _Results:
     """What an operation gives. parts: of each what is made, or the place, among the tensors given, of the one that it
-    is, or None. kind: what holds them; `Tensor` is one part alone, `NoneType` none."""
+    is, or None. holder: what holds them; `Tensor` is one part alone, `NoneType` none."""
 
-    kind: type
+    holder: type
     parts: tuple[_Made | int | None, ...]
 
 
@@ -60,7 +60,7 @@ class Shapes:
                 _KNOWN[key] = _described(result, given)
             return result, key
         parts = [self._make(part, given) for part in found.parts]
-        return (found.kind(parts) if found.kind in (tuple, list) else parts[0]), key
+        return (found.holder(parts) if found.holder in (tuple, list) else parts[0]), key
 
     def _make(self, made: _Made | int | None, given: Sequence[Tensor]) -> Tensor | None:
         if not isinstance(made, _Made):
@@ -90,13 +90,13 @@ def _plain(tensor: Tensor) -> bool:
 
 def _described(result: Any, given: Sequence[Tensor]) -> _Results | None:
     """What there is to remember of a result; None where that isn't all of it."""
-    kind = Tensor if isinstance(result, Tensor) else type(result)
-    if kind not in (Tensor, tuple, list, type(None)):
+    holder = Tensor if isinstance(result, Tensor) else type(result)
+    if holder not in (Tensor, tuple, list, type(None)):
         return None
     parts: list[_Made | int | None] = []
     given_storages = [tensor.untyped_storage()._cdata for tensor in given]
     own: set[int] = set()
-    for tensor in result if kind in (tuple, list) else (result,):
+    for tensor in result if holder in (tuple, list) else (result,):
         if tensor is None:
             parts.append(None)
             continue
@@ -111,4 +111,4 @@ def _described(result: Any, given: Sequence[Tensor]) -> _Results | None:
             return None
         own.add(storage)
         parts.append(_Made(tensor.shape, tensor.stride(), tensor.dtype, int(tensor.storage_offset()), of))
-    return _Results(kind, tuple(parts))
+    return _Results(holder, tuple(parts))
