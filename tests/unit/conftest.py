@@ -64,7 +64,7 @@ def make_dataset(tmp_path: Path) -> Callable[..., Dataset]:
         empty = cache.put("0" * 64, {"embedding": torch.zeros(77, 16)})
         examples = []
         for index in range(count):
-            bucket = (32, 32) if index % 3 < 2 else (48, 16)
+            bucket = (48, 16) if index and index % 3 == 0 else (32, 32)
             shape = (4, bucket[1] // 4, bucket[0] // 4)
             key = f"{index + 1:064x}"
             latents = {"mean": torch.randn(shape, generator=random), "std": torch.full(shape, 0.1)}
