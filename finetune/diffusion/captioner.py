@@ -3,12 +3,13 @@
 B images, N beams of all images, 3 colours, H×W the side that the captioner reads, L patches, D width, T tokens.
 """
 
-from collections.abc import Iterable
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any, Protocol
 
 import torch
 from PIL import Image
-from torch import nn
+from torch import Tensor, nn
 
 from finetune import hub
 from finetune.config.schema import CaptionConfig
@@ -23,8 +24,12 @@ class Captioner(Protocol):
 
     def __init__(self, settings: CaptionConfig, device: torch.device, dtype: torch.dtype) -> None: ...
 
-    def caption(self, images: Iterable[Image.Image]) -> list[str]:
-        """One caption for each RGB image; nothing is drawn at random. images: large ones, of which few fit memory."""
+    def read(self, image: Image.Image) -> Tensor:
+        """An RGB image as the model sees it, in CPU memory. Called from several threads."""
+        ...
+
+    def caption(self, images: Sequence[Tensor]) -> list[str]:
+        """One caption for each image that was `read`; nothing is drawn at random."""
         ...
 
     @staticmethod
@@ -92,17 +97,23 @@ class Blip:
         room = model.config.text_config.max_position_embeddings - START_TOKENS
         self.limits = {"max_new_tokens": min(settings.max_new_tokens, room), "num_beams": settings.num_beams}
 
+    def read(self, image: Image.Image) -> Tensor:
+        """See `Captioner`; (1, 3, H, W)."""
+        with self._explained():
+            pixels_13HW: Tensor = self.processor(images=image, return_tensors="pt").pixel_values
+        return pixels_13HW
+
     @torch.no_grad()
-    def caption(self, images: Iterable[Image.Image]) -> list[str]:
+    def caption(self, images: Sequence[Tensor]) -> list[str]:
         """See `Captioner`."""
-        opened = list(images)
-        with hub.explained(lambda reason: f"the captioner {self.reference} doesn't work ({reason}); get it again"):
-            pixels = [self.processor(images=image, return_tensors="pt").pixel_values for image in opened]
-            ids_BT = self.model.generate(
-                pixel_values=torch.cat(pixels).to(self.device, self.dtype), do_sample=False, **self.limits
-            )
+        with self._explained():
+            pixels_B3HW = torch.cat(list(images)).to(self.device, self.dtype)
+            ids_BT = self.model.generate(pixel_values=pixels_B3HW, do_sample=False, **self.limits)
             texts = self.tokenizer.batch_decode(ids_BT, skip_special_tokens=True)
         return [" ".join(text.split()) for text in texts]
+
+    def _explained(self) -> AbstractContextManager[None]:
+        return hub.explained(lambda reason: f"the captioner {self.reference} doesn't work ({reason}); get it again")
 
     @staticmethod
     def trace_step(model: Any, *, batch: int, beams: int, new_tokens: int) -> None:

@@ -6,8 +6,7 @@ B images, 3 colours, H×W pixels of the bucket.
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from finetune.config.describe import as_dict
 from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.data.cache import Cache, whole
 from finetune.data.images import authors, buckets, decode, folder
+from finetune.data.images.ahead import ahead
 from finetune.data.images.index import ImageIndex, content_hash
 from finetune.data.images.metadata import METADATA
 from finetune.diffusion.pipeline import (
@@ -41,8 +41,6 @@ GEOMETRY = "lanczos-1"  # part of every image's key: change it when the same buc
 MADE_BY = 4  # part of every entry's key: raised when the same image or caption would give another entry
 SMALLEST_SPLIT = 20  # images; of fewer, holding some out costs more than the validation loss tells
 MUCH = 0.5  # of an image's area: more than that is not cut away in silence
-DECODE_THREADS = 4
-LOADED_AHEAD = 2 * DECODE_THREADS  # images
 
 
 @dataclass(frozen=True)
@@ -308,26 +306,13 @@ def _encode_variants(
     if not new:
         return
     vae = Vae(model, device)
-    loaded = _load_ahead([image for image, _ in new.values()], lambda image: load(image, root, max_pixels))
+    loaded = ahead([image for image, _ in new.values()], lambda image: load(image, root, max_pixels))
     with progress("images", len(new), unit="images") as bar:
         for (key, (_, flipped)), pixels_3HW in zip(new.items(), loaded, strict=True):
             cache.put(key, vae.encode((pixels_3HW.flip(-1) if flipped else pixels_3HW)[None])[0])
             bar.advance(1)
     del vae
     release_memory()
-
-
-def _load_ahead(images: Sequence[SourceImage], load: Callable[[SourceImage], Tensor]) -> Iterator[Tensor]:
-    """The pixels of each image (3, H, W), the next ones decoded while one is used.
-
-    An image and its mirror image follow one another and are decoded once.
-    """
-    decoded: dict[SourceImage, Future[Tensor]] = {}
-    with ThreadPoolExecutor(DECODE_THREADS) as pool:
-        for number, image in enumerate(images):
-            needed = dict.fromkeys(images[number : number + LOADED_AHEAD])
-            decoded = {image: decoded.get(image) or pool.submit(load, image) for image in needed}
-            yield decoded[image].result()
 
 
 def load(image: SourceImage, root: Path, max_pixels: int) -> Tensor:

@@ -16,13 +16,14 @@ from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.data.images import buckets
-from finetune.diffusion import captioner, export, meta, single_file, task, tiling
+from finetune.diffusion import captioner, export, fast_blocks, meta, single_file, task, tiling
 from finetune.diffusion.families import family
 from finetune.diffusion.image_sampler import IMAGE_BATCH
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer
 from finetune.planning.workload import Examples
+from finetune.training.fast_linear import reason_against
 
 # Beyond what a trace of a decoder shows: cuDNN's workspaces for its fp32 convolutions, which no trace can see. Measured
 # on an H200, torch 2.11, at 1024 px: 1.83 to 1.94 GiB with SDXL, SD 3.5 Medium, FLUX.1, Z-Image; FLUX.2 agreed with it.
@@ -283,9 +284,11 @@ class DiffusionMemoryModel:
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
         targets = self.base.lora_targets[self.lora.targets]
         adapted = lora_layers.inject(meta.backbone(self.base, dtype), self.lora, targets, seed=self.seed)
-        if self.base.quantize is Quantize.none:
-            return adapted
-        return planning_meta.quantised(adapted, self.base.quantize)
+        if self.base.quantize is not Quantize.none:
+            adapted = planning_meta.quantised(adapted, self.base.quantize)
+        if self.fast and self.cuda and not reason_against(self.base, self.lora, dtype):
+            fast_blocks.install(adapted, dtype)
+        return adapted
 
     def _note(self, line: str) -> None:
         if line not in self.notes:

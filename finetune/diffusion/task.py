@@ -18,6 +18,7 @@ from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleCo
 from finetune.config.spelling import setting
 from finetune.data import order
 from finetune.data.cache import read
+from finetune.diffusion import fast_blocks
 from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import FamilySpec, stacked
 from finetune.diffusion.image_sampler import ImageSampler
@@ -29,6 +30,7 @@ from finetune.memory.device import usable_bytes
 from finetune.run import ranks
 from finetune.run.records import Dataset, Example
 from finetune.training.cuda_graphs import CudaGraphs
+from finetune.training.fast_linear import reason_against
 from finetune.training.task import Batch, Draw
 
 VALIDATION_LEVELS = (0.1, 0.3, 0.5, 0.7, 0.9)  # shares of the noise schedule: from nearly clean to nearly noise
@@ -78,6 +80,8 @@ class DiffusionTask:
         prove_backbone(model, backbone, first, stacked([self.read(self.empty_text)]), device, dtype)
         checkpointing.set_checkpointing(backbone, activation_checkpointing)
         self.model: nn.Module = lora_layers.inject(backbone, lora, model.lora_targets[lora.targets], seed=seed)
+        if fast and device.type == "cuda" and not reason_against(model, lora, dtype):
+            fast_blocks.install(self.model, dtype)
         self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
         self.fallbacks = fallbacks.gpu_fallbacks(
             self.model, model, activation_checkpointing, self.activation_offload, device

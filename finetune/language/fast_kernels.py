@@ -6,11 +6,11 @@ Triton kernels on a GPU, torch's operations elsewhere. All compute in fp32 and r
 given. Tensors are contiguous.
 """
 
-from typing import Any
-
 import torch
 from torch import Tensor
 from torch.nn import functional
+
+from finetune.training import fast_ops
 
 try:
     from finetune.language import triton_kernels
@@ -81,23 +81,18 @@ class Plain:
             place.copy_(values)
 
 
-# As operations of torch, so that the memory plan meets one kernel with its results, and nothing of what is inside.
-# Through a `Library`, because a `custom_op` costs the host several times as much a call.
-_library: Any = torch.library  # half-typed
-_LIBRARY = _library.Library("finetune", "DEF")
-_OPS = torch.ops.finetune
-for _name, _signature in {
-    "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
-    "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor",
-    "rotate_": "(Tensor(a!) x, Tensor cos, Tensor sin, bool back) -> ()",
-    "swiglu": "(Tensor gate, Tensor up) -> Tensor",
-    "swiglu_backward_": "(Tensor(a!) dy, Tensor(b!) gate, Tensor(c!) up) -> ()",
-}.items():
-    _LIBRARY.define(_name + _signature)
-    _made = (lambda *_: None) if _name.endswith("_") else (lambda first, *_: torch.empty_like(first))
-    _library.register_fake(f"finetune::{_name}", _made)
-    _LIBRARY.impl(_name, getattr(Plain, _name), "CPU")
-    _LIBRARY.impl(_name, getattr(triton_kernels or Plain, _name), "CUDA")
+_OPS = fast_ops.define(
+    "finetune",
+    {
+        "rms_norm": "(Tensor x, Tensor weight, float eps) -> Tensor",
+        "rms_norm_backward": "(Tensor dy, Tensor x, Tensor weight, float eps) -> Tensor",
+        "rotate_": "(Tensor(a!) x, Tensor cos, Tensor sin, bool back) -> ()",
+        "swiglu": "(Tensor gate, Tensor up) -> Tensor",
+        "swiglu_backward_": "(Tensor(a!) dy, Tensor(b!) gate, Tensor(c!) up) -> ()",
+    },
+    Plain,
+    triton_kernels or Plain,
+)
 
 
 def _normed(x_ND: Tensor, eps: float) -> tuple[Tensor, Tensor]:

@@ -1,7 +1,7 @@
 """Llama's decoder layers with LoRA, each as two functions with a backward pass of their own around the attention.
 
-N tokens of all packs, D hidden channels, H heads, E channels of a head, I channels of the feed-forward layer, O and I
-output and input features of a linear layer, r rank
+N tokens of all packs, D hidden channels, H heads, E channels of a head, I channels of the feed-forward layer, O output
+features of a linear layer, r rank
 
 PEFT's modules stay and own the parameters; only what the layer computes is written anew. Left to autograd, a layer with
 adapters launches some 150 kernels, most of them for copies, casts and sums around the products, and a GPU waits for
@@ -19,66 +19,13 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from finetune.adapters.lora import ADAPTER
-from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize
+from finetune.config.schema import LoraConfig, ModelConfig
 from finetune.language import fast_kernels as kernels
-from finetune.memory import checkpointing, quantize
 from finetune.run.progress import say
+from finetune.training.fast_linear import Linear, is_off, parameters, reason_against, renew
 
 ARCHITECTURES = {"LlamaDecoderLayer": (), "MistralDecoderLayer": ("sliding_window",)}
 """Class of the layers, and the settings that its attention is called with besides the common ones."""
-COPIES = "fast_a", "fast_b"  # buffers of an adapted layer's frozen one: what PEFT saves stays as it is
-DTYPES = (torch.bfloat16, torch.float32)  # fp16's gradients may overflow where autocast's don't
-
-
-class Linear:
-    """A frozen linear layer and the adapter on it, if it has one: products, and their gradients."""
-
-    def __init__(self, layer: Any, dtype: torch.dtype) -> None:
-        """dtype: of the arithmetic."""
-        self.layer, self.dtype, self.adapted = layer, dtype, hasattr(layer, "lora_A")
-        self.frozen = layer.get_base_layer() if self.adapted else layer
-        quantize.unnest(self.frozen)
-        if self.adapted:
-            self.scale = float(layer.scaling[ADAPTER])
-            for name, weight in zip(COPIES, self.parameters(), strict=True):
-                self.frozen.register_buffer(name, torch.empty_like(weight, dtype=dtype), persistent=False)
-
-    def parameters(self) -> list[nn.Parameter]:
-        """A (r, I) and B (O, r), or none."""
-        return [self.layer.lora_A[ADAPTER].weight, self.layer.lora_B[ADAPTER].weight] if self.adapted else []
-
-    def copies(self) -> list[Tensor]:
-        """A and s B in the dtype of the arithmetic, as they were when a pass began."""
-        return [getattr(self.frozen, name) for name in COPIES]
-
-    def product(self, x_NI: Tensor, onto_NO: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """x W' + s x A' B' (+ onto), and x A' for the backward pass."""
-        weight_IO = quantize.dense(self.frozen, self.dtype).t()
-        y_NO = x_NI @ weight_IO if onto_NO is None else torch.addmm(onto_NO, x_NI, weight_IO)
-        if not self.adapted:
-            return y_NO, None
-        a_rI, b_Or = self.copies()
-        xa_Nr = x_NI @ a_rI.t()
-        return y_NO.addmm_(xa_Nr, b_Or.t()), xa_Nr
-
-    def input_gradient(self, dy_NO: Tensor, onto_NI: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
-        """The gradient on x, added to `onto` where there is one, and dy B s for `adapter_gradients`."""
-        weight_OI = quantize.dense(self.frozen, self.dtype)
-        dx_NI = dy_NO @ weight_OI if onto_NI is None else onto_NI.addmm_(dy_NO, weight_OI)
-        if not self.adapted:
-            return dx_NI, None
-        a_rI, b_Or = self.copies()
-        dxa_Nr = dy_NO @ b_Or
-        return dx_NI.addmm_(dxa_Nr, a_rI), dxa_Nr
-
-    def adapter_gradients(
-        self, dy_NO: Tensor, dxa_Nr: Tensor | None, x_NI: Tensor, xa_Nr: Tensor | None
-    ) -> list[Tensor]:
-        """Those on A and B, in fp32."""
-        if dxa_Nr is None or xa_Nr is None:
-            return []
-        return [_fp32_product(dxa_Nr.t(), x_NI), _fp32_product(dy_NO.t(), xa_Nr).mul_(self.scale)]
 
 
 @dataclass
@@ -116,10 +63,6 @@ class FastLayer:
 
     def parts(self) -> Sequence[Linear]:
         return self.query, self.key, self.value, self.output, self.gate, self.up, self.down
-
-    def is_off(self) -> bool:
-        """Whether the adapters are switched off, all of them at once."""
-        return any(part.layer.disable_adapters for part in self.parts() if part.adapted)
 
     def heads(self, states_NO: Tensor) -> Tensor:
         """(N, O) as (N, H, E), the same memory."""
@@ -198,27 +141,15 @@ class Rest(torch.autograd.Function):
         return None, None, on_middle_ND, on_found_NO, *on_output, *on_gate, *on_up, *on_down
 
 
-def reason_against(model: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> str:
-    """Why the layers of a run stay as they are, naming the setting; empty where nothing of it is in the way."""
-    if lora.dropout:
-        return f"lora.dropout={lora.dropout:g}"
-    if lora.dora:
-        return "lora.dora=true"
-    if lora.init is LoraInit.pissa:  # whose A is a difference to where it started
-        return "lora.init=pissa"
-    if model.quantize is Quantize.int8:
-        return "model.quantize=int8"
-    if model.offload:
-        return "model.offload=true"
-    return "" if dtype in DTYPES else "trainer.precision=fp16"
-
-
-def install_or_say(model: Any, base: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> None:
+def install_or_say(model: Any, base: ModelConfig, lora: LoraConfig, dtype: torch.dtype) -> bool:
     """`install`, or one line that says which setting or what of the model is in its way."""
     if reason := reason_against(base, lora, dtype):
         say(f"train: {reason} takes the plain layers; without it a step may take half the time")
-    elif not install(model, dtype):
+        return False
+    if not install(model, dtype):
         say(f"train: {type(model).__name__} takes the plain layers; trainer.fast=true knows those of Llama and Mistral")
+        return False
+    return True
 
 
 def install(model: Any, dtype: torch.dtype) -> bool:
@@ -232,13 +163,8 @@ def install(model: Any, dtype: torch.dtype) -> bool:
     for layer in layers:
         layer.fast = FastLayer.of(layer, dtype)
         layer.__class__ = _fast_class(type(layer))  # type: ignore[arg-type]
-    model.get_decoder().register_forward_pre_hook(lambda *_: _renew(layers))
+    model.get_decoder().register_forward_pre_hook(lambda *_: renew(layers))
     return True
-
-
-def _is_off(layer: Any) -> bool:
-    """Whether the plain layer computes: without its adapters, or because its weights came to the GPU for one pass."""
-    return layer.fast.is_off() or getattr(layer, checkpointing.SELF_CHECKPOINTING, False)
 
 
 def _is_known(layer: Any) -> bool:
@@ -248,17 +174,6 @@ def _is_known(layer: Any) -> bool:
         return False
     frozen = [part for part in layer.modules() if isinstance(part, nn.Linear) and not part.weight.requires_grad]
     return all(part.bias is None for part in frozen)
-
-
-@torch.no_grad()
-def _renew(layers: Sequence[Any]) -> None:
-    """Copy the adapters as they are now. Before each pass: fused optimisers don't raise a parameter's version."""
-    parts = [part for layer in layers if not _is_off(layer) for part in layer.fast.parts() if part.adapted]
-    if not parts:
-        return
-    copies = [copy for part in parts for copy in part.copies()]
-    torch._foreach_copy_(copies, _parameters(parts))
-    torch._foreach_mul_(copies[1::2], [part.scale for part in parts])
 
 
 @cache
@@ -280,7 +195,7 @@ def _fast_class(plain: Any) -> Any:
             **kwargs: Any,
         ) -> Tensor:
             fast, attention = self.fast, self.self_attn
-            if past_key_values is not None or _is_off(self) or hidden_states.dtype != fast.dtype:
+            if past_key_values is not None or is_off(self) or hidden_states.dtype != fast.dtype:
                 found: Tensor = super().forward(
                     hidden_states,
                     attention_mask=attention_mask,
@@ -300,7 +215,7 @@ def _fast_class(plain: Any) -> Any:
             )
             with torch.autocast(x_ND.device.type, enabled=False):  # all is in its dtype
                 states = Projections.apply(  # type: ignore[no-untyped-call]
-                    fast, x_ND, cos_NE, sin_NE, *_parameters(fast.parts()[:3])
+                    fast, x_ND, cos_NE, sin_NE, *parameters(fast.parts()[:3])
                 )
                 by_head = (states_NHE.unflatten(0, (packs, length)).transpose(1, 2) for states_NHE in states)
                 seen, _ = attend(
@@ -309,7 +224,7 @@ def _fast_class(plain: Any) -> Any:
                 seen_NO = seen.reshape(packs * length, -1)
                 keep = not self.gradient_checkpointing
                 y_ND: Tensor = Rest.apply(  # type: ignore[no-untyped-call]
-                    fast, keep, x_ND, seen_NO, *_parameters(fast.parts()[3:])
+                    fast, keep, x_ND, seen_NO, *parameters(fast.parts()[3:])
                 )
             return y_ND.view(hidden_states.shape)
 
@@ -317,14 +232,5 @@ def _fast_class(plain: Any) -> Any:
     return Fast
 
 
-def _parameters(parts: Sequence[Linear]) -> list[Tensor]:
-    return [parameter for part in parts for parameter in part.parameters()]
-
-
 def _settings(norm: Any) -> tuple[Tensor, float]:
     return norm.weight, norm.variance_epsilon
-
-
-def _fp32_product(a: Tensor, b: Tensor) -> Tensor:
-    """a b, summed and left in fp32."""
-    return torch.mm(a, b, out_dtype=torch.float32) if a.is_cuda and a.dtype is torch.bfloat16 else a.float() @ b.float()

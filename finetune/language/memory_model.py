@@ -20,6 +20,7 @@ from finetune.language.task import check_length, inject
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer
+from finetune.training.fast_linear import reason_against
 
 TEMPLATE_TOKENS = 64  # what a chat template puts around a prompt, generously
 COPIES = 5  # of a chunk's logits in `compare_logits.compare`
@@ -58,7 +59,8 @@ class LanguageMemoryModel:
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.notes = ["every token of a row counts as trained, the most there can be"]
         adapted = self._adapted(dtype)
-        if fast and cuda and not fast_layers.reason_against(model, lora, dtype) and fast_layers.install(adapted, dtype):
+        self.fast = fast and cuda and not reason_against(model, lora, dtype) and fast_layers.install(adapted, dtype)
+        if self.fast:
             self.notes.append("layers: fast ones (trainer.fast)")
             self.mild_checkpointing = (
                 2,
@@ -77,8 +79,8 @@ class LanguageMemoryModel:
         self.less_cpu_memory = {"export": "try 'export.formats=[peft]'"} if merges else {}
 
     def replayed(self, checkpointing: int, offload_activations: bool) -> bool:
-        """Never: packed rows have another shape in each step."""
-        return False
+        """Whether a step is a CUDA graph, as in `LanguageTask`."""
+        return self.packed and self.fast and not (checkpointing or offload_activations)
 
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`; offloading recomputes all."""

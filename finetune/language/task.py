@@ -19,12 +19,14 @@ from finetune.data import order
 from finetune.data.text import packing, store
 from finetune.data.text.tokens import preview_row
 from finetune.errors import ConfigError, ModelError
-from finetune.language import causal_lm, fast_layers
+from finetune.language import causal_lm, fast_layers, varlen_attention
 from finetune.language.generate import TextGenerator
 from finetune.language.losses import summed_cross_entropy
 from finetune.language.tokenize import chat_of
 from finetune.memory import activation_offload, checkpointing, fallbacks
+from finetune.memory.device import usable_bytes
 from finetune.run.records import TextSet
+from finetune.training.cuda_graphs import CudaGraphs
 from finetune.training.task import Batch, Draw
 
 VALIDATION_ROWS = 256  # the most that are validated on
@@ -72,8 +74,12 @@ class LanguageTask:
         checkpointing.set_checkpointing(loaded, activation_checkpointing)
         new_tokens = self.chat.tokenizer.convert_tokens_to_ids(model.added_tokens)
         self.model: nn.Module = inject(loaded, model, lora, seed, new_tokens)
-        if fast and device.type == "cuda":
-            fast_layers.install_or_say(self.model, model, lora, dtype)
+        self.graphs: CudaGraphs | None = None
+        kept = not (activation_checkpointing or offload_activations)
+        fast = fast and device.type == "cuda" and fast_layers.install_or_say(self.model, model, lora, dtype)
+        if fast and kept and replayable(self.model, data):
+            trained = lora_layers.adapter_parameters(self.model)
+            self.graphs = CudaGraphs(self._replayed_states, trained, usable_bytes(device, vram_gib))
         self.activation_offload = activation_offload.ActivationOffload(self.model, device, offload_activations)
         self.fallbacks = fallbacks.gpu_fallbacks(
             self.model, model, activation_checkpointing, self.activation_offload, device
@@ -115,15 +121,20 @@ class LanguageTask:
         """Sum over trained tokens of the cross entropy, in fp32."""
         tensors = batch.tensors
         with self.activation_offload():
-            hidden_BLD = causal_lm.packed_hidden_states(
-                self.model, tensors["ids"], tensors["positions"], tensors["segments"]
-            )
+            if self.graphs and torch.is_grad_enabled():
+                hidden_BLD = self.graphs({name: tensors[name] for name in ("ids", "positions", "borders")})
+            else:
+                hidden_BLD = causal_lm.packed_hidden_states(
+                    self.model, tensors["ids"], tensors["positions"], tensors["segments"]
+                )
             states_ND = hidden_BLD.flatten(0, 1)[tensors["places"]]
             return summed_cross_entropy(states_ND, causal_lm.head(self.model), tensors["targets"])
 
     @torch.no_grad()
     def validate(self, micro_batch: int) -> dict[str, float]:
         """Mean cross entropy a trained token of the held-out rows, and its exponential."""
+        if self.graphs:
+            self.graphs.make_room()
         training = self.model.training
         self.model.eval()
         lengths, length = self.rows.lengths[self.validation], self.data.length
@@ -140,6 +151,8 @@ class LanguageTask:
 
     def sample(self, prompts: Sequence[str], seed: int) -> list[Any]:
         """Per prompt a Markdown text: what the base answers, and what the model as it is now answers."""
+        if self.graphs:
+            self.graphs.make_room()
         jobs = [(prompt, seed) for prompt in prompts]
         if not all(job in self.base_answers for job in jobs):
             with lora_layers.disabled(self.model):
@@ -151,12 +164,17 @@ class LanguageTask:
 
     def reduce_memory(self) -> str | None:
         """Recompute every block, then keep what they need, and then all of them, in CPU memory."""
+        self.graphs = None  # what follows changes what is computed
         return next(self.fallbacks, None)
 
     def notes(self) -> dict[str, str]:
         """One real row with its trained tokens in ⟦ ⟧, so that a wrong mask is seen at once."""
         row = preview_row(self.chat.tokenizer, self.rows[int(self.training[0])])
         return {"trained tokens": "\n".join("    " + line for line in row.splitlines())}
+
+    def _replayed_states(self, ids: Tensor, positions: Tensor, borders: Tensor) -> Tensor:
+        """`packed_hidden_states` with nothing of it from the host."""
+        return causal_lm.hidden_states(self.model, ids, positions, varlen_attention.attention_kwargs(ids, borders))
 
     def _answers(self, jobs: Sequence[tuple[str, int]]) -> list[str]:
         sample = self.sample_settings
@@ -183,6 +201,7 @@ class LanguageTask:
             "targets": ids_BL[rows_N, slots_N + 1],
         }
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
+        tensors["borders"] = varlen_attention.padded(varlen_attention.cu_seqlens(tensors["segments"]))
         names = tuple(
             f"conversations {', '.join(str(self.rows.conversation_index(index) + 1) for index in pack)}"
             for pack in packs
@@ -221,6 +240,11 @@ class LanguageTask:
                 f"{self.base}: a pack of {len(first)} conversations has loss {packed:.4f}, the same ones "
                 f"one by one {alone:.4f}: its attention mixes them; try data.packing=false"
             )
+
+
+def replayable(model: nn.Module, data: DataConfig) -> bool:
+    """Whether the passes of a model with fast layers may be replayed as CUDA graphs where all activations are kept."""
+    return data.packing and varlen_attention.is_enabled(model)  # rows of many lengths alone would be as many graphs
 
 
 def inject(loaded: nn.Module, model: ModelConfig, lora: LoraConfig, seed: int, new_tokens: Sequence[int]) -> nn.Module:

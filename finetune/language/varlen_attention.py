@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 NAME = "finetune_varlen"  # of `attention` in transformers' table of attention functions
+SEGMENTS = 32  # their number is a multiple of it; for each of them the backward pass takes memory for 128 tokens
 HALF = (torch.float16, torch.bfloat16)
 NOISE = 0.05  # relative difference of one attention in 16 bit: rounding gives about 0.01, a row that sees another more
 
@@ -83,6 +84,12 @@ def cu_seqlens(segments_BL: Tensor) -> Tensor:
     starts_BL[:, 1:] = segments_BL.diff(dim=1) != 0
     starts = starts_BL.flatten().nonzero().flatten()
     return torch.cat([starts, starts.new_tensor([segments_BL.numel()])]).int()
+
+
+def padded(cu_seqlens_G: Tensor) -> Tensor:
+    """The same with empty segments at the end, so that steps with other rows have the same shape."""
+    missing = -(len(cu_seqlens_G) - 1) % SEGMENTS
+    return torch.cat([cu_seqlens_G, cu_seqlens_G[-1:].expand(missing)])
 
 
 def attention(

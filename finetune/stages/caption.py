@@ -1,5 +1,6 @@
 """Captions for the images that have none, into the folder's `metadata.jsonl`."""
 
+import itertools
 import shutil
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -11,9 +12,10 @@ from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
 from finetune.config.schema import CaptionConfig, Config, DataConfig
 from finetune.data.images import authors, decode, folder
+from finetune.data.images.ahead import READ_AHEAD, ahead
 from finetune.data.images.index import ImageIndex
 from finetune.data.images.metadata import METADATA
-from finetune.diffusion.captioner import load_captioner
+from finetune.diffusion.captioner import Captioner, load_captioner
 from finetune.errors import ConfigError, DataError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
 from finetune.run.hashing import hash_of
@@ -154,20 +156,31 @@ def _generated(run_dir: Path, cache: Path) -> set[str]:
 def _generate(
     root: Path, todo: Sequence[str], settings: CaptionConfig, device: torch.device, dtype: torch.dtype, data: DataConfig
 ) -> set[str]:
-    """Caption images and write each batch at once, so that a kill loses one batch. The keys of the new captions."""
+    """Caption images; the keys of the new captions."""
     captioner = load_captioner(settings, device, dtype)
+    generated = _write_captions(captioner, root, todo, settings, data)
+    del captioner
+    release_memory()
+    return generated
+
+
+def _write_captions(
+    captioner: Captioner, root: Path, todo: Sequence[str], settings: CaptionConfig, data: DataConfig
+) -> set[str]:
+    """Write each batch at once, so that a kill loses one batch."""
     generated: set[str] = set()
+    read = ahead(
+        todo, lambda file: captioner.read(decode.open_rgb(root / file, data.max_pixels)), settings.batch + READ_AHEAD
+    )
     with progress(STAGE, len(todo), unit="images") as bar:
         for first in range(0, len(todo), settings.batch):
             batch = todo[first : first + settings.batch]
-            texts = captioner.caption(decode.open_rgb(root / file, data.max_pixels) for file in batch)
+            texts = captioner.caption(list(itertools.islice(read, len(batch))))
             worded = {file: wording(text, settings) for file, text in zip(batch, texts, strict=True)}
             authors.remember(Path(data.cache), worded)
             folder.add_captions(root, worded, overwrite=settings.overwrite)
             generated |= {authors.key(file, text) for file, text in worded.items()}
             bar.advance(len(batch), worded[batch[-1]])
-    del captioner
-    release_memory()
     return generated
 
 

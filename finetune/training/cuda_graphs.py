@@ -6,7 +6,7 @@ of its inputs and of the trained parameters, and must find all of these at the s
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -19,7 +19,9 @@ SLACK = 2**29  # bytes that a capture may take beyond the passes themselves: wor
 class CudaGraphs:
     """A function of tensors whose passes are replayed, from the second call with the same shapes on.
 
-    The graphs share their memory, which nothing else can use meanwhile: `make_room` gives it back.
+    The graphs share their memory, which nothing else can use meanwhile: `make_room` gives it back. They add up
+    gradients in buffers of their own, which become the parameters' `.grad`: with a thousand parameters, autograd would
+    keep the host busy for longer than a small step takes.
     """
 
     def __init__(self, function: Callable[..., Tensor], parameters: Sequence[nn.Parameter], limit: float) -> None:
@@ -27,6 +29,7 @@ class CudaGraphs:
         self.function, self.parameters, self.limit = function, list(parameters), limit
         self.graphs: dict[Any, _Graph] = {}
         self.seen: set[Any] = set()
+        self.sums: list[Tensor | None] = [None] * len(self.parameters)
         self.pool: Any = None
         self.stream: Any = None
 
@@ -40,8 +43,9 @@ class CudaGraphs:
                 return self.function(**tensors)
             self.pool = self.pool or torch.cuda.graph_pool_handle()
             self.stream = self.stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self.graphs[key] = _Graph(self.function, tensors, self.parameters, self.pool, self.stream)
-        found: Tensor = _Replay.apply(self.graphs[key], tensors, *self.parameters)  # type: ignore[no-untyped-call]
+            self.graphs[key] = _Graph(self.function, tensors, self.parameters, self.sums, self.pool, self.stream)
+        graph = self.graphs[key]
+        found: Tensor = _Replay.apply(graph, tensors, graph.anchor)  # type: ignore[no-untyped-call]
         return found
 
     def make_room(self) -> None:
@@ -64,37 +68,64 @@ def _largest() -> int:
 
 
 class _Graph:
-    """The two passes for inputs of one shape, with the memory that they read and write."""
+    """The two passes for inputs of one shape, with the memory that they read and write.
+
+    sums: where gradients of each parameter are added up, by all graphs; those still missing are made. anchor: asks for
+    a gradient in place of the parameters.
+    """
 
     def __init__(
         self,
         function: Callable[..., Tensor],
         tensors: Mapping[str, Tensor],
         parameters: Sequence[nn.Parameter],
+        sums: list[Tensor | None],
         pool: Any,
         stream: Any,
     ) -> None:
+        self.anchor = torch.zeros((), requires_grad=True)
         self.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
         random = torch.cuda.get_rng_state()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside: libraries get their handles and workspaces for this stream
             output = function(**self.inputs)
-            torch.autograd.grad(output, parameters, torch.zeros_like(output), allow_unused=True)
-            del output
+            found = torch.autograd.grad(output, parameters, torch.zeros_like(output), allow_unused=True)
+            trained = [index for index, gradient in enumerate(found) if gradient is not None]
+            del output, found
         torch.cuda.current_stream().wait_stream(stream)
+        for index in trained:
+            if sums[index] is None:
+                sums[index] = torch.zeros_like(parameters[index])
+        self.sums = [(parameters[index], cast(Tensor, sums[index])) for index in trained]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, pool=pool, stream=stream):
             output = function(**self.inputs)
         self.upstream = torch.zeros_like(output)
         with torch.cuda.graph(self.backward, pool=pool, stream=stream):
-            self.gradients = torch.autograd.grad(output, parameters, self.upstream, allow_unused=True)
+            gradients = torch.autograd.grad(output, [parameter for parameter, _ in self.sums], self.upstream)
+            torch._foreach_add_([total for _, total in self.sums], list(gradients))
+            del gradients
         self.output = output.detach()
         torch.cuda.set_rng_state(random)  # dropout draws what it would draw without a capture
+
+    def take_over(self) -> None:
+        """Let each parameter's `.grad` be its sum: what it holds already, or zero."""
+        empty = []
+        for parameter, total in self.sums:
+            if parameter.grad is total:
+                continue
+            if parameter.grad is None:
+                empty.append(total)
+            else:
+                total.copy_(parameter.grad)  # of a batch that was not replayed
+            parameter.grad = total
+        if empty:
+            torch._foreach_zero_(empty)
 
 
 class _Replay(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, graph: _Graph, tensors: Mapping[str, Tensor], *_: nn.Parameter) -> Tensor:
+    def forward(ctx: Any, graph: _Graph, tensors: Mapping[str, Tensor], _: Tensor) -> Tensor:
         for name, place in graph.inputs.items():
             place.copy_(tensors[name])
         graph.forward.replay()
@@ -106,10 +137,6 @@ class _Replay(torch.autograd.Function):
     def backward(ctx: Any, upstream: Tensor) -> Any:
         graph: _Graph = ctx.graph
         graph.upstream.copy_(upstream)
+        graph.take_over()
         graph.backward.replay()
-        # Copies: autograd keeps what it is given as a parameter's gradient, and the next replay writes over these.
-        made = [gradient for gradient in graph.gradients if gradient is not None]
-        copies = [torch.empty_like(gradient) for gradient in made]
-        torch._foreach_copy_(copies, made)
-        following = iter(copies)
-        return None, None, *(None if gradient is None else next(following) for gradient in graph.gradients)
+        return None, None, None

@@ -75,11 +75,10 @@ def fit(
             group["lr"] = rate(number) * group.get("lr_scale", 1.0)
         mine, names, tried = forward_backward(task, batches, optimizer, accelerator, fallbacks, seed=seed, step=number)
         totals, tried = reduce_step(parameters, mine, tried, stop or Stop())
-        loss = totals.loss / totals.items
-        norm = float(accelerator.clip_grad_norm_(parameters, clip_norm or math.inf))
+        on_norm = accelerator.clip_grad_norm_(parameters, clip_norm or math.inf)
+        summed, norm = non_finite.step_unless(optimizer, accelerator, totals.loss, on_norm)
+        loss = summed / totals.items
         finite = math.isfinite(loss) and math.isfinite(norm)
-        if finite or accelerator.scaler is not None:  # the fp16 scaler must see a bad step to lower its scale
-            optimizer.step()
         optimizer.zero_grad(set_to_none=True)
         skip_reason = None if finite else non_finite.reason(loss, norm, names, accelerator)
         bad, started = (0, True) if finite else (bad + 1, started)
@@ -123,7 +122,7 @@ def forward_backward(
                 total += loss.detach().float()
                 del loss  # while it is there, parameters belong to this stream, and no CUDA graph can be captured
             count, padded = sum(batch.count for batch in made), sum(batch.padded_count for batch in made)
-            return StepTotals(float(total), items, count, padded), [name for batch in made for name in batch.names]
+            return StepTotals(total, items, count, padded), [name for batch in made for name in batch.names]
 
         if found := try_within_memory(attempt, cleanup=lambda: optimizer.zero_grad(set_to_none=True)):
             return *found, tried

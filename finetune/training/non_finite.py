@@ -1,12 +1,36 @@
-"""What is said of a step whose loss or gradient is not finite."""
+"""A step whose loss or gradient is not finite: it leaves the weights alone, and what is said of it."""
 
+import math
 from collections.abc import Sequence
+from typing import Any
 
+import torch
 from accelerate import Accelerator
+from torch import Tensor
 
 from finetune.training import distributed
 
 NAMED = 3  # examples of a step in a message; the rest is counted
+
+
+def step_unless(optimizer: Any, accelerator: Accelerator, loss: Tensor, norm: Tensor) -> tuple[float, float]:
+    """Take an optimiser step unless one of the two is not finite; both as numbers.
+
+    optimizer: prepared by `accelerator`. Where it can, the device decides, so that the step is on its way before the
+    host waits for the numbers.
+    """
+    if accelerator.scaler is not None:  # it must see a bad step to lower its scale, and decides by itself
+        optimizer.step()
+        return float(loss), float(norm)
+    inner = optimizer.optimizer
+    if inner.defaults.get("fused"):
+        inner.found_inf = (~(loss.isfinite() & norm.isfinite())).to(norm.device, torch.float32)
+        optimizer.step()
+        return float(loss), float(norm)
+    numbers = float(loss), float(norm)
+    if all(map(math.isfinite, numbers)):
+        optimizer.step()
+    return numbers
 
 
 def reason(loss: float, norm: float, names: Sequence[str], accelerator: Accelerator) -> str:

@@ -4,7 +4,7 @@ P trained parameters, N their numbers.
 """
 
 from collections.abc import Sequence
-from dataclasses import astuple, dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import torch
 from torch import Tensor, nn
@@ -19,17 +19,18 @@ from finetune.training.signals import Stop
 class StepTotals:
     """What one process, or all of them, computed in a step.
 
-    loss: summed over `items`. count, padded_count: as in `Batch`. flagged_ranks: processes with something to report.
+    loss: summed over `items`, 0-dim; reading it waits for the GPU. count, padded_count: as in `Batch`. flagged_ranks:
+    processes with something to report.
     """
 
-    loss: float
+    loss: Tensor
     items: int
     count: int
     padded_count: int
     flagged_ranks: int = 0
 
 
-HEAD = len(astuple(StepTotals(0.0, 0, 0, 0)))
+NAMES = tuple(field.name for field in fields(StepTotals))
 
 
 def reduce_step(
@@ -54,22 +55,21 @@ def _all_reduce(parameters: Sequence[nn.Parameter], mine: StepTotals) -> StepTot
     """The sum of all processes' totals; `.grad` of their means over own items becomes the mean over all items."""
     sizes = [parameter.numel() for parameter in parameters]
     # fp32: counts beyond 2**24 are rounded, which no loss can feel.
-    flat = torch.zeros(HEAD + len(sizes) + sum(sizes), device=parameters[0].device)
-    head, trained_P, gradients_N = torch.split(flat, [HEAD, len(sizes), sum(sizes)])
-    head.copy_(torch.tensor(astuple(mine)))
+    flat = torch.zeros(len(NAMES) + len(sizes) + sum(sizes), device=parameters[0].device)
+    head, trained_P, gradients_N = torch.split(flat, [len(NAMES), len(sizes), sum(sizes)])
+    head.copy_(torch.tensor([float(getattr(mine, name)) for name in NAMES]))
     trained_P.copy_(torch.tensor([float(parameter.grad is not None) for parameter in parameters]))
     parts = torch.split(gradients_N, sizes)
     for parameter, part in zip(parameters, parts, strict=True):
         if parameter.grad is not None:
             torch.mul(parameter.grad.flatten(), mine.items, out=part)
     _sum(flat)
-    loss, *counts = head.tolist()
-    items, count, padded_count, flagged_ranks = map(round, counts)
+    items, count, padded_count, flagged_ranks = map(round, head[1:].tolist())
     # A parameter that no process has a gradient of must not get one: zeros would count in an optimiser's state.
     for parameter, part, trained in zip(parameters, parts, trained_P.tolist(), strict=True):
         if trained:
             parameter.grad = part.div_(items).view_as(parameter).to(parameter.dtype)
-    return StepTotals(loss, items, count, padded_count, flagged_ranks)
+    return StepTotals(head[0], items, count, padded_count, flagged_ranks)
 
 
 @torch.no_grad()

@@ -14,6 +14,7 @@ from tests.tiny_tokenizers import clip_tokenizer, qwen_tokenizer, t5_tokenizer
 
 PACKAGE = Path(__file__).resolve().parents[2] / "finetune"
 LANGUAGE_TOKENIZER = PACKAGE / "embedded" / "language"
+CAPTIONER = PACKAGE / "embedded" / "captioner"
 # Of a language model's weights, half of what transformers draws them with. int8 keeps each column in 16 bit in which a
 # number exceeds 6: trained models have few (arXiv 2208.07339), with this spread there are none among 2,048 tokens, with
 # twice of it nearly all of an MLP's inner columns are.
@@ -33,7 +34,10 @@ def save(source: Path, base: Path, device: torch.device) -> int:
     torch.set_default_dtype(torch.bfloat16)
     try:
         with torch.device(device):
-            return _pipeline(source, base) if (source / "model_index.json").exists() else _language(source, base)
+            if (source / "model_index.json").exists():
+                return _pipeline(source, base)
+            kind = json.loads((source / "config.json").read_text())["model_type"]
+            return (_captioner if kind == "blip" else _language)(source, base)
     finally:
         torch.set_default_dtype(before)
 
@@ -51,6 +55,18 @@ def _language(source: Path, base: Path) -> int:
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id)
     model.save_pretrained(base, max_shard_size=MAX_SHARD)
     tokenizer.save_pretrained(base)
+    return sum(weight.numel() for weight in model.parameters())
+
+
+def _captioner(source: Path, base: Path) -> int:
+    from transformers import AutoConfig, AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
+
+    config = AutoConfig.from_pretrained(source)
+    model = BlipForConditionalGeneration(config)
+    model.save_pretrained(base)
+    side = config.vision_config.image_size
+    BlipImageProcessorPil(size={"height": side, "width": side}).save_pretrained(base)
+    AutoTokenizer.from_pretrained(CAPTIONER).save_pretrained(base)
     return sum(weight.numel() for weight in model.parameters())
 
 

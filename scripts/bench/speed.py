@@ -29,11 +29,13 @@ from finetune.reporting import curves
 from scripts.bench import memory
 
 ROOT = Path(__file__).resolve().parents[2]
+HERE = ROOT / "scripts" / "bench"
 GIB = 24.0
-WARM_UP = 8  # steps in which kernels are chosen and graphs captured
-SECONDS = 150.0  # at most, for one side
+WARM_UP = 6  # steps in which kernels are chosen and graphs captured
+SECONDS = 110.0  # at most, for one side
 MATRIX = 8192
 FAST = "trainer.fast=true"
+COUNT = "count.txt"  # in a peer's output: what a step counted, where that differs from step to step
 
 PAGE = """# Speed beside other trainers
 
@@ -64,8 +66,8 @@ step's time, are in `scripts/bench/speed.jsonl`.
 
 @dataclass(frozen=True)
 class Row:
-    """ours: settings of `train`. peer: script and its arguments, in which BASE, DATA and OUT are filled in. count:
-    images or tokens of a step, of either side.
+    """ours: settings of the command. peer: script and its arguments, in which BASE, DATA, OUT and STEPS are filled in.
+    count: images or token positions of a step, of either side. unit: what is counted. bound: what bounds it now.
     """
 
     preset: str
@@ -73,17 +75,27 @@ class Row:
     count: int
     peer: tuple[str, ...]
     peer_count: int
-    steps: int = 40
-
-    @property
-    def images(self) -> bool:
-        return any(word.startswith("model.resolution") for word in self.ours)
+    unit: str
+    bound: str
+    steps: int = 24
+    stage: str = "train"
+    data: str = ""
 
     def case(self, name: str) -> memory.Case:
         return memory.Case(name, self.preset, GIB, self.ours)
 
+    def command(self, name: str, base: Path, run: Path, data: Path) -> list[str]:
+        """What follows `finetune`."""
+        if self.stage == "caption":
+            words = ["conf=pixar_style", "caption=blip_base", f"caption.model={base}", f"run_dir={run}"]
+            return ["caption", *words, f"data.folder={data}", *self.ours]
+        words = memory.command(self.case(name), base, run, data)
+        words = [word for word in words if not word.startswith("trainer.log_every")]  # as recipes have it
+        words += [f"data.file={data}"] if self.data else []
+        return ["train", *words, *(f"trainer.{key}={self.steps}" for key in ("steps", "save_every", "validate_every"))]
 
-def images(preset: str, side: int, batch: int, script: str, peer_batch: int, *more: str) -> Row:
+
+def images(preset: str, side: int, batch: int, script: str, peer_batch: int, *more: str, bound: str) -> Row:
     """A row whose peer is one of diffusers' examples."""
     peer = (
         script, "--pretrained_model_name_or_path=BASE", "--train_data_dir=DATA", "--caption_column=text",
@@ -91,31 +103,76 @@ def images(preset: str, side: int, batch: int, script: str, peer_batch: int, *mo
         "--learning_rate=1e-4", "--mixed_precision=bf16", "--max_train_steps=STEPS", "--seed=0",
         "--dataloader_num_workers=4", *more,
     )  # fmt: skip
-    square = "data.max_aspect=1"  # as the peer cuts them
-    ours = (f"model.resolution={side}", f"trainer.micro_batch={batch}", "trainer.accumulate=1", square, FAST)
-    return Row(preset, ours, batch, peer, peer_batch)
+    return Row(preset, of_images(side, batch), batch, peer, peer_batch, "images", bound)
 
 
-def language(preset: str, rows: int, length: int, *more: str, checkpointing: int = 0) -> Row:
-    """A row whose peer is TRL."""
+def of_images(side: int, batch: int, *more: str) -> tuple[str, ...]:
+    square = "data.max_aspect=1"  # as the peers cut them
+    size = (f"model.resolution={side}", f"trainer.micro_batch={batch}", "trainer.accumulate=1")
+    return (*size, square, FAST, *more)
+
+
+def language(
+    preset: str,
+    rows: int,
+    length: int,
+    *more: str,
+    bound: str,
+    accumulate: int = 1,
+    checkpointing: int = 0,
+    peer_rows: int = 0,
+    data: str = "",
+) -> Row:
+    """A row whose peer is TRL, with packs as many and as long unless peer_rows says otherwise."""
     ours = (
-        f"data.length={length}", "model.quantize=nf4", f"trainer.micro_batch={rows}", "trainer.accumulate=1",
-        f"trainer.activation_checkpointing={checkpointing}", "lora.dropout=0", FAST,
+        f"data.length={length}", "model.quantize=nf4", f"trainer.micro_batch={rows}",
+        f"trainer.accumulate={accumulate}", f"trainer.activation_checkpointing={checkpointing}", "lora.dropout=0", FAST,
     )  # fmt: skip
-    peer = (str(ROOT / "scripts" / "bench" / "trl_sft.py"), "BASE", "DATA", "OUT", str(rows), str(length), "STEPS")
-    return Row(preset, ours, rows * length, (*peer, *more), rows * length, steps=24)
+    peer_rows = peer_rows or rows * accumulate
+    peer = (str(HERE / "trl_sft.py"), "BASE", "DATA", "OUT", str(peer_rows), str(length), "STEPS", *more)
+    counts = rows * accumulate * length, peer_rows * length
+    return Row(preset, ours, counts[0], peer, counts[1], "tokens", bound, steps=16, data=data)
 
 
 EXAMPLE, EXAMPLE_XL = "train_text_to_image_lora.py", "train_text_to_image_lora_sdxl.py"
-LAYERS = 32  # of both language models: with the last number, the first block alone is recomputed as a whole
+SMALL_KERNELS = "kernels too small for the GPU: norms, casts and adapters between the products; the optimiser"
+PRODUCTS = "products of the frozen weights, made of 4 bits before each; those of the adapters beside them"
+CAPTIONS = 64  # images at once
 ROWS = {
-    "sd15-4": images("sd15", 512, 4, EXAMPLE, 4),
-    "sd15-16": images("sd15", 512, 16, EXAMPLE, 16),
-    "sdxl": images("sdxl", 1024, 2, EXAMPLE_XL, 4, "--gradient_checkpointing"),
-    "llama2-7b-4x1024": language("llama2_7b", 4, 1024),
-    "llama2-7b-4x1024-lean": language("llama2_7b", 4, 1024, checkpointing=1),
-    "llama2-7b-8x1024": language("llama2_7b", 8, 1024, "liger", checkpointing=LAYERS),
-    "llama31-8b-2x2048": language("llama31_8b", 2, 2048),
+    "sd15-4": images("sd15", 512, 4, EXAMPLE, 4, bound=SMALL_KERNELS),
+    "sd15-16": images("sd15", 512, 16, EXAMPLE, 16, bound="attention, and changes of layout around convolutions"),
+    "sdxl": images("sdxl", 1024, 2, EXAMPLE_XL, 4, "--gradient_checkpointing", bound=SMALL_KERNELS),
+    "flux1-nf4": Row(
+        "flux1_dev",
+        of_images(1024, 2, "trainer.activation_checkpointing=1", "model.quantize=nf4"),
+        2,
+        (str(HERE / "flux_lora.py"), "BASE", "DATA", "1024", "2", "STEPS"),
+        2,
+        "images",
+        "every block is computed twice, so that 12 billion parameters train in 24 GiB",
+        steps=12,
+    ),
+    "llama2-7b-4x1024": language("llama2_7b", 4, 1024, bound=PRODUCTS),
+    "llama2-7b-4x1024-lean": language(
+        "llama2_7b", 4, 1024, checkpointing=1, bound="the same, and every block is computed twice"
+    ),
+    "llama2-7b-8x1024": language("llama2_7b", 4, 1024, "liger", accumulate=2, bound=PRODUCTS),
+    "llama31-8b-2x2048": language("llama31_8b", 2, 2048, bound=PRODUCTS),
+    "llama31-8b-short": language(
+        "llama31_8b", 4, 1024, "rows", peer_rows=8, data="short", bound="the same; the peer's rows are padded"
+    ),
+    "blip-base": Row(
+        "blip_base",
+        (f"caption.batch={CAPTIONS}", "caption.num_beams=1", "trainer.precision=fp16"),
+        CAPTIONS,
+        (str(HERE / "blip_captions.py"), "BASE", "DATA", "16"),
+        1,
+        "images",
+        "a pass of the decoder for each word of all captions",
+        steps=12,
+        stage="caption",
+        data="photos",
+    ),
 }
 
 
@@ -125,6 +182,7 @@ def main() -> None:
     parser.add_argument("--peers", type=Path, help="folder of the peers' scripts")
     parser.add_argument("--work", type=Path, help="bases and run folders")
     parser.add_argument("--out", type=Path, help="JSON lines, appended to")
+    parser.add_argument("--tiny", action="store_true", help="tiny bases on a CPU: do all commands work?")
     parser.add_argument("--page", type=Path, metavar="FILE", help="write the page of these lines")
     given = parser.parse_args()
     if given.page:
@@ -135,32 +193,34 @@ def main() -> None:
     for name in given.rows.split(","):
         if name not in ROWS:
             parser.error(f"no row {name}; there are: {', '.join(ROWS)}")
-        line = measure(name, given.peers, given.work)
+        line = measure(name, given.peers, given.work, tiny=given.tiny)
         with given.out.open("a") as lines:
             lines.write(json.dumps(line) + "\n")
         shown = {key: value for key, value in line.items() if not key.endswith("steps_s")}
         print(json.dumps(shown), flush=True)
 
 
-def measure(name: str, peers: Path, work: Path) -> dict[str, Any]:
+def measure(name: str, peers: Path, work: Path, *, tiny: bool = False) -> dict[str, Any]:
     """Train a row on both sides; everything that its line holds."""
+    from scripts.bench import tiny_rows
     from scripts.bench.bases import build
 
-    row, device = ROWS[name], torch.device("cuda")
-    base, data = work / "bases" / row.preset, work / "images"
-    if not base.exists():
-        build(row.preset, base, device)
-    words = ["-m", "finetune", "train", *memory.command(row.case(name), base, work / "runs" / name, data)]
-    words += [f"{key}={row.steps}" for key in ("trainer.steps", "trainer.save_every", "trainer.validate_every")]
-    filled = {"BASE": base, "DATA": data if row.images else memory.CONVERSATIONS, "OUT": work / "peer"}
-    filled["STEPS"] = row.steps
+    row, base = ROWS[name], work / "bases" / ROWS[name].preset
+    if tiny:
+        row = tiny_rows.reduced(row, base)
+    elif not base.exists():
+        build(row.preset, base, torch.device("cuda"))
+    run, data = work / "runs" / name, data_of(row, work)
+    shutil.rmtree(run, ignore_errors=True)
+    words = ["-m", "finetune", *row.command(name, base, run, data)]
+    filled = {"BASE": base, "DATA": data, "OUT": work / "peer", "STEPS": row.steps}
     script, *arguments = row.peer
     for key, value in filled.items():
         arguments = [argument.replace(key, str(value)) for argument in arguments]
-    ours, theirs = timed(words, work), timed([str(peers / script), *arguments], work)
-    padding = [share for _, share in curves.read(work / "runs" / name).get("train/padding", [])]
+    ours, theirs = timed(words, work, row.stage), timed([str(peers / script), *arguments], work, row.stage)
+    padding = [share for _, share in curves.read(run).get("train/padding", [])]
     count = row.count * (1 - statistics.fmean(padding)) if padding else row.count
-    rates = [rate(side, of_step) for side, of_step in ((ours, count), (theirs, row.peer_count))]
+    rates = [rate(side, of_step) for side, of_step in ((ours, count), (theirs, theirs.pop("count", row.peer_count)))]
     return {
         "row": name,
         "ours": rates[0],
@@ -169,24 +229,38 @@ def measure(name: str, peers: Path, work: Path) -> dict[str, Any]:
         **{f"ours_{key}": value for key, value in ours.items()},
         **{f"peer_{key}": value for key, value in theirs.items()},
         "matmul_tflops": matmul_tflops(),
-        "hardware": torch.cuda.get_device_name(),
+        "hardware": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "torch": torch.__version__,
         "date": datetime.date.today().isoformat(),
     }
 
 
-def timed(words: list[str], work: Path) -> dict[str, Any]:
+def data_of(row: Row, work: Path) -> Path:
+    """What both sides of a row work on."""
+    from scripts.bench import speed_data
+
+    if row.data == "photos":
+        return speed_data.photos(work / "photos", row.count * row.steps)
+    if row.data == "short":
+        return speed_data.short_conversations(work / "short.jsonl")
+    return work / "images" if row.unit == "images" else memory.CONVERSATIONS
+
+
+def timed(words: list[str], work: Path, stage: str) -> dict[str, Any]:
     """What the stopwatch noted of a program; what it said last if it failed."""
     times = work / "times.json"
     times.unlink(missing_ok=True)
     shutil.rmtree(work / "peer", ignore_errors=True)
-    command = [sys.executable, "-m", "scripts.bench.stopwatch", "--gib", str(GIB), "--out", str(times), *words]
+    options = ["--gib", str(GIB), "--out", str(times), *(["--captions"] if stage == "caption" else [])]
+    command = [sys.executable, "-m", "scripts.bench.stopwatch", *options, *words]
     try:
         done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
         said, code = (done.stdout + done.stderr).strip().splitlines()[-6:], done.returncode
     except subprocess.TimeoutExpired:
         said, code = [f"took more than {SECONDS:.0f} s"], 124
     noted: dict[str, Any] = json.loads(times.read_text()) if times.exists() else {"steps_s": []}
+    counted = work / "peer" / COUNT
+    noted |= {"count": float(counted.read_text())} if counted.exists() else {}
     return noted | ({"said": said} if code else {})
 
 
@@ -196,8 +270,10 @@ def rate(noted: dict[str, Any], count: int) -> float | None:
     return count / statistics.median(steps) if steps else None
 
 
-def matmul_tflops() -> float:
+def matmul_tflops() -> float | None:
     """Of one large bf16 product on this GPU."""
+    if not torch.cuda.is_available():
+        return None
     matrix = torch.ones(MATRIX, MATRIX, dtype=torch.bfloat16, device="cuda")
     seconds = []
     for _ in range(10):

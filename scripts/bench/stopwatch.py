@@ -1,5 +1,7 @@
 """Runs a program of anybody's, with the GPU's memory capped, and notes when its optimiser took its steps.
 
+With --captions, when BLIP wrote captions instead.
+
 python -m scripts.bench.stopwatch --gib 24 --out times.json SCRIPT.py ARGUMENT…
 python -m scripts.bench.stopwatch --gib 24 --out times.json -m MODULE ARGUMENT…
 """
@@ -21,13 +23,17 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, required=True, help="all that torch may take of the GPU")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--captions", action="store_true")
     parser.add_argument("-m", dest="module", help="a module instead of a script")
     given, words = parser.parse_known_args()
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, given.gib * 2**30 / total))
     times: list[float] = [time.perf_counter()]
-    register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
+    if given.captions:
+        watch_captions(times)
+    else:
+        register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
     program = given.module or words.pop(0)
     sys.argv = [program, *words]
     try:
@@ -37,6 +43,20 @@ def main() -> None:
             runpy.run_path(program, run_name="__main__")
     finally:
         given.out.write_text(json.dumps(noted(times)))
+
+
+def watch_captions(times: list[float]) -> None:
+    """Note each end of BLIP's `generate`, which waits for the GPU before every word."""
+    from transformers import BlipForConditionalGeneration
+
+    plain = BlipForConditionalGeneration.generate
+
+    def generate(self: Any, *inputs: Any, **named: Any) -> Any:
+        found = plain(self, *inputs, **named)
+        times.append(time.perf_counter())
+        return found
+
+    BlipForConditionalGeneration.generate = generate
 
 
 def noted(times: list[float]) -> dict[str, Any]:

@@ -1,6 +1,5 @@
 """Replayed passes give what the passes themselves give, over accumulated gradients, several shapes and dropout."""
 
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -8,7 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.config.schema import Config, Device, Precision
-from finetune.run.records import Dataset
+from finetune.language import tokenize
 from finetune.stages.train import train
 from finetune.training.cuda_graphs import CudaGraphs
 from tests.end_to_end.stored_losses import figures
@@ -55,10 +54,14 @@ def test_graphs_go_where_something_else_would_not_fit_beside_them(room: bool) ->
     torch.testing.assert_close(captured({"x": x}), layer(x))
 
 
+@pytest.mark.parametrize("kind", ["diffusion", "language"])
 def test_a_run_with_graphs_trains_what_one_without_trains(
-    config: Config, make_dataset: Callable[..., Dataset], monkeypatch: pytest.MonkeyPatch
+    kind: str, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    config.hardware.device, config.trainer.precision, config.lora.dropout = Device.cuda, Precision.bf16, 0.1
+    config: Config = request.getfixturevalue("config" if kind == "diffusion" else "language_config")
+    dataset = request.getfixturevalue("make_dataset")() if kind == "diffusion" else tokenize.build(config, None)
+    config.hardware.device, config.trainer.precision = Device.cuda, Precision.bf16
+    config.lora.dropout = 0.1 if kind == "diffusion" else 0.0  # which fast layers of language models don't know
     config.trainer.steps, where = 12, config.run_dir
     made: list[CudaGraphs] = []
     built = CudaGraphs.__init__
@@ -67,7 +70,7 @@ def test_a_run_with_graphs_trains_what_one_without_trains(
     for fast in (True, False):
         config.trainer.fast, config.run_dir = fast, f"{where}-{fast}"
         torch.cuda.reset_peak_memory_stats()
-        train(config, make_dataset())
+        train(config, dataset)
         found[fast] = figures(Path(config.run_dir))["loss/step"]
     (graphs,) = made
     assert graphs.graphs

@@ -27,31 +27,35 @@ def load(model, dtype=torch.float32, *, tokens=8, beams=1):
     return load_captioner(CaptionConfig(model=str(model), max_new_tokens=tokens, num_beams=beams), CPU, dtype)
 
 
+def captions(captioner, images):
+    return captioner.caption([captioner.read(image) for image in images])
+
+
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_one_plain_caption_an_image_and_always_the_same(model, num_beams):
     captioner = load(model, beams=num_beams)
-    first = captioner.caption(IMAGES)
+    first = captions(captioner, IMAGES)
     torch.manual_seed(99)
-    again = [captioner.caption([image])[0] for image in IMAGES]
+    again = [captions(captioner, [image])[0] for image in IMAGES]
     assert first == again
     assert len(first) == 3
     assert all(text == text.strip() and "[" not in text and len(text.split()) <= 8 for text in first)
 
 
 def test_length_is_limited(model):
-    assert all(len(text.split()) <= 2 for text in load(model, tokens=2).caption(IMAGES))
+    assert all(len(text.split()) <= 2 for text in captions(load(model, tokens=2), IMAGES))
 
 
 def test_half_precision_weights(model):
     captioner = load(model, torch.bfloat16, tokens=4)
     assert isinstance(captioner, Blip)
     assert {weight.dtype for weight in captioner.model.parameters()} == {torch.bfloat16}
-    assert len(captioner.caption(IMAGES)) == 3
+    assert len(captions(captioner, IMAGES)) == 3
 
 
 def test_the_model_is_gone_after(model):
     captioner = load(model, tokens=4)
-    captioner.caption(IMAGES)
+    captions(captioner, IMAGES)
     weights = weakref.ref(next(captioner.model.parameters()))
     del captioner
     gc.collect()

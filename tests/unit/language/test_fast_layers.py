@@ -12,6 +12,7 @@ from finetune.adapters import lora as adapters
 from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize
 from finetune.language import causal_lm, fast_kernels, fast_layers
 from finetune.memory import checkpointing
+from finetune.training import fast_linear
 from tests.tiny_language_models import save_language
 
 ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -155,7 +156,7 @@ def test_layers_that_drop_attention_stay(bases: Callable[[str], Path]) -> None:
     ],
 )
 def test_the_setting_in_the_way_is_named(model: ModelConfig, lora: LoraConfig, dtype: torch.dtype, named: str) -> None:
-    assert fast_layers.reason_against(model, lora, dtype) == named
+    assert fast_linear.reason_against(model, lora, dtype) == named
 
 
 def test_kernels_compute_what_autograd_does() -> None:

@@ -10,7 +10,6 @@ import pytest
 
 from finetune.config import compose
 from finetune.config.validate import check
-from scripts.bench import memory
 from scripts.bench.speed import ROWS, WARM_UP, add_limits, cells, rate, table
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -27,8 +26,8 @@ sys.exit(int(sys.argv[2]))
 
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_a_command_that_is_valid(name: str, tmp_path: Path) -> None:
-    words = memory.command(ROWS[name].case(name), tmp_path / "base", tmp_path / "run", tmp_path / "images")
-    assert check(compose.load(words[0].removeprefix("conf="), words[1:])) == []
+    words = ROWS[name].command(name, tmp_path / "base", tmp_path / "run", tmp_path / "data")
+    assert check(compose.load(words[1].removeprefix("conf="), words[2:])) == []
 
 
 @pytest.mark.parametrize("code", [0, 3])

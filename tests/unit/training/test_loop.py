@@ -15,6 +15,7 @@ from finetune.errors import TrainingError
 from finetune.run.records import Dataset
 from finetune.training.accelerator import without_cudnn_attention
 from finetune.training.loop import forward_backward
+from finetune.training.non_finite import step_unless
 from tests.unit.conftest import Setting
 from tests.unit.training.steps import draws, fallbacks, prepared, run
 
@@ -109,10 +110,10 @@ def test_a_step_waits_for_its_loss_and_its_norm_alone(
     batches = [[task.collate(part) for part in task.split(chunk, 2)] for chunk in draws(task, config, 2)]
     for step, made in enumerate(batches):
         with Waits() as waits:
-            forward_backward(
+            totals, *_ = forward_backward(
                 task, lambda _, made=made: made, optimizer, accelerator, fallbacks(task, config), seed=0, step=step
             )
-            accelerator.clip_grad_norm_(task.model.parameters(), 1.0).item()
-            optimizer.step()
+            norm = accelerator.clip_grad_norm_(task.model.parameters(), 1.0)
+            step_unless(optimizer, accelerator, totals.loss, norm)
             optimizer.zero_grad()
     assert waits.count == 2

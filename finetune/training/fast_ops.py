@@ -1,0 +1,43 @@
+"""Operations of torch made of our own kernels: the memory plan meets one kernel with its results, and nothing of what
+is inside."""
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+
+_library: Any = torch.library  # half-typed
+
+
+Like = Callable[..., torch.Tensor | None]
+
+
+def define(
+    namespace: str, signatures: Mapping[str, str], plain: Any, compiled: Any, made: Mapping[str, Like] | None = None
+) -> Any:
+    """The operations of a namespace by name, as `torch.ops` has them.
+
+    plain, compiled: have a function for each, on a CPU and on a GPU. made: what an operation's result is like; unless
+    given it is like the first tensor, and nothing for names that end with "_". Through a `Library`, because a
+    `custom_op` costs the host several times as much a call.
+    """
+    library = _library.Library(namespace, "DEF")
+    _KEPT.append(library)  # it takes its operations with it
+    for name, signature in signatures.items():
+        library.define(name + signature)
+        like = _nothing if name.endswith("_") else (made or {}).get(name, _like_first)
+        _library.register_fake(f"{namespace}::{name}", like)
+        library.impl(name, getattr(plain, name), "CPU")
+        library.impl(name, getattr(compiled, name), "CUDA")
+    return getattr(torch.ops, namespace)
+
+
+def _nothing(*_: Any) -> None:
+    return None
+
+
+def _like_first(first: torch.Tensor, *_: Any) -> torch.Tensor:
+    return torch.empty_like(first)
+
+
+_KEPT: list[Any] = []

@@ -1,0 +1,127 @@
+"""Fast blocks compute what PEFT's on diffusers' compute: values, gradients, and what training makes of them."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from finetune.adapters import lora as adapters
+from finetune.config.schema import LoraConfig
+from finetune.diffusion import fast_blocks
+from finetune.memory import block_offload, checkpointing
+from tests.tiny_families import ATTENTION, save_family
+
+FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
+RANDOM = torch.Generator().manual_seed(0)
+NOISY = torch.randn(2, 4, 8, 8, generator=RANDOM)
+
+
+@pytest.fixture(scope="module")
+def unets(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    folder = tmp_path_factory.mktemp("bases")
+
+    def saved(kind: str) -> Path:
+        if not (folder / kind).exists():
+            save_family(folder / kind, kind)
+        return folder / kind / "unet"
+
+    return saved
+
+
+def adapted(unet: Path, targets: list[str], *, fast: bool, dtype: torch.dtype = torch.float32) -> nn.Module:
+    """A UNet with adapters that change something."""
+    from diffusers import UNet2DConditionModel
+
+    model: Any = UNet2DConditionModel.from_pretrained(unet).requires_grad_(False).to(dtype)
+    adapters.inject(model, LoraConfig(rank=4, alpha=6.0), targets, seed=0)
+    random = torch.Generator().manual_seed(1)
+    for parameter in adapters.adapter_parameters(model):
+        parameter.data = torch.randn(parameter.shape, generator=random) / 8
+    assert not fast or fast_blocks.install(model, dtype)
+    return model.train()
+
+
+def loss_of(model: Any) -> Tensor:
+    text = torch.randn(2, 77, model.config.cross_attention_dim, generator=torch.Generator().manual_seed(2))
+    more = {}
+    if model.config.addition_embed_type:
+        more = {"added_cond_kwargs": {"text_embeds": text[:, 0, :16], "time_ids": torch.ones(2, 6)}}
+    predicted = model(NOISY, torch.tensor([100, 700]), encoder_hidden_states=text, return_dict=False, **more)[0]
+    return (predicted * torch.linspace(-1, 1, predicted.numel()).view_as(predicted)).sum()
+
+
+def gradients(model: nn.Module) -> list[Tensor]:
+    return list(torch.autograd.grad(loss_of(model), adapters.adapter_parameters(model)))
+
+
+@pytest.mark.parametrize("targets", [ATTENTION, [*ATTENTION, *FEED_FORWARD], ["ff.net.2"], ["to_k"]], ids=str)
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_values_and_gradients_are_those_of_plain_blocks(
+    unets: Callable[[str], Path], kind: str, targets: list[str]
+) -> None:
+    plain, fast = (adapted(unets(kind), targets, fast=fast) for fast in (False, True))
+    torch.testing.assert_close(loss_of(fast), loss_of(plain), rtol=1e-4, atol=1e-4)
+    for expected, found in zip(gradients(plain), gradients(fast), strict=True):
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4 * float(expected.abs().max()))
+
+
+@pytest.mark.parametrize("every", [0, 1])
+def test_twelve_steps_end_where_those_of_plain_blocks_end(unets: Callable[[str], Path], every: int) -> None:
+    """Copies of the adapters that went stale would pass every comparison of gradients."""
+    ends = []
+    for fast in (False, True):
+        model = adapted(unets("sdxl"), ATTENTION, fast=fast)
+        begin = flat(model)
+        checkpointing.set_checkpointing(model, every if fast else 0)
+        optimizer = torch.optim.AdamW(adapters.adapter_parameters(model), lr=1e-2, fused=True)
+        for _ in range(12):
+            loss_of(model).square().backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        ends.append(flat(model))
+    assert (ends[1] - ends[0]).norm() < 1e-3 * (ends[0] - begin).norm()
+
+
+def test_in_16_bit_gradients_are_no_coarser_than_those_of_plain_blocks(unets: Callable[[str], Path]) -> None:
+    exact, errors = flat_of(gradients(adapted(unets("sdxl"), ATTENTION, fast=False))), []
+    for fast in (False, True):
+        model = adapted(unets("sdxl"), ATTENTION, fast=fast, dtype=torch.bfloat16)
+        with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
+            found = flat_of(gradients(model))
+        errors.append(float((found - exact).norm() / exact.norm()))
+    assert errors[1] <= 1.2 * errors[0]
+
+
+def test_without_adapters_the_blocks_are_plain(unets: Callable[[str], Path]) -> None:
+    plain, fast = (adapted(unets("sd"), ATTENTION, fast=fast) for fast in (False, True))
+    found = []
+    for model in (plain, fast):
+        with torch.no_grad(), adapters.disabled(model):
+            found.append(loss_of(model))
+    assert torch.equal(*found)
+
+
+def test_blocks_whose_weights_come_for_each_pass_are_plain(
+    unets: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their backward pass would look for weights that have left the GPU."""
+    plain, fast = (adapted(unets("sd"), ATTENTION, fast=fast) for fast in (False, True))
+    block_offload.stream(fast, block_offload.find(fast), torch.device("cpu"))
+    monkeypatch.setattr(fast_blocks.FastBlock, "forward", lambda *_: pytest.fail("a fast block computed"))
+    assert torch.equal(flat_of(gradients(fast)), flat_of(gradients(plain)))
+
+
+def test_what_is_saved_stays_the_same(unets: Callable[[str], Path]) -> None:
+    plain, fast = (adapters.adapter_tensors(adapted(unets("sd"), ATTENTION, fast=fast)) for fast in (False, True))
+    assert plain.keys() == fast.keys()
+
+
+def flat(model: nn.Module) -> Tensor:
+    return flat_of(adapters.adapter_parameters(model))
+
+
+def flat_of(tensors: Any) -> Tensor:
+    return torch.cat([tensor.detach().float().flatten() for tensor in tensors])
