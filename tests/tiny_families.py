@@ -1,6 +1,7 @@
 """A tiny random pipeline of each family of image models, built in code and saved in the ordinary layout."""
 
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -274,7 +275,7 @@ def _t5(folder: Path, width: int) -> tuple[Any, Any]:
 
 
 SAVERS: dict[str, Callable[[Path], Any]] = {
-    "sd": save_diffusion,
+    "sd": partial(save_diffusion, whole=True),
     "sdxl": _sdxl,
     "sd3": _sd3,
     "flux": _flux,

@@ -62,6 +62,7 @@ def test_offloaded_activations_save_as_much_as_is_copied(
 ) -> None:
     """With activation checkpointing the inputs of blocks are offloaded, without it everything."""
     monkeypatch.setattr("finetune.memory.activation_offload.WORTH_BYTES", 0)
+    monkeypatch.setattr(speed, "AROUND_REPLAY_S", 0.0)  # would be most of so small a step
     for level in (0, 1):
         kept, away = candidates.step(4, level), candidates.step(4, level, away=True)
         saved = kept.peak.live - away.peak.live
@@ -72,7 +73,10 @@ def test_offloaded_activations_save_as_much_as_is_copied(
     assert candidates.step(4, 1, away=True).away < candidates.step(4, 0, away=True).away
 
 
-def test_activation_checkpointing_saves_memory_and_costs_time(candidates: Candidates) -> None:
+def test_activation_checkpointing_saves_memory_and_costs_time(
+    candidates: Candidates, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "AROUND_REPLAY_S", 0.0)  # would be most of so small a step
     none, every_second, every = (candidates.setting(4, level) for level in (0, 2, 1))
     assert none.gib > every_second.gib > every.gib
     assert none.seconds < every_second.seconds < every.seconds
