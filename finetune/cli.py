@@ -92,9 +92,9 @@ def _answer(words: list[str], debug: bool) -> int:
         print(_keys_text(recipe, words) if recipe else help_text())
         return 0
     if words == ["--version"]:
-        from importlib.metadata import version
+        from finetune.run.receipts import versions
 
-        print(f"finetune {version('finetune')}")
+        print(f"finetune {versions()['finetune']}")
         return 0
     if words[0] in FLAGS:  # the command may stand behind its flags
         words.sort(key=lambda word: word not in {**COMMANDS, **MACHINE})

@@ -7,7 +7,6 @@ import socket
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ from finetune.errors import ConfigError
 from finetune.reading import at_home, read_text
 from finetune.run.plain import UNREADABLE, first_line, from_plain
 from finetune.run.progress import plural, progress
+from finetune.run.receipts import versions
 from finetune.workstation.flags import Flags
 
 if TYPE_CHECKING:
@@ -85,7 +85,7 @@ def bench(repeats: int = REPEATS) -> Benchmark:
         host=socket.gethostname(),
         device=torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
         threads=torch.get_num_threads(),
-        versions={name: version(name) for name in ("finetune", "torch", "transformers", "diffusers")},
+        versions=versions(),
         figures=figures,
     )
 

@@ -76,11 +76,16 @@ def _torch() -> dict[str, Any]:
 
 
 def _packages() -> dict[str, dict[str, Any]]:
-    """What finetune depends on: the version that is installed, what is asked for, and whether that fits."""
+    """What finetune depends on: the version that is installed, what is asked for, and whether that fits. Nothing where
+    it is run from its folder without being installed."""
     from packaging.requirements import Requirement
 
+    try:
+        lines = metadata.requires("finetune") or []
+    except metadata.PackageNotFoundError:
+        return {}
     found = {}
-    for line in metadata.requires("finetune") or []:
+    for line in lines:
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue

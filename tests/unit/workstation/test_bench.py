@@ -46,7 +46,7 @@ def test_the_embedded_models_are_measured(small: None, finetune_cli: Cli, workdi
         assert 0 < each.low <= each.median <= each.high
         assert each.repeats == 2
         assert each.more_is_better == (each.unit == "tokens/s")
-    assert found.versions.keys() == {"finetune", "torch", "transformers", "diffusers"}
+    assert {"finetune", "torch", "transformers", "diffusers"} <= found.versions.keys()
 
 
 def test_both_ways_of_attention_are_used(small: None, monkeypatch: pytest.MonkeyPatch, workdir: Path) -> None:

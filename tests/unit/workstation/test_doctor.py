@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from importlib import metadata
 from typing import Any
 
 import pynvml
@@ -26,6 +27,21 @@ def test_this_machine_is_read_and_judged(finetune_cli: Cli) -> None:
     assert answer.code == (2 if "bad" in verdicts else 1 if "warn" in verdicts else 0)
     (packages,) = [row for row in rows if row["id"] == "packages"]
     assert packages["verdict"] == "ok", packages
+
+
+def test_run_from_its_folder_it_knows_no_versions(finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Without `pip install`, as on a machine where it is tried."""
+    from_name = metadata.Distribution.from_name
+
+    def uninstalled(name: str) -> metadata.Distribution:
+        if name == "finetune":
+            raise metadata.PackageNotFoundError(name)
+        return from_name(name)
+
+    monkeypatch.setattr(metadata.Distribution, "from_name", uninstalled)
+    rows = json.loads(finetune_cli("doctor", "--json").out)
+    assert [row["verdict"] for row in rows if row["id"] == "packages"] == ["unknown"]
+    assert finetune_cli("--version").out == "finetune not installed\n"
 
 
 @pytest.mark.parametrize(
