@@ -28,6 +28,7 @@ from finetune.reading import at_home
 from finetune.run import libraries, ranks
 from finetune.run.progress import say
 from finetune.stages import COMMANDS
+from finetune.video import COMMANDS as VIDEO
 from finetune.workstation import COMMANDS as MACHINE
 
 # Hydra's flags that make sense here; True: a value follows.
@@ -45,6 +46,8 @@ _finetune_completion() {
 [[ $COMP_WORDBREAKS == *=* ]] || COMP_WORDBREAKS+="="
 complete -o nospace -o default -F _finetune_completion finetune"""
 BASH_UNINSTALL = "complete -r finetune; unset -f _finetune_completion"
+OWN_WORDS = {**dict.fromkeys(VIDEO, "video"), **dict.fromkeys(MACHINE, "workstation")}
+"""Commands that read their words themselves, and the folder of each."""
 COMPLETION_FLAGS = ("-sc", "--shell-completion", "--shell_completion")
 WIDTH = 80  # columns of the help
 LONGEST_ERROR = 2000  # characters of a line
@@ -97,15 +100,15 @@ def _answer(words: list[str], debug: bool) -> int:
         print(f"finetune {versions()['finetune']}")
         return 0
     if words[0] in FLAGS:  # the command may stand behind its flags
-        words.sort(key=lambda word: word not in {**COMMANDS, **MACHINE})
+        words.sort(key=lambda word: word not in {**COMMANDS, **OWN_WORDS})
     command, rest = words[0], words[1:]
     if command in FLAGS or "=" in command:
         raise ConfigError(f"say which command, such as: {shlex.join(['finetune', 'train', *words])}")
-    if command not in COMMANDS and command not in MACHINE:
-        raise ConfigError(recipes.no_such("command", command, [*COMMANDS, *MACHINE]))
+    if command not in COMMANDS and command not in OWN_WORDS:
+        raise ConfigError(recipes.no_such("command", command, [*COMMANDS, *OWN_WORDS]))
     _quieten(debug)
-    if command in MACHINE:
-        code: int = import_module(f"finetune.workstation.{command}").main(rest)
+    if command in OWN_WORDS:
+        code: int = import_module(f"finetune.{OWN_WORDS[command]}.{command}").main(rest)
         return code
     return _run_hydra(command, rest, debug)
 
@@ -113,7 +116,7 @@ def _answer(words: list[str], debug: bool) -> int:
 def help_text() -> str:
     """What `finetune --help` prints: commands, recipes, one example, the main keys."""
     files = recipes.recipe_files()
-    width = max(map(len, [*COMMANDS, *MACHINE, *files]))
+    width = max(map(len, [*COMMANDS, *OWN_WORDS, *files]))
     indent = " " * (width + 4)
 
     def rows(texts: Mapping[str, str]) -> str:
@@ -129,6 +132,9 @@ usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]  (or: python -m finetune …
 
 commands
 {commands}
+
+commands for videos, such as: finetune annotate video=holiday.mp4
+{rows(VIDEO)}
 
 commands about this machine, without a recipe
 {rows(MACHINE)}
@@ -336,7 +342,7 @@ def _complete(words: list[str]) -> int:
 def _offered(words: list[str], done: Sequence[str], last: str) -> Sequence[str]:
     """What `last`, the word at the cursor, may become."""
     if not done:
-        return [name for name in [*COMMANDS, *MACHINE, "--help", "--version"] if name.startswith(last)]
+        return [name for name in [*COMMANDS, *OWN_WORDS, "--help", "--version"] if name.startswith(last)]
     from hydra import main as hydra_main
 
     from finetune.config import compose
@@ -344,6 +350,11 @@ def _offered(words: list[str], done: Sequence[str], last: str) -> Sequence[str]:
     key, sign, text = last.partition("=")
     if sign and key in typed_text.PATHS:
         return [] if "query=bash" in words else [f"{key}={path}" for path in _paths(text)]
+    if done[0] in VIDEO:
+        if key in ("video", "folder", "run_dir") and sign:
+            return [] if "query=bash" in words else [f"{key}={path}" for path in _paths(text)]
+        settings = import_module("finetune.video.settings")
+        return list(settings.offered(settings.KINDS[done[0]], last))
     done = list(done[1:])
     if not any(word.startswith("conf=") for word in (*done, last)) and not "conf=".startswith(last or "-"):
         done = [f"conf={next(iter(recipes.recipe_files()))}", *done]

@@ -10,6 +10,7 @@ from finetune.config.other_tools import NAMES
 from finetune.config.spelling import setting
 from finetune.reading import read_text
 
+VIDEO = "video"  # the folder of conf/ with recipes of the video commands, which have settings of their own
 GROUP = "conf"  # Hydra's group of recipes; every other group holds presets
 BASE_NAME = "config"  # conf/config.yaml is the defaults list, not a recipe
 LONGEST_FOLDER = 80  # characters of a sweep job's folder; file systems allow 255 bytes
@@ -43,7 +44,13 @@ def preset_files() -> dict[str, dict[str, Path]]:
         for path in sorted(folder.glob("*/*.yaml")):
             found.setdefault(path.parent.name, {})[path.stem] = path
     found.pop("hydra", None)  # Hydra's own settings, which another program may keep in the same folder
+    found.pop(VIDEO, None)
     return found
+
+
+def video_files() -> dict[str, Path]:
+    """Recipe of the video commands -> file."""
+    return {path.stem: path for folder in conf_dirs() for path in sorted((folder / VIDEO).glob("*.yaml"))}
 
 
 def title(path: Path) -> str:

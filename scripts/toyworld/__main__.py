@@ -1,4 +1,4 @@
-"""Command line: a contact sheet to look at, or the example data set."""
+"""Command line: a contact sheet to look at, or the example data."""
 
 from __future__ import annotations
 
@@ -31,6 +31,10 @@ def main() -> None:
     dataset.add_argument("--captions", action="store_true", help="write them too, in text files beside the images")
     dataset.add_argument("--device", default="cpu")
 
+    video = commands.add_parser("video", help="write the example video and what is truly in it")
+    video.add_argument("folder", type=Path)
+    video.add_argument("--device", default="cpu")
+
     options = parser.parse_args()
     # Imported here so that --help need not wait for torch.
     from scripts.toyworld.output import write_dataset, write_sheet
@@ -38,6 +42,10 @@ def main() -> None:
     if options.command == "sheet":
         scenes = [sample_scene(options.seed + k) for k in range(options.count)]
         write_sheet(options.out, scenes, options.style, options.size, columns=options.columns, device=options.device)
+    elif options.command == "video":
+        from scripts.toyworld.video import write_video
+
+        write_video(options.folder, device=options.device)
     else:
         write_dataset(
             options.folder,

@@ -13,6 +13,7 @@ import pytest
 
 from finetune.config import recipes
 from finetune.stages import COMMANDS
+from finetune.video import COMMANDS as VIDEO
 from finetune.workstation import COMMANDS as MACHINE
 
 Cli = Callable[..., Any]
@@ -25,7 +26,7 @@ BEGIN, END = "\x01", "\x05"  # Ctrl-A and Ctrl-E: the cursor goes to the begin a
 @pytest.mark.parametrize(
     ("line", "offered"),
     [
-        ("finetune ", {*COMMANDS, *MACHINE, "--help", "--version"}),
+        ("finetune ", {*COMMANDS, *VIDEO, *MACHINE, "--help", "--version"}),
         ("finetune tr", {"train"}),
         ("finetune train conf=", {f"conf={name}" for name in recipes.recipe_files()}),
         ("finetune train conf=pix", {"conf=pixar_style", "conf=pixar_style_sd15", "conf=pixar_style_sdxl"}),

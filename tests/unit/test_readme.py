@@ -12,6 +12,7 @@ import yaml
 
 from finetune.config import compose, describe, recipes
 from finetune.config.validate import check
+from finetune.video import COMMANDS as VIDEO
 from finetune.workstation import COMMANDS as MACHINE
 from tests.conftest import ROOT
 

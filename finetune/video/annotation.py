@@ -1,0 +1,157 @@
+"""One video annotated: the pass over it, and what is made of its lines: films, exports, contact sheet, report."""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict
+from math import ceil
+from pathlib import Path
+from typing import Any
+
+from finetune import hub
+from finetune.config.schema import Precision
+from finetune.errors import DataError
+from finetune.memory.device import pick_device, pick_dtype
+from finetune.reading import read_text
+from finetune.run import rundir
+from finetune.run.atomic import write_atomically
+from finetune.run.hashing import hash_file, hash_of
+from finetune.run.plain import UNREADABLE, from_plain
+from finetune.run.progress import plural, progress, say
+from finetune.video import exports, page, pipeline, segments
+from finetune.video.detector import Detector
+from finetune.video.pipeline import Finder
+from finetune.video.records import Annotated
+from finetune.video.settings import Annotate, as_plain
+from finetune.video.source import opened
+
+VERSION = 1  # of what a pass writes
+RECORD, LINES, FILM, SHEET, REPORT = "annotation.json", "annotations.jsonl", "labelled.mp4", "sheet.jpg", "report.html"
+PIECES, IMAGES = "pieces", "images"
+COUNTS_LITTLE = ("name", "run_dir", "video", "folder", "workers", "batch", "device")  # of settings, for what is found
+
+
+def load_detector(settings: Annotate) -> Detector:
+    """The detector on its device; in 16 bit on a GPU."""
+    device = pick_device(settings.device)
+    dtype = pick_dtype(Precision.auto, device)
+    return Detector(settings.detector, device, dtype, threshold=settings.threshold, classes=settings.classes)
+
+
+def annotate(video: Path, folder: Path, settings: Annotate, detector: Finder) -> tuple[Annotated, bool]:
+    """Annotate a video into a folder, on from where a cut run stopped; and whether there was anything to do.
+
+    Raises DataError for what is no video, RunError where the folder can't be written or is in use.
+    """
+    with opened(video):
+        pass  # before the folder is made
+    with rundir.held(folder, as_plain(settings), owns_config=True, hint="type batch=1"):
+        sha256 = hash_file(video)
+        about = {key: value for key, value in as_plain(settings).items() if key not in COUNTS_LITTLE}
+        input_hash = hash_of(sha256, about, hub.content_hash(settings.detector), VERSION)
+        record = _known(folder)
+        if record is not None and record.input_hash == input_hash and (folder / LINES).exists():
+            return record, False
+        pieces = folder / PIECES
+        known = pieces / "input"
+        if not known.exists() or known.read_text() != input_hash:
+            shutil.rmtree(pieces, ignore_errors=True)
+            pieces.mkdir()
+            write_atomically(known, input_hash)
+        record = _pass(video, folder, settings, detector, sha256, input_hash)
+        shutil.rmtree(pieces)
+    return record, True
+
+
+def _pass(video: Path, folder: Path, settings: Annotate, detector: Finder, sha256: str, input_hash: str) -> Annotated:
+    pieces = folder / PIECES
+    images = folder / IMAGES if settings.images else None
+    if images is not None:
+        images.mkdir(exist_ok=True)
+    began = time.monotonic()
+    with opened(video) as source:
+        facts = source.facts
+        common = {
+            "source": video.name,
+            "sha256": sha256,
+            "width": facts.width,
+            "height": facts.height,
+            "model": settings.detector,
+            "threshold": settings.threshold,
+        }
+        work = pipeline.Work(source, detector, pieces, settings.rate, settings.batch, settings.labelled, images, common)
+        done = segments.finished(pieces)
+        before = sum(len(piece.pts) for piece in done)
+        if before:
+            say(f"annotate: {plural(before, 'frame')} of {video.name} are done already")
+        total = max(before, ceil((facts.duration or 0) * facts.rate))
+        with progress("annotate", total, unit="frames", done=before) as shown:
+            done = pipeline.run(work, done, shown)
+    if not done:
+        raise DataError(f"{video} is damaged (no frame in it can be decoded); get it again")
+    passed = time.monotonic() - began
+    times = [pts for piece in done for pts in piece.pts]
+    step = max(1, round(1 / (facts.rate * facts.unit)))
+    if settings.labelled:
+        segments.join(pieces, done, video, facts.unit, times[-1] + step, folder / FILM)
+    text = "".join(read_text(segments.lines_path(pieces, piece.number)) for piece in done)
+    write_atomically(folder / LINES, text)
+    rows = [json.loads(line) for line in text.splitlines()]
+    per_second = {name: round(watch.per_second, 1) for name, watch in work.watches.items()}
+    per_second["together"] = round((len(times) - before) / passed, 1)
+    if source.damage or source.cut_off:
+        say(f"warning: {video.name} is damaged; {_damage(source.damage, cut_off=source.cut_off)}")
+    record = Annotated(
+        video=str(video),
+        sha256=sha256,
+        input_hash=input_hash,
+        width=facts.width,
+        height=facts.height,
+        seconds=round(float((times[-1] + step - times[0]) * facts.unit), 3),
+        frames=len(times),
+        looks=len(rows),
+        objects=sum(len(row["objects"]) for row in rows),
+        scenes=tuple(_scene_starts(rows)),
+        model=settings.detector,
+        threshold=settings.threshold,
+        classes=tuple(detector.names.values()),
+        counts=_counts(rows),
+        per_second=per_second,
+        damage=source.damage,
+        cut_off=source.cut_off,
+    )
+    exports.write(folder, settings.exports, record, rows)
+    sheet = page.sheet(sorted(pieces.glob("look-*.jpg")), folder / SHEET)
+    write_atomically(folder / REPORT, page.report(record, rows, sheet))
+    write_atomically(folder / RECORD, json.dumps(asdict(record), indent=1))
+    return record
+
+
+def _known(folder: Path) -> Annotated | None:
+    try:
+        return from_plain(Annotated, json.loads(read_text(folder / RECORD)))
+    except UNREADABLE:
+        return None
+
+
+def _damage(packets: int, *, cut_off: bool) -> str:
+    said = [f"{plural(packets, 'packet')} left out"] * bool(packets) + ["it ends in the middle"] * cut_off
+    return ", ".join(said)
+
+
+def _scene_starts(rows: list[dict[str, Any]]) -> Iterator[float]:
+    """The time of each scene's first look."""
+    scene = None
+    for row in rows:
+        if row["scene"] != scene:
+            scene = row["scene"]
+            yield row["timestamp_sec"]
+
+
+def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:
+    tracks = {(one["class"], one["track"]) for row in rows for one in row["objects"]}
+    found: dict[str, int] = {}
+    for name, _ in sorted(tracks):
+        found[name] = found.get(name, 0) + 1
+    return found

@@ -1,0 +1,106 @@
+"""Pretrained detectors of the DETR family: what is where in a frame.
+
+B frames, H×W the pixels that the detector reads.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from finetune import hub
+from finetune.errors import ModelError
+from finetune.video.tracks import Detection
+
+FAMILIES = (
+    "rt_detr",
+    "rt_detr_v2",
+    "d_fine",
+    "deimv2",
+    "rf_detr",
+    "lw_detr",
+    "detr",
+    "conditional_detr",
+    "deformable_detr",
+    "dab_detr",
+    "yolos",
+)
+"""By `model_type`: released under Apache or MIT licences, and loaded without their own code."""
+NO_CLASS = "N/A"  # COCO's numbers have gaps, and released models name them so
+
+
+class Detector:
+    """A detector on a device. Raises ModelError where it can't be loaded or finds no class that is wanted."""
+
+    def __init__(
+        self, reference: str, device: torch.device, dtype: torch.dtype, *, threshold: float, classes: Sequence[str]
+    ) -> None:
+        from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+
+        hub.require(reference, "config.json")
+        model_type = hub.load(AutoConfig, reference).model_type
+        if model_type not in FAMILIES:
+            raise ModelError(
+                f"{reference} is a {model_type} model; objects are found by: {', '.join(FAMILIES)}; "
+                "try detector=embedded:detector or detector=PekingU/rtdetr_v2_r18vd"
+            )
+        self.reference, self.device, self.dtype, self.threshold = reference, device, dtype, threshold
+        # The PIL backend, so that no torchvision is needed; frames are resized before it, on their way from FFmpeg.
+        self.processor: Any = hub.load(AutoImageProcessor, reference, backend="pil")
+        model = hub.load(AutoModelForObjectDetection, reference, dtype=dtype)
+        self.model: Any = model.to(device).eval().requires_grad_(False)
+        names = {int(number): str(name) for number, name in self.model.config.id2label.items()}
+        self.names = {number: name for number, name in names.items() if name != NO_CLASS}
+        if unknown := set(classes) - set(self.names.values()):
+            there = ", ".join(sorted(self.names.values()))
+            raise ModelError(f"{reference} knows no class {sorted(unknown)[0]}; it knows: {there}")
+        self.classes = frozenset(classes)
+
+    def reads(self, width: int, height: int) -> tuple[int, int]:
+        """The size, width and height, in which the detector wants frames of this size."""
+        size = self.processor.size
+        wanted = dict(size) if isinstance(size, dict) else {key: value for key, value in vars(size).items() if value}
+        if wanted.get("height") and wanted.get("width"):
+            return int(wanted["width"]), int(wanted["height"])
+        short, long = wanted.get("shortest_edge"), wanted.get("longest_edge")
+        if not short:
+            raise ModelError(f"{self.reference}: its image processor's size {wanted} is not known here")
+        scale = short / min(width, height)
+        if long and scale * max(width, height) > long:
+            scale = long / max(width, height)
+        return round(width * scale), round(height * scale)
+
+    @torch.no_grad()
+    def find(self, frames: Sequence[NDArray[np.uint8]], width: int, height: int) -> list[list[Detection]]:
+        """What is in frames [H, W, 3] of the size that `reads` says; boxes in pixels of a width×height frame."""
+        with hub.explained(lambda reason: f"the detector {self.reference} doesn't work ({reason}); get it again"):
+            outputs = self.model(pixel_values=self.pixels(frames))
+            outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
+            sizes = torch.tensor([[height, width]] * len(frames), device=self.device)
+            found = self.processor.post_process_object_detection(outputs, threshold=self.threshold, target_sizes=sizes)
+        return [list(self._detections(one, width, height)) for one in found]
+
+    def pixels(self, frames: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
+        """[B, 3, H, W] as the model takes them. Bytes go to the device: a quarter of what floats would be."""
+        processor = self.processor
+        pixels_BHW3 = torch.from_numpy(np.stack(frames)).to(self.device)
+        pixels_B3HW = pixels_BHW3.permute(0, 3, 1, 2).float()
+        if processor.do_rescale:
+            pixels_B3HW = pixels_B3HW * processor.rescale_factor
+        if processor.do_normalize:
+            mean, deviation = (
+                torch.tensor(values, device=self.device).view(3, 1, 1)
+                for values in (processor.image_mean, processor.image_std)
+            )
+            pixels_B3HW = (pixels_B3HW - mean) / deviation
+        return pixels_B3HW.to(self.dtype)
+
+    def _detections(self, found: dict[str, Any], width: int, height: int) -> Any:
+        scores, labels, boxes = (found[key].tolist() for key in ("scores", "labels", "boxes"))
+        for score, label, (left, top, right, bottom) in zip(scores, labels, boxes, strict=True):
+            name = self.names.get(label)
+            box = (max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom))
+            if name and (not self.classes or name in self.classes) and box[0] < box[2] and box[1] < box[3]:
+                yield Detection(name, box, score)

@@ -1,0 +1,330 @@
+"""A video annotated: times, boxes, tracks and scenes against what was drawn; cut runs; what other tools read."""
+
+import json
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+from xml.etree import ElementTree
+
+import av
+import numpy as np
+import pytest
+import yaml
+
+from finetune.errors import DataError, RunError
+from finetune.video import pipeline, segments
+from finetune.video.annotation import annotate
+from finetune.video.records import Annotated
+from finetune.video.settings import Annotate
+from finetune.video.source import opened
+from tests.unit.video.films import SIDE, SIZE, SquareFinder, film, place, regular, scenes, square
+
+FRAMES, RATE = 250, 10  # 25 s: three pieces
+
+
+@pytest.fixture(scope="module")
+def settings(tmp_path_factory: pytest.TempPathFactory) -> Annotate:
+    """With a folder in place of a detector: who finds is passed beside."""
+    folder = tmp_path_factory.mktemp("detector")
+    (folder / "config.json").write_text("{}")
+    return Annotate(video="film.mp4", detector=str(folder), images=True, batch=3)
+
+
+@pytest.fixture(scope="module")
+def long_film(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Four scenes, in turn every two seconds, with sound, in an odd size, from 3 s on."""
+    times = [Fraction(3) + time for time in regular(FRAMES, RATE)]
+    path = tmp_path_factory.mktemp("film") / "film.mp4"
+    return film(path, times, unit=Fraction(1, 12800), draw=odd_scenes, sound=True, pix_fmt="yuv444p")
+
+
+def odd_scenes(number: int) -> np.ndarray:
+    return scenes(number)[:-1, :-1]
+
+
+@pytest.fixture(scope="module")
+def done(long_film: Path, settings: Annotate, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Annotated]:
+    folder = tmp_path_factory.mktemp("run") / "film"
+    return folder, annotate(long_film, folder, settings, SquareFinder())[0]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "annotations.jsonl").read_text().splitlines()]
+
+
+def frames(path: Path) -> list[tuple[Fraction, np.ndarray]]:
+    with av.open(str(path)) as container:
+        return [
+            (frame.pts * frame.time_base, frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(video=0)
+            if frame.pts is not None and frame.time_base is not None
+        ]
+
+
+def test_every_look_says_what_was_drawn(done: tuple[Path, Annotated], long_film: Path) -> None:
+    rows = lines(done[0])
+    assert [row["frame_id"] for row in rows] == list(range(125))
+    assert [row["timestamp_sec"] for row in rows] == [k / 5 for k in range(125)]
+    assert [row["source_frame"] for row in rows] == [2 * k for k in range(125)]
+    for row in rows:
+        (one,) = row["objects"]
+        left = place(row["source_frame"])
+        assert one["class"] == "square"
+        assert one["bbox"] == pytest.approx([left, 20, left + SIDE, 20 + SIDE], abs=1.5)
+        assert (row["width"], row["height"], row["threshold"]) == (SIZE[0] - 1, SIZE[1] - 1, 0.5)
+        assert row["source"] == "film.mp4"
+        assert len(row["sha256"]) == 64
+
+
+def test_tracks_and_scenes_follow_the_shots(done: tuple[Path, Annotated]) -> None:
+    folder, record = done
+    rows = lines(folder)
+    assert [row["scene"] for row in rows] == [row["source_frame"] // 20 for row in rows]
+    assert record.scenes == tuple(2.0 * shot for shot in range(13))
+    tracks: dict[int, set[int]] = {}
+    for row in rows:
+        tracks.setdefault(row["scene"], set()).add(row["objects"][0]["track"])
+    # The square begins again at the left edge: where that is within a shot it is another one.
+    again = {number // 20 for number in range(1, FRAMES) if place(number) < place(number - 1) and number % 20}
+    assert {scene for scene, numbers in tracks.items() if len(numbers) > 1} == again
+    assert sum(map(len, tracks.values())) == len(set.union(*tracks.values())) == record.counts["square"]
+
+
+def test_the_labelled_film_has_the_times_and_the_sound_of_the_source(
+    done: tuple[Path, Annotated], long_film: Path
+) -> None:
+    path = done[0] / "labelled.mp4"
+    source, labelled = frames(long_film), frames(path)
+    assert [time for time, _ in labelled] == [time for time, _ in source]
+    with av.open(str(path)) as container, av.open(str(long_film)) as before:
+        stream = container.streams.video[0]
+        assert (stream.codec_context.name, stream.codec_context.pix_fmt) == ("h264", "yuv420p")
+        assert (stream.width, stream.height) == SIZE
+        sounds = [
+            [(float(packet.pts * packet.time_base), bytes(packet)) for packet in each.demux(audio=0) if packet.size]
+            for each in (container, before)
+        ]
+    assert sounds[0] == sounds[1]
+    assert path.read_bytes().index(b"moov") < path.read_bytes().index(b"mdat")
+
+
+def test_boxes_are_drawn_where_the_objects_are_in_every_frame(done: tuple[Path, Annotated]) -> None:
+    """Between two looks as well: along the box's left edge the frame differs from the source, inside it doesn't."""
+    labelled = frames(done[0] / "labelled.mp4")
+    for number in (4, 5, 6, 7, 150, 151):
+        picture, plain, left = labelled[number][1].astype(int), odd_scenes(number).astype(int), place(number)
+        inside = picture[26:32, left + 4 : left + 10]
+        assert np.abs(inside - plain[26:32, left + 4 : left + 10]).mean() < 25
+        edge = picture[24:34, left - 1 : left + 3]
+        assert np.abs(edge - plain[24:34, left - 1 : left + 3]).mean() > 30, number
+
+
+def test_a_run_cut_anywhere_goes_on_without_a_frame_lost_or_done_twice(
+    done: tuple[Path, Annotated], long_film: Path, settings: Annotate, tmp_path: Path
+) -> None:
+    folder = tmp_path / "film"
+    for pieces in range(3):
+        finder = Cut(45 * (pieces + 1) - 40 * pieces)
+        with pytest.raises(InterruptedError):
+            annotate(long_film, folder, settings, finder)
+    for piece in sorted((folder / "pieces").glob("*.mp4")):
+        assert len(frames(piece)) == 100
+    finder = SquareFinder()
+    record, new = annotate(long_film, folder, settings, finder)
+    assert new
+    assert 0 < finder.looked < 125
+    assert (folder / "annotations.jsonl").read_bytes() == (done[0] / "annotations.jsonl").read_bytes()
+    assert replace(record, per_second={}) == replace(done[1], per_second={})
+    for one, other in zip(frames(folder / "labelled.mp4"), frames(done[0] / "labelled.mp4"), strict=True):
+        assert one[0] == other[0]
+        assert (one[1] == other[1]).all()
+
+
+class Cut(SquareFinder):
+    """Ends in the middle."""
+
+    def __init__(self, looks: int) -> None:
+        super().__init__()
+        self.left = looks
+
+    def find(self, frames: Any, width: int, height: int) -> Any:
+        self.left -= len(frames)
+        if self.left < 0:
+            raise InterruptedError
+        return super().find(frames, width, height)
+
+
+def test_a_killed_film_plays_as_far_as_it_was_written(long_film: Path, settings: Annotate, tmp_path: Path) -> None:
+    """SIGKILL, which nothing can answer, in the middle of the second piece."""
+    code = f"""
+import os, signal
+from pathlib import Path
+from finetune.video import pipeline
+from finetune.video.annotation import annotate
+from finetune.video.settings import Annotate
+from tests.unit.video.films import SquareFinder
+write, count = pipeline.Film.write, [0]
+def dies(*words):
+    count[0] += 1
+    if count[0] == 160:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return write(*words)
+pipeline.Film.write = dies
+settings = Annotate(video="x", detector={settings.detector!r})
+annotate(Path({str(long_film)!r}), Path({str(tmp_path / "film")!r}), settings, SquareFinder())
+"""
+    ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False)
+    assert ended.returncode == -9
+    pieces = tmp_path / "film" / "pieces"
+    assert [piece.number for piece in segments.finished(pieces)] == [0]
+    assert len(frames(pieces / "000000.mp4")) == 100
+    finder = SquareFinder()
+    record, _ = annotate(long_film, tmp_path / "film", replace(settings, images=False), finder)
+    assert record.frames == FRAMES
+    assert [row["frame_id"] for row in lines(tmp_path / "film")] == list(range(125))
+
+
+def test_what_is_done_is_not_done_again_and_other_settings_are(
+    done: tuple[Path, Annotated], long_film: Path, settings: Annotate, tmp_path: Path
+) -> None:
+    folder = tmp_path / "film"
+    shutil.copytree(done[0], folder)
+    finder = SquareFinder()
+    assert annotate(long_film, folder, replace(settings, batch=5), finder) == (done[1], False)
+    assert finder.looked == 0
+    record, new = annotate(long_film, folder, replace(settings, rate=Fraction(1), labelled=False), finder)
+    assert new
+    assert (finder.looked, record.looks) == (25, 25)
+
+
+def test_coco_is_read_by_its_own_package(done: tuple[Path, Annotated]) -> None:
+    from pycocotools.coco import COCO
+
+    folder, record = done
+    coco = COCO(str(folder / "coco.json"))
+    assert len(coco.getImgIds()) == record.looks
+    assert [category["name"] for category in coco.loadCats(coco.getCatIds())] == ["nothing", "square"]
+    (number,) = coco.getCatIds(catNms=["square"])
+    for image in coco.loadImgs(coco.getImgIds(catIds=[number])):
+        assert (folder / image["file_name"]).is_file()
+        (one,) = coco.loadAnns(coco.getAnnIds(imgIds=[image["id"]]))
+        left = place(2 * image["id"])
+        assert one["bbox"] == pytest.approx([left, 20, SIDE, SIDE], abs=1.5)
+        assert one["area"] == pytest.approx(SIDE * SIDE, rel=0.2)
+
+
+def test_yolo_files_lie_and_read_as_its_format_says(done: tuple[Path, Annotated]) -> None:
+    """docs.ultralytics.com/datasets/detect: a text beside each image, `class x y width height` as shares of it."""
+    folder, record = done
+    data = yaml.safe_load((folder / "data.yaml").read_text())
+    assert data["names"] == {0: "nothing", 1: "square"}
+    images = sorted((folder / data["train"]).glob("*.jpg"))
+    assert len(images) == record.looks
+    for image in images:
+        label = Path(str(image).replace("/images/", "/labels/")).with_suffix(".txt")
+        (line,) = label.read_text().splitlines()
+        number, *box = line.split()
+        x, y, wide, high = map(float, box)
+        assert data["names"][int(number)] == "square"
+        assert all(0 < value < 1 for value in (x, y, wide, high))
+        assert (x - wide / 2) * record.width == pytest.approx(place(2 * int(image.stem)), abs=1.5)
+        assert (y + high / 2) * record.height == pytest.approx(20 + SIDE, abs=1.5)
+
+
+def test_cvat_holds_every_track_over_the_sources_frames(done: tuple[Path, Annotated]) -> None:
+    """docs.cvat.ai, "CVAT for video 1.1": the elements, and what each must carry."""
+    folder, record = done
+    root = ElementTree.parse(folder / "cvat.xml").getroot()
+    assert (root.tag, root.findtext("version")) == ("annotations", "1.1")
+    assert root.findtext("meta/task/size") == str(FRAMES)
+    assert root.findtext("meta/task/mode") == "interpolation"
+    assert [label.text for label in root.findall("meta/task/labels/label/name")] == ["nothing", "square"]
+    tracks = root.findall("track")
+    assert len(tracks) == record.counts["square"]
+    boxes = 0
+    for track in tracks:
+        assert track.attrib["label"] == "square"
+        seen = track.findall("box")
+        frames_seen = [int(box.attrib["frame"]) for box in seen]
+        assert frames_seen == sorted(set(frames_seen))
+        assert all({"outside", "occluded", "keyframe", "xtl", "ytl", "xbr", "ybr"} <= box.attrib.keys() for box in seen)
+        assert [box.attrib["outside"] for box in seen[:-1]] == ["0"] * (len(seen) - 1)
+        assert seen[-1].attrib["outside"] == "1" or frames_seen[-1] == FRAMES - 2
+        for box in seen:
+            if box.attrib["outside"] == "0":
+                boxes += 1
+                assert float(box.attrib["xtl"]) == pytest.approx(place(int(box.attrib["frame"])), abs=1.5)
+    assert boxes == record.objects
+
+
+def test_the_page_shows_what_is_seen_when(done: tuple[Path, Annotated]) -> None:
+    folder, record = done
+    page = (folder / "report.html").read_text()
+    assert page.count("cut at ") == 12
+    assert "square, 0.0–25.0 s" in page
+    assert f"{record.counts['square']} objects" in page
+    assert (folder / "sheet.jpg").is_file()
+    assert "http:" not in page.replace("http-equiv", "")
+
+
+def test_thousands_of_frames_of_one_colour_are_one_scene_without_objects(settings: Annotate, tmp_path: Path) -> None:
+    grey = np.full((32, 32, 3), 90, np.uint8)
+    count = 3000
+    path = film(tmp_path / "grey.mkv", regular(count), draw=lambda _: grey, options={"preset": "ultrafast"})
+    few = replace(settings, images=False, rate=Fraction(1, 10))
+    record, _ = annotate(path, tmp_path / "run", few, SquareFinder())
+    assert (record.frames, record.objects, len(record.scenes), record.looks) == (count, 0, 1, 30)
+    assert "Nothing was found" in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_damaged_film_is_annotated_as_far_as_it_goes(
+    settings: Annotate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = film(tmp_path / "film.ts", regular(60), unit=Fraction(1, 90000))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
+    record, _ = annotate(path, tmp_path / "run", settings, SquareFinder())
+    assert 20 < record.frames < 60
+    assert len(frames(tmp_path / "run" / "labelled.mp4")) == record.frames
+
+
+def test_what_is_no_video_leaves_no_folder(settings: Annotate, tmp_path: Path) -> None:
+    (tmp_path / "empty.mp4").touch()
+    with pytest.raises(DataError):
+        annotate(tmp_path / "empty.mp4", tmp_path / "run", settings, SquareFinder())
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_failure_of_a_thread_ends_the_run(
+    long_film: Path, settings: Annotate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise RunError("the disk is full")
+
+    monkeypatch.setattr(segments, "commit", full)
+    with pytest.raises(RunError, match="the disk is full"):
+        annotate(long_film, tmp_path / "run", settings, SquareFinder())
+
+
+def test_what_waits_between_threads_is_bounded(tmp_path: Path) -> None:
+    """Of a film only a few frames are in memory at any time."""
+    most = [0]
+    path = film(tmp_path / "film.mkv", regular(400), draw=square)
+    put = pipeline._put
+
+    def counted_put(queue: Any, item: Any, stop: Any) -> None:
+        put(queue, item, stop)
+        most[0] = max(most[0], queue.qsize())
+
+    with opened(path) as source, pytest.MonkeyPatch.context() as patched:
+        patched.setattr(pipeline, "_put", counted_put)
+        work = pipeline.Work(source, SquareFinder(), tmp_path, Fraction(5), 8, True, None, {})
+        pipeline.run(work, [], Silent())
+    assert 0 < most[0] <= pipeline.MOST_WAITING
+
+
+class Silent:
+    def advance(self, amount: int = 1, text: str = "") -> None: ...

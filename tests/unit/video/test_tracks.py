@@ -1,0 +1,89 @@
+"""Tracks and cuts by themselves: numbers that last through a shot, and scenes that begin where the picture changes."""
+
+import json
+
+import numpy as np
+
+from finetune.video.cuts import HIGH, WIDE, CutFinder
+from finetune.video.tracks import Box, Detection, Tracker
+
+
+def at(x: float, name: str = "car", y: float = 50) -> Detection:
+    return Detection(name, (x, y, x + 40, y + 30), 0.9)
+
+
+def numbers(tracker: Tracker, seconds: float, *found: Detection, scene: int = 0) -> list[int]:
+    return [one.track for one in tracker.update(seconds, scene, found)]
+
+
+def test_things_that_pass_one_another_keep_their_numbers() -> None:
+    """Their boxes overlap on the way; where each one is expected says which is which."""
+    tracker = Tracker()
+    seen = [numbers(tracker, k / 5, at(15 * k), at(300 - 15 * k, y=65)) for k in range(20)]
+    assert seen == [[1, 2]] * 20
+
+
+def test_the_order_of_what_is_found_does_not_matter() -> None:
+    one, other = Tracker(), Tracker()
+    for k in range(10):
+        first = numbers(one, k / 5, at(8 * k), at(200, name="boat"))
+        second = numbers(other, k / 5, at(200, name="boat"), at(8 * k))
+        assert len(set(first)) == len(set(second)) == 2
+    assert first == [1, 2]
+    assert second == [1, 2]
+
+
+def test_what_is_hidden_for_a_moment_is_the_same_afterwards_and_later_another() -> None:
+    tracker = Tracker()
+    for k in range(5):
+        numbers(tracker, k / 5, at(15 * k))
+    assert numbers(tracker, 1.0) == []
+    assert numbers(tracker, 1.4, at(15 * 7)) == [1]
+    assert numbers(tracker, 3.0, at(15 * 8)) == [2]
+
+
+def test_a_track_is_of_one_class_and_of_one_scene() -> None:
+    tracker = Tracker()
+    assert numbers(tracker, 0.0, at(50)) == [1]
+    assert numbers(tracker, 0.2, at(50, name="boat")) == [2]
+    assert numbers(tracker, 0.4, at(50), scene=1) == [3]
+
+
+def test_tracks_go_on_from_their_state() -> None:
+    whole, cut = Tracker(), Tracker()
+    for k in range(12):
+        cut = Tracker.from_state(json.loads(json.dumps(cut.state())))
+        assert whole.update(k / 5, 0, [at(11 * k)]) == cut.update(k / 5, 0, [at(11 * k)])
+
+
+def test_motion_is_learnt_in_pixels_a_second() -> None:
+    tracker = Tracker()
+    for k in range(12):
+        (one,) = tracker.update(k / 5, 0, [at(11 * k)])
+    wanted: Box = (55, 0, 55, 0)
+    assert np.allclose(one.motion, wanted, atol=0.1)
+
+
+def cells(seed: int, shift: int = 0, light: int = 0) -> np.ndarray:
+    picture = np.random.default_rng(seed).integers(40, 200, (3, HIGH, WIDE))
+    picture = np.repeat(np.repeat(picture[:, ::6, ::6], 6, 1), 6, 2)[:, :HIGH, :WIDE]
+    return np.clip(np.roll(picture, shift, 2) + light, 0, 255).astype(np.uint8)
+
+
+def scenes(pictures: list[np.ndarray], rate: int = 25) -> list[int]:
+    finder, found = CutFinder(), []
+    for number, picture in enumerate(pictures):
+        finder = CutFinder.from_state(json.loads(json.dumps(finder.state())))
+        found.append(finder.look(number / rate, picture))
+    return found
+
+
+def test_a_cut_is_found_at_its_frame_and_motion_is_none() -> None:
+    moving = [cells(1, shift=k) for k in range(40)] + [cells(2, shift=3 * k) for k in range(40)]
+    assert scenes(moving) == [0] * 40 + [1] * 40
+
+
+def test_a_fade_is_no_cut_and_a_flash_no_scene_of_its_own() -> None:
+    assert scenes([cells(1, light=2 * k - 60) for k in range(60)]) == [0] * 60
+    flash = [cells(1)] * 20 + [cells(1, light=120)] * 2 + [cells(1)] * 20
+    assert max(scenes(flash)) <= 1
