@@ -182,7 +182,7 @@ class DataConfig:
     skip_bad: bool = False
     """Leave out unreadable images or rows with a warning instead of stopping."""
     validation_share: float = field(default=0.1, metadata=SHARE)
-    """Share of examples held out for the validation loss, chosen by content; sets under 20 hold out none."""
+    """Share held out for the validation loss, by content; sets under 20 hold out none; "split" in metadata wins."""
     cache: str = field(default="outputs/.cache", metadata=must("name a folder", str.strip))
     """Folder of encoded examples, keyed by content and safe to share between runs or to delete."""
 

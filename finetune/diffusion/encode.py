@@ -19,7 +19,7 @@ from torch import Tensor
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.data.cache import Cache, whole
-from finetune.data.images import authors, buckets, decode, folder
+from finetune.data.images import authors, buckets, decode, folder, split
 from finetune.data.images.ahead import ahead
 from finetune.data.images.index import ImageIndex, content_hash
 from finetune.data.images.metadata import METADATA
@@ -65,9 +65,10 @@ Variant = tuple[SourceImage, bool]  # an image, and whether it is mirrored
 def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     """Images and captions by content, the encoders, and everything that decides how images are cut."""
     assert captions is not None
-    model = config.model
+    model, files = config.model, [item.file for item in captions.items]
+    marked = split.for_validation(Path(captions.folder), files)
     return [
-        image_index(captions, config.data).hashes([item.file for item in captions.items]),
+        image_index(captions, config.data).hashes(files),
         {item.file: item.text for item in captions.items},
         as_dict(config)["data"],
         [
@@ -78,6 +79,7 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
             model.bucket_step,
             config.caption.trigger,
         ],
+        *([sorted(marked)] if marked else []),
     ]
 
 
@@ -128,7 +130,7 @@ def encode_images(
     """
     images = read_images(captions, model, data)
     _warn_about(images, trigger, Path(captions.folder), Path(data.cache))
-    held_out = hold_out([image.sha256 for image in images], data.validation_share)
+    held_out = held_out_images(images, Path(captions.folder), data.validation_share)
     # A held-out image is never trained on, so its mirror image isn't either, and it is measured once, as it is.
     variants = [
         (image, flipped)
@@ -244,6 +246,13 @@ def _places(root: Path, files: Sequence[str], cache: Path) -> str:
 def held_out_count(images: int, share: float) -> int:
     """How many of so many images are held out at most."""
     return round(share * images) if images >= SMALLEST_SPLIT else 0
+
+
+def held_out_images(images: Sequence[SourceImage], root: Path, share: float) -> set[str]:
+    """Content hashes of the images that are validated on: those that the folder names, else a share of them."""
+    if share and (marked := split.for_validation(root, [image.file for image in images])):
+        return {image.sha256 for image in images if image.file in marked}
+    return hold_out([image.sha256 for image in images], share)
 
 
 def hold_out(hashes: Sequence[str], share: float) -> set[str]:

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ModelConfig, Quantize
-from finetune.data.images import decode, folder
+from finetune.data.images import decode, folder, split
 from finetune.diffusion import card, encode, single_file
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
@@ -72,9 +72,11 @@ def examples(config: Config) -> Examples | None:
     try:
         files = folder.images(root)
         captions = folder.captions(root, files).texts
+        marked = split.for_validation(root, files)
     except DataError:  # the stage that reads them says what is wrong
         return None
-    held_out = encode.held_out_count(len(files), config.data.validation_share)
+    share = config.data.validation_share
+    held_out = len(marked) if share and marked else encode.held_out_count(len(files), share)
     return Examples(len(files), len(files) - len(captions), len(files) - held_out, measured=True)
 
 

@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 WIDE, HIGH = 48, 27
 LEAST = 10.0  # of 255, mean difference of brightness and colour over all cells
-FACTOR = 3.5  # over what is usual lately
+FACTOR = 3.0  # over what is usual lately
 USUAL_OVER = 8  # frames
 LEAST_SCENE_S = 0.25  # a flash of light is no scene
 

@@ -25,3 +25,17 @@ class Annotated:
     per_second: dict[str, float]
     damage: int
     cut_off: bool
+
+
+@dataclass(frozen=True)
+class Extracted:
+    """Images out of a video. candidates: stretches of a scene, each with its sharpest frame. frames: those of them that
+    were sharp and unlike the others. images: what was written; validation: those of them that are held out."""
+
+    video: str
+    folder: str
+    scenes: int
+    candidates: int
+    frames: int
+    images: int
+    validation: int

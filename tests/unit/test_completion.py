@@ -34,6 +34,9 @@ BEGIN, END = "\x01", "\x05"  # Ctrl-A and Ctrl-E: the cursor goes to the begin a
         ("finetune train lora.ra", {"lora.rank="}),
         ("finetune train conf=smoke lora=", {"lora=all_linear", "lora=default", "lora=r32"}),
         ("finetune train conf=smoke data.folder=", set()),  # bash completes paths
+        ("finetune annotate ra", {"rate="}),
+        ("finetune annotate conf=toy", {"conf=toy_video"}),
+        ("finetune frames video=", set()),
     ],
 )
 def test_what_is_offered(finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch, line: str, offered: set[str]) -> None:

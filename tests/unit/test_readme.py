@@ -13,6 +13,7 @@ import yaml
 from finetune.config import compose, describe, recipes
 from finetune.config.validate import check
 from finetune.video import COMMANDS as VIDEO
+from finetune.video.settings import KINDS, parse
 from finetune.workstation import COMMANDS as MACHINE
 from tests.conftest import ROOT
 
@@ -129,7 +130,10 @@ def test_commands_and_recipes_of_a_page_compose(page: str, workdir: Path) -> Non
     for name in shown:
         assert check(compose.load(name, [])) == [], name
     for command, words in commands(text_of(page)):
-        assert command in MACHINE or composed(words) == [], f"finetune {command} {shlex.join(words)}"
+        if command in VIDEO:
+            assert parse(KINDS[command], command, words)  # raises what is wrong
+        else:
+            assert command in MACHINE or composed(words) == [], f"finetune {command} {shlex.join(words)}"
 
 
 @pytest.mark.parametrize("page", AS_IT_IS)

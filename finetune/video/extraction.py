@@ -1,0 +1,225 @@
+"""Images for training out of a video: sharp frames that differ from one another, or crops of what is in them.
+
+Two passes, so that memory stays constant: the first measures every frame small, the second writes what was chosen.
+"""
+
+import hashlib
+import json
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import zip_longest
+from math import ceil
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image
+
+from finetune.data.images.metadata import METADATA, line_of
+from finetune.data.images.split import COLUMN, VALIDATION
+from finetune.errors import DataError
+from finetune.run.atomic import replace_folder, write_atomically
+from finetune.run.hashing import hash_file
+from finetune.run.progress import plural, progress, say
+from finetune.video.cuts import CutFinder, thumbnail
+from finetune.video.pipeline import Finder
+from finetune.video.records import Extracted
+from finetune.video.settings import Frames
+from finetune.video.source import Facts, Rgb, Source, opened, rgb
+from finetune.video.tracks import Box
+
+MEASURED_WIDTH = 320  # pixels: sharpness is compared at one size
+CELLS = 24  # a side, of what two frames are compared by
+QUALITY = 95
+MADE = ".finetune-frames"  # in a folder that this command filled, and may fill again
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """The sharpest frame of a stretch. cells: [CELLS, CELLS] brightness, 0 to 1, without its mean."""
+
+    pts: int
+    seconds: float
+    scene: int
+    sharpness: float
+    cells: NDArray[np.float32]
+
+
+def extract(video: Path, folder: Path, settings: Frames, load: Callable[[], Finder]) -> Extracted:
+    """Write the images, and `metadata.jsonl` with the scene, the time and the side (training or validation) of each.
+
+    load: the detector, asked for crops alone. Raises DataError for what is no video, a folder of something else, and
+    a video in which nothing is found.
+    """
+    _require_ours(folder)
+    with opened(video) as source:
+        candidates, sharpness, scenes = _measured(source, settings)
+    chosen = choose(candidates, sharpness, settings)
+    finder = load() if settings.crops else None
+    with replace_folder(folder) as made:
+        with opened(video) as source:
+            rows = list(_written(source, made, chosen, settings, finder))
+        if not rows:
+            what = f"no {' or '.join(settings.crops)} of {settings.least_px} px" if settings.crops else "no sharp frame"
+            raise DataError(f"{video}: {what} was found; try a lower threshold, sharpness or least_px")
+        sides = split({row["scene"] for row in rows}, rows, settings.validation_share)
+        about = {"source": video.name, "sha256": hash_file(video)}
+        lines = [line_of(row | {COLUMN: sides[row["scene"]]} | about) for row in rows]
+        write_atomically(made / METADATA, "\n".join(lines) + "\n")
+        (made / MADE).write_text(json.dumps(about))
+    held_out = sum(sides[row["scene"]] == VALIDATION for row in rows)
+    if settings.validation_share and not held_out:
+        say(f"warning: {video.name} is one scene; nothing is held out for validation by scene")
+    return Extracted(str(video), str(folder), scenes, len(candidates), len(chosen), len(rows), held_out)
+
+
+def choose(candidates: Sequence[Candidate], usual_sharpness: float, settings: Frames) -> list[Candidate]:
+    """Of the candidates those that are sharp and unlike every one before, in the order of their times.
+
+    usual_sharpness: the median of all frames. Where there are too many, scenes take turns and give their sharpest.
+    """
+    kept: list[Candidate] = []
+    for candidate in candidates:
+        if candidate.sharpness < settings.sharpness * usual_sharpness:
+            continue
+        if kept:
+            others = np.stack([other.cells for other in kept])
+            if float(np.abs(others - candidate.cells).mean((1, 2)).min()) < settings.difference:
+                continue
+        kept.append(candidate)
+    by_scene: dict[int, list[Candidate]] = defaultdict(list)
+    for candidate in sorted(kept, key=lambda one: -one.sharpness):
+        by_scene[candidate.scene].append(candidate)
+    turns = (one for turn in zip_longest(*by_scene.values()) for one in turn if one is not None)
+    return sorted([one for one, _ in zip(turns, range(settings.most), strict=False)], key=lambda one: one.pts)
+
+
+def split(scenes: set[int], rows: Sequence[dict[str, Any]], share: float) -> dict[int, str]:
+    """Each scene on one side: in a shuffled order that is always the same they go to validation until it has its share.
+
+    None goes that is half as large again as what is missing, and one scene at least stays for training."""
+    counts = {scene: sum(row["scene"] == scene for row in rows) for scene in scenes}
+    sides = dict.fromkeys(sorted(scenes), "train")
+    room = share * len(rows)
+    for scene in sorted(scenes, key=lambda scene: hashlib.sha256(f"scene/{scene}".encode()).digest()):
+        left = sum(side == "train" for side in sides.values())
+        if left > 1 and counts[scene] <= 1.5 * room:
+            sides[scene], room = VALIDATION, room - counts[scene]
+    return sides
+
+
+def sharpness(grey: NDArray[np.uint8]) -> float:
+    """How much fine detail there is: the variance of the Laplacian over that of the brightness.
+
+    Contrast counts on both sides, so that a dark scene is not called blurred."""
+    values = grey.astype(np.float32)
+    middle = values[1:-1, 1:-1]
+    around = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:]
+    return float((4 * middle - around).var() / (middle.var() + 1.0))
+
+
+def _measured(source: Source, settings: Frames) -> tuple[list[Candidate], float, int]:
+    """The sharpest frame of every stretch of a scene, the median sharpness of all frames, and the number of scenes."""
+    facts, cuts = source.facts, CutFinder()
+    found: list[Candidate] = []
+    every: list[float] = []
+    stretch = None
+    total = ceil((facts.duration or 0) * facts.rate)
+    with progress("measure", total, unit="frames") as shown:
+        for frame in source.frames():
+            scene = cuts.look(float(frame.seconds), thumbnail(frame.picture))
+            high = max(2 * CELLS, round(MEASURED_WIDTH * frame.picture.height / frame.picture.width))
+            grey = frame.picture.reformat(MEASURED_WIDTH, high, format="gray", interpolation="AREA").to_ndarray()
+            every.append(sharpness(grey))
+            here = (scene, int(frame.seconds * settings.rate))
+            if here != stretch or every[-1] > found[-1].sharpness:
+                new = Candidate(frame.pts, float(frame.seconds), scene, every[-1], _cells(grey))
+                found[len(found) - (here == stretch) :] = [new]
+            stretch = here
+            shown.advance()
+    return found, median(every) if every else 0.0, cuts.scene + 1
+
+
+def _cells(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
+    small = np.asarray(Image.fromarray(grey).resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.float32) / 255
+    cells: NDArray[np.float32] = small - small.mean()
+    return cells
+
+
+def _written(
+    source: Source, folder: Path, chosen: Sequence[Candidate], settings: Frames, finder: Finder | None
+) -> Iterator[dict[str, Any]]:
+    """Write the images; a row of metadata for each."""
+    facts, wanted = source.facts, {one.pts: one for one in chosen}
+    waiting: list[tuple[Candidate, Rgb, Rgb]] = []
+    with progress("frames", len(chosen), unit="images") as shown:
+        for frame in source.frames():
+            one = wanted.get(frame.pts)
+            if one is None:
+                continue
+            whole = rgb(frame.picture, facts, facts.width, facts.height)
+            if finder is None:
+                if min(whole.shape[:2]) >= settings.least_px:
+                    yield _save(folder, f"{_name(one)}.jpg", whole, one, {})
+            else:
+                waiting.append((one, whole, rgb(frame.picture, facts, *finder.reads(facts.width, facts.height))))
+                if len(waiting) == settings.batch:
+                    yield from _crops(folder, waiting, facts, settings, finder)
+                    waiting = []
+            shown.advance()
+        if finder is not None and waiting:
+            yield from _crops(folder, waiting, facts, settings, finder)
+
+
+def _crops(
+    folder: Path, waiting: Sequence[tuple[Candidate, Rgb, Rgb]], facts: Facts, settings: Frames, finder: Finder
+) -> Iterator[dict[str, Any]]:
+    found = finder.find([small for _, _, small in waiting], facts.width, facts.height)
+    for (one, whole, _), detections in zip(waiting, found, strict=True):
+        for number, detection in enumerate(detections):
+            left, top, right, bottom = around(detection.box, settings.margin, facts)
+            if detection.name in settings.crops and min(right - left, bottom - top) >= settings.least_px:
+                about = {
+                    "class": detection.name,
+                    "score": round(detection.score, 4),
+                    "bbox": [left, top, right, bottom],
+                }
+                name = f"{_name(one)}_{number:02d}_{detection.name.replace('/', '-').replace(' ', '-')}.jpg"
+                yield _save(folder, name, whole[top:bottom, left:right], one, about)
+
+
+def around(box: Box, margin: float, facts: Facts) -> tuple[int, int, int, int]:
+    """A box with a margin, inside the frame, in whole pixels."""
+    more = margin * max(box[2] - box[0], box[3] - box[1])
+    left, top = max(0, round(box[0] - more)), max(0, round(box[1] - more))
+    return left, top, min(facts.width, round(box[2] + more)), min(facts.height, round(box[3] + more))
+
+
+def _save(folder: Path, name: str, pixels: Rgb, one: Candidate, about: dict[str, Any]) -> dict[str, Any]:
+    Image.fromarray(np.ascontiguousarray(pixels)).save(folder / name, quality=QUALITY, subsampling=0)
+    # An empty text is a caption still to be written.
+    row = {"file_name": name, "text": "", "scene": one.scene, "time_sec": round(one.seconds, 3)}
+    return row | {"sharpness": round(one.sharpness, 4)} | about
+
+
+def _name(one: Candidate) -> str:
+    return f"scene{one.scene:04d}_{round(one.seconds * 1000):09d}ms"
+
+
+def _require_ours(folder: Path) -> None:
+    """Raises DataError for a folder with something in it that this command didn't make."""
+    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MADE).exists())):
+        raise DataError(f"{folder} is there and holds something else; name a new folder: folder=DIR")
+
+
+def describe(made: Extracted) -> str:
+    """What was taken, and what to type next."""
+    gave = f"{made.frames} of {made.candidates} stretches gave a sharp frame unlike the others"
+    return (
+        f"{Path(made.video).name}: {plural(made.images, 'image')} in {made.folder}, {made.validation} for validation\n"
+        f"  {plural(made.scenes, 'scene')}; {gave}\n"
+        f"  next: finetune train conf=pixar_style data.folder={made.folder}"
+    )

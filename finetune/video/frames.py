@@ -1,0 +1,26 @@
+"""`finetune frames`: images for training out of a video."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from finetune.reading import at_home
+from finetune.video.annotate import require_packages
+from finetune.video.settings import Annotate, Frames, existing, parse
+
+
+def main(words: Sequence[str]) -> int:
+    """Fill a folder with images; the exit code is 0. Raises ConfigError, DataError, ModelError, RunError."""
+    settings = parse(Frames, "frames", words)
+    require_packages("frames")
+    from finetune.video import annotation, extraction
+
+    detection = Annotate(
+        detector=settings.detector, threshold=settings.threshold, classes=settings.crops, device=settings.device
+    )
+
+    def load() -> Any:
+        return annotation.load_detector(detection)
+
+    folder = at_home(settings.folder)
+    print(extraction.describe(extraction.extract(existing(settings.video), folder, settings, load)))
+    return 0
