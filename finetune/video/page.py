@@ -19,7 +19,7 @@ from finetune.video.records import Annotated
 COLUMNS = 6
 GAP = 4
 SHEET_QUALITY = 86
-WIDTH, ROW, LEFT, FOOT = 900, 22, 110, 26  # of the timeline, in units of its drawing
+WIDTH, ROW, LEFT, RIGHT, FOOT = 900, 22, 110, 24, 26  # of the timeline, in units of its drawing
 MOST_ROWS = 40
 MOST_TICKS = 11
 
@@ -59,6 +59,7 @@ def report(record: Annotated, rows: Sequence[Row], contact_sheet: Path | None) -
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
         f'<header><p class="eyebrow">finetune annotate</p><h1>{name}</h1><p class="facts">{_facts(record)}</p>'
+        f'<p class="verdict">{_verdict(record)}</p>'
         f'<dl class="tiles">{_tiles(record)}</dl></header>\n<nav>{links}</nav>\n<main>{body}</main>\n</body>\n</html>\n'
     )
 
@@ -68,13 +69,13 @@ def timeline(record: Annotated, rows: Sequence[Row]) -> str:
     step = record.seconds / max(1, record.looks)
     by_class = spans(rows, step)
     if not by_class:
-        return '<p class="note">Nothing was found.</p>'
+        return '<p class="note">No class is seen at any time.</p>'
     shown = sorted(by_class, key=lambda name: by_class[name][0])[:MOST_ROWS]
     floor = len(shown) * ROW
     seconds = max(record.seconds, step)
 
     def at(second: float) -> float:
-        return LEFT + (WIDTH - LEFT - 10) * min(1.0, second / seconds)
+        return LEFT + (WIDTH - LEFT - RIGHT) * min(1.0, second / seconds)
 
     drawn = []
     for number, name in enumerate(shown):
@@ -122,14 +123,23 @@ def _facts(record: Annotated) -> str:
     return escape(f"{record.width}×{record.height} · {record.model} · score {record.threshold:g} or more")
 
 
+def _verdict(record: Annotated) -> str:
+    """What was found, in a sentence."""
+    if not record.counts:
+        return "Nothing was found."
+    return escape(f"Found: {', '.join(f'{count} {name}' for name, count in record.counts.items())}.")
+
+
 def _tiles(record: Annotated) -> str:
     speed = record.per_second
     stages = ", ".join(f"{name} {speed[name]:g}" for name in ("decode", "detect", "encode") if name in speed)
     facts: Mapping[str, tuple[str, str]] = {
-        "video": (duration(record.seconds), plural(record.frames, "frame")),
+        "video": (
+            duration(record.seconds),
+            f"{plural(record.frames, 'frame')}, {plural(len(record.scenes), 'scene')}",
+        ),
         "looked at": (plural(record.looks, "frame"), f"{record.looks / max(record.seconds, 1e-9):.3g} per second"),
         "found": (plural(sum(record.counts.values()), "object"), f"{record.objects:,} boxes"),
-        "scenes": (str(len(record.scenes)), ""),
         "speed": (f"{speed['together']:g} frames/s", f"by itself: {stages}"),
     }
     return "".join(
