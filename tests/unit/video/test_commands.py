@@ -1,0 +1,104 @@
+"""The video commands as they are typed."""
+
+import json
+import shutil
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from finetune.data.images.folder import images
+from finetune.errors import ConfigError, DataError
+from tests.conftest import ROOT
+from tests.unit.video.detectors import tiny_detector
+from tests.unit.video.films import film, regular
+
+Cli = Callable[..., Any]
+
+
+@pytest.fixture(scope="module")
+def detector(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return f"detector={tiny_detector(tmp_path_factory.mktemp('detector'))}"
+
+
+def test_the_toy_video_is_annotated_and_then_up_to_date(
+    finetune_cli: Cli, detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ("annotate", "conf=toy_video", detector, "device=cpu", "rate=1")
+    answer = finetune_cli(*words)
+    assert answer.code == 0, answer.err
+    assert "10 s, 10 frames looked at, 3 scenes" in answer.out
+    run = tmp_path / "outputs" / "toy_video"
+    assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
+        *("annotation.json", "annotations.jsonl", "labelled.mp4", "sheet.jpg", "report.html", "config.yaml"),
+        *("coco.json", "cvat.xml", "data.yaml", "images", "labels"),
+    }
+    assert "up to date, skipped" in finetune_cli(*words).out
+
+
+def test_the_toy_video_says_what_is_truly_in_it() -> None:
+    truths = json.loads((ROOT / "datasets" / "toy_video" / "boxes.json").read_text())
+    assert len(truths) == 50
+    assert {one["class"] for one in truths[0]} <= {"car", "robot", "lamp"}
+    assert (ROOT / "datasets" / "toy_video" / "toy_video.mp4").stat().st_size < 2**20
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_a_folder_is_annotated_and_one_bad_video_stops_no_other(
+    finetune_cli: Cli, detector: str, tmp_path: Path, workers: int
+) -> None:
+    (tmp_path / "videos").mkdir()
+    film(tmp_path / "videos" / "one.mp4", regular(10))
+    (tmp_path / "videos" / "two.mp4").write_text("no video " * 99)
+    film(tmp_path / "videos" / "three.mp4", regular(20))
+    run = tmp_path / "run"
+    answer = finetune_cli(
+        "annotate", f"folder={tmp_path / 'videos'}", detector, "device=cpu", f"run_dir={run}", f"workers={workers}"
+    )
+    assert answer.code == DataError.exit_code
+    assert "two.mp4 can't be read as a video" in answer.err
+    assert "2 videos annotated, 1 failed" in answer.out
+    assert sorted(path.parent.name for path in run.glob("*/report.html")) == ["one", "three"]
+
+
+def test_frames_fill_a_folder_that_is_trained_on(finetune_cli: Cli, tmp_path: Path) -> None:
+    folder, run = tmp_path / "images", tmp_path / "run"
+    video = ROOT / "datasets" / "toy_video" / "toy_video.mp4"
+    answer = finetune_cli("frames", f"video={video}", f"folder={folder}", "rate=2", "validation_share=0.35")
+    assert answer.code == 0, answer.err
+    assert "3 scenes" in answer.out
+    rows = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    held_out = {row["file_name"] for row in rows if row["split"] == "validation"}
+    assert len(rows) == len(images(folder)) > 6
+    assert 0 < len(held_out) < len(rows)
+    settings = (f"data.folder={folder}", f"run_dir={run}", f"data.cache={tmp_path / 'cache'}", "hardware=cpu")
+    answer = finetune_cli("train", "conf=smoke", *settings, "caption=embedded", "trainer.steps=1", "sample.prompts=[]")
+    assert answer.code == 0, answer.err
+    examples = [json.loads(line) for line in (run / "dataset.jsonl").read_text().splitlines()]
+    assert {example["file"] for example in examples if example["held_out"]} == held_out
+    after = [json.loads(line) for line in (folder / "metadata.jsonl").read_text().splitlines()]
+    assert all(row["text"] for row in after)
+    assert [row["scene"] for row in after] == [row["scene"] for row in rows]
+
+
+@pytest.mark.parametrize("command", ["annotate", "frames"])
+def test_without_its_extra_a_command_says_what_to_install(
+    finetune_cli: Cli, command: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "av", None)
+    answer = finetune_cli(command, "video=film.mp4", *(["folder=x"] if command == "frames" else []))
+    assert answer.code == ConfigError.exit_code
+    assert f"`finetune {command}` needs av; type: pip install 'finetune[video]'" in answer.err
+
+
+def test_two_videos_of_one_name_have_a_folder_each(finetune_cli: Cli, detector: str, tmp_path: Path) -> None:
+    (tmp_path / "videos").mkdir()
+    film(tmp_path / "videos" / "one.mp4", regular(5))
+    shutil.copy(tmp_path / "videos" / "one.mp4", tmp_path / "videos" / "one.mov")
+    run = tmp_path / "run"
+    answer = finetune_cli("annotate", f"folder={tmp_path / 'videos'}", detector, "device=cpu", f"run_dir={run}")
+    assert answer.code == 0, answer.err
+    assert sorted(path.parent.name for path in run.glob("*/report.html")) == ["one.mov", "one.mp4"]

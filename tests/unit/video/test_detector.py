@@ -1,0 +1,78 @@
+"""Detectors as they are released: what they are given is what their own processor gives, and what is wrong is said."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from finetune.errors import ModelError
+from finetune.video.detector import Detector
+from tests.unit.video.detectors import tiny_detector
+
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny_detector(tmp_path_factory.mktemp("detector"))
+
+
+def loaded(folder: Path, *classes: str, threshold: float = 0.0) -> Detector:
+    return Detector(str(folder), CPU, torch.float32, threshold=threshold, classes=classes)
+
+
+def frame(width: int = 128, height: int = 96) -> np.ndarray:
+    return np.random.default_rng(0).integers(0, 255, (height, width, 3), dtype=np.uint8)
+
+
+def test_pixels_are_those_of_the_models_own_processor(folder: Path) -> None:
+    detector = loaded(folder)
+    assert detector.reads(1920, 1080) == (128, 96)
+    wanted = detector.processor(images=Image.fromarray(frame()), return_tensors="pt").pixel_values
+    torch.testing.assert_close(detector.pixels([frame()]), wanted)
+    detector.processor.do_normalize = True
+    wanted = detector.processor(images=Image.fromarray(frame()), return_tensors="pt").pixel_values
+    torch.testing.assert_close(detector.pixels([frame()]), wanted, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("frame_size", "wanted"), [((1920, 1080), (1333, 750)), ((640, 480), (1067, 800)), ((1080, 1920), (750, 1333))]
+)
+def test_edges_are_those_that_detr_asks_for(folder: Path, frame_size: tuple[int, int], wanted: tuple[int, int]) -> None:
+    detector = loaded(folder)
+    detector.processor.size = {"shortest_edge": 800, "longest_edge": 1333}
+    assert detector.reads(*frame_size) == wanted
+    detector.processor.size = {"max_height": 800}
+    with pytest.raises(ModelError, match=r"its image processor's size .* is not known here"):
+        detector.reads(640, 480)
+
+
+def test_boxes_are_in_pixels_of_the_frame_and_of_the_classes_that_are_wanted(folder: Path) -> None:
+    detector = loaded(folder)
+    frames = [frame(), np.zeros_like(frame())]
+    found = [one for each in detector.find(frames, 1920, 1080) for one in each]
+    raw = detector.processor.post_process_object_detection(
+        detector.model(pixel_values=detector.pixels(frames)), threshold=0.0, target_sizes=[(1080, 1920)] * 2
+    )
+    names = [detector.names.get(int(label)) for each in raw for label in each["labels"]]
+    assert [one.name for one in found] == [name for name in names if name]  # without the number that has no class
+    assert None in names
+    assert {"car"} <= {one.name for one in found}
+    for one in found:
+        left, top, right, bottom = one.box
+        assert 0 <= left < right <= 1920
+        assert 0 <= top < bottom <= 1080
+    only = [one for each in loaded(folder, "car").find(frames, 1920, 1080) for one in each]
+    assert only == [one for one in found if one.name == "car"]
+    assert loaded(folder, threshold=0.99).find(frames, 1920, 1080) == [[], []]
+
+
+def test_what_is_no_detector_or_knows_no_such_class_is_named(folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(ModelError, match="knows no class dog; it knows: car, cat"):
+        loaded(folder, "dog")
+    with pytest.raises(ModelError, match="embedded:captioner is a blip model; objects are found by: rt_detr, "):
+        Detector("embedded:captioner", CPU, torch.float32, threshold=0.5, classes=())
+    with pytest.raises(ModelError, match=r"holds no config\.json"):
+        loaded(tmp_path)
