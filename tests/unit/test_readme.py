@@ -147,7 +147,9 @@ def test_python_of_a_page_composes(page: str) -> None:
 @pytest.mark.parametrize("page", AS_IT_IS)
 def test_recipes_and_presets_that_a_page_names_exist(page: str) -> None:
     text = text_of(page)
-    assert set(re.findall(r"\bconf=(\w+)", text)) <= {*recipes.recipe_files(), *shown_recipes(text), *PLACEHOLDERS}
+    assert set(re.findall(r"\bconf=(\w+)", text)) <= {
+        *(*recipes.recipe_files(), *recipes.video_files(), *shown_recipes(text), *PLACEHOLDERS)
+    }
     presets = recipes.preset_files()
     named = set(re.findall(rf"(?<![\w.])({'|'.join(presets)})=(\w+)", text))
     for table in re.findall(r"^\| `model=` \|.*\n(?:\|.*\n)+", text, re.MULTILINE):
