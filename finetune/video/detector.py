@@ -44,7 +44,7 @@ class Detector:
         if model_type not in FAMILIES:
             raise ModelError(
                 f"{reference} is a {model_type} model; objects are found by: {', '.join(FAMILIES)}; "
-                "try detector=embedded:detector or detector=PekingU/rtdetr_v2_r18vd"
+                "try detector=PekingU/rtdetr_v2_r18vd"
             )
         self.reference, self.device, self.dtype, self.threshold = reference, device, dtype, threshold
         # The PIL backend, so that no torchvision is needed; frames are resized before it, on their way from FFmpeg.

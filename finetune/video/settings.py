@@ -20,6 +20,7 @@ from finetune.reading import at_home, read_text
 S = TypeVar("S")
 MOST_RATE = 1000
 EXPORTS = ("coco", "yolo", "cvat")
+NO_DETECTOR = "say which detector: detector=PekingU/rtdetr_v2_r18vd from the hub, or the folder of one on this machine"
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class Annotate:
     """Where everything goes; outputs/NAME where it is empty."""
     rate: Fraction = Fraction(5)
     """Frames looked at per second of video, such as 5, 0.5 or 30000/1001."""
-    detector: str = "embedded:detector"
-    """A detector of the DETR family: embedded, a local folder or a hub id."""
+    detector: str = ""
+    """A detector of the DETR family: a local folder or a hub id."""
     threshold: float = 0.5
     """Least score of an object, 0 to 1."""
     classes: tuple[str, ...] = ()
@@ -59,6 +60,7 @@ class Annotate:
         wrong = [name for name in self.exports if name not in EXPORTS]
         return [
             *_source_problems(self),
+            *([] if self.detector else [NO_DETECTOR]),
             *([f"exports={wrong[0]} is none of {', '.join(EXPORTS)}"] if wrong else []),
             *_out_of_range(self, batch=(1, 1024), workers=(0, 64)),
         ]
@@ -88,7 +90,7 @@ class Frames:
     """Least shorter side of an image, in pixels."""
     validation_share: float = 0.2
     """Share of images held out for validation, in whole scenes."""
-    detector: str = "embedded:detector"
+    detector: str = ""
     """Of crops; see `finetune annotate`."""
     threshold: float = 0.5
     """Least score of an object that is cropped, 0 to 1."""
@@ -104,6 +106,8 @@ class Frames:
             if not getattr(self, key)
         ]
         ranges = {"sharpness": (0, 10), "difference": (0, 1), "margin": (0, 2), "validation_share": (0, 0.9)}
+        if self.crops and not self.detector:
+            missing.append(NO_DETECTOR)
         return [*missing, *_out_of_range(self, **ranges, most=(1, 10**6), least_px=(16, 4096), batch=(1, 1024))]
 
 

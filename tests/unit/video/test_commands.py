@@ -89,7 +89,7 @@ def test_without_its_extra_a_command_says_what_to_install(
     finetune_cli: Cli, command: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "av", None)
-    answer = finetune_cli(command, "video=film.mp4", *(["folder=x"] if command == "frames" else []))
+    answer = finetune_cli(command, "video=film.mp4", "folder=x" if command == "frames" else "detector=x")
     assert answer.code == ConfigError.exit_code
     assert f"`finetune {command}` needs av; type: pip install 'finetune[video]'" in answer.err
 

@@ -12,10 +12,19 @@ from finetune.video.settings import Annotate, Frames, as_plain, offered, parse
 
 
 def test_words_are_read_by_their_type() -> None:
-    words = ["video=a b.mp4", "rate=30000/1001", "classes=[car, boat]", "labelled=no", "device=cpu", "batch=4"]
+    words = [
+        "video=a b.mp4",
+        "rate=30000/1001",
+        "classes=[car, boat]",
+        "labelled=no",
+        "device=cpu",
+        "batch=4",
+        "detector=d",
+    ]
     settings = parse(Annotate, "annotate", [*words, "threshold=0.3", "exports=coco"])
     assert settings == Annotate(
         video="a b.mp4",
+        detector="d",
         rate=Fraction(30000, 1001),
         classes=("car", "boat"),
         labelled=False,
@@ -30,10 +39,12 @@ def test_words_are_read_by_their_type() -> None:
 def test_a_recipe_is_a_base_that_words_change(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = tmp_path / "conf" / "video"
     folder.mkdir(parents=True)
-    (folder / "mine.yaml").write_text("# Mine.\nvideo: film.mp4\nrate: 2.5\nclasses: [car]\nlabelled: false\n")
+    (folder / "mine.yaml").write_text(
+        "# Mine.\nvideo: film.mp4\ndetector: d\nrate: 2.5\nclasses: [car]\nlabelled: false\n"
+    )
     monkeypatch.chdir(tmp_path)
     settings = parse(Annotate, "annotate", ["rate=1", "conf=mine"])
-    assert settings == Annotate(video="film.mp4", rate=Fraction(1), classes=("car",), labelled=False)
+    assert settings == Annotate(video="film.mp4", detector="d", rate=Fraction(1), classes=("car",), labelled=False)
     assert set(recipes.video_files()) == {"mine", "toy_video"}
     assert "mine" not in recipes.recipe_files()
     assert "video" not in recipes.preset_files()
@@ -43,7 +54,7 @@ def test_a_recipe_is_a_base_that_words_change(tmp_path: Path, monkeypatch: pytes
 
 def test_every_recipe_that_ships_is_one() -> None:
     for name in recipes.video_files():
-        assert parse(Annotate, "annotate", [f"conf={name}"]).video
+        assert parse(Annotate, "annotate", [f"conf={name}", "detector=d"]).video
 
 
 @pytest.mark.parametrize(
@@ -51,6 +62,8 @@ def test_every_recipe_that_ships_is_one() -> None:
     [
         ([], "say which video: video=FILE, or folder=DIR for all in it, or conf=toy_video to try"),
         (["video=a", "folder=b"], "say which video: video=FILE, or folder=DIR"),
+        (["video=a"], "say which detector: detector=PekingU/rtdetr_v2_r18vd from the hub, or the folder of one"),
+        (["conf=toy_video"], "say which detector: detector="),
         (["a.mp4"], "a.mp4 is no setting; type annotate KEY=VALUE, such as video=holiday.mp4"),
         (["--fast"], "--fast is no setting"),
         (["video=a", "rat=5"], "no setting of annotate called 'rat'; did you mean rate?"),
@@ -80,6 +93,8 @@ def test_frames_say_what_is_missing() -> None:
         "video= is missing, such as video=holiday.mp4",
         "folder= is missing, such as folder=datasets/holiday",
     ]
+    with pytest.raises(ConfigError, match="say which detector: "):
+        parse(Frames, "frames", ["video=a", "folder=b", "crops=[car]"])
     with pytest.raises(ConfigError, match=r"margin must be from 0 to 2, got 3\.0"):
         parse(Frames, "frames", ["video=a", "folder=b", "margin=3"])
 
