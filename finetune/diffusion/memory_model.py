@@ -70,7 +70,10 @@ class DiffusionMemoryModel:
         self.width, self.height = _largest_bucket(model, max_aspect)
         self.vae = self.tracer.fakify(meta.autoencoder(model))
         self.latents = self._latents(self.width, self.height)
-        self.model = self.tracer.fakify(self._adapted(dtype)).train()
+        adapted = self._adapted(dtype)
+        if fast and cuda and not reason_against(model, lora, dtype):
+            fast_blocks.install(adapted, dtype)
+        self.model = self.tracer.fakify(adapted).train()
         self.notes = [f"images of {self.width}×{self.height}, the largest of this recipe's shapes"]
         if self.replayed(0, False):
             self.notes.append("steps are faster where no activations are recomputed (CUDA graphs; trainer.fast)")
@@ -284,11 +287,9 @@ class DiffusionMemoryModel:
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
         targets = self.base.lora_targets[self.lora.targets]
         adapted = lora_layers.inject(meta.backbone(self.base, dtype), self.lora, targets, seed=self.seed)
-        if self.base.quantize is not Quantize.none:
-            adapted = planning_meta.quantised(adapted, self.base.quantize)
-        if self.fast and self.cuda and not reason_against(self.base, self.lora, dtype):
-            fast_blocks.install(adapted, dtype)
-        return adapted
+        if self.base.quantize is Quantize.none:
+            return adapted
+        return planning_meta.quantised(adapted, self.base.quantize)
 
     def _note(self, line: str) -> None:
         if line not in self.notes:

@@ -16,13 +16,14 @@ from finetune.config.schema import Config, Device, LoraInit, Precision, Quantize
 from finetune.diffusion import tiling
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload
-from finetune.planning import choice
+from finetune.planning import choice, speed
 from finetune.planning.candidates import Candidates, Phase, parts
 from finetune.planning.machine import read
 from finetune.planning.plan import Plan, Setting
 from finetune.stages import plan as stage
 from finetune.stages.plan import plan, plans
 from tests.presets import preset, shortened
+from tests.tiny_models import save_diffusion
 
 
 @pytest.fixture(autouse=True)
@@ -70,7 +71,10 @@ def consistent(found: Plan) -> None:
 
 
 @pytest.mark.usefixtures("training_alone")
-def test_the_fastest_that_fits_whatever_the_budget(roomy: Config, tmp_path: Path) -> None:
+def test_the_fastest_that_fits_whatever_the_budget(
+    roomy: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "AROUND_REPLAY_S", 0.0)  # would be most of so small a step
     before = sorted(tmp_path.rglob("*"))
     found = plan(roomy)
     consistent(found)
@@ -246,7 +250,10 @@ def test_the_advice_of_a_plan_whose_samples_do_not_fit_helps(config: Config, mon
     assert plan(config).fits
 
 
-def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(config: Config, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(
+    config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config.model.base = str(save_diffusion(tmp_path / "base", whole=True))  # a ring takes several blocks
     monkeypatch.setattr(block_offload, "RING_SLOTS", 1)  # a ring of two is all that this model has
 
     def weights(gib: float, *, offloaded: bool) -> float:
