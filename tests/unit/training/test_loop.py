@@ -1,5 +1,6 @@
 """The loop: gradients are means over items however they are cut up, and bad steps leave the weights alone."""
 
+import math
 import re
 from collections.abc import Callable
 from typing import Any
@@ -10,10 +11,10 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from finetune import kinds
 from finetune.adapters import lora
-from finetune.config.schema import Config
+from finetune.config.schema import Config, Precision
 from finetune.errors import TrainingError
 from finetune.run.records import Dataset
-from finetune.training.accelerator import without_cudnn_attention
+from finetune.training.accelerator import build_accelerator, without_cudnn_attention
 from finetune.training.loop import forward_backward
 from finetune.training.non_finite import step_unless
 from tests.unit.conftest import Setting
@@ -117,3 +118,21 @@ def test_a_step_waits_for_its_loss_and_its_norm_alone(
             step_unless(optimizer, accelerator, totals.loss, norm)
             optimizer.zero_grad()
     assert waits.count == 2
+
+
+@pytest.mark.parametrize("fused", [True, False])
+@pytest.mark.parametrize("bad", ["loss", "norm", ""])
+def test_an_optimiser_is_left_as_it_was_by_a_step_that_is_not_finite(fused: bool, bad: str) -> None:
+    weight = torch.nn.Parameter(torch.ones(3))
+    accelerator = build_accelerator(Precision.fp32, torch.device("cpu"))
+    optimizer = accelerator.prepare(torch.optim.AdamW([weight], lr=0.1, fused=fused))
+    numbers = {name: torch.tensor(math.nan if bad == name else 1.0) for name in ("loss", "norm")}
+    for _ in range(2):  # a bad step after a good one
+        weight.grad = torch.ones(3)
+        step_unless(optimizer, accelerator, torch.tensor(1.0), torch.tensor(1.0))
+        before = weight.detach().clone(), optimizer.optimizer.state[weight]["step"].item()
+        weight.grad = torch.full((3,), math.nan if bad else 1.0)
+        found = step_unless(optimizer, accelerator, **numbers)
+        assert math.isnan(found[0] + found[1]) == bool(bad)
+        changed = not torch.equal(weight, before[0]), optimizer.optimizer.state[weight]["step"].item() - before[1]
+        assert changed == ((False, 0) if bad else (True, 1))
