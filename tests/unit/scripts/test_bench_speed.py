@@ -61,9 +61,26 @@ def test_the_share_of_the_limit_is_of_all_products_of_a_step(tmp_path: Path) -> 
 
 
 def test_a_side_that_failed_is_a_dash() -> None:
-    whole, failed = LINE | {"share_of_limit": 0.2}, LINE | {"peer": None, "ratio": None, "share_of_limit": 0.2}
-    assert "| 30.0 | 7.0 | 2.00 | 20% |" in cells(whole)
-    assert "| – | 7.0 | – | 20% |" in cells(failed)
+    whole = LINE | {"share_of_limit": 0.2, "ours_before_s": 25.2, "peer_before_s": 24.0}
+    assert cells("sd15-4", whole) == "| `sd15-4` | images | 60.0 | 6.3 | 25 | 30.0 | 7.0 | 24 | 2.00 | 20% | – |"
+    failed = whole | {"peer": None, "ratio": None, "peer_before_s": None}
+    assert cells("sd15-4", failed) == "| `sd15-4` | images | 60.0 | 6.3 | 25 | – | 7.0 | – | – | 20% | – |"
+
+
+def test_every_row_is_in_the_table_with_what_bounds_it_and_the_last_line_counts() -> None:
+    line = LINE | {"share_of_limit": 0.2, "matmul_tflops": 600.0, "hardware": "GPU", "torch": "2.11", "date": "today"}
+    page = table([line | {"ours": 1.0}, line])
+    assert page.count("| `sd15-4` | images | 60.0 |") == 1
+    for name, row in ROWS.items():
+        assert f"| `{name}` | {row.unit} |" in page
+        assert row.bound[1:] in page
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_no_row_drops_anything_at_random(name: str, tmp_path: Path) -> None:
+    """Peers don't, and with dropout the fast paths are not taken."""
+    words = ROWS[name].command(name, tmp_path / "base", tmp_path / "run", tmp_path / "data")
+    assert compose.load(words[1].removeprefix("conf="), words[2:]).lora.dropout == 0
 
 
 def test_the_page_shows_what_the_lines_say() -> None:
