@@ -176,8 +176,8 @@ def install(model: Any, dtype: torch.dtype) -> bool:
     """
     blocks: list[Any] = [block for block in model.modules() if _is_known(block)]
     for block in blocks:
-        block.fast = FastBlock(block, dtype)
-        block.__class__ = _fast_class(type(block))  # type: ignore[arg-type]
+        plain: Any = type(block)
+        block.fast, block.__class__ = FastBlock(block, dtype), _fast_class(plain)
     if blocks:
         model.register_forward_pre_hook(lambda *_: renew(blocks))
     return bool(blocks)
@@ -207,39 +207,41 @@ def _is_plain(attention: Any) -> bool:
 def _fast_class(plain: Any) -> Any:
     """The class of blocks with a forward pass of its own; a subclass, so that libraries still know them."""
 
-    class Fast(plain):  # type: ignore[misc]
-        def forward(
-            self,
-            hidden_states: Tensor,
-            attention_mask: Tensor | None = None,
-            encoder_hidden_states: Tensor | None = None,
-            encoder_attention_mask: Tensor | None = None,
-            timestep: Tensor | None = None,
-            cross_attention_kwargs: dict[str, Any] | None = None,
-            *others: Any,
-            **named: Any,
-        ) -> Tensor:
-            fast, text = self.fast, encoder_hidden_states
-            special = attention_mask is not None or encoder_attention_mask is not None or cross_attention_kwargs
-            takes = not special and text is not None and not text.requires_grad and not is_off(self)
-            if not (takes and hidden_states.dtype == text.dtype == fast.dtype):  # type: ignore[union-attr]
-                found: Tensor = super().forward(
-                    hidden_states,
-                    attention_mask,
-                    text,
-                    encoder_attention_mask,
-                    timestep,
-                    cross_attention_kwargs,
-                    *others,
-                    **named,
-                )
-                return found
-            with torch.autocast(hidden_states.device.type, enabled=False):  # all is in its dtype
-                made: Tensor = fast.forward(hidden_states, text)
-            return made
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        encoder_hidden_states: Tensor | None = None,
+        encoder_attention_mask: Tensor | None = None,
+        timestep: Tensor | None = None,
+        cross_attention_kwargs: dict[str, Any] | None = None,
+        *others: Any,
+        **named: Any,
+    ) -> Any:
+        text = encoder_hidden_states
+        special = attention_mask is not None or encoder_attention_mask is not None or cross_attention_kwargs
+        if (
+            special
+            or is_off(self)
+            or text is None
+            or text.requires_grad
+            or not hidden_states.dtype == text.dtype == self.fast.dtype
+        ):
+            return plain.forward(
+                self,
+                hidden_states,
+                attention_mask,
+                text,
+                encoder_attention_mask,
+                timestep,
+                cross_attention_kwargs,
+                *others,
+                **named,
+            )
+        with torch.autocast(hidden_states.device.type, enabled=False):  # all is in its dtype
+            return self.fast.forward(hidden_states, text)
 
-    Fast.__name__ = plain.__name__
-    return Fast
+    return type(plain.__name__, (plain,), {"forward": forward})
 
 
 def _layer_norm(norm: Any, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:

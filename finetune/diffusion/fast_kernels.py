@@ -14,15 +14,11 @@ from torch.nn import functional
 
 from finetune.training import fast_ops
 
-try:
-    from finetune.diffusion import triton_kernels
-except ImportError:  # torch's build for CPUs has no Triton
-    triton_kernels = None  # type: ignore[assignment]
-
 
 def geglu(wide_NJ: Tensor) -> Tensor:
     """value * gelu(gate) (arXiv 2002.05202), (N, I)."""
-    return _OPS.geglu(wide_NJ)  # type: ignore[no-any-return]
+    found: Tensor = _OPS.geglu(wide_NJ)
+    return found
 
 
 def geglu_backward_(dy_NI: Tensor, wide_NJ: Tensor) -> None:
@@ -56,6 +52,6 @@ _OPS = fast_ops.define(
         "geglu_backward_": "(Tensor(a!) dy, Tensor(b!) wide) -> ()",
     },
     Plain,
-    triton_kernels or Plain,
+    "finetune.diffusion.triton_kernels",
     made={"geglu": lambda wide_NJ: wide_NJ.new_empty(wide_NJ.shape[0], wide_NJ.shape[1] // 2)},
 )

@@ -12,20 +12,17 @@ from torch.nn import functional
 
 from finetune.training import fast_ops
 
-try:
-    from finetune.language import triton_kernels
-except ImportError:  # torch's build for CPUs has no Triton
-    triton_kernels = None  # type: ignore[assignment]
-
 
 def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """Root mean square norm (arXiv 1910.07467), (N, D)."""
-    return _OPS.rms_norm(x_ND, weight_D, eps)  # type: ignore[no-any-return]
+    found: Tensor = _OPS.rms_norm(x_ND, weight_D, eps)
+    return found
 
 
 def rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """The gradient on x of `rms_norm`, (N, D)."""
-    return _OPS.rms_norm_backward(dy_ND, x_ND, weight_D, eps)  # type: ignore[no-any-return]
+    found: Tensor = _OPS.rms_norm_backward(dy_ND, x_ND, weight_D, eps)
+    return found
 
 
 def rotate_(x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor, *, back: bool = False) -> None:
@@ -38,7 +35,8 @@ def rotate_(x_NHE: Tensor, cos_NE: Tensor, sin_NE: Tensor, *, back: bool = False
 
 def swiglu(gate_NI: Tensor, up_NI: Tensor) -> Tensor:
     """silu(gate) * up (arXiv 2002.05202), (N, I)."""
-    return _OPS.swiglu(gate_NI, up_NI)  # type: ignore[no-any-return]
+    found: Tensor = _OPS.swiglu(gate_NI, up_NI)
+    return found
 
 
 def swiglu_backward_(dy_NI: Tensor, gate_NI: Tensor, up_NI: Tensor) -> None:
@@ -91,7 +89,7 @@ _OPS = fast_ops.define(
         "swiglu_backward_": "(Tensor(a!) dy, Tensor(b!) gate, Tensor(c!) up) -> ()",
     },
     Plain,
-    triton_kernels or Plain,
+    "finetune.language.triton_kernels",
 )
 
 

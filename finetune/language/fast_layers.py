@@ -161,8 +161,8 @@ def install(model: Any, dtype: torch.dtype) -> bool:
     if not all(_is_known(layer) for layer in layers):
         return False
     for layer in layers:
-        layer.fast = FastLayer.of(layer, dtype)
-        layer.__class__ = _fast_class(type(layer))  # type: ignore[arg-type]
+        plain: Any = type(layer)
+        layer.fast, layer.__class__ = FastLayer.of(layer, dtype), _fast_class(plain)
     model.get_decoder().register_forward_pre_hook(lambda *_: renew(layers))
     return True
 
@@ -183,53 +183,49 @@ def _fast_class(plain: Any) -> Any:
     from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
     from transformers.models.llama.modeling_llama import eager_attention_forward
 
-    class Fast(plain):  # type: ignore[misc]
-        def forward(
-            self,
-            hidden_states: Tensor,
-            attention_mask: Tensor | None = None,
-            position_ids: Tensor | None = None,
-            past_key_values: Any = None,
-            use_cache: bool | None = False,
-            position_embeddings: Any = None,
-            **kwargs: Any,
-        ) -> Tensor:
-            fast, attention = self.fast, self.self_attn
-            if past_key_values is not None or is_off(self) or hidden_states.dtype != fast.dtype:
-                found: Tensor = super().forward(
-                    hidden_states,
-                    attention_mask=attention_mask,
-                    position_ids=position_ids,
-                    past_key_values=past_key_values,
-                    use_cache=use_cache,
-                    position_embeddings=position_embeddings,
-                    **kwargs,
-                )
-                return found
-            own = {name: getattr(attention.config, name, None) for name in ARCHITECTURES[plain.__name__]}
-            packs, length, _ = hidden_states.shape
-            x_ND = hidden_states.flatten(0, 1)
-            cos_NE, sin_NE = (turn.expand(packs, -1, -1).flatten(0, 1) for turn in position_embeddings)
-            attend = ALL_ATTENTION_FUNCTIONS.get_interface(
-                attention.config._attn_implementation, eager_attention_forward
+    def forward(
+        self: Any,
+        hidden_states: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Any = None,
+        use_cache: bool | None = False,
+        position_embeddings: Any = None,
+        **kwargs: Any,
+    ) -> Any:
+        fast, attention = self.fast, self.self_attn
+        if past_key_values is not None or is_off(self) or hidden_states.dtype != fast.dtype:
+            return plain.forward(
+                self,
+                hidden_states,
+                attention_mask=attention_mask,
+                position_ids=position_ids,
+                past_key_values=past_key_values,
+                use_cache=use_cache,
+                position_embeddings=position_embeddings,
+                **kwargs,
             )
-            with torch.autocast(x_ND.device.type, enabled=False):  # all is in its dtype
-                states = Projections.apply(  # type: ignore[no-untyped-call]
-                    fast, x_ND, cos_NE, sin_NE, *parameters(fast.parts()[:3])
-                )
-                by_head = (states_NHE.unflatten(0, (packs, length)).transpose(1, 2) for states_NHE in states)
-                seen, _ = attend(
-                    attention, *by_head, attention_mask, dropout=0.0, scaling=attention.scaling, **own, **kwargs
-                )
-                seen_NO = seen.reshape(packs * length, -1)
-                keep = not self.gradient_checkpointing
-                y_ND: Tensor = Rest.apply(  # type: ignore[no-untyped-call]
-                    fast, keep, x_ND, seen_NO, *parameters(fast.parts()[3:])
-                )
-            return y_ND.view(hidden_states.shape)
+        own = {name: getattr(attention.config, name, None) for name in ARCHITECTURES[plain.__name__]}
+        packs, length, _ = hidden_states.shape
+        x_ND = hidden_states.flatten(0, 1)
+        cos_NE, sin_NE = (turn.expand(packs, -1, -1).flatten(0, 1) for turn in position_embeddings)
+        attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
+        with torch.autocast(x_ND.device.type, enabled=False):  # all is in its dtype
+            states = Projections.apply(  # type: ignore[no-untyped-call]
+                fast, x_ND, cos_NE, sin_NE, *parameters(fast.parts()[:3])
+            )
+            by_head = (states_NHE.unflatten(0, (packs, length)).transpose(1, 2) for states_NHE in states)
+            seen, _ = attend(
+                attention, *by_head, attention_mask, dropout=0.0, scaling=attention.scaling, **own, **kwargs
+            )
+            seen_NO = seen.reshape(packs * length, -1)
+            keep = not self.gradient_checkpointing
+            y_ND: Tensor = Rest.apply(  # type: ignore[no-untyped-call]
+                fast, keep, x_ND, seen_NO, *parameters(fast.parts()[3:])
+            )
+        return y_ND.view(hidden_states.shape)
 
-    Fast.__name__ = plain.__name__
-    return Fast
+    return type(plain.__name__, (plain,), {"forward": forward})
 
 
 def _settings(norm: Any) -> tuple[Tensor, float]:

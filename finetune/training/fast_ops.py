@@ -2,33 +2,37 @@
 is inside."""
 
 from collections.abc import Callable, Mapping
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
 
-_library: Any = torch.library  # half-typed
+REGISTRY: Any = torch.library  # half-typed
 
 
 Like = Callable[..., torch.Tensor | None]
 
 
 def define(
-    namespace: str, signatures: Mapping[str, str], plain: Any, compiled: Any, made: Mapping[str, Like] | None = None
+    namespace: str, signatures: Mapping[str, str], plain: Any, compiled: str, made: Mapping[str, Like] | None = None
 ) -> Any:
     """The operations of a namespace by name, as `torch.ops` has them.
 
-    plain, compiled: have a function for each, on a CPU and on a GPU. made: what an operation's result is like; unless
-    given it is like the first tensor, and nothing for names that end with "_". Through a `Library`, because a
-    `custom_op` costs the host several times as much a call.
+    plain: has a function for each, in torch's operations. compiled: the module that has them for a GPU in Triton, which
+    torch's build for CPUs lacks. made: what an operation's result is like; unless given it is like the first tensor,
+    and nothing for names that end with "_". Through a `Library`, because a `custom_op` costs the host several times as
+    much a call.
     """
-    library = _library.Library(namespace, "DEF")
+    on_gpu = import_module(compiled) if find_spec("triton") else plain
+    library = REGISTRY.Library(namespace, "DEF")
     _KEPT.append(library)  # it takes its operations with it
     for name, signature in signatures.items():
         library.define(name + signature)
         like = _nothing if name.endswith("_") else (made or {}).get(name, _like_first)
-        _library.register_fake(f"{namespace}::{name}", like)
+        REGISTRY.register_fake(f"{namespace}::{name}", like)
         library.impl(name, getattr(plain, name), "CPU")
-        library.impl(name, getattr(compiled, name), "CUDA")
+        library.impl(name, getattr(on_gpu, name), "CUDA")
     return getattr(torch.ops, namespace)
 
 
