@@ -17,7 +17,7 @@ from finetune.config.schema import Device
 from finetune.errors import ConfigError
 from finetune.reading import at_home, read_text
 
-S = TypeVar("S")
+S = TypeVar("S", "Annotate", "Frames")
 MOST_RATE = 1000
 EXPORTS = ("coco", "yolo", "cvat")
 NO_DETECTOR = "say which detector: detector=PekingU/rtdetr_v2_r18vd from the hub, or the folder of one on this machine"
@@ -119,7 +119,7 @@ def parse(kind: type[S], command: str, words: Sequence[str]) -> S:
     """The settings of a command line. Raises ConfigError, one line a problem."""
     given: dict[str, Any] = {}
     problems: list[str] = []
-    hints, names = typing.get_type_hints(kind), [field.name for field in dataclasses.fields(kind)]  # type: ignore[arg-type]
+    hints = typing.get_type_hints(kind)
     chosen = [word.partition("=")[2] for word in words if word.startswith(f"{recipes.GROUP}=")]
     for recipe in chosen:
         given |= _recipe(recipe)
@@ -131,15 +131,15 @@ def parse(kind: type[S], command: str, words: Sequence[str]) -> S:
             given[key] = text
     values = {}
     for key, value in given.items():
-        if key not in names:
-            problems.append(recipes.no_such(f"setting of {command}", key, names))
+        if key not in hints:
+            problems.append(recipes.no_such(f"setting of {command}", key, list(hints)))
             continue
         try:
             values[key] = _typed(hints[key], value)
         except (ValueError, ZeroDivisionError):
             problems.append(f"{key}={value} can't be read; expected {_expected(hints[key])}")
     settings = kind(**values)
-    if problems := problems or settings.problems():  # type: ignore[attr-defined]
+    if problems := problems or settings.problems():
         raise ConfigError("\n".join(problems))
     return settings
 

@@ -77,9 +77,9 @@ class Tracker:
             self.next_number += 1
             self.tracks.append(track)
         elif (passed := seconds - track.seen) > 0:
-            new = [(now - was) / passed for now, was in zip(found.box, track.box, strict=True)]
+            moved = [(edge - last) / passed for edge, last in zip(found.box, track.box, strict=True)]
             left, top, right, bottom = (
-                (1 - SMOOTHING) * old + SMOOTHING * now for old, now in zip(track.motion, new, strict=True)
+                (1 - SMOOTHING) * smooth + SMOOTHING * fresh for smooth, fresh in zip(track.motion, moved, strict=True)
             )
             track.motion, track.box, track.seen = (left, top, right, bottom), found.box, seconds
         return Tracked(found.name, found.box, found.score, track.number, track.motion)

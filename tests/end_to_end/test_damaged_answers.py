@@ -14,7 +14,7 @@ import pytest
 import finetune
 from finetune.errors import RunError
 from finetune.serving.runs import Runs
-from tests.end_to_end.test_damaged_samples import assert_made_again, contents
+from tests.end_to_end.damage import assert_made_again, contents, cut, replaced
 from tests.tiny_language_models import save_language
 
 Cli = Callable[..., Any]
@@ -51,19 +51,6 @@ def _written(name: str, data: bytes) -> Callable[[Path], Any]:
     return lambda folder: (folder / name).write_bytes(data)
 
 
-def _replaced(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return damage
-
-
-def _cut(folder: Path) -> None:
-    file = folder / LIST
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
 def _changed(**values: Any) -> Callable[[Path], None]:
     def damage(folder: Path) -> None:
         (row,) = map(json.loads, (folder / LIST).read_text(encoding="utf-8").splitlines())
@@ -76,19 +63,19 @@ PAGES: dict[str, Callable[[Path], Any]] = {
     "gone": lambda folder: (folder / PAGE).unlink(),
     "empty": _written(PAGE, b""),
     "no text": _written(PAGE, b"\xff\xfe\0"),
-    "a folder": _replaced(PAGE, Path.mkdir),
-    "a pipe": _replaced(PAGE, os.mkfifo),
-    "a link to itself": _replaced(PAGE, lambda file: file.symlink_to(file.name)),
+    "a folder": replaced(PAGE, Path.mkdir),
+    "a pipe": replaced(PAGE, os.mkfifo),
+    "a link to itself": replaced(PAGE, lambda file: file.symlink_to(file.name)),
 }
 LISTS: dict[str, Callable[[Path], Any]] = {
-    "cut": _cut,
+    "cut": cut(LIST),
     "no text": _written(LIST, b"\xff\xfe\0"),
     "a number": _written(LIST, b"7\n"),
     "of images": _written(LIST, b'{"prompt": "a", "seed": 0, "base": "b.png", "tuned": "t.png", "width": 8}\n[]\n'),
     "no answer": _changed(tuned=None),
     "a seed in words": _changed(seed="zero"),
-    "a folder": _replaced(LIST, Path.mkdir),
-    "a pipe": _replaced(LIST, os.mkfifo),
+    "a folder": replaced(LIST, Path.mkdir),
+    "a pipe": replaced(LIST, os.mkfifo),
 }
 NOT_KEPT = ("gone", "a folder", "a pipe", "a link to itself")
 

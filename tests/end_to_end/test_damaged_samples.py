@@ -14,22 +14,10 @@ from finetune.reporting import notebook
 from finetune.run.receipts import load_record
 from finetune.run.records import Samples
 from finetune.serving.runs import Runs
+from tests.end_to_end.damage import assert_made_again, contents, cut, replaced
 
 Cli = Callable[..., Any]
 TUNED, LIST = "000-seed0-tuned.png", "samples.jsonl"
-
-
-def _cut(folder: Path) -> None:
-    file = folder / TUNED
-    file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
-
-
-def _replaced(name: str, make: Callable[[Path], Any]) -> Callable[[Path], None]:
-    def damage(folder: Path) -> None:
-        (folder / name).unlink()
-        make(folder / name)
-
-    return damage
 
 
 def _file_for_a_folder(folder: Path) -> None:
@@ -38,34 +26,22 @@ def _file_for_a_folder(folder: Path) -> None:
 
 
 IMAGES: dict[str, Callable[[Path], Any]] = {
-    "cut": _cut,
+    "cut": cut(TUNED),
     "gone": lambda folder: (folder / TUNED).unlink(),
-    "a text": _replaced(TUNED, lambda file: file.write_text("no image")),
-    "of another format": _replaced(TUNED, lambda file: Image.new("RGB", (8, 8)).save(file, "TIFF")),
-    "a folder": _replaced(TUNED, Path.mkdir),
-    "a pipe": _replaced(TUNED, os.mkfifo),
-    "a link to itself": _replaced(TUNED, lambda file: file.symlink_to(file.name)),
-    "the page a folder": _replaced("grid.png", Path.mkdir),
+    "a text": replaced(TUNED, lambda file: file.write_text("no image")),
+    "of another format": replaced(TUNED, lambda file: Image.new("RGB", (8, 8)).save(file, "TIFF")),
+    "a folder": replaced(TUNED, Path.mkdir),
+    "a pipe": replaced(TUNED, os.mkfifo),
+    "a link to itself": replaced(TUNED, lambda file: file.symlink_to(file.name)),
+    "the page a folder": replaced("grid.png", Path.mkdir),
 }
 LISTS: dict[str, Callable[[Path], Any]] = {
-    "a folder": _replaced(LIST, Path.mkdir),
-    "a pipe": _replaced(LIST, os.mkfifo),
-    "an image": _replaced(LIST, lambda file: Image.new("RGB", (8, 8)).save(file, "PNG")),
+    "a folder": replaced(LIST, Path.mkdir),
+    "a pipe": replaced(LIST, os.mkfifo),
+    "an image": replaced(LIST, lambda file: Image.new("RGB", (8, 8)).save(file, "PNG")),
     "in a file": _file_for_a_folder,
 }
 NOT_KEPT = ("gone", "a folder", "a pipe", "a link to itself", "the page a folder")
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
-
-
-def assert_made_again(finetune_cli: Cli, run_dir: Path, whole: dict[str, bytes], *, keeps: bool) -> None:
-    """By `sample`, the same files as before; what may be a person's is beside them."""
-    assert finetune_cli("sample", f"run_dir={run_dir}").code == 0
-    assert contents(run_dir / "samples") == whole
-    assert (run_dir / "samples-kept-1").exists() == keeps
-    assert sorted(path.name for path in run_dir.glob(".samples*")) == []
 
 
 @pytest.mark.parametrize("name", IMAGES)
@@ -96,7 +72,7 @@ def test_a_damaged_list_is_named_and_made_again(finetune_cli: Cli, trained: Path
 
 def test_the_command_that_trained_makes_samples_again_too(finetune_cli: Cli, trained: Path, small: list[str]) -> None:
     whole = contents(trained / "samples")
-    _cut(trained / "samples")
+    cut(TUNED)(trained / "samples")
     (trained / "samples" / LIST).unlink()
     assert finetune_cli("train", *small).code == 0
     assert contents(trained / "samples") == whole
