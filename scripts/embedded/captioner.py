@@ -20,7 +20,7 @@ from transformers.models.blip.image_processing_pil_blip import BlipImageProcesso
 
 from scripts.embedded.augment import spoil, to_float
 from scripts.embedded.fit import Budget, fit
-from scripts.embedded.render_sets import join, load_set
+from scripts.embedded.render_sets import join, load_set, share_weights
 from scripts.embedded.settings import CAPTION_VARIANTS, PICTURE_PX, SEED, Settings
 from scripts.embedded.vocabularies import forget_batching, make_wordpiece_tokenizer
 from scripts.toyworld.captions import caption
@@ -84,7 +84,7 @@ def train_captioner(settings: Settings) -> None:
     model = new_captioner(tokenizer).to(settings.device)
     mean, deviation = (torch.tensor(x, device=settings.device).view(3, 1, 1) for x in channel_statistics())
     # The styles differ in size; pixar pictures, the hardest, are drawn more often than their share.
-    weights = style_weights([len(part.scenes) for part in sets]).to(settings.device)
+    weights = share_weights([len(part.scenes) for part in sets], SHARES.values()).to(settings.device)
     batch = settings.batch(256)
 
     def draw(generator: torch.Generator) -> tuple[Tensor, ...]:
@@ -132,9 +132,3 @@ def targets(tokenizer: BertTokenizer, captions: list[str]) -> tuple[Tensor, Tens
     tokens_NL = batch["input_ids"]
     tokens_NL[:, 0] = tokenizer.bos_token_id
     return tokens_NL, tokens_NL.masked_fill(tokens_NL == tokenizer.pad_token_id, IGNORED)
-
-
-def style_weights(counts: list[int]) -> Tensor:
-    """One weight a picture, of sets of so many in the order of SHARES."""
-    shares = zip(counts, SHARES.values(), strict=True)
-    return torch.cat([torch.full((count,), share / count) for count, share in shares])

@@ -14,6 +14,7 @@ from scripts.embedded.augment import add_noise, blur, expose, jpeg_like, to_floa
 from scripts.embedded.box_sets import NO_THING, Labelled, find_boxes, load_labelled
 from scripts.embedded.detector_loss import decoder_loss, encoder_loss
 from scripts.embedded.fit import Budget, fit
+from scripts.embedded.render_sets import share_weights
 from scripts.embedded.settings import CROWD, PICTURE_PX, SEED, Settings
 from scripts.toyworld.crowd import MOST_THINGS
 from scripts.toyworld.scene import KINDS
@@ -71,9 +72,7 @@ def train_detector(settings: Settings) -> bool:
         torch.cat([getattr(part, name) for part in sets]) for name in ("images", "edges", "kinds")
     )
     pictures = Labelled(images_N3PP, edges_NK4, kinds_NK, [])
-    shares = zip(sets, SHARES.values(), strict=True)
-    weights_N = torch.cat([torch.full((len(part.looks),), share / len(part.looks)) for part, share in shares])
-    weights_N = weights_N.to(settings.device)
+    weights_N = share_weights([len(part.looks) for part in sets], SHARES.values()).to(settings.device)
     print(f"detector: {len(weights_N)} pictures", flush=True)
 
     torch.manual_seed(SEED)

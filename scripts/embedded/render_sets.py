@@ -7,7 +7,7 @@ import multiprocessing
 import os
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from multiprocessing.queues import Queue
 from pathlib import Path
@@ -172,3 +172,9 @@ def join(sets: list[Pictures]) -> Pictures:
         [scene for pictures in sets for scene in pictures.scenes],
         [look for pictures in sets for look in pictures.looks],
     )
+
+
+def share_weights(counts: Iterable[int], shares: Iterable[float]) -> Tensor:
+    """How often to draw each picture of sets of so many, so that a set comes as often as its share says."""
+    pairs = zip(counts, shares, strict=True)
+    return torch.cat([torch.full((count,), share / count) for count, share in pairs])
