@@ -2,20 +2,17 @@
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from scripts.bench.speed_rows import Row
 from tests.tiny_families import save_family
 from tests.tiny_language_models import save_language
 from tests.tiny_models import save_captioner
-
-if TYPE_CHECKING:
-    from scripts.bench.speed import Row
 
 SIDE, LENGTH, STEPS = 64, 128, 8
 FAMILIES = {"sdxl": "sdxl", "flux1_dev": "flux"}
 
 
-def reduced(row: "Row", base: Path) -> "Row":
+def reduced(row: Row, base: Path) -> Row:
     """A few steps of a row on a tiny base, which is made in the folder `base` unless it is there."""
     if not base.exists():
         if row.stage == "caption":

@@ -10,7 +10,8 @@ import pytest
 
 from finetune.config import compose
 from finetune.config.validate import check
-from scripts.bench.speed import ROWS, WARM_UP, add_limits, cells, rate, table
+from scripts.bench.speed import WARM_UP, add_limits, cells, rate, table
+from scripts.bench.speed_rows import ROWS
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
