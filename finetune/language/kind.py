@@ -101,7 +101,7 @@ def workload(config: Config) -> Workload:
             model=model,
             lora=config.lora,
             sample=config.sample,
-            length=config.data.length,
+            data=config.data,
             fast=config.trainer.fast,
             merges=ExportFormat.merged in config.export.formats,
             validations=validations(config.trainer),

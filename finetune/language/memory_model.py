@@ -11,12 +11,12 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from finetune.config.schema import LoraConfig, LoraInit, ModelConfig, Quantize, SampleConfig
+from finetune.config.schema import DataConfig, LoraConfig, LoraInit, ModelConfig, Quantize, SampleConfig
 from finetune.language import causal_lm, compare_logits, fast_layers, meta, varlen_attention
 from finetune.language.export import ROWS
 from finetune.language.generate import ANSWER_BATCH
 from finetune.language.losses import logits, summed_cross_entropy
-from finetune.language.task import check_length, inject
+from finetune.language.task import check_length, inject, replayable
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer
@@ -41,7 +41,7 @@ class LanguageMemoryModel:
         model: ModelConfig,
         lora: LoraConfig,
         sample: SampleConfig,
-        length: int,
+        data: DataConfig,
         fast: bool,
         merges: bool,
         validations: int,
@@ -49,38 +49,39 @@ class LanguageMemoryModel:
         previews: int,
         seed: int,
     ) -> None:
-        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share. length:
-        tokens of a row. fast: as `trainer.fast`. merges: whether a merged model is exported. validations, previews: how
-        often there are some. held_out: packs that are validated on, None where nobody knows.
+        """dtype: of the arithmetic. room: bytes that the process may have, of which offloading fills a share. fast: as
+        `trainer.fast`. merges: whether a merged model is exported. validations, previews: how often there are some.
+        held_out: packs that are validated on, None where nobody knows.
         """
-        self.base, self.lora, self.sample, self.length = model, lora, sample, length
+        self.base, self.lora, self.sample, self.length = model, lora, sample, data.length
         self.cuda, self.room, self.merges, self.seed = cuda, room, merges, seed
         self.validations, self.held_out, self.previews = validations, held_out, previews
         self.tracer = Tracer(dtype, like_cuda=cuda)
         self.notes = ["every token of a row counts as trained, the most there can be"]
         adapted = self._adapted(dtype)
-        self.fast = fast and cuda and not reason_against(model, lora, dtype) and fast_layers.install(adapted, dtype)
-        if self.fast:
+        fast = fast and cuda and not reason_against(model, lora, dtype) and fast_layers.install(adapted, dtype)
+        if fast:
             self.notes.append("layers: fast ones (trainer.fast)")
             self.mild_checkpointing = (
                 2,
                 len(cast(Any, adapted).get_decoder().layers),
             )  # the last: the first block, parts of others
         self.model = self.tracer.fakify(adapted).train()
-        check_length(length, model.base, self.model)
+        check_length(data.length, model.base, self.model)
         self.packed = cuda and varlen_attention.supports(self.model, dtype)
         if self.packed:
             varlen_attention.enable(self.model)
+        self.replays = fast and replayable(self.model, data)
         attention = "flash, of each conversation alone" if self.packed else "with a mask of the whole row"
         self.notes.append(f"attention: {attention}")
         if model.quantize is not Quantize.none:
             self.notes.append("layers in 8 and 4 bit: as stored, and in 16 bit while they compute")
-        self.count = length
+        self.count = data.length
         self.less_cpu_memory = {"export": "try 'export.formats=[peft]'"} if merges else {}
 
     def replayed(self, checkpointing: int, offload_activations: bool) -> bool:
         """Whether a step is a CUDA graph, as in `LanguageTask`."""
-        return self.packed and self.fast and not (checkpointing or offload_activations)
+        return self.replays and not (checkpointing or offload_activations)
 
     def set_checkpointing(self, every: int) -> None:
         """As `trainer.activation_checkpointing`; offloading recomputes all."""

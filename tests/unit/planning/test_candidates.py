@@ -189,3 +189,9 @@ def test_settings_have_the_overrides_to_type() -> None:
     setting = Setting(4, 2, 1, False, False, 1.0, 8, {"weights": 1.0, "activations": 2.0})
     assert setting.gib == 3.0
     assert setting.overrides == ("trainer.micro_batch=4", "trainer.accumulate=2", "trainer.activation_checkpointing=1")
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_rows_of_many_lengths_are_no_graphs(language_config: Config, packing: bool) -> None:
+    language_config.data.packing = packing
+    assert candidates_of(on_a_gpu(language_config)).memory_model.replayed(0, False) == packing
