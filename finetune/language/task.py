@@ -201,7 +201,8 @@ class LanguageTask:
             "targets": ids_BL[rows_N, slots_N + 1],
         }
         tensors = {name: torch.from_numpy(array) for name, array in arrays.items()}
-        tensors["borders"] = varlen_attention.padded(varlen_attention.cu_seqlens(tensors["segments"]))
+        if self.graphs:
+            tensors["borders"] = varlen_attention.padded(varlen_attention.cu_seqlens(tensors["segments"]))
         names = tuple(
             f"conversations {', '.join(str(self.rows.conversation_index(index) + 1) for index in pack)}"
             for pack in packs

@@ -6,7 +6,7 @@ of its inputs and of the trained parameters, and must find all of these at the s
 """
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -29,7 +29,7 @@ class CudaGraphs:
         self.function, self.parameters, self.limit = function, list(parameters), limit
         self.graphs: dict[Any, _Graph] = {}
         self.seen: set[Any] = set()
-        self.sums: list[Tensor | None] = [None] * len(self.parameters)
+        self.sums: dict[int, Tensor] = {}
         self.pool: Any = None
         self.stream: Any = None
 
@@ -70,8 +70,8 @@ def _largest() -> int:
 class _Graph:
     """The two passes for inputs of one shape, with the memory that they read and write.
 
-    sums: where gradients of each parameter are added up, by all graphs; those still missing are made. anchor: asks for
-    a gradient in place of the parameters.
+    sums: where all graphs add up the gradients of a parameter, by its number; those still missing are made. anchor:
+    asks for a gradient in place of the parameters.
     """
 
     def __init__(
@@ -79,7 +79,7 @@ class _Graph:
         function: Callable[..., Tensor],
         tensors: Mapping[str, Tensor],
         parameters: Sequence[nn.Parameter],
-        sums: list[Tensor | None],
+        sums: dict[int, Tensor],
         pool: Any,
         stream: Any,
     ) -> None:
@@ -94,9 +94,9 @@ class _Graph:
             del output, found
         torch.cuda.current_stream().wait_stream(stream)
         for index in trained:
-            if sums[index] is None:
+            if index not in sums:
                 sums[index] = torch.zeros_like(parameters[index])
-        self.sums = [(parameters[index], cast(Tensor, sums[index])) for index in trained]
+        self.sums = [(parameters[index], sums[index]) for index in trained]
         self.forward, self.backward = torch.cuda.CUDAGraph(), torch.cuda.CUDAGraph()
         with torch.cuda.graph(self.forward, pool=pool, stream=stream):
             output = function(**self.inputs)

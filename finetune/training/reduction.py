@@ -64,9 +64,10 @@ def _all_reduce(parameters: Sequence[nn.Parameter], mine: StepTotals) -> StepTot
         if parameter.grad is not None:
             torch.mul(parameter.grad.flatten(), mine.items, out=part)
     _sum(flat)
-    items, count, padded_count, flagged_ranks = map(round, head[1:].tolist())
+    numbers = flat[: len(NAMES) + len(sizes)].tolist()  # at once: each reading waits for the GPU
+    items, count, padded_count, flagged_ranks = map(round, numbers[1 : len(NAMES)])
     # A parameter that no process has a gradient of must not get one: zeros would count in an optimiser's state.
-    for parameter, part, trained in zip(parameters, parts, trained_P.tolist(), strict=True):
+    for parameter, part, trained in zip(parameters, parts, numbers[len(NAMES) :], strict=True):
         if trained:
             parameter.grad = part.div_(items).view_as(parameter).to(parameter.dtype)
     return StepTotals(head[0], items, count, padded_count, flagged_ranks)
