@@ -14,6 +14,7 @@ import itertools
 import json
 import os
 import re
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -22,6 +23,7 @@ from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.errors import DataError
 from finetune.reading import at_home, read_text, require_file
+from finetune.run.hashing import Stamp, stamp_of, trusted
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PARQUET_ROWS = 256  # rows of a Parquet file held at once
@@ -173,9 +175,18 @@ def _validate(file: Path) -> None:
     raises where it reads and compares."""
     import pyarrow
 
+    stamp, now = stamp_of(file), time.time_ns()
+    if (file, stamp) in _validated:
+        return
     with open(file, "rb") as stream, pyarrow.ipc.open_stream(stream) as batches:
         for batch in batches:
             batch.validate(full=True)
+    if trusted(stamp, now):
+        _validated.add((file, stamp))
+
+
+_validated: set[tuple[Path, Stamp]] = set()
+"""Files as this process found them whole: a data set is opened to see what it holds, and again for its rows."""
 
 
 def _part(path: Path, parts: Sequence[str]) -> str:
