@@ -66,7 +66,7 @@ def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
     """Images and captions by content, the encoders, and everything that decides how images are cut."""
     assert captions is not None
     model, files = config.model, [item.file for item in captions.items]
-    marked = split.for_validation(Path(captions.folder), files)
+    marked = split.for_validation(Path(captions.folder), files, config.data.validation_share)
     return [
         image_index(captions, config.data).hashes(files),
         {item.file: item.text for item in captions.items},
@@ -238,7 +238,8 @@ def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path, cache: 
 
 def _places(root: Path, files: Sequence[str], cache: Path) -> str:
     """The file that holds the first image's caption, and how many others hold the rest."""
-    sources = folder.captions(root, files, authors.remembered(cache)).sources
+    generated = authors.remembered(cache) | folder.generated_captions(root)
+    sources = folder.captions(root, files, generated).sources
     first, *others = dict.fromkeys(sources.get(file, METADATA) for file in files)
     return f"{first} and {plural(len(others), 'other file')}" if others else first
 
@@ -250,7 +251,7 @@ def held_out_count(images: int, share: float) -> int:
 
 def held_out_images(images: Sequence[SourceImage], root: Path, share: float) -> set[str]:
     """Content hashes of the images that are validated on: those that the folder names, else a share of them."""
-    if share and (marked := split.for_validation(root, [image.file for image in images])):
+    if marked := split.for_validation(root, [image.file for image in images], share):
         return {image.sha256 for image in images if image.file in marked}
     return hold_out([image.sha256 for image in images], share)
 

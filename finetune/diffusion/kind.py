@@ -72,11 +72,11 @@ def examples(config: Config) -> Examples | None:
     try:
         files = folder.images(root)
         captions = folder.captions(root, files).texts
-        marked = split.for_validation(root, files)
+        marked = split.for_validation(root, files, config.data.validation_share)
     except DataError:  # the stage that reads them says what is wrong
         return None
     share = config.data.validation_share
-    held_out = len(marked) if share and marked else encode.held_out_count(len(files), share)
+    held_out = len(marked) if marked else encode.held_out_count(len(files), share)
     return Examples(len(files), len(files) - len(captions), len(files) - held_out, measured=True)
 
 

@@ -15,8 +15,13 @@ from finetune.errors import DataError
 COLUMN, VALIDATION = "split", "validation"  # as the `datasets` library names it
 
 
-def for_validation(folder: Path, files: Collection[str]) -> frozenset[str]:
-    """The images whose row says so; none where nobody said anything. Raises DataError where no image would be left."""
+def for_validation(folder: Path, files: Collection[str], share: float) -> frozenset[str]:
+    """The images whose row says so; none where nobody said anything, or nothing is held out because `share` is 0.
+
+    Raises DataError where no image would be left.
+    """
+    if not share:
+        return frozenset()
     named = {
         key(posixpath.join(metadata.parent.relative_to(folder).as_posix(), name))
         for metadata in metadata_files(folder)

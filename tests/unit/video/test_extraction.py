@@ -71,7 +71,7 @@ def test_images_are_sharp_unlike_one_another_and_split_by_scene(video: Path, tmp
 def test_a_folder_of_images_reads_the_split(video: Path, tmp_path: Path) -> None:
     extract(video, tmp_path / "images", Frames(video="x", folder="x"), no_finder)
     files = image_folder.images(tmp_path / "images")
-    held_out = for_validation(tmp_path / "images", files)
+    held_out = for_validation(tmp_path / "images", files, 0.2)
     assert held_out == {row["file_name"] for row in rows(tmp_path / "images") if row["split"] == "validation"}
     assert held_out
     captions = image_folder.captions(tmp_path / "images", files)
@@ -146,4 +146,4 @@ def test_sharpness_falls_with_blur_and_not_with_light() -> None:
 def test_a_folder_that_is_all_validation_is_refused(tmp_path: Path) -> None:
     (tmp_path / "metadata.jsonl").write_text('{"file_name": "a.png", "split": "validation"}\n')
     with pytest.raises(DataError, match='every image is marked "split": "validation"; leave some for training'):
-        for_validation(tmp_path, ["a.png"])
+        for_validation(tmp_path, ["a.png"], 0.2)
