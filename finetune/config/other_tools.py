@@ -64,6 +64,10 @@ KEYS = {
 }
 """Name -> the key, or the group of presets, that is meant."""
 
+OPTIMISERS = {
+    **dict.fromkeys(("adafactor", "lion", "lion8bit", "came"), "adamw8bit"),
+    **dict.fromkeys(("prodigy", "sgd", "radam", "muon"), "adamw"),
+}
 NAMES = {
     **dict.fromkeys(("gpu", "cuda", "nvidia"), "auto"),
     **dict.fromkeys(("resume", "continue", "fit", "finetune"), "train"),
@@ -71,8 +75,8 @@ NAMES = {
     **dict.fromkeys(("tag", "label"), "caption"),
     **dict.fromkeys(("merge", "convert"), "export"),
     **dict.fromkeys(("chat", "webui", "gradio"), "serve"),
-    **dict.fromkeys(("adafactor", "lion", "lion8bit", "came", "galore_adamw"), "adamw8bit"),
-    **dict.fromkeys(("prodigy", "sgd", "radam", "muon"), "adamw"),
+    **OPTIMISERS,
+    "galore_adamw": "adamw8bit",
 }
 """Name -> the command or preset that is meant."""
 
@@ -88,10 +92,7 @@ VALUES = {
         **dict.fromkeys(("8bit", "8-bit", "fp8", "float8", "bnb8", "8"), "int8"),
         **dict.fromkeys(("no", "off", "false", "null"), "none"),
     },
-    "optim.name": {
-        **dict.fromkeys(("adafactor", "lion", "lion8bit", "came"), "adamw8bit"),
-        **dict.fromkeys(("prodigy", "sgd", "radam", "muon"), "adamw"),
-    },
+    "optim.name": OPTIMISERS,
     "optim.schedule": {
         **dict.fromkeys(("cosine_with_restarts", "cosine_annealing"), "cosine"),
         **dict.fromkeys(("constant_with_warmup", "none"), "constant"),
