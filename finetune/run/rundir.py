@@ -21,7 +21,8 @@ LOCK = ".lock"
 OWNER = ".lock.json"  # who holds the lock; the lock itself is the operating system's and dies with its process
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 LEFTOVERS = {
-    "": r"(\.lock|trained_on|restarted)\.json|(metrics|dataset)\.jsonl|config\.yaml|report\.html|adapter|samples",
+    "": r"(\.lock|trained_on|restarted)\.json|(metrics|dataset)\.jsonl|config\.yaml|report\.html|adapter|samples"
+    r"|annotations\.jsonl|(annotation|coco)\.json|data\.yaml|cvat\.xml",
     "receipts": r"\w+\.json",
     "checkpoints": r"step-\d{6,}",
     "samples_more": r"(\w[\w-]*-)?[0-9a-f]{6,8}",

@@ -15,8 +15,6 @@ from finetune.run.progress import plural, say
 from finetune.video.records import Annotated
 from finetune.video.settings import Annotate, existing, parse
 
-SETTINGS = Annotate
-
 
 def main(words: Sequence[str]) -> int:
     """Annotate one video, or all of a folder; the exit code is that of the last one that failed, else 0.
@@ -52,16 +50,19 @@ def _all(jobs: Sequence[tuple[Path, Path, Annotate]], settings: Annotate) -> int
     import torch
 
     workers = min(len(jobs), settings.workers or max(1, torch.cuda.device_count()))
-    code = 0
-    results: Iterable[Any] = map(_attempt, jobs)
-    if workers > 1:
-        context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
-        gpus = context.Queue()
-        for number in range(workers):
-            gpus.put(number)
-        pool = ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(gpus,))
-        results = pool.map(_attempt, jobs)
-    failed = 0
+    if workers == 1:
+        return _shown(jobs, map(_attempt, jobs))
+    context = multiprocessing.get_context("spawn")  # CUDA does not survive a fork
+    gpus = context.Queue()
+    for number in range(workers):
+        gpus.put(number)
+    with ProcessPoolExecutor(workers, context, initializer=_begin, initargs=(gpus,)) as pool:
+        return _shown(jobs, pool.map(_attempt, jobs))
+
+
+def _shown(jobs: Sequence[tuple[Path, Path, Annotate]], results: Iterable[Any]) -> int:
+    """Print what came of each as it comes; the exit code of the last that failed."""
+    code = failed = 0
     for (_, target, _), result in zip(jobs, results, strict=True):
         if isinstance(result, FinetuneError):
             say(f"error: {result}")
@@ -92,11 +93,8 @@ def _attempt(job: tuple[Path, Path, Annotate]) -> Any:
 
 def _annotated(video: Path, target: Path, settings: Annotate) -> tuple[Annotated, bool]:
     from finetune.video.annotation import annotate, load_detector
-    from finetune.video.source import opened
 
-    with opened(video):
-        pass  # what is no video is said before a model is loaded
-    return annotate(video, target, replace(settings, video=str(video)), load_detector(settings))
+    return annotate(video, target, replace(settings, video=str(video)), lambda: load_detector(settings))
 
 
 def _name(video: Path, videos: Sequence[Path]) -> str:

@@ -3,8 +3,9 @@
 import json
 import shutil
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import cache
 from math import ceil
 from pathlib import Path
 from typing import Any
@@ -32,16 +33,18 @@ PIECES, IMAGES = "pieces", "images"
 COUNTS_LITTLE = ("name", "run_dir", "video", "folder", "workers", "batch", "device")  # of settings, for what is found
 
 
+@cache
 def load_detector(settings: Annotate) -> Detector:
-    """The detector on its device; in 16 bit on a GPU."""
+    """The detector on its device, loaded once for all videos of a command; in 16 bit on a GPU."""
     device = pick_device(settings.device)
     dtype = pick_dtype(Precision.auto, device)
     return Detector(settings.detector, device, dtype, threshold=settings.threshold, classes=settings.classes)
 
 
-def annotate(video: Path, folder: Path, settings: Annotate, detector: Finder) -> tuple[Annotated, bool]:
+def annotate(video: Path, folder: Path, settings: Annotate, load: Callable[[], Finder]) -> tuple[Annotated, bool]:
     """Annotate a video into a folder, on from where a cut run stopped; and whether there was anything to do.
 
+    load: the detector, asked for where there is.
     Raises DataError for what is no video, RunError where the folder can't be written or is in use.
     """
     with opened(video):
@@ -58,8 +61,9 @@ def annotate(video: Path, folder: Path, settings: Annotate, detector: Finder) ->
         if not known.exists() or known.read_text() != input_hash:
             shutil.rmtree(pieces, ignore_errors=True)
             pieces.mkdir()
+            shutil.rmtree(folder / IMAGES, ignore_errors=True)  # of other times
             write_atomically(known, input_hash)
-        record = _pass(video, folder, settings, detector, sha256, input_hash)
+        record = _pass(video, folder, settings, load(), sha256, input_hash)
         shutil.rmtree(pieces)
     return record, True
 
@@ -81,7 +85,7 @@ def _pass(video: Path, folder: Path, settings: Annotate, detector: Finder, sha25
             "threshold": settings.threshold,
         }
         work = pipeline.Work(source, detector, pieces, settings.rate, settings.batch, settings.labelled, images, common)
-        done = segments.finished(pieces)
+        done = segments.finished(pieces, filmed=settings.labelled)
         before = sum(len(piece.pts) for piece in done)
         if before:
             say(f"annotate: {plural(before, 'frame')} of {video.name} are done already")

@@ -10,7 +10,7 @@ WIDE, HIGH = 48, 27
 LEAST = 10.0  # of 255, mean difference of brightness and colour over all cells
 FACTOR = 3.0  # over what is usual lately
 USUAL_OVER = 8  # frames
-LEAST_SCENE_S = 0.25  # a flash of light is no scene
+LEAST_SCENE_S = 0.25  # a flash of light begins one scene, not two
 
 
 def thumbnail(picture: Any) -> NDArray[np.uint8]:

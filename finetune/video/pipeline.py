@@ -16,6 +16,7 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from finetune.run.plain import from_plain
 from finetune.run.progress import Progress
 from finetune.video import segments
 from finetune.video.cuts import CutFinder, thumbnail
@@ -75,7 +76,7 @@ class Seen:
 
     seconds: float
     scene: int
-    objects: list[Tracked]
+    objects: tuple[Tracked, ...]
 
 
 @dataclass
@@ -273,20 +274,20 @@ def _encode(
     film: Film | None = None
     lines: list[str] = []
     times: list[int] = []
-    seen = _seen_from(state["seen"]) if state else Seen(0.0, -1, [])
+    seen = from_plain(Seen, state["seen"]) if state else Seen(0.0, -1, ())
     while (item := _get(source, stop)) is not None:
         since = time.perf_counter()
         if isinstance(item, Ended):
             if film is not None:
                 film.close()
-            piece = Piece(item.number, times, item.state | {"seen": asdict(seen)})
+            piece = Piece(item.number, tuple(times), item.state | {"seen": asdict(seen)})
             segments.commit(work.folder, piece, lines)
             pieces.append(piece)
             film, lines, times = None, [], []
             continue
         shown, objects = item
         if objects is not None:
-            seen = Seen(float(shown.seconds), shown.scene, objects)
+            seen = Seen(float(shown.seconds), shown.scene, tuple(objects))
             lines += [line(work.common, work.rate, look, shown, objects) for look in shown.looks]
         if shown.picture is not None:
             if film is None:
@@ -300,11 +301,6 @@ def _encode(
         times.append(shown.pts)
         watch.measured(since)
         progress.advance()
-
-
-def _seen_from(state: dict[str, Any]) -> Seen:
-    objects = [Tracked(**row | {"box": tuple(row["box"]), "motion": tuple(row["motion"])}) for row in state["objects"]]
-    return Seen(state["seconds"], state["scene"], objects)
 
 
 def line(common: dict[str, Any], rate: Fraction, look: int, shown: Shown, objects: Sequence[Tracked]) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from finetune.errors import RunError
 from finetune.reading import read_text
 from finetune.run.atomic import write_atomically
+from finetune.run.plain import UNREADABLE, from_plain
 from finetune.run.progress import say
 from finetune.video.drawing import Planes
 
@@ -32,7 +33,7 @@ class Piece:
     """number, the pts of its frames, and the state behind its last one."""
 
     number: int
-    pts: list[int]
+    pts: tuple[int, ...]
     state: dict[str, Any]
 
 
@@ -84,15 +85,16 @@ def commit(folder: Path, piece: Piece, lines: Sequence[str]) -> None:
     write_atomically(folder / f"{piece.number:06d}.json", json.dumps(vars(piece)))
 
 
-def finished(folder: Path) -> list[Piece]:
-    """The pieces that are whole, in their order, up to the first that is missing."""
+def finished(folder: Path, *, filmed: bool) -> list[Piece]:
+    """The pieces that are whole, in their order, up to the first that is missing. filmed: they have films."""
     found: list[Piece] = []
-    for number, path in enumerate(sorted(folder.glob("*.json"))):
+    for path in sorted(folder.glob("*.json")):
         try:
-            piece = Piece(**json.loads(read_text(path)))
-        except (OSError, ValueError, TypeError):
+            piece = from_plain(Piece, json.loads(read_text(path)))
+        except UNREADABLE:
             break
-        if piece.number < number or not lines_path(folder, piece.number).exists():
+        films = (film_path(folder, piece.number),) if filmed else ()
+        if not all(file.exists() for file in (lines_path(folder, piece.number), *films)):
             break
         found.append(piece)
     return found

@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import yaml
 
 from finetune.config import recipes
+from finetune.config.describe import as_dict
 from finetune.config.schema import Device
 from finetune.errors import ConfigError
 from finetune.reading import at_home, read_text
@@ -136,7 +137,7 @@ def parse(kind: type[S], command: str, words: Sequence[str]) -> S:
             continue
         try:
             values[key] = _typed(hints[key], value)
-        except (ValueError, ZeroDivisionError):
+        except (ValueError, TypeError, LookupError, ZeroDivisionError):
             problems.append(f"{key}={value} can't be read; expected {_expected(hints[key])}")
     settings = kind(**values)
     if problems := problems or settings.problems():
@@ -153,21 +154,10 @@ def offered(kind: type[Any], last: str) -> list[str]:
     return [] if sign else [f"{name}=" for name in names if name.startswith(last)]
 
 
-def as_plain(settings: Any) -> dict[str, Any]:
+def as_plain(settings: Annotate) -> dict[str, Any]:
     """The settings as values for config.yaml and for a hash."""
-    plain = {}
-    for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        plain[field.name] = (
-            str(value)
-            if isinstance(value, Fraction)
-            else value.name
-            if isinstance(value, Device)
-            else list(value)
-            if isinstance(value, tuple)
-            else value
-        )
-    return plain
+    plain: dict[str, Any] = as_dict(settings)
+    return plain | {"rate": str(settings.rate)}
 
 
 def existing(path: str) -> Path:
@@ -191,7 +181,9 @@ def _recipe(name: str) -> dict[str, Any]:
 
 
 def _typed(hint: Any, value: Any) -> Any:
-    """A value of a command line or of YAML as the setting has it. Raises ValueError."""
+    """A value of a command line or of YAML as the setting has it. Raises ValueError, TypeError or LookupError."""
+    if value is None:
+        raise ValueError(value)
     if hint is str:
         return str(value)
     if hint is Fraction:
@@ -203,23 +195,13 @@ def _typed(hint: Any, value: Any) -> Any:
         items = str(value).strip("[]").split(",") if isinstance(value, str) else list(value)
         return tuple(item for item in (str(item).strip(" '\"") for item in items) if item)
     if hint is bool:
-        return {"true": True, "yes": True, "false": False, "no": False}.get(str(value).lower()) or _false(value)
+        return {"true": True, "yes": True, "false": False, "no": False}[str(value).lower()]
     if hint is Device:
-        return Device[str(value)] if str(value) in Device.__members__ else _refuse(value)
+        return Device[str(value)]
     number = float(str(value))
     if not math.isfinite(number) or (hint is int and number != int(number)):
         raise ValueError(value)
     return hint(number)
-
-
-def _false(value: Any) -> bool:
-    if str(value).lower() not in ("false", "no"):
-        raise ValueError(value)
-    return False
-
-
-def _refuse(value: Any) -> Any:
-    raise ValueError(value)
 
 
 def _expected(hint: Any) -> str:

@@ -51,7 +51,6 @@ class Facts:
     turns: int
     unit: Fraction
     rate: Fraction
-    codec: str
     duration: float | None
 
 
@@ -70,7 +69,7 @@ class Source:
     def __init__(self, path: Path, container: Any, stream: Any, first: Any) -> None:
         self.path, self.container, self.stream = path, container, stream
         self.damage, self.cut_off = 0, False
-        self.facts = _facts(path, stream, first)
+        self.facts = _facts(stream, first)
 
     def frames(self, *, start: int | None = None, after: int | None = None) -> Iterator[Frame]:
         """Every frame in the order of its time. start: the pts that counts as 0 s, of the first frame by itself. after:
@@ -186,11 +185,9 @@ def _opened(path: Path) -> Any:
         if not path.stat().st_size:
             raise DataError(f"{path} is empty")
         return av.open(str(path))
-    except OSError as error:  # FFmpeg's errors are some too
+    except (OSError, av.error.FFmpegError) as error:
         if not path.exists():
             raise DataError(f"there is no video {path}; name a file: video=FILE") from error
-        raise DataError(f"{path} can't be read as a video ({_reason(error)}); is it whole?") from error
-    except av.error.FFmpegError as error:
         raise DataError(f"{path} can't be read as a video ({_reason(error)}); is it whole?") from error
 
 
@@ -225,7 +222,7 @@ def _first_frame(path: Path, container: Any, stream: Any) -> Any:
     return first
 
 
-def _facts(path: Path, stream: Any, first: Any) -> Facts:
+def _facts(stream: Any, first: Any) -> Facts:
     shape = stream.sample_aspect_ratio or Fraction(1)
     width, height = first.width, first.height
     # The longer side grows, so that no detail is lost.
@@ -242,8 +239,7 @@ def _facts(path: Path, stream: Any, first: Any) -> Facts:
         duration = float(stream.duration * stream.time_base)
     elif stream.container.duration:
         duration = stream.container.duration / av.time_base
-    codec = stream.codec_context.name
-    return Facts(width, height, turns, Fraction(stream.time_base), Fraction(rate), codec, duration)
+    return Facts(width, height, turns, Fraction(stream.time_base), Fraction(rate), duration)
 
 
 def _pts(picture: Any, unit: Fraction) -> int | None:

@@ -1,8 +1,10 @@
 """Which object is which from frame to frame: boxes that overlap where motion takes them get the same number."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
+
+from finetune.run.plain import from_plain
 
 Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
@@ -86,19 +88,11 @@ class Tracker:
 
     def state(self) -> dict[str, Any]:
         """Plain values that `from_state` goes on from."""
-        return {
-            "next_number": self.next_number,
-            "scene": self.scene,
-            "tracks": [dict(vars(track)) for track in self.tracks],
-        }
+        return asdict(self)
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Tracker":
-        tracks = [
-            Track(row["number"], row["name"], _box(row["box"]), _box(row["motion"]), row["seen"])
-            for row in state["tracks"]
-        ]
-        return cls(state["next_number"], state["scene"], tracks)
+        return cls(state["next_number"], state["scene"], [from_plain(Track, row) for row in state["tracks"]])
 
 
 def moved(box: Box, motion: Box, seconds: float) -> Box:
@@ -115,8 +109,3 @@ def iou(one: Box, other: Box) -> float:
         return 0.0
     areas = [(box[2] - box[0]) * (box[3] - box[1]) for box in (one, other)]
     return wide * high / (sum(areas) - wide * high)
-
-
-def _box(values: Sequence[float]) -> Box:
-    left, top, right, bottom = values
-    return left, top, right, bottom

@@ -96,7 +96,7 @@ def measurements(settings: Annotate, film: Path, out: Path, batches: tuple[int, 
     if torch.cuda.is_available():
         yield {"what": "memory", "gib": round(torch.cuda.max_memory_allocated() / 2**30, 2)}
     for rate in (settings.rate, Fraction(FILM[2])):  # as the article looks, and at every frame
-        record, _ = annotate(film, out / f"run-{time.time_ns()}", replace(settings, rate=rate), detector)
+        record, _ = annotate(film, out / f"run-{time.time_ns()}", replace(settings, rate=rate), lambda: detector)
         size = f"{record.width}x{record.height}"
         yield {
             "what": "annotate",

@@ -6,6 +6,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -49,7 +50,7 @@ def odd_scenes(number: int) -> np.ndarray:
 @pytest.fixture(scope="module")
 def done(long_film: Path, settings: Annotate, tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Annotated]:
     folder = tmp_path_factory.mktemp("run") / "film"
-    return folder, annotate(long_film, folder, settings, SquareFinder())[0]
+    return folder, annotate(long_film, folder, settings, SquareFinder)[0]
 
 
 def lines(folder: Path) -> list[dict[str, Any]]:
@@ -128,13 +129,12 @@ def test_a_run_cut_anywhere_goes_on_without_a_frame_lost_or_done_twice(
 ) -> None:
     folder = tmp_path / "film"
     for pieces in range(3):
-        finder = Cut(45 * (pieces + 1) - 40 * pieces)
         with pytest.raises(InterruptedError):
-            annotate(long_film, folder, settings, finder)
+            annotate(long_film, folder, settings, partial(Cut, 45 * (pieces + 1) - 40 * pieces))
     for piece in sorted((folder / "pieces").glob("*.mp4")):
         assert len(frames(piece)) == 100
     finder = SquareFinder()
-    record, new = annotate(long_film, folder, settings, finder)
+    record, new = annotate(long_film, folder, settings, lambda: finder)
     assert new
     assert 0 < finder.looked < 125
     assert (folder / "annotations.jsonl").read_bytes() == (done[0] / "annotations.jsonl").read_bytes()
@@ -175,15 +175,15 @@ def dies(*words):
     return write(*words)
 pipeline.Film.write = dies
 settings = Annotate(video="x", detector={settings.detector!r})
-annotate(Path({str(long_film)!r}), Path({str(tmp_path / "film")!r}), settings, SquareFinder())
+annotate(Path({str(long_film)!r}), Path({str(tmp_path / "film")!r}), settings, SquareFinder)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False)
     assert ended.returncode == -9
     pieces = tmp_path / "film" / "pieces"
-    assert [piece.number for piece in segments.finished(pieces)] == [0]
+    assert [piece.number for piece in segments.finished(pieces, filmed=True)] == [0]
     assert len(frames(pieces / "000000.mp4")) == 100
     finder = SquareFinder()
-    record, _ = annotate(long_film, tmp_path / "film", replace(settings, images=False), finder)
+    record, _ = annotate(long_film, tmp_path / "film", replace(settings, images=False), lambda: finder)
     assert record.frames == FRAMES
     assert [row["frame_id"] for row in lines(tmp_path / "film")] == list(range(125))
 
@@ -194,9 +194,9 @@ def test_what_is_done_is_not_done_again_and_other_settings_are(
     folder = tmp_path / "film"
     shutil.copytree(done[0], folder)
     finder = SquareFinder()
-    assert annotate(long_film, folder, replace(settings, batch=5), finder) == (done[1], False)
+    assert annotate(long_film, folder, replace(settings, batch=5), lambda: finder) == (done[1], False)
     assert finder.looked == 0
-    record, new = annotate(long_film, folder, replace(settings, rate=Fraction(1), labelled=False), finder)
+    record, new = annotate(long_film, folder, replace(settings, rate=Fraction(1), labelled=False), lambda: finder)
     assert new
     assert (finder.looked, record.looks) == (25, 25)
 
@@ -276,7 +276,7 @@ def test_thousands_of_frames_of_one_colour_are_one_scene_without_objects(setting
     count = 3000
     path = film(tmp_path / "grey.mkv", regular(count), draw=lambda _: grey, options={"preset": "ultrafast"})
     few = replace(settings, images=False, rate=Fraction(1, 10))
-    record, _ = annotate(path, tmp_path / "run", few, SquareFinder())
+    record, _ = annotate(path, tmp_path / "run", few, SquareFinder)
     assert (record.frames, record.objects, len(record.scenes), record.looks) == (count, 0, 1, 30)
     assert "Nothing was found" in (tmp_path / "run" / "report.html").read_text()
 
@@ -286,7 +286,7 @@ def test_a_damaged_film_is_annotated_as_far_as_it_goes(
 ) -> None:
     path = film(tmp_path / "film.ts", regular(60), unit=Fraction(1, 90000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
-    record, _ = annotate(path, tmp_path / "run", settings, SquareFinder())
+    record, _ = annotate(path, tmp_path / "run", settings, SquareFinder)
     assert 20 < record.frames < 60
     assert len(frames(tmp_path / "run" / "labelled.mp4")) == record.frames
 
@@ -294,7 +294,7 @@ def test_a_damaged_film_is_annotated_as_far_as_it_goes(
 def test_what_is_no_video_leaves_no_folder(settings: Annotate, tmp_path: Path) -> None:
     (tmp_path / "empty.mp4").touch()
     with pytest.raises(DataError):
-        annotate(tmp_path / "empty.mp4", tmp_path / "run", settings, SquareFinder())
+        annotate(tmp_path / "empty.mp4", tmp_path / "run", settings, SquareFinder)
     assert not (tmp_path / "run").exists()
 
 
@@ -306,7 +306,7 @@ def test_a_failure_of_a_thread_ends_the_run(
 
     monkeypatch.setattr(segments, "commit", full)
     with pytest.raises(RunError, match="the disk is full"):
-        annotate(long_film, tmp_path / "run", settings, SquareFinder())
+        annotate(long_film, tmp_path / "run", settings, SquareFinder)
 
 
 def test_what_waits_between_threads_is_bounded(tmp_path: Path) -> None:
