@@ -5,10 +5,10 @@ Two passes, so that memory stays constant: the first measures every frame small,
 
 import hashlib
 import json
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from itertools import zip_longest
+from itertools import islice, zip_longest
 from math import ceil
 from pathlib import Path
 from statistics import median
@@ -56,16 +56,16 @@ def extract(video: Path, folder: Path, settings: Frames, load: Callable[[], Find
     """
     _require_ours(folder)
     with opened(video) as source:
+        finder = load() if settings.crops else None
         candidates, sharpness, scenes = _measured(source, settings)
     chosen = choose(candidates, sharpness, settings)
-    finder = load() if settings.crops else None
     with replace_folder(folder) as made:
         with opened(video) as source:
             rows = list(_written(source, made, chosen, settings, finder))
         if not rows:
             what = f"no {' or '.join(settings.crops)} of {settings.least_px} px" if settings.crops else "no sharp frame"
             raise DataError(f"{video}: {what} was found; try a lower threshold, sharpness or least_px")
-        sides = split({row["scene"] for row in rows}, rows, settings.validation_share)
+        sides = split(rows, settings.validation_share)
         about = {"source": video.name, "sha256": hash_file(video)}
         lines = [line_of(row | {COLUMN: sides[row["scene"]]} | about) for row in rows]
         write_atomically(made / METADATA, "\n".join(lines) + "\n")
@@ -82,29 +82,30 @@ def choose(candidates: Sequence[Candidate], usual_sharpness: float, settings: Fr
     usual_sharpness: the median of all frames. Where there are too many, scenes take turns and give their sharpest.
     """
     kept: list[Candidate] = []
+    cells = np.empty((len(candidates), CELLS, CELLS), np.float32)
     for candidate in candidates:
         if candidate.sharpness < settings.sharpness * usual_sharpness:
             continue
-        if kept:
-            others = np.stack([other.cells for other in kept])
-            if float(np.abs(others - candidate.cells).mean((1, 2)).min()) < settings.difference:
-                continue
+        apart = np.abs(cells[: len(kept)] - candidate.cells).mean((1, 2))
+        if apart.min(initial=np.inf) < settings.difference:
+            continue
+        cells[len(kept)] = candidate.cells
         kept.append(candidate)
     by_scene: dict[int, list[Candidate]] = defaultdict(list)
     for candidate in sorted(kept, key=lambda one: -one.sharpness):
         by_scene[candidate.scene].append(candidate)
     turns = (one for turn in zip_longest(*by_scene.values()) for one in turn if one is not None)
-    return sorted([one for one, _ in zip(turns, range(settings.most), strict=False)], key=lambda one: one.pts)
+    return sorted(islice(turns, settings.most), key=lambda one: one.pts)
 
 
-def split(scenes: set[int], rows: Sequence[dict[str, Any]], share: float) -> dict[int, str]:
+def split(rows: Sequence[dict[str, Any]], share: float) -> dict[int, str]:
     """Each scene on one side: in a shuffled order that is always the same they go to validation until it has its share.
 
     None goes that is half as large again as what is missing, and one scene at least stays for training."""
-    counts = {scene: sum(row["scene"] == scene for row in rows) for scene in scenes}
-    sides = dict.fromkeys(sorted(scenes), "train")
+    counts = Counter(row["scene"] for row in rows)
+    sides = dict.fromkeys(sorted(counts), "train")
     room = share * len(rows)
-    for scene in sorted(scenes, key=lambda scene: hashlib.sha256(f"scene/{scene}".encode()).digest()):
+    for scene in sorted(counts, key=lambda scene: hashlib.sha256(f"scene/{scene}".encode()).digest()):
         left = sum(side == "train" for side in sides.values())
         if left > 1 and counts[scene] <= 1.5 * room:
             sides[scene], room = VALIDATION, room - counts[scene]
@@ -154,10 +155,11 @@ def _written(
 ) -> Iterator[dict[str, Any]]:
     """Write the images; a row of metadata for each."""
     facts, wanted = source.facts, {one.pts: one for one in chosen}
+    pictures = source.frames() if wanted else iter(())
     waiting: list[tuple[Candidate, Rgb, Rgb]] = []
     with progress("frames", len(chosen), unit="images") as shown:
-        for frame in source.frames():
-            one = wanted.get(frame.pts)
+        for frame in pictures:
+            one = wanted.pop(frame.pts, None)
             if one is None:
                 continue
             whole = rgb(frame.picture, facts, facts.width, facts.height)
@@ -170,6 +172,8 @@ def _written(
                     yield from _crops(folder, waiting, facts, settings, finder)
                     waiting = []
             shown.advance()
+            if not wanted:
+                break
         if finder is not None and waiting:
             yield from _crops(folder, waiting, facts, settings, finder)
 
