@@ -70,16 +70,21 @@ def page(found: Found) -> str:
         ("adapter", "Adapter", _record(found.record("export", Adapter))),
         ("configuration", "Configuration", _configuration(found)),
     ]
-    there = [(name, title, body) for name, title, body in sections if body]
-    links = "".join(f'<a href="#{name}">{title}</a>' for name, title, _ in there)
-    body = "".join(f'<section id="{name}"><h2>{title}</h2>{body}</section>' for name, title, body in there)
-    title = escape(_name(found))
+    return document(f"{escape(_name(found))} – finetune report", _head(found), sections)
+
+
+def document(title: str, head: str, sections: Sequence[tuple[str, str, str]]) -> str:
+    """A page that needs nothing else. All is HTML: title, header, and sections by id, heading and body; empty ones are
+    left out."""
+    there = [(name, heading, body) for name, heading, body in sections if body]
+    links = "".join(f'<a href="#{name}">{heading}</a>' for name, heading, _ in there)
+    main = "".join(f'<section id="{name}"><h2>{heading}</h2>{body}</section>' for name, heading, body in there)
     return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title} – finetune report</title>\n'
+        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{title}</title>\n'
         '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
         f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
         f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
-        f"{_head(found)}<nav>{links}</nav>\n<main>{body}</main>\n</body>\n</html>\n"
+        f"{head}<nav>{links}</nav>\n<main>{main}</main>\n</body>\n</html>\n"
     )
 
 

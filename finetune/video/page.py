@@ -12,7 +12,8 @@ from PIL import Image
 
 from finetune.reporting.charts import SHADES, tick_texts, ticks
 from finetune.reporting.facts import duration
-from finetune.reporting.page import POLICY, STYLE
+from finetune.reporting.page import document
+from finetune.reporting.tables import table_html
 from finetune.run.progress import plural
 from finetune.video.records import Annotated
 
@@ -51,17 +52,12 @@ def report(record: Annotated, rows: Sequence[Row], contact_sheet: Path | None) -
         encoded = base64.b64encode(contact_sheet.read_bytes()).decode()
         image = f'<img src="data:image/jpeg;base64,{encoded}" alt="frames with boxes" style="width:100%">'
         sections.insert(1, ("sheet", "Frames", image))
-    links = "".join(f'<a href="#{id_}">{title}</a>' for id_, title, _ in sections)
-    body = "".join(f'<section id="{id_}"><h2>{title}</h2>{text}</section>' for id_, title, text in sections)
-    return (
-        f'<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n<title>{name} – annotated</title>\n'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
-        f'<meta http-equiv="Content-Security-Policy" content="{POLICY}">\n'
-        f"<style>\n{STYLE.read_text(encoding='utf-8')}</style>\n</head>\n<body>\n"
+    head = (
         f'<header><p class="eyebrow">finetune annotate</p><h1>{name}</h1><p class="facts">{_facts(record)}</p>'
         f'<p class="verdict">{_verdict(record)}</p>'
-        f'<dl class="tiles">{_tiles(record)}</dl></header>\n<nav>{links}</nav>\n<main>{body}</main>\n</body>\n</html>\n'
+        f'<dl class="tiles">{_tiles(record)}</dl></header>\n'
     )
+    return document(f"{name} – annotated", head, sections)
 
 
 def timeline(record: Annotated, rows: Sequence[Row]) -> str:
@@ -132,7 +128,7 @@ def _verdict(record: Annotated) -> str:
 
 def _tiles(record: Annotated) -> str:
     speed = record.per_second
-    stages = ", ".join(f"{name} {speed[name]:g}" for name in ("decode", "detect", "encode") if name in speed)
+    stages = ", ".join(f"{name} {speed[name]:g}" for name in ("decode", "detect", "encode"))
     facts: Mapping[str, tuple[str, str]] = {
         "video": (
             duration(record.seconds),
@@ -156,10 +152,14 @@ def _found(rows: Sequence[Row]) -> str:
             tracks[one["track"]].append((row["timestamp_sec"], one["score"], one["class"]))
     if not tracks:
         return '<p class="note">None.</p>'
-    lines = "".join(
-        f"<tr><td>{number}</td><td>{escape(seen[0][2])}</td><td>{seen[0][0]:.1f}–{seen[-1][0]:.1f} s</td>"
-        f"<td>{len(seen)}</td><td>{sum(score for _, score, _ in seen) / len(seen):.2f}</td></tr>"
+    lines = [
+        (
+            str(number),
+            escape(seen[0][2]),
+            f"{seen[0][0]:.1f}–{seen[-1][0]:.1f} s",
+            str(len(seen)),
+            f"{sum(score for _, score, _ in seen) / len(seen):.2f}",
+        )
         for number, seen in sorted(tracks.items())
-    )
-    head = "".join(f"<th>{name}</th>" for name in ("track", "class", "seen", "looks", "mean score"))
-    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{lines}</tbody></table></div>'
+    ]
+    return f'<div class="wide">{table_html(("track", "class", "seen", "looks", "mean score"), lines)}</div>'
