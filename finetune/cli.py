@@ -133,7 +133,7 @@ usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]  (or: python -m finetune …
 commands
 {commands}
 
-commands for videos, such as: finetune annotate video=holiday.mp4
+commands for videos, such as: finetune frames video=a.mp4 folder=b
 {rows(VIDEO)}
 
 commands about this machine, without a recipe
@@ -343,18 +343,16 @@ def _offered(words: list[str], done: Sequence[str], last: str) -> Sequence[str]:
     """What `last`, the word at the cursor, may become."""
     if not done:
         return [name for name in [*COMMANDS, *OWN_WORDS, "--help", "--version"] if name.startswith(last)]
+    key, sign, text = last.partition("=")
+    if sign and (key in typed_text.PATHS or (done[0] in VIDEO and key in ("video", "folder"))):
+        return [] if "query=bash" in words else [f"{key}={path}" for path in _paths(text)]
+    if done[0] in VIDEO:
+        settings = import_module("finetune.video.settings")
+        return list(settings.offered(settings.KINDS[done[0]], last))
     from hydra import main as hydra_main
 
     from finetune.config import compose
 
-    key, sign, text = last.partition("=")
-    if sign and key in typed_text.PATHS:
-        return [] if "query=bash" in words else [f"{key}={path}" for path in _paths(text)]
-    if done[0] in VIDEO:
-        if key in ("video", "folder", "run_dir") and sign:
-            return [] if "query=bash" in words else [f"{key}={path}" for path in _paths(text)]
-        settings = import_module("finetune.video.settings")
-        return list(settings.offered(settings.KINDS[done[0]], last))
     done = list(done[1:])
     if not any(word.startswith("conf=") for word in (*done, last)) and not "conf=".startswith(last or "-"):
         done = [f"conf={next(iter(recipes.recipe_files()))}", *done]
