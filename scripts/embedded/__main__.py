@@ -30,9 +30,7 @@ def main() -> None:
     parser.add_argument("phases", nargs="+", choices=(*PHASES, *OTHERS), metavar="PHASE")
     parser.add_argument("--work", type=Path, default=REPOSITORY / "outputs" / "embedded", help="caches and checkpoints")
     parser.add_argument("--root", type=Path, help="where artefacts go; the repository, or WORK/root for a tiny run")
-    parser.add_argument(
-        "--keep", default="readers,captioner,detector", help=f"of {','.join(PARTS)}: start as shipped; or none"
-    )
+    parser.add_argument("--keep", default="readers,captioner", help=f"of {','.join(PARTS)}: start as shipped; or none")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--minutes", default="", help="of phases over all calls, such as render=4,diffusion=9")
     parser.add_argument("--limit-s", type=float, default=math.inf, help="seconds after which this call pauses")

@@ -13,7 +13,7 @@ from scripts.embedded.average_precision import Found, ap50
 from scripts.embedded.box_sets import Labelled, find_boxes, load_labelled
 from scripts.embedded.cards import detector_card
 from scripts.embedded.detector import FRAME_PX, detector_folder, train_detector
-from scripts.embedded.export import SHIPPED, check_finite, clear, load_as_fp32, parameter_millions, settle_files
+from scripts.embedded.export import export_model, parameter_millions, settle_files
 from scripts.embedded.settings import CROWD_UNSEEN, Settings
 from scripts.toyworld.looks import STYLES
 
@@ -35,12 +35,8 @@ def detector(settings: Settings) -> None:
 
 def export_detector(settings: Settings) -> None:
     folder = settings.embedded / "detector"
-    clear(folder)
     model = RTDetrV2ForObjectDetection.from_pretrained(detector_folder(settings.work))
-    model.to(SHIPPED).save_pretrained(folder)
-    load_as_fp32(folder)
-    new_image_processor().save_pretrained(folder)
-    check_finite(folder)
+    export_model(folder, model=model, processor=new_image_processor())
     settle_files(settings.embedded)
 
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
@@ -35,7 +36,7 @@ def export(settings: Settings) -> None:
     )
     if "captioner" not in settings.kept:
         source = captioner_folder(settings.work)
-        export_captioner(
+        export_model(
             settings.embedded / "captioner",
             model=BlipForConditionalGeneration.from_pretrained(source),
             processor=BlipProcessor.from_pretrained(source),
@@ -74,7 +75,7 @@ def export_diffusion(
         check_finite(folder / part)
 
 
-def export_captioner(folder: Path, *, model: BlipForConditionalGeneration, processor: BlipProcessor) -> None:
+def export_model(folder: Path, *, model: Any, processor: Any) -> None:
     clear(folder)
     model.to(SHIPPED).save_pretrained(folder, max_shard_size=MAX_SHARD)
     load_as_fp32(folder)

@@ -137,9 +137,10 @@ def look_of(whole: RenderSet, seed: int) -> Look:
         return STYLES[whole.look]
     if not whole.for_training:  # every look in turn
         return STYLES[list(STYLES)[(seed - whole.first_seed) * len(STYLES) // whole.seeds]]
-    rng = random.Random(f"embedded crowd look {seed // ALIKE}")
-    if whole.crowded and rng.random() < HELD_OUT_SHARE:
-        return rng.choice(list(HELD_OUT.values()))
+    if whole.crowded:
+        rng = random.Random(f"embedded crowd look {seed // ALIKE}")
+        if rng.random() < HELD_OUT_SHARE:
+            return rng.choice(list(HELD_OUT.values()))
     return training_look(seed)
 
 
