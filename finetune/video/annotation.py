@@ -56,6 +56,7 @@ def annotate(video: Path, folder: Path, settings: Annotate, load: Callable[[], F
         record = _known(folder)
         if record is not None and record.input_hash == input_hash and (folder / LINES).exists():
             return record, False
+        detector = load()  # before anything is made: it may not be there
         pieces = folder / PIECES
         known = pieces / "input"
         if not known.exists() or known.read_text() != input_hash:
@@ -63,7 +64,7 @@ def annotate(video: Path, folder: Path, settings: Annotate, load: Callable[[], F
             pieces.mkdir()
             shutil.rmtree(folder / IMAGES, ignore_errors=True)  # of other times
             write_atomically(known, input_hash)
-        record = _pass(video, folder, settings, load(), sha256, input_hash)
+        record = _pass(video, folder, settings, detector, sha256, input_hash)
         shutil.rmtree(pieces)
     return record, True
 

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from finetune.data.images.folder import images
-from finetune.errors import ConfigError, DataError
+from finetune.errors import ConfigError, DataError, ModelError
 from tests.conftest import ROOT
 from tests.unit.video.detectors import tiny_detector
 from tests.unit.video.films import film, regular
@@ -37,6 +37,15 @@ def test_the_toy_video_is_annotated_and_then_up_to_date(
         *("coco.json", "cvat.xml", "data.yaml", "images", "labels"),
     }
     assert "up to date, skipped" in finetune_cli(*words).out
+
+
+def test_a_detector_that_is_not_there_leaves_no_folder(
+    finetune_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    answer = finetune_cli("annotate", "conf=toy_video", f"detector={tmp_path / 'gone'}")
+    assert answer.code == ModelError.exit_code
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_the_toy_video_says_what_is_truly_in_it() -> None:
