@@ -22,7 +22,7 @@ from transformers import (
 from scripts.embedded.captioner import new_processor, targets
 from scripts.embedded.diffusion import append, made_up_suffixes, new_scheduler, tokenise, velocity_pair
 from scripts.embedded.evaluate import clarity, describe
-from scripts.embedded.export import export_captioner, export_diffusion
+from scripts.embedded.export import export_diffusion, export_model
 from scripts.embedded.packing import pack, unpack
 from scripts.embedded.readers import Reader, load_reader, margins, read, save_reader
 from scripts.embedded.render_sets import Pictures, chunk_scenes, chunks_in_turn
@@ -204,7 +204,7 @@ def test_exported_captioner_loads_and_describes(tmp_path: Path) -> None:
         text_config={**small, **special, "encoder_hidden_size": 16, "vocab_size": len(tokenizer)},
         vision_config={**small, "image_size": 128, "patch_size": 32},
     )
-    export_captioner(tmp_path, model=BlipForConditionalGeneration(config), processor=new_processor(tokenizer))
+    export_model(tmp_path, model=BlipForConditionalGeneration(config), processor=new_processor(tokenizer))
     model = BlipForConditionalGeneration.from_pretrained(tmp_path)
     assert model.dtype == torch.float32
     pictures = torch.randint(0, 256, (2, 3, 40, 40), dtype=torch.uint8)
