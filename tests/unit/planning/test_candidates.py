@@ -145,28 +145,31 @@ def test_seconds_follow_the_machine() -> None:
     assert "assumed" in speed.explained(replace(GPU, known=False), Precision.bf16)
 
 
-def measured(base: str, family: str, side: int) -> Config:
+def measured(base: str, family: str, side: int, fast: bool) -> Config:
     """As on the H200: square images, rank-16 adapters on attention without dropout, bf16."""
     config = Config()
     config.data.folder = NO_FOLDER
     config.model.base, config.model.family, config.model.resolution = base, family, side
     config.model.bucket_step, config.model.lora_targets, config.data.max_aspect = 64, ATTENTION, 1.0
     config.lora.rank, config.lora.dropout, config.trainer.micro_batch = 16, 0.0, 16
-    config.hardware.device = Device.cuda
+    config.hardware.device, config.trainer.fast = Device.cuda, fast
     return config
 
 
 @pytest.mark.exhaustive
 @pytest.mark.parametrize(
-    ("base", "family", "side", "points"),
+    ("base", "family", "side", "fast", "points"),
     [
-        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd", 512, {4: 6.09, 16: 19.12}),
-        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", 1024, {1: 12.83, 2: 20.13}),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd", 512, False, {4: 6.09, 16: 19.12}),
+        ("stable-diffusion-v1-5/stable-diffusion-v1-5", "sd", 512, True, {4: 5.4, 16: 15.2}),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", 1024, False, {1: 12.83, 2: 20.13}),
+        ("stabilityai/stable-diffusion-xl-base-1.0", "sdxl", 1024, True, {2: 14.7, 4: 24.3}),
     ],
-    ids=["sd", "sdxl"],
+    ids=["sd", "sd-fast", "sdxl", "sdxl-fast"],
 )
-def test_stable_diffusion_as_measured(base: str, family: str, side: int, points: dict[int, float]) -> None:
-    candidates = candidates_of(measured(base, family, side))
+def test_stable_diffusion_as_measured(base: str, family: str, side: int, fast: bool, points: dict[int, float]) -> None:
+    """With plain blocks by the trainer; with fast ones as steps alone (docs/decisions/0025-fast-blocks-of-unets.md)."""
+    candidates = candidates_of(measured(base, family, side, fast))
     for micro_batch, gib in points.items():
         assert candidates.step(micro_batch, 0).peak.live / GIB == pytest.approx(gib, rel=0.12)
 
