@@ -180,7 +180,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     from hydra import main as hydra_main
 
     from finetune import api
-    from finetune.config import compose
+    from finetune.config import compose, store
     from finetune.reporting import terminal
 
     began = psutil.Process().create_time()
@@ -206,7 +206,7 @@ def _run_hydra(command: str, words: list[str], debug: bool) -> int:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # errors reach us instead of being printed by Hydra
     before = sys.argv
     try:
-        with compose.registered():
+        with store.registered():
             overrides = compose.judged(overrides, say, sweep)
             if sweep:
                 compose.name_sweep_folders(overrides)
@@ -351,7 +351,7 @@ def _offered(words: list[str], done: Sequence[str], last: str) -> Sequence[str]:
         return list(settings.offered(settings.KINDS[done[0]], last))
     from hydra import main as hydra_main
 
-    from finetune.config import compose
+    from finetune.config import compose, store
 
     done = list(done[1:])
     if not any(word.startswith("conf=") for word in (*done, last)) and not "conf=".startswith(last or "-"):
@@ -361,7 +361,7 @@ def _offered(words: list[str], done: Sequence[str], last: str) -> Sequence[str]:
     before, sys.argv = sys.argv, [sys.argv[0], *words]
     out = io.StringIO()
     try:
-        with compose.registered(), contextlib.redirect_stdout(out):
+        with store.registered(), contextlib.redirect_stdout(out):
             hydra_main(version_base="1.3", config_path=compose.SEARCH_PATH, config_name="config")(lambda tree: None)()
     finally:
         sys.argv = before

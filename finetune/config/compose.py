@@ -1,25 +1,13 @@
-"""Recipes, presets and overrides -> Config. With `cli` the only file that knows Hydra.
+"""Recipes, presets and overrides -> Config. With `store` and `cli` the only file that knows Hydra."""
 
-Everything is registered in Hydra's ConfigStore rather than found on a search path: then a recipe is an option of the
-group `conf` (so `conf=a,b` sweeps, shell completion and recipes that extend recipes all work natively), and the
-`./conf` of the current folder wins over the package's, presets included.
-"""
-
-import io
 import logging
-import os
-import threading
-import typing
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass
-from functools import cache
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any, cast
 
-import yaml
 from hydra import compose, initialize
-from hydra.core.config_store import ConfigStore
 from hydra.core.global_hydra import GlobalHydra
 from hydra.core.hydra_config import HydraConfig
 from hydra.core.override_parser.overrides_parser import OverridesParser
@@ -28,31 +16,17 @@ from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from finetune.config import describe, mistyped, recipes, renamed, spelling, typed_text
+from finetune.config import describe, mistyped, recipes, renamed, spelling, store, typed_text
 from finetune.config.schema import Config
 from finetune.config.typed_text import Overrides
 from finetune.config.validate import check
 from finetune.errors import ConfigError
-from finetune.reading import read_text
 
 # Hydra wants a search path. It must hold nothing of ours: in a wheel Hydra would find finetune/conf as a folder of
-# configs, without what `registered` adds.
+# configs, without what `store.registered` adds.
 SEARCH_PATH = "pkg://hydra.conf"
-MODEL, RECOMMENDED = "model", "recommended"  # presets that may say what suits their base in other sections
 Say = Callable[[str], object]
 LOG: Say = logging.getLogger(__name__).warning
-
-
-@dataclass
-class _Stored:
-    """Entries of the ConfigStore, and the files that they were made of: group, name, path and content."""
-
-    files: list[tuple[str, str, Path, str | None]]
-    entries: dict[str, Any]
-
-
-_stored = _Stored([], {})
-_lock = threading.RLock()
 
 
 def load(recipe: str, overrides: Overrides = (), say: Say = LOG) -> Config:
@@ -61,7 +35,7 @@ def load(recipe: str, overrides: Overrides = (), say: Say = LOG) -> Config:
     say: what reports keys under old names. Raises ConfigError, one line a problem, for whatever is wrong with names,
     keys and types, and for settings of another kind of model.
     """
-    with registered():
+    with store.registered():
         words = judged([spelling.override(recipes.GROUP, recipe), *typed_text.as_words(overrides)], say)
         return resolve(_composed(words), words)
 
@@ -150,100 +124,6 @@ def _composed(words: Sequence[str]) -> DictConfig:
         GlobalHydra.instance().hydra = outer
 
 
-@contextmanager
-def registered() -> Iterator[None]:
-    """Inside, Hydra's ConfigStore holds the schema, presets and recipes: `./conf` follows the current folder.
-
-    One thread at a time, because Hydra's state is global. Entries of the same names that an application around us
-    stored are put back afterwards. A file that is not readable YAML is left out, and named where it is chosen.
-    """
-    repo = ConfigStore.instance().repo
-    with _lock:
-        ours = _entries()
-        theirs = {name: repo.pop(name) for name in ours.keys() & repo.keys()}
-        try:
-            repo.update(ours)
-            yield
-        finally:
-            for name in ours:
-                repo.pop(name, None)
-            repo.update(theirs)
-
-
-def _entries() -> dict[str, Any]:
-    """What the ConfigStore is to hold; made again only when a file says something else, for it takes its time."""
-    paths = [("", recipes.BASE_NAME, recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml")]
-    paths += [(recipes.GROUP, name, path) for name, path in recipes.recipe_files().items()]
-    paths += [(group, name, path) for group, files in recipes.preset_files().items() for name, path in files.items()]
-    files = [(*entry, _content(entry[-1])) for entry in paths]
-    if files == _stored.files:
-        return _stored.entries
-    nodes: list[tuple[str, str, Any]] = [("", "schema", Config)]
-    for group, name, path in paths:
-        with suppress(ConfigError):
-            nodes.append((group, name, _read(path, group)[0]))
-    store = ConfigStore.instance()
-    theirs, store.repo = store.repo, {}
-    try:
-        for group, name, node in nodes:
-            store.store(name, node, group or None, package=None if _prefix(group) else "_global_")
-        _stored.files, _stored.entries = files, store.repo
-    finally:
-        store.repo = theirs
-    return _stored.entries
-
-
-def _content(path: Path) -> str | None:
-    try:
-        return read_text(path)
-    except (OSError, ValueError):  # `_read` says why
-        return None
-
-
-def _read(path: Path, group: str) -> tuple[dict[str, Any], list[str]]:
-    """A recipe or preset under today's names, and the dotted keys that it holds as they stand there."""
-    try:
-        tree, keys = _tree(read_text(path), group)
-    except Exception as error:  # a number of 5,000 digits, brackets in brackets, a link to itself, …
-        mark = getattr(error, "problem_mark", None)
-        where = f", line {mark.line + 1}" if mark else ""
-        reason = getattr(error, "problem", None) or getattr(error, "strerror", None)
-        reason = reason or (str(error).splitlines() or [type(error).__name__])[0]
-        raise ConfigError(f"{recipes.shown(path)}{where} is not readable YAML: {reason}") from error
-    return ({"name": path.stem} | tree if group == recipes.GROUP else tree), keys
-
-
-def _prefix(group: str) -> str:
-    """What stands before the keys of a file: a preset holds a section, and that of a model (`_spread`) says more."""
-    return "" if group in ("", recipes.GROUP, MODEL) else f"{group}."
-
-
-@cache
-def _tree(text: str, group: str) -> tuple[dict[str, Any], list[str]]:
-    """What YAML says; nobody changes it. The sixty files are read for each composition, and seldom differ."""
-    prefix = _prefix(group)
-    tree = OmegaConf.to_container(OmegaConf.load(io.StringIO(text)))
-    if not isinstance(tree, dict):
-        raise yaml.YAMLError("it holds a list, not `key: value` lines")
-    written = yaml.load(text, getattr(yaml, "CBaseLoader", yaml.BaseLoader)) if tree else {}  # every value as text
-    if group == MODEL:
-        tree, written = _spread(tree), _spread(written)
-    hint = typing.get_type_hints(Config).get(prefix.rstrip(".")) if prefix else Config
-    kept = typed_text.as_written(hint, renamed.new_tree(tree, prefix), renamed.new_tree(written, prefix))
-    section = kept if prefix == "data." else kept.get("data")
-    if isinstance(section, dict) and isinstance(paths := section.get("file"), list):
-        section["file"] = os.pathsep.join(map(str, paths))
-    return kept, list(renamed.keys_of(tree, prefix))
-
-
-def _spread(preset: dict[Any, Any]) -> dict[Any, Any]:
-    """A model preset as a recipe has it: its own section, and the settings of others that it recommends."""
-    apart = ("defaults", RECOMMENDED)
-    own = {key: value for key, value in preset.items() if key not in apart}
-    order = {"defaults": preset["defaults"]} if "defaults" in preset else {}
-    return {**order, **(preset.get(RECOMMENDED) or {}), MODEL: own}
-
-
 def job_overrides() -> list[str]:
     """The overrides of the job that Hydra runs, as they were typed: a `${…}` in them is not resolved here."""
     return cast(list[str], OmegaConf.to_container(HydraConfig.get().overrides.task, resolve=False))
@@ -329,7 +209,7 @@ class _Judge:
         if recipes.GROUP not in chosen:
             there = ", ".join(recipes.recipe_files())
             self.problems.append(f"conf= is missing: say which recipe, such as conf=pixar_style; there are: {there}")
-        self._defaults("", _read(recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml", "")[0]["defaults"], "", ())
+        self._defaults("", store.read(recipes.conf_dir() / f"{recipes.BASE_NAME}.yaml", "")[0]["defaults"], "", ())
         for name, where in chosen.pop(recipes.GROUP, []):
             self._file(recipes.GROUP, name, where, ())
         for group, names in (self.chosen | chosen).items():
@@ -348,11 +228,11 @@ class _Judge:
         elif files[name] in above:
             self.problems.append(f"{recipes.shown(files[name])} extends itself")
         else:
-            (tree, keys), here = _read(files[name], group), f"{recipes.shown(files[name])}: "
+            (tree, keys), here = store.read(files[name], group), f"{recipes.shown(files[name])}: "
             self._defaults(group, tree.get("defaults", []), here, (*above, files[name]))
             self._names(keys, here)
             settings = {key: value for key, value in tree.items() if key != "defaults"}
-            self.problems += [here + problem for problem in describe.tree_problems(settings, _prefix(group))]
+            self.problems += [here + problem for problem in describe.tree_problems(settings, store.prefix_of(group))]
 
     def _defaults(self, group: str, defaults: Sequence[Any], where: str, above: tuple[Path, ...]) -> None:
         if problem := describe.defaults_problem(defaults):
