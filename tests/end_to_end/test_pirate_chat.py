@@ -18,6 +18,7 @@ from tests.conftest import ROOT, Answer
 from tests.end_to_end import command
 from tests.end_to_end.command import Finished
 
+pytestmark = pytest.mark.exhaustive  # of the two recipes the other is the README's first command
 QUESTIONS = 80
 STEPS = "trainer.steps=120"  # of 200: the last ones refine what is checked here with room to spare
 
@@ -136,7 +137,6 @@ def figures(talk: Talk) -> dict[str, dict[str, float]]:
     return dict(json.loads(command.script("measure_voice.py", str(talk.run_dir), "--questions", str(QUESTIONS))))
 
 
-@pytest.mark.exhaustive
 def test_the_adapter_has_the_voice_and_keeps_the_facts(figures: dict[str, dict[str, float]]) -> None:
     assert figures["base"]["voice"] == 0.0
     assert figures["tuned"]["voice"] >= 0.95, figures

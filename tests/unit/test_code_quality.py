@@ -31,7 +31,7 @@ BUILDERS = {
     [
         ["ruff", "check", "--no-cache", "."],
         ["ruff", "format", "--no-cache", "--check", "."],
-        ["mypy", "--no-error-summary"],
+        pytest.param(["mypy", "--no-error-summary"], marks=pytest.mark.exhaustive),  # a minute, mostly of torch
         ["lint-imports", "--no-cache"],
     ],
     ids=lambda command: " ".join(command[:2]),
