@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from zlib import crc32
 
 import pytest
 
@@ -86,7 +87,9 @@ def finetune_cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     return run
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` picks
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    _sample(items)
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
@@ -95,3 +98,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available():
         for item in marked:
             item.add_marker(pytest.mark.skip(reason="needs a CUDA GPU"))
+
+
+def _sample(items: list[pytest.Item]) -> None:
+    """Of each test marked `sampled` one case stays; of tests for both kinds of model some get one, some the other."""
+    cases: dict[str, list[pytest.Item]] = {}
+    for item in items:
+        if item.get_closest_marker("sampled") and not item.get_closest_marker("exhaustive"):
+            cases.setdefault(item.nodeid.partition("[")[0], []).append(item)
+    for name, found in cases.items():
+        chosen = crc32(name.encode()) % len(found)
+        for item in found[:chosen] + found[chosen + 1 :]:
+            item.add_marker(pytest.mark.exhaustive)

@@ -17,6 +17,9 @@ from finetune.serving.runs import Runs
 from tests.end_to_end.damage import assert_made_again, contents, cut, replaced
 from tests.tiny_language_models import save_language
 
+pytestmark = pytest.mark.sampled
+
+
 Cli = Callable[..., Any]
 PAGE, LIST = "answers.md", "samples.jsonl"
 SETTINGS = [

@@ -16,6 +16,9 @@ from finetune.run.records import Samples
 from finetune.serving.runs import Runs
 from tests.end_to_end.damage import assert_made_again, contents, cut, replaced
 
+pytestmark = pytest.mark.sampled
+
+
 Cli = Callable[..., Any]
 TUNED, LIST = "000-seed0-tuned.png", "samples.jsonl"
 

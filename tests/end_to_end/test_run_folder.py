@@ -14,6 +14,9 @@ from finetune.errors import ConfigError, RunError
 from finetune.run.rundir import CONFIG, REPLACED, write_config, written_config
 from tests.end_to_end import command
 
+pytestmark = pytest.mark.sampled
+
+
 Cli = Callable[..., Any]
 
 

@@ -13,6 +13,7 @@ from tests.end_to_end.command import contents
 from tests.end_to_end.stored_losses import FURTHER, expected, figures
 from tests.end_to_end.stored_runs import RUNS, STORED
 
+pytestmark = pytest.mark.sampled
 RUN = Path("run")
 WEIGHTS = Path("adapter", "peft", "adapter_model.safetensors")
 

@@ -395,6 +395,7 @@ def test_what_a_killed_process_left_is_removed_at_the_next_start(plain: Config, 
     assert [path.name for path in Path("run").rglob("*.tmp")] == ["mine.tmp"]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "text",
     [
@@ -440,6 +441,7 @@ def _failing(number: int) -> Callable[..., Any]:
     return fail
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("overrides", "advice"),
     [

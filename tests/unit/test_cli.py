@@ -39,6 +39,7 @@ def python(*words: str, cwd: Path | None = None, **environment: str) -> subproce
     )
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("encoding", ["latin-1", "ascii", "cp437"])
 def test_a_terminal_that_lacks_letters_ends_no_command(workdir: Path, encoding: str) -> None:
     """`→`, `×` and the user's own words are on the screen of most commands."""
@@ -155,6 +156,7 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("words", "said"),
     [
@@ -264,6 +266,7 @@ def test_unreadable_yaml_is_named(finetune_cli: Cli, workdir: Path) -> None:
     assert (unread.code, unread.err) == (0, ""), "a file that is not chosen stops nothing"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("error", "code"),
     [

@@ -43,6 +43,7 @@ def here(workdir: Path) -> Path:
     return workdir
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("make", [pipe, bound, device])
 @pytest.mark.parametrize(
     ("file", "words"),
@@ -86,6 +87,7 @@ def test_a_link_to_nowhere_is_named_and_may_be_skipped(finetune_cli: Cli, here: 
     assert "images has no images; images/three.png: can't be read" in ended(finetune_cli, words).err
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("file", "words", "said"),
     [

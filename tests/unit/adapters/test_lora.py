@@ -21,6 +21,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.language.causal_lm import load_model
 from finetune.training.optim import build_optimizer
 
+pytestmark = pytest.mark.sampled
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 UNET_LORA = LoraConfig(rank=4, alpha=8, dropout=0.0)
 

@@ -37,6 +37,7 @@ def test_every_recipe_composes_and_passes_the_check(name: str) -> None:
     assert recipes.title(recipes.recipe_files()[name])
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_composes(preset: str) -> None:
     group, name = preset.split("=")
@@ -56,6 +57,7 @@ def of_language(name: str) -> bool:
 PAIRS = [(r, b) for r in recipes.recipe_files() for b in BASES if of_language(b) == ("chat" in r)]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("recipe", "base"), PAIRS)
 def test_every_recipe_with_every_other_base_takes_what_suits_that_base(
     recipe: str, base: str, monkeypatch: pytest.MonkeyPatch
@@ -422,6 +424,7 @@ def test_a_configuration_survives_yaml() -> None:
     assert yaml.safe_load(yaml.safe_dump(plain, allow_unicode=True)) == plain
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -59,6 +59,7 @@ def test_what_is_like_a_name_is_offered(wrong: str, meant: str) -> None:
     assert describe.nearest(wrong) == meant
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("typed", "meant"),
     [

@@ -35,6 +35,7 @@ def test_every_old_key_is_tried_and_leads_to_a_key_that_there_is() -> None:
     assert renamed.new_key("lora.rank") == "lora.rank"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("word", OLD)
 def test_an_old_key_works_as_an_override_and_is_said_once(word: str, capfd: pytest.CaptureFixture[str]) -> None:
     old, (key, now) = word.partition("=")[0], OLD[word]
@@ -45,6 +46,7 @@ def test_an_old_key_works_as_an_override_and_is_said_once(word: str, capfd: pyte
     assert ("asked is now check" in line) == (old == "trainer.fit")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("word", OLD)
 @pytest.mark.parametrize("place", ["recipe", "extended", "preset"])
 def test_an_old_key_works_in_files(workdir: Path, place: str, word: str, capfd: pytest.CaptureFixture[str]) -> None:

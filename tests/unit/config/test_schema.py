@@ -2,6 +2,7 @@
 
 import ast
 import os
+from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,6 +19,17 @@ from finetune.config.schema import CheckpointChoice, Config, Quantize
 from finetune.config.typed_text import PATHS
 from finetune.config.validate import cautions, check
 from finetune.errors import ConfigError
+
+
+@pytest.fixture(scope="module")
+def pixar_style() -> Config:
+    return load("pixar_style")
+
+
+@pytest.fixture
+def config(pixar_style: Config) -> Config:
+    """The recipe, to be changed."""
+    return deepcopy(pixar_style)
 
 
 def test_every_field_says_what_it_is() -> None:
@@ -78,8 +90,7 @@ BAD = [
 
 
 @pytest.mark.parametrize(("key", "value", "said"), BAD)
-def test_check_names_a_bad_value(key: str, value: object, said: str) -> None:
-    config = load("pixar_style")
+def test_check_names_a_bad_value(config: Config, key: str, value: object, said: str) -> None:
     _set(config, key, value)
     assert any(problem.startswith(said) for problem in check(config)), check(config)
 
@@ -96,32 +107,28 @@ def test_every_number_has_a_rule_that_its_default_keeps_and_help_shows() -> None
 
 
 @pytest.mark.parametrize("name", ["", " ", ".", "..", ".cache", "a/b", "a\\b", "../up", "a\0", "ä" * 101])
-def test_a_name_is_no_path(name: str) -> None:
-    config = load("pixar_style")
+def test_a_name_is_no_path(config: Config, name: str) -> None:
     config.name = name
     (problem,) = check(config)
     assert problem.startswith("name must be one name, no path, of at most 200 bytes, got ")
 
 
 @pytest.mark.parametrize("name", ["mine", "2024_05_01", "größer v2.1", "a=b,c", "ä" * 100])
-def test_a_name_may_be_what_a_file_may_be_called(name: str) -> None:
-    config = load("pixar_style")
+def test_a_name_may_be_what_a_file_may_be_called(config: Config, name: str) -> None:
     config.name = name
     assert check(config) == []
 
 
 @pytest.mark.parametrize("key", PATHS)
 @pytest.mark.parametrize(("path", "said"), [("ä" * 128, "got 256, 256 a name"), ("a/" * 3000, "got 6,000, 1 a name")])
-def test_a_path_is_one_that_file_systems_take(key: str, path: str, said: str) -> None:
-    config = load("pixar_style")
+def test_a_path_is_one_that_file_systems_take(config: Config, key: str, path: str, said: str) -> None:
     _set(config, key, path)
     (problem,) = [line for line in check(config) if "file systems" in line]
     assert problem.startswith(f"{key} must be a path")
     assert said in problem
 
 
-def test_a_path_may_be_long_a_list_of_paths_longer_and_a_template_too() -> None:
-    config = load("pixar_style")
+def test_a_path_may_be_long_a_list_of_paths_longer_and_a_template_too(config: Config) -> None:
     config.data.folder = "/".join(["a" * 255] * 15)
     config.data.file = os.pathsep.join(["a" * 255] * 50)
     config.data.chat_template = "{{ messages }}" * 1000
@@ -203,8 +210,7 @@ def test_int8_layers_do_not_go_to_main_memory() -> None:
     ]
 
 
-def test_check_names_all_bad_values_at_once() -> None:
-    config = load("pixar_style")
+def test_check_names_all_bad_values_at_once(config: Config) -> None:
     for key, value, _ in BAD:
         if key != "model.bucket_step":  # hides the rule about multiples
             _set(config, key, value)
@@ -253,16 +259,16 @@ def test_every_kind_of_model_has_a_recipe_to_begin_with() -> None:
         assert kind.captioned == (describe.kind_of("caption") == name)
 
 
-def test_a_kind_that_there_is_not() -> None:
+def test_a_kind_that_there_is_not(config: Config) -> None:
     with pytest.raises(ConfigError, match=r"^model\.kind=video is not known; allowed: diffusion, language$"):
         model_kind("video")
-    config = load("pixar_style")
     config.model.kind, config.lora.rank = "video", 0
     problems = check(config)
     assert problems[0] == "model.kind=video is not known; allowed: diffusion, language"
     assert problems[1].startswith("lora.rank must be at least 1")
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("recipe", "setting", "smaller"),
     [

@@ -22,6 +22,9 @@ from finetune.run.records import Dataset
 from tests.tiny_families import save_family
 from tests.tiny_models import save_diffusion
 
+pytestmark = pytest.mark.sampled
+
+
 Weights = dict[str, torch.Tensor]
 SETTINGS = LoraConfig(rank=4, alpha=3.0, dropout=0.0)  # alpha != rank: converters like to mix them up
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

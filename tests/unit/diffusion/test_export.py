@@ -30,6 +30,8 @@ from finetune.training import checkpoint
 from finetune.training.checkpoint import Checkpoint, TrainState
 from tests.single_files import save_single_file
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.fixture(params=["attention", "wide"])
 def run(config: Config, make_dataset: Callable[..., Dataset], request: pytest.FixtureRequest) -> Run:

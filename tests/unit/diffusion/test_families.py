@@ -30,6 +30,7 @@ from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload, checkpointing
 from tests.tiny_families import SAVERS, save_family
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 PROMPT = "a red robot"
 # The transformers' inputs and outputs as latents (B, C, h, w), where they are in another form.

@@ -15,6 +15,7 @@ from finetune.diffusion import fast_blocks
 from finetune.memory import block_offload, checkpointing
 from tests.tiny_families import ATTENTION, save_family
 
+pytestmark = pytest.mark.sampled
 FEED_FORWARD = ["ff.net.0.proj", "ff.net.2"]
 RANDOM = torch.Generator().manual_seed(0)
 NOISY = torch.randn(2, 4, 8, 8, generator=RANDOM)

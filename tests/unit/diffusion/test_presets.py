@@ -20,6 +20,7 @@ from finetune.diffusion.families import family
 from finetune.diffusion.objectives import Flow
 from tests.presets import preset
 
+pytestmark = pytest.mark.sampled
 ARCHITECTURES = Path(finetune.__file__).parent / "architectures"
 PRESETS = [
     name

@@ -25,6 +25,7 @@ from finetune.memory.quantize import settings as settings_of
 from tests.single_files import original_backbone, save_single_file
 from tests.tiny_families import save_family
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 # What released files hold: of FLUX.1 and others the transformer alone.
 HELD = {

@@ -15,6 +15,7 @@ from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.pipeline import TextEncoder, load_backbone
 from tests.tiny_families import save_family
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 TEXTS = [f"{count} red robots" for count in range(5)]
 JOBS = [(TEXTS[seed % 2], seed) for seed in range(5)]

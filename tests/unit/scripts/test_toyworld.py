@@ -26,6 +26,8 @@ from scripts.toyworld.scene import (
 )
 from tests.conftest import ROOT
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.fixture(autouse=True)
 def _one_thread() -> Iterator[None]:

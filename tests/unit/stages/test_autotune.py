@@ -26,6 +26,7 @@ from tests import cutting
 from tests.unit.conftest import Setting
 from tests.unit.training.small_gpu import Gpu, adapter, at_most, difference, into
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 
 

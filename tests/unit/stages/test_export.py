@@ -20,6 +20,7 @@ from finetune.stages.train import train
 from tests.end_to_end.command import contents
 from tests.unit.conftest import Setting
 
+pytestmark = pytest.mark.sampled
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB")
 
 

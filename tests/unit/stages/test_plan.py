@@ -25,6 +25,8 @@ from finetune.stages.plan import plan, plans
 from tests.presets import preset, shortened
 from tests.tiny_models import save_diffusion
 
+pytestmark = pytest.mark.sampled
+
 
 @pytest.fixture(autouse=True)
 def no_hub(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:

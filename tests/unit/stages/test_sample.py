@@ -15,6 +15,8 @@ from finetune.stages.sample import sample
 from finetune.stages.train import train
 from tests.unit.conftest import Setting
 
+pytestmark = pytest.mark.sampled
+
 
 def test_without_prompts_nothing_is_loaded_and_there_is_a_receipt(
     setting: Setting, capsys: pytest.CaptureFixture[str]

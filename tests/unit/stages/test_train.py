@@ -35,6 +35,7 @@ from tests import cutting
 from tests.tiny_models import save_diffusion
 from tests.unit.conftest import Setting, change_tasks
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 
 

@@ -21,6 +21,8 @@ from finetune.training.task import Task
 from tests.unit.conftest import Setting, change_tasks
 from tests.unit.training.small_gpu import OOM_MESSAGE, Gpu, adapter, at_most, difference, into
 
+pytestmark = pytest.mark.sampled
+
 
 def oom_lines(capfd: pytest.CaptureFixture[str]) -> list[str]:
     """The messages so far that memory ran out."""

@@ -244,6 +244,7 @@ def test_a_script_without_a_main_guard_runs_once(tmp_path, data):
     assert output.split("\n") == ["the script runs", "60", ""], errors
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("number", "to_all"), [(signal.SIGINT, True), (signal.SIGTERM, False), (signal.SIGKILL, False)]
 )
