@@ -51,6 +51,7 @@ def untouched(*folders: Path) -> Iterator[None]:
 # -- configuration: the exit code of a real process; the words themselves are tested with the command line -----------
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("words", "said"),
     [

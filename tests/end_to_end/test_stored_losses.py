@@ -8,6 +8,7 @@ from tests.end_to_end.stored_losses import CASES, RECIPES, expected, figures, st
 from tests.end_to_end.stored_runs import RUNS
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     "name",
     [

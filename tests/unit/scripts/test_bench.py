@@ -37,6 +37,7 @@ LINES = [json.loads(line) for line in (ROOT / "scripts" / "bench" / "memory.json
 MEASURED = [line for line in LINES if "measured_gib" in line]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("kind", ["sd3", "flux2", "qwen_image"])
 def test_a_pipeline_of_random_weights_loads_like_a_real_one(kind: str, tmp_path: Path) -> None:
     model = save_family(tmp_path / "architecture", kind)
@@ -55,6 +56,7 @@ def test_a_language_model_of_random_weights_loads_like_a_real_one(tmp_path: Path
     assert load_tokenizer(str(tmp_path / "base")).chat_template
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("case", CASES, ids=lambda case: case.name)
 def test_every_case_is_a_command_that_is_valid(case: object, tmp_path: Path) -> None:
     words = command(case, tmp_path / "base", tmp_path / "run", tmp_path / "images")  # type: ignore[arg-type]
@@ -99,6 +101,7 @@ def test_the_committed_plans_are_those_of_today(preset: str) -> None:
     assert planned_gib(*candidates_for(case)) == pytest.approx(line["planned_gib"], rel=0.005)
 
 
+@pytest.mark.exhaustive
 def test_the_committed_speeds_are_those_of_today() -> None:
     """Of one: they hang on a few constants."""
     line = next(line for line in MEASURED if line["name"] == "llama2-7b-2048-bf16-10gb")

@@ -25,6 +25,7 @@ sys.exit(int(sys.argv[2]))
 """
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ROWS)
 def test_every_row_is_a_command_that_is_valid(name: str, tmp_path: Path) -> None:
     words = ROWS[name].command(name, tmp_path / "base", tmp_path / "run", tmp_path / "data")
@@ -77,6 +78,7 @@ def test_every_row_is_in_the_table_with_what_bounds_it_and_the_last_line_counts(
         assert row.bound[1:] in page
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("name", ROWS)
 def test_no_row_drops_anything_at_random(name: str, tmp_path: Path) -> None:
     """Peers don't, and with dropout the fast paths are not taken."""
