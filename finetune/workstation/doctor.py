@@ -9,7 +9,8 @@ from typing import Any
 
 from finetune.errors import ConfigError
 from finetune.workstation import facts
-from finetune.workstation.checks import Check, Verdict, judge, worst
+from finetune.workstation.checks import judge
+from finetune.workstation.verdicts import Check, Verdict, worst
 
 FLAGS = ("--json",)
 EXIT_CODES = {Verdict.ok: 0, Verdict.unknown: 0, Verdict.warn: 1, Verdict.bad: 2}

@@ -5,7 +5,8 @@ from typing import Any
 
 import pytest
 
-from finetune.workstation.checks import Facts, Verdict, judge, worst
+from finetune.workstation.checks import judge
+from finetune.workstation.verdicts import Facts, Verdict, worst
 
 GPU: Facts = {
     "index": 0,

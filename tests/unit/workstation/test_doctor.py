@@ -10,7 +10,8 @@ import pytest
 
 from finetune.errors import ConfigError
 from finetune.workstation import doctor, facts, nvml
-from finetune.workstation.checks import Check, Verdict, judge
+from finetune.workstation.checks import judge
+from finetune.workstation.verdicts import Check, Verdict
 from tests.conftest import Answer
 from tests.unit.workstation.gpus import GEFORCE, stand_in
 from tests.unit.workstation.test_checks import HEALTHY, changed

@@ -1,0 +1,173 @@
+"""What the facts of driver, torch and GPUs mean; see `checks`."""
+
+from collections.abc import Iterator
+
+from finetune.workstation.nvml import POWER_CAP
+from finetune.workstation.verdicts import Check, Facts, Verdict, check_of
+
+MISMATCH = "version mismatch"  # of driver and library, as NVML says it
+IDLE_GIB = 1.0  # a desktop and a context or two
+
+
+def judge(facts: Facts) -> Iterator[Check]:
+    """Every check of driver, torch and each GPU."""
+    yield from _driver(facts)
+    yield from _torch(facts)
+    yield from _gpus(facts)
+
+
+def _driver(facts: Facts) -> Iterator[Check]:
+    found = facts["nvml"]
+    error = found.get("error")
+    if error and MISMATCH in error.lower():
+        yield Check(
+            "driver", Verdict.bad, error, "one version of the NVIDIA driver's module and library", "NVIDIA driver",
+            "no program can use the GPU", "sudo reboot",
+        )  # fmt: skip
+    elif error:
+        yield Check(
+            "driver", Verdict.warn, f"no NVIDIA driver answers ({error})", "a driver that answers", "NVML",
+            "training runs on the CPU: enough for the embedded models",
+            "start the container with --gpus all" if facts["container"] else "install your system's NVIDIA driver",
+        )  # fmt: skip
+    else:
+        names = ", ".join(str(gpu["name"]) for gpu in found["gpus"]) or "no GPU"
+        yield check_of(
+            "driver", not found["gpus"], Verdict.bad, f"driver {found['driver']} with {names}",
+            limit="at least one GPU", source="NVML", cost="training runs on the CPU", cure="lspci | grep -i nvidia",
+        )  # fmt: skip
+
+
+def _torch(facts: Facts) -> Iterator[Check]:
+    torch, gpus = facts["torch"], facts["nvml"].get("gpus") or []
+    build = f"torch {torch['version']}" + (f" for CUDA {torch['cuda']}" if torch["cuda"] else ", a build without CUDA")
+    plain = torch["version"].partition("+")[0]
+    yield check_of(
+        "torch-build", bool(gpus and not torch["cuda"]) if gpus or torch["cuda"] else None, Verdict.bad, build,
+        limit="a build with CUDA where there is a GPU", source="torch.version.cuda", cost="the GPU stays unused",
+        cure=f"python -m pip install --force-reinstall torch=={plain}",
+    )  # fmt: skip
+    if not gpus or not torch["cuda"]:
+        return
+    needs, has = int(torch["cuda"].partition(".")[0]), facts["nvml"].get("cuda")
+    yield check_of(
+        "driver-for-torch", has and has // 1000 < needs, Verdict.bad,
+        f"the driver runs CUDA {has // 1000}.{has % 1000 // 10}" if has else "the driver does not say",
+        limit=f"CUDA {needs}", source="the CUDA that torch was built for; minor versions are compatible",
+        cost="torch finds no GPU", cure="update the NVIDIA driver, then reboot",
+    )  # fmt: skip
+    hiding = {name: value for name, value in facts["hiding"].items() if value.strip() in ("", "-1", "none", "void")}
+    shown = ", ".join(f"{name}={value!r}" for name, value in hiding.items()) or "no variable hides a GPU"
+    name = next(iter(hiding), "")
+    yield check_of(
+        "hidden", bool(hiding), Verdict.bad, shown, limit="unset", source="CUDA", cost="the GPU stays unused",
+        cure=f"unset {name}",
+    )  # fmt: skip
+    mig = [gpu for gpu in gpus if gpu["mig"]]
+    seen = f"torch sees {torch['gpus']} of {len(gpus)} GPUs"
+    blind = torch["gpus"] == 0 and not hiding
+    yield check_of(
+        "torch-sees", blind, Verdict.bad, f"{seen}: {torch['error']}" if torch["error"] else seen, limit="at least one",
+        source="torch.cuda", cost="training runs on the CPU",
+        cure="make an instance: sudo nvidia-smi mig -cgi 0 -C" if mig else "sudo reboot",
+    )  # fmt: skip
+    for gpu in gpus:
+        yield _architecture(gpu, torch["architectures"])
+
+
+def _architecture(gpu: Facts, built: list[str]) -> Check:
+    """Code for one compute capability runs on all of the same generation that are not older."""
+    capability = gpu["capability"]
+    known = capability is not None and bool(built)
+    codes = [(int(code[3:].rstrip("af")[:-1]), int(code[3:].rstrip("af")[-1])) for code in built if code[:3] == "sm_"]
+    runs = known and any(major == capability[0] and minor <= capability[1] for major, minor in codes)
+    name = "?" if capability is None else f"sm_{capability[0]}{capability[1]}"
+    return check_of(
+        f"architecture-{gpu['index']}", not runs if known else None, Verdict.bad, f"{gpu['name']} is {name}",
+        limit=", ".join(built) or "not told", source="torch.cuda.get_arch_list",
+        cost="programs end with 'no kernel image'", cure="install a torch that was built for this GPU",
+    )  # fmt: skip
+
+
+def _gpus(facts: Facts) -> Iterator[Check]:
+    for gpu in facts["nvml"].get("gpus") or []:
+        yield _others(gpu)
+        yield _throttling(gpu)
+        yield _power_limit(gpu)
+        yield _link(gpu)
+        yield from _health(gpu)
+
+
+def _others(gpu: Facts) -> Check:
+    used, programs = gpu["used_gib"], gpu["processes"] or []
+    names = ", ".join(f"{one['name'] or 'a program'} ({one['pid']}): {one['mib'] or '?'} MiB" for one in programs)
+    fact = (
+        "not told"
+        if used is None
+        else f"{used:.1f} of {gpu['memory_gib']:.1f} GiB in use" + (f" by {names}" if names else "")
+    )
+    return check_of(
+        f"memory-in-use-{gpu['index']}", None if used is None else used > IDLE_GIB, Verdict.warn, fact,
+        limit=f"under {IDLE_GIB:.0f} GiB before training", source="NVML", cost="that much less for training",
+        cure=f"kill {programs[0]['pid']}" if programs else "end other programs that use the GPU",
+    )  # fmt: skip
+
+
+def _throttling(gpu: Facts) -> Check:
+    found = gpu["throttling"]
+    serious = [reason for reason in found or [] if reason != POWER_CAP]
+    fact = "not told" if found is None else ", ".join(found) or "nothing slows it down now"
+    temperature = f" at {gpu['temperature_c']} °C" if gpu["temperature_c"] is not None and found else ""
+    return check_of(
+        f"throttling-{gpu['index']}", None if found is None else bool(serious), Verdict.bad, fact + temperature,
+        limit="none", source="NVML's clock event reasons", cost="lower clocks: slower steps",
+        cure="clean the fans and check the airflow and the power cables",
+    )  # fmt: skip
+
+
+def _power_limit(gpu: Facts) -> Check:
+    limit, usual = gpu["power_limit_w"], gpu["power_default_w"]
+    known = limit is not None and usual is not None
+    return check_of(
+        f"power-limit-{gpu['index']}", limit < usual - 1 if known else None, Verdict.warn,
+        f"{limit:.0f} W" if limit is not None else "not told",
+        limit=f"{usual:.0f} W" if usual is not None else "not told", source="the card's default",
+        cost="lower clocks under load; wanted by some, for noise and heat",
+        cure=f"sudo nvidia-smi -i {gpu['index']} -pl {usual:.0f}" if known else "",
+    )  # fmt: skip
+
+
+def _link(gpu: Facts) -> Check:
+    """The width alone: an idle GPU lowers the link's generation."""
+    width, most = gpu["pcie"]["width"], gpu["pcie"]["most_width"]
+    known = width is not None and most is not None
+    return check_of(
+        f"pcie-width-{gpu['index']}", width < most if known else None, Verdict.warn,
+        f"x{width}, generation {gpu['pcie']['generation']} now" if known else "not told",
+        limit=f"x{most}, generation {gpu['pcie']['most_generation']} under load" if known else "not told",
+        source="what card and slot can do", cost="offloaded blocks and batches arrive slower",
+        cure="put the card into the slot next to the CPU, and check the slot's setting in the firmware",
+    )  # fmt: skip
+
+
+def _health(gpu: Facts) -> Iterator[Check]:
+    index = gpu["index"]
+    yield check_of(
+        f"recovery-{index}", None if gpu["recovery"] is None else bool(gpu["recovery"]), Verdict.bad,
+        "not told" if gpu["recovery"] is None else gpu["recovery"] or "no action wanted", limit="no action wanted",
+        source="the driver", cost="results may be wrong until then", cure="end all programs, then: sudo reboot",
+    )  # fmt: skip
+    errors = gpu["ecc_errors"]
+    yield check_of(
+        f"ecc-{index}", None if errors is None else errors > 0, Verdict.bad,
+        "not told; most GeForce cards have no ECC" if errors is None else f"{errors} uncorrected memory errors",
+        limit="0 since the driver was loaded", source="NVML", cost="results may be wrong", cure="sudo reboot",
+    )  # fmt: skip
+    rows = gpu["remapped_rows"]
+    failing = None if rows is None else bool(rows["pending"] or rows["failed"] or rows["uncorrected"])
+    yield check_of(
+        f"remapped-rows-{index}", failing, Verdict.bad,
+        "not told" if rows is None else ", ".join(f"{count} {name}" for name, count in rows.items()),
+        limit="0 uncorrected, pending or failed", source="NVML", cost="the card's memory is wearing out",
+        cure="sudo reboot; where rows have failed, have the card replaced",
+    )  # fmt: skip
