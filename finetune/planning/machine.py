@@ -85,7 +85,7 @@ def _gpu(hardware: HardwareConfig) -> Machine:
     name = torch.cuda.get_device_name()
     free, total = (size / GIB for size in torch.cuda.mem_get_info())
     free = min(total, free + CUDA_CONTEXT_GIB)  # asking has made this process's context
-    facts = _facts(name)
+    facts = preset_of(name)
     return Machine(
         name,
         True,
@@ -124,7 +124,7 @@ def _cpu(hardware: HardwareConfig) -> Machine:
     )
 
 
-def _facts(name: str) -> dict[str, Any]:
+def preset_of(name: str) -> dict[str, Any]:
     """The preset of a GPU, by the name that its driver gives."""
     for path in recipes.preset_files()["hardware"].values():
         preset = yaml.safe_load(path.read_text(encoding="utf-8"))

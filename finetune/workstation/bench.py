@@ -15,6 +15,7 @@ from finetune.reading import at_home, read_text
 from finetune.run.plain import UNREADABLE, first_line, from_plain
 from finetune.run.progress import plural, progress
 from finetune.run.receipts import versions
+from finetune.workstation.facts import processor
 from finetune.workstation.flags import Flags
 
 if TYPE_CHECKING:
@@ -83,7 +84,7 @@ def bench(repeats: int = REPEATS) -> Benchmark:
         time=time.time(),
         load=round(load_before, 1),
         host=socket.gethostname(),
-        device=torch.cuda.get_device_name() if torch.cuda.is_available() else _cpu(),
+        device=torch.cuda.get_device_name() if torch.cuda.is_available() else processor(),
         threads=torch.get_num_threads(),
         versions=versions(),
         figures=figures,
@@ -144,16 +145,6 @@ def _figure(speed: "Speed") -> Figure:
 
 def _short(value: float) -> str:
     return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def _cpu() -> str:
-    """The name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, f"{os.uname().machine} CPU")
 
 
 def _repeats(text: str) -> int:

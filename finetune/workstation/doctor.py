@@ -1,35 +1,47 @@
 """`finetune doctor`: what is wrong with this machine, what it costs, and the cure."""
 
+import argparse
 import json
 import shutil
 import textwrap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from finetune.errors import ConfigError
 from finetune.workstation import facts
 from finetune.workstation.checks import judge
+from finetune.workstation.flags import Flags
 from finetune.workstation.verdicts import Check, Verdict, worst
 
-FLAGS = ("--json",)
 EXIT_CODES = {Verdict.ok: 0, Verdict.unknown: 0, Verdict.warn: 1, Verdict.bad: 2}
+LEAST_S, MOST_S = 1.0, 3600.0
 WIDTH = 80  # columns; a narrower terminal gets its own width
 UNBROKEN = 1000  # a command to copy stays in one line
 
 
 def main(words: Sequence[str]) -> int:
     """Print every check; the exit code is 2 if one is bad, else 1 if one warns, else 0. Raises ConfigError."""
-    if unknown := [word for word in words if word not in FLAGS]:
-        raise ConfigError(f"doctor takes {' '.join(FLAGS)} and no recipe, got {unknown[0]}")
-    checks = doctor()
-    print(json.dumps([as_plain(check) for check in checks], indent=1) if "--json" in words else text(checks))
+    parser = Flags("doctor")
+    parser.add_argument("--load", metavar="SECONDS", type=_seconds, default=0.0)
+    parser.add_argument("--json", action="store_true")
+    options = parser.parse_args(words)
+    checks = doctor(options.load)
+    print(json.dumps([as_plain(check) for check in checks], indent=1) if options.json else text(checks))
     return EXIT_CODES[worst(checks)]
 
 
-def doctor() -> list[Check]:
-    """Every check of this machine. Nothing is changed or written."""
-    return judge(facts.read())
+def doctor(load_s: float = 0.0) -> list[Check]:
+    """Every check of this machine. Nothing is changed or written.
+
+    load_s: with more than 0 also those of a machine at work: so long on the CPU, and so long on each GPU.
+    """
+    found = facts.read()
+    if load_s:
+        from finetune.workstation import load
+
+        found["load"] = load.read(load_s, found)
+    return judge(found)
 
 
 def as_plain(check: Check) -> dict[str, Any]:
@@ -54,3 +66,10 @@ def text(checks: Sequence[Check]) -> str:
 
 def _wrapped(head: str, said: str, columns: int) -> list[str]:
     return textwrap.wrap(said, columns, initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def _seconds(text: str) -> float:
+    with suppress(ValueError):
+        if LEAST_S <= float(text) <= MOST_S:
+            return float(text)
+    raise argparse.ArgumentTypeError(f"{text} is not from {LEAST_S:g} to {MOST_S:g} seconds")

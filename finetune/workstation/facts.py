@@ -39,9 +39,9 @@ def read() -> dict[str, Any]:
         "hiding": {name: os.environ[name] for name in HIDING if name in os.environ},
         "ram_gib": round(memory.total / GIB, 1),
         "ram_free_gib": round(memory.available / GIB, 1),
-        "ram_limit_gib": _scaled(_number(CGROUP / "memory.max"), GIB),
+        "ram_limit_gib": _scaled(number(CGROUP / "memory.max"), GIB),
         "swap_used_gib": round(swap.used / GIB, 1),
-        "swappiness": _number(PROC / "sys" / "vm" / "swappiness"),
+        "swappiness": number(PROC / "sys" / "vm" / "swappiness"),
         "threads": os.cpu_count(),
         "threads_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "threads_quota": _quota(),
@@ -52,6 +52,7 @@ def read() -> dict[str, Any]:
         "clock_synchronized": SYNCHRONIZED.exists() if SYNCHRONIZED.parent.exists() else None,
         "packages": _packages(),
         "hub": _hub(),
+        "load": None,
     }
 
 
@@ -103,7 +104,7 @@ def _hub() -> dict[str, Any]:
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
-    return {"cache": str(cache), "writable": os.access(_existing(cache), os.W_OK), "token": bool(get_token())}
+    return {"cache": str(cache), "writable": os.access(existing(cache), os.W_OK), "token": bool(get_token())}
 
 
 def places() -> dict[str, Path]:
@@ -120,7 +121,7 @@ def _place(path: Path) -> dict[str, Any] | None:
     found = usage(path)
     if found is None:
         return None
-    at = _existing(path.absolute())
+    at = existing(path.absolute())
     mounts = [part for part in psutil.disk_partitions(all=True) if at.is_relative_to(part.mountpoint)]
     mount = max(mounts, key=lambda part: len(part.mountpoint), default=None)
     return {
@@ -135,14 +136,21 @@ def _place(path: Path) -> dict[str, Any] | None:
 def usage(path: Path) -> Any:
     """Bytes of the disk that a path is on, or would be on: `total`, `used`, `free`; None where they can't be told."""
     try:
-        return shutil.disk_usage(_existing(path.absolute()))
+        return shutil.disk_usage(existing(path.absolute()))
     except OSError:
         return None
 
 
-def _existing(path: Path) -> Path:
+def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     return next(each for each in (path, *path.parents) if each.exists())
+
+
+def processor() -> str:
+    """The name of the CPU."""
+    lines = (_text(PROC / "cpuinfo") or "").splitlines()
+    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
+    return next(names, f"{platform.machine()} CPU")
 
 
 def _quota() -> float | None:
@@ -155,7 +163,8 @@ def _scaled(number: int | None, unit: float) -> float | None:
     return None if number is None else round(number / unit, 1)
 
 
-def _number(path: Path) -> int | None:
+def number(path: Path) -> int | None:
+    """What a file of the kernel says, where that is a number."""
     text = _text(path)
     return int(text) if text and text.isdigit() else None
 

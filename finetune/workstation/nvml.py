@@ -74,6 +74,24 @@ def gauges() -> list[dict[str, float | None]]:
     return found
 
 
+def at_work(index: int) -> dict[str, Any]:
+    """What a load changes, of one GPU; inside `opened`. A lost GPU answers nothing."""
+    import pynvml
+
+    gpu = _asked(pynvml.nvmlDeviceGetHandleByIndex, index)
+    if gpu is None:
+        return {}
+    return {
+        "clock_mhz": _asked(pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_SM),
+        "power_w": _scaled(1e-3, pynvml.nvmlDeviceGetPowerUsage, gpu),
+        "temperature_c": _asked(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "memory_temperature_c": _field(gpu, pynvml.NVML_FI_DEV_MEMORY_TEMP) or None,  # 0 where there is none
+        "throttling": _throttling(_asked(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu)),
+        "generation": _asked(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, gpu),
+        "width": _asked(pynvml.nvmlDeviceGetCurrPcieLinkWidth, gpu),
+    }
+
+
 def _gauges(gpu: Any) -> dict[str, float | None]:
     import pynvml
 
@@ -130,6 +148,7 @@ def _gpu(index: int) -> dict[str, Any]:
         "power_default_w": _scaled(1e-3, pynvml.nvmlDeviceGetPowerManagementDefaultLimit, gpu),
         "power_w": _scaled(1e-3, pynvml.nvmlDeviceGetPowerUsage, gpu),
         "temperature_c": _asked(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU),
+        "most_clock_mhz": _asked(pynvml.nvmlDeviceGetMaxClockInfo, gpu, pynvml.NVML_CLOCK_SM),
         "throttling": _throttling(_asked(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu)),
         "pcie": {
             "generation": _asked(pynvml.nvmlDeviceGetCurrPcieLinkGeneration, gpu),

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.workstation import bench, speeds
+from finetune.workstation import speeds
 from finetune.workstation.bench import Benchmark, Figure, change, load, table
 from finetune.workstation.speeds import Speed
 from tests.conftest import Answer
@@ -143,9 +143,3 @@ def test_other_words_are_refused(finetune_cli: Cli, words: tuple[str, ...], why:
     assert answer.code == ConfigError.exit_code
     usage = "usage: finetune bench [--repeats NUMBER] [--compare FILE] [--json]"
     assert answer.errors == [f"error: {why}; {usage}"]
-
-
-def test_the_processor_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert bench._cpu()
-    monkeypatch.setattr(bench, "Path", lambda _: Path("/nowhere"))
-    assert bench._cpu().endswith(" CPU")

@@ -20,6 +20,7 @@ GPU: Facts = {
     "power_default_w": 450.0,
     "power_w": 21.0,
     "temperature_c": 38,
+    "most_clock_mhz": 3105,
     "throttling": [],
     "pcie": {"generation": 1, "width": 16, "most_generation": 4, "most_width": 16},  # as an idle one has it
     "ecc_errors": None,
@@ -59,12 +60,13 @@ HEALTHY: Facts = {
     "clock_synchronized": True,
     "packages": {"torch": {"version": "2.13.0+cu130", "wanted": ">=2.11", "fits": True}},
     "hub": {"cache": "/home/me/.cache/huggingface/hub", "writable": True, "token": True},
+    "load": None,
 }  # fmt: skip
 
 
-def changed(**places: Any) -> Facts:
-    """The healthy facts with others in places such as `nvml__gpus__0__mig`."""
-    facts = copy.deepcopy(HEALTHY)
+def changed(facts: Facts = HEALTHY, **places: Any) -> Facts:
+    """The facts with others in places such as `nvml__gpus__0__mig`."""
+    facts = copy.deepcopy(facts)
     for place, value in places.items():
         *above, last = (int(part) if part.isdigit() else part.replace("-", " ") for part in place.split("__"))
         owner: Any = facts

@@ -64,7 +64,8 @@ def test_the_exit_code_is_the_worst(
 def test_another_word_is_refused(finetune_cli: Cli) -> None:
     answer = finetune_cli("doctor", "conf=pixar_style")
     assert answer.code == ConfigError.exit_code
-    assert answer.errors == ["error: doctor takes --json and no recipe, got conf=pixar_style"]
+    usage = "usage: finetune doctor [--load SECONDS] [--json]"
+    assert answer.errors == [f"error: unrecognized arguments: conf=pixar_style; {usage}"]
 
 
 def test_a_text_tells_what_is_wrong_and_the_cure() -> None:
