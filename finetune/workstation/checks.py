@@ -3,6 +3,7 @@
 Where a fact is missing the verdict is `unknown`, never `ok`.
 """
 
+import shlex
 from collections.abc import Iterator
 
 from finetune.workstation import gpu_checks, load_checks
@@ -15,6 +16,8 @@ FREE_GIB, TIGHT_GIB = 50.0, 10.0
 ADVICE = "what finetune's memory plans and data workers take"
 DYNAMIC_DRIVERS = ("intel_pstate", "amd-pstate-epp")  # their powersave raises the clock under load
 NETWORK = ("nfs", "nfs4", "cifs", "smb3", "fuse.sshfs", "9p")
+FOREIGN = ("fuseblk", "ntfs3", "exfat", "vfat")  # of Windows: no links, which the cache of models needs
+SLOW_OPTIONS = {"sync": "every write waits for the disk", "strictatime": "every read writes a time"}
 
 
 def judge(facts: Facts) -> list[Check]:
@@ -89,27 +92,48 @@ def _disks(facts: Facts) -> Iterator[Check]:
                 cost="loaders with workers end with a bus error", cure="start the container with --shm-size 8g",
             )  # fmt: skip
             continue
-        tight = place["free_gib"] < TIGHT_GIB
-        over_network = place["file_system"] in NETWORK
-        read_only = "ro" in (place["options"] or "").split(",")
-        too_small = tight or (name == "downloaded models" and place["free_gib"] < FREE_GIB)
+        tight, least = place["free_gib"] < TIGHT_GIB, FREE_GIB if name == "downloaded models" else TIGHT_GIB
         yield check_of(
-            id_, too_small or over_network or read_only,
-            Verdict.bad if tight or read_only else Verdict.warn, where + (", read-only" if read_only else ""),
-            limit=f"{FREE_GIB if name == 'downloaded models' else TIGHT_GIB:.0f} GiB free, on a disk of this machine",
-            source="a large base takes 24 GiB",
-            cost="a run ends when the disk is full; a network is slow to read",
-            cure="du -xh --max-depth=2 . | sort -h | tail" if not over_network else "choose a local folder: run_dir=…",
+            id_, place["free_gib"] < least, Verdict.bad if tight else Verdict.warn, where,
+            limit=f"{least:.0f} GiB free", source="a large base takes 24 GiB", cost="a run ends when the disk is full",
+            cure="du -xh --max-depth=2 . | sort -h | tail",
         )  # fmt: skip
+        if name != "temporary files":
+            yield _mount(f"{id_}-mount", place, facts)
+
+
+def _mount(id_: str, place: Facts, facts: Facts) -> Check:
+    """What the disk is and how it is attached."""
+    kind, options = place["file_system"], (place["options"] or "").split(",")
+    faults = [
+        *(["read-only: nothing can be written"] if "ro" in options else []),
+        *(["a network is slow to read"] if kind in NETWORK else []),
+        *(["it is lost with the container"] if kind == "overlay" and facts["container"] else []),
+        *(["it is lost when the machine restarts, and takes its memory"] if kind == "tmpfs" else []),
+        *(["a file system of Windows: slow, without links and rights"] if kind in FOREIGN else []),
+        *(cost for option, cost in SLOW_OPTIONS.items() if option in options),
+    ]
+    told = [option for option in options if option in ("ro", "rw", "noatime", "relatime", *SLOW_OPTIONS)]
+    if kind == "overlay":
+        cure = "mount a folder of the host there: docker run --volume"
+    else:
+        cure = "choose another folder: run_dir=…" if id_ == "outputs-mount" else "export HF_HOME=… on another disk"
+    return check_of(
+        id_, bool(faults) if kind else None, Verdict.bad if "ro" in options else Verdict.warn,
+        ", ".join([kind, *told]) if kind else "not told",
+        limit="a writable disk of this machine, without sync and strictatime", source="the kernel's list of mounts",
+        cost="; ".join(faults), cure=cure,
+    )  # fmt: skip
 
 
 def _rest(facts: Facts) -> Iterator[Check]:
+    yield _containers(facts)
     synchronized = facts["clock_synchronized"]
     yield check_of(
         "clock", None if synchronized is None else not synchronized, Verdict.warn,
         "not told" if synchronized is None else "synchronized" if synchronized else "not synchronized",
-        limit="synchronized", source="systemd-timesyncd", cost="certificates and times of runs may be wrong",
-        cure="sudo timedatectl set-ntp true",
+        limit="synchronized", source="the kernel, by adjtimex", cost="certificates and times of runs may be wrong",
+        cure="on the host: sudo timedatectl set-ntp true" if facts["container"] else "sudo timedatectl set-ntp true",
     )  # fmt: skip
     wrong = {name: found for name, found in facts["packages"].items() if not found["fits"]}
     yield check_of(
@@ -120,12 +144,42 @@ def _rest(facts: Facts) -> Iterator[Check]:
         source="the package's own requirements", cost="errors in the middle of a run",
         cure="python -m pip install " + " ".join(f"'{name}{found['wanted']}'" for name, found in wrong.items()),
     )  # fmt: skip
-    hub = facts["hub"]
+    newer = {name: found for name, found in facts["packages"].items() if found["newer"]}
+    untested = bool(facts["packages"]) and any(found["tested"] for found in facts["packages"].values())
     yield check_of(
-        "model-cache", not hub["writable"], Verdict.bad, hub["cache"], limit="can be written", source="huggingface_hub",
-        cost="no base can be downloaded", cure="export HF_HOME=$HOME/.cache/huggingface",
+        "tested-versions", bool(newer) if untested else None, Verdict.warn,
+        ", ".join(f"{name} {found['version']}" for name, found in newer.items())
+        or ("none is a major version newer than tested" if untested else "not told"),
+        limit=", ".join(f"{name} {found['tested']}" for name, found in newer.items()), source="constraints.txt",
+        cost="what changed there was never tried with finetune",
+        cure="python -m pip install " + " ".join(f"{name}=={found['tested']}" for name, found in newer.items()),
+    )  # fmt: skip
+    hub = facts["hub"]
+    unreadable = hub["unreadable"]
+    yield check_of(
+        "model-cache", not hub["writable"] or bool(unreadable), Verdict.bad,
+        hub["cache"] + (f", {len(unreadable)} unreadable, such as {unreadable[0]}" if unreadable else ""),
+        limit="can be written and read", source="rights of its files",
+        cost="bases can't be downloaded or loaded", cure=f"sudo chown -R $USER {shlex.quote(hub['cache'])}",
     )  # fmt: skip
     yield check_of(
         "hub-token", None if not hub["token"] else False, Verdict.warn, "there" if hub["token"] else "none",
         limit="one, for gated bases such as Llama and FLUX", source="huggingface_hub",
+    )  # fmt: skip
+
+
+def _containers(facts: Facts) -> Check:
+    engines, on_gpu = facts["containers"]["engines"], bool(facts["nvml"].get("gpus"))
+    there = facts["containers"]["gpu_support"]
+    if facts["container"]:
+        return Check("container-gpu", Verdict.unknown, "inside a container, which does not see its host's")
+    if not engines or not on_gpu:
+        why = "no GPU to hand to a container" if engines else "no docker or podman here"
+        return Check("container-gpu", Verdict.unknown, why)
+    return check_of(
+        "container-gpu", not there, Verdict.warn, ", ".join(engines) + (" with" if there else " without")
+        + " the NVIDIA Container Toolkit",
+        limit="with it", source="its files", cost="containers see no GPU",
+        cure="sudo apt install nvidia-container-toolkit && sudo nvidia-ctk runtime configure --runtime=docker "
+        "&& sudo systemctl restart docker",
     )  # fmt: skip

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from finetune.workstation import facts
+from finetune.workstation import facts, linux
 from finetune.workstation.checks import judge
 from finetune.workstation.flags import Flags
 from finetune.workstation.verdicts import Check, Verdict, worst
@@ -41,6 +41,7 @@ def doctor(load_s: float = 0.0) -> list[Check]:
         from finetune.workstation import load
 
         found["load"] = load.read(load_s, found)
+        found["xids"] = linux.xids()
     return judge(found)
 
 

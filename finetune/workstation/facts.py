@@ -9,18 +9,18 @@ import resource
 import shutil
 import socket
 import time
-from importlib import metadata
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.workstation import nvml
+from finetune.workstation import containers, linux, nvml, versions
 
 GIB = 2**30
-PROC, CGROUP = Path("/proc"), Path("/sys/fs/cgroup")
+MANY = 10_000  # files whose rights are asked for within a tenth of a second
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
 HIDING = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
 IN_CONTAINER = (Path("/.dockerenv"), Path("/run/.containerenv"))
-SYNCHRONIZED = Path("/run/systemd/timesync/synchronized")
 PLACES = {"outputs": Path("outputs"), "temporary files": Path("/tmp"), "shared memory": Path("/dev/shm")}
 
 
@@ -39,19 +39,21 @@ def read() -> dict[str, Any]:
         "hiding": {name: os.environ[name] for name in HIDING if name in os.environ},
         "ram_gib": round(memory.total / GIB, 1),
         "ram_free_gib": round(memory.available / GIB, 1),
-        "ram_limit_gib": _scaled(number(CGROUP / "memory.max"), GIB),
+        "ram_limit_gib": _scaled(linux.memory_limit(), GIB),
         "swap_used_gib": round(swap.used / GIB, 1),
-        "swappiness": number(PROC / "sys" / "vm" / "swappiness"),
+        "swappiness": linux.number(linux.PROC / "sys" / "vm" / "swappiness"),
         "threads": os.cpu_count(),
         "threads_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
-        "threads_quota": _quota(),
-        "governor": _text(FREQUENCY / "scaling_governor"),
-        "frequency_driver": _text(FREQUENCY / "scaling_driver"),
+        "threads_quota": linux.cpu_quota(),
+        "governor": linux.text(FREQUENCY / "scaling_governor"),
+        "frequency_driver": linux.text(FREQUENCY / "scaling_driver"),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
         "places": {name: found for name, path in places().items() if (found := _place(path))},
-        "clock_synchronized": SYNCHRONIZED.exists() if SYNCHRONIZED.parent.exists() else None,
-        "packages": _packages(),
-        "hub": _hub(),
+        "clock_synchronized": linux.clock_synchronized(),
+        "xids": linux.xids(),
+        "containers": containers.read(),
+        "packages": versions.read(),
+        "hub": hub(),
         "load": None,
     }
 
@@ -76,35 +78,24 @@ def _torch() -> dict[str, Any]:
     return found
 
 
-def _packages() -> dict[str, dict[str, Any]]:
-    """What finetune depends on: the version that is installed, what is asked for, and whether that fits. Nothing where
-    it is run from its folder without being installed."""
-    from packaging.requirements import Requirement
-
-    try:
-        lines = metadata.requires("finetune") or []
-    except metadata.PackageNotFoundError:
-        return {}
-    found = {}
-    for line in lines:
-        requirement = Requirement(line)
-        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
-            continue
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
-            version = None
-        fits = version is not None and requirement.specifier.contains(version, prereleases=True)
-        found[requirement.name] = {"version": version, "wanted": str(requirement.specifier), "fits": fits}
-    return found
-
-
-def _hub() -> dict[str, Any]:
-    """The cache of downloaded models: whether it can be written, and whether a token for gated ones is there."""
+def hub() -> dict[str, Any]:
+    """The cache of downloaded models: whether it can be written and read; whether a token for gated ones is there."""
     from huggingface_hub import constants, get_token
 
     cache = Path(constants.HF_HUB_CACHE)
-    return {"cache": str(cache), "writable": os.access(existing(cache), os.W_OK), "token": bool(get_token())}
+    return {
+        "cache": str(cache),
+        "writable": os.access(existing(cache), os.W_OK),
+        "unreadable": [str(path.relative_to(cache)) for path in _of_models(cache) if not os.access(path, os.R_OK)],
+        "token": bool(get_token()),
+    }
+
+
+def _of_models(cache: Path) -> Iterator[Path]:
+    """Folders and files of downloaded models, `MANY` at most: those that another user downloaded have his rights."""
+    folders = (folder for model in sorted(cache.glob("models--*")) for folder in (model, *sorted(model.glob("*"))))
+    files = (path for folder in folders for path in (folder, *(folder.glob("*") if folder.name == "blobs" else ())))
+    return islice(files, MANY)
 
 
 def places() -> dict[str, Path]:
@@ -148,29 +139,10 @@ def existing(path: Path) -> Path:
 
 def processor() -> str:
     """The name of the CPU."""
-    lines = (_text(PROC / "cpuinfo") or "").splitlines()
+    lines = (linux.text(linux.PROC / "cpuinfo") or "").splitlines()
     names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
     return next(names, f"{platform.machine()} CPU")
 
 
-def _quota() -> float | None:
-    """CPUs' worth of time that this container may take."""
-    words = (_text(CGROUP / "cpu.max") or "max").split()
-    return None if words[0] == "max" else round(int(words[0]) / int(words[1]), 1)
-
-
-def _scaled(number: int | None, unit: float) -> float | None:
-    return None if number is None else round(number / unit, 1)
-
-
-def number(path: Path) -> int | None:
-    """What a file of the kernel says, where that is a number."""
-    text = _text(path)
-    return int(text) if text and text.isdigit() else None
-
-
-def _text(path: Path) -> str | None:
-    try:
-        return path.read_text(encoding="utf-8").strip()
-    except (OSError, UnicodeDecodeError):
-        return None
+def _scaled(amount: int | None, unit: float) -> float | None:
+    return None if amount is None else round(amount / unit, 1)

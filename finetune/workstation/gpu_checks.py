@@ -1,12 +1,30 @@
 """What the facts of driver, torch and GPUs mean; see `checks`."""
 
+from collections import Counter
 from collections.abc import Iterator
 
+from finetune.run.progress import plural
 from finetune.workstation.nvml import POWER_CAP
 from finetune.workstation.verdicts import Check, Facts, Verdict, check_of
 
 MISMATCH = "version mismatch"  # of driver and library, as NVML says it
 IDLE_GIB = 1.0  # a desktop and a context or two
+WIDTH, GENERATION = 16, 4  # of PCIe
+PROGRAM_XIDS = (8, 13, 31, 43, 45, 69)  # NVIDIA's catalogue of Xids tells to restart the program, or nothing
+XIDS = {
+    13: " (exception in a kernel)",
+    31: " (access outside memory)",
+    43: " (a program's channel was reset)",
+    45: " (a program was ended)",
+    48: " (uncorrectable memory error)",
+    63: " (memory row remapped)",
+    64: " (remapping failed)",
+    74: " (NVLink)",
+    79: " (fallen off the bus)",
+    94: " (contained memory error)",
+    95: " (uncontained memory error)",
+    119: " (its processor does not answer)",
+}
 
 
 def judge(facts: Facts) -> Iterator[Check]:
@@ -14,6 +32,7 @@ def judge(facts: Facts) -> Iterator[Check]:
     yield from _driver(facts)
     yield from _torch(facts)
     yield from _gpus(facts)
+    yield from _xids(facts)
 
 
 def _driver(facts: Facts) -> Iterator[Check]:
@@ -95,6 +114,7 @@ def _gpus(facts: Facts) -> Iterator[Check]:
         yield _throttling(gpu)
         yield _power_limit(gpu)
         yield _link(gpu)
+        yield _slot(gpu)
         yield from _health(gpu)
 
 
@@ -147,6 +167,44 @@ def _link(gpu: Facts) -> Check:
         limit=f"x{most}, generation {gpu['pcie']['most_generation']} under load" if known else "not told",
         source="what card and slot can do", cost="offloaded blocks and batches arrive slower",
         cure="put the card into the slot next to the CPU, and check the slot's setting in the firmware",
+    )  # fmt: skip
+
+
+def _slot(gpu: Facts) -> Check:
+    """Whether the slot is made for the card. A card for generation 5 loses little in one for 4."""
+    pcie = gpu["pcie"]
+    ends = (
+        ("x", pcie["card_width"], pcie["slot_width"], WIDTH),
+        ("generation ", pcie["card_generation"], pcie["most_generation"], GENERATION),
+    )
+    known = [(unit, card, slot, enough) for unit, card, slot, enough in ends if None not in (card, slot)]
+    held_back = any(slot < min(card, enough) for _, card, slot, enough in known)
+    return check_of(
+        f"pcie-slot-{gpu['index']}", held_back if known else None, Verdict.warn,
+        "; ".join(f"card {unit}{card}, slot {unit}{slot}" for unit, card, slot, _ in known) or "not told",
+        limit=f"x{WIDTH}, generation {GENERATION}, as far as the card can", source="16 GT/s feed a 24 GB GPU",
+        cost="offloaded blocks and batches arrive slower",
+        cure="put the card into another slot, in most machines the one next to the CPU",
+    )  # fmt: skip
+
+
+def _xids(facts: Facts) -> Iterator[Check]:
+    found = facts["xids"]
+    if not found and not facts["nvml"].get("gpus"):
+        return
+    codes = Counter(xid["code"] for xid in found or [])
+    serious = [code for code in codes if code not in PROGRAM_XIDS]
+    words = [f"Xid {code}{XIDS.get(code, '')}, {plural(count, 'time')}" for code, count in codes.items()]
+    last = f"; the last {found[-1]['hours_ago']:.1f} hours ago at {found[-1]['bus']}" if found else ""
+    yield check_of(
+        "xid", None if found is None else bool(found), Verdict.bad if serious else Verdict.warn,
+        "the kernel's log is for root: sudo" if found is None else "; ".join(words) + last or "none since the start",
+        limit="none", source="the kernel's log", cost="runs end with CUDA errors; of hardware it comes again",
+        cure=(
+            "sudo reboot; if it comes again: power cables, riser, heat, remapped rows; else have the card replaced"
+            if serious
+            else "look at what ran then: most such errors are of a program"
+        ),
     )  # fmt: skip
 
 

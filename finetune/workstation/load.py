@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from finetune.errors import is_gpu_out_of_memory
 from finetune.run.progress import progress
-from finetune.workstation import disk_speed, facts, kernels, nvml
+from finetune.workstation import disk_speed, facts, kernels, linux, nvml
 
 if TYPE_CHECKING:
     import torch
@@ -77,7 +77,7 @@ def _cpu(seconds: float) -> dict[str, Any]:
 
 def _throttle_count() -> int | None:
     """How often heat has slowed down a core since the machine started."""
-    counts = [facts.number(path) for path in Path("/sys").glob(THROTTLED)]
+    counts = [linux.number(path) for path in Path("/sys").glob(THROTTLED)]
     return sum(count for count in counts if count is not None) if counts else None
 
 

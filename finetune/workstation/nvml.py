@@ -7,6 +7,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
+from finetune.workstation import linux
+
 GIB = 2**30
 POWER_CAP = "power cap"
 THROTTLING = {
@@ -155,6 +157,8 @@ def _gpu(index: int) -> dict[str, Any]:
             "width": _asked(pynvml.nvmlDeviceGetCurrPcieLinkWidth, gpu),
             "most_generation": _asked(pynvml.nvmlDeviceGetMaxPcieLinkGeneration, gpu),
             "most_width": _asked(pynvml.nvmlDeviceGetMaxPcieLinkWidth, gpu),
+            "card_generation": _asked(pynvml.nvmlDeviceGetGpuMaxPcieLinkGeneration, gpu),
+            **_lanes(gpu),
         },
         "ecc_errors": _asked(
             pynvml.nvmlDeviceGetTotalEccErrors,
@@ -166,6 +170,14 @@ def _gpu(index: int) -> dict[str, Any]:
         "recovery": _recovery(gpu),
         "mig": mig and bool(mig[0]),
     }
+
+
+def _lanes(gpu: Any) -> dict[str, int | None]:
+    """Of the card and of its slot; NVML tells only how many both have."""
+    import pynvml
+
+    place = _asked(pynvml.nvmlDeviceGetPciInfo, gpu)
+    return linux.lanes(place.busId) if place else {"card_width": None, "slot_width": None}
 
 
 def _scaled(unit: float, question: Callable[..., Any], *arguments: Any) -> float | None:

@@ -68,6 +68,7 @@ def test_wheel_holds_configuration_and_embedded_models(wheel: Path) -> None:
         if path.is_file() and "__pycache__" not in path.parts:
             assert path.relative_to(ROOT).as_posix() in names
     assert not [name for name in names if name.startswith(("tests/", "scripts/", "datasets/", "outputs/"))]
+    assert "finetune/constraints.txt" in names
     assert any(name.endswith("licenses/LICENSE") for name in names)
 
 

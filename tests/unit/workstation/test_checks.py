@@ -22,12 +22,15 @@ GPU: Facts = {
     "temperature_c": 38,
     "most_clock_mhz": 3105,
     "throttling": [],
-    "pcie": {"generation": 1, "width": 16, "most_generation": 4, "most_width": 16},  # as an idle one has it
+    "pcie": {  # as an idle one has it
+        "generation": 1, "width": 16, "most_generation": 4, "most_width": 16,
+        "card_generation": 4, "card_width": 16, "slot_width": 16,
+    },
     "ecc_errors": None,
     "remapped_rows": None,
     "recovery": "",
     "mig": None,
-}
+}  # fmt: skip
 DISK = {"path": "/home/me", "free_gib": 700.0, "size_gib": 900.0, "file_system": "ext4", "options": "rw,relatime"}
 HEALTHY: Facts = {
     "time": 0.0,
@@ -58,8 +61,12 @@ HEALTHY: Facts = {
         "downloaded models": DISK,
     },
     "clock_synchronized": True,
-    "packages": {"torch": {"version": "2.13.0+cu130", "wanted": ">=2.11", "fits": True}},
-    "hub": {"cache": "/home/me/.cache/huggingface/hub", "writable": True, "token": True},
+    "xids": [],
+    "containers": {"engines": ["docker"], "gpu_support": True},
+    "packages": {
+        "torch": {"version": "2.13.0+cu130", "wanted": ">=2.11", "tested": "2.13.0", "fits": True, "newer": False},
+    },
+    "hub": {"cache": "/home/me/.cache/huggingface/hub", "writable": True, "unreadable": [], "token": True},
     "load": None,
 }  # fmt: skip
 
@@ -87,6 +94,7 @@ def test_a_healthy_machine_raises_no_alarm() -> None:
     assert [id_ for id_, verdict in found.items() if verdict is not Verdict.ok] == ["ecc-0", "remapped-rows-0"]
 
 
+TORCH = HEALTHY["packages"]["torch"]
 PROGRAM = {"pid": 4321, "name": "python3", "mib": 9000}
 FAULTS = [
     ("driver-for-torch", Verdict.bad, {"nvml__cuda": 12080}),
@@ -97,6 +105,10 @@ FAULTS = [
     ("throttling-0", Verdict.bad, {"nvml__gpus__0__throttling": ["heat (hardware)"]}),
     ("power-limit-0", Verdict.warn, {"nvml__gpus__0__power_limit_w": 300.0}),
     ("pcie-width-0", Verdict.warn, {"nvml__gpus__0__pcie__width": 8}),
+    ("pcie-slot-0", Verdict.warn, {"nvml__gpus__0__pcie__slot_width": 4}),
+    ("pcie-slot-0", Verdict.warn, {"nvml__gpus__0__pcie__most_generation": 3}),
+    ("xid", Verdict.bad, {"xids": [{"bus": "0000:01:00", "code": 79, "hours_ago": 2.5}]}),
+    ("xid", Verdict.warn, {"xids": [{"bus": "0000:01:00", "code": 31, "hours_ago": 2.5}]}),
     ("recovery-0", Verdict.bad, {"nvml__gpus__0__recovery": "reset the GPU"}),
     ("ecc-0", Verdict.bad, {"nvml__gpus__0__ecc_errors": 2}),
     (
@@ -113,13 +125,20 @@ FAULTS = [
     ("cpu-governor", Verdict.warn, {"frequency_driver": "acpi-cpufreq"}),
     ("open-files", Verdict.warn, {"open_files": 1024}),
     ("outputs", Verdict.bad, {"places__outputs": DISK | {"free_gib": 3.0}}),
-    ("outputs", Verdict.bad, {"places__outputs": DISK | {"options": "ro,relatime"}}),
-    ("outputs", Verdict.warn, {"places__outputs": DISK | {"file_system": "nfs4"}}),
+    ("outputs-mount", Verdict.bad, {"places__outputs": DISK | {"options": "ro,relatime"}}),
+    ("outputs-mount", Verdict.warn, {"places__outputs": DISK | {"file_system": "nfs4"}}),
+    ("outputs-mount", Verdict.warn, {"places__outputs": DISK | {"file_system": "tmpfs"}}),
+    ("outputs-mount", Verdict.warn, {"places__outputs": DISK | {"options": "rw,sync,relatime"}}),
+    ("downloaded-models-mount", Verdict.warn, {"places__downloaded-models": DISK | {"file_system": "fuseblk"}}),
+    ("downloaded-models-mount", Verdict.warn, {"places__downloaded-models": DISK | {"options": "rw,strictatime"}}),
     ("downloaded-models", Verdict.warn, {"places__downloaded-models": DISK | {"free_gib": 30.0}}),
     ("shared-memory", Verdict.warn, {"places__shared-memory": DISK | {"size_gib": 0.06}}),
     ("clock", Verdict.warn, {"clock_synchronized": False}),
-    ("packages", Verdict.bad, {"packages": {"peft": {"version": None, "wanted": ">=0.21", "fits": False}}}),
+    ("container-gpu", Verdict.warn, {"containers__gpu_support": False}),
+    ("packages", Verdict.bad, {"packages__torch": TORCH | {"version": None, "fits": False}}),
+    ("tested-versions", Verdict.warn, {"packages__torch": TORCH | {"version": "3.0.1", "newer": True}}),
     ("model-cache", Verdict.bad, {"hub__writable": False}),
+    ("model-cache", Verdict.bad, {"hub__unreadable": ["models--a--b/blobs"]}),
 ]
 
 
@@ -162,11 +181,12 @@ def blank(value: Any) -> Any:
 
 def test_what_can_not_be_told_is_never_well() -> None:
     facts = changed(nvml__gpus__0=blank(GPU) | {"index": 0, "name": "GPU"}, swappiness=None, governor=None)
-    facts |= {"clock_synchronized": None, "packages": {}}
+    facts |= {"clock_synchronized": None, "packages": {}, "xids": None}
+    facts["places"]["outputs"] |= {"file_system": None, "options": None}
     of_the_gpu = {id_: verdict for id_, verdict in verdicts(facts).items() if id_.endswith("-0")}
-    assert len(of_the_gpu) == 8
+    assert len(of_the_gpu) == 9
     assert set(of_the_gpu.values()) == {Verdict.unknown}
-    for id_ in ("swappiness", "cpu-governor", "clock", "packages"):
+    for id_ in ("swappiness", "cpu-governor", "clock", "packages", "tested-versions", "xid", "outputs-mount"):
         assert verdicts(facts)[id_] is Verdict.unknown
 
 
@@ -177,3 +197,23 @@ def test_a_machine_without_a_gpu_needs_less(amount: float) -> None:
     limited = {id_: verdicts(facts)[id_] for id_ in ("ram", "cpu-threads", "open-files")}
     assert set(limited.values()) == {Verdict.warn if amount < 1 else Verdict.ok}
     assert verdicts(facts)["swappiness"] is Verdict.ok
+
+
+def test_in_a_container_other_things_are_at_fault() -> None:
+    inside = changed(container=True, places__outputs=DISK | {"file_system": "overlay"}, clock_synchronized=False)
+    checks = {check.id: check for check in judge(inside)}
+    assert verdicts(changed(places__outputs=DISK | {"file_system": "overlay"}))["outputs-mount"] is Verdict.ok
+    assert checks["outputs-mount"].verdict is Verdict.warn
+    assert "docker run --volume" in checks["outputs-mount"].cure
+    assert checks["container-gpu"].verdict is Verdict.unknown
+    assert checks["clock"].cure.startswith("on the host: ")
+
+
+def test_where_no_container_needs_a_gpu_nothing_is_wrong_with_them() -> None:
+    for places in ({"containers__engines": []}, {"nvml": {"error": "NVML Shared Library Not Found"}}):
+        assert verdicts(changed(containers__gpu_support=False, **places))["container-gpu"] is Verdict.unknown
+
+
+def test_every_check_has_its_fault() -> None:
+    named = {id_ for id_, *_ in FAULTS} | {"driver", "torch-build", "hub-token"}
+    assert set(verdicts(HEALTHY)) - named == {"temporary-files"}  # judged as the outputs are
