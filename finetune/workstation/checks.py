@@ -6,7 +6,7 @@ Where a fact is missing the verdict is `unknown`, never `ok`.
 import shlex
 from collections.abc import Iterator
 
-from finetune.workstation import gpu_checks, load_checks
+from finetune.workstation import gpu_checks, history, load_checks
 from finetune.workstation.verdicts import Check, Facts, Verdict, check_of
 
 RAM_GIB, THREADS, OPEN_FILES, SHM_GIB = 64, 16, 1_000_000, 1.0
@@ -29,6 +29,7 @@ def judge(facts: Facts) -> list[Check]:
         *_disks(facts),
         *_rest(facts),
         *load_checks.judge(facts),
+        *history.judge(facts),
     ]
 
 

@@ -9,7 +9,7 @@ from contextlib import suppress
 from dataclasses import asdict
 from typing import Any
 
-from finetune.workstation import facts, linux
+from finetune.workstation import facts, history, linux
 from finetune.workstation.checks import judge
 from finetune.workstation.flags import Flags
 from finetune.workstation.verdicts import Check, Verdict, worst
@@ -34,14 +34,15 @@ def main(words: Sequence[str]) -> int:
 def doctor(load_s: float = 0.0) -> list[Check]:
     """Every check of this machine. Nothing is changed or written.
 
-    load_s: with more than 0 also those of a machine at work: so long on the CPU, and so long on each GPU.
+    load_s: with more than 0 also those of a machine at work: so long on the CPU, and so long on each GPU. Its speeds
+    are appended to `history.file()`.
     """
     found = facts.read()
     if load_s:
         from finetune.workstation import load
 
-        found["load"] = load.read(load_s, found)
-        found["xids"] = linux.xids()
+        found |= {"load": load.read(load_s, found), "xids": linux.xids(), "records": history.records()}
+        history.add(found)
     return judge(found)
 
 

@@ -55,6 +55,7 @@ def read() -> dict[str, Any]:
         "packages": versions.read(),
         "hub": hub(),
         "load": None,
+        "records": {},
     }
 
 

@@ -32,7 +32,8 @@ def read(seconds: float, found: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     gpus = range(found["torch"]["gpus"])
-    loaded: dict[str, Any] = {"seconds": seconds, "busy": os.getloadavg()[0], "gpus": []}
+    loaded: dict[str, Any] = {"seconds": seconds, "gpus": []}
+    began, others = time.perf_counter(), _taken_by_others()
     with progress("load", 3 + len(gpus), unit="measurements") as shown:
         device = torch.device("cuda", 0) if gpus else torch.device("cpu")
         loaded["kernels"] = kernels.read(device)
@@ -44,20 +45,29 @@ def read(seconds: float, found: dict[str, Any]) -> dict[str, Any]:
         for number in gpus:
             loaded["gpus"].append(_gpu(number, seconds, found["nvml"].get("gpus") or []))
             shown.advance()
-    return loaded
+    whole_s = (time.perf_counter() - began) * (os.cpu_count() or 1)
+    return loaded | {"busy": round(max(0.0, _taken_by_others() - others) / whole_s, 2)}
 
 
-def _disks() -> dict[str, dict[str, Any]]:
-    """How fast the disk of each place reads; places on one disk share what was measured."""
-    measured: dict[int, dict[str, Any]] = {}
-    found = {}
+def _taken_by_others() -> float:
+    """Seconds of the CPUs that other programs, and other virtual machines, have taken."""
+    import psutil
+
+    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
+    taken = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
+    return float(taken - own.user - own.system - own.children_user - own.children_system)
+
+
+def _disks() -> list[dict[str, Any]]:
+    """How fast each disk reads; places: what lies on it."""
+    found: dict[int, dict[str, Any]] = {}
     for name in DISKS:
         folder = facts.existing(facts.places()[name].absolute())
         disk = folder.stat().st_dev
-        if disk not in measured:
-            measured[disk] = disk_speed.read(folder)
-        found[name] = measured[disk]
-    return found
+        if disk not in found:
+            found[disk] = {"places": []} | disk_speed.read(folder)
+        found[disk]["places"].append(name)
+    return list(found.values())
 
 
 def _cpu(seconds: float) -> dict[str, Any]:

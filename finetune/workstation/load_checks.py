@@ -32,14 +32,14 @@ def judge(facts: Facts) -> Iterator[Check]:
     for gpu in load["gpus"]:
         yield from _gpu(gpu, gpus.get(gpu["index"], {}))
     yield from _cpu(load["cpu"])
-    for place, disk in load["disks"].items():
-        yield _disk(place, disk)
+    for disk in load["disks"]:
+        yield _disk(disk)
     yield from _libraries(load["kernels"], on_gpu=bool(load["gpus"]))
 
 
 def _gpu(gpu: Facts, known: Facts) -> Iterator[Check]:
     """known: the GPU as NVML describes it; empty where it doesn't."""
-    name = _name(gpu)
+    name = gpu_name(gpu)
     yield _products(gpu)
     if gpu["error"]:
         return
@@ -53,7 +53,7 @@ def _gpu(gpu: Facts, known: Facts) -> Iterator[Check]:
     yield _heat(f"load-memory-heat-{name}", _told(samples, "memory_temperature_c"), "GpuMemoryHot")
 
 
-def _name(gpu: Facts) -> int:
+def gpu_name(gpu: Facts) -> int:
     """Its number as NVML counts, as in every other check; torch's where NVML knows no such GPU."""
     return int(gpu["number"] if gpu["index"] is None else gpu["index"])
 
@@ -67,7 +67,7 @@ def _products(gpu: Facts) -> Check:
     wrong = gpu.get("wrong", 0)
     fact = f"{wrong} wrong" if wrong else gpu["error"] or "every product has the same bits"
     return check_of(
-        f"load-products-{_name(gpu)}", None if gpu["full"] else bool(wrong or gpu["error"]), Verdict.bad, fact,
+        f"load-products-{gpu_name(gpu)}", None if gpu["full"] else bool(wrong or gpu["error"]), Verdict.bad, fact,
         limit="the same bits each time", source="repeated products of the same matrices",
         cost="results are wrong, or runs end with CUDA errors",
         cure="sudo reboot; if it comes again, remove overclocking, check the power cables, have the card replaced",
@@ -79,7 +79,7 @@ def _speed(gpu: Facts, known: Facts) -> Check:
 
     peak = preset_of(known.get("name") or "").get("tflops")
     return check_of(
-        f"load-speed-{_name(gpu)}", None if peak is None else gpu["tflops"] < PEAK_SHARE * peak, Verdict.warn,
+        f"load-speed-{gpu_name(gpu)}", None if peak is None else gpu["tflops"] < PEAK_SHARE * peak, Verdict.warn,
         f"{gpu['tflops']:.0f} TFLOP/s in {gpu['dtype']}" + ("" if peak else "; no preset has its data sheet"),
         limit=f"{PEAK_SHARE * peak:.0f} TFLOP/s: {PEAK_SHARE:.0%} of {peak:.0f}" if peak else "",
         source="data sheet, as in conf/hardware", cost="every step takes longer",
@@ -106,7 +106,7 @@ def _copies(gpu: Facts, samples: list[Facts]) -> Check:
     width, generation = max(_told(samples, "width"), default=0), max(_told(samples, "generation"), default=0)
     link, rate = width * LANE_GB_PER_S.get(generation, 0.0), gpu["copy_gb_per_s"]
     return check_of(
-        f"load-copies-{_name(gpu)}", rate < COPY_SHARE * link if link else None, Verdict.warn,
+        f"load-copies-{gpu_name(gpu)}", rate < COPY_SHARE * link if link else None, Verdict.warn,
         f"{rate:.1f} GB/s from pinned memory",
         limit=f"{COPY_SHARE * link:.1f} GB/s: {COPY_SHARE:.0%} of the link's {link:.1f}" if link else "",
         source="rate and lanes of PCIe", cost="offloaded blocks and batches arrive slower",
@@ -169,13 +169,15 @@ def _cpu(cpu: Facts) -> Iterator[Check]:
     )  # fmt: skip
 
 
-def _disk(place: str, disk: Facts) -> Check:
+def _disk(disk: Facts) -> Check:
+    place, *others = disk["places"]
     id_ = f"read-{place.replace(' ', '-')}"
     if disk.get("error"):
         return Check(id_, Verdict.unknown, disk["error"])
     slow = disk["mb_per_s"] < DISK_MB_PER_S or disk["places_per_s"] < DISK_PLACES_PER_S
     return check_of(
-        id_, slow, Verdict.warn, f"{disk['mb_per_s']:,} MB/s in a row, {disk['places_per_s']:,} places/s",
+        id_, slow, Verdict.warn, f"{disk['mb_per_s']:,} MB/s in a row, {disk['places_per_s']:,} places/s"
+        + "".join(f"; {other} lie there too" for other in others),
         limit=f"{DISK_MB_PER_S} MB/s and {DISK_PLACES_PER_S:,} places/s", source="above any hard disk, below any SSD",
         cost="loading a base takes minutes, and steps wait for images",
         cure="move the folder to an SSD of this machine",

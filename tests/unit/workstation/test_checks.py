@@ -68,6 +68,7 @@ HEALTHY: Facts = {
     },
     "hub": {"cache": "/home/me/.cache/huggingface/hub", "writable": True, "unreadable": [], "token": True},
     "load": None,
+    "records": {},
 }  # fmt: skip
 
 

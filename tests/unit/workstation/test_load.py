@@ -12,7 +12,7 @@ import torch
 
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import quantize
-from finetune.workstation import alerts, disk_speed, facts, kernels, load, load_checks, nvml
+from finetune.workstation import alerts, disk_speed, facts, history, kernels, load, load_checks, nvml
 from finetune.workstation.checks import judge
 from finetune.workstation.nvml import POWER_CAP
 from finetune.workstation.verdicts import Facts, Verdict
@@ -44,15 +44,19 @@ LOAD: Facts = {
     "busy": 0.1,
     "gpus": [GPU],
     "cpu": {"name": "AMD Ryzen 9", "threads": 16, "gflops": 1400.0, "wrong": 0, "throttled": 0},
-    "disks": {
-        "outputs": {"way": "own", "mb_per_s": 3400, "places_per_s": 90_000},
-        "downloaded models": {"way": "own", "mb_per_s": 540, "places_per_s": 40_000},
-    },
+    "disks": [
+        {"places": ["outputs"], "way": "own", "mb_per_s": 3400, "places_per_s": 90_000},
+        {"places": ["downloaded models"], "way": "own", "mb_per_s": 540, "places_per_s": 40_000},
+    ],
     "kernels": dict(zip(("bitsandbytes", "attention"), (dict.fromkeys(names, "") for names in WORKING), strict=True)),
 }
 
 
 LOADED = HEALTHY | {"load": LOAD}
+LOADED["records"] = {
+    figure.key: {"value": figure.value, "time": 0.0, "versions": history.versions(LOADED)}
+    for figure in history.figures(LOADED)
+}
 
 
 def loaded(**places: Any) -> Facts:
@@ -65,24 +69,20 @@ def test_a_healthy_machine_raises_no_alarm_under_load() -> None:
     assert [id_ for id_, verdict in found.items() if verdict is not Verdict.ok] == [
         "ecc-0", "remapped-rows-0", "load-memory-heat-0",  # what a GeForce does not have
     ]  # fmt: skip
-    assert len(found) == len(verdicts(HEALTHY)) + 14
+    assert len(found) == len(verdicts(HEALTHY)) + 14 + 7
 
 
 HOT = [sample(throttling=["heat (driver)"])] * 4 + [sample()] * 46
 FAULTS = [
     ("load-products-0", Verdict.bad, {"gpus__0__wrong": 3}),
-    ("load-speed-0", Verdict.warn, {"gpus__0__tflops": 80.0}),
-    ("load-link-0", Verdict.warn, {"gpus__0__samples": [sample(generation=3)] * 50, "gpus__0__copy_gb_per_s": 12.5}),
-    ("load-link-0", Verdict.warn, {"gpus__0__samples": [sample(width=8)] * 50, "gpus__0__copy_gb_per_s": 12.5}),
-    ("load-copies-0", Verdict.warn, {"gpus__0__copy_gb_per_s": 9.0}),
+    ("load-link-0", Verdict.warn, {"gpus__0__samples": [sample(generation=3)] * 50}),
+    ("load-link-0", Verdict.warn, {"gpus__0__samples": [sample(width=8)] * 50}),
     ("load-throttling-0", Verdict.bad, {"gpus__0__samples": HOT}),
     ("load-clock-0", Verdict.warn, {"gpus__0__samples": [sample(clock_mhz=600, throttling=[])] * 50}),
     ("load-temperature-0", Verdict.warn, {"gpus__0__samples": [sample(), sample(temperature_c=88)]}),
     ("load-memory-heat-0", Verdict.warn, {"gpus__0__samples": [sample(memory_temperature_c=104)]}),
     ("cpu-products", Verdict.bad, {"cpu__wrong": 1}),
     ("cpu-throttling", Verdict.warn, {"cpu__throttled": 12}),
-    ("read-outputs", Verdict.warn, {"disks__outputs__mb_per_s": 180}),
-    ("read-downloaded-models", Verdict.warn, {"disks__downloaded-models__places_per_s": 160}),
     ("bitsandbytes", Verdict.bad, {"kernels__bitsandbytes__nf4": "no kernel image is available"}),
     ("attention", Verdict.bad, {"kernels__attention": dict.fromkeys(WORKING[1], "No available kernel")}),
 ]
@@ -99,9 +99,28 @@ def test_a_fault_is_found_and_nothing_else(id_: str, verdict: Verdict, places: d
     assert check.cure
 
 
+@pytest.mark.parametrize(
+    ("places", "slow"),
+    [
+        ({"gpus__0__tflops": 80.0}, {"load-speed-0", "slower-speed-0"}),
+        ({"gpus__0__tflops": 132.0}, {"slower-speed-0"}),
+        ({"gpus__0__copy_gb_per_s": 9.0}, {"load-copies-0", "slower-copies-0"}),
+        ({"cpu__gflops": 1230.0}, {"slower-cpu"}),
+        ({"disks__0__mb_per_s": 180}, {"read-outputs", "slower-read-outputs"}),
+        ({"disks__0__places_per_s": 50_000}, {"slower-places-outputs"}),
+        ({"disks__1__mb_per_s": 350}, {"slower-read-downloaded-models"}),
+        ({"disks__1__places_per_s": 160}, {"read-downloaded-models", "slower-places-downloaded-models"}),
+    ],
+)
+def test_what_is_slow_is_found_by_its_limit_and_by_the_record(places: dict[str, Any], slow: set[str]) -> None:
+    before = verdicts(loaded())
+    assert {id_ for id_, verdict in verdicts(loaded(**places)).items() if verdict is not before[id_]} == slow
+
+
 def test_every_check_of_a_load_has_its_fault() -> None:
     of_load = set(verdicts(loaded())) - set(verdicts(HEALTHY))
-    assert of_load == {id_ for id_, *_ in FAULTS}
+    found = {id_ for id_, *_ in FAULTS} | {"load-speed-0", "load-copies-0", "read-outputs", "read-downloaded-models"}
+    assert {id_ for id_ in of_load if not id_.startswith("slower-")} == found
 
 
 @pytest.mark.parametrize(("full", "verdict"), [(False, Verdict.bad), (True, Verdict.unknown)])
@@ -120,7 +139,9 @@ def test_what_can_not_be_told_under_load_is_never_well() -> None:
     assert len(of_the_gpu) == 7
     assert set(of_the_gpu.values()) == {Verdict.unknown}
     assert verdicts(loaded(cpu__throttled=None))["cpu-throttling"] is Verdict.unknown
-    assert verdicts(loaded(disks__outputs={"error": "no direct read"}))["read-outputs"] is Verdict.unknown
+    assert (
+        verdicts(loaded(disks__0={"places": ["outputs"], "error": "no direct read"}))["read-outputs"] is Verdict.unknown
+    )
 
 
 def test_without_a_gpu_it_says_what_it_can_not_tell() -> None:
@@ -177,7 +198,8 @@ def test_a_gpu_is_sampled_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
-def small_file(monkeypatch: pytest.MonkeyPatch) -> None:
+def small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(disk_speed, "FILE_BYTES", FILE_BYTES)
     monkeypatch.setattr(disk_speed, "RANDOM_S", 0.1)
 
