@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Iterator
 
 from finetune.workstation import gpu_checks, history, load_checks
-from finetune.workstation.verdicts import Check, Facts, Verdict, check_of
+from finetune.workstation.verdicts import Check, Facts, Verdict, check_of, place_id
 
 RAM_GIB, THREADS, OPEN_FILES, SHM_GIB = 64, 16, 1_000_000, 1.0
 LEAST_RAM_GIB, LEAST_THREADS, LEAST_FILES = 8, 2, 1_024  # of a machine without a GPU
@@ -35,10 +35,11 @@ def judge(facts: Facts) -> list[Check]:
 
 def _memory(facts: Facts) -> Iterator[Check]:
     ram = min(facts["ram_gib"], facts["ram_limit_gib"] or facts["ram_gib"])
+    limited = ", by a limit of this container or slice" if ram < facts["ram_gib"] else ""
     on_gpu = bool(facts["nvml"].get("gpus"))
     yield check_of(
         "ram", ram < 0.9 * (RAM_GIB if on_gpu else LEAST_RAM_GIB), Verdict.warn,
-        f"{ram:.0f} GiB, {facts['ram_free_gib']:.0f} free",
+        f"{ram:.0f} GiB{limited}, {min(ram, facts['ram_free_gib']):.0f} free",
         limit=f"{RAM_GIB} GiB to offload the largest models" if on_gpu else f"{LEAST_RAM_GIB} GiB", source=ADVICE,
         cost="model.offload=true does not fit for large models", cure="add memory, or choose a smaller base",
     )  # fmt: skip
@@ -83,7 +84,7 @@ def _cpu(facts: Facts) -> Iterator[Check]:
 
 def _disks(facts: Facts) -> Iterator[Check]:
     for name, place in facts["places"].items():
-        id_ = name.replace(" ", "-")
+        id_ = place_id(name)
         where = (
             f"{place['free_gib']:.0f} of {place['size_gib']:.0f} GiB free at {place['path']}, {place['file_system']}"
         )
@@ -173,7 +174,7 @@ def _containers(facts: Facts) -> Check:
     engines, on_gpu = facts["containers"]["engines"], bool(facts["nvml"].get("gpus"))
     there = facts["containers"]["gpu_support"]
     if facts["container"]:
-        return Check("container-gpu", Verdict.unknown, "inside a container, which does not see its host's")
+        return Check("container-gpu", Verdict.unknown, "this is a container, which can't see the toolkit of its host")
     if not engines or not on_gpu:
         why = "no GPU to hand to a container" if engines else "no docker or podman here"
         return Check("container-gpu", Verdict.unknown, why)

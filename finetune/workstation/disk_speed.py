@@ -1,4 +1,5 @@
-"""How fast a disk reads: one large file, and many small places of it, past the memory that keeps what was read.
+"""How fast a disk reads: a large file from end to end, and small blocks of it at random, past the memory that keeps
+what was read.
 
 The file is made for it and has no name, so that nothing is left of it, whatever ends the program.
 """
@@ -17,11 +18,11 @@ from typing import Any
 
 FILE_BYTES, BLOCK_BYTES = 512 << 20, 1 << 20
 ROOM = 4  # times the file must fit into what is free
-PLACE_BYTES, READERS, RANDOM_S = 4096, 8, 2.0  # as many readers as a training has data workers
+READ_BYTES, READERS, RANDOM_S = 4096, 8, 2.0  # as many readers as a training has data workers
 
 
 def read(folder: Path) -> dict[str, Any]:
-    """`{"way", "mb_per_s", "places_per_s"}` of the disk of a folder, or `{"error": why}`. Takes some seconds."""
+    """`{"way", "mb_per_s", "random_per_s"}` of the disk of a folder, or `{"error": why}`. Takes some seconds."""
     try:
         if shutil.disk_usage(folder).free < ROOM * FILE_BYTES:
             return {"error": f"too little free space for a test file of {FILE_BYTES >> 20} MiB"}
@@ -44,23 +45,23 @@ def by_hand(path: str) -> dict[str, Any]:
         for start in range(0, FILE_BYTES, BLOCK_BYTES):
             os.preadv(handle, [buffer], start)
         seconds = time.perf_counter() - began
-        places = _places_per_s(handle)
+        at_random = _random_per_s(handle)
     finally:
         os.close(handle)
-    return {"way": "own", "mb_per_s": round(FILE_BYTES / seconds / 1e6), "places_per_s": round(places)}
+    return {"way": "own", "mb_per_s": round(FILE_BYTES / seconds / 1e6), "random_per_s": round(at_random)}
 
 
-def _places_per_s(handle: int) -> float:
+def _random_per_s(handle: int) -> float:
     counts = [0] * READERS
     end = time.perf_counter() + RANDOM_S
 
-    def read_places(reader: int) -> None:
-        chosen, buffer = random.Random(reader), mmap.mmap(-1, PLACE_BYTES)
+    def read_randomly(reader: int) -> None:
+        chosen, buffer = random.Random(reader), mmap.mmap(-1, READ_BYTES)
         while time.perf_counter() < end:
-            os.preadv(handle, [buffer], PLACE_BYTES * chosen.randrange(FILE_BYTES // PLACE_BYTES))
+            os.preadv(handle, [buffer], READ_BYTES * chosen.randrange(FILE_BYTES // READ_BYTES))
             counts[reader] += 1
 
-    readers = [threading.Thread(target=read_places, args=(reader,)) for reader in range(READERS)]
+    readers = [threading.Thread(target=read_randomly, args=(reader,)) for reader in range(READERS)]
     for reader in readers:
         reader.start()
     for reader in readers:
@@ -71,11 +72,11 @@ def _places_per_s(handle: int) -> float:
 def by_fio(path: str) -> dict[str, Any]:
     """With fio, the same reads. Raises OSError, ValueError, LookupError and SubprocessError where it fails."""
     whole = _fio(path, "--rw=read", f"--bs={BLOCK_BYTES}")
-    places = _fio(
-        path, "--rw=randread", f"--bs={PLACE_BYTES}", f"--numjobs={READERS}", "--group_reporting", "--thread",
+    at_random = _fio(
+        path, "--rw=randread", f"--bs={READ_BYTES}", f"--numjobs={READERS}", "--group_reporting", "--thread",
         "--time_based", f"--runtime={RANDOM_S}",
     )  # fmt: skip
-    return {"way": "fio", "mb_per_s": round(whole["bw_bytes"] / 1e6), "places_per_s": round(places["iops"])}
+    return {"way": "fio", "mb_per_s": round(whole["bw_bytes"] / 1e6), "random_per_s": round(at_random["iops"])}
 
 
 def _fio(path: str, *flags: str) -> dict[str, float]:

@@ -195,10 +195,11 @@ def _xids(facts: Facts) -> Iterator[Check]:
     codes = Counter(xid["code"] for xid in found or [])
     serious = [code for code in codes if code not in PROGRAM_XIDS]
     words = [f"Xid {code}{XIDS.get(code, '')}, {plural(count, 'time')}" for code, count in codes.items()]
+    told = "none since the start" if found is not None else "only root may read the kernel's log here: sudo"
     last = f"; the last {found[-1]['hours_ago']:.1f} hours ago at {found[-1]['bus']}" if found else ""
     yield check_of(
         "xid", None if found is None else bool(found), Verdict.bad if serious else Verdict.warn,
-        "the kernel's log is for root: sudo" if found is None else "; ".join(words) + last or "none since the start",
+        "; ".join(words) + last or told,
         limit="none", source="the kernel's log", cost="runs end with CUDA errors; of hardware it comes again",
         cure=(
             "sudo reboot; if it comes again: power cables, riser, heat, remapped rows; else have the card replaced"

@@ -12,7 +12,7 @@ from finetune.reading import at_home, read_text
 from finetune.run.progress import say
 from finetune.workstation.gpu_checks import IDLE_GIB
 from finetune.workstation.load_checks import gpu_name
-from finetune.workstation.verdicts import Check, Facts, Verdict, check_of
+from finetune.workstation.verdicts import Check, Facts, Verdict, check_of, place_id
 
 BUSY = 0.1  # of the CPUs: more than a desktop takes that nobody uses
 STEADY, SHAKY = 0.10, 0.30
@@ -52,9 +52,9 @@ def figures(facts: Facts) -> Iterator[Figure]:
         if disk.get("error"):
             continue
         place = disk["places"][0]
-        name, which = place.replace(" ", "-"), f"{place} by {disk['way']}, {facts['places'][place]['size_gib']} GiB"
-        yield Figure(f"read-{name}", f"in a row, {which}", disk["mb_per_s"], "MB/s", SHAKY, busy)
-        yield Figure(f"places-{name}", f"at random, {which}", disk["places_per_s"], "places/s", SHAKY, busy)
+        name, which = place_id(place), f"{place} by {disk['way']}, {facts['places'][place]['size_gib']} GiB"
+        yield Figure(f"read-{name}", f"sequential, {which}", disk["mb_per_s"], "MB/s", SHAKY, busy)
+        yield Figure(f"random-{name}", f"at random, {which}", disk["random_per_s"], "random reads/s", SHAKY, busy)
 
 
 def _of_gpu(gpu: Facts, used_gib: float | None, busy: str) -> Iterator[Figure]:

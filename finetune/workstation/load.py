@@ -13,7 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import is_gpu_out_of_memory
-from finetune.run.progress import progress
+from finetune.run.progress import plural, progress, say
 from finetune.workstation import disk_speed, facts, kernels, linux, nvml
 
 if TYPE_CHECKING:
@@ -32,6 +32,8 @@ def read(seconds: float, found: dict[str, Any]) -> dict[str, Any]:
     import torch
 
     gpus = range(found["torch"]["gpus"])
+    each = f" and {seconds:g} s on each of {plural(len(gpus), 'GPU')}" if gpus else ""
+    say(f"libraries and disks first, then {seconds:g} s on the CPU{each}")
     loaded: dict[str, Any] = {"seconds": seconds, "gpus": []}
     began, others = time.perf_counter(), _taken_by_others()
     with progress("load", 3 + len(gpus), unit="measurements") as shown:
@@ -43,7 +45,7 @@ def read(seconds: float, found: dict[str, Any]) -> dict[str, Any]:
         loaded["cpu"] = _cpu(seconds)
         shown.advance()
         for number in gpus:
-            loaded["gpus"].append(_gpu(number, seconds, found["nvml"].get("gpus") or []))
+            loaded["gpus"].append(of_gpu(number, seconds, found["nvml"].get("gpus") or []))
             shown.advance()
     whole_s = (time.perf_counter() - began) * (os.cpu_count() or 1)
     return loaded | {"busy": round(max(0.0, _taken_by_others() - others) / whole_s, 2)}
@@ -91,7 +93,7 @@ def _throttle_count() -> int | None:
     return sum(count for count in counts if count is not None) if counts else None
 
 
-def _gpu(number: int, seconds: float, known: list[dict[str, Any]]) -> dict[str, Any]:
+def of_gpu(number: int, seconds: float, known: list[dict[str, Any]]) -> dict[str, Any]:
     """One GPU under load. known: the GPUs of NVML, which counts them in another order than torch."""
     import torch
 
@@ -108,9 +110,9 @@ def _gpu(number: int, seconds: float, known: list[dict[str, Any]]) -> dict[str, 
             gpu["copy_gb_per_s"] = round(median(copies(device)) / 1e9, 2)
             rates, wrong = products(device, dtype, GPU_SIDE, seconds)
             gpu |= {"tflops": round(median(rates) / 1e12, 2), "wrong": wrong, "error": None, "full": False}
+            torch.cuda.empty_cache()
         except RuntimeError as error:  # also of another program's making: the memory may be full
             gpu |= {"error": str(error).splitlines()[0], "full": is_gpu_out_of_memory(error)}
-    torch.cuda.empty_cache()
     return gpu | {"samples": samples}
 
 

@@ -7,7 +7,7 @@ from typing import Any
 
 from finetune.workstation import alerts
 from finetune.workstation.nvml import POWER_CAP
-from finetune.workstation.verdicts import Check, Facts, Verdict, check_of
+from finetune.workstation.verdicts import Check, Facts, Verdict, check_of, place_id
 
 LANE_GB_PER_S = {1: 0.25, 2: 0.5, 3: 0.985, 4: 1.969, 5: 3.938, 6: 7.563}
 """Of a PCIe lane, by generation: the PCI-SIG's transfer rate times its coding."""
@@ -15,7 +15,7 @@ COPY_SHARE = 0.7  # of the link; its packets leave 0.9 at most, and 0.8 is what 
 THROTTLED_SHARE = 0.05  # of the samples: a second of twenty. Shorter than that, a load begins or ends
 CLOCK_SHARE = 0.5  # of the highest clock: the power limit costs less, a card in an idle state has a tenth
 PEAK_SHARE = 0.6  # of the data sheet's rate: what `finetune plan` counts on
-DISK_MB_PER_S, DISK_PLACES_PER_S = 300, 1000  # a hard disk has fewer of both, any SSD more
+DISK_MB_PER_S, DISK_RANDOM_PER_S = 300, 1000  # a hard disk reads 250 and 200 at best, any SSD more
 
 
 def judge(facts: Facts) -> Iterator[Check]:
@@ -171,14 +171,14 @@ def _cpu(cpu: Facts) -> Iterator[Check]:
 
 def _disk(disk: Facts) -> Check:
     place, *others = disk["places"]
-    id_ = f"read-{place.replace(' ', '-')}"
+    id_ = f"read-{place_id(place)}"
     if disk.get("error"):
         return Check(id_, Verdict.unknown, disk["error"])
-    slow = disk["mb_per_s"] < DISK_MB_PER_S or disk["places_per_s"] < DISK_PLACES_PER_S
+    slow = disk["mb_per_s"] < DISK_MB_PER_S or disk["random_per_s"] < DISK_RANDOM_PER_S
     return check_of(
-        id_, slow, Verdict.warn, f"{disk['mb_per_s']:,} MB/s in a row, {disk['places_per_s']:,} places/s"
+        id_, slow, Verdict.warn, f"{disk['mb_per_s']:,} MB/s sequential, {disk['random_per_s']:,} random reads/s"
         + "".join(f"; {other} lie there too" for other in others),
-        limit=f"{DISK_MB_PER_S} MB/s and {DISK_PLACES_PER_S:,} places/s", source="above any hard disk, below any SSD",
+        limit=f"{DISK_MB_PER_S} MB/s and {DISK_RANDOM_PER_S:,} random reads/s", source="below any SSD",
         cost="loading a base takes minutes, and steps wait for images",
         cure="move the folder to an SSD of this machine",
     )  # fmt: skip

@@ -43,6 +43,15 @@ def read() -> dict[str, Any]:
             return {"error": str(found)}
 
 
+def fault() -> str:
+    """Why nothing should be started on the GPUs of this machine; empty where all is well. For health checks, because
+    torch, which takes seconds, isn't needed."""
+    found = read()
+    gpus = found.get("gpus", [])
+    wanted = [f"GPU {gpu['index']}: {gpu['recovery']}" for gpu in gpus if gpu["recovery"]]
+    return found.get("error") or ("; ".join(wanted) if gpus else "there is no GPU")
+
+
 @contextmanager
 def opened() -> Iterator[str]:
     """The driver's library, open inside; why it can't be opened, or empty. An open one keeps the GPUs awake: without,

@@ -41,3 +41,8 @@ def check_of(id_: str, faulty: bool | None, verdict: Verdict, fact: str, **more:
         return Check(id_, verdict, fact, **more)
     kept = {name: text for name, text in more.items() if name in ("limit", "source")}
     return Check(id_, Verdict.ok if faulty is False else Verdict.unknown, fact, **kept)
+
+
+def place_id(name: str) -> str:
+    """What a place of `facts.places` is called in ids, which should be short."""
+    return "models" if name == "downloaded models" else name.replace(" ", "-")

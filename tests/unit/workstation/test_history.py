@@ -74,7 +74,7 @@ def test_a_disturbed_measurement_raises_no_alarm(places: dict[str, object], why:
 def test_what_failed_is_not_written_down() -> None:
     broken = changed(LOADED, load__gpus__0__error="CUDA error", load__disks__0={"places": ["outputs"], "error": "no"})
     assert {figure.id for figure in history.figures(broken)} == {
-        "cpu", "read-downloaded-models", "places-downloaded-models",
+        "cpu", "read-models", "random-models",
     }  # fmt: skip
 
 

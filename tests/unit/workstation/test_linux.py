@@ -3,9 +3,11 @@
 import os
 from pathlib import Path
 
+import pynvml
 import pytest
 
-from finetune.workstation import containers, facts, linux, versions
+from finetune.workstation import containers, facts, linux, nvml, versions
+from tests.unit.workstation.gpus import GEFORCE, stand_in
 
 GIB = 2**30
 
@@ -59,12 +61,16 @@ def test_the_tightest_limit_above_this_process_counts(
     assert (limit and limit / GIB, linux.cpu_quota()) == (memory, cpus)
 
 
-def test_card_and_slot_are_told_apart(kernel: Path) -> None:
+def test_card_and_slot_are_told_apart(kernel: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     card = kernel / "devices" / "pci0000:00" / "0000:00:01.1" / "0000:01:00.0"
     write(card, {"max_link_width": "16\n", "../max_link_width": "8\n"})
     (kernel / "pci").mkdir()
     (kernel / "pci" / "0000:01:00.0").symlink_to(card)
     assert linux.lanes("00000000:01:00.0") == {"card_width": 16, "slot_width": 8}
+    address = pynvml.nvmlPciInfo_t(busId=b"00000000:01:00.0")
+    stand_in(monkeypatch, GEFORCE | {"nvmlDeviceGetPciInfo": address})
+    pcie = nvml.read()["gpus"][0]["pcie"]
+    assert (pcie["card_width"], pcie["slot_width"], pcie["card_generation"]) == (16, 8, None)
     write(card, {"../max_link_width": "255\n"})  # a bridge of a virtual machine
     assert linux.lanes("00000000:01:00.0") == {"card_width": 16, "slot_width": None}
     assert linux.lanes("00000000:02:00.0") == {"card_width": None, "slot_width": None}

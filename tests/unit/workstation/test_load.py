@@ -3,7 +3,9 @@
 import json
 import shutil
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pynvml
@@ -11,7 +13,7 @@ import pytest
 import torch
 
 from finetune.errors import ConfigError, ModelError
-from finetune.memory import quantize
+from finetune.memory import device, quantize
 from finetune.workstation import alerts, disk_speed, facts, history, kernels, load, load_checks, nvml
 from finetune.workstation.checks import judge
 from finetune.workstation.nvml import POWER_CAP
@@ -45,8 +47,8 @@ LOAD: Facts = {
     "gpus": [GPU],
     "cpu": {"name": "AMD Ryzen 9", "threads": 16, "gflops": 1400.0, "wrong": 0, "throttled": 0},
     "disks": [
-        {"places": ["outputs"], "way": "own", "mb_per_s": 3400, "places_per_s": 90_000},
-        {"places": ["downloaded models"], "way": "own", "mb_per_s": 540, "places_per_s": 40_000},
+        {"places": ["outputs"], "way": "own", "mb_per_s": 3400, "random_per_s": 90_000},
+        {"places": ["downloaded models"], "way": "own", "mb_per_s": 540, "random_per_s": 40_000},
     ],
     "kernels": dict(zip(("bitsandbytes", "attention"), (dict.fromkeys(names, "") for names in WORKING), strict=True)),
 }
@@ -107,9 +109,9 @@ def test_a_fault_is_found_and_nothing_else(id_: str, verdict: Verdict, places: d
         ({"gpus__0__copy_gb_per_s": 9.0}, {"load-copies-0", "slower-copies-0"}),
         ({"cpu__gflops": 1230.0}, {"slower-cpu"}),
         ({"disks__0__mb_per_s": 180}, {"read-outputs", "slower-read-outputs"}),
-        ({"disks__0__places_per_s": 50_000}, {"slower-places-outputs"}),
-        ({"disks__1__mb_per_s": 350}, {"slower-read-downloaded-models"}),
-        ({"disks__1__places_per_s": 160}, {"read-downloaded-models", "slower-places-downloaded-models"}),
+        ({"disks__0__random_per_s": 50_000}, {"slower-random-outputs"}),
+        ({"disks__1__mb_per_s": 350}, {"slower-read-models"}),
+        ({"disks__1__random_per_s": 160}, {"read-models", "slower-random-models"}),
     ],
 )
 def test_what_is_slow_is_found_by_its_limit_and_by_the_record(places: dict[str, Any], slow: set[str]) -> None:
@@ -119,7 +121,7 @@ def test_what_is_slow_is_found_by_its_limit_and_by_the_record(places: dict[str, 
 
 def test_every_check_of_a_load_has_its_fault() -> None:
     of_load = set(verdicts(loaded())) - set(verdicts(HEALTHY))
-    found = {id_ for id_, *_ in FAULTS} | {"load-speed-0", "load-copies-0", "read-outputs", "read-downloaded-models"}
+    found = {id_ for id_, *_ in FAULTS} | {"load-speed-0", "load-copies-0", "read-outputs", "read-models"}
     assert {id_ for id_ in of_load if not id_.startswith("slower-")} == found
 
 
@@ -198,6 +200,38 @@ def test_a_gpu_is_sampled_ten_times_a_second(monkeypatch: pytest.MonkeyPatch) ->
 
 
 @pytest.fixture
+def one_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A GPU that torch and NVML know; what it computes is planted, since there is none (tests/gpu has the real one)."""
+    stand_in(monkeypatch, AT_WORK)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0"))
+    monkeypatch.setattr(torch.cuda, "device", lambda _: nullcontext())
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: None)
+    monkeypatch.setattr(device, "pick_dtype", lambda *_: torch.bfloat16)
+    monkeypatch.setattr(load, "copies", lambda _: [25.4e9])
+    monkeypatch.setattr(load, "products", lambda *_: ([151e12], 0))
+
+
+@pytest.mark.usefixtures("one_gpu")
+def test_a_gpu_is_known_by_its_uuid_and_its_failures_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    other = HEALTHY["nvml"]["gpus"][0]
+    known = [other | {"index": 0, "uuid": "GPU-1"}, other | {"index": 1, "uuid": "GPU-0"}]
+    found = load.of_gpu(0, 1.0, known)
+    assert found.keys() == GPU.keys()
+    assert (found["index"], found["number"], found["tflops"], found["copy_gb_per_s"]) == (1, 0, 151.0, 25.4)
+    assert load.of_gpu(0, 1.0, [])["index"] is None
+    for error, full in ((torch.OutOfMemoryError("CUDA out of memory"), True), (RuntimeError("CUDA error: x"), False)):
+
+        def fail(_: Any, error: Exception = error) -> None:
+            raise error
+
+        monkeypatch.setattr(load, "copies", fail)
+        found = load.of_gpu(0, 1.0, known)
+        assert (found["full"], found["error"]) == (full, str(error))
+        (check,) = [check for check in judge(loaded(gpus=[found])) if check.id.startswith("load-")]
+        assert check.id == "load-products-1"
+
+
+@pytest.fixture
 def small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
     monkeypatch.setattr(disk_speed, "FILE_BYTES", FILE_BYTES)
@@ -215,7 +249,7 @@ def test_a_disk_is_read_and_nothing_is_left(tmp_path: Path, way: str, monkeypatc
     if "error" not in found:  # a file system in memory has no reads that pass memory by
         assert found["way"] == way
         assert found["mb_per_s"] > 0
-        assert found["places_per_s"] > 0
+        assert found["random_per_s"] > 0
     assert list(tmp_path.iterdir()) == []
 
 
