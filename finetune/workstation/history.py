@@ -45,9 +45,10 @@ def figures(facts: Facts) -> Iterator[Figure]:
     busy = f"others took {load['busy']:.0%} of the CPUs" if load["busy"] > BUSY else ""
     for gpu in load["gpus"]:
         if not gpu["error"]:
-            yield from _of_gpu(gpu, known.get(gpu["index"], {}).get("used_gib"), busy)
+            yield from _of_gpu(gpu, load["seconds"], known.get(gpu["index"], {}).get("used_gib"), busy)
     cpu = load["cpu"]
-    yield Figure("cpu", f"products {cpu['name']}, {cpu['threads']} threads", cpu["gflops"], "GFLOP/s", STEADY, busy)
+    which = f"products of {load['seconds']:g} s, {cpu['name']}, {cpu['threads']} threads"
+    yield Figure("cpu", which, cpu["gflops"], "GFLOP/s", STEADY, busy)
     for disk in load["disks"]:
         if disk.get("error"):
             continue
@@ -57,10 +58,11 @@ def figures(facts: Facts) -> Iterator[Figure]:
         yield Figure(f"random-{name}", f"at random, {which}", disk["random_per_s"], "random reads/s", SHAKY, busy)
 
 
-def _of_gpu(gpu: Facts, used_gib: float | None, busy: str) -> Iterator[Figure]:
+def _of_gpu(gpu: Facts, seconds: float, used_gib: float | None, busy: str) -> Iterator[Figure]:
     name = gpu_name(gpu)
     shared = "others used the GPU" if used_gib is not None and used_gib > IDLE_GIB else ""
-    yield Figure(f"speed-{name}", f"{gpu['dtype']} products {gpu['uuid']}", gpu["tflops"], "TFLOP/s", STEADY, shared)
+    which = f"{gpu['dtype']} products of {seconds:g} s, {gpu['uuid']}"  # a longer load is a hotter one
+    yield Figure(f"speed-{name}", which, gpu["tflops"], "TFLOP/s", STEADY, shared)
     yield Figure(f"copies-{name}", f"copies to {gpu['uuid']}", gpu["copy_gb_per_s"], "GB/s", STEADY, shared or busy)
 
 

@@ -65,10 +65,10 @@ def _told(samples: list[Facts], name: str) -> list[Any]:
 def _products(gpu: Facts) -> Check:
     """Whether it computes at all, and the same each time."""
     wrong = gpu.get("wrong", 0)
-    fact = f"{wrong} wrong" if wrong else gpu["error"] or "every product has the same bits"
+    fact = f"{wrong} wrong" if wrong else gpu["error"] or "every product is the same"
     return check_of(
         f"load-products-{gpu_name(gpu)}", None if gpu["full"] else bool(wrong or gpu["error"]), Verdict.bad, fact,
-        limit="the same bits each time", source="repeated products of the same matrices",
+        limit="the same result each time", source="repeated products of the same matrices",
         cost="results are wrong, or runs end with CUDA errors",
         cure="sudo reboot; if it comes again, remove overclocking, check the power cables, have the card replaced",
     )  # fmt: skip
@@ -156,8 +156,8 @@ def _heat(id_: str, degrees: list[float], rule: str) -> Check:
 def _cpu(cpu: Facts) -> Iterator[Check]:
     yield check_of(
         "cpu-products", bool(cpu["wrong"]), Verdict.bad,
-        f"{cpu['wrong']} wrong" if cpu["wrong"] else f"{cpu['gflops']:.0f} GFLOP/s in fp32, the same bits each time",
-        limit="the same bits each time", source="repeated products of the same matrices",
+        f"{cpu['wrong']} wrong" if cpu["wrong"] else f"{cpu['gflops']:.0f} GFLOP/s in fp32, the same result each time",
+        limit="the same result each time", source="repeated products of the same matrices",
         cost="results are wrong", cure="memtest86+; remove overclocking of processor and memory",
     )  # fmt: skip
     times = cpu["throttled"]

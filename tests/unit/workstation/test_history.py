@@ -48,6 +48,7 @@ def test_each_part_of_the_machine_has_its_own_record() -> None:
     history.add(changed(LOADED, load__gpus__0__tflops=172.0))
     assert speed(load__gpus__0__uuid="GPU-1").verdict is Verdict.unknown
     assert speed(load__gpus__0__dtype="float16").verdict is Verdict.unknown
+    assert speed(load__seconds=600.0).verdict is Verdict.unknown
     keys = [figure.key for figure in history.figures(LOADED)]
     assert len(set(keys)) == len(keys)
     other = changed(LOADED, load__cpu__threads=8, places__outputs__size_gib=100.0, load__disks__1__way="fio")
