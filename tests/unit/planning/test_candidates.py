@@ -14,6 +14,7 @@ from finetune.planning import speed
 from finetune.planning.candidates import OUTSIDE, Candidates, fastest, parts
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.plan import Setting
+from tests.tiny_models import save_diffusion
 from tests.unit.conftest import image_config, talking_config
 
 GPU = Machine("a GPU", True, 24.0, 0.5, True, 165.2, 82.6, 1008, 20.0, known=True)
@@ -38,12 +39,13 @@ def tensors_gib(found: Mapping[str, float]) -> float:
 
 @pytest.fixture(scope="module", params=["diffusion", "language"])
 def candidates(
-    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_base: Path, tiny_language: Path
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory, tiny_language: Path
 ) -> Candidates:
     """Of each kind of model. Shared, because traces take time: no test changes them."""
     folder = tmp_path_factory.mktemp(request.param)
     images = request.param == "diffusion"
-    config = image_config(folder, tiny_base) if images else talking_config(folder, tiny_language)
+    base = save_diffusion(folder / "base", whole=True) if images else tiny_language  # of the smallest all is overhead
+    config = image_config(folder, base) if images else talking_config(folder, base)
     return candidates_of(on_a_gpu(config))
 
 
