@@ -12,39 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.serving.cache import merged, new_cache
-from finetune.serving.requests import BASE
-
-PEFT_BASE = "__base__"  # PEFT's word for no adapter
-
-
-class Router:
-    """Says to every adapted layer which adapter each row of a batch takes.
-
-    PEFT's own way, the argument `adapter_names` of `PeftModel`, puts hooks on every layer in each call: with 56 layers
-    that takes longer than a step of a small model. Here they stay.
-    """
-
-    def __init__(self, model: nn.Module) -> None:
-        self.model = model
-        self.names: list[str] = []
-        self._hooked: set[nn.Module] = set()
-
-    def watch(self) -> None:
-        """Reach layers that have become adapted ones."""
-        from peft.tuners.lora import LoraLayer
-        from peft.utils import AuxiliaryTrainingWrapper
-
-        for module in self.model.modules():
-            if isinstance(module, LoraLayer | AuxiliaryTrainingWrapper) and module not in self._hooked:
-                module.register_forward_pre_hook(self._route, with_kwargs=True)
-                self._hooked.add(module)
-
-    def set(self, adapters: Sequence[str]) -> None:
-        """adapters: a key for each row of the next forward pass."""
-        self.names = [PEFT_BASE if key == BASE else key for key in adapters]
-
-    def _route(self, _: nn.Module, args: Any, kwargs: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-        return args, kwargs | {"adapter_names": self.names}
+from finetune.serving.router import Router
 
 
 class Batch(Protocol):

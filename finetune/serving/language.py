@@ -22,9 +22,10 @@ from finetune.memory.device import pick_device, pick_dtype
 from finetune.run.progress import say
 from finetune.serving.adapters import BaseIdentity, Shelf, Source
 from finetune.serving.attachments import Attachments
-from finetune.serving.batch import Batch, CachedBatch, RereadBatch, Router
+from finetune.serving.batch import Batch, CachedBatch, RereadBatch
 from finetune.serving.metrics import Metrics
 from finetune.serving.requests import BASE
+from finetune.serving.router import Router
 from finetune.serving.text_engine import TextEngine
 from finetune.serving.text_routes import Defaults, Desk, routes
 
@@ -71,11 +72,9 @@ class LanguageServer:
 
     def load_adapter(self, folder: Path, key: str) -> None:
         """See `adapters.Holder`."""
-        if formats.read_peft_config(folder).get("use_dora"):  # PEFT has no way to give it to some rows alone
-            raise ModelError("an adapter with lora.dora=true can't be served; export it with export.formats=[merged]")
+        self.router.require_routable(formats.read_peft_config(folder), str(folder))
         with torch.inference_mode(False):  # else the weights could never be used outside of it
-            self.attachments.load(folder, key)
-        self.router.watch()
+            self.attachments.load(folder, key, then=self.router.watch)
 
     def drop_adapter(self, key: str) -> None:
         """See `adapters.Holder`."""

@@ -92,8 +92,12 @@ def test_each_row_has_its_own_adapter(server: LanguageServer, base: Path, folder
     server.drop_adapter("one")
     order = ["two", BASE, "two"]
     torch.testing.assert_close(routed(server, *order), torch.stack([expected[key] for key in order]))
-    server.load_adapter(folders["one"], "one")
-    torch.testing.assert_close(routed(server, "one")[0], expected["one"])
+    server.load_adapter(folders["one"], "again")
+    torch.testing.assert_close(routed(server, "again")[0], expected["one"])
+    for key in ("two", "again"):  # none is left
+        server.drop_adapter(key)
+    server.load_adapter(folders["two"], "other")
+    torch.testing.assert_close(routed(server, BASE, "other"), torch.stack([expected[BASE], expected["two"]]))
 
 
 @pytest.mark.parametrize("first", [True, False])
@@ -114,11 +118,6 @@ def test_an_adapter_that_does_not_fit_leaves_the_others_as_they_were(
     torch.testing.assert_close(
         routed(server, "odd", BASE), torch.stack([plain(base, folders["one"]), plain(base, None)])
     )
-
-
-def test_dora_is_refused(server: LanguageServer, folders: dict[str, Path]) -> None:
-    with pytest.raises(ModelError, match=r"lora\.dora=true can't be served; export it with export\.formats"):
-        server.load_adapter(folders["dora"], "dora")
 
 
 class Holder:
