@@ -7,12 +7,18 @@ from finetune.config.rules import POSITIVE, at_least, must
 LANGUAGE = {"kind": "language"}  # as in the schema, which imports this
 
 
+def _are_words(names: list[str]) -> bool:
+    return all(name and name.split() == [name] for name in names)
+
+
 @dataclass
 class ServeConfig:
     """HTTP on this machine: `finetune serve`."""
 
     host: str = field(default="127.0.0.1", metadata=must("name an address", str.strip))
     """Address to listen on. 127.0.0.1 is this machine alone; any other asks every request for a key."""
+    keys: list[str] = field(default_factory=list, metadata=must("be names without blanks", _are_words))
+    """Names of clients, each of which gets a key of its own; empty is one key for all, where one is needed."""
     port: int = field(default=8000, metadata=at_least(0, most=65_535))
     """TCP port; 0 takes a free one."""
     adapters: dict[str, str] = field(default_factory=dict)
@@ -30,7 +36,11 @@ class ServeConfig:
     batch: int = field(default=16, metadata=at_least(1, most=1024))
     """Replies written, or images drawn, at once."""
     queue: int = field(default=64, metadata=at_least(0, most=100_000))
-    """Requests that may wait; one more is told to try again later."""
+    """Requests that may wait, for each key; one more is told to try again later."""
+    requests_per_minute: int = field(default=0, metadata=at_least(0))
+    """For each key; 0 is without a limit."""
+    tokens_per_minute: int = field(default=0, metadata=LANGUAGE | at_least(0))
+    """Read and written, for each key; 0 is without a limit."""
     timeout_s: float = field(default=300.0, metadata=POSITIVE)
     """Longest time that a request may wait and be answered in, seconds."""
     max_body_kib: int = field(default=1024, metadata=at_least(1, most=1_048_576))

@@ -17,6 +17,7 @@ from finetune.diffusion.pipeline import TextEncoder, base_hash, load_backbone
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.serving.adapters import BaseIdentity, Shelf, Source
 from finetune.serving.attachments import Attachments
+from finetune.serving.fairness import Rates
 from finetune.serving.image_engine import ImageEngine, ImageRequest
 from finetune.serving.image_routes import Canvas, routes
 from finetune.serving.metrics import Metrics
@@ -91,7 +92,8 @@ def service(config: Config, sources: Mapping[str, Source]) -> "ImageService":
         most_images=config.serve.batch,
         timeout_s=config.serve.timeout_s,
     )
-    return ImageService(server, sources, canvas)
+    rates = Rates(config.serve.requests_per_minute, 0)
+    return ImageService(server, sources, canvas, rates)
 
 
 class ImageService:
@@ -99,14 +101,14 @@ class ImageService:
 
     main_page = "images"
 
-    def __init__(self, server: ImageServer, sources: Mapping[str, Source], canvas: Canvas) -> None:
-        self.server, self.canvas = server, canvas
+    def __init__(self, server: ImageServer, sources: Mapping[str, Source], canvas: Canvas, rates: Rates) -> None:
+        self.server, self.canvas, self.rates = server, canvas, rates
         self.shelf = Shelf(sources, server, base=server.identity, most=MOST_ADAPTERS)
         self.metrics = Metrics(server.engine.stats)
 
     def routes(self) -> APIRouter:
         """See `app.Service`."""
-        return routes(self.server.engine, self.shelf, self.canvas, self.metrics)
+        return routes(self.server.engine, self.shelf, self.canvas, self.rates, self.metrics)
 
     def examples(self, url: str, key: str) -> Sequence[str]:
         """See `app.Service`."""

@@ -6,13 +6,9 @@ name point here (DNS rebinding). Neither gets past the Origin and Host that brow
 
 import base64
 import binascii
-import hashlib
-import hmac
 import ipaddress
-import secrets
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from urllib.parse import urlsplit
 
 from fastapi import HTTPException
@@ -20,12 +16,11 @@ from fastapi.responses import JSONResponse
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from finetune.run.atomic import write_atomically
+from finetune.serving.keys import owner_of
 from finetune.serving.requests import Refused
 
 LOOPBACK = "localhost"
 PAGES = ("/", "/runs")
-KEY_BYTES = 32
 ANSWER_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",
@@ -38,9 +33,9 @@ ANSWER_HEADERS = {
 
 @dataclass(frozen=True)
 class Rules:
-    """key_hash: sha256 of the key, empty where none is needed. names: of this machine. origins: of other pages."""
+    """keys: clients by the hash of their key, empty where none is needed. names: of this machine. origins: of pages."""
 
-    key_hash: str
+    keys: Mapping[str, str]
     names: frozenset[str]
     origins: frozenset[str]
     max_body_bytes: int
@@ -52,22 +47,6 @@ def is_loopback(host: str) -> bool:
         return host == LOOPBACK or ipaddress.ip_address(host).is_loopback
     except ValueError:
         return False
-
-
-def hash_of_key(key: str) -> str:
-    """As it is stored. A key of 256 random bits needs no salt and no slow hash."""
-    return hashlib.sha256(key.encode("utf-8", "replace")).hexdigest()
-
-
-def stored_or_new_key(file: Path) -> tuple[str, str]:
-    """The hash in a file, and "", or where there is none the hash of a new key, and the key, which is kept nowhere."""
-    if file.exists():
-        return file.read_text(encoding="ascii").strip(), ""
-    key = secrets.token_urlsafe(KEY_BYTES)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, hash_of_key(key) + "\n")
-    file.chmod(0o600)
-    return hash_of_key(key), key
 
 
 class Guard:
@@ -92,14 +71,16 @@ class Guard:
         try:
             if scope["type"] != "http":
                 raise Refused(403, "this server speaks plain HTTP alone", code="not_http")
-            self._check(Headers(scope=scope), scope["method"], scope["path"])
+            client = self._check(Headers(scope=scope), scope["method"], scope["path"])
         except Refused as error:
             asks = {"WWW-Authenticate": 'Basic realm="finetune"'} if error.status == 401 else {}
             await JSONResponse(error.body(), error.status, error.headers() | asks)(scope, receive, answer)
             return
+        scope.setdefault("state", {})["client"] = client  # `request.state.client`
         await self.app(scope, self._limited(receive), answer)
 
-    def _check(self, headers: Headers, method: str, path: str) -> None:
+    def _check(self, headers: Headers, method: str, path: str) -> str:
+        """The client's name, empty for all without a key."""
         host = headers.get("host", "")
         if not self._is_own(host):
             raise Refused(
@@ -111,12 +92,14 @@ class Guard:
         # Browsers ask without a key whether a page may ask; that is answered in front of all routes.
         may_ask = method == "OPTIONS" and "access-control-request-method" in headers
         if may_ask and headers.get("origin") in self.rules.origins:
-            return
-        if self.rules.key_hash and not hmac.compare_digest(hash_of_key(_given_key(headers)), self.rules.key_hash):
+            return ""
+        client = owner_of(_given_key(headers), self.rules.keys) if self.rules.keys else ""
+        if client is None:
             raise Refused(401, "this server needs its key: Authorization: Bearer KEY", code="invalid_api_key")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.rules.max_body_bytes:
             raise Refused(413, self._too_large(), code="request_too_large")
+        return client
 
     def _is_own(self, host: str) -> bool:
         """Names can be made to point here, addresses can't."""

@@ -45,6 +45,11 @@ class Events(StreamingResponse):
             await super().__call__(*arguments)
 
 
+def client_of(request: Request) -> str:
+    """Who asks, as the guard found out."""
+    return str(request.state.client)
+
+
 async def finished(pieces: AsyncIterator[P], request: Request) -> P:
     """The last piece. Raises Refused for an answer that didn't come to its end, and where the client has gone."""
 

@@ -3,7 +3,6 @@
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol, TypeVar
@@ -13,6 +12,7 @@ import torch
 from finetune.memory.device import release_memory
 from finetune.run.progress import say
 from finetune.serving.engine_thread import EngineThread
+from finetune.serving.fairness import FairQueue
 from finetune.serving.requests import Finish, Refused, Stats, settle
 
 T = TypeVar("T")
@@ -21,7 +21,10 @@ LONGEST_RETRY_S = 600
 
 @dataclass(frozen=True)
 class ImageRequest:
-    """Images to be drawn, one for each seed. adapter: a loaded adapter's key. width, height: pixels."""
+    """Images to be drawn, one for each seed.
+
+    adapter: a loaded adapter's key. width, height: pixels. client: who asks.
+    """
 
     prompt: str
     negative: str
@@ -32,6 +35,7 @@ class ImageRequest:
     width: int
     height: int
     timeout_s: float
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -57,9 +61,10 @@ class ImageEngine(EngineThread):
     """Ready at once; `close` ends its thread."""
 
     def __init__(self, painter: Painter, *, most_waiting: int) -> None:
+        """most_waiting: of each client."""
         super().__init__()
         self.painter, self.most_waiting = painter, most_waiting
-        self._waiting: deque[_Job] = deque()
+        self._waiting: FairQueue[_Job] = FairQueue()
         self._running: _Job | None = None
         self._job_s = 10.0  # how long one takes, an average over the last ones
         self._thread.start()
@@ -69,12 +74,11 @@ class ImageEngine(EngineThread):
         job = _Job(request, asyncio.get_running_loop())
         with self._changed:
             self._refuse_if_closing()
-            if len(self._waiting) + (self._running is not None) > self.most_waiting:
+            own = self._waiting.count(request.client)
+            if own + (self._running is not None) > self.most_waiting:
                 seconds = min(LONGEST_RETRY_S, max(1, math.ceil((len(self._waiting) + 1) * self._job_s)))
-                raise Refused(
-                    429, f"{len(self._waiting)} jobs are waiting already", code="queue_full", retry_after_s=seconds
-                )
-            self._waiting.append(job)
+                raise Refused(429, f"{own} jobs are waiting already", code="queue_full", retry_after_s=seconds)
+            self._waiting.put(request.client, job)
             self._changed.notify()
         return job
 
@@ -91,7 +95,7 @@ class ImageEngine(EngineThread):
                     return
                 work = list(self._work)
                 self._work.clear()
-                self._running = self._waiting.popleft() if self._waiting else None
+                self._running = self._waiting.take() if self._waiting else None
             for call, done in work:
                 settle(call, done)
             if self._running is not None:

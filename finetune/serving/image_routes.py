@@ -18,8 +18,9 @@ from pydantic import Field
 from finetune.config.rules import LARGEST_SEED
 from finetune.diffusion.sample import save_png
 from finetune.serving.adapters import Loaded, Shelf
+from finetune.serving.fairness import Rates
 from finetune.serving.forms import Form, Number
-from finetune.serving.http import ENDED, Events, event, finished, headers_of
+from finetune.serving.http import ENDED, Events, client_of, event, finished, headers_of
 from finetune.serving.image_engine import Drawn, ImageEngine, ImageRequest
 from finetune.serving.metrics import Metrics
 from finetune.serving.requests import Finish, Refused
@@ -79,7 +80,7 @@ class Generation(Form):
         return width, height
 
 
-def routes(engine: ImageEngine, shelf: Shelf, canvas: Canvas, metrics: Metrics) -> APIRouter:
+def routes(engine: ImageEngine, shelf: Shelf, canvas: Canvas, rates: Rates, metrics: Metrics) -> APIRouter:
     """All of them."""
     router = APIRouter()
 
@@ -96,6 +97,7 @@ def routes(engine: ImageEngine, shelf: Shelf, canvas: Canvas, metrics: Metrics) 
 
     @router.post("/v1/images/generations")
     async def generations(form: Generation, request: Request) -> Response:
+        rates.use(client_of(request), "requests", 1)
         wanted = form.n or 1
         if wanted > canvas.most_images:
             raise Refused(400, f"n is at most {canvas.most_images} here (serve.batch)", code="invalid_value", param="n")
@@ -113,6 +115,7 @@ def routes(engine: ImageEngine, shelf: Shelf, canvas: Canvas, metrics: Metrics) 
                 width=width,
                 height=height,
                 timeout_s=canvas.timeout_s,
+                client=client_of(request),
             )
             job = engine.submit(asked)
             stack.callback(job.cancel)

@@ -23,6 +23,7 @@ from finetune.run.progress import say
 from finetune.serving.adapters import BaseIdentity, Shelf, Source
 from finetune.serving.attachments import Attachments
 from finetune.serving.batch import Batch, CachedBatch, RereadBatch
+from finetune.serving.fairness import Rates
 from finetune.serving.metrics import Metrics
 from finetune.serving.requests import BASE
 from finetune.serving.router import Router
@@ -101,7 +102,8 @@ def service(config: Config, sources: Mapping[str, Source]) -> "LanguageService":
         most_tokens=server.most_tokens,
         most_ids=server.embedding_rows,
     )
-    return LanguageService(server, sources, defaults)
+    rates = Rates(config.serve.requests_per_minute, config.serve.tokens_per_minute)
+    return LanguageService(server, sources, defaults, rates)
 
 
 class LanguageService:
@@ -109,14 +111,14 @@ class LanguageService:
 
     main_page = "chat"
 
-    def __init__(self, server: LanguageServer, sources: Mapping[str, Source], defaults: Defaults) -> None:
-        self.server, self.defaults = server, defaults
+    def __init__(self, server: LanguageServer, sources: Mapping[str, Source], defaults: Defaults, rates: Rates) -> None:
+        self.server, self.defaults, self.rates = server, defaults, rates
         self.shelf = Shelf(sources, server, base=server.identity, most=MOST_ADAPTERS)
         self.metrics = Metrics(server.engine.stats)
 
     def routes(self) -> APIRouter:
         """See `app.Service`."""
-        return routes(Desk(self.server.engine, self.shelf, self.server.chat, self.defaults, self.metrics))
+        return routes(Desk(self.server.engine, self.shelf, self.server.chat, self.defaults, self.rates, self.metrics))
 
     def examples(self, url: str, key: str) -> Sequence[str]:
         """See `app.Service`."""

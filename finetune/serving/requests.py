@@ -26,7 +26,7 @@ class TextRequest:
 
     ids: of the prompt. adapter: a loaded adapter's key, `BASE` for none. temperature: 0 always takes the likeliest
     token. top_k: draw from so many likeliest tokens, 0 from all. top_p: from the likeliest that together have this
-    probability. stops: texts before which the reply ends. timeout_s: seconds from now.
+    probability. stops: texts before which the reply ends. timeout_s: seconds from now. client: who asks.
     """
 
     ids: tuple[int, ...]
@@ -38,6 +38,7 @@ class TextRequest:
     seed: int
     stops: tuple[str, ...]
     timeout_s: float
+    client: str = ""
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,9 @@ class Stats:
 
 
 class Reply(Protocol):
-    """A reply under way."""
+    """A reply under way. written: tokens so far."""
+
+    written: int
 
     def __aiter__(self) -> AsyncIterator[Delta]: ...
 

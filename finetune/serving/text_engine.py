@@ -7,7 +7,6 @@ random numbers, so the others are read again, in halves of the batch, until the 
 import asyncio
 import math
 import time
-from collections import deque
 from collections.abc import AsyncIterator, Sequence
 from typing import Any, TypeVar
 
@@ -20,6 +19,7 @@ from finetune.memory.device import release_memory
 from finetune.run.progress import say
 from finetune.serving.batch import Batch
 from finetune.serving.engine_thread import EngineThread
+from finetune.serving.fairness import FairQueue
 from finetune.serving.requests import Delta, Finish, Refused, Stats, TextRequest, settle
 from finetune.serving.sampling import Sampler, draw
 from finetune.serving.text_stream import TextStream
@@ -33,13 +33,13 @@ class TextEngine(EngineThread):
     """See `requests.TextEngine`. Ready at once; `close` ends its thread."""
 
     def __init__(self, batch: Batch, tokenizer: Any, ends: Sequence[int], *, most_rows: int, most_waiting: int) -> None:
-        """ends: ids that end a reply. most_rows: replies that are written at once."""
+        """ends: ids that end a reply. most_rows: replies that are written at once. most_waiting: of each client."""
         super().__init__()
         self.batch, self.tokenizer, self.ends = batch, tokenizer, frozenset(ends)
         self.most_rows, self.most_waiting = most_rows, most_waiting
         self.limit = most_rows  # lower after a failed step, for good where memory was short
         self._memory_is_short = False
-        self._waiting: deque[_Row] = deque()
+        self._waiting: FairQueue[_Row] = FairQueue()
         self._rows: list[_Row] = []
         self._joining: list[_Row] = []  # neither waiting nor among the rows
         self._prompt_tokens = self._written_tokens = 0
@@ -52,13 +52,12 @@ class TextEngine(EngineThread):
         with self._changed:
             self._refuse_if_closing()
             running = len(self._rows) + len(self._joining)
-            if len(self._waiting) + running >= self.most_waiting + max(self.limit, running):
+            own = self._waiting.count(request.client)
+            if own + running >= self.most_waiting + max(self.limit, running):
                 rounds = (len(self._waiting) + running) / self.limit
                 seconds = min(LONGEST_RETRY_S, max(1, math.ceil(rounds * self._reply_s)))
-                raise Refused(
-                    429, f"{len(self._waiting)} requests are waiting already", code="queue_full", retry_after_s=seconds
-                )
-            self._waiting.append(row)
+                raise Refused(429, f"{own} requests are waiting already", code="queue_full", retry_after_s=seconds)
+            self._waiting.put(request.client, row)
             self._changed.notify()
         return row
 
@@ -95,11 +94,11 @@ class TextEngine(EngineThread):
             found: list[_Row] = []
             self._joining = found
             while self._waiting and len(self._rows) + len(found) < self.limit:
-                row = self._waiting[0]
+                row = self._waiting.first()
                 longest = max([len(row.ids), *(len(other.ids) for other in found)])
                 if found and longest * (len(found) + 1) > JOIN_TOKENS:
                     break
-                self._waiting.popleft()
+                self._waiting.take()
                 if not row.ended_early():
                     found.append(row)
         if found:
@@ -139,7 +138,7 @@ class TextEngine(EngineThread):
         if len(rows) > 1:
             self.limit = len(rows) // 2
             with self._changed:
-                self._waiting.extendleft(reversed(rows))
+                self._waiting.put_back(rows)
             return
         for row in rows:
             row.give("", Finish.error)

@@ -20,9 +20,10 @@ from finetune.data.text.tokens import Chat
 from finetune.errors import DataError
 from finetune.serving import forms
 from finetune.serving.adapters import Loaded, Shelf
-from finetune.serving.http import ENDED, Events, event, finished, headers_of
+from finetune.serving.fairness import Rates
+from finetune.serving.http import ENDED, Events, client_of, event, finished, headers_of
 from finetune.serving.metrics import Metrics
-from finetune.serving.requests import Delta, Finish, Refused, TextEngine, TextRequest
+from finetune.serving.requests import Delta, Finish, Refused, Reply, TextEngine, TextRequest
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,11 @@ class Prepared:
 class Desk:
     """Turns requests into replies under way."""
 
-    def __init__(self, engine: TextEngine, shelf: Shelf, chat: Chat, defaults: Defaults, metrics: Metrics) -> None:
+    def __init__(
+        self, engine: TextEngine, shelf: Shelf, chat: Chat, defaults: Defaults, rates: Rates, metrics: Metrics
+    ) -> None:
         self.engine, self.shelf, self.chat, self.defaults, self.metrics = engine, shelf, chat, defaults, metrics
+        self.rates = rates
         # One at a time: rendering a template limits the memory of the whole process meanwhile.
         self._prompts = ThreadPoolExecutor(1, "prompts")
 
@@ -69,15 +73,19 @@ class Desk:
             raise Refused(400, reason, code="invalid_prompt") from error
 
     async def begin(
-        self, make_ids: Callable[[], list[int]], form: forms.Sampling, most: int | None, ignored: list[str]
+        self, client: str, make_ids: Callable[[], list[int]], form: forms.Sampling, most: int | None, ignored: list[str]
     ) -> Prepared:
         """A reply that is being written. most: tokens, as asked for. Raises Refused."""
+        self.rates.use(client, "requests", 1)
         form.require_one()
         stops, ids = form.stops(), await self.ids(make_ids)
         most, warnings = self._limited(ids, most)
         if ignored:
             warnings.insert(0, f"ignored: {', '.join(ignored)}")
+        self.rates.use(client, "tokens", len(ids) + most)
+        reply: Reply | None = None
         async with AsyncExitStack() as stack:
+            stack.callback(lambda: self.rates.give_back(client, "tokens", most - (reply.written if reply else 0)))
             loaded = await stack.enter_async_context(self.shelf.using(form.model or self.shelf.default))
             defaults = self.defaults
             reply = self.engine.submit(
@@ -91,6 +99,7 @@ class Desk:
                     seed=secrets.randbits(62) if form.seed is None else form.seed,
                     stops=stops,
                     timeout_s=defaults.timeout_s,
+                    client=client,
                 )
             )
             stack.callback(reply.cancel)
@@ -142,22 +151,27 @@ def routes(desk: Desk) -> APIRouter:
     async def chat_completions(form: forms.ChatCompletion, request: Request) -> Response:
         messages = [turn.message(index) for index, turn in enumerate(form.messages)]
         most = form.max_completion_tokens or form.max_tokens
-        prepared = await desk.begin(lambda: desk.chat.answer_ids(messages, "messages"), form, most, form.ignored())
+        prepared = await desk.begin(
+            client_of(request), lambda: desk.chat.answer_ids(messages, "messages"), form, most, form.ignored()
+        )
         return await _openai(prepared, form, request, chat=True)
 
     @router.post("/v1/completions")
     async def completions(form: forms.Completion, request: Request) -> Response:
-        prepared = await desk.begin(lambda: _prompt_ids(desk.chat, form.prompt), form, form.max_tokens, form.ignored())
+        prepared = await desk.begin(
+            client_of(request), lambda: _prompt_ids(desk.chat, form.prompt), form, form.max_tokens, form.ignored()
+        )
         return await _openai(prepared, form, request, chat=False)
 
     @router.post("/chat")
     async def chat(form: forms.Chat, request: Request) -> Response:
-        prepared = await _begin_chat(desk, form)
+        prepared = await _begin_chat(desk, form, request)
         text, last = await whole(prepared, request)
         return JSONResponse(_chat_reply(form, prepared, text, last), headers=prepared.headers())
 
     @router.get("/stream_chat")
     async def stream_chat(
+        request: Request,
         prompt: str,
         history: Annotated[str, Query(description="a list of [question, answer] pairs as JSON")] = "[]",
         model: str | None = None,
@@ -179,7 +193,7 @@ def routes(desk: Desk) -> APIRouter:
         except (ValueError, RecursionError) as error:
             line, place = forms.described(error.errors()) if isinstance(error, ValidationError) else ("", "history")
             raise Refused(400, line or "history is not JSON", code="invalid_value", param=place) from error
-        prepared = await _begin_chat(desk, form)
+        prepared = await _begin_chat(desk, form, request)
 
         async def events() -> AsyncIterator[str]:
             text = ""
@@ -198,9 +212,9 @@ def routes(desk: Desk) -> APIRouter:
     return router
 
 
-async def _begin_chat(desk: Desk, form: forms.Chat) -> Prepared:
+async def _begin_chat(desk: Desk, form: forms.Chat, request: Request) -> Prepared:
     make_ids = partial(desk.chat.answer_ids, form.messages(), "prompt")
-    return await desk.begin(make_ids, form.sampling(), form.max_new_tokens, form.ignored())
+    return await desk.begin(client_of(request), make_ids, form.sampling(), form.max_new_tokens, form.ignored())
 
 
 def _chat_reply(form: forms.Chat, prepared: Prepared, text: str, last: Delta) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Answer requests over HTTP, with the base and with adapters, until it is stopped."""
 
 import shlex
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import import_module
@@ -24,10 +24,10 @@ KEY_FILE = "serve_key.sha256"
 
 @dataclass(frozen=True)
 class Serving:
-    """A server that runs. key: of clients, where it was made just now; else empty."""
+    """A server that runs. keys: of clients by name, those that were made just now; "" without `serve.keys`."""
 
     url: str
-    key: str
+    keys: dict[str, str]
     models: tuple[str, ...]
 
 
@@ -64,15 +64,16 @@ def serving(config: Config, typed: Sequence[str] = ()) -> Iterator[Serving]:
 def _prepared(config: Config, typed: Sequence[str]) -> Iterator[tuple[Any, Serving]]:
     """What `finetune.serving.server` takes, with the models loaded and the address taken; what to type is said."""
     _require_packages()
-    from finetune.serving import adapters, guard, runs, server
+    from finetune.serving import adapters, guard, keys, runs, server
 
     settings, run_dir = config.serve, Path(config.run_dir)
     with server.listening(settings.host, settings.port) as listener:
-        key_hash, key = "", ""
-        if not guard.is_loopback(settings.host):
-            key_hash, key = guard.stored_or_new_key(run_dir / KEY_FILE)
+        hashes: dict[str, str] = {}
+        new: dict[str, str] = {}
+        if settings.keys or not guard.is_loopback(settings.host):
+            hashes, new = keys.stored_or_new_keys(run_dir / KEY_FILE, settings.keys or [""])
         rules = guard.Rules(
-            key_hash,
+            hashes,
             guard.names_of(settings.host, settings.names),
             frozenset(origin.rstrip("/") for origin in settings.origins),
             settings.max_body_kib * 1024,
@@ -86,9 +87,9 @@ def _prepared(config: Config, typed: Sequence[str]) -> Iterator[tuple[Any, Servi
             if own is None:
                 others = "" if len(service.shelf.names()) > 1 else "the base answers alone; "
                 say(f"serve: no adapter in {config.run_dir} yet, {others}train one: {_train_command(config, typed)}")
-            _announce(config, service, url, key, needs_key=bool(key_hash))
+            _announce(config, service, url, new, needs_key=bool(hashes))
             beside = runs.Runs(run_dir.absolute().parent, config.data.folder)
-            yield (service, rules, listener, beside), Serving(url, key, tuple(service.shelf.names()))
+            yield (service, rules, listener, beside), Serving(url, new, tuple(service.shelf.names()))
         finally:
             service.close()
 
@@ -129,15 +130,18 @@ def _train_command(config: Config, typed: Sequence[str]) -> str:
     return f"finetune train {recipe} {shlex.join(words)}"
 
 
-def _announce(config: Config, service: Any, url: str, key: str, *, needs_key: bool) -> None:
-    """Models, and what to type to ask them. key: where it is a new one."""
+def _announce(config: Config, service: Any, url: str, new: Mapping[str, str], *, needs_key: bool) -> None:
+    """Models, and what to type to ask them. new: keys by name."""
     names = service.shelf.names()
     shown = [name for name in names if "@" not in name]
     steps = len(names) - len(shown)
     say(f"serve: models {', '.join(shown)}" + (f", and {plural(steps, 'checkpoint')} as NAME@step-N" if steps else ""))
-    if key:
-        say(f"serve: the key, shown this once: {key}")
-    elif needs_key:
+    for name, key in new.items():
+        say(f"serve: the key{name and f' of {name}'}, shown this once: {key}")
+    if old := [name for name in config.serve.keys if name not in new]:
+        file = Path(config.run_dir) / KEY_FILE
+        say(f"serve: keys of before: {', '.join(old)}; for a new one delete its line in {file}")
+    elif needs_key and not new:
         say(f"serve: the key is that of before; for a new one delete {Path(config.run_dir) / KEY_FILE}")
     for line in service.examples(url, "KEY" if needs_key else ""):
         say(f"  {line}")

@@ -57,24 +57,11 @@ def other_adapter(run: Path, folder: Path, seed: int, size: float = 0.3) -> Path
     return folder
 
 
-class Server:
-    """A running `finetune serve`."""
+class Client:
+    """Somebody who asks the server at a URL, with a key if there is one."""
 
-    def __init__(self, running: command.Running, key: str = "") -> None:
-        self.running, self.key = running, key
-        found: list[str] = []
-
-        def is_up() -> bool:
-            found[:] = URL.findall(running.err.read_text(encoding="utf-8"))
-            return bool(found)
-
-        running.wait_for("address", is_up)
-        self.url = found[0]
-
-    @property
-    def said(self) -> str:
-        """What it has printed."""
-        return self.running.err.read_text(encoding="utf-8")
+    def __init__(self, url: str, key: str = "") -> None:
+        self.url, self.key = url, key
 
     def request(self, path: str, body: Any = None, **headers: str) -> urllib.request.Request:
         """A GET, or a POST of a body as JSON; `_` in a header's name stands for `-`."""
@@ -113,6 +100,26 @@ class Server:
         found = re.search(rf"^{re.escape(name)} (\S+)$", str(self.ask("/metrics")[1]), re.MULTILINE)
         assert found, name
         return float(found[1])
+
+
+class Server(Client):
+    """A running `finetune serve`."""
+
+    def __init__(self, running: command.Running) -> None:
+        self.running = running
+        found: list[str] = []
+
+        def is_up() -> bool:
+            found[:] = URL.findall(running.err.read_text(encoding="utf-8"))
+            return bool(found)
+
+        running.wait_for("address", is_up)
+        super().__init__(found[0])
+
+    @property
+    def said(self) -> str:
+        """What it has printed."""
+        return self.running.err.read_text(encoding="utf-8")
 
 
 def _read(text: bytes) -> Any:

@@ -38,7 +38,7 @@ def ask(url: str, body: Any) -> Any:
 def test_a_server_runs_as_long_as_its_block(pirate: Config, capsys: pytest.CaptureFixture[str]) -> None:
     with finetune.serve(pirate) as server:
         assert server.models[:2] == ("base:pirate_chat", "base")
-        assert server.key == ""
+        assert server.keys == {}
         body = {"prompt": PROMPT, "model": "base", "temperature": 0}
         assert ask(f"{server.url}/chat", body)["response"] == "2 plus 3 is 5."
     assert f"curl {server.url}/chat" in capsys.readouterr().err

@@ -2,6 +2,7 @@
 
 import asyncio
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -154,5 +155,39 @@ def test_work_between_steps_is_done_and_its_error_is_the_callers(engines: Any) -
         with pytest.raises(KeyError):
             await engine.between_steps(fail)
         assert (await last(reply)).tokens == 300
+
+    asyncio.run(ask())
+
+
+def test_a_client_with_many_requests_does_not_keep_others_from_their_turn(engines: Any) -> None:
+    """A hundred of one, all there before the first of another."""
+    engine = engines(Counting(), most_rows=2, most_waiting=100)
+    ended: list[str] = []
+
+    async def ask(client: str) -> None:
+        await last(engine.submit(replace(request(100), client=client)))
+        ended.append(client)
+
+    async def all_of_them() -> None:
+        many = [asyncio.create_task(ask("many")) for _ in range(100)]
+        await asyncio.sleep(0)
+        await asyncio.gather(*many, *[asyncio.create_task(ask("few")) for _ in range(3)])
+
+    asyncio.run(all_of_them())
+    assert sum(client == "few" for client in ended[:12]) == 3
+    assert len(ended) == 103
+
+
+def test_a_queue_is_full_for_the_client_that_filled_it(engines: Any) -> None:
+    engine = engines(Counting(), most_rows=1, most_waiting=2)
+
+    async def ask() -> None:
+        taken = [engine.submit(replace(request(100, most=1000), client="many")) for _ in range(3)]
+        with pytest.raises(Refused, match="requests are waiting already"):
+            engine.submit(replace(request(100), client="many"))
+        other = engine.submit(replace(request(100), client="few"))
+        for reply in taken:
+            reply.cancel()
+        assert (await last(other)).tokens == 20
 
     asyncio.run(ask())
