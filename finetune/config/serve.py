@@ -8,7 +8,7 @@ LANGUAGE = {"kind": "language"}  # as in the schema, which imports this
 
 
 def _are_words(names: list[str]) -> bool:
-    return all(name and name.split() == [name] for name in names)
+    return all(name.split() == [name] and "/" not in name for name in names)
 
 
 @dataclass
@@ -17,7 +17,7 @@ class ServeConfig:
 
     host: str = field(default="127.0.0.1", metadata=must("name an address", str.strip))
     """Address to listen on. 127.0.0.1 is this machine alone; any other asks every request for a key."""
-    keys: list[str] = field(default_factory=list, metadata=must("be names without blanks", _are_words))
+    keys: list[str] = field(default_factory=list, metadata=must("be names without blanks and /", _are_words))
     """Names of clients, each of which gets a key of its own; empty is one key for all, where one is needed."""
     port: int = field(default=8000, metadata=at_least(0, most=65_535))
     """TCP port; 0 takes a free one."""
