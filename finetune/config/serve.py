@@ -27,6 +27,8 @@ class ServeConfig:
     """Names by which clients call this machine, besides its address and localhost; others are refused."""
     origins: list[str] = field(default_factory=list)
     """Web pages that may use this server, such as http://localhost:3000, besides its own."""
+    context: int = field(default=0, metadata=LANGUAGE | at_least(0))
+    """Longest prompt and reply together, tokens; 0 is what the base reads, and what a GPU has room for."""
     max_new_tokens: int = field(default=512, metadata=LANGUAGE | at_least(1, most=1_000_000))
     """Longest reply, tokens; requests may ask for less."""
     temperature: float = field(default=0.7, metadata=LANGUAGE | at_least(0, most=100))

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from finetune.serving.cache import merged, new_cache
+from finetune.serving.cache import join, new_cache
 from finetune.serving.router import Router
 
 
@@ -19,11 +19,11 @@ class Batch(Protocol):
     """Rows in a fixed order; those that join come behind the others."""
 
     def join(self, rows: Sequence[Sequence[int]], adapters: Sequence[str]) -> Tensor:
-        """Read new rows. Returns the logits (N, V) of what follows each; the batch is unchanged if it raises."""
+        """Read new rows. Returns the logits (N, V) of what follows each; see `step` if it raises."""
         ...
 
     def step(self, tokens: Sequence[int]) -> Tensor:
-        """Read one more token of every row. Returns the logits (B, V); the batch is unusable if it raises."""
+        """Read one more token of every row. Returns the logits (B, V). If it raises, all rows must go: `keep([])`."""
         ...
 
     def keep(self, rows: Sequence[int]) -> None:
@@ -49,12 +49,13 @@ class CachedBatch:
         ids_NL, mask_NL = padded(rows, self.device)
         cache = new_cache()
         logits_NV = self._forward(ids_NL, mask_NL, cache, adapters)
-        joined, mask = cache, mask_NL
         if self.adapters:
             length = max(self._mask_BL.shape[1], mask_NL.shape[1])
-            joined = merged(self._cache, cache, length)
-            mask = torch.cat([_widened(self._mask_BL, length), _widened(mask_NL, length)])
-        self._cache, self._mask_BL, self.adapters = joined, mask, [*self.adapters, *adapters]
+            join(self._cache, cache, length)
+            self._mask_BL = torch.cat([_widened(self._mask_BL, length), _widened(mask_NL, length)])
+        else:
+            self._cache, self._mask_BL = cache, mask_NL
+        self.adapters += adapters
         return logits_NV
 
     def step(self, tokens: Sequence[int]) -> Tensor:

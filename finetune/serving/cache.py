@@ -40,8 +40,14 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # untyped
         self.length -= empty
         self._show()
 
-    def widened(self, length: int) -> list[Tensor]:
-        """Keys and values with empty positions in front, `length` in all."""
+    def join(self, other: "GrowingLayer", length: int) -> None:
+        """The rows of another behind its own, with empty positions in front, `length` in all."""
+        both = zip(self._widened(length), other._widened(length), strict=True)
+        self.buffers = [torch.cat(parts) for parts in both]
+        self.length = length
+        self._show()
+
+    def _widened(self, length: int) -> list[Tensor]:
         return [functional.pad(part, (0, 0, length - self.length, 0)) for part in (self.keys, self.values)]
 
     def _show(self) -> None:
@@ -53,10 +59,7 @@ def new_cache() -> Any:
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
-def merged(cache: Any, joining: Any, length: int) -> Any:
-    """A cache of the rows of both, `length` positions long."""
-    found = new_cache()
-    for index, (one, other) in enumerate(zip(cache.layers, joining.layers, strict=True)):
-        keys, values = (torch.cat(both) for both in zip(one.widened(length), other.widened(length), strict=True))
-        found.update(keys, values, index)
-    return found
+def join(cache: Any, joining: Any, length: int) -> None:
+    """Put the rows of one behind those of another, `length` positions long; a layer at a time, as all is large."""
+    for one, other in zip(cache.layers, joining.layers, strict=True):
+        one.join(other, length)

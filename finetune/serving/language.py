@@ -4,6 +4,7 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -19,6 +20,7 @@ from finetune.errors import ModelError
 from finetune.language import causal_lm
 from finetune.language.tokenize import chat_of
 from finetune.memory.device import pick_device, pick_dtype
+from finetune.planning.machine import read
 from finetune.run.progress import say
 from finetune.serving.adapters import BaseIdentity, Shelf, Source
 from finetune.serving.attachments import Attachments
@@ -27,6 +29,7 @@ from finetune.serving.fairness import Rates
 from finetune.serving.metrics import Metrics
 from finetune.serving.requests import BASE
 from finetune.serving.router import Router
+from finetune.serving.streams import longest_replies
 from finetune.serving.text_engine import TextEngine
 from finetune.serving.text_routes import Defaults, Desk, routes
 
@@ -85,11 +88,25 @@ class LanguageServer:
 def service(config: Config, sources: Mapping[str, Source]) -> "LanguageService":
     """The service of a recipe. Raises ModelError, DataError."""
     device = pick_device(config.hardware.device)
+    dtype, limits = pick_dtype(config.trainer.precision, device), config.serve
+    context = limits.context
+    if device.type == "cuda" or config.hardware.gpu:
+        # Whatever GPU a preset is of: what counts is the one that is here.
+        context = longest_replies(
+            config.model,
+            dtype,
+            read(replace(config.hardware, gpu="") if device.type == "cuda" else config.hardware),
+            sources.values(),
+            rows=limits.batch,
+            context=context,
+            max_new_tokens=limits.max_new_tokens,
+            most_adapters=min(MOST_ADAPTERS, sum(1 + len(source.steps) for source in sources.values())),
+        )
     server = LanguageServer(
         config.model,
         chat_of(config.model, config.data),
         device,
-        pick_dtype(config.trainer.precision, device),
+        dtype,
         vram_gib=config.hardware.vram_gib,
         most_rows=config.serve.batch,
         most_waiting=config.serve.queue,
@@ -99,7 +116,7 @@ def service(config: Config, sources: Mapping[str, Source]) -> "LanguageService":
         temperature=config.serve.temperature,
         top_p=config.serve.top_p,
         timeout_s=config.serve.timeout_s,
-        most_tokens=server.most_tokens,
+        most_tokens=min(context or server.most_tokens, server.most_tokens),
         most_ids=server.embedding_rows,
     )
     rates = Rates(config.serve.requests_per_minute, config.serve.tokens_per_minute)

@@ -11,6 +11,8 @@ from torch import Tensor
 
 from finetune.language.generate import gumbel
 
+SCORES_BYTES = 32  # of a token's score while it is drawn: in fp32, twice in fp64, and its noise
+
 
 @dataclass(frozen=True)
 class Sampler:
