@@ -74,7 +74,7 @@ def headers_of(loaded: Loaded, warnings: list[str]) -> dict[str, str]:
     found = {"x-finetune-model": loaded.model, "x-finetune-content": loaded.content}
     if warnings:
         text = "".join(char if char.isprintable() else " " for char in "; ".join(warnings))  # a client's own words
-        found["x-finetune-warning"] = text.encode("ascii", "replace").decode()[:1000]
+        found["x-finetune-warning"] = text.encode("ascii", "replace").decode()[:1000].strip()
     return found
 
 

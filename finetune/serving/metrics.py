@@ -3,7 +3,7 @@
 import time
 from collections.abc import AsyncIterable, AsyncIterator, Callable, Iterator
 
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Histogram, ProcessCollector, generate_latest
 from prometheus_client.metrics_core import CounterMetricFamily, GaugeMetricFamily, Metric
 
 from finetune.serving.http import P
@@ -20,6 +20,7 @@ class Metrics:
         self._stats = stats
         self._registry = CollectorRegistry()
         self._registry.register(self)  # a collector by its method
+        ProcessCollector(registry=self._registry)  # memory, processor time, open files
         self.first_token = Histogram(
             "vllm:time_to_first_token_seconds",
             "From a request to the first piece of its reply",
