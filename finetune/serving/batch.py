@@ -4,7 +4,7 @@ B rows, L token positions of the longest row so far, N rows that join, V tokens 
 values, E channels of a head.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, Protocol
 
 import torch
@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from finetune.serving.cache import join, new_cache
+from finetune.serving.prefixes import Prefix, Prefixes
 from finetune.serving.router import Router
 
 
@@ -30,6 +31,10 @@ class Batch(Protocol):
         """Only these rows stay, in this order."""
         ...
 
+    def forget(self) -> None:
+        """Let go of what is kept for later rows."""
+        ...
+
 
 class CachedBatch:
     """Keys and values of all rows lie in one cache, in which every row ends at the same place.
@@ -37,26 +42,50 @@ class CachedBatch:
     Shorter rows have masked positions in front, as in a batch of `generate` that is padded on the left.
     """
 
-    def __init__(self, model: nn.Module, router: Router, device: torch.device, dtype: torch.dtype) -> None:
-        """dtype: of the arithmetic; anything but fp32 is autocast."""
+    def __init__(
+        self, model: nn.Module, router: Router, device: torch.device, dtype: torch.dtype, most_tokens: int = 0
+    ) -> None:
+        """dtype: of the arithmetic; anything but fp32 is autocast. most_tokens: of beginnings that are kept."""
         self.model, self.router, self.device, self.dtype = model, router, device, dtype
+        self.prefixes = Prefixes(most_tokens)
         self.adapters: list[str] = []
         self._cache: Any = None
         self._mask_BL = torch.zeros(0, 0, dtype=torch.long, device=device)
 
     def join(self, rows: Sequence[Sequence[int]], adapters: Sequence[str]) -> Tensor:
         """See `Batch`."""
-        ids_NL, mask_NL = padded(rows, self.device)
-        cache = new_cache()
-        logits_NV = self._forward(ids_NL, mask_NL, cache, adapters)
+        found = [self._read(*portion) for portion in self._portions(rows, adapters)]
+        caches, masks = [cache for _, cache, _ in found], [mask for _, _, mask in found]
         if self.adapters:
-            length = max(self._mask_BL.shape[1], mask_NL.shape[1])
-            join(self._cache, cache, length)
-            self._mask_BL = torch.cat([_widened(self._mask_BL, length), _widened(mask_NL, length)])
-        else:
-            self._cache, self._mask_BL = cache, mask_NL
+            caches, masks = [self._cache, *caches], [self._mask_BL, *masks]
+        length = max(mask.shape[1] for mask in masks)
+        if len(caches) > 1:
+            join(caches[0], caches[1:], length)
+        self._cache = caches[0]
+        self._mask_BL = torch.cat([_widened(mask, length) for mask in masks])
         self.adapters += adapters
-        return logits_NV
+        return torch.cat([logits_NV for logits_NV, _, _ in found])
+
+    def _portions(self, rows: Sequence[Sequence[int]], adapters: Sequence[str]) -> Iterator[tuple[Any, Any, Any]]:
+        """Consecutive rows that are read together, with their adapters: those of which no beginning was read before;
+        each of the others alone, with that beginning."""
+        known = [self.prefixes.longest(adapter, row) for row, adapter in zip(rows, adapters, strict=True)]
+        first = 0
+        for last, prefix in enumerate(known, 1):
+            if prefix or last == len(rows) or known[last]:
+                yield rows[first:last], adapters[first:last], prefix
+                first = last
+
+    def _read(
+        self, rows: Sequence[Sequence[int]], adapters: Sequence[str], prefix: Prefix | None
+    ) -> tuple[Tensor, Any, Tensor]:
+        """The logits (N, V) behind some rows, their cache and their mask."""
+        ids_NL, mask_NL = padded(rows, self.device)
+        cache, read = (prefix.cache(), len(prefix.ids)) if prefix else (new_cache(), 0)
+        logits_NV = self._forward(ids_NL[:, read:], mask_NL, cache, adapters)
+        for row, (ids, adapter) in enumerate(zip(rows, adapters, strict=True)):
+            self.prefixes.note(adapter, ids, cache, row)
+        return logits_NV, cache, mask_NL
 
     def step(self, tokens: Sequence[int]) -> Tensor:
         """See `Batch`."""
@@ -77,6 +106,10 @@ class CachedBatch:
         for layer in self._cache.layers:
             layer.keep(chosen, empty)
 
+    def forget(self) -> None:
+        """See `Batch`."""
+        self.prefixes.forget()
+
     def _forward(self, ids: Tensor, mask: Tensor, cache: Any, adapters: Sequence[str]) -> Tensor:
         positions = (mask.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         self.router.set(adapters)
@@ -96,7 +129,7 @@ class CachedBatch:
 class RereadBatch:
     """Without a cache: every step reads all rows from their beginning. Slow, and right for any architecture."""
 
-    def __init__(self, model: nn.Module, router: Router, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, model: nn.Module, router: Router, device: torch.device, dtype: torch.dtype, _: int = 0) -> None:
         """See `CachedBatch`."""
         self.model, self.router, self.device, self.dtype = model, router, device, dtype
         self.adapters: list[str] = []
@@ -119,6 +152,9 @@ class RereadBatch:
         """See `Batch`."""
         self._rows = [self._rows[row] for row in rows]
         self.adapters = [self.adapters[row] for row in rows]
+
+    def forget(self) -> None:
+        """See `Batch`."""
 
     def _read(self, rows: Sequence[Sequence[int]], adapters: Sequence[str]) -> Tensor:
         """One by one: some architectures know no padding."""

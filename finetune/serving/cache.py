@@ -3,6 +3,7 @@
 B rows, H heads of keys and values, E channels of a head.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -40,10 +41,10 @@ class GrowingLayer(DynamicLayer):  # type: ignore[misc]  # untyped
         self.length -= empty
         self._show()
 
-    def join(self, other: "GrowingLayer", length: int) -> None:
-        """The rows of another behind its own, with empty positions in front, `length` in all."""
-        both = zip(self._widened(length), other._widened(length), strict=True)
-        self.buffers = [torch.cat(parts) for parts in both]
+    def join(self, others: "Sequence[GrowingLayer]", length: int) -> None:
+        """The rows of others behind its own, with empty positions in front, `length` in all."""
+        parts = zip(*[each._widened(length) for each in (self, *others)], strict=True)
+        self.buffers = [torch.cat(part) for part in parts]
         self.length = length
         self._show()
 
@@ -59,7 +60,7 @@ def new_cache() -> Any:
     return Cache(layer_class_to_replicate=GrowingLayer)
 
 
-def join(cache: Any, joining: Any, length: int) -> None:
-    """Put the rows of one behind those of another, `length` positions long; a layer at a time, as all is large."""
-    for one, other in zip(cache.layers, joining.layers, strict=True):
-        one.join(other, length)
+def join(cache: Any, joining: Sequence[Any], length: int) -> None:
+    """Put the rows of others behind those of a cache, `length` positions long; a layer at a time, as all is large."""
+    for index, layer in enumerate(cache.layers):
+        layer.join([other.layers[index] for other in joining], length)

@@ -50,10 +50,13 @@ class LanguageServer:
         dtype: torch.dtype,
         *,
         vram_gib: float,
+        context: int = 0,
         most_rows: int,
         most_waiting: int,
     ) -> None:
-        """Raises ModelError for a base that can't be loaded, or that has no way to write replies."""
+        """context: tokens of prompt and reply, 0 for what the base reads.
+
+        Raises ModelError for a base that can't be loaded, or that has no way to write replies."""
         self.chat = chat
         self.ends = chat.stop_ids()
         loaded: Any = causal_lm.load_model(model, dtype, device, vram_gib=vram_gib)
@@ -63,10 +66,11 @@ class LanguageServer:
             hub.content_hash(model.base),
             hashlib.sha256(chat.template.text.encode()).hexdigest(),
         )
-        self.most_tokens = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        reads = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        self.most_tokens = min(context or reads, reads)
         self.embedding_rows = int(loaded.get_input_embeddings().weight.shape[0])
         prompts = [chat.prompt_ids(text) for text in CHECK_PROMPTS]
-        batch = working_batch(loaded, self.router, prompts, self.ends, device, dtype)
+        batch = working_batch(loaded, self.router, prompts, self.ends, device, dtype, self.most_tokens)
         self.engine = TextEngine(batch, chat.tokenizer, self.ends, most_rows=most_rows, most_waiting=most_waiting)
         self.attachments = Attachments(loaded)
 
@@ -108,6 +112,7 @@ def service(config: Config, sources: Mapping[str, Source]) -> "LanguageService":
         device,
         dtype,
         vram_gib=config.hardware.vram_gib,
+        context=context,
         most_rows=config.serve.batch,
         most_waiting=config.serve.queue,
     )
@@ -116,7 +121,7 @@ def service(config: Config, sources: Mapping[str, Source]) -> "LanguageService":
         temperature=config.serve.temperature,
         top_p=config.serve.top_p,
         timeout_s=config.serve.timeout_s,
-        most_tokens=min(context or server.most_tokens, server.most_tokens),
+        most_tokens=server.most_tokens,
         most_ids=server.embedding_rows,
     )
     rates = Rates(config.serve.requests_per_minute, config.serve.tokens_per_minute)
@@ -160,10 +165,11 @@ def working_batch(
     ends: Sequence[int],
     device: torch.device,
     dtype: torch.dtype,
+    most_tokens: int = 0,
 ) -> Batch:
     """The fastest batch whose rows get the logits that `generate` computes for each alone, while others join and leave.
 
-    Raises ModelError where none does.
+    most_tokens: of beginnings that it keeps for later prompts. Raises ModelError where none does.
     """
     noise = causal_lm.FP32_NOISE
     if dtype is not torch.float32 or hasattr(model, "hf_quantizer"):
@@ -176,7 +182,7 @@ def working_batch(
             if worst <= noise:
                 if reasons:
                     say(f"serve: replies are written without a key-value cache, which is slow: {reasons[0]}")
-                return way(model, router, device, dtype)
+                return way(model, router, device, dtype, most_tokens)
             reasons.append(f"logits in a batch differ by {worst:.2g} of their size from those of `generate`")
         except Exception as error:  # an architecture may fail in any way
             reasons.append(f"{type(error).__name__}: {error}")

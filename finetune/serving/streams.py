@@ -22,6 +22,7 @@ from finetune.planning.tracer import Tracer
 from finetune.run.progress import say
 from finetune.serving.adapters import Source
 from finetune.serving.cache import join, new_cache
+from finetune.serving.prefixes import MOST_TOKENS
 from finetune.serving.sampling import SCORES_BYTES
 
 LEAST_PROMPT = 64  # tokens beside a reply of `serve.max_new_tokens`: a template, and a short question
@@ -100,15 +101,12 @@ class _Base:
         return sum(parts(trace, self.machine).values())
 
     def _write(self, rows: int, tokens: int) -> None:
-        one, all_rows, last = new_cache(), new_cache(), new_cache()
+        one, last = new_cache(), new_cache()
         self._read(one, 1, 1, 1)  # shows what the layers keep
-        for index, layer in enumerate(one.layers if rows > 1 else ()):
-            kept = (layer.keys, layer.values)
-            others = [part.new_empty(rows - 1, part.shape[1], tokens, part.shape[3]) for part in kept]
-            all_rows.update(*others, index)
+        all_rows, _prefixes = _like(one, rows - 1, tokens), _like(one, 1, min(tokens, MOST_TOKENS))
         self._read(last, 1, tokens, tokens)
         if rows > 1:
-            join(all_rows, last, tokens)
+            join(all_rows, [last], tokens)
         else:
             all_rows = last
         self._read(all_rows, rows, 1, tokens + 1)
@@ -125,6 +123,15 @@ class _Base:
                 logits_to_keep=1,
             ).logits[:, -1]
         _scores = torch.empty(logits_BV.numel() * SCORES_BYTES, dtype=torch.uint8)
+
+
+def _like(cache: Any, rows: int, tokens: int) -> Any:
+    """A cache of the same model."""
+    found = new_cache()
+    for index, layer in enumerate(cache.layers if rows else ()):
+        parts = (layer.keys, layer.values)
+        found.update(*[part.new_empty(rows, part.shape[1], tokens, part.shape[3]) for part in parts], index)
+    return found
 
 
 def _adapter_bytes(source: Source) -> float:

@@ -133,7 +133,9 @@ class TextEngine(EngineThread):
         error.__traceback__ = None  # it holds the tensors of every frame it passed
         self.batch.keep([])
         self._rows, self._joining = [], []
-        self._memory_is_short |= len(rows) > 1 and is_out_of_memory(error)
+        if is_out_of_memory(error):
+            self.batch.forget()
+            self._memory_is_short |= len(rows) > 1
         release_memory()
         if len(rows) > 1:
             self.limit = len(rows) // 2

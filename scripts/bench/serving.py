@@ -1,7 +1,9 @@
-"""How fast `finetune serve` writes: python scripts/bench/serving.py URL [STREAMS …]
+"""How fast `finetune serve` writes: python scripts/bench/serving.py URL [shared | own] [STREAMS …]
 
 At each level so many clients ask one after another until all requests are answered. The requests are the same at every
 level, seeds included, so that the same tokens are written. Client and server share the machine.
+
+shared: every request begins with the same long system prompt. own: each with another one of that length.
 """
 
 import asyncio
@@ -17,6 +19,8 @@ from urllib.parse import urlsplit
 LEVELS = (1, 4, 16, 64)
 REQUESTS, MOST_TOKENS = 64, 100
 PROMPTS = ("Who are you?", "How much is 8 plus 5?", "What is the colour of the sky?", "Tell me about three blue cats.")
+RULES = "You are kind and you say what you know about cats, dogs and birds in short words. " * 10
+SYSTEMS = {"": "", "shared": f"Rule 1000: {RULES}", "own": f"Rule {{number}}: {RULES}"}
 TEMPERATURE = 3.0  # at which the embedded model seldom ends a reply early
 
 
@@ -29,10 +33,11 @@ class Answered:
     gaps_s: list[float]
 
 
-def body(index: int) -> dict[str, Any]:
-    """A request; equal ones for equal numbers."""
+def body(index: int, system: str = "") -> dict[str, Any]:
+    """A request; equal ones for equal numbers. system: of `SYSTEMS`."""
+    rules = [{"role": "system", "content": SYSTEMS[system].format(number=1000 + index)}] if system else []
     return {
-        "messages": [{"role": "user", "content": PROMPTS[index % len(PROMPTS)]}],
+        "messages": [*rules, {"role": "user", "content": PROMPTS[index % len(PROMPTS)]}],
         "seed": index,
         "temperature": TEMPERATURE,
         "top_p": 1.0,
@@ -63,13 +68,13 @@ async def ask(url: str, asked: dict[str, Any]) -> Answered:
     return Answered(tokens, times[0] - began, gaps_s)
 
 
-async def level(url: str, streams: int) -> tuple[float, list[Answered]]:
+async def level(url: str, streams: int, system: str = "") -> tuple[float, list[Answered]]:
     """Seconds, and the answers, with so many clients at once."""
     waiting, found = list(range(REQUESTS)), []
 
     async def client() -> None:
         while waiting:
-            found.append(await ask(url, body(waiting.pop(0))))
+            found.append(await ask(url, body(waiting.pop(0), system)))
 
     began = time.perf_counter()
     await asyncio.gather(*[client() for _ in range(streams)])
@@ -77,11 +82,13 @@ async def level(url: str, streams: int) -> tuple[float, list[Answered]]:
 
 
 def main() -> None:
-    url, levels = sys.argv[1], [int(text) for text in sys.argv[2:]] or LEVELS
-    asyncio.run(level(url, 4))  # warm-up
+    url, words = sys.argv[1], sys.argv[2:]
+    system = words.pop(0) if words and words[0] in SYSTEMS else ""
+    levels = [int(text) for text in words] or LEVELS
+    asyncio.run(level(url, 4, system))  # warm-up
     print("| streams | tokens/s | first word p50, p95 (ms) | between words p95 (ms) |\n| --- | --- | --- | --- |")
     for streams in levels:
-        seconds, found = asyncio.run(level(url, streams))
+        seconds, found = asyncio.run(level(url, streams, system))
         first = statistics.quantiles([1000 * each.first_s for each in found], n=20)
         gaps = statistics.quantiles([1000 * gap for each in found for gap in each.gaps_s], n=20)
         rate = sum(each.tokens for each in found) / seconds

@@ -23,6 +23,7 @@ class Counting:
         self.poison, self.memory = poison, memory
         self.rows: list[int] = []
         self.most = 0
+        self.forgot = False
 
     def join(self, rows: Sequence[Sequence[int]], adapters: Sequence[str]) -> Tensor:
         assert len(adapters) == len(rows)
@@ -36,6 +37,9 @@ class Counting:
 
     def keep(self, rows: Sequence[int]) -> None:
         self.rows = [self.rows[row] for row in rows]
+
+    def forget(self) -> None:
+        self.forgot = True
 
     def _logits(self) -> Tensor:
         if self.poison in self.rows:
@@ -99,6 +103,7 @@ def test_short_memory_makes_the_batch_smaller_and_loses_nothing(engines: Any) ->
     found = replies(engine, [request(100 * index) for index in range(1, 13)])
     assert {(delta.finish, delta.tokens) for delta in found} == {(Finish.length, 20)}
     assert engine.limit <= batch.most <= 3
+    assert batch.forgot, "what isn't a row's goes first"
 
 
 def test_replies_end_at_the_end_token_and_it_counts(engines: Any) -> None:
