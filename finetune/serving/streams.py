@@ -42,11 +42,18 @@ def longest_replies(
     """Tokens of a reply and its prompt of which so many rows fit the machine.
 
     context: as `serve.context`; 0 takes what the base reads, or what fits, and then says so. Raises ConfigError where
-    less fits than is asked for, or than a reply of `max_new_tokens` needs; ModelError for a base that can't be planned.
+    less fits than is asked for, or than a reply of `max_new_tokens` needs. A base that can't be planned gets what was
+    asked for, and that is said.
     """
-    base = _Base(model, dtype, machine, most_adapters * max(map(_adapter_bytes, sources), default=0.0))
-    gib = cache(base.gib)
-    wanted = min(context or base.most_tokens, base.most_tokens)
+    adapter_bytes = most_adapters * max(map(_adapter_bytes, sources), default=0.0)
+    try:
+        base = _Base(model, dtype, machine, adapter_bytes)
+        gib = cache(base.gib)
+        wanted = min(context or base.most_tokens, base.most_tokens)
+        gib(rows, wanted)
+    except ModelError as error:  # one that can't be had at all is named again when it is loaded
+        say(f"serve: {error}")
+        return context
     least = wanted if context else min(wanted, max_new_tokens + LEAST_PROMPT)
     fitting = _largest(wanted, least, machine.vram_gib, lambda tokens: gib(rows, tokens))
     if fitting == wanted:

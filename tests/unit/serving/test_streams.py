@@ -86,6 +86,14 @@ def test_adapters_and_the_precision_of_the_base_count(model: ModelConfig, tmp_pa
     assert streams._adapter_bytes(Source("gone", tmp_path, None)) == 0, "who asks for it is told"
 
 
+def test_a_base_that_can_not_be_planned_is_served_all_the_same(
+    model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(streams, "new_cache", lambda: None)  # as if the layers kept something else
+    assert streams.longest_replies(model, torch.bfloat16, GPU, [], **SEVERAL | {"context": 100}) == 100
+    assert "serve: this base can't be planned" in capsys.readouterr().err
+
+
 def test_a_server_is_refused_before_anything_is_loaded(
     language_config: Config, monkeypatch: pytest.MonkeyPatch
 ) -> None:
