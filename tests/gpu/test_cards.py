@@ -1,6 +1,6 @@
 """The code on the card of an adapter on a quantised base, as somebody with a GPU runs it: it gives the trained model.
 
-Diffusers quantises on a GPU alone; on a CPU the tests see only what its loaders are asked for.
+`tests/unit/diffusion/test_quantised_card.py` runs two of the cases of images by the CPU kernels of bitsandbytes.
 """
 
 from collections.abc import Callable
@@ -9,18 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from finetune.config.schema import Config, Device, ExportFormat, Precision, Quantize
-from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.language import tokenize
 from finetune.run.records import Dataset
 from finetune.stages.export import export
 from finetune.stages.train import train
+from tests import quantised_card
 from tests.single_files import save_single_file
 
 pytestmark = pytest.mark.gpu
-SAME, CHANGED = 0.02, 0.05  # relative to what is predicted; kernels and 16 bit round
+SAME, CHANGED = 0.02, 0.05  # KL divergence; relative to what is predicted
 QUANTISED = [Quantize.nf4, Quantize.int8]
 
 
@@ -41,14 +40,7 @@ def test_of_an_image_adapter(
     if source == "single file":
         file = save_single_file(tiny_base, tmp_path / "base.safetensors", "sd", None)
         config.model.base, config.model.parts = str(file), str(tiny_base)
-    config.lora.targets, config.optim.lr, config.sample.prompts = "attention", 0.1, ["a red robot"]
-    shown = executed(export(config, train(config, make_dataset())).folder, config.run_dir, monkeypatch)
-    assert Path("image.png").is_file()
-    dtype = {Precision.bf16: torch.bfloat16, Precision.fp32: torch.float32}[precision]
-    base = load_backbone(config.model, dtype, torch.device("cuda"))
-    untuned = predicted(base)
-    trained = predicted(load_adapter(config.model, base, Path("adapter", "peft")))
-    assert_like(predicted(shown["pipeline"].unet), trained, other_than=untuned)
+    quantised_card.check(config, make_dataset(), monkeypatch)
 
 
 @pytest.mark.parametrize("template", ["", "chatml"])
@@ -78,19 +70,3 @@ def executed(folder: str, run_dir: str, monkeypatch: pytest.MonkeyPatch) -> dict
     names: dict[str, Any] = {}
     exec(page.split("```python\n")[1].split("```")[0], names)
     return names
-
-
-def assert_like(shown: Tensor, trained: Tensor, *, other_than: Tensor) -> None:
-    assert (shown - trained).norm() < SAME * trained.norm()
-    assert (trained - other_than).norm() > CHANGED * trained.norm()
-
-
-@torch.no_grad()
-def predicted(unet: Any) -> Tensor:
-    """What it predicts for fixed random inputs, in fp32 on the CPU."""
-    random = torch.Generator().manual_seed(0)
-    latents, text = torch.randn(1, 4, 8, 8, generator=random), torch.randn(1, 77, 16, generator=random)
-    sample: Tensor = unet.eval()(
-        latents.to("cuda", unet.dtype), torch.tensor([5]).cuda(), encoder_hidden_states=text.to("cuda", unet.dtype)
-    ).sample
-    return sample.float().cpu()

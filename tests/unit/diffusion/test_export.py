@@ -2,7 +2,6 @@
 
 import json
 from collections.abc import Callable
-from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,8 +20,6 @@ from finetune.diffusion import card, pipeline
 from finetune.diffusion.families import family
 from finetune.diffusion.pipeline import load_adapter, load_backbone, load_vae_model
 from finetune.errors import ExportError, ModelError
-from finetune.memory import quantize
-from finetune.memory.device import pick_dtype
 from finetune.run.records import Dataset, Run
 from finetune.stages.export import export
 from finetune.stages.train import train
@@ -188,32 +185,6 @@ class _Asked(Exception):
 
     def __init__(self, **options: Any) -> None:
         self.options = options
-
-
-@pytest.mark.parametrize("precision", ["bf16", "fp32"])
-@pytest.mark.parametrize("stored", [Quantize.nf4, Quantize.int8])
-def test_the_code_of_the_model_card_quantises_the_base_as_the_export_did(
-    config: Config, monkeypatch: pytest.MonkeyPatch, stored: Quantize, precision: str
-) -> None:
-    from diffusers import UNet2DConditionModel
-
-    config.model.quantize, config.trainer.precision = stored, Precision[precision]
-    dtype = pick_dtype(config.trainer.precision, torch.device("cpu"))
-
-    def asked(_: str, **options: Any) -> None:
-        raise _Asked(**options)
-
-    monkeypatch.setattr(UNet2DConditionModel, "from_pretrained", asked)
-    monkeypatch.setattr(quantize, "prove", lambda *_: None)
-    monkeypatch.setattr(hub, "explained", lambda _: nullcontext())
-    with pytest.raises(_Asked) as ours:
-        load_backbone(config.model, dtype)
-    with pytest.raises(_Asked) as shown:
-        exec(kinds.of(config).usage(config).format(base=repr(config.model.base)), {})
-    first, second = ours.value.options, shown.value.options
-    for name in ("subfolder", "torch_dtype"):
-        assert first[name] == second[name]
-    assert first["quantization_config"].to_dict() == second["quantization_config"].to_dict()
 
 
 def test_the_code_of_the_model_card_quantises_a_single_file_as_the_export_did(
