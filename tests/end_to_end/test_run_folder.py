@@ -1,5 +1,7 @@
 """A finished run is named by its folder alone: its config.yaml says what a recipe would."""
 
+import re
+import shlex
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ from finetune.config.compose import from_plain
 from finetune.config.describe import as_dict
 from finetune.errors import ConfigError, RunError
 from finetune.run.rundir import CONFIG, REPLACED, write_config, written_config
+from tests.conftest import ROOT
 from tests.end_to_end import command
 
 pytestmark = pytest.mark.sampled
@@ -114,6 +117,26 @@ def test_a_folder_without_a_finished_run(finetune_cli: Cli, workdir: Path) -> No
     refused = finetune_cli("export", "run_dir=begun", "hardware.device=cpu")
     assert refused.code == RunError.exit_code
     assert "begun holds no finished run; train first, with the same settings: finetune train conf=…" in refused.err
+
+
+def test_a_run_is_deleted_as_the_docs_say(finetune_cli: Cli, small: list[str], images: Path) -> None:
+    """Nothing of it is left, and another run that shares its cache loses nothing but what is encoded again."""
+    (typed,) = re.findall(r"^    rm -r (.*)$", (ROOT / "docs" / "outputs.md").read_text(), flags=re.MULTILINE)
+    mine, cache = (Path(word) for word in shlex.split(typed))
+    settings = [*small, f"data.cache={cache}", "trainer.steps=1"]
+    other = [*settings, "run_dir=other", "seed=1"]
+    before = command.contents(Path())
+    assert finetune_cli("train", *settings, f"run_dir={mine}").code == 0
+    assert finetune_cli("train", *other).code == 0
+    kept = command.contents(Path("other"))
+    shutil.rmtree(mine)
+    shutil.rmtree(cache)
+    assert command.contents(Path()) == before | kept
+    again = finetune_cli("train", *other)
+    assert again.code == 0
+    assert all(f"{stage}: up to date, skipped" in again.err for stage in ("caption", "train", "export", "sample"))
+    changed = {name for name, text in command.contents(Path("other")).items() if kept.get(name) != text}
+    assert changed <= {"other/receipts/dataset.json", "other/report.html", "other/receipts/report.json"}
 
 
 @pytest.mark.parametrize("name", REPLACED)
