@@ -1,6 +1,7 @@
 """Conversations -> token rows of a language model, with what became of them said out loud."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,8 @@ from finetune.language.causal_lm import load_tokenizer
 from finetune.run.hashing import hash_of
 from finetune.run.progress import plural, say
 from finetune.run.records import CaptionSet, TextSet
+
+MOST_NAMED = 8  # files in one line
 
 
 def chat_of(model: ModelConfig, data: DataConfig) -> Chat:
@@ -69,9 +72,14 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     say(f"dataset: {source}")
     if others := [path for path in readers.held_out_files(source.path) if path not in source.files]:
         say(
-            f"dataset: not trained on: {', '.join(path.name for path in others)} (by name a test or validation split; "
+            f"dataset: not trained on: {_names(others)} (by name a test or validation split; "
             f"to train on it too: {setting('data.file', os.pathsep.join(map(str, (source.path, others[0]))))})"
         )
+    unrelated, folders = readers.passed_over(source.path)
+    if unrelated:
+        say(f"dataset: not read: {_names(unrelated)} (no column of it is one of conversations)")
+    if folders:
+        say(f"dataset: folders are not searched: {_names(folders)}; name one: {setting('data.file', folders[0])}")
     found = store.encode_or_load(
         source,
         chat,
@@ -105,3 +113,8 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
         bad=found.figures.bad,
         cached=found.cached,
     )
+
+
+def _names(paths: Sequence[Path]) -> str:
+    more = f" and {len(paths) - MOST_NAMED} more" if len(paths) > MOST_NAMED else ""
+    return ", ".join(path.name for path in paths[:MOST_NAMED]) + more

@@ -47,6 +47,8 @@ EXTENSIONS = (
     *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".apng", ".webp", ".bmp", ".dib", ".tif", ".tiff", ".gif", ".avif"),
     *(".avifs", ".jp2", ".j2k", ".jpx", ".ppm", ".pgm", ".pbm", ".tga"),
 )
+# Folders that file servers and systems keep beside a person's images: thumbnails (Synology), and what was deleted.
+SYSTEM_FOLDERS = ("@eadir", "#recycle", "@recycle", "$recycle.bin", "system volume information", "lost+found")
 UNSUPPORTED = (".heic", ".heif", ".jxl", ".svg", ".psd", ".raw", ".dng", ".cr2", ".nef", ".arw", ".eps", ".ico")
 
 
@@ -76,8 +78,8 @@ class Captions:
 def images(folder: Path) -> list[str]:
     """Every image below a folder, as sorted paths relative to it with forward slashes.
 
-    Hidden files and folders are left out, as imagefolder does, and run folders, which hold drawn images. Raises
-    DataError if the folder is missing, empty or without images.
+    Hidden files and folders are left out, as imagefolder does, folders of the system, and run folders, which hold drawn
+    images. Raises DataError if the folder is missing, empty or without images.
     """
     if not str(folder) or not folder.exists():
         shipped = recipes.elsewhere(folder)
@@ -137,7 +139,7 @@ def _why_no_file(path: Path) -> str:
 
 def unsupported_files(folder: Path) -> list[str]:
     """Files that look like images but are in formats that can't be read here (HEIC, SVG, camera raw, …)."""
-    return sorted(p.relative_to(folder).as_posix() for p in folder.rglob("*") if p.suffix.lower() in UNSUPPORTED)
+    return [path.as_posix() for path in _visible(folder) if path.suffix.lower() in UNSUPPORTED]
 
 
 def captions(folder: Path, files: Sequence[str], generated: Collection[str] = ()) -> Captions:
@@ -314,5 +316,8 @@ def _runs_among(paths: Sequence[Path]) -> list[Path]:
 
 
 def _hidden(path: Path) -> bool:
-    """Whether imagefolder passes over a path."""
-    return path.name.startswith(".") or any(part.startswith((".", "__")) for part in path.parent.parts)
+    """Whether imagefolder passes over a path, or it is in a system's folder."""
+    folders = path.parent.parts
+    return path.name.startswith(".") or any(
+        part.startswith((".", "__")) or part.lower() in SYSTEM_FOLDERS for part in folders
+    )

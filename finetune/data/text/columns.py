@@ -37,6 +37,8 @@ READ = {
     ConversationFormat.prompt_completion: ("prompt", "completion", "response", *SYSTEM_COLUMNS),
     ConversationFormat.text: ("text",),
 }
+# One of these is in every row that may be trained, or is refused for what it is.
+ROW_COLUMNS = {*TURN_COLUMNS, *PREFERENCE_COLUMNS, "instruction", "prompt", "completion", "text"}
 
 
 def unread(columns: dict[str, Any], format_: ConversationFormat) -> tuple[str, ...]:

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from finetune.config import recipes
 from finetune.config.spelling import setting
+from finetune.data.text.columns import ROW_COLUMNS
 from finetune.errors import DataError
 from finetune.reading import at_home, read_text, require_file
 from finetune.run.hashing import Stamp, stamp_of, trusted
@@ -46,8 +47,8 @@ def files_of(named: Path) -> tuple[Path, ...]:
     """The files to read, in the order of the paths, of a folder sorted.
 
     named: a path, or several with the system's path separator between them. Each is a file, a folder with readable
-    files (without hidden ones, and those of `held_out_files`), or a folder saved by `datasets`. Raises DataError for a
-    missing path, an unknown suffix or a folder without readable files.
+    files (without hidden ones, and those of `held_out_files` and `passed_over`), or a folder saved by `datasets`.
+    Raises DataError for a missing path, an unknown suffix or a folder without readable files.
     """
     return tuple(file for path in paths_of(named) for file in _files_of(path))
 
@@ -57,9 +58,19 @@ def held_out_files(named: Path) -> tuple[Path, ...]:
 
     They are not read beside a training split; whoever wants one names it.
     """
-    folders = [path for path in paths_of(named) if path.is_dir()]
-    parts = [folder / name for folder in folders if _saved(folder) for name in _other_parts(folder)]
-    return (*parts, *(file for folder in folders if not _saved(folder) for file in _by_split(folder)[1]))
+    saved = [path for path in paths_of(named) if path.is_dir() and _saved(path)]
+    parts = [folder / name for folder in saved for name in _other_parts(folder)]
+    return (*parts, *(file for folder in _plain_folders(named) for file in _by_split(folder)[1]))
+
+
+def passed_over(named: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """What lies in folders and is no file of conversations: JSON about something else, as config.json is, and folders
+    with readable files. They are not read; whoever wants one names it."""
+    folders = _plain_folders(named)
+    read = {file for folder in folders for file in _by_split(folder)[0]}
+    others = tuple(file for folder in folders for file in _readable(folder) if file not in read and _is_other(file))
+    inner = [item for folder in folders for item in sorted(folder.iterdir()) if _is_inner(item)]
+    return others, tuple(inner)
 
 
 def paths_of(named: Path) -> tuple[Path, ...]:
@@ -93,13 +104,46 @@ def _files_of(path: Path) -> tuple[Path, ...]:
     return (path,)
 
 
-def _by_split(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
-    """The readable files of a folder: those to train on, and those that are named as another split."""
-    files = sorted(
+def _plain_folders(named: Path) -> list[Path]:
+    return [path for path in paths_of(named) if path.is_dir() and not _saved(path)]
+
+
+def _readable(folder: Path) -> list[Path]:
+    return sorted(
         item
         for item in folder.iterdir()
         if item.suffix.lower() in SUFFIXES and not item.name.startswith(".") and item.name not in ABOUT
     )
+
+
+def _is_inner(item: Path) -> bool:
+    """Whether it is a folder that somebody may have meant."""
+    hidden = item.name.startswith((".", "__"))
+    return not hidden and item.suffix.lower() not in SUFFIXES and item.is_dir() and bool(_readable(item))
+
+
+def _is_other(file: Path) -> bool:
+    """Whether a file is one JSON object without a column of a row, also below an id or a name of a list."""
+    if file.suffix.lower() != ".json":
+        return False
+    try:
+        require_file(file)
+        with open(file, "rb") as stream:
+            if not stream.read(16).lstrip(b"\xef\xbb\xbf \t\r\n").startswith(b"{"):
+                return False  # rows, and these may be many
+        found = json.loads(read_text(file).removeprefix("\ufeff"))
+    except (OSError, ValueError, RecursionError):  # reading it says what is wrong
+        return False
+    inner = [value[0] if isinstance(value, list) and value else value for value in found.values()]
+    return not any(isinstance(value, dict) and value.keys() & ROW_COLUMNS for value in (found, *inner))
+
+
+def _by_split(folder: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
+    """The files of rows of a folder: those to train on, and those that are named as another split."""
+    readable = _readable(folder)
+    files = [
+        file for file in readable if not _is_other(file)
+    ] or readable  # of others alone, reading says what is wrong
     held_out = tuple(file for file in files if HELD_OUT.search(file.stem))
     training = tuple(file for file in files if file not in held_out)
     return (training, held_out) if training else (held_out, ())

@@ -9,6 +9,7 @@ import pytest
 
 import finetune
 from finetune.config.schema import Config
+from finetune.errors import DataError
 from finetune.language import tokenize
 
 
@@ -43,3 +44,28 @@ def test_a_folder_is_trained_without_litter_and_other_splits(
     assert language_config.data.file == f"{folder}{os.pathsep}{folder / 'test.jsonl'}"
     record = tokenize.build(language_config, None)
     assert record.train + record.validation == 40
+
+
+def test_what_of_a_folder_is_no_conversation_is_named_and_changes_nothing(
+    language_config: Config, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "set"
+    (folder / "older").mkdir(parents=True)
+    lines = Path(language_config.data.file).rename(folder / "mine.jsonl").read_text()
+    language_config.data.file = str(folder)
+    before = tokenize.inputs(language_config, None)
+    (folder / "config.json").write_text('{"model_type": "llama"}')
+    (folder / "older" / "1.jsonl").write_text(lines)
+    assert tokenize.inputs(language_config, None) == before
+    record = tokenize.build(language_config, None)
+    assert record.train + record.validation == 40
+    said = capsys.readouterr().err
+    assert "dataset: not read: config.json (no column of it is one of conversations)" in said
+    assert f"dataset: folders are not searched: older; name one: data.file={folder}/older" in said
+    language_config.data.file = str(folder / "config.json")
+    with pytest.raises(DataError, match=r"config.json:1: its columns \(model_type\) are of no known format"):
+        tokenize.build(language_config, None)
+
+
+def test_long_lists_of_files_are_cut() -> None:
+    assert tokenize._names([Path(f"{number}.json") for number in range(10)]).endswith("6.json, 7.json and 2 more")

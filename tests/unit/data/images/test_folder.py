@@ -61,6 +61,28 @@ def test_archives_are_passed_over(root):
     assert folder.images(root) == ["a.png"]
 
 
+def test_what_systems_and_tools_leave_beside_images_is_neither_image_nor_text(root):
+    put(root, "a.png", "._a.png", ".ipynb_checkpoints/a-checkpoint.png", "__MACOSX/._a.png", "@eaDir/a.png/THUMB.jpg")
+    put(root, "#recycle/old.png", "$RECYCLE.BIN/S-1/$R1.png", "System Volume Information/x.png", "sub/@eaDir/b.jpg")
+    for name in (
+        "Thumbs.db",
+        "desktop.ini",
+        ".DS_Store",
+        "._a.txt",
+        "._b.heic",
+        "README.json",
+        "package.json",
+        "Icon\r",
+    ):
+        (root / name).write_text("[.ShellClassInfo]")
+    (root / "@eaDir" / "a.txt").write_text("a text")
+    (root / "a.txt").write_text("my words")
+    assert folder.images(root) == ["a.png"]
+    assert folder.unsupported_files(root) == []
+    found = folder.captions(root, ["a.png"])
+    assert (found.texts, found.strays, found.unread) == ({"a.png": "my words"}, (), ())
+
+
 def test_listing_reads_no_image(root):
     (root / "a.jpg").write_bytes(b"")
     assert folder.images(root) == ["a.jpg"]

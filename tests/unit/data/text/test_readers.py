@@ -47,6 +47,37 @@ def test_litter_and_other_splits_of_a_folder_are_not_read(tmp_path):
     assert readers.held_out_files(tmp_path) == ()
 
 
+ROW = {"messages": [{"role": "user", "content": "a"}]}
+OTHERS = {"config.json": {"model_type": "llama", "rope": {"type": 1}}, "package.json": {"name": "x", "files": ["a"]}}
+
+
+def test_json_about_something_else_is_passed_over_in_a_folder_alone(tmp_path):
+    rows_of = {
+        "one.json": ROW,
+        "by_id.json": {"a": ROW, "b": ROW},
+        "list.json": {"data": [ROW]},
+        "two.json": [{"q": 1}],
+    }
+    for name, value in (OTHERS | rows_of).items():
+        put(tmp_path, name, json.dumps(value, indent=1))
+    lines = put(tmp_path, "lines.json", json.dumps({"q": 1}) + "\n" + json.dumps({"q": 2}))
+    broken = put(tmp_path, "broken.json", '\ufeff  {"a": ')
+    put(tmp_path, "vocab.json", '\ufeff\n{"a": 1}')
+    for name in (".ipynb_checkpoints", "__MACOSX", "empty", "older"):
+        (tmp_path / name).mkdir()
+        put(tmp_path / name, "1.jsonl" if name != "empty" else "notes.md", "")
+    kept = sorted([*(tmp_path / name for name in rows_of), lines, broken])
+    assert readers.files_of(tmp_path) == tuple(kept)
+    others = tuple(tmp_path / name for name in (*OTHERS, "vocab.json"))
+    assert readers.passed_over(tmp_path) == (others, (tmp_path / "older",))
+    assert readers.files_of(others[0]) == (others[0],)
+    assert readers.passed_over(others[0]) == ((), ())
+    for path in kept:
+        path.unlink()
+    assert readers.files_of(tmp_path) == others, "what is wrong with them is said where they are read"
+    assert readers.passed_over(tmp_path)[0] == ()
+
+
 def test_other_parts_of_a_saved_folder_are_named(tmp_path):
     import datasets
 
