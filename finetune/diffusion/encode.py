@@ -38,7 +38,7 @@ from finetune.run.progress import plural, progress, say, shortened
 from finetune.run.records import Caption, CaptionSet, Dataset, Example
 
 GEOMETRY = "lanczos-1"  # part of every image's key: change it when the same bucket and crop would give other pixels
-MADE_BY = 4  # part of every entry's key: raised when the same image or caption would give another entry
+MADE_BY = 5  # part of every entry's key: raised when the same image or caption would give another entry
 SMALLEST_SPLIT = 20  # images; of fewer, holding some out costs more than the validation loss tells
 MUCH = 0.5  # of an image's area: more than that is not cut away in silence
 
@@ -47,7 +47,7 @@ MUCH = 0.5  # of an image's area: more than that is not cut away in silence
 class SourceImage:
     """One image before encoding: its content hash, caption, and how it is cut.
 
-    crop: in upright original pixels. cut_away: share of the image's area outside it.
+    crop: in upright original pixels. cut_away: share of the image's area outside it. guessed: its colours are.
     """
 
     file: str
@@ -57,6 +57,7 @@ class SourceImage:
     crop: tuple[int, int, int, int]
     upscaled: bool
     cut_away: float
+    guessed: bool = False
 
 
 Variant = tuple[SourceImage, bool]  # an image, and whether it is mirrored
@@ -183,11 +184,7 @@ def read_images(captions: CaptionSet, model: ModelConfig, data: DataConfig) -> l
     broken = index.unreadable(list(hashes))
     decode.report_bad(list(broken.values()), skip=data.skip_bad)
     shapes = buckets.make(model.resolution, step=model.bucket_step, max_aspect=data.max_aspect)
-    images = [
-        _source_image(item, hashes[item.file], index.size(item.file), shapes)
-        for item in items
-        if item.file not in broken
-    ]
+    images = [_source_image(item, hashes[item.file], index, shapes) for item in items if item.file not in broken]
     if not images:
         raise DataError(f"{captions.folder} has no readable image with a caption; try data.folder=path/to/images")
     return images
@@ -198,11 +195,12 @@ def image_index(captions: CaptionSet, data: DataConfig) -> ImageIndex:
     return ImageIndex(Path(captions.folder), cache=Path(data.cache), max_pixels=data.max_pixels)
 
 
-def _source_image(item: Caption, sha256: str, size: tuple[int, int], shapes: Sequence[buckets.Bucket]) -> SourceImage:
+def _source_image(item: Caption, sha256: str, index: ImageIndex, shapes: Sequence[buckets.Bucket]) -> SourceImage:
+    size, guessed = index.size(item.file), index.is_guessed(item.file)
     bucket = buckets.nearest(*size, shapes)
     crop = buckets.centre_crop(*size, bucket)
     cut_away = 1 - crop[2] * crop[3] / (size[0] * size[1])
-    return SourceImage(item.file, sha256, item.text, bucket, crop, buckets.upscales(*size, bucket), cut_away)
+    return SourceImage(item.file, sha256, item.text, bucket, crop, buckets.upscales(*size, bucket), cut_away, guessed)
 
 
 def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path, cache: Path) -> None:
@@ -227,6 +225,13 @@ def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path, cache: 
         say(
             f"warning: smaller than the bucket and enlarged: {len(small)} of {plural(len(images), 'image')}, first "
             f"{small[0]}; try larger images or a smaller model.resolution"
+        )
+    guessed = [image.file for image in images if image.guessed]
+    if guessed:
+        say(
+            f"warning: CMYK without a colour profile: {len(guessed)} of {plural(len(images), 'image')}, first "
+            f"{guessed[0]}; programs differ in their colours, and they are trained as browsers show them; save them as "
+            "sRGB images to choose"
         )
     cut = sorted((image for image in images if image.cut_away > MUCH), key=lambda image: -image.cut_away)
     if cut:

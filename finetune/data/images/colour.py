@@ -1,5 +1,5 @@
 """Colours as a colour-managed viewer shows them on an sRGB screen: through an embedded ICC profile (ICC.1:2022), or
-through what a PNG or AVIF says instead of one.
+through what a PNG, an AVIF or a camera's EXIF says instead of one.
 
 H×W pixels, C channels of the image.
 """
@@ -10,9 +10,9 @@ from collections.abc import Callable
 from functools import lru_cache
 
 import numpy as np
-from PIL import Image, ImageCms
+from PIL import Image, ImageCms, ImageFile
 
-from finetune.data.images import code_points, gamma
+from finetune.data.images import camera, code_points, gamma
 
 SPACES = {"L": "GRAY", "RGB": "RGB", "CMYK": "CMYK"}  # a profile for another kind of image is passed over
 SAME = 2  # of 255; profiles that change no colour by more are sRGB, whatever they are called
@@ -22,11 +22,26 @@ ROWS = 64  # of a 16-bit image at a time: up to sixteen float copies of them are
 Profile = bytes | gamma.Gamma
 
 
+def note(image: ImageFile.ImageFile) -> None:
+    """Puts what a file says of its colours, and Pillow doesn't read, into an opened image's info, before it is decoded
+    and turned."""
+    code_points.note(image)
+    camera.note(image)
+
+
 def profile_of(image: Image.Image) -> Profile | None:
     """What an opened image says of its colours; None for sRGB as well as for nothing."""
-    if points := image.info.get(code_points.KEY):
+    said = image.info
+    if points := said.get(code_points.KEY):
         return code_points.encoding(points)
-    return image.info.get("icc_profile") or gamma.of(image.info)
+    if profile := said.get("icc_profile"):
+        return bytes(profile)
+    return gamma.of(said) if {"gamma", "srgb"} & said.keys() else said.get(camera.KEY)
+
+
+def is_a_guess(image: Image.Image) -> bool:
+    """Whether programs show an image differently: inks without a profile that says how they look."""
+    return image.mode == "CMYK" and not is_needed(profile_of(image), image.mode)
 
 
 def to_srgb(image: Image.Image, profile: Profile | None, low: Image.Image | None = None) -> Image.Image:
@@ -53,7 +68,7 @@ def to_srgb(image: Image.Image, profile: Profile | None, low: Image.Image | None
 def is_needed(profile: Profile | None, mode: str) -> bool:
     """Whether the profile fits the mode and changes colours at all; its name is not asked."""
     if isinstance(profile, gamma.Gamma):
-        return True
+        return mode != "CMYK"
     transform = _transform(profile, mode) if profile else None
     if transform is None or mode == "CMYK":
         return transform is not None

@@ -31,7 +31,7 @@ GREY_ALPHA = "LA;16B"  # Pillow's name of how the pixels of a grey PNG of 16 bit
 OTHER_ORDER = {"L": "B", "B": "L", "N": "B" if sys.byteorder == "little" else "L"}  # of the two bytes of a value
 TEXT_LIMITS = {"MAX_TEXT_CHUNK": 64 * 2**20, "MAX_TEXT_MEMORY": 256 * 2**20}  # bytes; Pillow's are 1 and 64 MiB
 PNG = b"\x89PNG\r\n\x1a\n"
-TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt")
+TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 HEIC_REASON = "is a HEIC image, whatever its name says; save it as JPEG or PNG"
 FILE_BYTES = 4 << 30  # of an image, three times what `data.max_pixels` of 16 bits take without compression
 CHECK_SIDE = 512  # pixels; JPEGs are checked at a reduced size, which still reads every byte
@@ -63,13 +63,14 @@ def rgb(path: Path, data: bytes, max_pixels: int) -> Image.Image:
 
 def shown(image: ImageFile.ImageFile) -> Image.Image:
     """An opened image as `open_rgb` gives it, but the colours of 16 bits by their high bytes: enough to look at."""
-    code_points.note(image)
+    colour.note(image)
     image.load()
     return _rgb(_upright(image), None)
 
 
-def upright_size(path: Path, data: bytes, max_pixels: int) -> tuple[int, int]:
-    """Width and height in pixels of an image that decodes, from the bytes of its file.
+def check(path: Path, data: bytes, max_pixels: int) -> tuple[tuple[int, int], bool]:
+    """Of an image that decodes, from the bytes of its file: upright width and height in pixels, and whether its colours
+    are a guess.
 
     It is decoded once, as cheaply as the format allows. Raises DataError as `open_rgb` does.
     """
@@ -81,8 +82,10 @@ def upright_size(path: Path, data: bytes, max_pixels: int) -> tuple[int, int]:
     except Exception as error:  # see open_rgb
         raise DataError(f"{path}: {_reason(error)}") from error
     if image.format == "TIFF":  # Pillow turns TIFFs by itself, size and all
-        return image.size
-    return (height, width) if _orientation(image) in QUARTER_TURNS else (width, height)
+        width, height = image.size
+    elif _orientation(image) in QUARTER_TURNS:
+        width, height = height, width
+    return (width, height), colour.is_a_guess(image)
 
 
 @contextmanager
@@ -176,7 +179,7 @@ def _open(path: Path, data: bytes, max_pixels: int) -> ImageFile.ImageFile:
             f"{path}: {width} x {height} pixels are more than data.max_pixels={max_pixels}; "
             f"make it smaller or try data.max_pixels={width * height}"
         )
-    code_points.note(image)
+    colour.note(image)
     if refusal := code_points.refusal(image.info.get(code_points.KEY)):
         raise DataError(f"{path}: {refusal}")
     return image

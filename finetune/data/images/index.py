@@ -10,7 +10,7 @@ import time
 from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from finetune.data.images import decode
@@ -19,18 +19,19 @@ from finetune.reading import read_bytes
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.hashing import RACY_NS, Stamp, hash_of, stamp_of
 
-FORMAT = "images-2"  # of the index: change it when a row means something else
+FORMAT = "images-3"  # of the index: change it when a row means something else
 READ_THREADS = 4  # reading, hashing and decoding release the interpreter lock
 
 
 @dataclass(frozen=True)
 class Row:
     """One file as it was read last. stamp: empty if it can't be trusted. size: upright width and height in pixels,
-    None if it doesn't decode."""
+    None if it doesn't decode. guessed: its colours are."""
 
     stamp: Stamp
     sha256: str
     size: tuple[int, int] | None
+    guessed: bool = False
 
 
 class ImageIndex:
@@ -61,6 +62,10 @@ class ImageIndex:
         assert size is not None, f"{file} does not decode"
         return size
 
+    def is_guessed(self, file: str) -> bool:
+        """Whether programs show a file's colours differently."""
+        return self.rows[file].guessed
+
     def _read(self, files: Iterable[str]) -> None:
         changed = list(files)
         if not changed:
@@ -81,15 +86,14 @@ class ImageIndex:
         with decode.file_bytes(path) as data:
             sha256 = content_hash(data)
             self.problems.pop(file, None)
-            size = known[sha256].size if sha256 in known else self._checked_size(file, data)
-        return Row(stamp if stamp[1] < now - RACY_NS else (), sha256, size)
-
-    def _checked_size(self, file: str, data: bytes) -> tuple[int, int] | None:
-        try:
-            return decode.upright_size(self._path(file), data, self.max_pixels)
-        except DataError as error:
-            self.problems[file] = str(error)
-            return None
+            stamp = stamp if stamp[1] < now - RACY_NS else ()
+            if sha256 in known:
+                return replace(known[sha256], stamp=stamp)
+            try:
+                return Row(stamp, sha256, *decode.check(path, data, self.max_pixels))
+            except DataError as error:
+                self.problems[file] = str(error)
+        return Row(stamp, sha256, None)
 
     def _decodes(self, row: Row) -> bool:
         return row.size is not None and row.size[0] * row.size[1] <= self.max_pixels
@@ -120,11 +124,11 @@ def _load(path: Path) -> dict[str, Row]:
     if checksum != hash_of(FORMAT, text):
         return {}
     return {
-        file: Row(tuple(stamp), sha256, tuple(size) if size else None)
-        for file, (stamp, sha256, size) in json.loads(text).items()
+        file: Row(tuple(stamp), sha256, tuple(size) if size else None, guessed)
+        for file, (stamp, sha256, size, guessed) in json.loads(text).items()
     }
 
 
 def _save(path: Path, rows: dict[str, Row]) -> None:
-    text = json.dumps({file: [row.stamp, row.sha256, row.size] for file, row in rows.items()})
+    text = json.dumps({file: [row.stamp, row.sha256, row.size, row.guessed] for file, row in rows.items()})
     write_atomically(path, f"{hash_of(FORMAT, text)}\n{text}\n")

@@ -341,6 +341,14 @@ def test_how_much_is_cut_away_is_said_where_it_is_much(config, capsys):
     assert re.search(r"more than half is cut away: 1 of 6 images, most of long.png \(9\d%\)", capsys.readouterr().err)
 
 
+def test_inks_without_a_profile_are_said_every_time(config, capsys):
+    Image.new("CMYK", (64, 64), (10, 200, 30, 40)).save(Path(config.data.folder) / "0.png", format="JPEG")
+    for trigger in ("toy", "other"):  # two commands with something to do
+        config.caption.trigger = trigger
+        dataset(config, captions(config))
+        assert "warning: CMYK without a colour profile: 1 of 5 images, first 0.png" in capsys.readouterr().err
+
+
 def test_bad_images_are_all_named_or_skipped(config, loads):
     listed = captions(config)
     root = Path(config.data.folder)

@@ -94,7 +94,7 @@ def test_what_no_such_screen_shows_is_named(tmp_path, chunk, reason, bits):
     with pytest.raises(DataError, match=rf"a\.png: .*{reason}"):
         read(tmp_path, np.zeros((1, 1, 3)), bits, chunk)
     with pytest.raises(DataError, match=reason):
-        decode.upright_size(tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), LIMIT)
+        decode.check(tmp_path / "a.png", (tmp_path / "a.png").read_bytes(), LIMIT)
     assert thumbnails.data_uri(tmp_path / "a.png", 8)  # what was drawn elsewhere is looked at all the same
 
 

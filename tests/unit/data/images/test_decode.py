@@ -19,7 +19,7 @@ LIMIT = 10_000_000
 
 
 def upright_size(path, max_pixels):
-    return decode.upright_size(path, path.read_bytes(), max_pixels)
+    return decode.check(path, path.read_bytes(), max_pixels)[0]
 
 
 def quarters() -> Image.Image:

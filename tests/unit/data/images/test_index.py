@@ -132,7 +132,7 @@ def test_an_index_that_cannot_be_written_stops_nothing(root):
 
 def test_content_that_decoded_once_is_not_decoded_again(root, monkeypatch):
     hashes(root)
-    monkeypatch.setattr(decode, "upright_size", None)
+    monkeypatch.setattr(decode, "check", None)
     aged(root / "a.png", 30)
     (root / "b.png").rename(root / "renamed.png")
     found = opened(root)
