@@ -31,6 +31,8 @@ OTHER_MODALITIES = r".*(vision|audio).*"  # parts of the full model whose layers
 PEFT_DEFAULT = 8  # of r and lora_alpha
 LARGEST_ALPHA = 1e9  # far above any; its product with weights is still finite in fp32
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+BASE_CONTENT = "base_content"  # in the metadata of a file of ours
+ON_DISK = "sha256:"  # begins the content of a base on disk (`hub.content_hash`)
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
 A, B, MAGNITUDE, ALPHA = "lora_A.weight", "lora_B.weight", "lora_magnitude_vector", "alpha"
 PARTS = {"lora_A": A, "lora_down": A, "lora_B": B, "lora_up": B, MAGNITUDE: MAGNITUDE, ALPHA: ALPHA, "lora_mid": ""}
@@ -130,12 +132,40 @@ def read_peft_config(folder: Path) -> dict[str, Any]:
     return dict(settings)
 
 
-def warn_of_another_base(path: Path, base: str) -> None:
-    """Say that a PEFT folder was made for a base of another name: where the shapes fit, nothing else shows it."""
-    made_for = read_peft_config(path).get("base_model_name_or_path") if (path / PEFT_CONFIG).is_file() else None
-    if isinstance(made_for, str) and made_for and _model_name(made_for) != _model_name(base):
-        own = setting("model.base", made_for)
-        say(f"warning: {path} was trained on {made_for}, and model.base is {base}; if that is another model, try {own}")
+def made_for(path: Path) -> tuple[str, str]:
+    """The base of an adapter, a PEFT folder or a file: what it was called, and its content; empty if unknown."""
+    from safetensors import safe_open
+
+    settings = read_peft_config(path) if (path / PEFT_CONFIG).is_file() else {}
+    file, metadata = path / PEFT_WEIGHTS if path.is_dir() else path, {}
+    if file.is_file() and file.suffix.lower() == ".safetensors":
+        with _explained(file), safe_open(file, "pt") as opened:
+            metadata = opened.metadata() or {}
+    name = settings.get("base_model_name_or_path", metadata.get("base"))
+    return name if isinstance(name, str) else "", metadata.get(BASE_CONTENT, "")
+
+
+def is_of_base(path: Path, base: str, content: str) -> bool:
+    """Whether an adapter was made for a base, by content (`kinds.Kind.contents`) where both are known, else by name.
+
+    True for an adapter that doesn't say. A model on the hub and a copy of it on disk have no common content.
+    """
+    name, known = made_for(path)
+    if known and known.startswith(ON_DISK) == content.startswith(ON_DISK):
+        return known == content
+    return not name or _model_name(name) == _model_name(base)
+
+
+def warn_of_another_base(path: Path, base: str, content: str) -> None:
+    """Say that an adapter was made for another base: where the shapes fit, nothing else shows it."""
+    if is_of_base(path, base, content):
+        return
+    name = made_for(path)[0] or "another base"
+    if name == base:
+        say(f"warning: {path} was trained on {name} with other weights or settings than it has now")
+    else:
+        own = setting("model.base", name)
+        say(f"warning: {path} was trained on {name}, and model.base is {base}; if that is another model, try {own}")
 
 
 def _model_name(base: str) -> str:
@@ -193,12 +223,12 @@ def _text_model_name(name: str) -> str:
     return name
 
 
-def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], base: str) -> None:
+def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], base: str, content: str = "") -> None:
     """Write a PEFT folder that `PeftModel.from_pretrained` reads into the untouched base.
 
-    weights: as from `state`, or an average of what is trained. PiSSA becomes an ordinary adapter of twice the rank.
-    LoftQ's base is the one quantised to nf4. Tokens beyond the base's vocabulary need `resize_token_embeddings` before
-    it is read.
+    weights: as from `state`, or an average of what is trained. content: the base's, if it is known. PiSSA becomes an
+    ordinary adapter of twice the rank. LoftQ's base is the one quantised to nf4. Tokens beyond the base's vocabulary
+    need `resize_token_embeddings` before it is read.
     """
     from safetensors.torch import save_file
 
@@ -220,7 +250,9 @@ def save_peft(model: nn.Module, folder: Path, weights: Mapping[str, Tensor], bas
         weights = {re.sub(rf"^{TEXT_MODEL_PREFIX}", prefix, name): weight for name, weight in weights.items()}
     config.save_pretrained(folder)
     named = {f"base_model.model.{name}": weight for name, weight in weights.items()}
-    save_file(named, folder / PEFT_WEIGHTS, metadata={"format": "pt"})
+    metadata = {"format": "pt"} | ({BASE_CONTENT: content} if content else {})
+    save_file(named, folder / PEFT_WEIGHTS, metadata=metadata)
+    sort_metadata(folder / PEFT_WEIGHTS)
 
 
 def _join_initial(weights: Mapping[str, Tensor], initial: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -29,9 +29,11 @@ PROBE_SIDE = 16  # latent pixels
 
 @dataclass(frozen=True)
 class Exporter:
-    """Exports adapters of one base. dtype: of training. name: of kohya-style files, with their `metadata`."""
+    """Exports adapters of one base. dtype: of training. name: of kohya-style files, with their `metadata`. content: of
+    the base."""
 
     model: ModelConfig
+    content: str
     lora: LoraConfig
     device: torch.device
     dtype: torch.dtype
@@ -120,7 +122,7 @@ class Exporter:
 
 
 def _write_peft(exporter: Exporter, trained: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> str:
-    files.save_peft(trained, folder / "peft", weights, exporter.model.base)
+    files.save_peft(trained, folder / "peft", weights, exporter.model.base, exporter.content)
     return "peft"
 
 
@@ -131,7 +133,7 @@ def _write_diffusers(exporter: Exporter, trained: nn.Module, weights: Mapping[st
 def _write_kohya(exporter: Exporter, trained: nn.Module, weights: Mapping[str, Tensor], folder: Path) -> str:
     spec, file = family(exporter.model.family), folder / kohya_file(exporter.name)
     version = spec.base_version(trained.config, load_scheduler(exporter.model).config)
-    metadata = {**exporter.metadata, **version_metadata(version)}
+    metadata = {**exporter.metadata, **version_metadata(version), files.BASE_CONTENT: exporter.content}
     return files.save_kohya(file, weights, spec.kohya_prefix, exporter.lora.alpha, metadata).name
 
 

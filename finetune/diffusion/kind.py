@@ -124,6 +124,7 @@ def export(
     device = pick_device(config.hardware.device)
     exporter = exporting.Exporter(
         model=config.model,
+        content=base_hash(config.model),
         lora=config.lora,
         device=device,
         dtype=pick_dtype(config.trainer.precision, device),

@@ -45,11 +45,12 @@ RANDOM_ROWS, RANDOM_LENGTH, RANDOM_SEED = 4, 64, 20240131  # where there are no 
 class Exporter:
     """Exports adapters of one base.
 
-    chat: the base's tokenizer with its template. template: as `data.chat_template`; empty is the tokenizer's own. rows:
-    token ids to compare on, and where they are from. name: of GGUF files.
+    content: the base's. chat: its tokenizer with its template. template: as `data.chat_template`; empty is the
+    tokenizer's own. rows: token ids to compare on, and where they are from. name: of GGUF files.
     """
 
     model: ModelConfig
+    content: str
     lora: LoraConfig
     chat: Chat
     template: str
@@ -125,7 +126,7 @@ class Exporter:
 
     def _save_peft(self, model: nn.Module, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """A PEFT folder with the hash of the chat template, so that a server can refuse another one."""
-        files.save_peft(model, folder, weights, self.model.base)
+        files.save_peft(model, folder, weights, self.model.base, self.content)
         digest = hashlib.sha256(self.chat.template.text.encode()).hexdigest()
         template = {"sha256": digest, "base": self.model.base}
         write_atomically(folder / "chat_template.json", json.dumps(template, indent=2) + "\n")

@@ -134,6 +134,7 @@ def export(
     )
     exporter = exporting.Exporter(
         model=config.model,
+        content=hub.content_hash(config.model.base),
         lora=config.lora,
         chat=chat,
         template=config.data.chat_template,

@@ -250,15 +250,12 @@ def _unpacked(source: Source, step: int, folder: Path) -> Path:
 def require_same_base(source: Source, folder: Path, base: BaseIdentity) -> None:
     """Raises ModelError for an adapter that was trained on another base, or with another chat template.
 
-    A run's checkpoints know the content of the base. Other folders know what it was called.
+    A run's checkpoints know the content of the base, as exported files do. Others know what it was called.
     """
     trained = _trained_on(source)
-    if trained:
-        same = trained == base.content
-    else:
-        trained = str(_settings(folder / formats.PEFT_CONFIG).get("base_model_name_or_path"))
-        same = trained == base.name
+    same = trained == base.content if trained else formats.is_of_base(folder, base.name, base.content)
     if not same:
+        trained = trained or " ".join(filter(None, formats.made_for(folder)))
         raise ModelError(f"it was trained on the base {trained}, and this server has {base.name} ({base.content})")
     template = _settings(folder / TEMPLATE_FILE).get("sha256", base.template)
     if template != base.template:

@@ -37,7 +37,8 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
     path = adapter_path(config, adapter)
     kind, precision = kinds.of(config), settings["trainer"]["precision"]
     model = {key: value for key, value in settings["model"].items() if key != "base"}
-    input_hash = hash_of(hash_adapter(path), settings["sample"], model, kind.contents(config), precision)
+    contents = kind.contents(config)
+    input_hash = hash_of(hash_adapter(path), settings["sample"], model, contents, precision)
     earlier = hash_of(_weights_hash(path), settings["sample"], settings["model"], precision)
     folder = (
         run_dir / "samples" if own else run_dir / "samples_more" / _folder_name(config.sample.prompts[0], input_hash)
@@ -49,7 +50,7 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
         return record
     start = time.monotonic()
     if config.sample.adapter:
-        formats.warn_of_another_base(path, config.model.base)
+        formats.warn_of_another_base(path, config.model.base, contents["model.base"])
     release_memory()  # what the stage before left on the GPU
     with replace_folder(folder) as temporary:
         page, items = kind.sample(config, path, temporary)

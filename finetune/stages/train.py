@@ -63,7 +63,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     if resumed is None and ranks.rank() == 0:
         previous.save_summary(run_dir, dataset)
         if config.lora.start_from:
-            formats.warn_of_another_base(formats.peft_folder(Path(config.lora.start_from)), config.model.base)
+            path = formats.peft_folder(Path(config.lora.start_from))
+            formats.warn_of_another_base(path, config.model.base, contents[f"{CONTENT}model.base"])
     with without_cudnn_attention(), catch_stop() as stop:
         trainer = _trainer(config, dataset, identity, resumed)
         try:

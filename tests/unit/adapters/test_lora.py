@@ -472,23 +472,38 @@ def test_factors_that_mean_something_else_are_refused(load: Callable[[str], Any]
 
 
 @pytest.mark.parametrize(
-    ("made_for", "base", "is_said"),
+    ("made_for", "known", "base", "is_said"),
     [
-        ("meta-llama/Other-8B", "models/mine", True),
-        ("meta-llama/Llama-8B", "models/llama-8b", False),
-        ("a/b@v2", "a/b", False),
-        ("", "a/b", False),
-        ("embedded:language", "embedded:diffusion", True),
+        ("meta-llama/Other-8B", "", "models/mine", True),
+        ("meta-llama/Llama-8B", "", "models/llama-8b", False),
+        ("a/b@v2", "", "a/b", False),
+        ("", "", "a/b", False),
+        ("embedded:language", "", "embedded:diffusion", True),
+        ("models/other", "sha256:b", "models/mine", False),
+        ("models/mine", "sha256:a", "copy/mine", True),
+        ("meta-llama/Llama-8B", "meta-llama/Llama-8B@commit", "models/llama-8b", False),
     ],
 )
 def test_an_adapter_of_another_base_is_said(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], made_for: str, base: str, is_said: bool
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], made_for: str, known: str, base: str, is_said: bool
 ) -> None:
     settings = {"peft_type": "LORA", "base_model_name_or_path": made_for}
     (tmp_path / formats.PEFT_CONFIG).write_text(json.dumps(settings))
-    formats.warn_of_another_base(tmp_path, base)
+    metadata = {"format": "pt"} | ({formats.BASE_CONTENT: known} if known else {})
+    save_file({}, tmp_path / formats.PEFT_WEIGHTS, metadata=metadata)
+    formats.warn_of_another_base(tmp_path, base, "sha256:b")
     assert (f"was trained on {made_for}, and model.base is {base}" in capsys.readouterr().err) is is_said
-    formats.warn_of_another_base(tmp_path / "file.safetensors", base)  # which doesn't say
+    save_file({}, tmp_path / "file.safetensors", metadata=metadata | ({"base": made_for} if made_for else {}))
+    formats.warn_of_another_base(tmp_path / "file.safetensors", base, "sha256:b")
+    assert (f"was trained on {made_for}, and model.base is {base}" in capsys.readouterr().err) is is_said
+    formats.warn_of_another_base(tmp_path / "gone.safetensors", base, "sha256:b")  # the loader says that
+
+
+def test_an_adapter_of_a_base_that_has_changed_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    file = tmp_path / "a.safetensors"
+    save_file({}, file, metadata={"base": "mine", formats.BASE_CONTENT: "sha256:a"})
+    formats.warn_of_another_base(file, "mine", "sha256:b")
+    assert f"{file} was trained on mine with other weights or settings than it has now" in capsys.readouterr().err
 
 
 def test_a_start_that_would_be_another_function_is_refused(load: Callable[[str], Any], tmp_path: Path) -> None:

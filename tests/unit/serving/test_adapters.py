@@ -191,6 +191,19 @@ def test_what_was_trained_on_another_base_is_refused(base: Path, folders: dict[s
     assert (refused.value.status, holder.loaded) == (409, [])
 
 
+def test_files_without_a_run_know_their_base_by_content(base: Path, folders: dict[str, Path], tmp_path: Path) -> None:
+    shutil.copytree(folders["one"], tmp_path / "mine")
+    file = tmp_path / "mine" / formats.PEFT_WEIGHTS
+    weights = load_file(file)
+    save_file(weights, file, metadata={formats.BASE_CONTENT: "sha256:a"})
+    made, _ = shelf({"mine": Source("mine", tmp_path / "mine", None)}, base)
+    with pytest.raises(Refused, match=rf"trained on the base {base} sha256:a, and this server has {base}"):
+        use(made, "base:mine")
+    save_file(weights, file, metadata={formats.BASE_CONTENT: "sha256:b"})
+    renamed, _ = shelf({"mine": Source("mine", tmp_path / "mine", None)}, Path("another/name"))
+    assert use(renamed, "base:mine")
+
+
 def test_checkpoints_of_pissa_are_refused(base: Path, folders: dict[str, Path], tmp_path: Path) -> None:
     odd = {"model.layers.0.self_attn.q_proj.lora_A.initial": torch.zeros(1)}
     made, _ = shelf({"mine": run_folder(tmp_path / "run", folders["one"], "sha256:b", **odd)}, base)

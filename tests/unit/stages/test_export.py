@@ -12,6 +12,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from finetune import kinds
+from finetune.adapters import formats
 from finetune.config.schema import Config, Device, ExportFormat, Precision, Quantize
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Dataset, Run
@@ -195,6 +196,14 @@ def test_equal_runs_give_equal_files(setting: Setting, tmp_path: Path) -> None:
     one, other = found
     assert one.keys() == other.keys()
     assert [name for name in one if one[name] != other[name]] == []
+
+
+def test_exported_files_know_their_base_by_content(setting: Setting) -> None:
+    config, run = setting.config, trained_run(setting)
+    adapter = export(config, run)
+    base = (config.model.base, kinds.of(config).contents(config)["model.base"])
+    files = {name: file for name, file in adapter.files.items() if name in ("peft", "kohya")}
+    assert {formats.made_for(Path(adapter.folder, file)) for file in files.values()} == {base}
 
 
 def test_a_copied_run_folder_works_on_itself(setting: Setting, tmp_path: Path) -> None:
