@@ -137,7 +137,8 @@ def made_for(path: Path) -> tuple[str, str]:
     from safetensors import safe_open
 
     settings = read_peft_config(path) if (path / PEFT_CONFIG).is_file() else {}
-    file, metadata = path / PEFT_WEIGHTS if path.is_dir() else path, {}
+    file = path / PEFT_WEIGHTS if path.is_dir() else path
+    metadata: dict[str, str] = {}
     if file.is_file() and file.suffix.lower() == ".safetensors":
         with _explained(file), safe_open(file, "pt") as opened:
             metadata = opened.metadata() or {}

@@ -133,18 +133,18 @@ def data_of(row: Row, work: Path) -> Path:
     return work / "images" if row.unit == "images" else memory.CONVERSATIONS
 
 
-def timed(words: list[str], work: Path, stage: str) -> dict[str, Any]:
-    """What the stopwatch noted of a program; what it said last if it failed."""
+def timed(words: list[str], work: Path, stage: str, seconds: float = SECONDS) -> dict[str, Any]:
+    """What the stopwatch noted of a program; what it said last if it failed. seconds: at most."""
     times = work / "times.json"
     times.unlink(missing_ok=True)
     shutil.rmtree(work / "peer", ignore_errors=True)
     options = ["--gib", str(GIB), "--out", str(times), *(["--captions"] if stage == "caption" else [])]
     command = [sys.executable, "-m", "scripts.bench.stopwatch", *options, *words]
     try:
-        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=SECONDS, check=False)
+        done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=seconds, check=False)
         said, code = (done.stdout + done.stderr).strip().splitlines()[-6:], done.returncode
     except subprocess.TimeoutExpired:
-        said, code = [f"took more than {SECONDS:.0f} s"], 124
+        said, code = [f"took more than {seconds:.0f} s"], 124
     noted: dict[str, Any] = json.loads(times.read_text()) if times.exists() else {"steps_s": []}
     counted = work / "peer" / COUNT
     noted |= {"count": float(counted.read_text())} if counted.exists() else {}
