@@ -11,6 +11,7 @@ from finetune.errors import ModelError
 MOST_BYTES = 64 << 20  # of a text that is read as one: recipes, captions, templates, configurations take kilobytes
 HEADER_LIMIT_BYTES = 100 << 20  # the safetensors format's own limit
 TEXTS = (".json", ".txt", ".model", ".jinja")  # a model's configurations and vocabularies
+ARCHIVES = (".zip", ".gz", ".tgz", ".tar", ".bz2", ".xz", ".zst", ".7z", ".rar")
 
 
 def at_home(path: str) -> Path:

@@ -5,6 +5,7 @@ B images, 3 colours, H×W pixels of the bucket.
 
 import hashlib
 import json
+import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -39,6 +40,7 @@ from finetune.run.records import Caption, CaptionSet, Dataset, Example
 
 GEOMETRY = "lanczos-1"  # part of every image's key: change it when the same bucket and crop would give other pixels
 MADE_BY = 5  # part of every entry's key: raised when the same image or caption would give another entry
+REPEATS = re.compile(r"/([0-9]{1,3})_[^0-9/][^/]*(?=/)")  # kohya's names of folders: 10_my style
 SMALLEST_SPLIT = 20  # images; of fewer, holding some out costs more than the validation loss tells
 MUCH = 0.5  # of an image's area: more than that is not cut away in silence
 
@@ -212,6 +214,12 @@ def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path, cache: 
         say(
             f"warning: more than once: {plural(len(copies), 'image')}, {copies[0].file} is {first[copies[0].sha256]}; "
             "each copy is trained as an image of its own, delete what you do not want to stress"
+        )
+    repeats = {number for image in images for number in REPEATS.findall(f"/{image.file}")}
+    if len(repeats) > 1:
+        say(
+            f"warning: folders are named with repeats of {' and '.join(sorted(repeats, key=int))}, as of kohya's "
+            "scripts, which are not read: each image is trained as often as another; copy files to stress them"
         )
     trigger = trigger.strip()
     without = [image.file for image in images if trigger.casefold() not in image.caption.casefold()]

@@ -17,7 +17,7 @@ from finetune.config.spelling import override
 from finetune.planning.plan import KEYS, Plan
 from finetune.reporting.facts import plan_tables
 from finetune.reporting.text import WIDTH, result_facts, rich_table, text
-from finetune.run.progress import plural
+from finetune.run.progress import plural, printable
 from finetune.run.receipts import load_receipt, receipt_path
 from finetune.run.records import Answers, Result
 
@@ -40,7 +40,7 @@ def show(config: Config, record: Any, overrides: Sequence[str] = (), *, began: f
         for line in _next(config, record, overrides):
             print(f"  {line}")
     else:
-        print(text(record))
+        print(printable(text(record)))
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from finetune.run import ranks
 
 BAR_AND_FIGURES, LEAST_TEXT = 60, 12  # columns of a terminal; a long text, such as a caption, would squeeze the bar
 NO_CURSOR = ("dumb", "unknown")  # values of TERM: a shell inside an editor shows a bar at its end only
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for line ends and tabs: a terminal obeys them
 WARNING = re.compile(r"(?:\w+: )?warning: ")
 NOTEBOOK_EVERY_S = 0.25  # each is a message to the browser
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal (logs, CI): often enough to see life, rare enough to read
@@ -57,8 +58,13 @@ def say(line: str) -> None:
         return
     if found := WARNING.match(line):
         _warnings.append(line[found.end() :])
-    sys.stderr.write(line + "\n")
+    sys.stderr.write(printable(line) + "\n")
     sys.stderr.flush()
+
+
+def printable(text: str) -> str:
+    """With control characters spelt out: names and texts of a data set are anybody's."""
+    return CONTROL.sub(lambda found: ascii(found[0])[1:-1], text)
 
 
 def taken_warnings() -> tuple[str, ...]:
@@ -141,7 +147,7 @@ def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Progress]:
         TextColumn(unit),
         *((TimeElapsedColumn(whole),) if wide else ()),
         TimeRemainingColumn(table_column=whole),
-        *((TextColumn("{task.fields[text]}"),) if wide else ()),
+        *((TextColumn("{task.fields[text]}", markup=False),) if wide else ()),
     )
     room = max(LEAST_TEXT, console.width - BAR_AND_FIGURES)
     with RichProgress(*columns, console=console) as bars:
@@ -149,7 +155,7 @@ def _bar(title: str, total: int, unit: str, done: int) -> Iterator[Progress]:
 
         class Bar:
             def advance(self, amount: int = 1, text: str = "") -> None:
-                if text:
+                if text := printable(text):
                     bars.update(task, text=text if len(text) <= room else text[: room - 1] + "…")
                 bars.advance(task, amount)
 

@@ -19,7 +19,7 @@ from finetune.config.spelling import setting
 from finetune.data.images import authors
 from finetune.data.images.metadata import METADATA, READ, decode, generated, is_text, key, line_of, read_rows
 from finetune.errors import DataError
-from finetune.reading import require_file
+from finetune.reading import ARCHIVES, require_file
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.progress import plural
 
@@ -85,6 +85,8 @@ def images(folder: Path) -> list[str]:
         shipped = recipes.elsewhere(folder)
         where = f"the example's is {setting('data.folder', shipped)}" if shipped else "data.folder=path/to/images"
         raise DataError(f"there is no folder {folder}; name the folder of your images: {where}")
+    if folder.is_file() and folder.suffix.lower() in ARCHIVES:
+        raise DataError(f"{folder} is packed; unpack it and name the folder of your images: data.folder=path/to/images")
     if not folder.is_dir():
         raise DataError(f"{folder} is a file; name the folder that holds it: {setting('data.folder', folder.parent)}")
     if found := sorted(path.as_posix() for path in _visible(folder) if path.suffix.lower() in EXTENSIONS):

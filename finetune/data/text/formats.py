@@ -38,6 +38,7 @@ ROLES = {
 }
 ALIASES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 UNTRAINED_KEYS = ("weight", "train", "training", "loss")  # of a turn: OpenAI's, axolotl's two, ms-swift's
+TEXT_PARTS = ("text", "input_text", "output_text")  # types of OpenAI's parts
 EMPTY = ("", "[]", "{}", "null")  # JSON that holds nothing
 # Keys of a turn that may hold text to train on.
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
@@ -153,7 +154,8 @@ def _of_file(file: Path, source: Source, columns: dict[str, Any], where: str) ->
 
 def _listed(columns: Sequence[str]) -> str:
     more = ", …" if len(columns) > MOST_NAMES else ""
-    return f"; not read: {', '.join(map(_printable, columns[:MOST_NAMES]))}{more}" if columns else ""
+    names = ", ".join(_printable(column) or "one without a name" for column in columns[:MOST_NAMES])
+    return f"; not read: {names}{more}" if columns else ""
 
 
 def conversation(row: object, format_: ConversationFormat, where: str, *, strict: bool = True) -> Conversation:
@@ -248,6 +250,11 @@ def recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
     if "prompt" in filled and filled & {"completion", "response"}:
         return ConversationFormat.prompt_completion
     if "text" in filled:
+        if ALIASES.get(str(columns.get("role")).strip().lower()):
+            raise DataError(
+                f'{where}: is one turn ("role" and "text"); write all turns of a conversation into one row: '
+                f"{COLUMNS[ConversationFormat.messages]}, or train each as a text of its own: data.format=text"
+            )
         return ConversationFormat.text
     _refuse_other_training(columns, where, ConversationFormat.prompt_completion)
     if len(filled) > 1 and all(isinstance(value, dict) for value in columns.values()):
@@ -334,8 +341,11 @@ def _parsed_json(value: object, where: str, name: str) -> Any:
 
 
 def _joined_parts(content: object) -> object:
-    """OpenAI's list of parts as one text, where all of them are texts."""
-    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+    """OpenAI's list of parts as one text, where all of them are texts; reasoning, which may have one too, is none."""
+    if isinstance(content, list) and all(
+        isinstance(part, dict) and isinstance(part.get("text"), str) and part.get("type", "text") in TEXT_PARTS
+        for part in content
+    ):
         return "".join(part["text"] for part in content)
     return content
 

@@ -23,7 +23,7 @@ from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.data.text.columns import ROW_COLUMNS
 from finetune.errors import DataError
-from finetune.reading import at_home, read_text, require_file
+from finetune.reading import ARCHIVES, at_home, read_text, require_file
 from finetune.run.hashing import Stamp, stamp_of, trusted
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
@@ -37,6 +37,7 @@ NOT_SPACE = re.compile(r"[^ \t\r\n]")
 HELD_OUT = re.compile(
     r"(?:^|[-_. ])(?:test|testing|eval|evaluation|val|valid|validation|dev)(?:[-_. ]?\d+(?:[-_. ]of[-_. ]\d+)?)?$", re.I
 )
+ADDRESS = re.compile(r"(?:https?|ftp|hf|s3|gs):/", re.I)  # as a path, one slash of two is left
 ABOUT = ("dataset_info.json", "dataset_infos.json")  # what LLaMA-Factory and `datasets` write about files beside them
 ARRAY = "a .json file holds one array of objects: [{…}, {…}]"
 
@@ -76,6 +77,8 @@ def passed_over(named: Path) -> tuple[tuple[Path, ...], tuple[Path, ...]]:
 def paths_of(named: Path) -> tuple[Path, ...]:
     """One path, or each of those between the system's path separator."""
     whole = str(named)
+    if ADDRESS.match(whole):
+        raise DataError(f"{whole} is an address; download the file and name it: data.file=path/to/conversations.jsonl")
     # A name may hold the separator too. `Path.exists` raises for a text that is longer than a path can be.
     if os.pathsep not in whole or os.path.exists(whole):  # noqa: PTH110
         return (named,)
@@ -97,6 +100,8 @@ def _files_of(path: Path) -> tuple[Path, ...]:
                 "name a file: data.file=path/to/conversations.jsonl"
             )
         return found
+    if path.is_file() and path.suffix.lower() in ARCHIVES:
+        raise DataError(f"{path} is packed; unpack it and name what was in it: data.file=path/to/conversations.jsonl")
     if path.is_file() and path.suffix.lower() not in SUFFIXES:
         raise DataError(
             f"{path}: files are read as {', '.join(SUFFIXES)}; convert it or rename it: data.file=conversations.jsonl"

@@ -68,6 +68,11 @@ class Undescribed:
     change: dict[str, float]
 
 
+def test_a_row_is_shown_and_not_obeyed(capsys: pytest.CaptureFixture[str]) -> None:
+    terminal.show(Config(), text_set(preview="a\x1b]0;title\x07\n⟦b⟧"), began=0.0)
+    assert capsys.readouterr().out.endswith("  a\\x1b]0;title\\x07\n  ⟦b⟧\n")
+
+
 def test_a_record_that_nobody_describes_is_shown_by_its_fields(capsys: pytest.CaptureFixture[str]) -> None:
     record = Undescribed("outputs/<mine>", {"layer.0": 0.123456, "layer.1": 0.1})
     terminal.show(Config(), record, began=0.0)

@@ -6,7 +6,7 @@ from collections.abc import Callable
 import pytest
 
 from finetune.run import progress as module
-from finetune.run.progress import progress
+from finetune.run.progress import progress, say
 
 
 def test_without_a_terminal_there_are_plain_lines(
@@ -53,6 +53,16 @@ def test_a_long_text_leaves_room_for_the_bar(in_terminal: Callable[..., list[str
     last = in_terminal("caption", 400, unit="images", advance=200, text=CAPTION)[-1]
     assert last.endswith("a big red robot in …")
     assert last.count("━") >= 10
+
+
+def test_texts_of_a_data_set_are_shown_and_not_obeyed(
+    in_terminal: Callable[..., list[str]], capsys: pytest.CaptureFixture[str]
+) -> None:
+    text = "[/b] [x] \x1b]0;title\x07\x9b31m\r"
+    last = in_terminal("caption", 4, unit="images", advance=4, text=text)[-1]
+    assert last.endswith(r"[/b] [x] \x1b]0;tit…")
+    say(f"ü {text}\tb")
+    assert capsys.readouterr().err == "ü [/b] [x] \\x1b]0;title\\x07\\x9b31m\\r\tb\n"
 
 
 def test_a_narrow_terminal_shows_the_whole_count(

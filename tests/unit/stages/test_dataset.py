@@ -341,6 +341,23 @@ def test_how_much_is_cut_away_is_said_where_it_is_much(config, capsys):
     assert re.search(r"more than half is cut away: 1 of 6 images, most of long.png \(9\d%\)", capsys.readouterr().err)
 
 
+def test_repeats_of_kohyas_folders_are_said_where_they_differ(config, capsys):
+    root = Path(config.data.folder)
+    for number, inner in enumerate(("10_toy style", "2024_05", "10_other/in")):
+        (root / inner).mkdir(parents=True)
+        (root / f"{number}.png").rename(root / inner / f"{number}.png")
+
+    def said():
+        files = sorted(path.relative_to(root).as_posix() for path in root.rglob("*.png"))
+        dataset(config, CaptionSet(config.data.folder, tuple(Caption(file, "toy", "user") for file in files)))
+        return "repeats of 2 and 10, as of kohya's scripts, which are not read" in capsys.readouterr().err
+
+    assert not said()
+    (root / "2_few").mkdir()
+    (root / "3.png").rename(root / "2_few" / "3.png")
+    assert said()
+
+
 def test_inks_without_a_profile_are_said_every_time(config, capsys):
     Image.new("CMYK", (64, 64), (10, 200, 30, 40)).save(Path(config.data.folder) / "0.png", format="JPEG")
     for trigger in ("toy", "other"):  # two commands with something to do

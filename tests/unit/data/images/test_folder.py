@@ -55,6 +55,9 @@ def test_the_same_files_are_listed_as_by_imagefolder(root):
 
 
 def test_archives_are_passed_over(root):
+    (root / "b.zip").write_bytes(b"")
+    with pytest.raises(DataError, match=r"b.zip is packed; unpack it and name the folder of your images"):
+        folder.images(root / "b.zip")
     put(root, "a.png")
     with zipfile.ZipFile(root / "more.zip", "w") as archive:
         archive.write(root / "a.png", "b.png")

@@ -142,6 +142,33 @@ def test_weights_and_parts_of_openai():
     assert [turn.trained for turn in found[1:]] == [False, True, True]
 
 
+@pytest.mark.parametrize("kind", ["reasoning", "thinking", "image"])
+def test_parts_of_other_types_are_not_trained_as_texts(kind):
+    content = [{"type": kind, "text": "hm"}, {"type": "output_text", "text": "yes"}]
+    row = {"messages": [{"role": "user", "content": "a"}, {"role": "assistant", "content": content}]}
+    with pytest.raises(DataError, match=r'turn 2 of "messages" must be a text, got'):
+        formats.conversation(row, ConversationFormat.messages, "here:1")
+    row["messages"][1]["content"] = [*content[1:], {"text": ", no"}]
+    assert formats.conversation(row, ConversationFormat.messages, "here:1").messages[1].content == "yes, no"
+
+
+def test_single_turns_are_not_trained_as_texts_unless_that_is_said(tmp_path):
+    file = tmp_path / "a.jsonl"
+    file.write_text('{"text": "Hello", "role": "prompter"}\n{"text": "Hi", "role": "assistant"}\n')
+    with pytest.raises(DataError, match=r'a.jsonl:1: is one turn \("role" and "text"\); write all turns'):
+        formats.open_source(file)
+    source = formats.open_source(file, format_=ConversationFormat.text)
+    assert [row.messages[0].content for row in formats.read(source)] == ["Hello", "Hi"]
+    file.write_text('{"text": "Hello", "role": "main character"}\n')
+    assert formats.open_source(file).format is ConversationFormat.text
+
+
+def test_a_column_without_a_name_is_named(tmp_path):
+    file = tmp_path / "a.csv"  # as pandas writes an index
+    file.write_text(",prompt,completion\n0,a,b\n")
+    assert "not read: one without a name)" in str(formats.open_source(file))
+
+
 def test_blank_system_turns_vanish():
     assert (
         len(one({"messages": [{"role": "system", "content": " "}, *ROWS[ConversationFormat.messages]["messages"][1:]]}))

@@ -31,6 +31,14 @@ def test_missing_and_unknown_files_say_what_to_type(tmp_path):
         readers.files_of(tmp_path)
 
 
+@pytest.mark.parametrize("address", ["https://a.b/c.jsonl", "hf://datasets/a/b", "s3:/bucket/a.jsonl"])
+def test_addresses_and_packed_files_say_what_to_do(tmp_path, address):
+    with pytest.raises(DataError, match=rf"{address} is an address; download the file"):
+        readers.files_of(address)
+    with pytest.raises(DataError, match=r"a.jsonl.gz is packed; unpack it"):
+        readers.files_of(put(tmp_path, "a.jsonl.gz", b""))
+
+
 def test_litter_and_other_splits_of_a_folder_are_not_read(tmp_path):
     kept = ["1.jsonl", "contest.json", "latest-val-data.csv", "train-00000-of-00002.parquet"]
     others = ["Test.jsonl", "a_dev.csv", "alpaca-val.json", "test_1.jsonl", "validation-00000-of-00001.parquet"]
