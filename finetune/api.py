@@ -255,6 +255,7 @@ def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
 
     Inside, no more of its GPU is taken than `hardware.vram_gib`; afterwards torch's global state is as it was.
     """
+    from finetune.adapters.formats import require_start
     from finetune.memory import block_offload
     from finetune.memory.device import borrowed, pick_device, pick_precision
     from finetune.training.optim import require_device
@@ -263,6 +264,8 @@ def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
     pick_precision(config.trainer.precision, device)
     if row.trains:
         require_device(config.optim.name, device)
+        if config.lora.start_from:
+            require_start(Path(config.lora.start_from))
     if row.loads_base:
         kinds.of(config).require(config, device)
     if config.model.offload:

@@ -31,6 +31,7 @@ OTHER_MODALITIES = r".*(vision|audio).*"  # parts of the full model whose layers
 PEFT_DEFAULT = 8  # of r and lora_alpha
 LARGEST_ALPHA = 1e9  # far above any; its product with weights is still finite in fp32
 PEFT_WEIGHTS, PEFT_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
 BASE_CONTENT = "base_content"  # in the metadata of a file of ours
 ON_DISK = "sha256:"  # begins the content of a base on disk (`hub.content_hash`)
 KOHYA_FACTORS = {"lora_A": "lora_down", "lora_B": "lora_up"}
@@ -103,6 +104,16 @@ def peft_folder(path: Path) -> Path:
     if path.name == PEFT_WEIGHTS and (path.parent / PEFT_CONFIG).exists():
         return path.parent  # the file alone doesn't say how strong it is
     return next((inner for inner in (path / "peft", path / "adapter" / "peft") if (inner / PEFT_CONFIG).exists()), path)
+
+
+def require_start(path: Path) -> None:
+    """Raises ModelError where there is no adapter to start from; whether it fits shows when it is read."""
+    found = peft_folder(path)
+    if not (found.is_file() or any((found / name).is_file() for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))):
+        raise ModelError(
+            f"{setting('lora.start_from', path)} names no adapter; name a run folder, a PEFT folder or, for an image "
+            "model, a .safetensors file"
+        )
 
 
 def read_peft_folder(folder: Path) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import InterpolationKeyError, OmegaConfBaseException
 
 from finetune.config import describe, mistyped, recipes, renamed, spelling, store, typed_text
 from finetune.config.schema import Config
@@ -26,6 +26,7 @@ from finetune.errors import ConfigError
 # configs, without what `store.registered` adds.
 SEARCH_PATH = "pkg://hydra.conf"
 Say = Callable[[str], object]
+REFERENCE = r"; ${…} takes the value of another key, and \${…} is a text"
 LOG: Say = logging.getLogger(__name__).warning
 
 
@@ -111,7 +112,8 @@ def explained() -> Iterator[None]:
     except (HydraException, OmegaConfBaseException) as error:
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         cause = str(error.__cause__).splitlines()[0] if isinstance(error.__cause__, OmegaConfBaseException) else ""
-        raise ConfigError(": ".join(filter(None, [lines[0].rstrip(":") if lines else "", cause]))) from error
+        said = ": ".join(filter(None, [lines[0].rstrip(":") if lines else "", cause]))
+        raise ConfigError(said + (REFERENCE if isinstance(error, InterpolationKeyError) else "")) from error
 
 
 def _composed(words: Sequence[str]) -> DictConfig:

@@ -28,7 +28,7 @@ from finetune.run.progress import say
 
 CPU = torch.device("cpu")
 PROOF_SIDE = 16  # latent pixels of a backbone's first pass
-ADAPTER_FILE = "pytorch_lora_weights.safetensors"  # the name that diffusers looks for
+ADAPTER_FILE = formats.DIFFUSERS_WEIGHTS
 
 
 class TextEncoder:

@@ -112,6 +112,22 @@ def test_train_runs_the_whole_line(plain: Config, calls: list[Any]) -> None:
     assert result == Result(*RECORDS.values())
 
 
+@pytest.mark.parametrize("verb", ["train", "dataset"])
+def test_an_adapter_to_start_from_is_looked_for_before_anything_is_made(
+    workdir: Path, calls: list[Any], verb: str
+) -> None:
+    Path("begun/checkpoints/step-000001").mkdir(parents=True)
+    Path("begun/checkpoints/step-000001/adapter.safetensors").touch()
+    for path in ("nowhere", "begun", "begun/checkpoints/step-000001"):
+        config = finetune.load("smoke", ["run_dir=run", f"lora.start_from={path}"])
+        if verb == "dataset":  # which has no use for it
+            finetune.dataset(config)
+            continue
+        with pytest.raises(ModelError, match=rf"^lora.start_from={path} names no adapter; name a run folder"):
+            finetune.train(config)
+    assert stage_names(calls) == ([] if verb == "train" else ["caption", "dataset"] * 3)
+
+
 def test_caption_and_dataset_run_what_they_need(plain: Config, calls: list[Any]) -> None:
     assert finetune.caption(plain) is RECORDS["caption"]
     assert finetune.dataset(plain) is RECORDS["dataset"]

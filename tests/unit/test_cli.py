@@ -236,7 +236,10 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
         ),
         (["sample", "conf=smoke", "sample.prompts=[]"], ["sample.prompts is empty"]),
         (["train", "conf=smoke", "data.folder=???"], ["data.folder is not set; type data.folder=…"]),
-        (["train", "conf=smoke", "name=${nothing}"], ["Interpolation key 'nothing' not found"]),
+        (
+            ["train", "conf=smoke", "name=${nothing}"],
+            [r"Interpolation key 'nothing' not found; ${…} takes the value of another key, and \${…} is a text"],
+        ),
     ],
 )
 def test_bad_configuration_gets_one_line_a_problem(

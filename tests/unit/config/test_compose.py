@@ -149,6 +149,8 @@ def test_text_stays_what_was_typed(workdir: Path) -> None:
     assert (config.name, config.caption.trigger, config.caption.prefix) == ("2024_05_01", "1e5", "true")
     assert config.sample.prompts == ["1_0", "2,3_0", "nan", "7"]
     assert compose.apply(config, ["name=1.50"]).name == "1.50"
+    # What the error of an unknown reference offers.
+    assert compose.load("smoke", [r'sample.prompts=["a \${b}"]', r"name=\${b}"]).sample.prompts == ["a ${b}"]
     write(workdir / "conf/2024.yaml", "defaults: [pixar_style]\ncaption: {trigger: no}\nsample: {prompts: [1_0, x]}\n")
     write(workdir / "conf/caption/7.yaml", "prefix: 1_000\n")
     write(workdir / "conf/trainer/off.yaml", "autotune: off  # a name that YAML takes for false\n")
