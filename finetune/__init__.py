@@ -19,6 +19,7 @@ if TYPE_CHECKING:  # a command that is not named here has no types, and works
         export,
         load,
         plan,
+        profile,
         report,
         sample,
         serve,

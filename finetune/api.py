@@ -29,6 +29,7 @@ from finetune.run import libraries, ranks, rundir
 from finetune.run.progress import say, taken_warnings
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
+from finetune.run.step_time import Profile
 from finetune.stages import COMMANDS, Command
 from finetune.training import distributed
 
@@ -36,6 +37,9 @@ if TYPE_CHECKING:
     from finetune.diffusion.brush import Brush
     from finetune.language.conversation import Conversation
     from finetune.stages.serve import Served, Serving
+
+PROFILE = "profile"
+"""In a run folder, the folder of `finetune profile`."""
 
 
 def load(recipe: str, overrides: Overrides = ()) -> Config:
@@ -102,6 +106,19 @@ def plan(recipe: str | Config, overrides: Overrides = ()) -> Plan:
     Of one process: each of several takes as much. Raises ConfigError where several are to plan.
     """
     return cast(Plan, _stage("plan", recipe, overrides))
+
+
+def profile(recipe: str | Config, overrides: Overrides = ()) -> Profile:
+    """Where the time of a training step goes, from a few steps of the real trainer, and what would make it shorter.
+
+    Data set and traces go to the folder `profile` of the run folder; what was trained there stays as it is.
+    """
+    config = _config(recipe, overrides, needs_prompts=False)
+    with _begun("profile", replace(config, run_dir=str(Path(config.run_dir) / PROFILE)), ()) as config:
+        from finetune.stages import dataset, profile, train
+
+        data = dataset.dataset(config, _captions(config))
+        return profile.profile(config, data, train.build_trainer)
 
 
 def caption(recipe: str | Config, overrides: Overrides = ()) -> CaptionSet:

@@ -173,7 +173,8 @@ def _keys_text(recipe: str, words: list[str]) -> str:
 
 
 def _run_hydra(command: str, words: list[str], debug: bool) -> int:
-    overrides, flags = _sorted_out(words)
+    short = COMMANDS[command].flags
+    overrides, flags = _sorted_out([short.get(word, word) for word in words])
     sweep = "--multirun" in flags or "-m" in flags
     named = any(word.startswith(f"{recipes.GROUP}=") for word in overrides)
     import psutil

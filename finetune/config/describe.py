@@ -17,7 +17,7 @@ from functools import cache
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from finetune.config import other_tools, schema, serve
+from finetune.config import other_tools, schema, serve, workstation
 from finetune.config.rules import Rule
 from finetune.config.schema import Config
 from finetune.config.spelling import setting
@@ -77,7 +77,7 @@ def kind_of(key: str) -> str | None:
 def meanings() -> dict[str, str]:
     """Every dotted key that holds a value -> the docstring under its field and the rule for its value, in one line."""
     texts = {}
-    bodies = (ast.parse(inspect.getsource(module)).body for module in (schema, serve))
+    bodies = (ast.parse(inspect.getsource(module)).body for module in (schema, serve, workstation))
     for node in (node for node in itertools.chain(*bodies) if isinstance(node, ast.ClassDef)):
         for statement, below in itertools.pairwise(node.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):

@@ -49,6 +49,7 @@ SEEDS = must(
     "name at least one seed, none beyond 2^63-1",
     lambda numbers: numbers and all(abs(number) <= LARGEST_SEED for number in numbers),
 )
+BETAS = must("be two numbers in 0 … 1 (1 excluded)", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b))
 SHARE = must("be in 0 … 1 (1 excluded)", lambda value: 0 <= value < 1)
 
 

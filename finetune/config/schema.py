@@ -7,8 +7,9 @@ field's metadata holds its rule and the kind of model that alone has it; `finetu
 from dataclasses import dataclass, field
 from enum import Enum
 
-from finetune.config.rules import LARGEST_SEED, POSITIVE, SEEDS, SHARE, at_least, is_file_name, multiple_of, must
+from finetune.config.rules import BETAS, LARGEST_SEED, POSITIVE, SEEDS, SHARE, at_least, is_file_name, multiple_of, must
 from finetune.config.serve import ServeConfig
+from finetune.config.workstation import CostConfig, ProfileConfig
 
 DIFFUSION, LANGUAGE = {"kind": "diffusion"}, {"kind": "language"}
 
@@ -242,10 +243,7 @@ class OptimConfig:
     """Take any rate; otherwise one that is beyond the optimiser's scale is refused as a slip."""
     lora_plus: float = field(default=1.0, metadata=POSITIVE)
     """Learning rate of B over that of A (LoRA+, arXiv 2402.12354); 1 gives both the same."""
-    betas: list[float] = field(
-        default_factory=lambda: [0.9, 0.999],
-        metadata=must("be two numbers in 0 … 1 (1 excluded)", lambda b: len(b) == 2 and all(0 <= x < 1 for x in b)),
-    )
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.999], metadata=BETAS)
     """Adam's decay rates."""
     eps: float = field(default=1e-8, metadata=POSITIVE)
     """Adam's denominator floor."""
@@ -398,3 +396,5 @@ class Config:
     sample: SampleConfig = field(default_factory=SampleConfig)
     export: ExportConfig = field(default_factory=ExportConfig)
     serve: ServeConfig = field(default_factory=ServeConfig)
+    profile: ProfileConfig = field(default_factory=ProfileConfig)
+    cost: CostConfig = field(default_factory=CostConfig)

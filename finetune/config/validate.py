@@ -14,6 +14,7 @@ from finetune.config.typed_text import PATHS
 from finetune.errors import ConfigError
 
 LONGEST_NAME, LONGEST_PATH = 255, 3840  # bytes; NAME_MAX of Linux, and PATH_MAX less what comes below a folder
+MOST_OFFERED = 6  # micro-batches in a message
 RATE_OF_SMALL_BASES = 1e-3  # from here on a rate for AdamW is none for a released base
 
 
@@ -28,6 +29,7 @@ def check(config: Config) -> list[str]:
         *_quantize_problems(config.model, config.lora.init),
         *_rate_problems(config.optim),
         *_validation_problems(config.trainer.validate_every, config.trainer.patience, config.export.checkpoint),
+        *_profile_problems(config.profile.micro_batches, config.trainer.micro_batch * config.trainer.accumulate),
     ]
 
 
@@ -149,3 +151,11 @@ def _validation_problems(validate_every: int, patience: int, checkpoint: Checkpo
         if not validate_every and value != without:
             rule = f"{key}={value} needs validation losses, and trainer.validate_every=0 makes none"
             yield f"{rule}; try {key}={without}, or trainer.validate_every=100"
+
+
+def _profile_problems(micro_batches: list[int], effective: int) -> Iterator[str]:
+    """A larger one trains otherwise, and may be looked at."""
+    divisors = [size for size in range(1, effective + 1) if effective % size == 0]
+    if wrong := [size for size in micro_batches if 0 < size < effective and effective % size]:
+        rule = f"profile.micro_batches below the effective batch of {effective} must divide it, got {wrong[0]}"
+        yield f"{rule}; try {setting('profile.micro_batches', divisors[:MOST_OFFERED])}"

@@ -12,6 +12,7 @@ from finetune.config.schema import ExportFormat
 from finetune.planning.plan import Plan, Setting
 from finetune.run.progress import plural
 from finetune.run.records import Adapter, CaptionSet, Dataset, Run, TextSet
+from finetune.run.step_time import MEANINGS, Profile, StepTime
 
 
 class Fact(NamedTuple):
@@ -189,6 +190,7 @@ def difference(export_format: str, differences: Mapping[str, float]) -> str:
     return f"{differences[export_format]:.1e}{unit}" if differences[export_format] else "no difference"
 
 
+LONGEST_NAME = 56  # characters of a kernel's
 BAR = 24  # characters of a bar against the budget
 OFFLOADED = {"offload_activations": "activations", "offload": "blocks"}
 
@@ -274,6 +276,65 @@ def _bar(gib: float, budget_gib: float) -> str:
         return "in CPU memory"
     length = max(1, round(BAR * gib / budget_gib)) if budget_gib else 0
     return "█" * min(BAR, length) + (" too large" if gib > budget_gib else "")
+
+
+def profile_tables(profile: Profile) -> list[Table]:
+    """What was profiled where, a step of the setting that trains, others beside it, and what takes most."""
+    own, (unit, several) = profile.times[0], (profile.times[0].unit, profile.times)
+    if profile.checked:
+        several = (*several, profile.checked)
+    threads = f", {plural(profile.threads, 'thread')}" if profile.threads else ""
+    facts = [
+        Fact("machine", profile.device + threads),
+        Fact("a step", f"{_ms(own.seconds)} ms", f"{_ms(own.traced_s)} while it is traced"),
+        Fact("speed", f"{rate(own.items_per_s)} {unit}/s", f"micro-batch × accumulation {own.name}"),
+        Fact("precision", profile.precision),
+        Fact("peak memory", f"{own.peak_gib:.2f} GiB"),
+    ]
+    facts += [Fact("memory ran out", f"continued with {each.oom_fallbacks}") for each in several if each.oom_fallbacks]
+    parts = [
+        (part, _ms(own.parts[part]), f"{own.share(part):.0%}", meaning)
+        for part, meaning in MEANINGS.items()
+        if part in own.parts
+    ]
+    largest = [
+        (name[:LONGEST_NAME], _ms(seconds), f"{seconds / own.seconds:.0%}") for name, seconds in own.largest.items()
+    ]
+    found = [
+        Table("profile", ("",), [(fact.label, fact.text) for fact in facts]),
+        Table("a training step", ("ms", "share", ""), parts),
+        Table("what takes most", ("ms", "share"), largest),
+    ]
+    return found if len(several) == 1 else [*found, _beside(several, profile)]
+
+
+def _beside(several: Sequence[StepTime], profile: Profile) -> Table:
+    """Settings beside one another, a column each."""
+    head = [each.name + (" checked" if each is profile.checked else "") for each in several]
+    rows = [
+        ("ms", *(_ms(each.seconds) for each in several)),
+        (f"{several[0].unit}/s", *(rate(each.items_per_s) for each in several)),
+        ("peak GiB", *(f"{each.peak_gib:.2f}" for each in several)),
+        *((part, *(f"{each.share(part):.0%}" for each in several)) for part in several[0].parts),
+    ]
+    return Table("by micro-batch × accumulation", tuple(head), rows)
+
+
+def verdict_lines(profile: Profile) -> list[str]:
+    """What holds the step back, what the change would gain and gained, and what this machine can't tell."""
+    lines = [profile.verdict]
+    if profile.expected is not None:
+        lines.append(f"expected gain: {profile.expected:.0%} more {profile.times[0].unit}/s")
+    if profile.gain is not None:
+        lines.append(f"measured gain: {profile.gain:+.0%} {profile.times[0].unit}/s")
+    if profile.unknown:
+        lines.append(f"cannot tell without a GPU: {', '.join(profile.unknown)}")
+    return lines
+
+
+def _ms(seconds: float) -> str:
+    milliseconds = 1e3 * seconds
+    return f"{milliseconds:,.0f}" if milliseconds >= 100 else f"{milliseconds:.1f}"
 
 
 def rate(per_s: float) -> str:

@@ -17,14 +17,17 @@ from finetune.reporting.facts import (
     caption_counts,
     dataset_facts,
     plan_tables,
+    profile_tables,
     record_facts,
     run_facts,
     text_set_facts,
+    verdict_lines,
 )
 from finetune.reporting.tables import answers_table, by_prompt_html, facts_table, marked_html, more_html, table_of
 from finetune.reporting.text import text
 from finetune.reporting.thumbnails import image_html
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
+from finetune.run.step_time import Profile
 
 MOST_ITEMS = 60  # captions or answers shown; the rest is counted
 THUMBNAIL = 128  # pixels
@@ -82,6 +85,12 @@ def _plan(plan: Plan) -> str:
     return f"{problems}{tables}<p>{'<br>'.join(map(escape, plan.notes))}</p>"
 
 
+def _profile(profile: Profile) -> str:
+    """Where a step's time goes, and below what to change."""
+    tables = "".join(map(table_of, profile_tables(profile)))
+    return f"{tables}<p>{'<br>'.join(map(escape, verdict_lines(profile)))}</p>"
+
+
 def _fields(record: Any) -> str:
     """A record without a look of its own."""
     return facts_table(type(record).__name__.lower(), record_facts(record))
@@ -111,6 +120,7 @@ RENDERERS: dict[type, Callable[[Any], str]] = {
     Report: lambda report: f"<p><b>Report</b> in {escape(report.file)}</p>",
     Result: lambda result: "".join(map(html, (result.samples, result.run, result.adapter, result.dataset))),
     Plan: _plan,
+    Profile: _profile,
 }
 """Record -> how a notebook shows it."""
 

@@ -1,12 +1,13 @@
 """What the command line shows at the end: a short table, 80 columns wide, and what to type next."""
 
+import json
 import os
 import shlex
 import shutil
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from finetune.reporting.text import WIDTH, result_facts, rich_table, text
 from finetune.run.progress import plural, printable
 from finetune.run.receipts import load_receipt, receipt_path
 from finetune.run.records import Answers, Result
+from finetune.run.step_time import Profile
 
 STAGES = ("caption", "dataset", "train", "export", "sample", "report")
 NOT_REPEATED = ("run_dir", "sample.prompts", "trainer.restart")  # the next command gives its own, or none
@@ -33,6 +35,8 @@ def show(config: Config, record: Any, overrides: Sequence[str] = (), *, began: f
     """
     if isinstance(record, Plan):
         _plan(record, overrides)
+    elif isinstance(record, Profile):
+        _profile(config, record, overrides)
     elif isinstance(record, Result):
         recipe = next((word for word in overrides if word.startswith("conf=")), f"conf={config.name}")
         _print_table(f"finetune train {recipe}", ("", ""), _result_rows(config, record, began))
@@ -87,6 +91,30 @@ def _plan(plan: Plan, overrides: Sequence[str]) -> None:
         words = [word for word in overrides if word.partition("=")[0].lstrip("+") not in KEYS.values()]
         settings = shlex.join(words or [override("conf", plan.name)])
         print(f"next\n  {_program()} train {settings} {' '.join(plan.chosen.overrides)}")
+
+
+def _profile(config: Config, profile: Profile, overrides: Sequence[str]) -> None:
+    if config.profile.json:
+        print(json.dumps(asdict(profile) | {"gain": profile.gain}, indent=1))
+        return
+    print(text(profile))
+    print("traces, to look at with https://ui.perfetto.dev")
+    for each in (*profile.times, *([profile.checked] if profile.checked else [])):
+        print(f"  {shown(Path(each.trace))}")
+    words = [word for word in overrides if not word.lstrip("+").startswith("profile.")]
+    settings = shlex.join(words or [override("conf", profile.name)])
+    print("next")
+    if profile.change:
+        print(f"  {_program()} train {settings} {shlex.join(profile.change)}")
+    print(f"  {_python_hot_spots(Path(config.run_dir) / 'profile' / 'python.svg', settings)}")
+
+
+def _python_hot_spots(file: Path, settings: str) -> str:
+    """How to see what Python does meanwhile, with a program that looks at it from outside."""
+    sampler = Path(sys.executable).with_name("py-spy")
+    if not (sampler.exists() or shutil.which(sampler.name)):
+        return "pip install py-spy (this command then says how it shows what Python does)"
+    return f"{_typed(sampler)} record -o {shlex.quote(shown(file))} -- {_program()} profile {settings}"
 
 
 def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

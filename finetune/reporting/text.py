@@ -14,19 +14,23 @@ from finetune.config.schema import Config
 from finetune.planning.plan import Plan
 from finetune.reporting.facts import (
     Fact,
+    Table,
     caption_counts,
     dataset_facts,
     plan_tables,
+    profile_tables,
     record_facts,
     run_facts,
     text_set_facts,
+    verdict_lines,
 )
 from finetune.run.records import Adapter, Answers, CaptionSet, Dataset, Report, Result, Run, Samples, TextSet
+from finetune.run.step_time import Profile
 
 if TYPE_CHECKING:
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-NUMBERS = ("GiB", "time", "s/step", "images/s", "tokens/s", "loss", "validation")
+NUMBERS = ("ms", "share", "GiB", "time", "s/step", "images/s", "tokens/s", "loss", "validation")
 MOST_PREVIEWED = 1200  # characters of a row: about a screen
 WIDTH = 80  # columns
 
@@ -47,11 +51,11 @@ def result_facts(result: Result, settings: Mapping[str, Any] | None = None) -> l
     ]
 
 
-def rich_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> "Table":
+def rich_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> "RichTable":
     """A table for a `rich` console, its numbers to the right."""
-    from rich.table import Table
+    from rich.table import Table as RichTable
 
-    table = Table(title=title or None, title_justify="left", show_header=any(head), box=None, pad_edge=False)
+    table = RichTable(title=title or None, title_justify="left", show_header=any(head), box=None, pad_edge=False)
     for name in head:
         table.add_column(name, justify="right" if name in NUMBERS else "left", overflow="fold")
     for row in rows:
@@ -89,15 +93,15 @@ def _answers(answers: Answers) -> str:
     return "".join(pairs) + _samples(answers)
 
 
-def _plan(plan: Plan) -> str:
-    """Its tables, what they rest on, and what doesn't fit."""
+def _tables(tables: Sequence[Table], notes: Sequence[str]) -> str:
+    """Tables under one another, and notes below."""
     from rich.console import Console
 
     lines = io.StringIO()
     console = Console(file=lines, width=WIDTH, force_terminal=False, highlight=False, markup=False)
-    for table in plan_tables(plan):
-        console.print(rich_table(table.title, ("", *table.head), table.rows))
-    console.print(rich_table("", ("", ""), [("·", line) for line in (*plan.notes, *plan.problems)]))
+    for index, table in enumerate(tables):
+        console.print(rich_table(f"\n{table.title}" if index else table.title, ("", *table.head), table.rows))
+    console.print(rich_table("", ("", ""), [("·", line) for line in notes]))
     return lines.getvalue().rstrip()
 
 
@@ -115,6 +119,7 @@ TEXTS: dict[type, Callable[[Any], str]] = {
     Answers: _answers,
     Report: lambda report: f"report: {report.file}",
     Result: lambda result: _facts("train", result_facts(result)),
-    Plan: _plan,
+    Plan: lambda plan: _tables(plan_tables(plan), (*plan.notes, *plan.problems)),
+    Profile: lambda profile: _tables(profile_tables(profile), verdict_lines(profile)),
 }
 """Record -> its text; the command line lays out a `Result` and a `Plan` with more beside them."""

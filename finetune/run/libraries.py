@@ -18,6 +18,7 @@ VARIABLES = {  # what libraries read when they are imported
     "HF_DATASETS_DISABLE_PROGRESS_BARS": "1",
     "TOKENIZERS_PARALLELISM": "false",
     "TF_CPP_MIN_LOG_LEVEL": "3",
+    "KINETO_LOG_LEVEL": "6",
 }
 
 in_command = False

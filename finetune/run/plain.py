@@ -87,7 +87,7 @@ def _convert(hint: Any, value: Any, name: str) -> Any:
     if origin in (typing.Union, types.UnionType):
         if any(_is_a(argument, value) for argument in arguments if not typing.get_origin(argument)):
             return value
-        hint = next((argument for argument in arguments if typing.get_origin(argument)), hint)
+        hint = next((argument for argument in arguments if typing.get_origin(argument) or is_dataclass(argument)), hint)
         origin, arguments = typing.get_origin(hint), typing.get_args(hint)
     if origin is tuple and isinstance(value, list | tuple):
         inner = [arguments[0]] * len(value) if arguments[-1] is Ellipsis else list(arguments)

@@ -4,7 +4,8 @@ To add one: `NAME.py` with a function `NAME`, and its row here. Nothing heavy is
 """
 
 import pkgutil
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,7 +16,8 @@ class Command:
     for one that only reads, or that serves for hours. uses_device: `hardware.device` has to be there. loads_base: the
     base model has to run on it. takes_run: where no recipe is named, it is the run folder's config.yaml. needs_run: a
     run has finished in the run folder. needs_prompts: `sample.prompts` is not empty. trains: several processes may take
-    part, and the run folder's config.yaml becomes what the command was given.
+    part, and the run folder's config.yaml becomes what the command was given. flags: of the command line alone, and the
+    settings that they stand for.
     """
 
     help: str
@@ -26,6 +28,7 @@ class Command:
     needs_run: bool = False
     needs_prompts: bool = False
     trains: bool = False
+    flags: Mapping[str, str] = field(default_factory=dict)
 
 
 COMMANDS = {
@@ -34,6 +37,12 @@ COMMANDS = {
     ),
     "plan": Command(
         help="say whether the run fits the GPU, and the fastest settings that do", holds_folder=False, uses_device=False
+    ),
+    "profile": Command(
+        help="say where a training step's time goes, and what to change",
+        loads_base=True,
+        takes_run=True,
+        flags={"--check": "profile.check=true", "--json": "profile.json=true"},
     ),
     "caption": Command(help="write a caption for every image that has none"),
     "dataset": Command(help="read and encode images or conversations"),

@@ -24,7 +24,7 @@ from finetune.run.receipts import load_receipt, load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
 from finetune.training import checkpoint, distributed
 from finetune.training.accelerator import build_accelerator, without_cudnn_attention
-from finetune.training.loop import Step, fit
+from finetune.training.loop import Step
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
 
@@ -66,23 +66,11 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
             path = formats.peft_folder(Path(config.lora.start_from))
             formats.warn_of_another_base(path, config.model.base, contents[f"{CONTENT}model.base"])
     with without_cudnn_attention(), catch_stop() as stop:
-        trainer = _trainer(config, dataset, identity, resumed)
+        trainer = build_trainer(config, dataset, identity, resumed)
         try:
             trainer.start()
             with trainer.bar() as bar:
-                for step in fit(
-                    trainer.task,
-                    trainer.draws(),
-                    trainer.optimizer,
-                    trainer.rate,
-                    trainer.accelerator,
-                    fallbacks=trainer.fallbacks,
-                    seed=config.seed,
-                    start=trainer.state.step,
-                    clip_norm=config.trainer.clip_norm,
-                    max_bad_steps=config.trainer.max_bad_steps,
-                    stop=stop,
-                ):
+                for step in trainer.steps(stop):
                     trainer.after_step(step)
                     bar.advance(1, f"loss {trainer.state.smoothed_loss:.4f}")
                     _heed(stop, step, trainer)
@@ -101,8 +89,11 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     return record
 
 
-def _trainer(
-    config: Config, dataset: Dataset | TextSet, identity: dict[str, Any], resumed: checkpoint.Checkpoint | None
+def build_trainer(
+    config: Config,
+    dataset: Dataset | TextSet,
+    identity: dict[str, Any] | None = None,
+    resumed: checkpoint.Checkpoint | None = None,
 ) -> Trainer:
     """Everything that trains, with the memory settings that suit this machine."""
     device = pick_device(config.hardware.device)
@@ -131,7 +122,7 @@ def _trainer(
         optim=config.optim,
         sample=config.sample,
         seed=config.seed,
-        identity=identity,
+        identity=identity or {},
         shown=flat(as_dict(config)),
         requested=requested,
         applied=choice.settings(config.trainer, config.model),

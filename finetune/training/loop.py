@@ -10,6 +10,7 @@ from dataclasses import dataclass
 
 import torch
 from accelerate import Accelerator
+from torch.profiler import record_function
 
 from finetune.data.order import seed_from
 from finetune.errors import TrainingError
@@ -21,6 +22,9 @@ from finetune.training.prefetch import Batches, prefetched
 from finetune.training.reduction import StepTotals, reduce_step
 from finetune.training.signals import Stop
 from finetune.training.task import Batch, Draw, Task
+
+WAITING = "waiting for data"
+"""What traces call the time until a step's batches are there."""
 
 
 @dataclass(frozen=True)
@@ -107,7 +111,8 @@ def forward_backward(
     """
     tried: list[str] = []
     while True:
-        made = batches(fallbacks.micro_batch)
+        with record_function(WAITING):
+            made = batches(fallbacks.micro_batch)
 
         def attempt(made: Sequence[Batch] = made) -> tuple[StepTotals, list[str]]:
             items = sum(batch.items for batch in made)

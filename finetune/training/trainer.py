@@ -24,9 +24,10 @@ from finetune.training.accelerator import prepare
 from finetune.training.checkpoint import TrainState
 from finetune.training.dry_run import dry_run
 from finetune.training.ema import Ema
-from finetune.training.loop import Step
+from finetune.training.loop import Step, fit
 from finetune.training.oom import OomFallbacks
 from finetune.training.optim import build_optimizer, learning_rate, load_state
+from finetune.training.signals import Stop
 from finetune.training.task import Draw, Task
 from finetune.training.tracking import Tracker
 
@@ -96,6 +97,22 @@ class Trainer:
     def bar(self) -> AbstractContextManager[Progress]:
         """The progress bar of the steps."""
         return progress("train", self.trainer.steps, unit="steps", done=self.state.step)
+
+    def steps(self, stop: Stop | None = None) -> Iterator[Step]:
+        """The loop over every remaining step. stop: of a signal."""
+        return fit(
+            self.task,
+            self.draws(),
+            self.optimizer,
+            self.rate,
+            self.accelerator,
+            fallbacks=self.fallbacks,
+            seed=self.seed,
+            start=self.state.step,
+            clip_norm=self.trainer.clip_norm,
+            max_bad_steps=self.trainer.max_bad_steps,
+            stop=stop,
+        )
 
     def draws(self) -> Iterator[Sequence[Draw]]:
         """This process's draws of every remaining step: every so many-th of the micro-batches that one would take.

@@ -78,7 +78,8 @@ def finished(config: Config) -> None:
 
 def test_public_names_are_pinned() -> None:
     assert sorted(finetune.__all__) == [
-        "Config", "caption", "chat", "dataset", "draw", "export", "load", "plan", "report", "sample", "serve", "train",
+        "Config", "caption", "chat", "dataset", "draw", "export", "load", "plan", "profile", "report", "sample",
+        "serve", "train",
     ]  # fmt: skip
     assert all(getattr(finetune, name) for name in finetune.__all__)
     assert set(finetune.__all__) <= set(dir(finetune))

@@ -134,7 +134,7 @@ def test_the_values_that_a_check_offers_pass_it() -> None:
         config = Config()
         config.model.kind = "language" if recipe == "pirate_chat" else "diffusion"
         section, _, name = key.rpartition(".")
-        bad = next(value for value in (-1, 10**6, float("inf"), "", [], "a/b") if _breaks(rule.holds, value))
+        bad = next(value for value in (-1, 10**6, float("inf"), "", [], [0], "a/b") if _breaks(rule.holds, value))
         setattr(attrgetter(section)(config) if section else config, name, bad)
         problem = next(line for line in check(config) if line.startswith(f"{key} must") and "got" in line)
         (word,) = shlex.split(problem.rpartition("; try ")[2])

@@ -255,7 +255,7 @@ def test_everything_wrong_with_a_recipe_is_named_with_its_file(workdir: Path) ->
     write(workdir / "conf/base.yaml", "sead: 4\n")
     with pytest.raises(ConfigError) as raised:
         compose.load("mine", ["lora.dropuot=1"])
-    groups = "caption, data, export, hardware, lora, loss, model, optim, sample, serve, trainer"
+    groups = "caption, cost, data, export, hardware, lora, loss, model, optim, profile, sample, serve, trainer"
     assert sorted(str(raised.value).splitlines()) == [
         "conf/base.yaml: no key called sead; did you mean seed?",
         "conf/mine.yaml: lora.alpha must be a number, got 'much'",

@@ -35,6 +35,7 @@ def config(pixar_style: Config) -> Config:
 def test_every_field_says_what_it_is() -> None:
     tree = ast.parse(Path(module.__file__).read_text(encoding="utf-8"))
     sections = {"model", "data", "caption", "lora", "optim", "trainer", "loss", "hardware", "sample", "export", "serve"}
+    sections |= {"profile", "cost"}
     for cls in (node for node in tree.body if isinstance(node, ast.ClassDef) and node.name.endswith("Config")):
         for field, after in zip(cls.body, [*cls.body[1:], None], strict=True):
             if isinstance(field, ast.AnnAssign) and isinstance(field.target, ast.Name):
