@@ -64,7 +64,31 @@ def run_facts(
         found.append(Fact("memory ran out", f"continued with {run.oom_fallbacks}"))
     if run.skipped_steps:
         found.append(Fact("skipped steps", f"{run.skipped_steps:,}", "loss or gradient not finite"))
+    return [*found, *_energy(run, settings or {})]
+
+
+def _energy(run: Run, settings: Mapping[str, Any]) -> list[Fact]:
+    """What the GPU took and what that cost, as far as both are known; nothing without a GPU that tells."""
+    if run.energy_j is None or not run.energy_s:
+        return []
+    kwh, hours, cost = run.energy_j / JOULES_PER_KWH, run.energy_s / 3600, settings.get("cost")
+    known = cost if isinstance(cost, Mapping) else {}
+    price, per_hour = (
+        number if isinstance(number := known.get(key), int | float) else 0.0 for key in ("per_kwh", "rented_per_hour")
+    )
+    currency, gpu = known.get("currency", ""), known.get("rented_gpu") or "a rented GPU"
+    watts = run.energy_j / run.energy_s
+    found = [Fact("GPU energy", f"{kwh:.3g} kWh", f"{watts:.0f} W for {duration(run.energy_s)}, the GPU alone")]
+    if price > 0:
+        found.append(Fact("electricity", f"{_money(kwh * price)} {currency}", f"{price:g} {currency}/kWh"))
+    if per_hour > 0:
+        as_fast = f"{gpu} at {per_hour:g} {currency}/h, if it is as fast"
+        found.append(Fact("rented instead", f"{_money(hours * per_hour)} {currency}", as_fast))
     return found
+
+
+def _money(amount: float) -> str:
+    return f"{amount:,.2f}" if amount >= 0.1 else f"{amount:.2g}"
 
 
 def _visits(run: Run, dataset: Dataset | TextSet | None) -> str:
@@ -190,6 +214,7 @@ def difference(export_format: str, differences: Mapping[str, float]) -> str:
     return f"{differences[export_format]:.1e}{unit}" if differences[export_format] else "no difference"
 
 
+JOULES_PER_KWH = 3.6e6
 LONGEST_NAME = 56  # characters of a kernel's
 BAR = 24  # characters of a bar against the budget
 OFFLOADED = {"offload_activations": "activations", "offload": "blocks"}

@@ -145,7 +145,8 @@ class Run:
     records from before that was noted. oom_fallbacks: what was changed because memory ran out, empty if nothing.
     peak_gib: the most that this process held so far. planned_gib, dry_run_gib, measured_gib: the most in this training
     with its validation and previews, by the plan, after the dry run, and at the end; None without a GPU or with
-    trainer.autotune=off.
+    trainer.autotune=off. energy_j: joules that the GPUs of this machine took in energy_s seconds, with validation and
+    previews; None where nothing tells.
     """
 
     folder: str
@@ -171,11 +172,15 @@ class Run:
     measured_gib: float | None = None
     effective: int = 0
     processes: int = 1
+    energy_j: float | None = None
+    energy_s: float = 0.0
     RENAMED: ClassVar[dict[str, str]] = {"eased": "oom_fallbacks", "probed_gib": "dry_run_gib"}
     INSIDE: ClassVar[dict[str, int]] = {"folder": 0, "checkpoint": 2}
 
     def __post_init__(self) -> None:
         require_duration(self.seconds)
+        require_duration(self.energy_s)
+        require_duration(self.energy_j or 0.0)  # as little beyond bounds as seconds
         if self.processes < 1 or min(self.micro_batch, self.effective, self.steps, self.items, self.total) < 0:
             raise ValueError("a number of something is negative")
 

@@ -5,11 +5,13 @@ Everything comes from what lies in the run folder (and the images that it names)
 
 import json
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.errors import RunError
 from finetune.reading import read_text, require_file
@@ -34,6 +36,8 @@ def report(config: Config) -> Report:
     start = time.monotonic()
     run_dir = Path(config.run_dir)
     found = _gather(run_dir)
+    # Prices are today's: a run that is over can be given others.
+    found = replace(found, settings=found.settings | {"cost": as_dict(config.cost)})
     html = page(found).encode(errors="replace")  # half a surrogate of a damaged file
     write_atomically(run_dir / PAGE, html)
     record = Report(str(run_dir / PAGE))

@@ -42,7 +42,7 @@ class TrainState:
     steps; lowest_validation, lowest_step: of all. waited: validations in a row that were no lower. scaler: the fp16
     loss scaler's. requested: the memory settings that the run was given, and the GPU's memory; applied: those it
     started with; micro_batch, fallbacks: how far it had to go below them when memory ran out, in examples and in
-    fallbacks of the task. planned_gib, dry_run_gib: as in `Run`.
+    fallbacks of the task. planned_gib, dry_run_gib, energy_j, energy_s: as in `Run`.
     """
 
     identity: dict[str, Any]
@@ -68,6 +68,8 @@ class TrainState:
     fallbacks: int = 0
     planned_gib: float | None = None
     dry_run_gib: float | None = None
+    energy_j: float | None = None
+    energy_s: float = 0.0
     RENAMED: ClassVar[dict[str, str]] = {
         "units": "count",
         "asked": "requested",

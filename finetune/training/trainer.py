@@ -153,6 +153,7 @@ class Trainer:
 
     def save(self) -> Path:
         """Write a checkpoint of this very step and delete those no longer kept."""
+        self._meter()
         self.state = replace(
             self.state,
             scaler=self.accelerator.scaler.state_dict() if self.accelerator.scaler is not None else None,
@@ -200,6 +201,8 @@ class Trainer:
             planned_gib=state.planned_gib,
             dry_run_gib=state.dry_run_gib,
             measured_gib=None if state.dry_run_gib is None else peak,
+            energy_j=state.energy_j,
+            energy_s=state.energy_s,
         )
         tags = ["loss/smoothed", f"train/{run.unit}_per_s", "system/memory_gib"]
         tags += ["validation/mean"] if run.best_validation is not None else []
@@ -355,5 +358,13 @@ class Trainer:
             if padded_count > count:
                 values["train/padding"] = 1 - count / padded_count
             values |= self.tracker.hardware()
+            self._meter()
             self.state = replace(self.state, interval_seconds=0.0, interval_count=0, interval_padded_count=0)
         self.tracker.scalars(step.number, values)
+
+    def _meter(self) -> None:
+        """Take the energy since the last look into the state."""
+        if ranks.rank() == 0 and (taken := self.tracker.energy.look()):
+            joules, seconds = taken
+            state = self.state
+            self.state = replace(state, energy_j=(state.energy_j or 0.0) + joules, energy_s=state.energy_s + seconds)
