@@ -2,7 +2,7 @@
 
 COMMANDS = {
     "doctor": "say whether this machine is set up right, what holds it back, and the cure",
-    "bench": "measure how fast this machine writes text and draws images",
+    "bench": "measure how fast this machine trains, writes text and draws images",
     "backup": "copy finished runs, recipes and captions to another disk, and back",
     "monitor": "watch temperature, power, memory and disks: a log, alerts, Prometheus",
 }

@@ -1,4 +1,4 @@
-"""`finetune bench`: how fast this machine writes text and draws images, and whether it was faster before."""
+"""`finetune bench`: how fast this machine trains, writes text and draws images, and whether it was faster before."""
 
 import argparse
 import json
@@ -19,10 +19,17 @@ from finetune.workstation.facts import processor
 from finetune.workstation.flags import Flags
 
 if TYPE_CHECKING:
-    from finetune.workstation.speeds import Speed
+    from finetune.workstation.measuring import Speed
 
 REPEATS = 5
 BUSY = 0.5
+ARTICLE = {
+    "sd21-512px-plain": 3.8,
+    "sd21-512px-efficient": 2.9,
+    "llama2_7b-fp16-pp256": 210.0,
+    "llama2_7b-fp16-tg128": 48.0,
+}
+"""Of an RTX 4090, as an article on such a workstation gives them; lengths of prompts it does not say."""
 NOISE = 0.05  # of the median: smaller changes are not told from chance, even where no repeat of both is alike
 
 
@@ -123,10 +130,18 @@ def table(now: Benchmark, before: Benchmark | None = None) -> str:
         if before is not None and (word := change(before, now, id_)):
             line += f"  {figure.median / before.figures[id_].median - 1:+.0%} {word}"
         lines.append(line)
+    beside = [_beside(id_, now.figures[id_]) for id_ in ARTICLE if id_ in now.figures]
+    lines += ["", "beside an RTX 4090 with real weights, by an article", *beside] if beside else []
     if before is not None:
         others = [f"{name} was {was}" for name, was in _differences(before, now)]
         lines += ["", f"compared with {time.strftime('%Y-%m-%d %H:%M', time.localtime(before.time))}", *others]
     return "\n".join(lines)
+
+
+def _beside(id_: str, figure: Figure) -> str:
+    there = ARTICLE[id_]
+    times = figure.median / there if figure.more_is_better else there / figure.median
+    return f"{id_:<24}{_short(there):>8}  {figure.unit:<18} here {times:.1f} times as fast"
 
 
 def _differences(before: Benchmark, now: Benchmark) -> Iterator[tuple[str, Any]]:

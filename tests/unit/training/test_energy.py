@@ -15,7 +15,7 @@ from finetune.run.records import Dataset
 from finetune.stages.report import report
 from finetune.stages.train import train
 from finetune.training import tracking
-from finetune.training.tracking import Energy
+from finetune.training.energy import Energy
 from tests.unit.workstation.gpus import AT_WORK, GEFORCE, stand_in
 
 
@@ -51,7 +51,7 @@ def test_a_run_counts_its_energy_and_its_report_the_cost(
     stand_in(monkeypatch, AT_WORK)
     joules = itertools.count(1_000_000, 900_000_000)  # a quarter of a kilowatt-hour at each look, in millijoules
     monkeypatch.setattr(pynvml, "nvmlDeviceGetTotalEnergyConsumption", lambda _: next(joules))
-    monkeypatch.setattr(tracking, "_handles", lambda _: [0])
+    monkeypatch.setattr(tracking, "handles", lambda _: [0])
     config.trainer.log_every = 100  # then it is looked at with each of the two checkpoints, and the last step
     run = train(config, make_dataset())
     assert run.energy_j == 3 * 900_000

@@ -1,0 +1,185 @@
+"""What `finetune bench` measures of training: steps of the example recipes, and ResNet-50.
+
+Images and conversations are made up in a folder of their own, so that no data set has to be there. B images.
+"""
+
+import contextlib
+import io
+import itertools
+import json
+import random
+import tempfile
+from collections.abc import Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor, nn
+
+from finetune import kinds
+from finetune.adapters import lora
+from finetune.config import compose, typed_text
+from finetune.config.schema import Precision
+from finetune.data.images.ahead import ahead
+from finetune.memory.device import DTYPES, pick_precision, release_memory, reset_peak
+from finetune.run.records import Caption, CaptionSet
+from finetune.training.accelerator import build_accelerator, prepare, without_cudnn_attention
+from finetune.training.loop import fit
+from finetune.training.oom import OomFallbacks
+from finetune.training.optim import build_optimizer
+from finetune.workstation.measuring import Measure, Meter, Speed, now
+
+RECIPES: dict[str, list[str]] = {"pixar_style": [], "pirate_chat": []}
+"""Name -> overrides."""
+WARM_UP = 2  # steps
+EXAMPLES = 16  # images, and conversations, that are made up
+PHOTO, CROP = (320, 256), 224  # pixels: about an image of ImageNet after its usual reduction, and what ResNet sees
+GPU_BATCHES, CPU_BATCHES = (32, 64, 128), (1,)  # of ResNet-50; one image takes two cores a second
+GIB = 2**30
+
+
+def every_measurement(device: torch.device, precision: Precision) -> list[Measure]:
+    """Each takes a number of repeats."""
+    batches = GPU_BATCHES if device.type == "cuda" else CPU_BATCHES
+    return [
+        *(partial(lora_steps, recipe=recipe, device=device) for recipe in RECIPES),
+        partial(resnet, batches=batches, device=device, precision=precision),
+    ]
+
+
+def lora_steps(repeats: int, *, recipe: str, device: torch.device) -> Iterator[Speed]:
+    """Optimiser steps of an example recipe, with its model, batch and settings, through the training loop."""
+    with tempfile.TemporaryDirectory() as scratch, without_cudnn_attention(), torch.random.fork_rng():
+        folder = Path(scratch)
+        data = {"data.folder": str(folder), "data.file": _conversations(folder / "chats.jsonl")}
+        config = compose.load(recipe)
+        kind = kinds.of(config)
+        own = {kind.FACTS.data_key: data[kind.FACTS.data_key], "run_dir": scratch, "data.cache": scratch}
+        config = compose.load(recipe, [*RECIPES[recipe], *typed_text.as_words(own)])
+        with contextlib.redirect_stderr(io.StringIO()):  # what is made up is worth no word
+            captions = _photos(folder, config.caption.trigger) if kind.FACTS.captioned else None
+            task = kind.build_task(config, kind.build_dataset(config, captions), device)
+        accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
+        groups = lora.parameter_groups(task.model, config.optim.lora_plus)
+        task.model, optimizer = prepare(accelerator, task.model, build_optimizer(groups, config.optim))
+        trainer = config.trainer
+        draws = task.steps(effective=trainer.micro_batch * trainer.accumulate, start=0)
+        rates, meter = [], Meter(device)
+        steps = fit(
+            task,
+            itertools.islice(draws, WARM_UP + repeats),
+            optimizer,
+            lambda _: config.optim.lr,
+            accelerator,
+            fallbacks=OomFallbacks(trainer.micro_batch, task.reduce_memory, "end other programs on this GPU"),
+            seed=0,
+            start=0,
+            clip_norm=trainer.clip_norm,
+            max_bad_steps=trainer.max_bad_steps,
+        )
+        for number, step in enumerate(steps):
+            if number == WARM_UP - 1:
+                meter.start()
+            if number >= WARM_UP:
+                rates.append(step.count / step.seconds)
+        yield Speed(f"train-{recipe}", f"{task.unit}/s", True, tuple(rates))
+        yield from meter.energy(f"train-{recipe}", "step", repeats)
+
+
+def resnet(repeats: int, *, batches: tuple[int, ...], device: torch.device, precision: Precision) -> Iterator[Speed]:
+    """Iterations of ResNet-50 with random weights on made-up JPEGs: with a batch that is there, and with loading."""
+    from transformers import ResNetConfig, ResNetForImageClassification
+
+    model: Any = ResNetForImageClassification(ResNetConfig(num_labels=1000)).to(device)
+    model = model.to(memory_format=torch.channels_last).train()
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-4, momentum=0.9)
+    with tempfile.TemporaryDirectory() as scratch:
+        files = [str(Path(scratch) / item.file) for item in _photos(Path(scratch)).items]
+        for size in batches:
+            release_memory()
+            yield from _resnet(repeats, size, model, optimizer, files, device, precision)
+        loading = []
+        for _ in range(1 + repeats):
+            began = now(device)
+            _batch(files, device)
+            loading.append(len(files) / (now(device) - began))
+        yield Speed("resnet50-loading", "images/s", True, tuple(loading[1:]))
+
+
+def _resnet(
+    repeats: int,
+    size: int,
+    model: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    files: list[str],
+    device: torch.device,
+    precision: Precision,
+) -> Iterator[Speed]:
+    name, named = f"resnet50-b{size}", list(itertools.islice(itertools.cycle(files), size))
+    ready_B3HW, meter = _batch(named, device), Meter(device)
+    labels_B = torch.zeros(size, dtype=torch.long, device=device)
+
+    def iterations(load: bool) -> list[float]:
+        seconds = []
+        for number in range(1 + repeats):
+            if number == 1:
+                meter.start()
+            began = now(device)
+            pixels_B3HW = _batch(named, device) if load else ready_B3HW
+            with torch.autocast(device.type, DTYPES[precision], enabled=precision is not Precision.fp32):
+                loss: Tensor = model(pixels_B3HW, labels=labels_B).loss
+            loss.backward()  # type: ignore[no-untyped-call]
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+            seconds.append(now(device) - began)
+        return seconds[1:]
+
+    reset_peak(device)
+    yield Speed(name, "iterations/s", True, tuple(1 / each for each in iterations(load=False)))
+    yield from meter.utilisation(name)
+    yield from meter.energy(name, "iteration", repeats)
+    if device.type == "cuda":
+        yield Speed(f"{name}-memory", "GiB", False, (torch.cuda.max_memory_allocated(device) / GIB,))
+    yield Speed(f"{name}-with-loading", "iterations/s", True, tuple(1 / each for each in iterations(load=True)))
+
+
+def _batch(files: list[str], device: torch.device) -> Tensor:
+    """B3HW, decoded in threads, cropped and scaled as for ImageNet."""
+    pixels = [_pixels(image) for image in ahead(list(enumerate(files)), lambda item: _opened(item[1]))]
+    return torch.stack(pixels).to(device, memory_format=torch.channels_last)
+
+
+def _opened(file: str) -> Image.Image:
+    with Image.open(file) as image:
+        left, top = (image.width - CROP) // 2, (image.height - CROP) // 2
+        return image.convert("RGB").crop((left, top, left + CROP, top + CROP))
+
+
+def _pixels(image: Image.Image) -> Tensor:
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1).float() / 127.5 - 1
+
+
+def _photos(folder: Path, trigger: str = "") -> CaptionSet:
+    """JPEGs with as much in them as photos have: noise, made soft."""
+    items = []
+    for number in range(EXAMPLES):
+        coarse = (PHOTO[0] // 8, PHOTO[1] // 8)
+        bands = [Image.effect_noise(coarse, 60 + number).resize(PHOTO, Image.Resampling.BICUBIC) for _ in range(3)]
+        Image.merge("RGB", bands).save(folder / f"{number:02}.jpg", quality=90)
+        items.append(Caption(f"{number:02}.jpg", f"image {number}, {trigger}", "user"))
+    return CaptionSet(str(folder), tuple(items))
+
+
+def _conversations(file: Path) -> str:
+    """About as long as those of the example."""
+    words, lines = ("red", "boats", "cats", "snow", "sea", "many", "three", "beach"), []
+    for number in range(4 * EXAMPLES):
+        pick = random.Random(number)
+        said = [" ".join(pick.choices(words, k=pick.randrange(8, 40))) for _ in range(2)]
+        turns = [{"role": role, "content": text} for role, text in zip(("user", "assistant"), said, strict=True)]
+        lines.append(json.dumps({"messages": turns}) + "\n")
+    file.write_text("".join(lines), encoding="utf-8")
+    return str(file)
