@@ -279,7 +279,7 @@ def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
 
     device = pick_device(config.hardware.device)
     pick_precision(config.trainer.precision, device)
-    if row.trains:
+    if row.optimises:
         require_device(config.optim.name, device)
         if config.lora.start_from:
             require_start(Path(config.lora.start_from))

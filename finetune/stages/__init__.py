@@ -14,16 +14,17 @@ class Command:
 
     help: what `finetune --help` says. holds_folder: no other command may use the run folder until this one ends; false
     for one that only reads, or that serves for hours. uses_device: `hardware.device` has to be there. loads_base: the
-    base model has to run on it. takes_run: where no recipe is named, it is the run folder's config.yaml. needs_run: a
-    run has finished in the run folder. needs_prompts: `sample.prompts` is not empty. trains: several processes may take
-    part, and the run folder's config.yaml becomes what the command was given. flags: of the command line alone, and the
-    settings that they stand for.
+    base model has to run on it. optimises: and the optimiser. takes_run: where no recipe is named, it is the run
+    folder's config.yaml. needs_run: a run has finished in the run folder. needs_prompts: `sample.prompts` is not empty.
+    trains: several processes may take part, and the run folder's config.yaml becomes what the command was given. flags:
+    of the command line alone, and the settings that they stand for.
     """
 
     help: str
     holds_folder: bool = True
     uses_device: bool = True
     loads_base: bool = False
+    optimises: bool = False
     takes_run: bool = False
     needs_run: bool = False
     needs_prompts: bool = False
@@ -33,7 +34,10 @@ class Command:
 
 COMMANDS = {
     "train": Command(
-        help="the whole line: caption, dataset, training, export, samples, report", loads_base=True, trains=True
+        help="the whole line: caption, dataset, training, export, samples, report",
+        loads_base=True,
+        optimises=True,
+        trains=True,
     ),
     "plan": Command(
         help="say whether the run fits the GPU, and the fastest settings that do", holds_folder=False, uses_device=False
@@ -41,6 +45,7 @@ COMMANDS = {
     "profile": Command(
         help="say where a training step's time goes, and what to change",
         loads_base=True,
+        optimises=True,
         takes_run=True,
         flags={"--check": "profile.check=true", "--json": "profile.json=true"},
     ),

@@ -135,6 +135,13 @@ def test_python_hot_spots_are_a_command_where_the_sampler_is_installed(
     assert last[-2:] == ["profile", "conf=a"]
 
 
+def test_what_this_machine_can_not_do_leaves_nothing(finetune_cli: Callable[..., Any], workdir: Path) -> None:
+    answer = finetune_cli("profile", "conf=pixar_style", "optim=adamw8bit", "hardware.device=cpu")
+    assert answer.code == ConfigError.exit_code
+    assert "optim.name=adamw8bit needs a CUDA GPU" in answer.errors[-1]
+    assert not list(workdir.iterdir())
+
+
 @pytest.mark.parametrize(
     ("sizes", "why"),
     [
