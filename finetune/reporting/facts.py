@@ -308,10 +308,11 @@ def profile_tables(profile: Profile) -> list[Table]:
     own, (unit, several) = profile.times[0], (profile.times[0].unit, profile.times)
     if profile.checked:
         several = (*several, profile.checked)
+    spread = f"{_ms(own.fastest_s)}–{_ms(own.slowest_s)}"
     threads = f", {plural(profile.threads, 'thread')}" if profile.threads else ""
     facts = [
         Fact("machine", profile.device + threads),
-        Fact("a step", f"{_ms(own.seconds)} ms", f"{_ms(own.traced_s)} while it is traced"),
+        Fact("a step", f"{_ms(own.seconds)} ms", f"{spread}; {_ms(own.traced_s)} while it is traced"),
         Fact("speed", f"{rate(own.items_per_s)} {unit}/s", f"micro-batch × accumulation {own.name}"),
         Fact("precision", profile.precision),
         Fact("peak memory", f"{own.peak_gib:.2f} GiB"),

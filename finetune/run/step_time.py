@@ -22,14 +22,17 @@ MEANINGS = {
 class StepTime:
     """One optimiser step with one setting, as a mean of several.
 
-    settings: as `planning.choice.settings` names them. seconds: without the profiler; parts: of them, by what takes
-    them, keys of `MEANINGS`; what a machine can't tell is missing. traced_s: under the profiler. largest: seconds by
-    kernel, on a CPU by operation, the most first. count: images or tokens (`unit`) of a step. trace: the file, for
-    Perfetto. oom_fallbacks: what was changed because memory ran out, empty if nothing.
+    settings: as `planning.choice.settings` names them. seconds: without the profiler; fastest_s, slowest_s: of these
+    steps. parts: of `seconds`, by what takes them, keys of `MEANINGS`; what a machine can't tell is missing. traced_s:
+    under the profiler. largest: seconds by kernel, on a CPU by operation, the most first. count: images or tokens
+    (`unit`) of a step. trace: the file, for Perfetto. oom_fallbacks: what was changed because memory ran out, empty if
+    nothing.
     """
 
     settings: dict[str, int | bool]
     seconds: float
+    fastest_s: float
+    slowest_s: float
     traced_s: float
     parts: dict[str, float]
     largest: dict[str, float]

@@ -106,6 +106,8 @@ def _timed(config: Config, dataset: Dataset | TextSet, build: BuildTrainer) -> S
     return StepTime(
         settings=trainer.applied,
         seconds=seconds,
+        fastest_s=min(step.seconds for step in timed),
+        slowest_s=max(step.seconds for step in timed),
         traced_s=traced.seconds / asked.steps,
         parts=parts,
         largest=dict(list(names.items())[:MOST_NAMES]),

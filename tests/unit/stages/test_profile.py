@@ -72,6 +72,7 @@ def test_a_step_is_divided_by_micro_batch(told: Told) -> None:
         assert each.parts["waiting for data"] > 0
         assert each.parts["optimiser"] > 0
         assert each.count > 0
+        assert 0 < each.fastest_s <= each.slowest_s
         assert each.unit == "tokens"
     assert own.parts.keys() == eight.parts.keys()
     assert told.record.unknown == ("host-device copies", "launch gaps")

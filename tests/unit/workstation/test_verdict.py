@@ -21,6 +21,8 @@ def step(
     return StepTime(
         settings=given | {"offload": False} | settings,
         seconds=seconds,
+        fastest_s=seconds,
+        slowest_s=seconds,
         traced_s=seconds,
         parts={"launch gaps": 0.0} | parts,
         largest={},
