@@ -1,11 +1,9 @@
 """Which device and which arithmetic."""
 
 import gc
-import os
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
 import torch
 
@@ -45,20 +43,6 @@ def _own_gpu() -> int:
             raise ConfigError(f"process {local} finds no GPU of its own; start as many as there are GPUs: {gpus}")
         torch.cuda.set_device(local)
     return torch.cuda.current_device()
-
-
-def device_name(device: torch.device) -> str:
-    """Of the GPU, as its driver calls it, or of the processor."""
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name()
-
-
-def _cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-    except OSError:
-        lines = []
-    names = (line.partition(":")[2].strip() for line in lines if line.startswith("model name"))
-    return next(names, f"{os.uname().machine} CPU")
 
 
 def pick_precision(wanted: Precision, device: torch.device) -> Precision:

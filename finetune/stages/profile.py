@@ -15,7 +15,7 @@ from finetune.config.describe import as_dict
 from finetune.config.schema import Autotune, Config
 from finetune.config.spelling import override
 from finetune.errors import ModelError
-from finetune.memory.device import device_name, peak_gib, pick_device, pick_precision, release_memory, reset_peak
+from finetune.memory.device import peak_gib, pick_device, pick_precision, release_memory, reset_peak
 from finetune.planning.candidates import Candidates
 from finetune.planning.choice import Choice, choose
 from finetune.planning.machine import read
@@ -28,7 +28,8 @@ from finetune.training import step_time
 from finetune.training.accelerator import without_cudnn_attention
 from finetune.training.loop import Step
 from finetune.training.trainer import Trainer
-from finetune.workstation import verdict
+from finetune.workstation import step_verdict
+from finetune.workstation.facts import processor
 
 MOST_NAMES = 6  # kernels or operations that are named
 BuildTrainer = Callable[[Config, Dataset | TextSet], Trainer]
@@ -48,14 +49,14 @@ def profile(config: Config, dataset: Dataset | TextSet, build: BuildTrainer) -> 
             settings = {"micro_batch": size, "accumulate": max(1, effective // size)}
             times.append(_timed(_with(config, settings), dataset, build))
     chooses = device.type == "cuda" and config.trainer.autotune is Autotune.auto
-    found = verdict.judge(times, planned, fast=config.trainer.fast, chooses=chooses)
+    found = step_verdict.judge(times, planned, fast=config.trainer.fast, chooses=chooses)
     checked = None
     if asked.check and found.change:
         checked = _timed(compose.apply(config, found.change), dataset, build)
     rundir.write_config(as_dict(config), Path(config.run_dir))
     return Profile(
         name=config.name,
-        device=device_name(device),
+        device=torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         threads=torch.get_num_threads() if device.type == "cpu" else 0,
         precision=pick_precision(config.trainer.precision, device).name,
         steps=asked.steps,

@@ -1,14 +1,12 @@
 """Devices and precisions: what is requested and not there is an error."""
 
 import types
-from pathlib import Path
 
 import pytest
 import torch
 
 from finetune.config.schema import Device, Precision
 from finetune.errors import ConfigError
-from finetune.memory import device
 from finetune.memory.device import memory_limit, peak_gib, pick_device, pick_dtype, pick_precision
 
 CPU = torch.device("cpu")
@@ -48,9 +46,3 @@ def test_a_limit_of_gpu_memory_ends_with_its_run(monkeypatch: pytest.MonkeyPatch
     with pytest.raises(RuntimeError), memory_limit(torch.device("cuda"), 12.0):
         raise RuntimeError
     assert shares == [0.9, 0.25, 0.9, 1.0, 0.9, 0.5, 0.9]
-
-
-def test_the_processor_has_a_name(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert device.device_name(torch.device("cpu"))
-    monkeypatch.setattr(device, "Path", lambda _: Path("/nowhere"))
-    assert device.device_name(torch.device("cpu")).endswith(" CPU")

@@ -18,7 +18,7 @@ from finetune.reporting import terminal
 from finetune.reporting.notebook import html
 from finetune.run.plain import from_plain
 from finetune.run.step_time import Profile
-from finetune.workstation import verdict
+from finetune.workstation import step_verdict
 from tests.unit.conftest import talking_config
 
 FOUR = ("trainer.micro_batch=4", "trainer.accumulate=1")
@@ -36,10 +36,10 @@ class Told:
         return from_plain(Profile, self.printed)
 
 
-JUDGE = verdict.judge
+JUDGE = step_verdict.judge
 
 
-def advise_four(*arguments: Any, **settings: Any) -> verdict.Verdict:
+def advise_four(*arguments: Any, **settings: Any) -> step_verdict.Verdict:
     """What is fastest on a busy machine is left to chance."""
     return replace(JUDGE(*arguments, **settings), change=FOUR, expected=0.5)
 
@@ -58,7 +58,7 @@ def told(tmp_path_factory: pytest.TempPathFactory, tiny_language: Path) -> Told:
     with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
         patch.setenv("HYDRA_FULL_ERROR", "1")
         patch.setattr(cli.logging, "basicConfig", lambda **_: None)
-        patch.setattr(verdict, "judge", advise_four)
+        patch.setattr(step_verdict, "judge", advise_four)
         assert cli.main([*words, "profile.micro_batches=[8]", "--check"]) == 0
     return Told(folder / "run", json.loads(out.getvalue()))
 

@@ -9,7 +9,7 @@ import torch
 
 from finetune.planning.plan import Setting
 from finetune.run.step_time import StepTime
-from finetune.workstation.verdict import judge
+from finetune.workstation.step_verdict import judge
 
 MATMUL = {"matmul": 0.5, "attention": 0.1, "element-wise": 0.1, "launch gaps": 0.05}
 
