@@ -62,12 +62,12 @@ def gpus_of_the_run(device: torch.device) -> list[torch.device]:
 
 def handles(gpus: Sequence[torch.device]) -> list[Any]:
     """NVML's; none where it doesn't answer."""
-    try:
-        import pynvml
+    import pynvml
 
+    try:
         pynvml.nvmlInit()
         # CUDA_VISIBLE_DEVICES renumbers, uuids stay
         uuids = [str(torch.cuda.get_device_properties(each).uuid) for each in gpus]
         return [pynvml.nvmlDeviceGetHandleByUUID(f"GPU-{uuid}") for uuid in uuids]
-    except (ImportError, pynvml.NVMLError):
+    except pynvml.NVMLError:
         return []

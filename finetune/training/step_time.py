@@ -9,7 +9,7 @@ import gzip
 import heapq
 import json
 import re
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -82,7 +82,7 @@ def read(trace: Path) -> Traced:
     return Traced(
         (ended - began) * MICROSECOND,
         {part: parts[part] * MICROSECOND for part in there},
-        {name: time * MICROSECOND for name, time in names.most_common()},
+        {name: names[name] * MICROSECOND for name in sorted(names, key=names.__getitem__, reverse=True)},
     )
 
 
@@ -166,9 +166,10 @@ def _part_of_kernel(name: str) -> str:
     return OTHER
 
 
-def _sums(spans: list[Span], began: float, ended: float, otherwise: str) -> tuple[Counter[str], Counter[str]]:
+def _sums(spans: list[Span], began: float, ended: float, otherwise: str) -> tuple[dict[str, float], dict[str, float]]:
     """Microseconds from `began` to `ended`, by part and by name; `otherwise`: the part where nothing runs."""
-    parts, names = Counter[str](), Counter[str]()
+    parts: defaultdict[str, float] = defaultdict(float)
+    names: defaultdict[str, float] = defaultdict(float)
     running: list[tuple[int, float, float, Span]] = []
     at = began
 
@@ -179,9 +180,9 @@ def _sums(spans: list[Span], began: float, ended: float, otherwise: str) -> tupl
                 heapq.heappop(running)
             stop = min(until, running[0][-1].ended) if running else until
             span = running[0][-1] if running else None
-            parts[span.part if span else otherwise] += stop - at  # type: ignore[assignment]  # counters count anything
+            parts[span.part if span else otherwise] += stop - at
             if span:
-                names[span.name] += stop - at  # type: ignore[assignment]
+                names[span.name] += stop - at
             at = stop
 
     for span in sorted(spans):

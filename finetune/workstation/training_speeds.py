@@ -131,7 +131,7 @@ def _resnet(
             pixels_B3HW = _batch(named, device) if load else ready_B3HW
             with torch.autocast(device.type, DTYPES[precision], enabled=precision is not Precision.fp32):
                 loss: Tensor = model(pixels_B3HW, labels=labels_B).loss
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             seconds.append(now(device) - began)
