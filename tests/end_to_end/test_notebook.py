@@ -107,6 +107,7 @@ KINDS_OF_FILE: dict[str, tuple[Callable[[Any], Any], Callable[[Any, Path], Any]]
 }
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("added", KINDS_OF_FILE)
 @pytest.mark.parametrize("first", ["messages.jsonl", "pairs.csv"])
 def test_conversations_are_added_whatever_kind_of_file_they_are_in(

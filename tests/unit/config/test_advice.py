@@ -64,6 +64,7 @@ MEANT: list[tuple[str, str, str, dict[str, Any]]] = [
 ]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(("typed", "offered", "instead", "sets"), MEANT, ids=[f"{row[0]} → {row[1]}" for row in MEANT])
 def test_what_is_offered_does_what_was_meant(
     finetune_cli: Cli, typed: str, offered: str, instead: str, sets: dict[str, Any]

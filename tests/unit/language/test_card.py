@@ -49,6 +49,7 @@ def logits(model: Any, ids: Tensor) -> Tensor:
     return found
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("quantize", "template", "added"),
     list(itertools.product(Quantize, ["", "chatml"], [[], CONTROL])),
@@ -127,6 +128,7 @@ def test_a_merged_model_of_the_bases_own_template_keeps_its_end(
     assert AutoTokenizer.from_pretrained(tmp_path / "adapter" / "merged").eos_token == "<|eot_id|>"
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("formats", [["merged"], ["gguf"], ["gguf", "merged"]])
 def test_a_run_without_peft_among_its_formats_has_samples_and_a_card_that_runs(
     language_config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, formats: list[str]

@@ -57,6 +57,7 @@ def gradients(model: nn.Module) -> list[Tensor]:
     return list(torch.autograd.grad(loss_of(model), parameters))
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("quantize", [Quantize.none, Quantize.nf4])
 @pytest.mark.parametrize("targets", [ALL, ["q_proj", "v_proj"], ["down_proj"]], ids=["all", "attention", "down"])
 @pytest.mark.parametrize("architecture", ["llama", "mistral", "mistral_sliding"])

@@ -68,6 +68,7 @@ def test_all_linear_is_every_linear_layer_but_the_head(name: str, tmp_path: Path
         assert all(any(layer.endswith(f".{end}") for layer in layers) for end in ends)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("targets", ["attention", "all_linear"])
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_every_adapter_of_a_preset_gets_a_gradient(name: str, targets: str, tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ def test_every_row_is_a_command_that_is_valid(name: str, tmp_path: Path) -> None
     assert check(compose.load(words[1].removeprefix("conf="), words[2:])) == []
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("code", [0, 3])
 def test_the_stopwatch_counts_steps_and_ends_as_the_program_does(code: int, tmp_path: Path) -> None:
     (tmp_path / "program.py").write_text(PROGRAM)

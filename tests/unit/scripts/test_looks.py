@@ -144,6 +144,7 @@ def statistics(images_N3PP: Tensor) -> Tensor:
     return torch.cat(rows, dim=1)
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("number", [1, 8])
 def test_the_example_data_is_what_the_renderer_draws(number: int) -> None:
     """At a quarter of its size, within what compression and fewer rays change; slightly other looks are further."""

@@ -31,6 +31,7 @@ def alone(model: Any, ids: list[int]) -> torch.Tensor:
     return found
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("way", [CachedBatch, RereadBatch])
 @torch.no_grad()
 def test_rows_are_as_alone_while_others_join_and_leave(model: Any, way: type[CachedBatch | RereadBatch]) -> None:
@@ -75,6 +76,7 @@ def test_padding_stands_in_front() -> None:
     assert mask_NL.tolist() == [[1, 1, 1], [0, 0, 1]]
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("architecture", CHATS)
 def test_every_architecture_here_passes_the_check_with_a_cache(architecture: str, tmp_path: Path) -> None:
     folder = save_language(tmp_path, architecture)

@@ -107,6 +107,7 @@ def server(base: ModelConfig) -> Iterator[LanguageServer]:
     made.engine.close()
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("order", [1, -1], ids=["plain first", "plain last"])
 def test_every_sort_of_adapter_is_as_alone(
     base: ModelConfig, folders: dict[str, Path], server: LanguageServer, order: int
