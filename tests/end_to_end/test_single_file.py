@@ -36,6 +36,7 @@ def config(tmp_path: Path) -> Config:
     return config
 
 
+@pytest.mark.exhaustive
 def test_a_run_from_a_file_is_the_run_from_its_folder(config: Config, tmp_path: Path) -> None:
     every = config.export.formats
     config.export.formats = [ExportFormat.peft]

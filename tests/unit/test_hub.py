@@ -442,6 +442,7 @@ print(first)
 """
 
 
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("in_command", [True, False])
 def test_libraries_are_kept_out_of_searches_for_cycles_once_and_in_a_command_only(in_command):
     program = PROGRAM.format(in_command=in_command)

@@ -19,6 +19,7 @@ ODD = [
 ]
 
 
+@pytest.mark.exhaustive
 def test_any_text_survives_the_shell_and_hydra() -> None:
     """As one text, here two keys to a composition, and in a list."""
     assert finetune.load("smoke", shlex.split(setting("sample.prompts", ODD))).sample.prompts == ODD

@@ -25,6 +25,9 @@ from tests.tiny_language_models import CHATS, save_language
 from tests.tiny_models import save_captioner
 from tests.unit.language.packs import LENGTHS, adapted, distance, gradients, packs
 
+pytestmark = pytest.mark.sampled
+
+
 torch.set_num_threads(1)
 
 CPU = torch.device("cpu")

@@ -211,8 +211,8 @@ def test_an_adapter_that_does_not_reproduce_the_model_fails(
 ) -> None:
     save = formats.save_peft
 
-    def wrong(model: Any, target: Path, weights: dict[str, Tensor], base: str) -> None:
-        save(model, target, {name: weight * factor for name, weight in weights.items()}, base)
+    def wrong(model: Any, target: Path, weights: dict[str, Tensor], *base: str) -> None:
+        save(model, target, {name: weight * factor for name, weight in weights.items()}, *base)
 
     monkeypatch.setattr(formats, "save_peft", wrong)
     with pytest.raises(error, match=message):

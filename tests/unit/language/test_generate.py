@@ -16,6 +16,7 @@ from finetune.language.generate import GumbelNoise, TextGenerator
 from tests import chat_templates as templates
 from tests.tiny_language_models import save_language
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 PROMPTS = ["hi!", "What is the colour of the sky?", "One two three four five six.", "a", "Answer like a pirate. Hello"]
 

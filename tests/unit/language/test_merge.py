@@ -16,6 +16,7 @@ from finetune.errors import ExportError
 from finetune.language.causal_lm import load_model, load_tokenizer
 from finetune.language.merge import merge
 
+pytestmark = pytest.mark.sampled
 ATTENTION = ["q_proj", "k_proj", "v_proj", "o_proj"]
 LAST = 392  # id of the last token without added ones
 IDS = torch.tensor([[5, 9, 40, 7, 33, 12, 61, 8, LAST]])

@@ -22,6 +22,7 @@ from tests.unit.language import packs
 from tests.unit.memory.models import MODELS, adapted, gradients
 from tests.unit.memory.models import language as tiny_llama
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 TARGETS = ["q_proj", "down_proj"]
 

@@ -11,6 +11,9 @@ from finetune.memory import checkpointing
 from tests.tiny_language_models import CHATS
 from tests.unit.memory.models import MODELS, adapted, gradients, language, tokens
 
+pytestmark = pytest.mark.sampled
+
+
 torch.set_num_threads(1)
 BLOCKS = {"unet": 11, "transformer": 3, "llama": 3}
 

@@ -17,6 +17,7 @@ from finetune.planning.plan import Setting
 from tests.tiny_models import save_diffusion
 from tests.unit.conftest import image_config, talking_config
 
+pytestmark = pytest.mark.sampled
 GPU = Machine("a GPU", True, 24.0, 0.5, True, 165.2, 82.6, 1008, 20.0, known=True)
 NO_FOLDER = "none"  # an empty name would be the current folder, with all its files
 ATTENTION = {"attention": ["to_q", "to_k", "to_v", "to_out.0"]}

@@ -12,6 +12,7 @@ from finetune.planning.candidates import Candidates
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.plan import Setting
 
+pytestmark = pytest.mark.sampled
 GPU = Machine("a GPU", True, 24.0, 0.5, True, 165.2, 82.6, 1008, 20.0, known=True)
 FULL = 0.5  # GiB of a GPU whose context leaves no room for weights
 

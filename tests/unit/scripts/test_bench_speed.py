@@ -53,6 +53,7 @@ def test_a_rate_is_of_the_median_step_after_the_warm_up() -> None:
 LINE: dict[str, Any] = {"row": "sd15-4", "ours": 60.0, "ours_gib": 6.3, "peer": 30.0, "peer_gib": 7.0, "ratio": 2.0}
 
 
+@pytest.mark.exhaustive
 def test_the_share_of_the_limit_is_of_all_products_of_a_step(tmp_path: Path) -> None:
     line = LINE | {"matmul_tflops": 600.0, "hardware": "GPU", "torch": "2.11", "date": "2026-11-29"}
     (tmp_path / "speed.jsonl").write_text(json.dumps(line) + "\n")

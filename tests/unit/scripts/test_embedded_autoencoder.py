@@ -116,6 +116,7 @@ def test_the_decoder_and_its_discriminator_learn_against_each_other() -> None:
     assert not torch.allclose(both, decoder.weight.grad)
 
 
+@pytest.mark.exhaustive
 def test_a_crisper_decoder_leaves_the_latents_as_they_were(settings: Settings) -> None:
     folder = settings.work / "autoencoder"
     before = tiny_autoencoder(halvings=3, channels=LATENT_CHANNELS)

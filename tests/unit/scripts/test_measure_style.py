@@ -56,6 +56,7 @@ def run_dir(tmp_path: Path) -> Path:
     return run
 
 
+@pytest.mark.exhaustive
 def test_every_figure_is_measured(run_dir: Path) -> None:
     figures = measure(run_dir, prompts=2)
     assert list(figures) == list(FIGURES)

@@ -7,6 +7,7 @@ import torch
 
 from finetune.serving.sampling import Sampler, draw
 
+pytestmark = pytest.mark.sampled
 LOGITS_V = torch.tensor([2.0, 1.0, 0.0, -1.0])
 
 

@@ -24,6 +24,7 @@ from finetune.run.records import Caption, CaptionSet
 from finetune.stages.dataset import dataset
 from tests.tiny_models import save_diffusion
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 
 

@@ -252,6 +252,7 @@ def test_the_advice_of_a_plan_whose_samples_do_not_fit_helps(config: Config, mon
     assert plan(config).fits
 
 
+@pytest.mark.exhaustive
 def test_exports_are_in_fp32_where_that_fits_or_is_offloaded(
     config: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

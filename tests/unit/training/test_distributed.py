@@ -184,6 +184,7 @@ def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     return [json.loads((folder / f"{index}.json").read_text()) for index in range(2)]
 
 
+@pytest.mark.exhaustive
 def test_the_first_process_works_for_all_and_values_of_all_are_gathered(two: list[dict[str, Any]]) -> None:
     assert [seen["first"] for seen in two] == [0, 0]
     assert [seen["gathered"] for seen in two] == [["I am 0", "I am 1"]] * 2

@@ -20,6 +20,7 @@ from finetune.training.non_finite import step_unless
 from tests.unit.conftest import Setting
 from tests.unit.training.steps import draws, fallbacks, prepared, run
 
+pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
 
 

@@ -271,6 +271,7 @@ def test_the_page_shows_what_is_seen_when(done: tuple[Path, Annotated]) -> None:
     assert "http:" not in page.replace("http-equiv", "")
 
 
+@pytest.mark.exhaustive
 def test_thousands_of_frames_of_one_colour_are_one_scene_without_objects(settings: Annotate, tmp_path: Path) -> None:
     grey = np.full((32, 32, 3), 90, np.uint8)
     count = 3000

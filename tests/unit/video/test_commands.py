@@ -55,6 +55,7 @@ def test_the_toy_video_says_what_is_truly_in_it() -> None:
     assert (ROOT / "datasets" / "toy_video" / "toy_video.mp4").stat().st_size < 2**20
 
 
+@pytest.mark.sampled
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_folder_is_annotated_and_one_bad_video_stops_no_other(
     finetune_cli: Cli, detector: str, tmp_path: Path, workers: int
@@ -73,6 +74,7 @@ def test_a_folder_is_annotated_and_one_bad_video_stops_no_other(
     assert sorted(path.parent.name for path in run.glob("*/report.html")) == ["one", "three"]
 
 
+@pytest.mark.exhaustive
 def test_frames_fill_a_folder_that_is_trained_on(finetune_cli: Cli, tmp_path: Path) -> None:
     folder, run = tmp_path / "images", tmp_path / "run"
     video = ROOT / "datasets" / "toy_video" / "toy_video.mp4"

@@ -12,7 +12,7 @@ from tests.conftest import ROOT
 from tests.end_to_end.command import contents
 
 KILLED = -9
-PART = 4  # every so many operations; `exhaustive` takes each
+PART = 8  # every so many operations; `exhaustive` takes each
 BACKUP = ("backup", "disk")
 RESTORE = ("backup", "disk", "--restore", "back")
 

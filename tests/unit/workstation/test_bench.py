@@ -40,6 +40,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(training_speeds, name, value)
 
 
+@pytest.mark.exhaustive
 def test_the_embedded_models_are_measured(small: None, finetune_cli: Cli, workdir: Path) -> None:
     answer = finetune_cli("bench", "--repeats", "2", "--json")
     assert answer.code == 0

@@ -239,6 +239,7 @@ def script(tmp_path, data):
     )
 
 
+@pytest.mark.exhaustive
 def test_a_script_without_a_main_guard_runs_once(tmp_path, data):
     output, errors = script(tmp_path, data).communicate(timeout=60)
     assert output.split("\n") == ["the script runs", "60", ""], errors
@@ -394,6 +395,7 @@ def test_pieces_of_a_row_are_on_one_side(prepare, tmp_path):
     assert found.duplicates() == 0
 
 
+@pytest.mark.exhaustive
 def test_memory_does_not_grow_with_the_set(tmp_path):
     """Peak memory of a fresh process, over a file of 5 MB and one of 30."""
     draw = random.Random(8)
