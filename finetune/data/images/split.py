@@ -11,7 +11,7 @@ from pathlib import Path
 
 from finetune.data.images.folder import metadata_files
 from finetune.data.images.metadata import key, read_rows
-from finetune.data.text.readers import HELD_OUT
+from finetune.data.splits import HELD_OUT
 from finetune.errors import DataError
 
 COLUMN, VALIDATION = "split", "validation"  # as the `datasets` library names it

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from finetune.config import recipes
 from finetune.config.spelling import setting
+from finetune.data.splits import HELD_OUT
 from finetune.data.text.columns import ROW_COLUMNS
 from finetune.errors import DataError
 from finetune.reading import ARCHIVES, at_home, read_text, require_file
@@ -33,10 +34,6 @@ JSON_BYTES = 1 << 30  # of a .json file, which is held in memory several times o
 LINE_BYTES = 1 << 28  # of one line; a conversation that fills a model's context has a few MiB
 QUOTES = "put double quotes around cells that hold separators or line ends, and double those within"
 NOT_SPACE = re.compile(r"[^ \t\r\n]")
-# As `datasets` takes file names for splits: test.jsonl, alpaca-val.json, validation-00000-of-00001.parquet.
-HELD_OUT = re.compile(
-    r"(?:^|[-_. ])(?:test|testing|eval|evaluation|val|valid|validation|dev)(?:[-_. ]?\d+(?:[-_. ]of[-_. ]\d+)?)?$", re.I
-)
 ADDRESS = re.compile(r"(?:https?|ftp|hf|s3|gs):/", re.I)  # as a path, one slash of two is left
 ABOUT = ("dataset_info.json", "dataset_infos.json")  # what LLaMA-Factory and `datasets` write about files beside them
 ARRAY = "a .json file holds one array of objects: [{…}, {…}]"
