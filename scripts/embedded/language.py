@@ -12,7 +12,6 @@ import itertools
 import os
 import shutil
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass
 from multiprocessing import get_context
 from pathlib import Path
 
@@ -23,6 +22,8 @@ from torch.nn import functional
 from transformers import AutoTokenizer, GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from scripts.embedded.fit import Budget, fit, save_atomically
+from scripts.embedded.language_evaluate import evaluate
+from scripts.embedded.language_settings import LanguageSettings
 from scripts.embedded.language_text import CONTEXT, IGNORED, Rows, attended, pack, tokenise, train_tokenizer
 from scripts.embedded.settings import REPOSITORY, SEED
 from scripts.embedded.vocabularies import forget_batching
@@ -36,46 +37,6 @@ TOKENIZER_SEEDS = 40_000  # conversations that the tokenizer is learnt from
 LEARNING_RATE = 1e-3
 LONGEST_ANSWER = 64  # tokens
 MAX_FILE_MIB = 15
-
-
-@dataclass(frozen=True)
-class LanguageSettings:
-    """One call's wishes. A tiny run walks the same path with little data and a small model, to prove the line."""
-
-    work: Path
-    """Rows, checkpoints and the unexported model."""
-    root: Path
-    """Where the artefact goes: finetune/embedded/language below it."""
-    device: str
-    tiny: bool = False
-    minutes: float = 4.5
-    """Of training."""
-    seeds: int = 1_200_000
-    """Conversations generated; the seven in ten that ask nothing held out are trained on."""
-    rows: int = 128
-    """Rows of a training step."""
-    questions: int = 4000
-    """Held-out questions of the evaluation."""
-
-    @property
-    def model_folder(self) -> Path:
-        return self.work / "language"
-
-    @property
-    def shipped(self) -> Path:
-        return self.root / "finetune" / "embedded" / "language"
-
-    @property
-    def tokenizer(self) -> Path:
-        return self.work / "language-tokenizer"
-
-    @property
-    def packed(self) -> Path:
-        return self.work / "language-rows.pt"
-
-    @property
-    def checkpoint(self) -> Path:
-        return self.work / "checkpoints" / "language.pt"
 
 
 def main() -> None:
@@ -109,8 +70,6 @@ def main() -> None:
         elif phase == "export":
             export(settings.model_folder, settings.shipped)
         else:
-            from scripts.embedded.language_evaluate import evaluate
-
             evaluate(settings)
 
 

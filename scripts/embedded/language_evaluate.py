@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 
-from scripts.embedded.language import LanguageSettings
+from scripts.embedded.language_settings import LanguageSettings
 from scripts.embedded.language_text import IGNORED, tokenise
 from scripts.toytalk.compose import EVALUATION_SEEDS, held_out_questions
 from scripts.toytalk.conversation import Messages, Question
