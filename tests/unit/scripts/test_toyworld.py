@@ -132,8 +132,8 @@ def test_a_batch_shows_what_single_pictures_show(style: str) -> None:
 
 @pytest.mark.parametrize("style", STYLES)
 def test_every_kind_shows_in_every_style(style: str) -> None:
-    red = render([_single(kind, "red") for kind in KINDS], style, 32, supersample=1).int()
-    blue = render([_single(kind, "blue") for kind in KINDS], style, 32, supersample=1).int()
+    red = render([_single(kind, "red") for kind in KINDS], style, 48, supersample=1).int()
+    blue = render([_single(kind, "blue") for kind in KINDS], style, 48, supersample=1).int()
     changed = ((red - blue).abs().sum(1) > 60).float().mean((1, 2))
     assert changed.min() > 0.03, dict(zip(KINDS, changed.tolist(), strict=True))
 
