@@ -199,6 +199,7 @@ def rights() -> None:
         pytest.skip("file permissions are tested on Linux")
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("rights")
 def test_a_read_only_output_folder(workdir: Path, images: Path, small: list[str]) -> None:
     closed = workdir / "closed"
@@ -209,6 +210,7 @@ def test_a_read_only_output_folder(workdir: Path, images: Path, small: list[str]
     assert list(closed.iterdir()) == []
 
 
+@pytest.mark.exhaustive
 @pytest.mark.usefixtures("rights")
 def test_a_read_only_folder_of_images_without_captions(workdir: Path, images: Path, small: list[str]) -> None:
     (images / "red.txt").unlink()
@@ -290,6 +292,7 @@ def test_a_full_disk_loses_nothing_wherever_it_strikes(workdir: Path, images: Pa
         assert (roomy["code"], roomy["adapter"]) == (0, whole["adapter"]), roomy  # the same command, once there is room
 
 
+@pytest.mark.exhaustive
 def test_a_run_folder_in_use_by_another_process(
     finetune_cli: Cli, workdir: Path, images: Path, small: list[str]
 ) -> None:
@@ -312,6 +315,7 @@ def test_a_run_folder_in_use_by_another_process(
 # -- going on from what is there -------------------------------------------------------------------------------------
 
 
+@pytest.mark.exhaustive
 def test_going_on_with_another_configuration_lists_what_changed(
     finetune_cli: Cli, images: Path, small: list[str], trained: Path
 ) -> None:
@@ -368,6 +372,7 @@ def test_a_damaged_adapter_is_named(
         )
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_is_nowhere_names_the_embedded_one(workdir: Path, images: Path, small: list[str]) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workdir / "hub"), "HF_HUB_OFFLINE": "0"}
     words = [word for word in small if not word.startswith("model.")]

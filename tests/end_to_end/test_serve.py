@@ -54,6 +54,7 @@ def test_says_what_it_serves_and_how_to_ask(server: Server) -> None:
     assert "model='base:pirate_chat'" in server.said
 
 
+@pytest.mark.exhaustive
 def test_a_fresh_recipe_serves_its_base_and_says_how_to_train(tmp_path: Path) -> None:
     with serving(tmp_path) as server:
         assert server.said.splitlines()[0] == (
