@@ -8,7 +8,7 @@ RUN apt-get update \
     && apt-get install -y --no-install-recommends gcc libc6-dev \
     && rm -rf /var/lib/apt/lists/*
 
-WORKDIR /opt/finetune
+WORKDIR /app
 COPY pyproject.toml constraints.txt README.md CHANGELOG.md LICENSE ./
 COPY conf conf
 COPY finetune finetune
@@ -18,9 +18,9 @@ RUN python -m pip install --no-cache-dir -c constraints.txt ".[gguf,serve,video,
 ENV HOME=/tmp \
     USER=finetune \
     HF_HOME=/cache/huggingface \
-    TRITON_CACHE_DIR=/work/outputs/.cache/triton \
-    XDG_STATE_HOME=/work/outputs/.state
+    TRITON_CACHE_DIR=/workspace/outputs/.cache/triton \
+    XDG_STATE_HOME=/workspace/outputs/.state
 USER 1000:1000
-WORKDIR /work
+WORKDIR /workspace
 ENTRYPOINT ["finetune"]
 CMD ["doctor"]

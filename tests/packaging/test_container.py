@@ -93,13 +93,13 @@ def test_a_job_has_one_gpu_shared_memory_and_limits() -> None:
 def test_folders_of_the_host_are_where_the_program_looks() -> None:
     variables = dict(re.findall(r"(\w+)=(\S+)", " ".join(named("ENV"))))
     targets = {volume["target"]: volume for volume in JOB["volumes"]}
-    assert named("WORKDIR")[-1] == "/work"
-    assert targets.keys() == {"/work/outputs", "/work/datasets", "/work/conf", variables["HF_HOME"]}
-    assert [target for target, volume in targets.items() if volume.get("read_only")] == ["/work/conf"]
+    assert named("WORKDIR")[-1] == "/workspace"
+    assert targets.keys() == {"/workspace/outputs", "/workspace/datasets", "/workspace/conf", variables["HF_HOME"]}
+    assert [target for target, volume in targets.items() if volume.get("read_only")] == ["/workspace/conf"]
     for volume in targets.values():
         assert volume["bind"] == {"create_host_path": False}
     for name in ("TRITON_CACHE_DIR", "XDG_STATE_HOME"):
-        assert variables[name].startswith("/work/outputs/.")
+        assert variables[name].startswith("/workspace/outputs/.")
 
 
 def health_check() -> list[str]:

@@ -2,6 +2,7 @@
 
 import os
 from pathlib import Path
+from typing import Any
 
 import pynvml
 import pytest
@@ -106,8 +107,8 @@ def test_the_kernel_knows_whether_its_clock_is_right(monkeypatch: pytest.MonkeyP
     for error, right in ((1000, True), (16_000_000, False)):
 
         class Library:
-            def adjtimex(self, state: object, error: int = error) -> int:
-                state._obj.maxerror = error  # type: ignore[attr-defined]
+            def adjtimex(self, state: Any, error: int = error) -> int:
+                state._obj.maxerror = error
                 return 5  # TIME_ERROR, which chrony leaves as it is
 
         monkeypatch.setattr(linux.ctypes, "CDLL", lambda _, library=Library: library())
