@@ -162,7 +162,10 @@ def is_of_base(path: Path, base: str, content: str) -> bool:
 
     True for an adapter that doesn't say. A model on the hub and a copy of it on disk have no common content.
     """
-    name, known = made_for(path)
+    return _is_same(*made_for(path), base, content)
+
+
+def _is_same(name: str, known: str, base: str, content: str) -> bool:
     if known and known.startswith(ON_DISK) == content.startswith(ON_DISK):
         return known == content
     return not name or _model_name(name) == _model_name(base)
@@ -170,9 +173,10 @@ def is_of_base(path: Path, base: str, content: str) -> bool:
 
 def warn_of_another_base(path: Path, base: str, content: str) -> None:
     """Say that an adapter was made for another base: where the shapes fit, nothing else shows it."""
-    if is_of_base(path, base, content):
+    name, known = made_for(path)
+    if _is_same(name, known, base, content):
         return
-    name = made_for(path)[0] or "another base"
+    name = name or "another base"
     if name == base:
         say(f"warning: {path} was trained on {name} with other weights or settings than it has now")
     else:

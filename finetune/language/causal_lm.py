@@ -52,6 +52,12 @@ def load_tokenizer(base: str, added: Sequence[str] = ()) -> Any:
     return tokenizer
 
 
+def most_tokens(model: Any) -> int | None:
+    """Tokens of the longest row that a base reads; None where it names none."""
+    found: int | None = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    return found
+
+
 def load_model(model: ModelConfig, dtype: torch.dtype, device: torch.device, *, vram_gib: float = 0.0) -> nn.Module:
     """The base as a frozen causal language model in eval mode, stored and placed as `model` says.
 

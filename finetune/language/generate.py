@@ -88,7 +88,7 @@ class TextGenerator:
         return str(text).strip()
 
     def _require_room(self, model: Any, jobs: Sequence[tuple[Sequence[int], int]], max_new_tokens: int) -> None:
-        most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+        most = causal_lm.most_tokens(model)
         longest = max((len(ids) for ids, _ in jobs), default=0)
         if most is not None and longest + max_new_tokens > most:
             raise ModelError(

@@ -256,6 +256,6 @@ def inject(loaded: nn.Module, model: ModelConfig, lora: LoraConfig, seed: int, n
 
 def check_length(length: int, base: str, model: Any) -> None:
     """Raises ConfigError for rows of more tokens than the model reads."""
-    most = getattr(model.config, "max_position_embeddings", None)
+    most = causal_lm.most_tokens(model)
     if most is not None and length > most:
         raise ConfigError(f"data.length={length} is more than {base} reads ({most} tokens); try data.length={most}")

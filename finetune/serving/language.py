@@ -29,7 +29,7 @@ from finetune.serving.fairness import Rates
 from finetune.serving.metrics import Metrics
 from finetune.serving.requests import BASE
 from finetune.serving.router import Router
-from finetune.serving.streams import longest_replies
+from finetune.serving.streams import ENDLESS, longest_replies
 from finetune.serving.text_engine import TextEngine
 from finetune.serving.text_routes import Defaults, Desk, routes
 
@@ -66,7 +66,7 @@ class LanguageServer:
             hub.content_hash(model.base),
             hashlib.sha256(chat.template.text.encode()).hexdigest(),
         )
-        reads = int(getattr(loaded.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        reads = causal_lm.most_tokens(loaded) or ENDLESS
         self.most_tokens = min(context or reads, reads)
         self.embedding_rows = int(loaded.get_input_embeddings().weight.shape[0])
         prompts = [chat.prompt_ids(text) for text in CHECK_PROMPTS]

@@ -13,7 +13,7 @@ from torch import nn
 from finetune.adapters import formats
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.errors import ConfigError, ModelError
-from finetune.language import meta
+from finetune.language import causal_lm, meta
 from finetune.memory import block_offload
 from finetune.planning import meta as planning_meta
 from finetune.planning.candidates import parts
@@ -25,6 +25,7 @@ from finetune.serving.cache import join, new_cache
 from finetune.serving.prefixes import MOST_TOKENS
 from finetune.serving.sampling import SCORES_BYTES
 
+ENDLESS = 2**31  # tokens, of a base that names no limit
 LEAST_PROMPT = 64  # tokens beside a reply of `serve.max_new_tokens`: a template, and a short question
 
 
@@ -93,7 +94,7 @@ class _Base:
     def __init__(self, model: ModelConfig, dtype: torch.dtype, machine: Machine, adapter_bytes: float) -> None:
         self.machine, self.tracer = machine, Tracer(dtype, like_cuda=machine.cuda)
         built: Any = meta.language_model(model, dtype)
-        self.most_tokens = int(getattr(built.config.get_text_config(), "max_position_embeddings", None) or 2**31)
+        self.most_tokens = causal_lm.most_tokens(built) or ENDLESS
         if model.quantize is not Quantize.none:
             built = planning_meta.quantised(built, model.quantize, built.get_output_embeddings())
         self.model: nn.Module = self.tracer.fakify(built).eval()

@@ -15,13 +15,13 @@ from finetune.config.schema import ModelConfig
 from finetune.diffusion import meta as image_parts
 from finetune.language.meta import language_model
 from finetune.memory.device import release_memory
+from finetune.planning.machine import GIB
 from finetune.workstation.measuring import Measure, Meter, Speed, generation, now
 
 SPREAD = 0.02  # of the weights
 STEPS, TEXT_TOKENS = 50, 77
 VAE_FACTOR = 8
 SIDE = 512  # pixels
-GIB = 2**30
 NEEDED_GIB = {"sd21": 8, "llama2_7b": 16}  # of free GPU memory
 PROMPT_TOKENS, NEW_TOKENS = 256, 128
 

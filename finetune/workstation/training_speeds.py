@@ -24,7 +24,7 @@ from finetune.adapters import lora
 from finetune.config import compose, typed_text
 from finetune.config.schema import Precision
 from finetune.data.images.ahead import ahead
-from finetune.memory.device import DTYPES, pick_precision, release_memory, reset_peak
+from finetune.memory.device import DTYPES, peak_gib, pick_precision, release_memory, reset_peak
 from finetune.run.records import Caption, CaptionSet
 from finetune.training.accelerator import build_accelerator, prepare, without_cudnn_attention
 from finetune.training.loop import fit
@@ -38,7 +38,6 @@ WARM_UP = 2  # steps
 EXAMPLES = 16  # images, and conversations, that are made up
 PHOTO, CROP = (320, 256), 224  # pixels: about an image of ImageNet after its usual reduction, and what ResNet sees
 GPU_BATCHES, CPU_BATCHES = (32, 64, 128), (1,)  # of ResNet-50; one image takes two cores a second
-GIB = 2**30
 
 
 def every_measurement(device: torch.device, precision: Precision) -> list[Measure]:
@@ -142,7 +141,7 @@ def _resnet(
     yield from meter.utilisation(name)
     yield from meter.energy(name, "iteration", repeats)
     if device.type == "cuda":
-        yield Speed(f"{name}-memory", "GiB", False, (torch.cuda.max_memory_allocated(device) / GIB,))
+        yield Speed(f"{name}-memory", "GiB", False, (peak_gib(device),))
     yield Speed(f"{name}-with-loading", "iterations/s", True, tuple(1 / each for each in iterations(load=True)))
 
 
