@@ -98,26 +98,28 @@ class ImageEngine(EngineThread):
                 self._running = self._waiting.take() if self._waiting else None
             for call, done in work:
                 settle(call, done)
-            if self._running is not None:
-                self._draw(self._running)
-                self._running = None
+            if job := self._running:
+                last = self._draw(job)
+                self._running = None  # before anybody hears that it has ended
+                job.give(last)
 
-    def _draw(self, job: "_Job") -> None:
+    def _draw(self, job: "_Job") -> Drawn:
+        """What the job's client is told last."""
         began = time.monotonic()
         try:
             job.require_wanted()
             images, cut = self.painter.draw(job.request, job.after_step)
-            job.give(Drawn(job.request.steps, job.request.steps, tuple(images), cut, Finish.stop))
         except _Stopped as stopped:
-            job.give(Drawn(job.step, job.request.steps, finish=stopped.finish))
+            last = Drawn(job.step, job.request.steps, finish=stopped.finish)
         except Exception as error:
             say(f"serve: a job failed ({type(error).__name__}: {error})")
-            job.give(Drawn(job.step, job.request.steps, finish=Finish.error))
+            last = Drawn(job.step, job.request.steps, finish=Finish.error)
         else:
             self._job_s += 0.3 * (time.monotonic() - began - self._job_s)
-            return
+            return Drawn(job.request.steps, job.request.steps, tuple(images), cut, Finish.stop)
         if torch.cuda.is_available():
             release_memory()
+        return last
 
 
 class _Stopped(BaseException):

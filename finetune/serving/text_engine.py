@@ -51,7 +51,7 @@ class TextEngine(EngineThread):
         row = _Row(request, self.tokenizer, asyncio.get_running_loop())
         with self._changed:
             self._refuse_if_closing()
-            running = len(self._rows) + len(self._joining)
+            running = self._count_running()
             own = self._waiting.count(request.client)
             if own + running >= self.most_waiting + max(self.limit, running):
                 rounds = (len(self._waiting) + running) / self.limit
@@ -63,9 +63,11 @@ class TextEngine(EngineThread):
 
     def stats(self) -> Stats:
         """See `requests.TextEngine`."""
-        return Stats(
-            len(self._rows) + len(self._joining), len(self._waiting), self._prompt_tokens, self._written_tokens
-        )
+        return Stats(self._count_running(), len(self._waiting), self._prompt_tokens, self._written_tokens)
+
+    def _count_running(self) -> int:
+        """Without the replies that have ended: who has been told so may ask again before their rows are dropped."""
+        return sum(row.finish is None for row in [*self._rows, *self._joining])
 
     @torch.inference_mode()
     def _run(self) -> None:

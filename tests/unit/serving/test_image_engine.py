@@ -68,6 +68,7 @@ def test_jobs_end_each_in_its_own_way(engine: ImageEngine, painter: Painter) -> 
         assert (await last(broken)).finish is Finish.error
         assert (await last(late)).finish is Finish.deadline
         assert (await last(engine.submit(request("next")))).finish is Finish.stop
+        assert engine.stats().running == 0
 
     asyncio.run(ask())
     assert painter.finished == ["first", "next"]

@@ -1,6 +1,7 @@
 """The engine: what a step that fails costs, who waits and who goes first."""
 
 import asyncio
+import threading
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
@@ -109,6 +110,21 @@ def test_short_memory_makes_the_batch_smaller_and_loses_nothing(engines: Any) ->
 def test_replies_end_at_the_end_token_and_it_counts(engines: Any) -> None:
     (found,) = replies(engines(Counting()), [request(0)])
     assert (found.finish, found.tokens) == (Finish.stop, 2)
+
+
+def test_a_reply_that_has_ended_is_not_running(engines: Any) -> None:
+    """From the moment its client knows: a batch that is slow to drop its row makes no difference."""
+    may_drop = threading.Event()
+
+    class Slow(Counting):
+        def keep(self, rows: Sequence[int]) -> None:
+            assert may_drop.wait(60)
+            super().keep(rows)
+
+    engine = engines(Slow())
+    assert replies(engine, [request(100)])[0].finish is Finish.length
+    assert engine.stats().running == 0
+    may_drop.set()
 
 
 def test_more_than_may_wait_are_refused_with_a_time(engines: Any) -> None:
