@@ -87,9 +87,16 @@ def finetune_cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPa
     return run
 
 
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--share", metavar="K/N", default="0/1", help="the K-th of N shares of the tests, from 0 on")
+
+
 @pytest.hookimpl(tryfirst=True)  # before `-m` picks
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     _sample(items)
+    share, shares = map(int, config.getoption("--share").split("/"))
+    if shares > 1:
+        items[:] = [item for item in items if crc32(item.nodeid.encode()) % shares == share % shares]
     marked = [item for item in items if item.get_closest_marker("gpu")]
     if not marked:
         return
