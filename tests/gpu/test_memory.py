@@ -121,11 +121,12 @@ def test_offloaded_activations_train_the_same_with_less_on_the_gpu(
     crowded: Config, make_dataset: Callable[..., Dataset], tmp_path: Path
 ) -> None:
     dataset, peaks, runs = make_dataset(), [], []
-    for away in (False, False, True):  # the first one takes the libraries' own memory
+    for away in (False, False, True):  # the first one takes the libraries' own memory, which stays
         crowded.run_dir, crowded.trainer.offload_activations = str(tmp_path / str(len(runs))), away
         torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
         runs.append(train(crowded, dataset))
-        peaks.append(torch.cuda.max_memory_allocated())
+        peaks.append(torch.cuda.max_memory_allocated() - before)
     assert alike(runs[1], runs[2])
     assert peaks[2] < 0.7 * peaks[1]
 
@@ -192,9 +193,9 @@ def test_a_gpu_that_is_too_small_is_noticed_before_the_first_step(
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0)
     said = capfd.readouterr().err
-    (line,) = [line for line in said.splitlines() if "memory ran out" in line]
-    assert line.startswith("autotune: ")
-    assert "micro-batch" in line
+    lines = [line for line in said.splitlines() if "memory ran out" in line]
+    assert lines
+    assert all(line.startswith("autotune: ") and "micro-batch" in line for line in lines), "none in a step that counts"
     assert alike(roomy, small)
 
 
