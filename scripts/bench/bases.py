@@ -1,10 +1,15 @@
 """Bases at full size with random weights, from the architectures that ship with the presets.
 
 Speed and memory do not depend on the values of weights. Text encoders are shortened: they run once, before training.
+
+    python -m scripts.bench.bases PRESET FOLDER
+
+saves a language model to be served: a word for each of its ids, since random weights write any.
 """
 
 import json
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +63,16 @@ def _language(source: Path, base: Path) -> int:
     return sum(weight.numel() for weight in model.parameters())
 
 
+def name_all_ids(base: Path) -> None:
+    """Give the tokenizer in the folder `base` a word for each id of the model that it has none for."""
+    from transformers import AutoConfig, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    size = AutoConfig.from_pretrained(base).get_text_config().vocab_size
+    tokenizer.add_tokens([f" word{index}" for index in range(len(tokenizer), size)])
+    tokenizer.save_pretrained(base)
+
+
 def _captioner(source: Path, base: Path) -> int:
     from transformers import AutoConfig, AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
@@ -107,3 +122,13 @@ def _part(name: str, source: Path, folder: Path) -> int:
         text.layer_types = text.layer_types[: text.num_hidden_layers]
     kind(config).save_pretrained(folder, max_shard_size=MAX_SHARD)
     return 0
+
+
+def main() -> None:
+    preset, base = sys.argv[1], Path(sys.argv[2])
+    print(build(preset, base, torch.device("cuda" if torch.cuda.is_available() else "cpu")), "parameters")
+    name_all_ids(base)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,7 +1,8 @@
 """How fast `finetune serve` writes: python scripts/bench/serving.py URL [shared | own] [STREAMS …]
 
-At each level so many clients ask one after another until all requests are answered. The requests are the same at every
-level, seeds included, so that the same tokens are written. Client and server share the machine.
+At each level so many clients ask one after another until all requests are answered: 64, or 8 of each client where
+these are fewer. The first requests are the same at every level, seeds included, so that the same tokens are written.
+Client and server share the machine. The server may be another one that speaks OpenAI's chat completions.
 
 shared: every request begins with the same long system prompt. own: each with another one of that length.
 """
@@ -17,7 +18,7 @@ from typing import Any
 from urllib.parse import urlsplit
 
 LEVELS = (1, 4, 16, 64)
-REQUESTS, MOST_TOKENS = 64, 100
+REQUESTS, OF_A_CLIENT, MOST_TOKENS = 64, 8, 100
 PROMPTS = ("Who are you?", "How much is 8 plus 5?", "What is the colour of the sky?", "Tell me about three blue cats.")
 RULES = "You are kind and you say what you know about cats, dogs and birds in short words. " * 10
 SYSTEMS = {"": "", "shared": f"Rule 1000: {RULES}", "own": f"Rule {{number}}: {RULES}"}
@@ -70,7 +71,7 @@ async def ask(url: str, asked: dict[str, Any]) -> Answered:
 
 async def level(url: str, streams: int, system: str = "") -> tuple[float, list[Answered]]:
     """Seconds, and the answers, with so many clients at once."""
-    waiting, found = list(range(REQUESTS)), []
+    waiting, found = list(range(min(REQUESTS, OF_A_CLIENT * streams))), []
 
     async def client() -> None:
         while waiting:
