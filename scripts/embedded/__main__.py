@@ -2,8 +2,8 @@
 
 The phases, in order: render; readers, captioner and detector (which need the renders alone; the detector is exported
 and measured in the same phase); autoencoder; decoder (makes it crisp); diffusion (needs the autoencoder); export;
-evaluate. `all` runs them one after the other. A call whose time is
-up pauses, and the next one with the same WORK goes on where it stopped. Parts named by --keep start as they are
+evaluate. `all` runs them one after the other. A call whose time is up pauses, and the next one with the same WORK goes
+on where it stopped. Parts named by --keep start as they are
 shipped: autoencoder and diffusion model are trained on where their phase is named, the others stay so.
 The diffusion model may be trained by several GPUs: torchrun --nproc-per-node 2 -m scripts.embedded diffusion.
 `glance` draws contact sheets without figures; `pack` and `unpack` carry the results from one machine to another.
@@ -22,6 +22,7 @@ import torch.distributed as dist
 from scripts.embedded.settings import FULL_MINUTES, PARTS, REPOSITORY, Settings
 
 PHASES = ("render", "readers", "captioner", "detector", "autoencoder", "decoder", "diffusion", "export", "evaluate")
+OF_RENDERS_ALONE = {"render", "readers", "captioner", "detector"}
 OTHERS = ("all", "glance", "pack", "unpack")
 
 
@@ -67,7 +68,7 @@ def main() -> None:
     if kept and "unpack" not in phases:
         from scripts.embedded.keep import keep_shipped
 
-        keep_shipped(settings)
+        keep_shipped(settings, models=not OF_RENDERS_ALONE.issuperset(phases))
     for phase in phases:
         if time.time() >= settings.pause_at:
             print(f"time is up before {phase}: run this again", flush=True)

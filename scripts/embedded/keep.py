@@ -10,12 +10,15 @@ from scripts.embedded.diffusion import diffusion_folder
 from scripts.embedded.settings import REPOSITORY, Settings
 
 
-def keep_shipped(settings: Settings) -> None:
-    """Autoencoder and diffusion model come into the work folder, as fp32; the others stay where they are."""
+def keep_shipped(settings: Settings, *, models: bool) -> None:
+    """Where `models` are wanted, autoencoder and diffusion model come into the work folder, as fp32; the other parts stay
+    where they are."""
     for folder in (settings.embedded, settings.readers):
         shipped = REPOSITORY / folder.relative_to(settings.root)
         if not folder.exists():  # a root other than the repository
             shutil.copytree(shipped, folder)
+    if not models:
+        return
     shipped = settings.embedded / "diffusion"
     autoencoder, diffusion = autoencoder_folder(settings.work), diffusion_folder(settings.work)
     if "autoencoder" in settings.kept and not autoencoder.exists():
