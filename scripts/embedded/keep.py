@@ -11,8 +11,10 @@ from scripts.embedded.settings import REPOSITORY, Settings
 
 
 def keep_shipped(settings: Settings, *, models: bool) -> None:
-    """Where `models` are wanted, autoencoder and diffusion model come into the work folder, as fp32; the other parts stay
-    where they are."""
+    """Where `models` are wanted, autoencoder and diffusion model come into the work folder, as fp32.
+
+    The other parts stay where they are.
+    """
     for folder in (settings.embedded, settings.readers):
         shipped = REPOSITORY / folder.relative_to(settings.root)
         if not folder.exists():  # a root other than the repository
