@@ -226,7 +226,7 @@ def _refuse_other_training(columns: dict[str, Any], where: str, format_: Convers
 def _refuse_bad_answer(marks: dict[str, Any], where: str, bad: Sequence[str] = BAD_VERDICTS) -> None:
     """marks: of a row or a turn. bad: beside a plain text, numbers and words are classes: of reviews, of topics."""
     for name in VERDICT_COLUMNS:
-        if (verdict := str(marks.get(name)).strip().lower()) in bad:
+        if name in marks and (verdict := str(marks[name]).strip().lower()) in bad:
             raise DataError(
                 f"{where}: is a KTO row with {name} {verdict}: its answer is a bad one, and training would "
                 f"teach it; remove the row, {LEAVE_OUT}"

@@ -9,7 +9,7 @@ import shutil
 import time
 import zlib
 from collections import Counter
-from contextlib import ExitStack, suppress
+from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from finetune.config.schema import LongRows
-from finetune.data.text import formats, readers
+from finetune.data.text import formats, partial, readers
 from finetune.data.text.formats import Source
+from finetune.data.text.partial import ERRORS_KEPT
 from finetune.data.text.template import SKIP
 from finetune.data.text.tokens import Chat, Encoded
 from finetune.data.text.workers import TRAINED, EncodeSettings, encode_stream
@@ -40,8 +41,8 @@ COLUMNS = {
     "groups": np.uint64,  # hash of that conversation's text
 }
 SMALLEST_SET = 20  # conversations; under it none is held out
-ERRORS_KEPT = 5
 READ_BLOCK = 1 << 24  # bytes, or tokens
+PARTIAL, KEPT_S = ".partial", 7 * 86400.0  # how folders end that are being written, and how long one is kept
 
 
 @dataclass(frozen=True)
@@ -188,8 +189,12 @@ def encode_or_load(
         with FileLock(_lock(folder)):
             if (figures := _verified(folder, checksums=True)) is not None:
                 return TokenStore(folder, figures, cached=True)
-            with replace_folder(folder) as temporary:
-                _write(temporary, source, EncodeSettings(chat, length, long_rows, skip_bad), workers)
+            half = folder.with_name(f".{folder.name}{PARTIAL}")
+            _write(half, source, EncodeSettings(chat, length, long_rows, skip_bad), workers)
+            with replace_folder(folder) as whole:
+                for name in (METADATA, *(f"{name}.bin" for name in COLUMNS)):
+                    (half / name).rename(whole / name)
+            shutil.rmtree(half)
     except OSError as error:
         raise DataError(f"cannot use the cache {cache} ({error.strerror}); try data.cache=FOLDER") from error
     return TokenStore(folder, _read_metadata(folder)[0], cached=False)
@@ -200,12 +205,14 @@ def _lock(folder: Path) -> Path:
 
 
 def _remove_abandoned(cache: Path) -> None:
-    """Remove folders that killed processes left half written: whoever writes one holds its lock."""
+    """Remove folders that killed processes left half written and nobody goes on with: whoever writes one holds its
+    lock."""
     from filelock import FileLock, Timeout
 
-    for left in cache.glob(".rows-*.tmp"):
-        with suppress(Timeout), FileLock(_lock(cache / left.name[1:].removesuffix(".tmp")), timeout=0):
-            shutil.rmtree(left, ignore_errors=True)
+    for left in [*cache.glob(".rows-*.tmp"), *cache.glob(f".rows-*{PARTIAL}")]:
+        with suppress(Timeout, OSError), FileLock(_lock(cache / left.stem[1:]), timeout=0):
+            if left.suffix != PARTIAL or time.time() - left.stat().st_mtime > KEPT_S:
+                shutil.rmtree(left, ignore_errors=True)
 
 
 def open_store(folder: Path, *, verify: bool = False) -> TokenStore:
@@ -222,40 +229,39 @@ def open_store(folder: Path, *, verify: bool = False) -> TokenStore:
 
 
 def _write(folder: Path, source: Source, settings: EncodeSettings, workers: int) -> None:
-    start = last = time.monotonic()
-    totals: Counter[str] = Counter()
-    sums = dict.fromkeys(COLUMNS, 0)
-    sizes = dict.fromkeys(COLUMNS, 0)
+    """Encode into a folder, from where a killed command left off."""
+    read: Counter[str] = Counter()
     errors: list[str] = []
 
     def bad(error: DataError) -> None:
-        totals.update(("conversations", "bad"))
+        read.update(("conversations", "bad"))
         if len(errors) < ERRORS_KEPT:
             errors.append(str(error))
 
-    with ExitStack() as opened:
-        files = {name: opened.enter_context(open(folder / f"{name}.bin", "wb")) for name in COLUMNS}
+    with partial.opened(folder, COLUMNS) as rows:
+        before, began, last = rows.counts["conversations"], time.monotonic(), time.monotonic()
+        if before:
+            say(f"tokens: going on from conversation {before:,}")
         stream = formats.read(source, bad=bad if settings.skip_bad else None)
-        for batch in encode_stream(stream, settings, processes=workers):
-            for name, file in files.items():
-                data = getattr(batch, name).tobytes()
-                file.write(data)
-                sums[name], sizes[name] = zlib.crc32(data, sums[name]), sizes[name] + len(data)
-            totals.update(batch.counts)
-            errors += batch.errors[: ERRORS_KEPT - len(errors)]
+        for batch in encode_stream(stream, settings, processes=workers, done=rows.batches):
+            rows.add(batch)
             if time.monotonic() - last > PLAIN_LINE_EVERY_S:
-                last, read = time.monotonic(), totals["conversations"]
-                say(f"tokens: {plural(read, 'conversation')}, {read / (last - start):,.0f} conversations/s")
-    if not totals["rows"]:
-        rows = plural(totals["conversations"], "row")
-        raise DataError(
-            f"{source.path}: nothing is left of {rows}: {totals['bad']} are unusable, of "
-            f"{totals['left_out']} no trained token is within {settings.length} tokens"
-            + (f" ({errors[0]})" if errors else "")
-            + "; allow longer rows with data.length, or choose: data.long_rows=keep_end"
-        )
-    figures = Figures(**totals, seconds=round(time.monotonic() - start, 3), errors=tuple(errors))
-    (folder / METADATA).write_text(json.dumps({"figures": asdict(figures), "sums": sums, "sizes": sizes}))
+                rows.note(folder)
+                last, now = time.monotonic(), rows.counts["conversations"]
+                rate = (now - before) / (last - began)
+                say(f"tokens: {plural(now + read['conversations'], 'conversation')}, {rate:,.0f} conversations/s")
+        totals, errors = rows.counts + read, [*errors, *rows.errors][:ERRORS_KEPT]
+        if not totals["rows"]:
+            unusable = f"{totals['bad']} are unusable, of {totals['left_out']} no trained token is within"
+            raise DataError(
+                f"{source.path}: nothing is left of {plural(totals['conversations'], 'row')}: {unusable} "
+                f"{settings.length} tokens"
+                + (f" ({errors[0]})" if errors else "")
+                + "; allow longer rows with data.length, or choose: data.long_rows=keep_end"
+            )
+    counts = {name: totals[name] for name in (*rows.counts, "bad")}
+    figures = Figures(**counts, seconds=round(rows.seconds, 3), errors=tuple(errors))
+    (folder / METADATA).write_text(json.dumps({"figures": asdict(figures), "sums": rows.sums, "sizes": rows.sizes}))
 
 
 def _verified(folder: Path, *, checksums: bool) -> Figures | None:

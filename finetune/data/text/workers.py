@@ -61,14 +61,18 @@ class EncodedBatch:
     errors: list[str]
 
 
-def encode_stream(rows: Iterable[Conversation], settings: EncodeSettings, *, processes: int) -> Iterator[EncodedBatch]:
+def encode_stream(
+    rows: Iterable[Conversation], settings: EncodeSettings, *, processes: int, done: int = 0
+) -> Iterator[EncodedBatch]:
     """Every row encoded, in order. processes: how many encode besides this one, 1 for none; 0 is one for each core.
+
+    done: batches from the first on that are there already, and are read over.
 
     Raises DataError for an unusable row unless `skip_bad`, and RunError if a process fails or dies.
     """
     processes = processes or _cores()
     stream = iter(rows)
-    batches = enumerate(iter(lambda: list(itertools.islice(stream, BATCH)), []))
+    batches = itertools.islice(enumerate(iter(lambda: list(itertools.islice(stream, BATCH)), [])), done, None)
     for number, batch in itertools.islice(batches, None if processes == 1 else SEQUENTIAL):
         yield _encode(number * BATCH, batch, settings)
     following = next(batches, None)

@@ -1,5 +1,6 @@
 """A whole set: cached by content, in parallel, in constant memory, split and counted."""
 
+import dataclasses
 import json
 import multiprocessing
 import os
@@ -135,6 +136,65 @@ def test_a_killed_run_leaves_nothing_that_counts(prepare, data, monkeypatch):
         with pytest.raises(KeyboardInterrupt):
             prepare(data)
     assert not prepare(data).cached
+
+
+def whole(data):
+    """Nothing is wrong with what a killed command left."""
+
+
+def written_after_the_note(data):
+    with open(data, "ab") as file:
+        file.write(b"more")
+
+
+def damaged(data):
+    data.write_bytes(b"X" + data.read_bytes()[1:])
+
+
+@pytest.mark.parametrize(("change", "batches"), [(whole, 9), (written_after_the_note, 9), (damaged, 15)])
+def test_a_killed_command_goes_on_with_the_rows_that_it_has(prepare, tmp_path, monkeypatch, change, batches):
+    draw = random.Random(0)
+    rows = [{"messages": []} if number == 30 else turns(draw) for number in range(61)]
+    path, given = save(tmp_path / "chat.jsonl", rows), []
+    monkeypatch.setattr(workers, "BATCH", 4)
+    plain = prepare(path, skip_bad=True, cache=tmp_path / "plain")
+
+    def stopped(self, rows):
+        given.append(len(rows))
+        if len(given) == 7:
+            raise KeyboardInterrupt
+        return encode(self, rows)
+
+    with monkeypatch.context() as patched:
+        encode = Chat.encode_batch
+        patched.setattr(Chat, "encode_batch", stopped)
+        with pytest.raises(KeyboardInterrupt):
+            prepare(path, skip_bad=True)
+        change(next(tmp_path.glob("cache/.rows-*.partial/tokens.bin")))
+        given.clear()
+        patched.setattr(Chat, "encode_batch", lambda self, rows: given.append(len(rows)) or encode(self, rows))
+        found = prepare(path, skip_bad=True)
+    assert len(given) == batches
+    assert content(found) == content(plain)
+    assert dataclasses.replace(found.figures, seconds=0) == dataclasses.replace(plain.figures, seconds=0)
+    assert [found.conversation_index(index) for index in range(60)] == list(range(60))
+    assert store.open_store(found.folder, verify=True).cached
+    assert not list(tmp_path.glob("cache/.rows-*.partial"))
+
+
+def test_rows_that_end_in_an_error_leave_nothing(prepare, tmp_path, data):
+    with pytest.raises(DataError):
+        prepare(save(tmp_path / "bad.jsonl", [turns(random.Random(0)), {"messages": []}]))
+    assert not list(tmp_path.glob("cache/.rows-*.partial"))
+
+
+def test_what_nobody_went_on_with_for_a_week_is_removed(prepare, tmp_path, data):
+    old, young = (tmp_path / "cache" / f".rows-{name}.partial" for name in ("old", "young"))
+    for folder in (old, young):
+        folder.mkdir(parents=True)
+    os.utime(old, (0, 0))
+    prepare(data)
+    assert [old.exists(), young.exists()] == [False, True]
 
 
 def test_what_killed_runs_of_other_sets_left_is_removed_and_what_is_being_written_is_not(prepare, data, tmp_path):
