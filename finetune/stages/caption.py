@@ -26,6 +26,7 @@ from finetune.run.records import Caption, CaptionSet
 
 STAGE = "caption"
 LISTED = 10  # texts in an error; the rest is counted
+NOTICED_S, APART = 0.1, 20.0  # writing captions that takes longer waits for so many times as long before the next
 
 
 def caption(config: Config) -> CaptionSet:
@@ -167,20 +168,32 @@ def _generate(
 def _write_captions(
     captioner: Captioner, root: Path, todo: Sequence[str], settings: CaptionConfig, data: DataConfig
 ) -> set[str]:
-    """Write each batch at once, so that a kill loses one batch."""
+    """Write each batch at once, so that a kill loses one batch; in a large folder, where each time all of the metadata
+    is written, so seldom that it takes little of the time."""
     generated: set[str] = set()
+    waiting: dict[str, str] = {}
+    took_s, written = 0.0, time.monotonic()
     read = ahead(
         todo, lambda file: captioner.read(decode.open_rgb(root / file, data.max_pixels)), settings.batch + READ_AHEAD
     )
-    with progress(STAGE, len(todo), unit="images") as bar:
-        for first in range(0, len(todo), settings.batch):
-            batch = todo[first : first + settings.batch]
-            texts = captioner.caption(list(itertools.islice(read, len(batch))))
-            worded = {file: wording(text, settings) for file, text in zip(batch, texts, strict=True)}
-            authors.remember(Path(data.cache), worded)
-            folder.add_captions(root, worded, overwrite=settings.overwrite)
-            generated |= {authors.key(file, text) for file, text in worded.items()}
-            bar.advance(len(batch), worded[batch[-1]])
+    try:
+        with progress(STAGE, len(todo), unit="images") as bar:
+            for first in range(0, len(todo), settings.batch):
+                batch = todo[first : first + settings.batch]
+                texts = captioner.caption(list(itertools.islice(read, len(batch))))
+                worded = {file: wording(text, settings) for file, text in zip(batch, texts, strict=True)}
+                authors.remember(Path(data.cache), worded)
+                generated |= {authors.key(file, text) for file, text in worded.items()}
+                waiting |= worded
+                began = time.monotonic()
+                if took_s < NOTICED_S or began - written >= APART * took_s:
+                    folder.add_captions(root, waiting, overwrite=settings.overwrite)
+                    waiting, written = {}, time.monotonic()
+                    took_s = written - began
+                bar.advance(len(batch), worded[batch[-1]])
+    finally:
+        if waiting:
+            folder.add_captions(root, waiting, overwrite=settings.overwrite)
     return generated
 
 

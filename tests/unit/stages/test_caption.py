@@ -260,6 +260,52 @@ def test_a_kill_loses_one_batch_at_most(config, monkeypatch):
     assert {item.file: item.text for item in captions.items}.items() >= kept.items()
 
 
+@pytest.fixture
+def large(config, monkeypatch):
+    """Sixty images, in a folder whose metadata takes as many seconds to write as it has rows; a batch takes one."""
+    root, clock, rows = stage.Path(config.data.folder), [0.0], []
+    for index in range(60):
+        Image.new("RGB", (8, 8), (index, 0, 0)).save(root / f"more-{index:02}.png")
+    write = stage.folder.add_captions
+
+    def slow(folder, texts, *, overwrite):
+        write(folder, texts, overwrite=overwrite)
+        rows.append(len(metadata(config)))
+        clock[0] += rows[-1]
+
+    class Quick(Blip):
+        def caption(self, images):
+            clock[0] += 1.0
+            return super().caption(images)
+
+    monkeypatch.setattr(stage.folder, "add_captions", slow)
+    monkeypatch.setattr(stage.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(stage, "load_captioner", Quick)
+    monkeypatch.setattr(stage, "APART", 2.0)
+    return rows
+
+
+def test_metadata_of_a_large_folder_is_not_written_for_each_batch(config, large):
+    captions = caption(config)
+    assert len(metadata(config)) == len(captions.items) == 65
+    assert sum(large) < 3 * 65  # for each of the 33 batches it would be a thousand
+
+
+def test_an_interrupt_loses_no_caption_that_waits_to_be_written(config, large, monkeypatch):
+    batches, remember = [], stage.authors.remember
+
+    def interrupted(cache, worded):
+        remember(cache, worded)
+        batches.append(len(worded))
+
+    monkeypatch.setattr(stage.authors, "remember", interrupted)
+    monkeypatch.setattr(stage, "wording", lambda text, settings: text if len(batches) < 9 else int("no number"))
+    with pytest.raises(ValueError, match="no number"):
+        caption(config)
+    assert len(metadata(config)) == sum(batches) == 18
+    assert len(large) < 9
+
+
 def test_a_caption_typed_meanwhile_is_kept(config, monkeypatch):
     class Slow(Blip):
         def caption(self, images):
