@@ -7,7 +7,7 @@ deleted at any time. Each entry holds the checksum of all that it says, and no e
 import hashlib
 import json
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -19,12 +19,13 @@ from torch import Tensor
 from finetune.errors import DataError, RunError
 from finetune.reading import damage
 from finetune.run.atomic import remove_abandoned, replace_file
-from finetune.run.hashing import Stamp, hash_of, stamp_of, trusted
+from finetune.run.hashing import hash_of, stamp_of, trusted
 
 HEADER_BYTES = 8 + 65536  # more than the length and header of an entry take: it has a handful of tensors
 NOTES = "notes"  # what the metadata is called that holds the texts of an entry
 CHECKSUM = "checksum"  # among them
 READ_THREADS = 4  # reading and hashing release the interpreter lock
+AT_ONCE = 256  # entries that a thread looks at: handing over each alone costs more than looking at it
 
 
 class Cache:
@@ -79,14 +80,19 @@ def read(path: Path) -> dict[str, Tensor]:
     raise DataError(f"cached example {path} can't be read ({reason}); the same command encodes it again")
 
 
-def whole(paths: Iterable[Path], since_ns: int) -> bool:
+def whole(paths: Iterable[str], since_ns: int) -> bool:
     """Whether all of these entries are there, and whole where they were written after that time (as `st_mtime_ns`).
 
     Others are compared when they are read: a command with nothing to do reads none.
     """
+
+    def look(block: Sequence[str]) -> bool:
+        found = [_is_older(path, since_ns) or _is_whole(path) for path in map(Path, block)]
+        return all(found)  # and all are looked at: damaged ones are removed together
+
+    wanted = list(paths)
     with ThreadPoolExecutor(READ_THREADS) as pool:
-        # All are looked at: damaged ones are removed together.
-        return all([*pool.map(lambda path: _is_older(path, since_ns) or _is_whole(path), paths)])
+        return all([*pool.map(look, (wanted[first : first + AT_ONCE] for first in range(0, len(wanted), AT_ONCE)))])
 
 
 def _is_older(path: Path, since_ns: int) -> bool:
@@ -101,7 +107,8 @@ def _is_whole(path: Path) -> bool:
     """Whether an entry has the content that was stored; a damaged one is removed."""
     try:
         stamp, now = stamp_of(path), time.time_ns()
-        if (path, stamp) in _compared:
+        known = hashlib.blake2b(f"{path} {stamp}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        if known in _compared:
             return True
         data = b"" if damage(path) else path.read_bytes()  # damage: also a length that no memory holds
     except FileNotFoundError:
@@ -113,12 +120,12 @@ def _is_whole(path: Path) -> bool:
         path.unlink(missing_ok=True)
         return False
     if trusted(stamp, now):
-        _compared.add((path, stamp))
+        _compared.add(known)
     return True
 
 
-_compared: set[tuple[Path, Stamp]] = set()
-"""Entries as this process compared them: training reads each over and over."""
+_compared: set[bytes] = set()
+"""Entries as this process compared them, a digest of path and stamp each: training reads them over and over."""
 
 
 def _notes(data: bytes) -> dict[str, str]:

@@ -4,6 +4,7 @@ B images, 3 colours, H×W pixels of the bucket.
 """
 
 import hashlib
+import io
 import json
 import re
 from collections import Counter
@@ -104,11 +105,11 @@ def complete(record: Dataset) -> bool:
     index = Path(record.index)
     if not index.is_file():
         return False
-    wanted = {Path(record.empty_text)}
+    wanted = {record.empty_text}
     lines = 0
     for example in record.examples():
         lines += 1
-        wanted |= {Path(example.latents), Path(example.text)}
+        wanted |= {example.latents, example.text}
     return lines == record.train + record.validation and whole(wanted, since_ns=index.stat().st_mtime_ns)
 
 
@@ -145,31 +146,31 @@ def encode_images(
     cache.remove_abandoned()
     texts, new_texts = _encode_texts(cache, images, model, device)
     identity = vae_hash(model)
-    latents = {variant: cache_key(identity, *variant, model.resolution) for variant in variants}
-    wanted = {key: variant for variant, key in latents.items()}
+    latents = [cache_key(identity, *variant, model.resolution) for variant in variants]
+    wanted = dict(zip(latents, variants, strict=True))
     new = {key: variant for key, variant in wanted.items() if not cache.has(key)}
     _encode_variants(cache, new, model, device, root=Path(captions.folder), max_pixels=data.max_pixels)
-    examples = [
-        Example(
+    index = io.BytesIO()  # and not all examples at once, each of a kilobyte
+    for (image, flipped), key in zip(variants, latents, strict=True):
+        example = Example(
             key=example_key(image, flipped, model.resolution),
             file=image.file,
             caption=image.caption,
             bucket=image.bucket,
             crop=image.crop,
             flipped=flipped,
-            latents=str(cache.path(latents[image, flipped])),
+            latents=str(cache.path(key)),
             text=str(cache.path(texts[image.caption])),
             held_out=image.sha256 in held_out,
         )
-        for image, flipped in variants
-    ]
-    lines = [json.dumps(asdict(example), ensure_ascii=False) + "\n" for example in examples]
-    write_atomically(index_file, "".join(lines))
+        index.write(json.dumps(asdict(example), ensure_ascii=False).encode() + b"\n")
+    write_atomically(index_file, index.getvalue())
+    validation = sum(image.sha256 in held_out for image, _ in variants)
     return Dataset(
         index=str(index_file),
-        train=sum(not example.held_out for example in examples),
-        validation=sum(example.held_out for example in examples),
-        buckets=dict(sorted(Counter(f"{e.bucket[0]}x{e.bucket[1]}" for e in examples).items())),
+        train=len(variants) - validation,
+        validation=validation,
+        buckets=dict(sorted(Counter(f"{image.bucket[0]}x{image.bucket[1]}" for image, _ in variants).items())),
         empty_text=str(cache.path(texts[""])),
         upscaled=sum(image.upscaled for image in images),
         encoded=len(new) + new_texts,

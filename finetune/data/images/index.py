@@ -21,6 +21,8 @@ from finetune.run.hashing import RACY_NS, Stamp, hash_of, stamp_of
 
 FORMAT = "images-3"  # of the index: change it when a row means something else
 READ_THREADS = 4  # reading, hashing and decoding release the interpreter lock
+AT_ONCE = 1024  # files that wait for a thread
+SAVED_EVERY_S = 60.0  # writing the index of a hundred thousand images takes a second or two
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,21 @@ class ImageIndex:
         if not changed:
             return
         known = {row.sha256: row for row in self.rows.values() if self._decodes(row)}
+        saved = time.monotonic()
         try:
             with ThreadPoolExecutor(READ_THREADS) as pool:
-                for file, row in zip(changed, pool.map(lambda file: self._look(file, known), changed), strict=True):
-                    self.rows[file] = row
+                for first in range(0, len(changed), AT_ONCE):
+                    files = changed[first : first + AT_ONCE]
+                    self.rows |= zip(files, pool.map(lambda file: self._look(file, known), files), strict=True)
+                    if time.monotonic() - saved > SAVED_EVERY_S:  # a kill loses no more
+                        self._save()
+                        saved = time.monotonic()
         finally:  # also after an interrupt: what was read until then need not be read again
-            with suppress(RunError):  # without an index the next run is slower, that is all
-                _save(self.path, {file: row for file, row in self.rows.items() if self._path(file).is_file()})
+            self._save()
+
+    def _save(self) -> None:
+        with suppress(RunError):  # without an index the next run is slower, that is all
+            _save(self.path, {file: row for file, row in self.rows.items() if self._path(file).is_file()})
 
     def _look(self, file: str, known: dict[str, Row]) -> Row:
         """Read one file once: hash it, and decode it unless its content is `known` to decode."""

@@ -201,3 +201,23 @@ def test_two_folders_have_an_index_each(root, tmp_path):
     assert other.hashes(["a.png"])["a.png"] != opened(root).hashes(["a.png"])["a.png"]
     assert other.path.parent == opened(root).path.parent
     assert other.path != opened(root).path
+
+
+def test_a_kill_loses_no_more_than_a_minute_of_looking(root, hashed, monkeypatch):
+    monkeypatch.setattr(index, "AT_ONCE", 1)
+    monkeypatch.setattr(index, "SAVED_EVERY_S", -1.0)
+    plain = index._save
+
+    def killed(path, rows):
+        plain(path, rows)
+        if len(rows) == 2:
+            monkeypatch.setattr(index, "_save", lambda *_: None)  # a killed process does nothing more
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(index, "_save", killed)
+    with pytest.raises(KeyboardInterrupt):
+        hashes(root)
+    assert len(hashed) == 2
+    monkeypatch.setattr(index, "_save", plain)
+    assert len(hashes(root)) == 3
+    assert len(hashed) == 3
