@@ -15,6 +15,8 @@ from finetune.planning.plan import KEYS, Setting
 from finetune.planning.workload import Workload
 from finetune.run.progress import say
 
+CLOSE, MEASURED = 1.25, 3  # the plan's seconds compare settings to about a fifth (docs/memory.md); the most measured
+
 
 @dataclass(frozen=True)
 class Choice:
@@ -28,6 +30,24 @@ class Choice:
     def best(self) -> Setting:
         """The chosen one, or the one that takes least memory."""
         return self.chosen or min(self.tried, key=lambda setting: setting.gib)
+
+    @property
+    def comparable(self) -> tuple[int, ...]:
+        """Micro-batches that fit and that the plan can't tell from the chosen one by their seconds, the fastest first.
+
+        All else is equal: another level of activation checkpointing would need the base loaded again.
+        """
+        if self.chosen is None:
+            return ()
+        best, budget = self.chosen, self.candidates.machine.vram_gib
+        same = [s for s in self.tried if _kept(s) == _kept(best)]
+        near = [s for s in same if s.gib <= budget and s.seconds <= CLOSE * best.seconds]
+        return tuple(s.micro_batch for s in sorted(near, key=lambda s: s.seconds)[:MEASURED])
+
+
+def _kept(setting: Setting) -> tuple[int, bool, bool]:
+    """Where activations and weights are."""
+    return setting.checkpointing, setting.offload_activations, setting.offload
 
 
 def choose(candidates: Candidates) -> Choice:
@@ -63,9 +83,12 @@ def is_needed(autotune: Autotune, device: torch.device) -> bool:
     return device.type == "cuda" and autotune is not Autotune.off
 
 
-def choose_settings(workload: Workload, hardware: HardwareConfig) -> tuple[dict[str, Any], float | None]:
-    """The settings to start with on this GPU, as `trainer.autotune` says, and the GiB of tensors that the plan sees in
-    training, validation and previews; the workload's own settings and None for a base that can't be planned.
+def choose_settings(
+    workload: Workload, hardware: HardwareConfig
+) -> tuple[dict[str, Any], float | None, tuple[int, ...]]:
+    """The settings to start with on this GPU, as `trainer.autotune` says, the GiB of tensors that the plan sees in
+    training, validation and previews, and the micro-batches of which only a measurement can say which is fastest; the
+    workload's own settings, None and none for a base that can't be planned.
 
     To be called before anything of the run is on the GPU.
     """
@@ -74,7 +97,7 @@ def choose_settings(workload: Workload, hardware: HardwareConfig) -> tuple[dict[
         return _chosen_settings(workload, hardware, requested)
     except ModelError as error:  # a base that can't be had at all is named again when it is loaded
         say(f"autotune: {error}")
-        return requested, None
+        return requested, None, ()
 
 
 def settings(trainer: TrainerConfig, model: ModelConfig) -> dict[str, Any]:
@@ -90,24 +113,25 @@ def settings(trainer: TrainerConfig, model: ModelConfig) -> dict[str, Any]:
 
 def _chosen_settings(
     workload: Workload, hardware: HardwareConfig, requested: dict[str, Any]
-) -> tuple[dict[str, Any], float]:
+) -> tuple[dict[str, Any], float, tuple[int, ...]]:
     release_memory()
     # Whatever GPU the preset is of: what counts is this one, and what of it is free now.
     machine = read(replace(hardware, gpu=""))
+    comparable: tuple[int, ...] = ()
     candidates, chosen = Candidates(workload, machine), requested
     if workload.trainer.autotune is Autotune.auto:
         choice = choose(candidates)
         candidates, setting = choice.candidates, choice.best
         for line in host_memory.warning(host_memory.peaks(candidates, setting), machine.cpu_gib, candidates):
             say(f"autotune: {line}")  # now, and not when the training is over
-        chosen = {name: getattr(setting, name) for name in KEYS}
+        chosen, comparable = {name: getattr(setting, name) for name in KEYS}, choice.comparable
         if choice.chosen is None:
             least = f"the plan's least is {setting.gib:.1f} GiB, and {machine.vram_gib:.1f} are free"
             say(f"autotune: {least}; trying it all the same")
     planned_gib = candidates.tensors_gib(
         chosen["micro_batch"], chosen["checkpointing"], away=chosen["offload_activations"]
     )
-    return chosen, planned_gib
+    return chosen, planned_gib, comparable
 
 
 def _offloaded(candidates: Candidates) -> Candidates | None:

@@ -99,12 +99,13 @@ def build_trainer(
     device = pick_device(config.hardware.device)
     requested = choice.settings(config.trainer, config.model) | {"fit": config.trainer.autotune.name}
     requested |= {"gpu_gib": round(gpu_gib(device), 1), "vram_gib": config.hardware.vram_gib}
+    comparable: tuple[int, ...] = ()
     planned_gib, before, dry_run_first = None, peak_gib(device), False
     if resumed and resumed.state.fits(requested):
         config = _with_settings(config, **resumed.state.applied)
     elif dry_run_first := choice.is_needed(config.trainer.autotune, device):
         choose = partial(choice.choose_settings, kinds.of(config).workload(config), config.hardware)
-        settings, planned_gib = distributed.on_first_rank(choose)  # the same for all
+        settings, planned_gib, comparable = distributed.on_first_rank(choose)  # the same for all
         config = _with_settings(config, **settings)
     reset_peak(device)
     accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
@@ -130,6 +131,7 @@ def build_trainer(
         resumed=resumed,
         dry_run_first=dry_run_first,
         planned_gib=planned_gib,
+        comparable=comparable,
         peak_gib=before,
     )
 

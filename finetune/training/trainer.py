@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 
 from finetune.adapters import lora
@@ -19,7 +20,7 @@ from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks, smoothing
 from finetune.run.progress import Progress, plural, progress, say
 from finetune.run.records import Run
-from finetune.training import checkpoint, distributed
+from finetune.training import checkpoint, distributed, measured
 from finetune.training.accelerator import prepare
 from finetune.training.checkpoint import TrainState
 from finetune.training.dry_run import dry_run
@@ -39,7 +40,8 @@ class Trainer:
     trainer: with the memory settings that were chosen, `applied`; requested: those that were given. shown: all
     settings, by dotted key, for TensorBoard. hint: what to type when memory runs out and no fallback is left.
     dry_run_first: whether the largest step is tried before the first. planned_gib: what the plan says of this training,
-    if it was asked for. peak_gib: of everything before.
+    if it was asked for. comparable: micro-batches of which only a measurement can say which is fastest. peak_gib: of
+    everything before.
     """
 
     task: Task
@@ -57,6 +59,7 @@ class Trainer:
     resumed: checkpoint.Checkpoint | None
     dry_run_first: bool
     planned_gib: float | None
+    comparable: tuple[int, ...]
     peak_gib: float
 
     def __post_init__(self) -> None:
@@ -84,6 +87,8 @@ class Trainer:
         examples = plural(self.task.size, "example")
         say(f"train: {trainable:,} of {total:,} parameters ({trainable / total:.2%}), {examples}")
         spare = self._dry_run() if self.dry_run_first else None
+        if spare is not None and self.resumed is None and ranks.world_size() == 1 and not self.fallbacks.summary:
+            self._measure(spare)
         if self.state.step == 0:
             self._write_texts()
             self._validate()
@@ -227,7 +232,7 @@ class Trainer:
     def _parameter_groups(self) -> list[dict[str, Any]]:
         return lora.parameter_groups(self.task.model, self.optim.lora_plus)
 
-    def _dry_run(self) -> Any:
+    def _dry_run(self) -> torch.optim.Optimizer:
         """Returns the optimiser that was used, whose state takes the place of the real one's as long as it is held."""
         settings = " ".join(override(key, value) for key, value in self.applied.items())
         planned = "" if self.planned_gib is None else f"; {self.planned_gib:.1f} GiB planned"
@@ -243,6 +248,23 @@ class Trainer:
                 "the effective batch stays"
             )
         return spare
+
+    def _measure(self, spare: torch.optim.Optimizer) -> None:
+        """Train with the fastest of the micro-batches that the plan can't tell apart, in this run and its later parts.
+
+        Nothing else changes: weights stay, and each micro-batch seeds its own random numbers.
+        """
+        if not measured.repays(len(self.comparable), self.trainer.steps):
+            return
+        times = measured.seconds(self.comparable, self.task, next(self.draws()), spare, self.accelerator)
+        planned = self.fallbacks.micro_batch
+        size = measured.fastest(times, planned) if times else planned
+        listed = ", ".join(f"{each}: {1000 * seconds:.0f} ms" for each, seconds in times.items())
+        say(f"autotune: a step by micro-batch, measured: {listed}; training with {override('micro_batch', size)}")
+        accumulate = self.effective_batch // size
+        self.trainer = replace(self.trainer, micro_batch=size, accumulate=accumulate)
+        self.applied = self.applied | {"micro_batch": size, "accumulate": accumulate}
+        self.fallbacks, self.validation_batch = OomFallbacks(size, self.task.reduce_memory, self.hint), size
 
     def _end_row(self) -> None:
         if ranks.rank() == 0:

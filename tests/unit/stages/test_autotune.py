@@ -4,6 +4,8 @@ Without a GPU: the plan is given, and memory runs out where a test says so.
 """
 
 import json
+import re
+import time
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,14 +19,17 @@ from finetune.config.schema import Autotune, Config, Device, ExportFormat, Hardw
 from finetune.errors import Interrupted, OutOfMemory
 from finetune.language import tokenize
 from finetune.planning import choice, host_memory
+from finetune.planning.candidates import Candidates
 from finetune.planning.machine import Machine
 from finetune.planning.tracer import Tracer
 from finetune.planning.workload import Workload
 from finetune.stages.train import train
+from finetune.training import measured
+from finetune.training.task import Batch, Task
 from finetune.training.trainer import Trainer
 from tests import cutting
-from tests.unit.conftest import Setting
-from tests.unit.training.small_gpu import Gpu, adapter, at_most, difference, into
+from tests.unit.conftest import Setting, change_tasks
+from tests.unit.training.small_gpu import OOM_MESSAGE, Gpu, adapter, at_most, difference, into
 
 pytestmark = pytest.mark.sampled
 CPU = torch.device("cpu")
@@ -39,10 +44,10 @@ def plans(monkeypatch: pytest.MonkeyPatch) -> list[Workload]:
     """A plan that takes one example at a time with activation checkpointing; what it was made for is listed."""
     made: list[Workload] = []
 
-    def choose_settings(workload: Workload, hardware: HardwareConfig) -> tuple[dict[str, Any], float]:
+    def choose_settings(workload: Workload, hardware: HardwareConfig) -> tuple[dict[str, Any], float, tuple[int, ...]]:
         made.append(workload)
         requested = choice.settings(workload.trainer, workload.model)
-        return requested | {"micro_batch": 1, "accumulate": 4, "checkpointing": 1}, 1.5
+        return requested | {"micro_batch": 1, "accumulate": 4, "checkpointing": 1}, 1.5, (1, 2, 4)
 
     monkeypatch.setattr(choice, "is_needed", lambda autotune, device: autotune is not Autotune.off)
     monkeypatch.setattr(choice, "choose_settings", choose_settings)
@@ -120,7 +125,7 @@ def test_training_starts_with_the_fallbacks_of_the_dry_run(
 ) -> None:
     config, dataset = setting.config, setting.dataset
     monkeypatch.setattr(
-        choice, "choose_settings", lambda workload, _: (choice.settings(workload.trainer, workload.model), 2.0)
+        choice, "choose_settings", lambda workload, _: (choice.settings(workload.trainer, workload.model), 2.0, (4, 2))
     )
     with monkeypatch.context() as patch:
         Gpu(at_most(1)).install(patch)
@@ -142,6 +147,64 @@ def test_a_gpu_that_is_too_small_is_an_error_before_the_first_step(
     with pytest.raises(OutOfMemory, match=r"with micro-batch 1.*; try "):
         train(into(setting.config, tmp_path / "run", 2, 2), setting.dataset)
     assert not (tmp_path / "run" / "checkpoints").exists()
+
+
+@pytest.fixture
+def slow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Micro-batches of one example take a while, and those of four do not fit; any run is long enough to measure."""
+
+    def change(task: Task) -> None:
+        loss = task.loss
+
+        def changed(batch: Batch) -> torch.Tensor:
+            if torch.is_grad_enabled() and len(batch.names) == 4:
+                raise torch.OutOfMemoryError(OOM_MESSAGE)
+            time.sleep(0.05 if len(batch.names) == 1 else 0.0)
+            return loss(batch)
+
+        task.loss = changed  # type: ignore[method-assign]
+
+    change_tasks(monkeypatch, change)
+    monkeypatch.setattr(measured, "REPAID", 0)
+
+
+@pytest.mark.usefixtures("plans", "slow_ones")
+def test_micro_batches_that_the_plan_cannot_tell_apart_are_measured(
+    setting: Setting, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    config, dataset = setting.config, setting.dataset
+    config.lora.dropout = 0.2
+    config.trainer.validate_every = config.sample.previews = 0
+    with cutting.cut(2), pytest.raises(Interrupted):
+        train(into(config, tmp_path / "measured", 4, 1), dataset)
+    lines = [line for line in autotune_lines(capfd) if "measured" in line]
+    assert [re.sub(r"\d+ ms", "… ms", line) for line in lines] == [
+        "a step by micro-batch, measured: 1: … ms, 2: … ms; training with micro_batch=2"
+    ]
+    found = train(config, dataset)
+    assert not any("measured" in line for line in autotune_lines(capfd)), "what goes on keeps its choice"
+    assert (found.micro_batch, found.effective, found.oom_fallbacks) == (2, 4, "")
+    config.trainer.autotune, config.trainer.activation_checkpointing = Autotune.off, 1
+    plain = train(into(config, tmp_path / "plain", 2, 2), dataset)
+    assert difference(adapter(found), adapter(plain)) == 0
+
+
+def test_a_measurement_must_be_repaid_and_its_gain_be_clear() -> None:
+    assert [measured.repays(count, 720) for count in (1, 2, 3, 4)] == [False, True, True, False]
+    assert measured.fastest({8: 1.0, 4: 0.98, 2: 2.0}, planned=8) == 8
+    assert measured.fastest({8: 1.0, 4: 0.9, 2: 2.0}, planned=8) == 4
+    assert measured.fastest({4: 0.9, 2: 2.0}, planned=8) == 4
+
+
+def test_only_micro_batches_whose_seconds_are_close_are_measured(config: Config) -> None:
+    candidates = Candidates(kinds.of(config).workload(config), machine(24.0))
+    one, two, four = (candidates.setting(size, 0) for size in (1, 2, 4))
+    settings = [replace(one, seconds=1.3), replace(two, seconds=1.0), replace(four, seconds=1.2)]
+    away = replace(one, seconds=1.0, checkpointing=1)
+    assert choice.Choice(candidates, (*settings, away), settings[1]).comparable == (2, 4)
+    large = replace(settings[2], parts={"activations": 30.0})
+    assert choice.Choice(candidates, (*settings[:2], large), settings[1]).comparable == (2,)
+    assert choice.Choice(candidates, tuple(settings), None).comparable == ()
 
 
 def test_the_largest_micro_batch_is_of_the_largest_example(setting: Setting) -> None:
@@ -172,7 +235,7 @@ def requested(config: Config) -> dict[str, Any]:
 
 def chosen(config: Config) -> tuple[dict[str, Any], float | None]:
     """Settings and planned GiB."""
-    return choice.choose_settings(kinds.of(config).workload(config), config.hardware)
+    return choice.choose_settings(kinds.of(config).workload(config), config.hardware)[:2]
 
 
 @pytest.mark.parametrize("processes", ["1", "2"])
