@@ -12,6 +12,7 @@ import json
 import runpy
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -24,16 +25,18 @@ def main() -> None:
     parser.add_argument("--gib", type=float, required=True, help="all that torch may take of the GPU")
     parser.add_argument("--out", type=Path, required=True)
     parser.add_argument("--captions", action="store_true")
+    parser.add_argument("--cpu", action="store_true", help="seconds of all cores, which other programs don't change")
     parser.add_argument("-m", dest="module", help="a module instead of a script")
     given, words = parser.parse_known_args()
     if torch.cuda.is_available():
         total = torch.cuda.get_device_properties(0).total_memory
         torch.cuda.set_per_process_memory_fraction(min(1.0, given.gib * 2**30 / total))
-    times: list[float] = [time.perf_counter()]
+    clock = time.process_time if given.cpu else time.perf_counter
+    times: list[float] = [clock()]
     if given.captions:
-        watch_captions(times)
+        watch_captions(times, clock)
     else:
-        register_optimizer_step_post_hook(lambda *_: times.append(time.perf_counter()))
+        register_optimizer_step_post_hook(lambda *_: times.append(clock()))
     program = given.module or words.pop(0)
     sys.argv = [program, *words]
     try:
@@ -45,7 +48,7 @@ def main() -> None:
         given.out.write_text(json.dumps(noted(times)))
 
 
-def watch_captions(times: list[float]) -> None:
+def watch_captions(times: list[float], clock: Callable[[], float]) -> None:
     """Note each end of BLIP's `generate`, which waits for the GPU before every word."""
     from transformers import BlipForConditionalGeneration
 
@@ -53,7 +56,7 @@ def watch_captions(times: list[float]) -> None:
 
     def generate(self: Any, *inputs: Any, **named: Any) -> Any:
         found = plain(self, *inputs, **named)
-        times.append(time.perf_counter())
+        times.append(clock())
         return found
 
     BlipForConditionalGeneration.generate = generate
