@@ -14,7 +14,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from finetune.workstation import containers, linux, nvml, versions
+from finetune.workstation import containers, linux, nvml, torch_build, versions
 
 GIB = 2**30
 MANY = 10_000  # files whose rights are asked for within a tenth of a second
@@ -25,9 +25,10 @@ PLACES = {"outputs": Path("outputs"), "temporary files": Path("/tmp"), "shared m
 
 
 def read() -> dict[str, Any]:
-    """Every fact; takes a second or two, most of it for importing torch."""
+    """Every fact, within about a second; with a build of torch for CUDA as long as its import takes, elsewhere."""
     import psutil
 
+    torch = torch_build.ask()
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     return {
         "time": time.time(),
@@ -35,7 +36,6 @@ def read() -> dict[str, Any]:
         "system": f"{platform.system()} {platform.release()}",
         "container": any(path.exists() for path in IN_CONTAINER),
         "nvml": nvml.read(),
-        "torch": _torch(),
         "hiding": {name: os.environ[name] for name in HIDING if name in os.environ},
         "ram_gib": round(memory.total / GIB, 1),
         "ram_free_gib": round(memory.available / GIB, 1),
@@ -54,29 +54,10 @@ def read() -> dict[str, Any]:
         "containers": containers.read(),
         "packages": versions.read(),
         "hub": hub(),
+        "torch": torch(),
         "load": None,
         "records": {},
     }
-
-
-def _torch() -> dict[str, Any]:
-    """How torch was built, and whether it reaches a GPU."""
-    import torch
-
-    found: dict[str, Any] = {
-        "version": torch.__version__,
-        "cuda": torch.version.cuda,
-        "architectures": torch.cuda.get_arch_list() if torch.version.cuda else [],
-        "gpus": 0,
-        "error": None,
-    }
-    if torch.version.cuda:
-        try:
-            torch.cuda.init()  # type: ignore[no-untyped-call]
-            found["gpus"] = torch.cuda.device_count()
-        except RuntimeError as error:
-            found["error"] = str(error).splitlines()[0]
-    return found
 
 
 def hub() -> dict[str, Any]:
