@@ -12,7 +12,7 @@ from starlette.middleware.cors import CORSMiddleware
 from starlette.types import ASGIApp
 
 from finetune.run.progress import say
-from finetune.serving import page, run_routes
+from finetune.serving import machine, page, run_routes
 from finetune.serving.adapters import Shelf
 from finetune.serving.forms import described
 from finetune.serving.guard import Guard, Rules
@@ -76,7 +76,8 @@ def build(service: Service, rules: Rules, state: State, runs: Runs) -> ASGIApp:
     async def model(name: str) -> dict[str, object]:
         return _model(name, began) | {"content": await shelf.content(name)}
 
-    for each in (service.routes(), page.routes(service.main_page), run_routes.routes(runs)):
+    pages = (page.routes(service.main_page), run_routes.routes(runs), machine.routes(machine.Machine(runs)))
+    for each in (service.routes(), *pages):
         app.include_router(each)
     _answer_errors(app, service.metrics)
     cors = CORSMiddleware(

@@ -20,7 +20,7 @@ from finetune.serving.keys import owner_of
 from finetune.serving.requests import Refused
 
 LOOPBACK = "localhost"
-PAGES = ("/", "/runs")
+PAGES = ("/", "/runs", "/machine")
 ANSWER_HEADERS = {
     "X-Content-Type-Options": "nosniff",
     "X-Frame-Options": "DENY",

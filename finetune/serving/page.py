@@ -9,7 +9,8 @@ from fastapi.responses import HTMLResponse, Response
 from finetune.serving.guard import PAGES
 
 FILES = Path(__file__).parent / "pages"
-TITLES = {"chat": "Chat", "images": "Images", "runs": "Runs"}
+TITLES = {"chat": "Chat", "images": "Images", "runs": "Runs", "machine": "Machine"}
+OTHERS = ("runs", "machine")  # beside the main page
 TYPES = {".js": "text/javascript; charset=utf-8", ".css": "text/css; charset=utf-8"}
 # Of this server's answers, the files of this package alone are sent as scripts and styles. data: and blob: are images
 # that a page has been sent within JSON.
@@ -20,9 +21,9 @@ POLICY = (
 
 
 def routes(main: str) -> APIRouter:
-    """`/` with the page of that name, `/runs`, and what they load. All is read once: no request names a file."""
+    """`/` with the page of that name, the others, and what they load. All is read once: no request names a file."""
     router = APIRouter()
-    for path, name in zip(PAGES, (main, "runs"), strict=True):
+    for path, name in zip(PAGES, (main, *OTHERS), strict=True):
         html = page(name, main)
         _give(router, path, HTMLResponse(html, headers={"Content-Security-Policy": POLICY}))
     for file in sorted(FILES.iterdir()):
@@ -32,11 +33,11 @@ def routes(main: str) -> APIRouter:
 
 
 def page(name: str, main: str) -> str:
-    """One page, with links to the main one and to that of the runs."""
+    """One page, with links to all that this server has."""
     current = ' aria-current="page"'
     links = "".join(
         f'<a href="{path}"{current if each == name else ""}>{TITLES[each]}</a>'
-        for each, path in ((main, "./"), ("runs", "runs"))
+        for each, path in ((main, "./"), *((other, other) for other in OTHERS))
     )
     layout = Template(_text("layout"))
     return layout.substitute(title=TITLES[name], name=name, links=links, body=_text(name))

@@ -85,6 +85,18 @@ def gauges() -> list[dict[str, float | None]]:
     return found
 
 
+def occupied() -> list[dict[str, Any]]:
+    """`{"name", "programs"}` of every GPU, as in `read`; inside `opened`. None of a driver that no longer answers."""
+    import pynvml
+
+    found = []
+    for index in range(_asked(pynvml.nvmlDeviceGetCount) or 0):
+        gpu = _asked(pynvml.nvmlDeviceGetHandleByIndex, index)
+        told = (None, None) if gpu is None else (_asked(pynvml.nvmlDeviceGetName, gpu), _processes(gpu))
+        found.append(dict(zip(("name", "programs"), told, strict=True)))
+    return found
+
+
 def at_work(index: int) -> dict[str, Any]:
     """What a load changes, of one GPU; inside `opened`. A lost GPU answers nothing."""
     import pynvml

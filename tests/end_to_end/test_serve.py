@@ -16,6 +16,7 @@ import openai
 import pytest
 from playwright.sync_api import Browser, expect
 
+from finetune.run import rundir
 from scripts.bench import serving as stopwatch
 from tests.end_to_end.serving import Server, complaints, other_adapter, serving, train
 
@@ -324,6 +325,25 @@ def test_a_person_chats_edits_and_finds_the_chats_again(server: Server, browser:
     page.reload()
     page.get_by_role("button", name=PROMPT, exact=True).click()
     expect(replies.first).to_have_text("2 plus 3 is 5.")
+    assert wrong == []
+
+
+def test_a_person_looks_at_the_machine(server: Server, work: Path, browser: Browser) -> None:
+    page = browser.new_page(viewport={"width": 380, "height": 800}, color_scheme="dark")
+    wrong = complaints(page)
+    with rundir.held(work / "outputs/pirate_chat", {}):
+        page.goto(server.url)
+        page.get_by_role("link", name="Machine").click()
+        expect(page.get_by_role("meter", name="CPU", exact=True)).to_be_visible()
+        expect(page.get_by_role("img", name="Memory in use, GiB")).to_be_visible()
+        expect(page.get_by_text(re.compile(r"\d+ of \d+ checks are fine"))).to_be_visible()
+        found = server.ask("/api/machine")[1]
+        serious = [each for each in found["health"]["findings"] if each["verdict"] != "unknown"]
+        expect(page.locator("#findings > li")).to_have_count(len(serious))
+        expect(page.locator("#no-gpu")).to_be_visible(visible=bool(found["no_gpu"]))
+        assert page.evaluate("document.documentElement.scrollWidth") == 380, "nothing is wider than a phone"
+        page.get_by_role("link", name="run pirate_chat").press("Enter")
+        expect(page.get_by_role("heading", name="pirate_chat")).to_be_visible()
     assert wrong == []
 
 

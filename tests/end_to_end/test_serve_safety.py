@@ -31,9 +31,11 @@ ROUTES = [
     "/chat",
     "/stream_chat",
     "/runs",
+    "/machine",
     "/static/common.js",
     "/api/runs",
     "/api/runs/pirate_chat/curves",
+    "/api/machine",
 ]
 ROUTES += ["/v1/chat/completions", "/v1/completions", "/v1/images/generations", "/nowhere"]
 CHAT = {"prompt": "Hello", "max_new_tokens": 2}
@@ -243,30 +245,28 @@ def test_answers_say_that_they_are_no_pages(own: Server) -> None:
         assert "server" not in found
 
 
-@pytest.mark.parametrize("path", ["/", "/runs"])
-def test_a_page_runs_scripts_of_this_package_alone(own: Server, path: str) -> None:
+@pytest.mark.parametrize(("path", "script"), [("/", "chat"), ("/runs", "runs"), ("/machine", "machine")])
+def test_a_page_runs_scripts_of_this_package_alone(own: Server, path: str, script: str) -> None:
     status, text, found = own.ask(path, Sec_Fetch_Site="cross-site")
     assert status == 200, "a link may lead to it"
     rules = dict(rule.split(" ", 1) for rule in found["content-security-policy"].split("; "))
     assert rules["default-src"] == rules["frame-ancestors"] == rules["form-action"] == "'none'"
     assert rules["script-src"] == rules["style-src"] == rules["connect-src"] == "'self'"
-    assert re.findall(r"<script(.*?)</script>", text) == [
-        f' type="module" src="static/{"runs" if path == "/runs" else "chat"}.js">'
-    ]
+    assert re.findall(r"<script(.*?)</script>", text) == [f' type="module" src="static/{script}.js">']
     assert not re.search(r"https?:| on\w+=| style=", text)
 
 
 def test_scripts_take_no_text_as_markup(own: Server) -> None:
     """And a page of another site can't load them, nor what they ask for."""
     files = [file.name for file in FILES.iterdir() if file.suffix in TYPES]
-    assert {"chat.js", "images.js", "runs.js", "style.css"} <= set(files)
+    assert {"chat.js", "images.js", "runs.js", "machine.js", "style.css"} <= set(files)
     for name in files:
         status, text, found = own.ask(f"/static/{name}", Sec_Fetch_Site="same-origin")
         assert (status, found["content-type"]) == (200, TYPES[Path(name).suffix])
         assert not re.search(
             r"https?:(?!//www\.w3\.org/2000/svg)|innerHTML|insertAdjacent|document\.write|eval\(", text
         )
-    for path in ("/static/chat.js", "/api/runs", "/api/runs/pirate_chat/samples"):
+    for path in ("/static/chat.js", "/api/runs", "/api/machine", "/api/runs/pirate_chat/samples"):
         assert own.ask(path, Sec_Fetch_Site="cross-site")[0] == 403
 
 

@@ -27,18 +27,19 @@ const figure = value => {
   return size < 1e-4 || size >= 1e6 ? value.toExponential(1) : String(Number(value.toPrecision(4)));
 };
 
-function range(lines) {
-  const values = lines.flatMap(line => {
+function range(lines, always) {
+  const values = always.concat(lines.flatMap(line => {
     const sorted = line.points.map(point => point[1]).sort((a, b) => a - b);
     const cut = line.faint ? Math.floor(sorted.length * OUTLIERS) : 0;
     return sorted.length ? [sorted[cut], sorted[sorted.length - 1 - cut]] : [];
-  });
+  }));
   const low = Math.min(...values), high = Math.max(...values), room = (high - low) * 0.05 || Math.abs(high) * 0.05 || 1;
   return [low - room, high + room];
 }
 
 // A figure with title and unit; `show(lines)` draws lines of {label, name, points, faint} in it, and hides it without.
-export function chart(title, { log = false } = {}) {
+// always: values that the frame shows whatever is drawn. where, tick: a point in words, behind its figures and at the axis.
+export function chart(title, { log = false, always = [], where = step => ` at step ${step}`, tick: named = String } = {}) {
   const reading = make("p", { className: "note" });
   const svg = shape("svg", { viewBox: `0 0 ${WIDTH} ${HEIGHT}`, role: "img", tabindex: 0 });
   const made = make("figure", { hidden: true }, make("figcaption", {}, title), reading, svg);
@@ -56,7 +57,7 @@ export function chart(title, { log = false } = {}) {
       return;
     }
     steps = [...new Set(lines.flatMap(line => line.points.map(point => point[0])))].sort((a, b) => a - b);
-    const [low, high] = range(lines.map(line => ({ ...line, points: line.points.map(([x, y]) => [x, seen(y)]) })));
+    const [low, high] = range(lines.map(line => ({ ...line, points: line.points.map(([x, y]) => [x, seen(y)]) })), always);
     const first = steps[0], last = Math.max(steps.at(-1), first + 1);
     const x = step => LEFT + (RIGHT - LEFT) * (step - first) / (last - first);
     const y = value => FLOOR - (FLOOR - TOP) * (Math.min(high, Math.max(low, seen(value))) - low) / (high - low);
@@ -68,7 +69,7 @@ export function chart(title, { log = false } = {}) {
       parts.push(shape("text", { class: "tick", x: LEFT - 6, y: height + 4, "text-anchor": "end" }, figure(value)));
     }
     for (const step of ticks(first, last).filter(Number.isInteger)) {
-      parts.push(shape("text", { class: "tick", x: x(step), y: FLOOR + 18, "text-anchor": "middle" }, step));
+      parts.push(shape("text", { class: "tick", x: x(step), y: FLOOR + 18, "text-anchor": "middle" }, named(step)));
     }
     for (const line of [...lines].sort((a, b) => (b.faint ? 1 : 0) - (a.faint ? 1 : 0))) {
       const path = line.points.map(([step, value], index) => `${index ? "L" : "M"}${x(step).toFixed(1)} ${y(value).toFixed(1)}`).join("");
@@ -86,7 +87,7 @@ export function chart(title, { log = false } = {}) {
     const named = lines.filter(line => !line.faint);
     const found = named.map(line => [line, line.points.findLast(point => step === null || point[0] <= step)]).filter(pair => pair[1]);
     reading.textContent = found.map(([line, [, value]]) => (named.length > 1 ? `${line.label} ` : "") + figure(value)).join(" · ")
-      + (step === null ? "" : ` at step ${step}`);
+      + (step === null ? "" : where(step));
     svg.setAttribute("aria-label", `${title}: ${reading.textContent}`);
     cursor.replaceChildren();
     if (step === null) return;
