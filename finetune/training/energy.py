@@ -64,6 +64,8 @@ def handles(gpus: Sequence[torch.device]) -> list[Any]:
     """NVML's; none where it doesn't answer."""
     import pynvml
 
+    if not gpus:
+        return []
     try:
         pynvml.nvmlInit()
         # CUDA_VISIBLE_DEVICES renumbers, uuids stay

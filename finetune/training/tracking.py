@@ -32,8 +32,9 @@ class Tracker:
         else:
             say(f"warning: {self.file} is no file; no curves are written there; delete it")
         self.board = _board(run_dir, start)
-        self.gpu = _Gpu(device)
-        self.energy = Energy(handles(gpus_of_the_run(device)))
+        gpus = handles(gpus_of_the_run(device))
+        self.gpu = _Gpu(gpus[0] if gpus else None)  # only the first process has a tracker, and its GPU is the first
+        self.energy = Energy(gpus)
         self.row: dict[str, float | None] = {}
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
@@ -123,8 +124,9 @@ class _NoBoard:
 class _Gpu:
     """NVML readings of the GPU in use; nothing on machines without."""
 
-    def __init__(self, device: torch.device) -> None:
-        self.handle = next(iter(handles([device] if device.type == "cuda" else [])), None)
+    def __init__(self, handle: Any) -> None:
+        """handle: NVML's."""
+        self.handle = handle
 
     def read(self) -> dict[str, float]:
         if self.handle is None:

@@ -4,9 +4,11 @@ import itertools
 import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
 import pynvml
 import pytest
+import torch
 
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config
@@ -43,6 +45,18 @@ def test_what_nobody_tells_is_unknown_and_not_zero(monkeypatch: pytest.MonkeyPat
     stand_in(monkeypatch, GEFORCE)
     assert Energy([0]).look() is None
     assert Energy([]).look() is None
+
+
+def test_the_driver_is_opened_once_for_power_and_energy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    opened: list[None] = []
+    stand_in(monkeypatch, AT_WORK | {"nvmlDeviceGetHandleByUUID": "handle"})
+    monkeypatch.setattr(pynvml, "nvmlInit", lambda: opened.append(None))
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _: SimpleNamespace(uuid="0"))
+    tracker = tracking.Tracker(tmp_path, 0, torch.device("cuda"))
+    tracker.close()
+    assert tracker.gpu.read() == {"system/gpu_utilisation_percent": 97.0, "system/gpu_power_w": 402.123}
+    assert tracker.energy.handles == ["handle"]
+    assert len(opened) == 1
 
 
 def test_a_run_counts_its_energy_and_its_report_the_cost(
