@@ -12,6 +12,7 @@ from finetune.reporting.facts import Fact, Table, duration, run_facts
 from finetune.reporting.notebook import html
 from finetune.reporting.tables import answers_table, by_prompt_html, more_html, table_html, table_of
 from finetune.reporting.thumbnails import data_uri, fitting
+from finetune.run import slow_steps
 from finetune.run.progress import plural
 from finetune.run.receipts import Receipt, receipt_path, record_of, versions
 from finetune.run.records import Adapter, Answer, CaptionSet, Dataset, Run, Sample, TextSet
@@ -212,7 +213,9 @@ def _curves(found: Found) -> str:
     charts = "".join(f"<figure>{chart}</figure>" for chart in curves.charts(found.curves, best_step))
     if not charts:
         return ""
-    return f'<p class="note">Hover over a curve for its figures.</p><div class="charts">{charts}</div>'
+    slow = "".join(f"<li>{escape(line)}</li>" for line in slow_steps.lines(found.curves))
+    slow = f'<p class="note">Steps that took much longer than the others:</p><ul>{slow}</ul>' if slow else ""
+    return f'<p class="note">Hover over a curve for its figures.</p><div class="charts">{charts}</div>{slow}'
 
 
 def _record(record: CaptionSet | Dataset | TextSet | Adapter | None) -> str:

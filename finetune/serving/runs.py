@@ -16,7 +16,7 @@ from typing import Any
 from finetune import kinds
 from finetune.errors import ConfigError, RunError
 from finetune.reporting import curves, thumbnails
-from finetune.run import rundir
+from finetune.run import rundir, slow_steps
 from finetune.run.hashing import Stamp, stamp_of
 from finetune.run.receipts import load_record
 from finetune.run.records import METRICS, Answers, CaptionSet, Run, Samples
@@ -140,6 +140,7 @@ def _summary(run: Path, stamps: tuple[Stamp, ...]) -> dict[str, Any]:
         "steps": _whole(trainer.get("steps")) if isinstance(trainer := settings.get("trainer"), dict) else None,
         "loss": losses[-1] if losses else None,
         "validation": min(validation, default=None),
+        "slow": slow_steps.lines(found),
     }
 
 

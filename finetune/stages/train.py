@@ -27,6 +27,7 @@ from finetune.training.accelerator import build_accelerator, without_cudnn_atten
 from finetune.training.loop import Step
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
+from finetune.workstation.meanwhile import Meanwhile
 
 ADDED = {"loss.weighting": "min_snr"}
 """Settings that 0.1 did not have, at the value that it stood for: its runs go on."""
@@ -133,6 +134,7 @@ def build_trainer(
         planned_gib=planned_gib,
         comparable=comparable,
         peak_gib=before,
+        machine=Meanwhile(device),
     )
 
 

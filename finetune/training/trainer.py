@@ -29,6 +29,7 @@ from finetune.training.loop import Step, fit
 from finetune.training.oom import OomFallbacks
 from finetune.training.optim import build_optimizer, learning_rate, load_state
 from finetune.training.signals import Stop
+from finetune.training.slow_steps import Machine, SlowSteps
 from finetune.training.task import Draw, Task
 from finetune.training.tracking import Tracker
 
@@ -41,7 +42,7 @@ class Trainer:
     settings, by dotted key, for TensorBoard. hint: what to type when memory runs out and no fallback is left.
     dry_run_first: whether the largest step is tried before the first. planned_gib: what the plan says of this training,
     if it was asked for. comparable: micro-batches of which only a measurement can say which is fastest. peak_gib: of
-    everything before.
+    everything before. machine: is asked about slow steps.
     """
 
     task: Task
@@ -61,11 +62,13 @@ class Trainer:
     planned_gib: float | None
     comparable: tuple[int, ...]
     peak_gib: float
+    machine: Machine
 
     def __post_init__(self) -> None:
         self.folder = self.run_dir / "checkpoints"
         self.effective_batch = self.trainer.micro_batch * self.trainer.accumulate * ranks.world_size()
         self.fallbacks = OomFallbacks(self.trainer.micro_batch, self.task.reduce_memory, self.hint)
+        self.slow_steps = SlowSteps(self.machine)
         self.ema: Ema | None = None
         optimizer = build_optimizer(self._parameter_groups(), self.optim)
         if self.resumed is None:
@@ -367,7 +370,7 @@ class Trainer:
         )
         if ranks.rank():
             return
-        values = {
+        values = self.slow_steps.see(step) | {
             "loss/step": step.loss,
             "loss/smoothed": self.state.smoothed_loss,
             "train/learning_rate": step.lr,
@@ -381,6 +384,7 @@ class Trainer:
                 values["train/padding"] = 1 - count / padded_count
             values |= self.tracker.hardware()
             self._meter()
+            self.machine.start()
             self.state = replace(self.state, interval_seconds=0.0, interval_count=0, interval_padded_count=0)
         self.tracker.scalars(step.number, values)
 

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from finetune.errors import is_gpu_out_of_memory
 from finetune.run.progress import plural, progress, say
 from finetune.workstation import disk_speed, facts, kernels, linux, nvml
+from finetune.workstation.meanwhile import taken_by_others_s
 
 if TYPE_CHECKING:
     import torch
@@ -36,7 +37,7 @@ def read(seconds: float, found: dict[str, Any]) -> dict[str, Any]:
     each = f" and {seconds:g} s on each of {plural(len(gpus), 'GPU')}" if gpus else ""
     say(f"libraries and disks first, then {seconds:g} s on the CPU{each}")
     loaded: dict[str, Any] = {"seconds": seconds, "gpus": []}
-    began, others = time.perf_counter(), _taken_by_others()
+    began, others = time.perf_counter(), taken_by_others_s()
     with progress("load", 3 + len(gpus), unit="measurements") as shown:
         device = torch.device("cuda", 0) if gpus else torch.device("cpu")
         loaded["kernels"] = kernels.read(device)
@@ -49,16 +50,7 @@ def read(seconds: float, found: dict[str, Any]) -> dict[str, Any]:
             loaded["gpus"].append(of_gpu(number, seconds, found["nvml"].get("gpus") or []))
             shown.advance()
     whole_s = (time.perf_counter() - began) * (os.cpu_count() or 1)
-    return loaded | {"busy": round(max(0.0, _taken_by_others() - others) / whole_s, 2)}
-
-
-def _taken_by_others() -> float:
-    """Seconds of the CPUs that other programs, and other virtual machines, have taken."""
-    import psutil
-
-    times, own = psutil.cpu_times(), psutil.Process().cpu_times()
-    taken = times.user + times.nice + times.system + times.irq + times.softirq + times.steal
-    return float(taken - own.user - own.system - own.children_user - own.children_system)
+    return loaded | {"busy": round(max(0.0, taken_by_others_s() - others) / whole_s, 2)}
 
 
 def _disks() -> list[dict[str, Any]]:

@@ -92,7 +92,7 @@ def occupied() -> list[dict[str, Any]]:
     found = []
     for index in range(_asked(pynvml.nvmlDeviceGetCount) or 0):
         gpu = _asked(pynvml.nvmlDeviceGetHandleByIndex, index)
-        told = (None, None) if gpu is None else (_asked(pynvml.nvmlDeviceGetName, gpu), _processes(gpu))
+        told = (None, None) if gpu is None else (_asked(pynvml.nvmlDeviceGetName, gpu), programs(gpu))
         found.append(dict(zip(("name", "programs"), told, strict=True)))
     return found
 
@@ -120,7 +120,7 @@ def _gauges(gpu: Any) -> dict[str, float | None]:
 
     memory = _asked(pynvml.nvmlDeviceGetMemoryInfo, gpu)
     use = _asked(pynvml.nvmlDeviceGetUtilizationRates, gpu)
-    slowed = _throttling(_asked(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu))
+    reasons = _throttling(_asked(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu))
     received, sent = pynvml.NVML_PCIE_UTIL_RX_BYTES, pynvml.NVML_PCIE_UTIL_TX_BYTES  # KB in a second, by NVML's header
     return {
         "temperature_celsius": _asked(pynvml.nvmlDeviceGetTemperature, gpu, pynvml.NVML_TEMPERATURE_GPU),
@@ -136,9 +136,17 @@ def _gauges(gpu: Any) -> dict[str, float | None]:
         "memory_clock_hertz": _scaled(1e6, pynvml.nvmlDeviceGetClockInfo, gpu, pynvml.NVML_CLOCK_MEM),
         "pcie_received_bytes_per_second": _scaled(1e3, pynvml.nvmlDeviceGetPcieThroughput, gpu, received),
         "pcie_sent_bytes_per_second": _scaled(1e3, pynvml.nvmlDeviceGetPcieThroughput, gpu, sent),
-        "throttled": None if slowed is None else float(any(reason != POWER_CAP for reason in slowed)),
-        "power_capped": None if slowed is None else float(POWER_CAP in slowed),
+        "throttled": slowed(gpu),
+        "power_capped": None if reasons is None else float(POWER_CAP in reasons),
     }
+
+
+def slowed(gpu: Any) -> float | None:
+    """1 while heat, a power brake or the hardware slows a GPU down, by NVML's handle; a power cap is normal at work."""
+    import pynvml
+
+    found = _throttling(_asked(pynvml.nvmlDeviceGetCurrentClocksEventReasons, gpu))
+    return None if found is None else float(any(reason != POWER_CAP for reason in found))
 
 
 def _asked(question: Callable[..., Any], *arguments: Any) -> Any:
@@ -166,7 +174,7 @@ def _gpu(index: int) -> dict[str, Any]:
         "capability": capability and list(capability),
         "memory_gib": memory and round(memory.total / GIB, 2),
         "used_gib": memory and round(memory.used / GIB, 2),
-        "processes": _processes(gpu),
+        "processes": programs(gpu),
         "power_limit_w": _scaled(1e-3, pynvml.nvmlDeviceGetEnforcedPowerLimit, gpu),
         "power_default_w": _scaled(1e-3, pynvml.nvmlDeviceGetPowerManagementDefaultLimit, gpu),
         "power_w": _scaled(1e-3, pynvml.nvmlDeviceGetPowerUsage, gpu),
@@ -214,7 +222,7 @@ def _throttling(reasons: int | None) -> list[str] | None:
     return [name for name, constant in THROTTLING.items() if reasons & getattr(pynvml, constant)]
 
 
-def _processes(gpu: Any) -> list[dict[str, Any]] | None:
+def programs(gpu: Any) -> list[dict[str, Any]] | None:
     """Programs that compute on it: process id, name and MiB, the last two None where they aren't told."""
     import psutil
     import pynvml

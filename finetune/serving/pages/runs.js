@@ -56,6 +56,7 @@ function showRun(run, runs, other) {
   const facts = { trained: progress(run), loss: short(run.loss), "best validation": short(run.validation), base: run.base, rank: run.rank, changed: clock(run.changed * 1000) };
   $("facts").replaceChildren(...Object.entries(facts).filter(([, value]) => value ?? "").map(([name, value]) =>
     make("div", {}, make("dt", { textContent: name }), make("dd", { textContent: value }))));
+  $("slow").replaceChildren(...(run.slow ?? []).map(textContent => make("li", { textContent })));
   $("progress").classList.toggle("kept", run.state !== "running");
   $("progress").max = run.steps || 1;
   $("progress").value = Math.min(run.step ?? 0, run.steps || 1);
