@@ -124,6 +124,7 @@ def build_trainer(
         optim=config.optim,
         sample=config.sample,
         seed=config.seed,
+        machine=Meanwhile(device),
         identity=identity or {},
         shown=flat(as_dict(config)),
         requested=requested,
@@ -134,7 +135,6 @@ def build_trainer(
         planned_gib=planned_gib,
         comparable=comparable,
         peak_gib=before,
-        machine=Meanwhile(device),
     )
 
 

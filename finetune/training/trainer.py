@@ -3,7 +3,7 @@
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -38,11 +38,11 @@ from finetune.training.tracking import Tracker
 class Trainer:
     """The state that checkpoints store and curves show, and what is done before, after and between the steps.
 
-    trainer: with the memory settings that were chosen, `applied`; requested: those that were given. shown: all
-    settings, by dotted key, for TensorBoard. hint: what to type when memory runs out and no fallback is left.
-    dry_run_first: whether the largest step is tried before the first. planned_gib: what the plan says of this training,
-    if it was asked for. comparable: micro-batches of which only a measurement can say which is fastest. peak_gib: of
-    everything before. machine: is asked about slow steps.
+    trainer: with the memory settings that were chosen, `applied`; requested: those that were given. machine: is asked
+    about slow steps. hint: what to type when memory runs out and no fallback is left. shown: all settings, by dotted
+    key, for TensorBoard. dry_run_first: whether the largest step is tried before the first. planned_gib: what the plan
+    says of this training, if it was asked for. comparable: micro-batches of which only a measurement can say which is
+    fastest. peak_gib: of everything before.
     """
 
     task: Task
@@ -52,17 +52,17 @@ class Trainer:
     optim: OptimConfig
     sample: SampleConfig
     seed: int
-    identity: dict[str, Any]
-    shown: Mapping[str, Any]
-    requested: dict[str, Any]
-    applied: dict[str, Any]
-    hint: str
-    resumed: checkpoint.Checkpoint | None
-    dry_run_first: bool
-    planned_gib: float | None
-    comparable: tuple[int, ...]
-    peak_gib: float
     machine: Machine
+    hint: str
+    identity: dict[str, Any] = field(default_factory=dict)
+    shown: Mapping[str, Any] = field(default_factory=dict)
+    requested: dict[str, Any] = field(default_factory=dict)
+    applied: dict[str, Any] = field(default_factory=dict)
+    resumed: checkpoint.Checkpoint | None = None
+    dry_run_first: bool = False
+    planned_gib: float | None = None
+    comparable: tuple[int, ...] = ()
+    peak_gib: float = 0.0
 
     def __post_init__(self) -> None:
         self.folder = self.run_dir / "checkpoints"

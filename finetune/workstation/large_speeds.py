@@ -16,7 +16,7 @@ from finetune.diffusion import meta as image_parts
 from finetune.language.meta import language_model
 from finetune.memory.device import release_memory
 from finetune.planning.machine import GIB
-from finetune.workstation.measuring import Measure, Meter, Speed, generation, now
+from finetune.workstation.measuring import Measure, Meter, Speed, generation, now, rounds
 
 SPREAD = 0.02  # of the weights
 STEPS, TEXT_TOKENS = 50, 77
@@ -62,7 +62,7 @@ def image(
     text_BLD = torch.randn(2, TEXT_TOKENS, unet.config.cross_attention_dim, device=device, dtype=torch.float16)
     seconds, meter = [], Meter(device)
     with torch.inference_mode():
-        for number in range(1 + repeats):
+        for number in rounds(repeats):
             if number == 1:
                 meter.start()
             began = now(device)
@@ -71,7 +71,7 @@ def image(
             vae.decode(latents_BChw[:1].to(vae.dtype))
             seconds.append(now(device) - began)
     yield Speed(f"{name}-{side}px-{attention}", "s an image", False, tuple(seconds[1:]))
-    yield from meter.energy(f"{name}-{side}px-{attention}", "image", repeats)
+    yield from meter.energy(f"{name}-{side}px-{attention}", "image", number)
 
 
 def random_weights(model: nn.Module, device: torch.device) -> nn.Module:

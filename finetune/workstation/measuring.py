@@ -30,6 +30,17 @@ class Speed:
 
 
 Measure = Callable[[int], Iterator[Speed]]
+REPEAT_S, LEAST = 1.5, 3
+
+
+def rounds(repeats: int) -> Iterator[int]:
+    """0, which warms up and does not count, then 1 to `repeats`; where one takes longer than `REPEAT_S`, fewer: all of
+    them should take the time of so many, and are `LEAST` at least."""
+    began = time.perf_counter()
+    for number in range(1 + repeats):
+        if number > LEAST and time.perf_counter() - began > repeats * REPEAT_S:
+            return
+        yield number
 
 
 class Meter:
@@ -83,7 +94,7 @@ def generation(
         pad_token_id=model.config.pad_token_id,
     )
     first_ms, per_second, meter = [], [], Meter(device)
-    for number in range(1 + repeats):
+    for number in rounds(repeats):
         if number == 1:
             meter.start()
         times: list[float] = []
@@ -103,4 +114,4 @@ def generation(
         per_second.append((len(times) - 1) / (times[-1] - times[0]))
     yield Speed(f"{name}-pp{prompt_tokens}", "ms to first token", False, tuple(first_ms[1:]))
     yield Speed(f"{name}-tg{new_tokens}", "tokens/s", True, tuple(per_second[1:]))
-    yield from meter.energy(name, "token", repeats * new_tokens)
+    yield from meter.energy(name, "token", number * new_tokens)

@@ -1,23 +1,29 @@
 """What `finetune bench` measures: the embedded models at work, as the other commands use them."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import torch
 
 from finetune.config import compose
-from finetune.config.schema import Device, Precision
+from finetune.config.schema import Device, Precision, Quantize
 from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.pipeline import load_backbone
+from finetune.errors import ModelError
 from finetune.language.causal_lm import load_model
 from finetune.memory.device import DTYPES, pick_device, pick_precision
+from finetune.run.progress import say
 from finetune.workstation import large_speeds, training_speeds
-from finetune.workstation.measuring import Measure, Meter, Speed, generation, now
+from finetune.workstation.measuring import Measure, Meter, Speed, generation, now, rounds
 
-PROMPT_TOKENS, NEW_TOKENS = 256, 128  # the embedded model reads 512 in all
+PROMPT_TOKENS, GPU_TOKENS, CPU_TOKENS = 256, 128, 32  # the embedded model reads 512 in all
 PROMPT = "a big red robot in a city"
-TEXT_MODEL, IMAGE_MODEL = ("pirate_chat", ["model=embedded_language"]), ("pixar_style", ["model=embedded"])
+TEXT_MODEL, IMAGE_MODEL = (
+    ("pirate_chat", ["model=embedded_language"]),
+    ("pixar_style", ["model=embedded", "sample.steps=10"]),
+)
 
 
 def every_measurement() -> list[Measure]:
@@ -27,6 +33,7 @@ def every_measurement() -> list[Measure]:
     precisions = dict.fromkeys((Precision.fp32, Precision.bf16, default))
     return [
         *(partial(text, precision=precision, device=device) for precision in precisions),
+        *(partial(text, precision=default, quantize=each, device=device) for each in (Quantize.int8, Quantize.nf4)),
         *(
             partial(image, attention=attention, precision=default, device=device)
             for attention in ("efficient", "plain")
@@ -36,12 +43,19 @@ def every_measurement() -> list[Measure]:
     ]
 
 
-def text(repeats: int, *, precision: Precision, device: torch.device) -> Iterator[Speed]:
-    """Of one text by the embedded model; see `generation`."""
-    model = load_model(compose.load(*TEXT_MODEL).model, DTYPES[precision], device)
-    yield from generation(
-        repeats, model, f"text-{precision.name}", device, prompt_tokens=PROMPT_TOKENS, new_tokens=NEW_TOKENS
-    )
+def text(
+    repeats: int, *, precision: Precision, device: torch.device, quantize: Quantize = Quantize.none
+) -> Iterator[Speed]:
+    """Of one text by the embedded model; see `generation`. Nothing where bitsandbytes does not work on the device."""
+    settings = replace(compose.load(*TEXT_MODEL).model, quantize=quantize)
+    name = f"text-{(precision if quantize is Quantize.none else quantize).name}"
+    try:
+        model = load_model(settings, DTYPES[precision], device)
+    except ModelError as error:
+        say(f"{name}: not on this machine ({error})")
+        return
+    new_tokens = GPU_TOKENS if device.type == "cuda" else CPU_TOKENS
+    yield from generation(repeats, model, name, device, prompt_tokens=PROMPT_TOKENS, new_tokens=new_tokens)
 
 
 def image(repeats: int, *, attention: str, precision: Precision, device: torch.device) -> Iterator[Speed]:
@@ -54,7 +68,7 @@ def image(repeats: int, *, attention: str, precision: Precision, device: torch.d
     backbone: Any = load_backbone(model, DTYPES[precision], device)
     backbone.set_attn_processor(AttnProcessor2_0() if attention == "efficient" else AttnProcessor())
     seconds, meter = [], Meter(device)
-    for seed in range(1 + repeats):
+    for seed in rounds(repeats):
         if seed == 1:
             meter.start()
         began = now(device)
@@ -62,4 +76,4 @@ def image(repeats: int, *, attention: str, precision: Precision, device: torch.d
         seconds.append(now(device) - began)
     name = f"image-{side}px-{attention}"
     yield Speed(name, "s an image", False, tuple(seconds[1:]))
-    yield from meter.energy(name, "image", repeats)
+    yield from meter.energy(name, "image", seed)

@@ -20,21 +20,18 @@ from PIL import Image
 from torch import Tensor, nn
 
 from finetune import kinds
-from finetune.adapters import lora
 from finetune.config import compose, typed_text
 from finetune.config.schema import Precision
 from finetune.data.images.ahead import ahead
 from finetune.memory.device import DTYPES, peak_gib, pick_precision, release_memory, reset_peak
 from finetune.run.records import Caption, CaptionSet
-from finetune.training.accelerator import build_accelerator, prepare, without_cudnn_attention
-from finetune.training.loop import fit
-from finetune.training.oom import OomFallbacks
-from finetune.training.optim import build_optimizer
-from finetune.workstation.measuring import Measure, Meter, Speed, now
+from finetune.training.accelerator import build_accelerator, without_cudnn_attention
+from finetune.training.trainer import Trainer
+from finetune.workstation.meanwhile import Meanwhile
+from finetune.workstation.measuring import Measure, Meter, Speed, now, rounds
 
 RECIPES: dict[str, list[str]] = {"pixar_style": [], "pirate_chat": []}
 """Name -> overrides."""
-WARM_UP = 2  # steps
 EXAMPLES = 16  # images, and conversations, that are made up
 PHOTO, CROP = (320, 256), 224  # pixels: about an image of ImageNet after its usual reduction, and what ResNet sees
 GPU_BATCHES, CPU_BATCHES = (32, 64, 128), (1,)  # of ResNet-50; one image takes two cores a second
@@ -50,7 +47,7 @@ def every_measurement(device: torch.device, precision: Precision) -> list[Measur
 
 
 def lora_steps(repeats: int, *, recipe: str, device: torch.device) -> Iterator[Speed]:
-    """Optimiser steps of an example recipe, with its model, batch and settings, through the training loop."""
+    """Optimiser steps of an example recipe, with its model, batch and settings, by the trainer."""
     with tempfile.TemporaryDirectory() as scratch, without_cudnn_attention(), torch.random.fork_rng():
         folder = Path(scratch)
         data = {"data.folder": str(folder), "data.file": _conversations(folder / "chats.jsonl")}
@@ -61,31 +58,27 @@ def lora_steps(repeats: int, *, recipe: str, device: torch.device) -> Iterator[S
         with contextlib.redirect_stderr(io.StringIO()):  # what is made up is worth no word
             captions = _photos(folder, config.caption.trigger) if kind.FACTS.captioned else None
             task = kind.build_task(config, kind.build_dataset(config, captions), device)
-        accelerator = build_accelerator(pick_precision(config.trainer.precision, device), device)
-        groups = lora.parameter_groups(task.model, config.optim.lora_plus)
-        task.model, optimizer = prepare(accelerator, task.model, build_optimizer(groups, config.optim))
-        trainer = config.trainer
-        draws = task.steps(effective=trainer.micro_batch * trainer.accumulate, start=0)
-        rates, meter = [], Meter(device)
-        steps = fit(
-            task,
-            itertools.islice(draws, WARM_UP + repeats),
-            optimizer,
-            lambda _: config.optim.lr,
-            accelerator,
-            fallbacks=OomFallbacks(trainer.micro_batch, task.reduce_memory, "end other programs on this GPU"),
-            seed=0,
-            start=0,
-            clip_norm=trainer.clip_norm,
-            max_bad_steps=trainer.max_bad_steps,
+        trainer = Trainer(
+            task=task,
+            accelerator=build_accelerator(pick_precision(config.trainer.precision, device), device),
+            run_dir=folder,
+            trainer=config.trainer,
+            optim=config.optim,
+            sample=config.sample,
+            seed=config.seed,
+            machine=Meanwhile(device),
+            hint="end other programs on this GPU",
         )
-        for number, step in enumerate(steps):
-            if number == WARM_UP - 1:
+        steps, rates, meter = trainer.steps(), [], Meter(device)
+        next(steps)  # kernels are chosen, and prefetching begins
+        for number, step in zip(rounds(repeats), steps, strict=False):
+            if number == 0:
                 meter.start()
-            if number >= WARM_UP:
+            else:
                 rates.append(step.count / step.seconds)
+        trainer.close()
         yield Speed(f"train-{recipe}", f"{task.unit}/s", True, tuple(rates))
-        yield from meter.energy(f"train-{recipe}", "step", repeats)
+        yield from meter.energy(f"train-{recipe}", "step", len(rates))
 
 
 def resnet(repeats: int, *, batches: tuple[int, ...], device: torch.device, precision: Precision) -> Iterator[Speed]:
@@ -101,7 +94,7 @@ def resnet(repeats: int, *, batches: tuple[int, ...], device: torch.device, prec
             release_memory()
             yield from _resnet(repeats, size, model, optimizer, files, device, precision)
         loading = []
-        for _ in range(1 + repeats):
+        for _ in rounds(repeats):
             began = now(device)
             _batch(files, device)
             loading.append(len(files) / (now(device) - began))
@@ -123,7 +116,7 @@ def _resnet(
 
     def iterations(load: bool) -> list[float]:
         seconds = []
-        for number in range(1 + repeats):
+        for number in rounds(repeats):
             if number == 1:
                 meter.start()
             began = now(device)
@@ -137,9 +130,10 @@ def _resnet(
         return seconds[1:]
 
     reset_peak(device)
-    yield Speed(name, "iterations/s", True, tuple(1 / each for each in iterations(load=False)))
+    computing = iterations(load=False)
+    yield Speed(name, "iterations/s", True, tuple(1 / each for each in computing))
     yield from meter.utilisation(name)
-    yield from meter.energy(name, "iteration", repeats)
+    yield from meter.energy(name, "iteration", len(computing))
     if device.type == "cuda":
         yield Speed(f"{name}-memory", "GiB", False, (peak_gib(device),))
     yield Speed(f"{name}-with-loading", "iterations/s", True, tuple(1 / each for each in iterations(load=True)))

@@ -1,15 +1,18 @@
 """What `finetune bench` measures, prints and compares."""
 
+import itertools
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pynvml
 import pytest
 import torch
 
-from finetune.config.schema import ModelConfig
+from finetune.config.schema import ModelConfig, Precision, Quantize
 from finetune.errors import ConfigError
 from finetune.workstation import large_speeds, measuring, speeds, training_speeds
 from finetune.workstation.bench import ARTICLE, Benchmark, Figure, change, load, table
@@ -32,11 +35,11 @@ def benchmark(**figures: Figure) -> Benchmark:
 @pytest.fixture
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     recipe, overrides = speeds.IMAGE_MODEL
-    values = {"PROMPT_TOKENS": 8, "NEW_TOKENS": 4, "IMAGE_MODEL": (recipe, [*overrides, "sample.steps=1"])}
+    values = {"PROMPT_TOKENS": 8, "CPU_TOKENS": 4, "IMAGE_MODEL": (recipe, [*overrides, "sample.steps=1"])}
     for name, value in values.items():
         monkeypatch.setattr(speeds, name, value)
     recipes = {"pixar_style": ["model.resolution=32", "trainer.micro_batch=1"], "pirate_chat": ["data.length=64"]}
-    for name, value in {"PHOTO": (96, 80), "CROP": 64, "EXAMPLES": 4, "RECIPES": recipes, "WARM_UP": 1}.items():
+    for name, value in {"PHOTO": (96, 80), "CROP": 64, "EXAMPLES": 4, "RECIPES": recipes}.items():
         monkeypatch.setattr(training_speeds, name, value)
 
 
@@ -48,6 +51,7 @@ def test_the_embedded_models_are_measured(small: None, finetune_cli: Cli, workdi
     found = load(Path("now.json"))
     assert list(found.figures) == [
         *("text-fp32-pp8", "text-fp32-tg4", "text-bf16-pp8", "text-bf16-tg4"),
+        *("text-int8-pp8", "text-int8-tg4", "text-nf4-pp8", "text-nf4-tg4"),
         *("image-128px-efficient", "image-128px-plain"),
         *("train-pixar_style", "train-pirate_chat"),
         *("resnet50-b1", "resnet50-b1-with-loading", "resnet50-loading"),
@@ -198,3 +202,19 @@ def test_other_words_are_refused(finetune_cli: Cli, words: tuple[str, ...], why:
     assert answer.code == ConfigError.exit_code
     usage = "usage: finetune bench [--repeats NUMBER] [--compare FILE] [--json]"
     assert answer.errors == [f"error: {why}; {usage}"]
+
+
+@pytest.mark.parametrize(("round_s", "numbers"), [(1.0, 6), (5.0, 5), (60.0, 4)])
+def test_slow_machines_repeat_less(round_s: float, numbers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = SimpleNamespace(perf_counter=itertools.count(0.0, round_s).__next__)
+    monkeypatch.setattr(measuring, "time", clock)
+    assert list(measuring.rounds(5)) == list(range(numbers))
+
+
+def test_a_precision_that_the_device_has_not_is_said(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    assert list(speeds.text(2, precision=Precision.fp32, quantize=Quantize.nf4, device=CPU)) == []
+    said = capsys.readouterr().err
+    assert said.startswith("text-nf4: not on this machine (model.quantize=nf4 does not work on this cpu (")
