@@ -12,6 +12,7 @@ from finetune.config.schema import ExportFormat
 from finetune.planning.plan import Plan, Setting
 from finetune.run.progress import plural
 from finetune.run.records import Adapter, CaptionSet, Dataset, Run, TextSet
+from finetune.run.slow_steps import MUCH, OTHERS_CPU
 from finetune.run.step_time import MEANINGS, Profile, StepTime
 
 
@@ -308,7 +309,7 @@ def profile_tables(profile: Profile) -> list[Table]:
     own, (unit, several) = profile.times[0], (profile.times[0].unit, profile.times)
     if profile.checked:
         several = (*several, profile.checked)
-    spread = f"{_ms(own.fastest_s)}–{_ms(own.slowest_s)}"
+    spread = f"fastest {_ms(own.fastest_s)}, slowest {_ms(own.slowest_s)}"
     threads = f", {plural(profile.threads, 'thread')}" if profile.threads else ""
     facts = [
         Fact("machine", profile.device + threads),
@@ -353,6 +354,12 @@ def verdict_lines(profile: Profile) -> list[str]:
         lines.append(f"expected gain: {profile.expected:.0%} more {profile.times[0].unit}/s")
     if profile.gain is not None:
         lines.append(f"measured gain: {profile.gain:+.0%} {profile.times[0].unit}/s")
+    elif profile.check:
+        lines.append("measured gain: there is no change to measure")
+    if profile.others_cpu > MUCH[OTHERS_CPU]:
+        lines.append(
+            f"other programs took {profile.others_cpu:.0%} of the CPUs meanwhile: a step is shorter without them"
+        )
     if profile.unknown:
         lines.append(f"cannot tell without a GPU: {', '.join(profile.unknown)}")
     return lines

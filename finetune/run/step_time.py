@@ -67,7 +67,8 @@ class Profile:
 
     threads: of a CPU that computes, 0 on a GPU. verdict: what holds the step back, in words. change: the settings to
     type, empty if none would help. expected: gain of throughput by it, 0.2 is 20 %, by the plan or by what was measured
-    beside it; None if unknown. checked: with that change. unknown: what this machine can't tell.
+    beside it; None if unknown. check: whether that change should be measured; checked: with it. unknown: what this
+    machine can't tell. others_cpu: share of the CPUs' time that other programs took meanwhile.
     """
 
     name: str
@@ -79,8 +80,10 @@ class Profile:
     verdict: str
     change: tuple[str, ...]
     expected: float | None
+    check: bool
     checked: StepTime | None
     unknown: tuple[str, ...]
+    others_cpu: float
 
     @property
     def gain(self) -> float | None:

@@ -23,6 +23,7 @@ from finetune.planning.plan import KEYS
 from finetune.run import rundir
 from finetune.run.progress import progress, say
 from finetune.run.records import Dataset, TextSet
+from finetune.run.slow_steps import OTHERS_CPU
 from finetune.run.step_time import COPIES, GAPS, Profile, StepTime
 from finetune.training import step_time
 from finetune.training.accelerator import without_cudnn_attention
@@ -30,6 +31,7 @@ from finetune.training.loop import Step
 from finetune.training.trainer import Trainer
 from finetune.workstation import step_verdict
 from finetune.workstation.facts import processor
+from finetune.workstation.meanwhile import Meanwhile
 
 MOST_NAMES = 6  # kernels or operations that are named
 BuildTrainer = Callable[[Config, Dataset | TextSet], Trainer]
@@ -43,6 +45,7 @@ def profile(config: Config, dataset: Dataset | TextSet, build: BuildTrainer) -> 
     device, asked = pick_device(config.hardware.device), config.profile
     planned = _planned(config)  # before anything is on the GPU
     effective = config.trainer.micro_batch * config.trainer.accumulate
+    meanwhile = Meanwhile(device)
     times = [_timed(config, dataset, build)]
     for size in asked.micro_batches:
         if size != times[0].settings["micro_batch"]:
@@ -64,8 +67,10 @@ def profile(config: Config, dataset: Dataset | TextSet, build: BuildTrainer) -> 
         verdict=found.words,
         change=found.change,
         expected=found.expected,
+        check=asked.check,
         checked=checked,
         unknown=() if device.type == "cuda" else (COPIES, GAPS),
+        others_cpu=meanwhile.since()[OTHERS_CPU],
     )
 
 

@@ -118,10 +118,14 @@ def test_a_person_sees_tables_the_verdict_and_what_to_type(told: Told, show: Any
     assert f"measured gain: {record.gain:+.0%} tokens/s" in text
     assert any(line.endswith(f"train conf=pirate_chat lora.rank=4 {' '.join(record.change)}") for line in lines)
     assert record.verdict.split(" ", 1)[0] in html(record)
-    alone = "\n".join(show(replace(record, times=record.times[:1], checked=None, change=(), expected=None)))
+    assert (" of the CPUs meanwhile: " in text) == (record.others_cpu > 0.25)
+    unchanged = replace(record, times=record.times[:1], checked=None, change=(), expected=None, others_cpu=0.7)
+    alone = "\n".join(show(unchanged))
     assert "by micro-batch" not in alone
-    assert "gain" not in alone
+    assert "measured gain: there is no change to measure" in alone
+    assert "other programs took 70% of the CPUs meanwhile" in alone
     assert " train " not in alone
+    assert "gain" not in "\n".join(show(replace(unchanged, check=False)))
 
 
 def test_python_hot_spots_are_a_command_where_the_sampler_is_installed(
