@@ -235,6 +235,35 @@ def test_yolo_files_lie_and_read_as_its_format_says(done: tuple[Path, Annotated]
         assert (y + high / 2) * record.height == pytest.approx(20 + SIDE, abs=1.5)
 
 
+@pytest.mark.exhaustive
+def test_other_readers_find_the_same_boxes(done: tuple[Path, Annotated]) -> None:
+    """Of YOLO, COCO and CVAT files. Both packages bring OpenCV, which nothing else here needs."""
+    supervision = pytest.importorskip("supervision", reason="pip install supervision datumaro")
+    datumaro = pytest.importorskip("datumaro", reason="pip install supervision datumaro")
+    folder, _ = done
+    found = [{round(2 * row["frame_id"]): row["objects"][0]["bbox"]} for row in lines(folder) if row["objects"]]
+    expected = {frame: box for each in found for frame, box in each.items()}
+    assert len(expected) > 100
+    of_yolo = supervision.DetectionDataset.from_yolo(
+        str(folder / "images"), str(folder / "labels"), str(folder / "data.yaml")
+    )
+    of_coco = supervision.DetectionDataset.from_coco(str(folder / "images"), str(folder / "coco.json"))
+    for read in (of_yolo, of_coco):
+        assert read.classes == ["nothing", "square"]
+        boxes = {2 * int(Path(name).stem): part.xyxy for name, part in read.annotations.items() if len(part)}
+        assert boxes.keys() == expected.keys()
+        assert all(boxes[frame] == pytest.approx(np.array([box]), abs=0.1) for frame, box in expected.items())
+    of_cvat = datumaro.Dataset.import_from(str(folder / "cvat.xml"), "cvat")
+    seen = {
+        int(item.id.rpartition("_")[2]): box.points
+        for item in of_cvat
+        for box in item.annotations
+        if not box.attributes["outside"]
+    }
+    assert seen.keys() == expected.keys()
+    assert all(seen[frame] == pytest.approx(box, abs=0.1) for frame, box in expected.items())
+
+
 def test_cvat_holds_every_track_over_the_sources_frames(done: tuple[Path, Annotated]) -> None:
     """docs.cvat.ai, "CVAT for video 1.1": the elements, and what each must carry."""
     folder, record = done
