@@ -171,6 +171,22 @@ def test_captions_that_are_not_utf8(finetune_cli: Cli, images: Path, small: list
         )
 
 
+def test_of_a_key_that_is_there_twice_none_is_trained(finetune_cli: Cli, images: Path, small: list[str]) -> None:
+    (images / "metadata.jsonl").write_text('{"file_name": "red.png", "text": "mine",\t"text": "another"}\n')
+    Path("chats.jsonl").write_text(
+        '{"prompt": "a", "completion": "b"}\n{"prompt": "a", "prompt": "b", "completion": 1}'
+    )
+    Path("chats.json").write_text('[\n{"messages": [{"role": "user", "role": "assistant",\n"content": "a"}]}]')
+    keep = "twice in one object (column {}); keep one of them"
+    with untouched(images):
+        for words, said in (
+            (small, f'images/metadata.jsonl, line 1: has the key "text" {keep.format(42)}'),
+            (["conf=pirate_chat", "data.file=chats.jsonl"], f'chats.jsonl:2: has the key "prompt" {keep.format(17)}'),
+            (["conf=pirate_chat", "data.file=chats.json"], f'chats.json:2: has the key "role" {keep.format(32)}'),
+        ):
+            refused(finetune_cli("train", *words, "run_dir=run"), DataError.exit_code, said)
+
+
 def test_a_caption_that_is_too_long_is_warned_about_with_what_is_lost(
     finetune_cli: Cli, images: Path, small: list[str]
 ) -> None:

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from finetune.data import strict_json
 from finetune.data.images import authors
 from finetune.data.text import readers
 from finetune.errors import DataError
@@ -66,6 +67,9 @@ def read_rows(file: Path) -> dict[str, Row]:
         where, values = f"{file}, line {row.number}", row.values
         if not isinstance(values.get("file_name"), str) or not values["file_name"]:
             raise DataError(f'{where}: has no "file_name"; {EXPECTED[file.name]}')
+        named = [folded for column in values if (folded := column.casefold()) in COLUMNS]
+        if twice := next((column for column in named if named.count(column) > 1), ""):
+            raise DataError(f'{where}: has "{twice}" twice, in small and capital letters; keep one of them')
         for column, value in values.items():
             if column.casefold() in COLUMNS and not isinstance(value, str | None):
                 raise DataError(f'{where}: "{column}" must be a text, got {json.dumps(value)}')
@@ -83,7 +87,9 @@ def _json_rows(file: Path) -> Iterator[Row]:
         if not line.strip():
             continue
         try:
-            values = json.loads(line)
+            values = strict_json.loads(line)
+        except strict_json.KeyTwice as error:
+            raise DataError(f"{file}, line {number}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise DataError(f"{file}, line {number}: is not JSON ({error}); {EXPECTED[METADATA]}") from error
         yield Row(line.rstrip("\r"), values if isinstance(values, dict) else {}, number)

@@ -13,6 +13,7 @@ from typing import Any
 
 from finetune.config.schema import ConversationFormat
 from finetune.config.spelling import setting
+from finetune.data import strict_json
 from finetune.data.text import readers
 from finetune.data.text.columns import (
     ANSWER_COLUMNS,
@@ -240,11 +241,8 @@ def recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
         if name in filled:
             turns = _parsed_json(columns[name], where, f'"{name}"')
             first = turns[0] if isinstance(turns, list) and turns else None
-            return (
-                ConversationFormat.sharegpt
-                if isinstance(first, dict) and "from" in first
-                else ConversationFormat.messages
-            )
+            is_sharegpt = isinstance(first, dict) and "from" in first
+            return ConversationFormat.sharegpt if is_sharegpt else ConversationFormat.messages
     if "instruction" in filled and filled & {*ANSWER_COLUMNS}:
         return ConversationFormat.alpaca
     if "prompt" in filled and filled & {"completion", "response"}:
@@ -335,7 +333,9 @@ def _parsed_json(value: object, where: str, name: str) -> Any:
     if not isinstance(value, str):
         return value
     try:
-        return json.loads(value)
+        return strict_json.loads(value)
+    except strict_json.KeyTwice as error:
+        raise DataError(f"{where}: {name} {error}, {LEAVE_OUT}") from error
     except (ValueError, RecursionError) as error:
         raise DataError(f"{where}: {name} is not JSON ({error}); write it as a list, in JSON; {SKIP}") from error
 

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 
 from finetune.config import recipes
 from finetune.config.spelling import setting
+from finetune.data import strict_json
 from finetune.data.splits import HELD_OUT
 from finetune.data.text.columns import ROW_COLUMNS
 from finetune.errors import DataError
@@ -225,6 +226,7 @@ def _validate(file: Path) -> None:
     if (file, stamp) in _validated:
         return
     with open(file, "rb") as stream, pyarrow.ipc.open_stream(stream) as batches:
+        _require_different_names(file, batches.schema)
         for batch in batches:
             batch.validate(full=True)
     if trusted(stamp, now):
@@ -250,10 +252,21 @@ def _parquet(path: Path) -> NumberedRows:
 
     try:
         with pyarrow.parquet.ParquetFile(path, memory_map=True) as table:
+            _require_different_names(path, table.schema_arrow)
             batches = table.iter_batches(batch_size=PARQUET_ROWS)
             yield from enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
     except (pyarrow.ArrowException, UnicodeDecodeError) as error:  # the latter of a text whose bytes have changed
         raise DataError(f"{path}: is no readable Parquet file ({_short(error)}); write or copy it again") from error
+
+
+def _require_different_names(path: Path, fields: Sequence[Any]) -> None:
+    """Raises DataError where two of Arrow's fields, here or within one, have a name: one of them would not be read."""
+    names: set[str] = set()
+    for field in fields:
+        if field.name in names:
+            raise DataError(f"{path}: has two columns called {field.name}; give one another name")
+        names.add(field.name)
+        _require_different_names(path, [field.type.field(at) for at in range(field.type.num_fields)])
 
 
 def _csv(path: Path) -> NumberedRows:
@@ -285,12 +298,14 @@ def _json(path: Path) -> list[Any]:
     """One array of rows, or objects one after the other (JSON lines under another name, a single object)."""
     if path.stat().st_size > JSON_BYTES:
         raise DataError(f"{path}: is longer than 1 GiB, and JSON is read as a whole; save it as JSON lines, .jsonl")
-    text, decoder, at = _decode(path, path.read_bytes(), 1), json.JSONDecoder(), 0
+    text, at = _decode(path, path.read_bytes(), 1), 0
     values: list[Any] = []
     try:
         while begin := NOT_SPACE.search(text, at):
-            value, at = decoder.raw_decode(text, begin.start())
+            value, at = strict_json.raw_decode(text, begin.start())
             values.append(value)
+    except strict_json.KeyTwice as error:
+        raise DataError(f"{path}:{error.line}: {error}") from error
     except json.JSONDecodeError as error:
         raise DataError(f"{path}:{error.lineno}: is not JSON ({error.msg}, column {error.colno}); {ARRAY}") from error
     except (ValueError, RecursionError) as error:
@@ -304,9 +319,11 @@ def _json_lines(path: Path) -> NumberedRows:
             try:
                 text = _decode(path, line, number)
                 if text.strip():
-                    yield number, json.loads(text)
+                    yield number, strict_json.loads(text)
             except DataError as error:
                 yield number, error
+            except strict_json.KeyTwice as error:
+                yield number, DataError(f"{path}:{number}: {error}")
             except (ValueError, RecursionError) as error:
                 # The error's own words name a line too, counted within this one.
                 reason = f"{error.msg}, column {error.pos + 1}" if isinstance(error, json.JSONDecodeError) else error

@@ -305,6 +305,14 @@ def test_rows_of_images_that_are_gone_are_named(root):
         (b'{"file_name": "a.png", "text": 5}', 'line 2: "text" must be a text, got 5'),
         (b'{"file_name": "a.png", "Caption": ["x"]}', 'line 2: "Caption" must be a text'),
         (b'{"file_name": "a.png", "text": "x \\ud83d"}', "line 2: holds half a character"),
+        (
+            b'{"file_name": "a.png", "text": "x", "text": "y"}',
+            'line 2: has the key "text" twice in one object .*keep one',
+        ),
+        (
+            b'{"file_name": "a.png", "text": "x", "Text": "y"}',
+            'line 2: has "text" twice, in small and capital letters;',
+        ),
         (b'{"file_name": "./z.png"}', "line 2: z.png has a row on line 1 already"),
         (b'{"file_name": "a.png", "text": "B\xe4r"}', r"byte 56 is not UTF-8 \(0xe4\); save the file as UTF-8"),
     ],

@@ -66,6 +66,7 @@ def test_texts_of_no_image_are_named(root: Path) -> None:
         (["file_name,text", "a.png,x", "./a.png,y"], ", line 3: a.png has a row on line 2 already; keep one of them"),
         (["file_name,text", "a.png,a wall, red"], ":2: has 3 cells for 2 columns; put double quotes around cells"),
         (["file_name,text", 'a.png,"a wall'], ":2: is not CSV"),
+        (["file_name,text,Text", "a.png,x,y"], ', line 2: has "text" twice, in small and capital letters; keep one of'),
         (["file_name,text,text", "a.png,x,y"], ":1: has two columns called text; give one another name"),
     ],
 )

@@ -190,6 +190,7 @@ def turns(*pairs):
         (turns(("user", "a"), ("system", "b")), r"has no assistant turn \(only user, system\)"),
         (turns(), r"has no assistant turn \(only no turn at all\)"),
         ({"messages": "no list"}, r'"messages" is not JSON'),
+        ({"messages": '[{"role": 1, "role": 2}]'}, r'"messages" has the key "role" twice .*; keep one of them, or '),
         ({"messages": {"a": 1}}, r'"messages" must be a list of turns, got \{"a": 1\}.*"role"'),
         ({"messages": [{"role": "user"}]}, r'turn 1 of "messages" needs "role" and "content", got \{"role": "user"\}'),
         (turns(("user", "a"), ("assistant", None)), r"must be a text, got null"),

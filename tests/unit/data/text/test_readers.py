@@ -149,6 +149,35 @@ def test_broken_json_lines_name_the_line_and_the_rest_is_read(tmp_path):
     assert "a.jsonl:5: is not JSON" in str(found[3][1])
 
 
+def test_a_key_twice_is_named_and_of_json_lines_the_rest_is_read(tmp_path):
+    found = rows(put(tmp_path, "a.jsonl", '{"a": "1"}\n{"a": "1", "b": {"c": 1, "c": 2}}\n{"b": 1}\n'))
+    assert [number for number, _ in found] == [1, 2, 3]
+    assert f'{tmp_path}/a.jsonl:2: has the key "c" twice in one object (column 26); keep one of' in str(found[1][1])
+    for name, text in (("a.json", '[{"a": 1},\n{"a": 1,\n"a": 2}]'), ("b.json", '{"a": 1}\n{\n"a": 1, "a": 2}')):
+        with pytest.raises(DataError, match=rf'{name}:3: has the key "a" twice in one object \(column \d\); keep'):
+            rows(put(tmp_path, name, text))
+
+
+def test_a_column_twice_is_named(tmp_path):
+    import pyarrow
+    import pyarrow.parquet
+
+    turn = pyarrow.StructArray.from_arrays([pyarrow.array(["user"]), pyarrow.array(["x"])], names=["role", "role"])
+    turns = pyarrow.ListArray.from_arrays([0, 1], turn)
+    for columns, names, twice in (([[1], [2]], ["text", "text"], "text"), ([["x"], turns], ["text", "turns"], "role")):
+        table = pyarrow.table([pyarrow.array(column) for column in columns], names=names)
+        pyarrow.parquet.write_table(table, tmp_path / "a.parquet")
+        with pytest.raises(DataError, match=rf"a.parquet: has two columns called {twice}; give one another name"):
+            rows(tmp_path / "a.parquet")
+        saved = tmp_path / f"saved-{twice}"
+        saved.mkdir()
+        with pyarrow.OSFile(str(saved / "data.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as out:
+            out.write_table(table)
+        (saved / "state.json").write_text("{}")
+        with pytest.raises(DataError, match=rf"data.arrow: has two columns called {twice}; give one another name"):
+            rows(saved)
+
+
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.csv"])
 def test_wrong_encodings_name_the_line_and_the_byte(tmp_path, name):
     head = {"a.jsonl": b'{"text": "\xc3\xbc"}\n{"text": "', "a.json": b'[{"text": "\xc3\xbc"},\n{"text": "'}.get(
