@@ -285,6 +285,8 @@ def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
             require_start(Path(config.lora.start_from))
     if row.loads_base:
         kinds.of(config).require(config, device)
+    if row.optimises and config.lora.start_from:
+        kinds.of(config).require_start(config)
     if config.model.offload:
         block_offload.warn_without_gpu(device)
     return borrowed(device, config.hardware.vram_gib)

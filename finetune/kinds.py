@@ -32,6 +32,11 @@ class Kind(Protocol):
         that is not there; loads nothing."""
         ...
 
+    def require_start(self, config: Config) -> None:
+        """Raises ModelError for an adapter of `lora.start_from` that doesn't fit, as far as the base's configuration
+        is on this machine."""
+        ...
+
     def dataset_inputs(self, config: Config, captions: CaptionSet | None) -> list[Any]:
         """Everything that decides the data set, as plain values for a hash."""
         ...

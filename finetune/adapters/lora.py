@@ -136,7 +136,11 @@ def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
     """Put an adapter's weights into a model with injected adapters. Raises ModelError if names or shapes differ."""
     from peft import set_peft_model_state_dict
 
-    own = adapter_tensors(model)
+    _require_fit(adapter_tensors(model), weights, source)
+    set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
+
+
+def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], source: str) -> None:
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
         raise ModelError(
@@ -149,17 +153,17 @@ def load_state(model: nn.Module, weights: Mapping[str, Tensor], source: str) -> 
                 f"{source} does not fit: {name} is {tuple(weight.shape)}, here {tuple(own[name].shape)}; "
                 "set lora.rank to match"
             )
-    set_peft_model_state_dict(model, dict(weights), adapter_name=ADAPTER)
 
 
-def start_from(model: nn.Module, weights: Mapping[str, Tensor], scales: Mapping[str, float], source: str) -> None:
-    """`load_state` of an adapter that was trained with other settings: B is rescaled so that it is the same function.
+def as_start(
+    model: nn.Module, weights: Mapping[str, Tensor], scales: Mapping[str, float], source: str
+) -> dict[str, Tensor]:
+    """An adapter that was trained with other settings, for `load_state`: B is rescaled so that it is the same function.
 
-    scales: by layer, the factor of its update B A where it was trained. Raises ModelError if it can't be the same.
+    model: with adapters injected, on any device, `meta` too. scales: by layer, the factor of its update B A where it
+    was trained. Raises ModelError if it doesn't fit, or can't be the same.
     """
     own, (_, first) = adapter_tensors(model), lora_layers(model)[0]
-    if any(name.endswith(".initial") for name in own):
-        raise ModelError(f"lora.init=pissa does not start at {source}; set lora.init=default")
     ranks, rank = sorted({len(weight) for name, weight in weights.items() if ".lora_A." in name}), first.r[ADAPTER]
     if ranks and ranks != [rank]:
         advice = f"set lora.rank={ranks[0]}" if len(ranks) == 1 else "only adapters of one rank can be continued"
@@ -174,7 +178,8 @@ def start_from(model: nn.Module, weights: Mapping[str, Tensor], scales: Mapping[
         for key in (f"{name}.lora_B.weight", f"{name}.lora_embedding_B"):
             if key in scaled and factor != 1:
                 scaled[key] = scaled[key].float() * factor
-    load_state(model, scaled, source)
+    _require_fit(own, scaled, source)
+    return scaled
 
 
 def is_dora(names: Iterable[str]) -> bool:

@@ -8,7 +8,16 @@ from pathlib import Path
 
 from finetune.config.describe import as_dict, rules
 from finetune.config.model_kinds import MODEL_KINDS, model_kind
-from finetune.config.schema import CheckpointChoice, Config, LoraInit, ModelConfig, OptimConfig, Optimizer, Quantize
+from finetune.config.schema import (
+    CheckpointChoice,
+    Config,
+    LoraConfig,
+    LoraInit,
+    ModelConfig,
+    OptimConfig,
+    Optimizer,
+    Quantize,
+)
 from finetune.config.spelling import setting
 from finetune.config.typed_text import PATHS
 from finetune.errors import ConfigError
@@ -26,7 +35,7 @@ def check(config: Config) -> list[str]:
         *_path_problems(config),
         *_folder_problems(config),
         *_resolution_problems(config.model),
-        *_quantize_problems(config.model, config.lora.init),
+        *_start_problems(config.model, config.lora),
         *_rate_problems(config.optim),
         *_validation_problems(config.trainer.validate_every, config.trainer.patience, config.export.checkpoint),
         *_profile_problems(config.profile.micro_batches, config.trainer.micro_batch * config.trainer.accumulate),
@@ -123,8 +132,10 @@ def _resolution_problems(model: ModelConfig) -> Iterator[str]:
         yield f"model.resolution {rule}; try model.resolution={nearest}"
 
 
-def _quantize_problems(model: ModelConfig, init: LoraInit) -> Iterator[str]:
-    if init is LoraInit.loftq and model.quantize is not Quantize.nf4:
+def _start_problems(model: ModelConfig, lora: LoraConfig) -> Iterator[str]:
+    if lora.init is LoraInit.pissa and lora.start_from:
+        yield f"lora.init=pissa does not start at {lora.start_from}; set lora.init=default"
+    if lora.init is LoraInit.loftq and model.quantize is not Quantize.nf4:
         yield "lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4"
     if model.offload and model.quantize is Quantize.int8:
         yield "model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the GPU once used"

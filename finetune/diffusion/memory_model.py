@@ -12,7 +12,6 @@ import torch
 from torch import Tensor, nn
 
 from finetune import hub
-from finetune.adapters import lora as lora_layers
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.data.images import buckets
@@ -285,8 +284,7 @@ class DiffusionMemoryModel:
             self.model.train()
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
-        targets = self.base.lora_targets[self.lora.targets]
-        adapted = lora_layers.inject(meta.backbone(self.base, dtype), self.lora, targets, seed=self.seed)
+        adapted = meta.adapted(self.base, self.lora, dtype, self.seed)
         if self.base.quantize is Quantize.none:
             return adapted
         return planning_meta.quantised(adapted, self.base.quantize)

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from finetune import hub
-from finetune.config.schema import ModelConfig
+from finetune.adapters import lora as lora_layers
+from finetune.config.schema import LoraConfig, ModelConfig
 from finetune.diffusion.families import family
 from finetune.diffusion.objectives import Objective
 from finetune.errors import ModelError
@@ -21,6 +22,11 @@ def backbone(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
     """What `pipeline.load_backbone` loads."""
     spec = family(model.family)
     return _diffusers_part(model, spec.backbone, spec.backbone_class, dtype)
+
+
+def adapted(model: ModelConfig, lora: LoraConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+    """The backbone with adapters at their start."""
+    return lora_layers.inject(backbone(model, dtype), lora, model.lora_targets[lora.targets], seed=seed)
 
 
 def autoencoder(model: ModelConfig) -> nn.Module:

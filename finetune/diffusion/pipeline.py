@@ -241,13 +241,15 @@ def load_adapter(model: ModelConfig, backbone: Any, path: Path) -> nn.Module:
             with libraries.without_warnings():
                 _load_lokr(model, backbone, path)
         else:
-            backbone.load_lora_adapter(read_adapter(model, backbone, path).weights, prefix=None)
+            stored = read_adapter(model, backbone, path)
+            say_unused(path, stored)
+            backbone.load_lora_adapter(stored.weights, prefix=None)
     attach.move_adapters_to_gpu(backbone)
     return cast(nn.Module, backbone.eval())
 
 
 def read_adapter(model: ModelConfig, backbone: Any, path: Path) -> formats.StoredAdapter:
-    """An adapter in any format for this backbone, which may have adapters already; says what of a file isn't used.
+    """An adapter in any format for this backbone, which may have adapters already, and may be on `meta`.
 
     Raises ModelError if it is missing, damaged, or has no layer of this base.
     """
@@ -260,11 +262,11 @@ def read_adapter(model: ModelConfig, backbone: Any, path: Path) -> formats.Store
         stored = formats.read_file(path, spec.backbone, layers, lambda foreign: _converted(spec, backbone, foreign))
     if not stored.weights:
         raise attach.mismatch(path, stored.describe_unused() or "it holds nothing")
-    _say_unused(path, stored)
     return stored
 
 
-def _say_unused(path: Path, stored: formats.StoredAdapter) -> None:
+def say_unused(path: Path, stored: formats.StoredAdapter) -> None:
+    """Say what an adapter's file holds besides."""
     if stored.unused:
         say(f"{path}: not used: {stored.describe_unused()}")
 
@@ -295,7 +297,7 @@ def _load_lokr(model: ModelConfig, backbone: Any, path: Path) -> None:
     if not used:
         raise attach.mismatch(path, stored.describe_unused())
     backbone.load_lora_adapter(used, prefix=spec.backbone, metadata=found[-1])
-    _say_unused(path, stored)
+    say_unused(path, stored)
 
 
 def _load(loader: Any, model: ModelConfig, part: str, **options: Any) -> Any:

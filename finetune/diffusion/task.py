@@ -6,6 +6,7 @@ B images, C latent channels, h×w latent pixels, L text tokens, D text width.
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from finetune.adapters import lora as lora_layers
+from finetune.adapters.formats import StoredAdapter
 from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
 from finetune.config.spelling import setting
 from finetune.data import order
@@ -23,7 +25,7 @@ from finetune.diffusion.families import family
 from finetune.diffusion.families.spec import FamilySpec, stacked
 from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.objectives import WEIGHTINGS, Objective
-from finetune.diffusion.pipeline import load_backbone, load_scheduler, prove_backbone, read_adapter
+from finetune.diffusion.pipeline import load_backbone, load_scheduler, prove_backbone, read_adapter, say_unused
 from finetune.errors import ModelError
 from finetune.memory import activation_offload, checkpointing, fallbacks
 from finetune.memory.device import usable_bytes
@@ -92,14 +94,9 @@ class DiffusionTask:
             trained = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
             self.graphs = CudaGraphs(self._loss, trained, usable_bytes(device, vram_gib))
         if lora.start_from:
-            stored = read_adapter(model, self.model, Path(lora.start_from))
-            # As `lora.dora`, which is for language models alone.
-            if lora_layers.is_dora([*stored.weights, *stored.unused]):
-                raise ModelError(
-                    f"{lora.start_from} was trained with DoRA, and image models can't continue such an adapter; "
-                    f"take one without DoRA, or start anew with {setting('lora.start_from', '')}"
-                )
-            lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
+            stored = read_start(model, self.model, lora.start_from)
+            say_unused(Path(lora.start_from), stored)
+            lora_layers.load_state(self.model, stored.weights, lora.start_from)
 
     def steps(self, *, effective: int, start: int) -> Iterator[Sequence[Draw]]:
         """The images of each step, each step's from as few buckets as possible."""
@@ -206,6 +203,18 @@ class DiffusionTask:
         """Mean squared error of each image's prediction, (B,) fp32."""
         predicted_BChw = predict(self.family, self.objective, self.model, batch.tensors, self.dtype)
         return errors(self.objective, predicted_BChw, batch.tensors)
+
+
+def read_start(model: ModelConfig, backbone: nn.Module, source: str) -> StoredAdapter:
+    """The adapter to start from, as the one that is injected into `backbone`. Raises ModelError if it doesn't fit."""
+    stored = read_adapter(model, backbone, Path(source))
+    # As `lora.dora`, which is for language models alone.
+    if lora_layers.is_dora([*stored.weights, *stored.unused]):
+        raise ModelError(
+            f"{source} was trained with DoRA, and image models can't continue such an adapter; "
+            f"take one without DoRA, or start anew with {setting('lora.start_from', '')}"
+        )
+    return replace(stored, weights=lora_layers.as_start(backbone, stored.weights, stored.scales, source))
 
 
 def predict(

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -11,15 +12,14 @@ from torch import Tensor
 from finetune import hub
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import Config, ExportFormat, ModelConfig, Quantize
+from finetune.config.schema import Config, ExportFormat, LoraInit, ModelConfig, Quantize
 from finetune.data.text import readers, store
-from finetune.errors import ConfigError, DataError
-from finetune.language import card, tokenize
+from finetune.errors import ConfigError, DataError, ModelError
+from finetune.language import card, meta, task, tokenize
 from finetune.language import export as exporting
 from finetune.language import sample as sampling
 from finetune.language.conversation import Conversation
 from finetune.language.memory_model import LanguageMemoryModel
-from finetune.language.task import LanguageTask
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Examples, Workload, previews, validations
@@ -48,6 +48,15 @@ def require(config: Config, device: torch.device) -> None:
         raise ConfigError("lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4")
 
 
+def require_start(config: Config) -> None:
+    lora = replace(config.lora, init=LoraInit.default)  # others start from weights
+    try:
+        adapted = meta.adapted(config.model, lora, torch.float32, config.seed)
+    except ModelError:  # nothing is known of a base on the hub, and loading another says what is wrong
+        return
+    task.read_start(adapted, config.lora.start_from)
+
+
 def contents(config: Config) -> dict[str, str]:
     found, template = {"model.base": hub.content_hash(config.model.base)}, config.data.chat_template
     if template:
@@ -57,7 +66,7 @@ def contents(config: Config) -> dict[str, str]:
 
 
 def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
-    return LanguageTask(
+    return task.LanguageTask(
         dataset,
         device,
         model=config.model,

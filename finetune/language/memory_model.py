@@ -16,7 +16,7 @@ from finetune.language import causal_lm, compare_logits, fast_layers, meta, varl
 from finetune.language.export import ROWS
 from finetune.language.generate import ANSWER_BATCH
 from finetune.language.losses import logits, summed_cross_entropy
-from finetune.language.task import check_length, inject, replayable
+from finetune.language.task import check_length, replayable
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer
@@ -229,13 +229,10 @@ class LanguageMemoryModel:
         return tracer.run(model, work, held={"weights": -away})
 
     def _adapted(self, dtype: torch.dtype) -> nn.Module:
-        model: Any = meta.language_model(self.base, dtype)
-        vocabulary = model.get_input_embeddings().weight.shape[0]
-        new_tokens = range(vocabulary - len(self.base.added_tokens), vocabulary)  # the last ones
-        adapted = inject(model, self.base, self._traceable_lora(), self.seed, new_tokens)
-        if self.base.quantize is not Quantize.none:
-            adapted = planning_meta.quantised(adapted, self.base.quantize, model.get_output_embeddings())
-        return adapted
+        adapted: Any = meta.adapted(self.base, self._traceable_lora(), dtype, self.seed)
+        if self.base.quantize is Quantize.none:
+            return cast(nn.Module, adapted)
+        return planning_meta.quantised(adapted, self.base.quantize, adapted.get_output_embeddings())
 
     def _traceable_lora(self) -> LoraConfig:
         """The adapters with what can't be traced replaced by the nearest that can; said in the notes."""

@@ -6,8 +6,9 @@ import torch
 from torch import nn
 
 from finetune import hub
-from finetune.config.schema import ModelConfig
+from finetune.config.schema import LoraConfig, ModelConfig
 from finetune.language import causal_lm
+from finetune.language.task import inject
 from finetune.planning.meta import on_meta
 
 
@@ -30,3 +31,11 @@ def language_model(model: ModelConfig, dtype: torch.dtype) -> nn.Module:
         with torch.device("meta"):
             built.resize_token_embeddings(config.vocab_size + len(model.added_tokens), mean_resizing=False)
     return cast(nn.Module, built.requires_grad_(False))
+
+
+def adapted(model: ModelConfig, lora: LoraConfig, dtype: torch.dtype, seed: int) -> nn.Module:
+    """The same with adapters at their start."""
+    built: Any = language_model(model, dtype)
+    vocabulary = built.get_input_embeddings().weight.shape[0]
+    new_tokens = range(vocabulary - len(model.added_tokens), vocabulary)  # the last ones
+    return inject(built, model, lora, seed, new_tokens)

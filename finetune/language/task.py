@@ -85,8 +85,7 @@ class LanguageTask:
             self.model, model, activation_checkpointing, self.activation_offload, device
         )
         if lora.start_from:
-            stored = formats.read_peft(formats.peft_folder(Path(lora.start_from)))
-            lora_layers.start_from(self.model, stored.weights, stored.scales, lora.start_from)
+            lora_layers.load_state(self.model, read_start(self.model, lora.start_from), lora.start_from)
         self.generator = TextGenerator(self.chat.tokenizer, self.chat.stop_ids(), device, self.dtype)
         self.base_answers: dict[tuple[str, int], str] = {}
         self._refuse_leaks()
@@ -252,6 +251,12 @@ def inject(loaded: nn.Module, model: ModelConfig, lora: LoraConfig, seed: int, n
     """The base with adapters at their start. new_tokens: ids of `model.added_tokens`."""
     targets = model.lora_targets[lora.targets]
     return lora_layers.inject(loaded, lora, targets, seed=seed, new_token_rows=new_tokens)
+
+
+def read_start(model: nn.Module, source: str) -> dict[str, Tensor]:
+    """The adapter to start from, as the one that is injected into `model`. Raises ModelError if it doesn't fit."""
+    stored = formats.read_peft(formats.peft_folder(Path(source)))
+    return lora_layers.as_start(model, stored.weights, stored.scales, source)
 
 
 def check_length(length: int, base: str, model: Any) -> None:

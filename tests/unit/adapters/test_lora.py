@@ -444,7 +444,7 @@ def test_an_adapter_made_elsewhere_is_the_same_function_at_the_start(
     base.save_pretrained(tmp_path)
     stored = formats.read_peft(tmp_path)
     continued = inject(load("fp32"), rslora=rslora, dora=name == "dora")
-    lora.start_from(continued, stored.weights, stored.scales, "the folder")
+    lora.load_state(continued, lora.as_start(continued, stored.weights, stored.scales, "the folder"), "the folder")
     assert difference(logits(continued), logits(base.eval())) < 1e-5
     assert difference(logits(continued), logits(load("fp32"))) > 0.01
 
@@ -513,15 +513,18 @@ def test_a_start_that_would_be_another_function_is_refused(load: Callable[[str],
     for expected, settings in {
         "has rank 4, and lora.rank is 8; set lora.rank=4": {"rank": 8, "dora": True},
         "trained with dora=true, and lora.dora is false; set lora.dora=true": {},
-        "lora.init=pissa does not start at the folder; set lora.init=default": {"init": LoraInit.pissa},
+        "does not fit: 6 tensors differ, first model.layers.0.self_attn.q_proj.lora_A": {
+            "dora": True,
+            "targets": TARGETS[1:],
+        },
     }.items():
         with pytest.raises(ModelError, match=expected):
-            lora.start_from(inject(load("fp32"), **settings), stored.weights, stored.scales, "the folder")
+            lora.as_start(inject(load("fp32"), **settings), stored.weights, stored.scales, "the folder")
     mixed = {
         name: weight[:2] if "0.self_attn.q_proj.lora_A" in name else weight for name, weight in stored.weights.items()
     }
     with pytest.raises(ModelError, match=r"has rank 2, 4, and lora.rank is 4; only adapters of one rank"):
-        lora.start_from(inject(load("fp32"), dora=True), mixed, stored.scales, "the folder")
+        lora.as_start(inject(load("fp32"), dora=True), mixed, stored.scales, "the folder")
     config = tmp_path / "adapter_config.json"
     config.write_text(config.read_text().replace('"init_lora_weights": true', '"init_lora_weights": "pissa"'))
     with pytest.raises(ModelError, match=r"init_lora_weights=pissa, which changes the base too"):

@@ -157,6 +157,8 @@ def test_settings_that_contradict_each_other_are_refused() -> None:
     assert check(config) == [
         "lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4"
     ]
+    config = load("pirate_chat", ["lora.init=pissa", "lora.start_from=outputs/a"])
+    assert check(config) == ["lora.init=pissa does not start at outputs/a; set lora.init=default"]
 
 
 @pytest.mark.parametrize("run_dir", ["images", "./images/", "linked", "images/../images"])

@@ -1,6 +1,7 @@
 """An adapter is the same function whichever file it came from; what a file holds and isn't used is said."""
 
 import json
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -303,6 +304,7 @@ def test_a_run_starts_as_the_adapter_it_starts_from(
         formats.save_kohya(tmp_path / "kohya.safetensors", weights, "lora_unet_", SETTINGS.alpha, {})
     config.lora.alpha, config.sample.previews = alpha, 0
     config.lora.start_from = str(tmp_path / "kohya.safetensors" if kind == "kohya" else tmp_path)
+    kinds.of(config).require_start(config)
     task = kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
     assert same(output(task.model.eval()), output(trained))
 
@@ -314,6 +316,8 @@ def test_an_adapter_of_another_rank_is_not_continued(
     config.lora.rank, config.lora.start_from, config.sample.previews = 8, str(tmp_path), 0
     with pytest.raises(ModelError, match=r"has rank 4, and lora.rank is 8; set lora.rank=4"):
         kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
+    with pytest.raises(ModelError, match=r"has rank 4, and lora.rank is 8; set lora.rank=4"):
+        kinds.of(config).require_start(config)
 
 
 @pytest.mark.parametrize("kind", ["peft", "kohya"])
@@ -333,6 +337,8 @@ def test_a_dora_adapter_is_not_continued_and_no_refused_setting_is_advised(
     with pytest.raises(ModelError, match=r"DoRA.*lora.start_from=") as error:
         kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
     assert "lora.dora" not in str(error.value)
+    with pytest.raises(ModelError, match=re.escape(str(error.value))):
+        kinds.of(config).require_start(config)
     config.lora.start_from = ""
     kinds.of(config).build_task(config, make_dataset(), torch.device("cpu"))
 
