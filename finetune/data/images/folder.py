@@ -10,17 +10,28 @@ import re
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from operator import itemgetter
 from pathlib import Path, PurePosixPath
 
 from finetune.config import recipes
 from finetune.config.spelling import setting
 from finetune.data.images import authors
-from finetune.data.images.metadata import METADATA, READ, decode, generated, is_text, key, line_of, read_rows
+from finetune.data.images.metadata import (
+    METADATA,
+    READ,
+    Row,
+    decode,
+    generated,
+    is_text,
+    key,
+    line_of,
+    read_rows,
+    write_rows,
+)
 from finetune.errors import DataError
 from finetune.reading import ARCHIVES, require_file
-from finetune.run.atomic import remove_abandoned, write_atomically
+from finetune.run.atomic import remove_abandoned
 from finetune.run.progress import plural
 
 SIDECARS = (".txt", ".caption", ".cap", ".text")  # beside an image, the first that is there; in any case of letters
@@ -199,13 +210,16 @@ def add_captions(folder: Path, texts: Mapping[str, str], *, overwrite: bool) -> 
         targets.setdefault(metadata, {})[key(name)] = text
     for metadata, named in targets.items():
         remove_abandoned(metadata.parent, re.escape(METADATA))
-        rows = read_rows(metadata) if metadata.exists() else {}
-        lines = []
-        for name, row in rows.items():
-            kept = name not in named or (not overwrite and row.text)
-            lines.append(row.line if kept else line_of(row.values | generated(named[name])))
-        lines += [line_of({"file_name": name} | generated(text)) for name, text in named.items() if name not in rows]
-        write_atomically(metadata, "\n".join(lines) + "\n")
+        before = read_rows(metadata) if metadata.exists() else {}
+        rows: dict[str, Row] = {}
+        for number, name in enumerate([*before, *(name for name in named if name not in before)], start=1):
+            row = before.get(name)
+            if row and (name not in named or (not overwrite and row.text)):
+                rows[name] = replace(row, number=number)
+            else:
+                values = (row.values if row else {"file_name": name}) | generated(named[name])
+                rows[name] = Row(line_of(values), values, number)
+        write_rows(metadata, rows)
 
 
 def metadata_of(folder: Path, file: str) -> Path:

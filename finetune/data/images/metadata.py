@@ -4,10 +4,12 @@ imagefolder of the `datasets` library reads `metadata.jsonl`, `metadata.csv` and
 folder; here a folder may hold the first two, and what differs between them is named.
 """
 
+import hashlib
 import json
 import posixpath
+import time
 import unicodedata
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,14 @@ from finetune.data.images import authors
 from finetune.data.text import readers
 from finetune.errors import DataError
 from finetune.reading import require_size
+from finetune.run.atomic import write_atomically
+from finetune.run.hashing import Stamp, hash_file, stamp_of, trusted
 
 METADATA, METADATA_CSV = "metadata.jsonl", "metadata.csv"
 READ = (METADATA, METADATA_CSV)  # of two in one folder the first counts: captions are written there
 TEXT_BYTES = 1 << 30  # of a file of captions, those of a whole folder included
 COLUMNS = ("text", "caption", "prompt")  # of a row's caption, the first that is filled; new ones go into the first
+MOST_FILES, MOST_ROWS = 64, 100_000  # whose rows are kept; a row takes about 1 KiB
 EXPECTED = {
     METADATA: 'expected {"file_name": "a.jpg", "text": "…"}',
     METADATA_CSV: "expected a first line file_name,text and then one line for each image",
@@ -60,8 +65,52 @@ class Row:
         return {name.casefold(): value for name, value in self.values.items()}
 
 
-def read_rows(file: Path) -> dict[str, Row]:
-    """Rows of a metadata file by `file_name`, in its order. Raises DataError naming the file and the line."""
+def read_rows(file: Path) -> Mapping[str, Row]:
+    """Rows of a metadata file by `file_name`, in its order. Raises DataError naming the file and the line.
+
+    Every stage asks for them, so a file whose content this process has seen is not read into rows again.
+    """
+    known = _known.get(file.absolute())
+    try:
+        require_size(file, TEXT_BYTES)
+        stamp, now = stamp_of(file), time.time_ns()
+        if known and known.stamp == stamp:
+            return known.rows
+        sha256 = hash_file(file)
+    except OSError:  # reading it says what is wrong
+        return _parsed(file)
+    rows = known.rows if known and known.sha256 == sha256 else _parsed(file)
+    _keep(file, _Known(stamp if trusted(stamp, now) else (), sha256, rows))
+    return rows
+
+
+def write_rows(file: Path, rows: Mapping[str, Row]) -> None:
+    """Write `metadata.jsonl`. Raises RunError where it can't be written."""
+    text = "\n".join(row.line for row in rows.values()) + "\n"
+    write_atomically(file, text)
+    _keep(file, _Known((), hashlib.sha256(text.encode()).hexdigest(), rows))
+
+
+@dataclass(frozen=True)
+class _Known:
+    """A file as this process read it. stamp: empty if it can't be trusted."""
+
+    stamp: Stamp
+    sha256: str
+    rows: Mapping[str, Row]
+
+
+_known: dict[Path, _Known] = {}
+
+
+def _keep(file: Path, found: _Known) -> None:
+    _known.pop(file.absolute(), None)
+    _known[file.absolute()] = found
+    while len(_known) > MOST_FILES or sum(len(known.rows) for known in _known.values()) > MOST_ROWS:
+        del _known[next(iter(_known))]  # the one that was read first
+
+
+def _parsed(file: Path) -> dict[str, Row]:
     rows: dict[str, Row] = {}
     for row in _csv_rows(file) if file.name == METADATA_CSV else _json_rows(file):
         where, values = f"{file}, line {row.number}", row.values

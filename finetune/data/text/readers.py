@@ -26,7 +26,7 @@ from finetune.data.splits import HELD_OUT
 from finetune.data.text.columns import ROW_COLUMNS
 from finetune.errors import DataError
 from finetune.reading import ARCHIVES, at_home, read_text, require_file
-from finetune.run.hashing import Stamp, stamp_of, trusted
+from finetune.run.hashing import Stamp, hash_file, stamp_of, trusted
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PARQUET_ROWS = 256  # rows of a Parquet file held at once
@@ -180,12 +180,24 @@ def content_hash(files: tuple[Path, ...]) -> str:
         parts = sorted(item for item in file.rglob("*") if item.is_file()) if file.is_dir() else [file]
         for part in parts:
             try:
-                require_file(part)
-                with open(part, "rb") as stream:
-                    digest.update(hashlib.file_digest(stream, "sha256").digest())
+                digest.update(_digest(part))
             except OSError as error:
                 raise DataError(f"{part}: can't be read ({error.strerror})") from error
     return digest.hexdigest()
+
+
+def _digest(file: Path) -> bytes:
+    """sha256 of a file, which may be large and is asked for twice in a run. Raises OSError."""
+    stamp, now = stamp_of(file), time.time_ns()
+    if (known := _digests.get(file.absolute())) and known[0] == stamp:
+        return known[1]
+    digest = bytes.fromhex(hash_file(file))
+    if trusted(stamp, now):
+        _digests[file.absolute()] = stamp, digest
+    return digest
+
+
+_digests: dict[Path, tuple[Stamp, bytes]] = {}
 
 
 def _saved(folder: Path) -> bool:
