@@ -121,8 +121,10 @@ def _counts(results: list["trials.Result"]) -> dict[str, Any]:
     ]
     return {
         "kills": sum(kinds.total() for kinds in by_stage.values()),
+        "ended before their kill": sum(result.missed for result in results),
         "of programs of their own": sum(result.plain for result in results),
         "trials": len(results),
+        "trials killed": sum(bool(result.kills) for result in results),
         "by kind and stage": {kind: dict(sorted(stages.items())) for kind, stages in sorted(by_stage.items())},
         "trials by case": dict(sorted(Counter(result.case for result in results).items())),
         "failed": failed,
@@ -134,8 +136,10 @@ def _print_counts(counts: dict[str, Any]) -> None:
     print("| killed in | " + " | ".join(stages) + " |\n|" + "---|" * (len(stages) + 1))
     for kind, found in counts["by kind and stage"].items():
         print(f"| {kind} | " + " | ".join(str(found.get(stage, 0)) for stage in stages) + " |")
-    failed = len(counts["failed"])
-    print(f"{counts['kills']} kills in {counts['trials']} trials, {counts['seconds']} s: {failed} trials failed")
+    kills, missed = counts["kills"], counts["ended before their kill"]
+    print(f"{kills + missed} starts to be killed: {kills} killed, {missed} ended before their kill")
+    trials, killed, failed = counts["trials"], counts["trials killed"], len(counts["failed"])
+    print(f"{trials} trials, {counts['seconds']} s: {killed} killed, {trials - killed} never, {failed} failed")
 
 
 if __name__ == "__main__":

@@ -32,7 +32,8 @@ class Reference:
 
 @dataclass
 class Result:
-    """Of one trial. kills: how many by stage, `plain` of them of programs of their own. faults: in words."""
+    """Of one trial. kills: how many by stage, `plain` of them of programs of their own. missed: starts that ended
+    before the place of their kill, because less was left to do. faults: in words."""
 
     case: str
     number: int
@@ -40,6 +41,7 @@ class Result:
     places: list[str] = field(default_factory=list)
     faults: list[str] = field(default_factory=list)
     plain: int = 0
+    missed: int = 0
     seconds: float = 0.0
 
 
@@ -72,6 +74,7 @@ def trial(whole: Reference, number: int, seed: int, folder: Path) -> Result:
             plain = killed and choose.random() < PLAIN_SHARE
             code = run(work, logs, case.line, processes=case.processes, kill_at=kill_at, killed_rank=rank, plain=plain)
             if not killed or code != -signal.SIGKILL:
+                result.missed += killed
                 break
             last = read(logs / f"{rank}-{OPERATIONS}")[-1]
             result.kills[last.stage] += 1

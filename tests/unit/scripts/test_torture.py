@@ -4,13 +4,16 @@ import json
 import signal
 import subprocess
 import sys
+from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import save_file
 
+from scripts.torture.__main__ import _counts, _print_counts
 from scripts.torture.operations import Operation, read
 from scripts.torture.outcome import differences, outcome
+from scripts.torture.trials import Result
 from tests.conftest import ROOT
 
 WORK = """
@@ -77,3 +80,20 @@ def test_times_and_places_are_not_compared_and_all_else_is(tmp_path):
     assert differences(first, left("fourth", weight=1.0000001)) == ["run/adapter.safetensors differs"]
     assert differences(first, left("fifth", extra=True)) == ["run/.x.tmp should not be there"]
     assert differences(left("sixth", extra=True), first) == ["run/.x.tmp is missing"]
+
+
+def test_what_was_killed_and_what_ended_before_is_counted(capsys):
+    results = [
+        Result("image train", 0, Counter(train=2, export=1)),
+        Result("image train", 1, Counter(train=1), missed=1, faults=["run/a differs"]),
+        Result("language report", 2, missed=1),
+        Result("language report", 3, Counter(report=1), plain=1),
+    ]
+    counts = _counts(results) | {"seconds": 9}
+    assert (counts["kills"], counts["ended before their kill"], counts["of programs of their own"]) == (5, 2, 1)
+    assert (counts["trials"], counts["trials killed"], len(counts["failed"])) == (4, 3, 1)
+    _print_counts(counts)
+    assert capsys.readouterr().out.splitlines()[-2:] == [
+        "7 starts to be killed: 5 killed, 2 ended before their kill",
+        "4 trials, 9 s: 3 killed, 1 never, 1 failed",
+    ]
