@@ -68,7 +68,9 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
     data, chat = config.data, chat_of(config.model, config.data)
-    source: Source = formats.open_source(Path(data.file), format_=data.format, columns=data.columns)
+    source: Source = formats.open_source(
+        Path(data.file), format_=data.format, columns=data.columns, skip_bad=data.skip_bad
+    )
     say(f"dataset: {source}")
     if others := [path for path in readers.held_out_files(source.path) if path not in source.files]:
         say(

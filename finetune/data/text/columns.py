@@ -1,8 +1,12 @@
 """Columns of rows that are trained, of rows that are made for another training, and of neither."""
 
+from collections.abc import Sequence
 from typing import Any
 
 from finetune.config.schema import ConversationFormat
+
+EMPTY = ("", "[]", "{}", "null")  # JSON that holds nothing
+LONGEST_SHOWN, MOST_NAMES = 60, 12  # characters of a value, and columns, that a message shows
 
 TURN_COLUMNS = ("messages", "conversations", "conversation")  # columns that hold a list of turns
 SYSTEM_COLUMNS = ("system", "system_prompt", "system_message")  # the first that is filled
@@ -45,3 +49,20 @@ def unread(columns: dict[str, Any], format_: ConversationFormat) -> tuple[str, .
     """Columns of a row that hold something and are neither trained nor judged by."""
     known = {*READ[format_], *VERDICT_COLUMNS}
     return tuple(name for name, value in columns.items() if name not in known and value not in (None, "", [], {}))
+
+
+def is_filled(value: object) -> bool:
+    """Whether a column holds anything; a list that a CSV file or a column of texts holds as JSON may be empty."""
+    return value.strip() not in EMPTY if isinstance(value, str) else bool(value)
+
+
+def listed(names: Sequence[str]) -> str:
+    """Names of columns for a message; the rest of many as dots."""
+    shown = ", ".join(printable(name) or "one without a name" for name in names[:MOST_NAMES])
+    return shown + (", …" if len(names) > MOST_NAMES else "")
+
+
+def printable(text: str) -> str:
+    """Text for a message: not too long, and half a character spelt out."""
+    spelt = text.encode(errors="backslashreplace").decode()
+    return spelt if len(spelt) <= LONGEST_SHOWN else spelt[: LONGEST_SHOWN - 3] + "…"

@@ -25,6 +25,9 @@ from finetune.data.text.columns import (
     TOOL_COLUMNS,
     TURN_COLUMNS,
     VERDICT_COLUMNS,
+    is_filled,
+    listed,
+    printable,
     unread,
 )
 from finetune.errors import DataError
@@ -40,10 +43,8 @@ ROLES = {
 ALIASES = {alias: role for role, aliases in ROLES.items() for alias in aliases}
 UNTRAINED_KEYS = ("weight", "train", "training", "loss")  # of a turn: OpenAI's, axolotl's two, ms-swift's
 TEXT_PARTS = ("text", "input_text", "output_text")  # types of OpenAI's parts
-EMPTY = ("", "[]", "{}", "null")  # JSON that holds nothing
 # Keys of a turn that may hold text to train on.
 UNSUPPORTED_KEYS = ("tool_calls", "function_call", "reasoning_content", "thinking", "reasoning")
-LONGEST_SHOWN, MOST_NAMES = 60, 12  # characters of a value, and columns, that a message shows
 LEAVE_OUT = "or leave such rows out: data.skip_bad=true"
 SKIP = f"correct it, {LEAVE_OUT}"
 
@@ -87,35 +88,46 @@ class Source:
     def __str__(self) -> str:
         how = "as named" if self.named else "recognised"
         files = f", {len(self.files)} files" if len(self.files) > 1 else ""
-        return f"{self.path}: {self.format.value} ({how}{_listed(self.unread)}){files}"
+        return f"{self.path}: {self.format.value} ({how}{_not_read(self.unread)}){files}"
 
 
 def open_source(
-    path: Path, *, format_: ConversationFormat = ConversationFormat.auto, columns: Mapping[str, str] | None = None
+    path: Path,
+    *,
+    format_: ConversationFormat = ConversationFormat.auto,
+    columns: Mapping[str, str] | None = None,
+    skip_bad: bool = False,
 ) -> Source:
     """The files behind a path and their format, under `auto` recognised by the first readable row.
 
-    columns: as `data.columns`. Raises DataError for missing, empty or unreadable files, for columns of no known format,
-    and for named ones that aren't there.
+    columns: as `data.columns`. skip_bad: by the first row that is usable. Raises DataError for missing, empty or
+    unreadable files, for columns of no known format, and for named ones that aren't there.
     """
-    files, columns = readers.files_of(path), columns or {}
-    error: DataError | None = None
+    files, error = readers.files_of(path), None
     for file in files:
         for number, row in readers.read(file):
-            if isinstance(row, DataError):
-                error = error or row
-                continue
-            where = f"{file}:{number}"
-            named = format_ is not ConversationFormat.auto
-            there = _columns(row, where)
-            if missing := [column for column in columns.values() if column not in there]:
-                names = ", ".join(map(_printable, there))
-                raise DataError(f"{where}: data.columns names {missing[0]}, and the columns are {names}")
-            renamed = _renamed(there, columns)
-            found = format_ if named else recognise(renamed, where)
-            aliases = tuple(name for name in SYSTEM_COLUMNS[1:] if renamed.get(name))
-            return Source(path, files, found, named, columns, unread(renamed, found), aliases)
+            try:
+                return _source(path, files, row, f"{file}:{number}", format_, columns or {})
+            except DataError as unusable:
+                if not (skip_bad or isinstance(row, DataError)):
+                    raise
+                error = error or unusable
     raise error or DataError(f"{path} holds no rows; a row has one of these: {_known_formats()}")
+
+
+def _source(
+    path: Path, files: tuple[Path, ...], row: Any, where: str, format_: ConversationFormat, columns: Mapping[str, str]
+) -> Source:
+    if isinstance(row, DataError):
+        raise row
+    there, named = _columns(row, where), format_ is not ConversationFormat.auto
+    if missing := [column for column in columns.values() if column not in there]:
+        names = ", ".join(map(printable, there))
+        raise DataError(f"{where}: data.columns names {missing[0]}, and the columns are {names}")
+    renamed = _renamed(there, columns)
+    found = format_ if named else recognise(renamed, where)
+    aliases = tuple(name for name in SYSTEM_COLUMNS[1:] if renamed.get(name))
+    return Source(path, files, found, named, columns, unread(renamed, found), aliases)
 
 
 def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> Iterator[Conversation]:
@@ -149,14 +161,12 @@ def _of_file(file: Path, source: Source, columns: dict[str, Any], where: str) ->
     found = source.format if source.named else recognise(columns, where)
     if found is source.format or ConversationFormat.text in (found, source.format):
         return source.format
-    say(f"dataset: {file}: {found.value} (recognised{_listed(unread(columns, found))})")
+    say(f"dataset: {file}: {found.value} (recognised{_not_read(unread(columns, found))})")
     return found
 
 
-def _listed(columns: Sequence[str]) -> str:
-    more = ", …" if len(columns) > MOST_NAMES else ""
-    names = ", ".join(_printable(column) or "one without a name" for column in columns[:MOST_NAMES])
-    return f"; not read: {names}{more}" if columns else ""
+def _not_read(columns: Sequence[str]) -> str:
+    return f"; not read: {listed(columns)}" if columns else ""
 
 
 def conversation(row: object, format_: ConversationFormat, where: str, *, strict: bool = True) -> Conversation:
@@ -177,7 +187,7 @@ def conversation(row: object, format_: ConversationFormat, where: str, *, strict
         if not messages[0].content.strip():
             raise DataError(f"{where}: its text is empty; {SKIP}")
         return Conversation(tuple(messages), where)
-    if tools := next((name for name in TOOL_COLUMNS if _is_filled(columns.get(name))), ""):
+    if tools := next((name for name in TOOL_COLUMNS if is_filled(columns.get(name))), ""):
         raise DataError(
             f'{where}: holds "{tools}", which are not read; describe them in a system message, or remove it'
         )
@@ -211,12 +221,12 @@ def _columns(row: object, where: str) -> dict[str, Any]:
 
 def _refuse_other_training(columns: dict[str, Any], where: str, format_: ConversationFormat) -> None:
     """Raises DataError for a marked bad answer, a pair of a good and a bad one, and a text about an image or sound."""
-    if names := [name for name in PREFERENCE_COLUMNS if _is_filled(columns.get(name))]:
+    if names := [name for name in PREFERENCE_COLUMNS if is_filled(columns.get(name))]:
         raise DataError(
             f"{where}: is a preference pair ({', '.join(names)}), which is for DPO and not for supervised training; "
             f"keep the good answer alone, as {COLUMNS[ConversationFormat.prompt_completion]}, {LEAVE_OUT}"
         )
-    if name := next((name for name in MEDIA_COLUMNS if _is_filled(columns.get(name))), ""):
+    if name := next((name for name in MEDIA_COLUMNS if is_filled(columns.get(name))), ""):
         raise DataError(
             f'{where}: holds "{name}", which a language model does not see; remove that column if the text is to be '
             f"trained without it, {LEAVE_OUT}"
@@ -240,7 +250,9 @@ def recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
     for name in TURN_COLUMNS:
         if name in filled:
             turns = _parsed_json(columns[name], where, f'"{name}"')
-            first = turns[0] if isinstance(turns, list) and turns else None
+            if turns == []:
+                raise DataError(f'{where}: "{name}" holds no turn; {SKIP}')
+            first = turns[0] if isinstance(turns, list) else None
             is_sharegpt = isinstance(first, dict) and "from" in first
             return ConversationFormat.sharegpt if is_sharegpt else ConversationFormat.messages
     if "instruction" in filled and filled & {*ANSWER_COLUMNS}:
@@ -258,7 +270,7 @@ def recognise(columns: dict[str, Any], where: str) -> ConversationFormat:
     if len(filled) > 1 and all(isinstance(value, dict) for value in columns.values()):
         raise DataError(f"{where}: is one object of {len(columns)} rows by id; write them as a list: [{{…}}, {{…}}]")
     names = sorted(map(str, filled))
-    seen = ", ".join(_printable(name) for name in names[:MOST_NAMES]) + (", …" if len(names) > MOST_NAMES else "")
+    seen = listed(names)
     texts = [name for name in columns if isinstance(columns[name], str)]
     pair = dict(zip(("prompt", "completion"), texts, strict=False))
     way = f", as {setting('data.columns', pair)} does," if len(texts) == 2 else ""
@@ -314,7 +326,7 @@ def _turns(value: object, where: str, name: str, format_: ConversationFormat) ->
             raise DataError(
                 f'{where}: {what} needs "{role_key}" and "{text_key}", got {_shown(turn)}; a row has {COLUMNS[format_]}'
             )
-        if unsupported := next((key for key in UNSUPPORTED_KEYS if _is_filled(turn.get(key))), ""):
+        if unsupported := next((key for key in UNSUPPORTED_KEYS if is_filled(turn.get(key))), ""):
             raise DataError(
                 f'{where}: {what} holds "{unsupported}", which is not read; write it into "{text_key}" as the model '
                 "shall write it, or leave such rows out: data.skip_bad=true"
@@ -360,11 +372,6 @@ def _weight(turn: dict[str, Any], where: str, what: str) -> bool:
     return True
 
 
-def _is_filled(value: object) -> bool:
-    """Whether a column holds anything; a list that a CSV file or a column of texts holds as JSON may be empty."""
-    return value.strip() not in EMPTY if isinstance(value, str) else bool(value)
-
-
 def _text(value: object, where: str, what: str) -> str:
     if not isinstance(value, str):
         raise DataError(f"{where}: {what} must be a text, got {_shown(value)}; {SKIP}")
@@ -390,10 +397,4 @@ def _checked(messages: list[Message], where: str) -> tuple[Message, ...]:
 
 
 def _shown(value: object) -> str:
-    return _printable(json.dumps(value, ensure_ascii=False, default=str))
-
-
-def _printable(text: str) -> str:
-    """Text for a message: not too long, and half a character spelt out."""
-    spelt = text.encode(errors="backslashreplace").decode()
-    return spelt if len(spelt) <= LONGEST_SHOWN else spelt[: LONGEST_SHOWN - 3] + "…"
+    return printable(json.dumps(value, ensure_ascii=False, default=str))

@@ -3,6 +3,7 @@
 import csv
 import itertools
 import json
+import re
 import shlex
 
 import pytest
@@ -188,7 +189,8 @@ def turns(*pairs):
         (turns(("user", "a"), ("assistant", " \n")), r"the answer in turn 2 is empty.*skip_bad"),
         (turns(("user", ""), ("assistant", "a")), r"the user's text in turn 1 is empty"),
         (turns(("user", "a"), ("system", "b")), r"has no assistant turn \(only user, system\)"),
-        (turns(), r"has no assistant turn \(only no turn at all\)"),
+        (turns(), r'"messages" holds no turn; correct it, or leave such rows out'),
+        (turns(("system", " ")), r"has no assistant turn \(only no turn at all\)"),
         ({"messages": "no list"}, r'"messages" is not JSON'),
         ({"messages": '[{"role": 1, "role": 2}]'}, r'"messages" has the key "role" twice .*; keep one of them, or '),
         ({"messages": {"a": 1}}, r'"messages" must be a list of turns, got \{"a": 1\}.*"role"'),
@@ -398,6 +400,23 @@ def test_bad_rows_can_be_left_out_and_are_told(tmp_path):
     assert [str(error).split(": ")[0] for error in told] == [f"{path}:{line}" for line in (1, 3, 4)]
     with pytest.raises(DataError, match=r"rows.jsonl:1: is not JSON"):
         read(path)
+
+
+@pytest.mark.parametrize(
+    "first", [{"conversations": []}, {"foo": 1}, [1], {"prompt": "a", "chosen": "b"}, {"text": "a", "role": "user"}]
+)
+def test_a_first_row_that_is_unusable_says_nothing_of_the_others(tmp_path, first):
+    path = save(tmp_path, "jsonl", [first, *[ROWS[ConversationFormat.sharegpt]] * 2])
+    with pytest.raises(DataError, match=r"rows.jsonl:1: ") as error:
+        open_source(path)
+    told = []
+    source = open_source(path, skip_bad=True)
+    assert source.format is ConversationFormat.sharegpt
+    assert [row.source for row in formats.read(source, bad=told.append)] == [f"{path}:2", f"{path}:3"]
+    assert str(told[0]) == str(error.value)
+    path.write_text(json.dumps(first) + "\n")
+    with pytest.raises(DataError, match=re.escape(str(error.value))):
+        open_source(path, skip_bad=True)
 
 
 def test_nothing_left_is_an_error(tmp_path):
