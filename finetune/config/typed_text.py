@@ -75,12 +75,13 @@ def as_typed(word: str) -> str:
 
 
 def literally(word: str) -> str:
-    """Of a text that Hydra's grammar doesn't take (`Mädchen`, `a=b`, `x (1)`), the override with quotes around it.
+    """Of a text that Hydra's grammar doesn't take (`Mädchen`, `a=b`, `x (1)`), the override with quotes around it; of
+    the name of a recipe or preset too.
 
     A `${…}` in it keeps its meaning. What begins or goes on as the grammar's own is left to it: quotes, lists, commas.
     """
     match = SETTING.fullmatch(word)
-    if not match or describe.leaf_types().get(match[2]) is not str:
+    if not match or not (_names_file(match[2]) or describe.leaf_types().get(match[2]) is str):
         return word
     plus, key, text = match.groups()
     own = text.startswith(('"', "'", "[", "{")) or "," in text

@@ -153,6 +153,19 @@ def test_a_single_image_is_trained_on_with_a_warning(finetune_cli: Cli, images: 
     assert Path("run/adapter/pixar_style.safetensors").exists()
 
 
+def test_a_folder_whose_files_can_be_listed_and_not_looked_at(workdir: Path, images: Path, small: list[str]) -> None:
+    (images / "locked").mkdir()
+    (images / "red.png").rename(images / "locked" / "red.png")
+    (images / "locked").chmod(0o444)
+    try:
+        answer = command.run("caption", *small, cwd=workdir, before=ORDINARY)
+    finally:
+        (images / "locked").chmod(0o755)
+    refused(
+        answer, DataError.exit_code, "images/locked/red.png: can't be read (Permission denied); make it readable, or"
+    )
+
+
 # -- captions --------------------------------------------------------------------------------------------------------
 
 

@@ -319,7 +319,11 @@ def _tables(visible: Sequence[Path]) -> list[str]:
 def _visible(folder: Path, *, files_only: bool = True) -> list[Path]:
     """Every file that isn't hidden or in a run folder, relative to the folder, sorted; else whatever is no folder."""
     found = (path for path in folder.rglob("*") if (path.is_file() if files_only else not path.is_dir()))
-    paths = sorted(path.relative_to(folder) for path in found)
+    try:
+        paths = sorted(path.relative_to(folder) for path in found)
+    except OSError as error:  # a folder whose files are listed and can't be looked at, or a link into one
+        name = os.fsencode(error.filename).decode(errors="backslashreplace")
+        raise DataError(f"{name}: can't be read ({error.strerror}); make it readable, or move it away") from error
     runs = _runs_among(paths)
     return [path for path in paths if not _hidden(path) and not any(path.is_relative_to(run) for run in runs)]
 

@@ -229,6 +229,15 @@ def test_a_recipe_may_name_itself(workdir: Path) -> None:
     assert compose.load("mine", ["data.folder=x"]).run_dir == "outputs/garden"
 
 
+def test_names_of_recipes_and_presets_have_letters_beyond_ascii(workdir: Path) -> None:
+    write(workdir / "conf/größe.yaml", "data:\n  folder: x\n")
+    write(workdir / "conf/lora/groß (2).yaml", "rank: 99\n")
+    config = compose.load("größe", ["lora=groß (2)"])
+    assert (config.name, config.lora.rank) == ("größe", 99)
+    with pytest.raises(ConfigError, match="no recipe called 'grösse'; did you mean größe"):
+        compose.load("grösse")
+
+
 def test_the_current_folders_conf_wins(workdir: Path) -> None:
     write(workdir / "conf/pixar_style.yaml", "seed: 77\ndata:\n  folder: x\n")
     write(workdir / "conf/lora/default.yaml", "rank: 5\n")
