@@ -401,13 +401,12 @@ def test_a_damaged_adapter_is_named(
         )
 
 
-@pytest.mark.exhaustive
 @pytest.mark.parametrize(
     ("words", "said"),
     [
         (["lora.rank=8"], "finished has rank 4, and lora.rank is 8; set lora.rank=4"),
-        (["model.base=embedded:diffusion"], ["finished does not fit: ", "tensors differ, first down_blocks.0."]),
-        (["conf=pirate_chat", "lora.rank=4"], ["finished does not fit: ", "tensors differ, first down_blocks.0."]),
+        (["model.base=embedded:diffusion"], ["finished does not fit: ", "tensors differ, first down_blocks."]),
+        (["conf=pirate_chat", "lora.rank=4"], ["finished does not fit: ", "tensors differ, first down_blocks."]),
     ],
     ids=["rank", "another base", "another kind"],
 )
@@ -424,6 +423,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_made(
     assert sorted(path.name for path in workdir.iterdir()) == ["finished", "images"]
 
 
+@pytest.mark.exhaustive
 def test_a_model_that_is_nowhere_names_the_embedded_one(workdir: Path, images: Path, small: list[str]) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workdir / "hub"), "HF_HUB_OFFLINE": "0"}
     words = [word for word in small if not word.startswith("model.")]
