@@ -36,11 +36,14 @@ if not any(name in os.environ for name in ALLOCATOR):
 
 WAITING = ("GOMP_SPINCOUNT", "OMP_WAIT_POLICY")
 # GNU's OpenMP reads it when torch is loaded: how often a thread looks for work before it sleeps. By itself it looks
-# 300,000 times, and of two programs on the same cores each waits for threads of its own that can't run. Training of
-# conf=pixar_style on two cores (AMD EPYC, 29 November 2026), images/s alone and beside two busy programs: 31.8 alone
-# without this, 30.7 and 1.1 with 30,000, 32.1 and 12.1 with 20,000, 27.4 and 12.3 with 10,000.
+# 300,000 times, and of two programs on the same cores each waits for threads of its own that can't run. Seconds of a
+# step on two cores (AMD EPYC, 30 November 2026), alone and beside two busy programs, runs apart by up to a quarter:
+#             conf=stained_glass_style   conf=pirate_chat
+#     20,000  0.44 to 0.51, 1.05, 1.24   0.27 to 0.35, 2.54, 2.61
+#     12,000  0.44 to 0.47, 1.38         0.26 to 0.41, 0.69
+#      8,000  0.53 to 0.57               0.32, 0.75
 if not any(name in os.environ for name in WAITING):
-    os.environ[WAITING[0]] = "20000"
+    os.environ[WAITING[0]] = "12000"
 
 __all__ = ["Config", "chat", "draw", "load", *COMMANDS]
 

@@ -611,7 +611,7 @@ def test_a_forgotten_variable_of_a_launcher_is_one_line(
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [({}, "20000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")]
+    ("given", "expected"), [({}, "12000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "PASSIVE"}, "None")]
 )
 def test_threads_wait_for_work_as_long_as_the_user_says(given: dict[str, str], expected: str) -> None:
     plain = {name: value for name, value in os.environ.items() if name not in finetune.WAITING}
