@@ -173,18 +173,17 @@ def _keys_text(recipe: str, words: list[str]) -> str:
 
 
 def _run_hydra(command: str, words: list[str], debug: bool) -> int:
+    began = time.time()  # not that of the process: it may be a notebook's, or that of a shell with an install before
     short = COMMANDS[command].flags
     overrides, flags = _sorted_out([short.get(word, word) for word in words])
     sweep = "--multirun" in flags or "-m" in flags
     named = any(word.startswith(f"{recipes.GROUP}=") for word in overrides)
-    import psutil
     from hydra import main as hydra_main
 
     from finetune import api
     from finetune.config import compose, store
     from finetune.reporting import terminal
 
-    began = psutil.Process().create_time()
     if COMMANDS[command].takes_run and not named and not flags:
         _run_config(command, api.load_run(overrides), overrides, began)
         return 0

@@ -444,6 +444,18 @@ def test_settings_reach_the_end_as_they_were_typed(
     assert seen == ["out/3", words]
 
 
+def test_the_clock_starts_with_the_command_and_not_with_its_process(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A shell's last command takes over its process, with all that the shell did before."""
+    seen: list[float] = []
+    monkeypatch.setattr(api, "caption", lambda _: None)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: seen.append(began))
+    before = time.time()
+    assert finetune_cli("caption", "conf=smoke").code == 0
+    assert before <= seen[0] <= time.time()
+
+
 def test_the_next_commands_repeat_the_settings(capsys: pytest.CaptureFixture[str], workdir: Path) -> None:
     overrides = ["conf=big", "name=mine", "model=sd15", "caption.prefix=a b", "run_dir=z", "sample.prompts=[x]"]
     terminal.show(Config(name="mine", run_dir="z"), _result(), overrides, began=time.time())
