@@ -1,7 +1,7 @@
 """What else a machine does while a training takes its steps."""
 
+import mmap
 import os
-import resource
 import time
 from typing import TYPE_CHECKING
 
@@ -34,7 +34,7 @@ class Meanwhile:
         found = {OTHERS_CPU: max(0.0, self.others_s - others_s) / whole_s} | self._gpu()
         if self.swapped is None or swapped is None:
             return found
-        return found | {SWAPPED_MIB: (self.swapped - swapped) * resource.getpagesize() / 2**20}
+        return found | {SWAPPED_MIB: (self.swapped - swapped) * mmap.PAGESIZE / 2**20}
 
     def _gpu(self) -> dict[str, float]:
         from finetune.training.energy import handles
