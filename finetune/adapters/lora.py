@@ -5,8 +5,9 @@ r rank, O and I output and input features of an adapted layer.
 
 import math
 import re
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -180,6 +181,20 @@ def as_start(
                 scaled[key] = scaled[key].float() * factor
     _require_fit(own, scaled, source)
     return scaled
+
+
+def require_start(
+    lora: LoraConfig, adapted: Callable[[LoraConfig], nn.Module], read: Callable[[nn.Module], object]
+) -> None:
+    """Raises ModelError for an adapter to start from that doesn't fit, as far as the base's configuration is here.
+
+    adapted: the base on `meta` with such adapters. read: raises for what doesn't fit into it.
+    """
+    try:
+        model = adapted(replace(lora, init=LoraInit.default))  # others start from weights
+    except ModelError:  # nothing is known of a base on the hub, and loading another says what is wrong
+        return
+    read(model)
 
 
 def is_dora(names: Iterable[str]) -> bool:

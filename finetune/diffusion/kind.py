@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping
 from contextlib import suppress
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,8 +9,9 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from finetune.adapters import lora
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import Config, LoraInit, ModelConfig, Quantize
+from finetune.config.schema import Config, ModelConfig, Quantize
 from finetune.data.images import decode, folder, split
 from finetune.diffusion import card, encode, meta, single_file, task
 from finetune.diffusion import export as exporting
@@ -19,7 +19,7 @@ from finetune.diffusion import sample as sampling
 from finetune.diffusion.brush import Brush
 from finetune.diffusion.memory_model import DiffusionMemoryModel
 from finetune.diffusion.pipeline import base_hash
-from finetune.errors import ConfigError, DataError, ModelError
+from finetune.errors import ConfigError, DataError
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Examples, Workload, previews, validations
@@ -47,12 +47,11 @@ def require(config: Config, device: torch.device) -> None:
 
 
 def require_start(config: Config) -> None:
-    lora = replace(config.lora, init=LoraInit.default)  # others start from weights
-    try:
-        adapted = meta.adapted(config.model, lora, torch.float32, config.seed)
-    except ModelError:  # nothing is known of a base on the hub, and loading another says what is wrong
-        return
-    task.read_start(config.model, adapted, config.lora.start_from)
+    lora.require_start(
+        config.lora,
+        lambda settings: meta.adapted(config.model, settings, torch.float32, config.seed),
+        lambda adapted: task.read_start(config.model, adapted, config.lora.start_from),
+    )
 
 
 def contents(config: Config) -> dict[str, str]:

@@ -2,7 +2,6 @@
 
 import os
 from collections.abc import Mapping
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -10,11 +9,12 @@ import torch
 from torch import Tensor
 
 from finetune import hub
+from finetune.adapters import lora
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import MODEL_KINDS
-from finetune.config.schema import Config, ExportFormat, LoraInit, ModelConfig, Quantize
+from finetune.config.schema import Config, ExportFormat, ModelConfig, Quantize
 from finetune.data.text import readers, store
-from finetune.errors import ConfigError, DataError, ModelError
+from finetune.errors import ConfigError, DataError
 from finetune.language import card, meta, task, tokenize
 from finetune.language import export as exporting
 from finetune.language import sample as sampling
@@ -49,12 +49,11 @@ def require(config: Config, device: torch.device) -> None:
 
 
 def require_start(config: Config) -> None:
-    lora = replace(config.lora, init=LoraInit.default)  # others start from weights
-    try:
-        adapted = meta.adapted(config.model, lora, torch.float32, config.seed)
-    except ModelError:  # nothing is known of a base on the hub, and loading another says what is wrong
-        return
-    task.read_start(adapted, config.lora.start_from)
+    lora.require_start(
+        config.lora,
+        lambda settings: meta.adapted(config.model, settings, torch.float32, config.seed),
+        lambda adapted: task.read_start(adapted, config.lora.start_from),
+    )
 
 
 def contents(config: Config) -> dict[str, str]:

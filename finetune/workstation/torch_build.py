@@ -57,7 +57,7 @@ def _from_torch() -> dict[str, Any]:
 
     found = {"architectures": torch.cuda.get_arch_list(), "gpus": 0, "error": None}
     try:
-        torch.cuda.init()  # type: ignore[no-untyped-call]
+        torch.cuda.current_device()  # starts CUDA, or says why it can't
         found["gpus"] = torch.cuda.device_count()
     except RuntimeError as error:
         found["error"] = str(error).splitlines()[0]

@@ -162,7 +162,7 @@ def slow_ones(monkeypatch: pytest.MonkeyPatch) -> None:
             time.sleep(0.05 if len(batch.names) == 1 else 0.0)
             return loss(batch)
 
-        task.loss = changed  # type: ignore[method-assign]
+        monkeypatch.setattr(task, "loss", changed)
 
     change_tasks(monkeypatch, change)
     monkeypatch.setattr(measured, "REPAID", 0)

@@ -11,7 +11,7 @@ from finetune.workstation import torch_build
 
 REACHES = """
 class cuda:
-    init = staticmethod(lambda: None)
+    current_device = staticmethod(lambda: None)
     get_arch_list = staticmethod(lambda: ["sm_89"])
     device_count = staticmethod(lambda: 1)
 """
@@ -19,7 +19,7 @@ REFUSED = (
     REACHES
     + """
     @staticmethod
-    def init():
+    def current_device():
         raise RuntimeError("CUDA unknown error\\nand more")
 """
 )
