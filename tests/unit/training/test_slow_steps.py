@@ -2,8 +2,8 @@
 
 import itertools
 import json
+import mmap
 import os
-import resource
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -103,7 +103,7 @@ def test_what_happened_between_two_looks(tmp_path: Path, monkeypatch: pytest.Mon
     monkeypatch.setattr(meanwhile, "taken_by_others_s", itertools.count(100.0, 6.0).__next__)
     monkeypatch.setattr(meanwhile, "time", SimpleNamespace(monotonic=itertools.count(0.0, 4.0).__next__))
     monkeypatch.setattr(os, "cpu_count", lambda: 2)
-    monkeypatch.setattr(resource, "getpagesize", lambda: 2**20)
+    monkeypatch.setattr(mmap, "PAGESIZE", 2**20)
     looked = Meanwhile(torch.device("cpu"))
     (tmp_path / "vmstat").write_text("pswpin 110\npswpout 30\n")
     assert looked.since() == {slow_steps.OTHERS_CPU: 0.75, slow_steps.SWAPPED_MIB: 110.0}
