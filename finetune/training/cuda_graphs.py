@@ -89,7 +89,8 @@ class _Graph:
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside: libraries get their handles and workspaces for this stream
             output = function(**self.inputs)
-            found = torch.autograd.grad(output, parameters, torch.zeros_like(output), allow_unused=True)
+            with _as_backward(parameters):
+                found = torch.autograd.grad(output, parameters, torch.zeros_like(output), allow_unused=True)
             trained = [index for index, gradient in enumerate(found) if gradient is not None]
             del output, found
         torch.cuda.current_stream().wait_stream(stream)
@@ -101,7 +102,7 @@ class _Graph:
         with torch.cuda.graph(self.forward, pool=pool, stream=stream):
             output = function(**self.inputs)
         self.upstream = torch.zeros_like(output)
-        with torch.cuda.graph(self.backward, pool=pool, stream=stream):
+        with torch.cuda.graph(self.backward, pool=pool, stream=stream), _as_backward(parameters):
             gradients = torch.autograd.grad(output, [parameter for parameter, _ in self.sums], self.upstream)
             torch._foreach_add_([total for _, total in self.sums], list(gradients))
             del gradients
@@ -121,6 +122,11 @@ class _Graph:
             parameter.grad = total
         if empty:
             torch._foreach_zero_(empty)
+
+
+def _as_backward(parameters: Sequence[nn.Parameter]) -> torch.autocast:
+    """A loss is computed in autocast, its backward pass outside: a function's own would get other dtypes in it."""
+    return torch.autocast(parameters[0].device.type, enabled=False)
 
 
 class _Replay(torch.autograd.Function):

@@ -9,8 +9,10 @@ python -m scripts.bench.stopwatch --gib 24 --out times.json -m MODULE ARGUMENTâ€
 import argparse
 import itertools
 import json
+import os
 import runpy
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -19,11 +21,14 @@ from typing import Any
 import torch
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+LATE = 124  # exit code, as `timeout` has it
+
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--gib", type=float, required=True, help="all that torch may take of the GPU")
     parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seconds", type=float, help="end the program after so many; what was noted stays")
     parser.add_argument("--captions", action="store_true")
     parser.add_argument("--cpu", action="store_true", help="seconds of all cores, which other programs don't change")
     parser.add_argument("-m", dest="module", help="a module instead of a script")
@@ -37,6 +42,10 @@ def main() -> None:
         watch_captions(times, clock)
     else:
         register_optimizer_step_post_hook(lambda *_: times.append(clock()))
+    if given.seconds:
+        watchdog = threading.Timer(given.seconds, end, [given, times])
+        watchdog.daemon = True
+        watchdog.start()
     program = given.module or words.pop(0)
     sys.argv = [program, *words]
     try:
@@ -46,6 +55,13 @@ def main() -> None:
             runpy.run_path(program, run_name="__main__")
     finally:
         given.out.write_text(json.dumps(noted(times)))
+
+
+def end(given: argparse.Namespace, times: list[float]) -> None:
+    """As a machine without power: nothing of the program's own runs any more."""
+    given.out.write_text(json.dumps(noted(times)))
+    print(f"took more than {given.seconds:.0f} s", flush=True)
+    os._exit(LATE)
 
 
 def watch_captions(times: list[float], clock: Callable[[], float]) -> None:

@@ -12,6 +12,7 @@ from finetune.config import compose
 from finetune.config.validate import check
 from scripts.bench.speed import WARM_UP, add_limits, cells, rate, table
 from scripts.bench.speed_rows import ROWS
+from scripts.bench.stopwatch import LATE
 
 ROOT = Path(__file__).resolve().parents[3]
 PROGRAM = """
@@ -42,6 +43,15 @@ def test_the_stopwatch_counts_steps_and_ends_as_the_program_does(code: int, cloc
     assert done.returncode == code
     assert len(noted["steps_s"]) == 4
     assert noted["before_s"] > max(noted["steps_s"])
+
+
+def test_the_stopwatch_ends_what_takes_too_long_and_keeps_what_it_noted(tmp_path: Path) -> None:
+    (tmp_path / "program.py").write_text(PROGRAM.replace("sys.exit", "import time; time.sleep"))
+    words = ["--seconds", "8", "--gib", "24", "--out", str(tmp_path / "times.json"), str(tmp_path / "program.py"), "5"]
+    command = [sys.executable, "-m", "scripts.bench.stopwatch", *words, "600"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stdout) == (LATE, "took more than 8 s\n")
+    assert len(json.loads((tmp_path / "times.json").read_text())["steps_s"]) == 4
 
 
 def test_a_rate_is_of_the_median_step_after_the_warm_up() -> None:
