@@ -1,18 +1,51 @@
-"""The gated activation of UNets' transformer blocks and its gradient: one pass over memory each.
+"""Norms and activations of transformer blocks and their gradients: one pass over memory each.
 
-N tokens, I channels of the feed-forward layer, J twice as many: values, and behind them gates
+B images, L tokens, N of all images, D channels, H heads, E channels of a head, I channels of the feed-forward layer, J
+twice as many: values, and behind them gates
 
 Triton kernels on a GPU, torch's operations elsewhere. All compute in fp32 and round to the dtype of what they are
 given. Tensors are contiguous.
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
 from finetune.training import fast_ops
+
+
+def layer_norm(norm: Any, x_ND: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """What a module of layer norm gives, and mean and inverse deviation of each token."""
+    return torch.native_layer_norm(x_ND, norm.normalized_shape, norm.weight, norm.bias, norm.eps)
+
+
+def layer_norm_backward(norm: Any, dy_ND: Tensor, x_ND: Tensor, mean_N1: Tensor, scale_N1: Tensor) -> Tensor:
+    """The gradient on x of `layer_norm`."""
+    wanted = [True, False, False]
+    dx_ND: Tensor = torch.ops.aten.native_layer_norm_backward(
+        dy_ND, x_ND, norm.normalized_shape, mean_N1, scale_N1, norm.weight, norm.bias, wanted
+    )[0]
+    return dx_ND
+
+
+def turn(x_BLHE: Tensor, weight_E: Tensor, cos_LE: Tensor, sin_LE: Tensor, eps: float) -> Tensor:
+    """Root mean square norm of each head (arXiv 1910.07467), then rotary positions (arXiv 2104.09864) of neighbours.
+
+    cos_LE, sin_LE: both of a pair are alike.
+    """
+    found: Tensor = _OPS.turn(x_BLHE, weight_E, cos_LE, sin_LE, eps)
+    return found
+
+
+def turn_backward(
+    dy_BLHE: Tensor, x_BLHE: Tensor, weight_E: Tensor, cos_LE: Tensor, sin_LE: Tensor, eps: float
+) -> Tensor:
+    """The gradient on x of `turn`."""
+    found: Tensor = _OPS.turn_backward(dy_BLHE, x_BLHE, weight_E, cos_LE, sin_LE, eps)
+    return found
 
 
 def geglu(wide_NJ: Tensor) -> Tensor:
@@ -28,6 +61,20 @@ def geglu_backward_(dy_NI: Tensor, wide_NJ: Tensor) -> None:
 
 class Plain:
     """The same in torch's operations; `triton_kernels` has it for a GPU."""
+
+    @staticmethod
+    def turn(x_BLHE: Tensor, weight_E: Tensor, cos_LE: Tensor, sin_LE: Tensor, eps: float) -> Tensor:
+        normed_BLHE, _ = _normed(x_BLHE, eps)
+        return _rotated(normed_BLHE * weight_E.float(), cos_LE, sin_LE).to(x_BLHE.dtype)
+
+    @staticmethod
+    def turn_backward(
+        dy_BLHE: Tensor, x_BLHE: Tensor, weight_E: Tensor, cos_LE: Tensor, sin_LE: Tensor, eps: float
+    ) -> Tensor:
+        normed_BLHE, scale_BLH1 = _normed(x_BLHE, eps)
+        scaled_BLHE = _rotated(dy_BLHE.float(), cos_LE, -sin_LE) * weight_E.float()
+        along_BLH1 = (scaled_BLHE * normed_BLHE).mean(-1, keepdim=True)
+        return (scale_BLH1 * (scaled_BLHE - normed_BLHE * along_BLH1)).to(x_BLHE.dtype)
 
     @staticmethod
     def geglu(wide_NJ: Tensor) -> Tensor:
@@ -48,6 +95,8 @@ class Plain:
 _OPS = fast_ops.define(
     "finetune_diffusion",
     {
+        "turn": "(Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> Tensor",
+        "turn_backward": "(Tensor dy, Tensor x, Tensor weight, Tensor cos, Tensor sin, float eps) -> Tensor",
         "geglu": "(Tensor wide) -> Tensor",
         "geglu_backward_": "(Tensor(a!) dy, Tensor(b!) wide) -> ()",
     },
@@ -55,3 +104,15 @@ _OPS = fast_ops.define(
     "finetune.diffusion.triton_kernels",
     made={"geglu": lambda wide_NJ: wide_NJ.new_empty(wide_NJ.shape[0], wide_NJ.shape[1] // 2)},
 )
+
+
+def _normed(x_BLHE: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+    wide_BLHE = x_BLHE.float()
+    scale_BLH1 = torch.rsqrt(wide_BLHE.square().mean(-1, keepdim=True) + eps)
+    return wide_BLHE * scale_BLH1, scale_BLH1
+
+
+def _rotated(x_BLHE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:
+    one, two = x_BLHE[..., 0::2], x_BLHE[..., 1::2]
+    cos, sin = cos_LE[:, None, 0::2], sin_LE[:, None, 0::2]
+    return torch.stack([one * cos - two * sin, two * cos + one * sin], -1).flatten(-2)

@@ -2,15 +2,37 @@
 """The operations of `fast_kernels` in one Triton kernel each. Importing this without Triton is an ImportError.
 Types aren't checked here: a kernel's arguments have none of Python's.
 
-N tokens, I channels of the feed-forward layer, of which `wide` has two halves: values and gates
+B images, L tokens, N of all images, H heads, E channels of a head, I channels of the feed-forward layer, of which
+`wide` has two halves: values and gates
 """
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 BLOCK = 1024  # numbers that one program handles
 WARPS = 4
+
+
+def turn(x_BLHE: Tensor, weight_E: Tensor, cos_LE: Tensor, sin_LE: Tensor, eps: float) -> Tensor:
+    y_BLHE, sizes = torch.empty_like(x_BLHE), _sizes(x_BLHE)
+    _turn[(x_BLHE.shape[0] * x_BLHE.shape[1],)](x_BLHE, weight_E, cos_LE, sin_LE, y_BLHE, eps, *sizes, num_warps=WARPS)
+    return y_BLHE
+
+
+def turn_backward(
+    dy_BLHE: Tensor, x_BLHE: Tensor, weight_E: Tensor, cos_LE: Tensor, sin_LE: Tensor, eps: float
+) -> Tensor:
+    dx_BLHE, sizes, count = torch.empty_like(x_BLHE), _sizes(x_BLHE), x_BLHE.shape[0] * x_BLHE.shape[1]
+    _turn_backward[(count,)](dy_BLHE, x_BLHE, weight_E, cos_LE, sin_LE, dx_BLHE, eps, *sizes, num_warps=WARPS)
+    return dx_BLHE
+
+
+def _sizes(x_BLHE: Tensor) -> tuple[int, ...]:
+    _, length, heads, channels = x_BLHE.shape
+    half = channels // 2
+    return length, heads, half, triton.next_power_of_2(heads), triton.next_power_of_2(half)
 
 
 def geglu(wide_NJ: Tensor) -> Tensor:
@@ -23,6 +45,48 @@ def geglu(wide_NJ: Tensor) -> Tensor:
 def geglu_backward_(dy_NI: Tensor, wide_NJ: Tensor) -> None:
     rows, width = dy_NI.shape
     _geglu_backward[(rows, triton.cdiv(width, BLOCK))](dy_NI, wide_NJ, width, BLOCK, num_warps=WARPS)
+
+
+@triton.jit
+def _turn(x, weight, cos, sin, y, eps, length, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, HEADS)[:, None], 2 * tl.arange(0, HALF)[None]
+    known = pair < 2 * half
+    there = (head < heads) & known
+    place = token * heads * 2 * half + head * 2 * half + pair
+    one = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    two = tl.load(x + place + 1, mask=there, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(one * one + two * two, 1) / (2 * half) + eps)[:, None]
+    one *= scale * tl.load(weight + pair, mask=known, other=0.0).to(tl.float32)
+    two *= scale * tl.load(weight + pair + 1, mask=known, other=0.0).to(tl.float32)
+    position = token % length * 2 * half + pair
+    c = tl.load(cos + position, mask=known, other=0.0).to(tl.float32)
+    s = tl.load(sin + position, mask=known, other=0.0).to(tl.float32)
+    tl.store(y + place, (one * c - two * s).to(y.dtype.element_ty), mask=there)
+    tl.store(y + place + 1, (two * c + one * s).to(y.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _turn_backward(dy, x, weight, cos, sin, dx, eps, length, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    token = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, HEADS)[:, None], 2 * tl.arange(0, HALF)[None]
+    known = pair < 2 * half
+    there = (head < heads) & known
+    place = token * heads * 2 * half + head * 2 * half + pair
+    one = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
+    two = tl.load(x + place + 1, mask=there, other=0.0).to(tl.float32)
+    scale = tl.rsqrt(tl.sum(one * one + two * two, 1) / (2 * half) + eps)[:, None]
+    one, two = one * scale, two * scale
+    d_one = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
+    d_two = tl.load(dy + place + 1, mask=there, other=0.0).to(tl.float32)
+    position = token % length * 2 * half + pair
+    c = tl.load(cos + position, mask=known, other=0.0).to(tl.float32)
+    s = tl.load(sin + position, mask=known, other=0.0).to(tl.float32)
+    on_one = (d_one * c + d_two * s) * tl.load(weight + pair, mask=known, other=0.0).to(tl.float32)
+    on_two = (d_two * c - d_one * s) * tl.load(weight + pair + 1, mask=known, other=0.0).to(tl.float32)
+    along = (tl.sum(on_one * one + on_two * two, 1) / (2 * half))[:, None]
+    tl.store(dx + place, (scale * (on_one - one * along)).to(dx.dtype.element_ty), mask=there)
+    tl.store(dx + place + 1, (scale * (on_two - two * along)).to(dx.dtype.element_ty), mask=there)
 
 
 @triton.jit

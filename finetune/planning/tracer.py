@@ -369,6 +369,8 @@ class _Meter(TorchDispatchMode):  # type: ignore[no-untyped-call]
 
 def _flops(function: Any, args: Any, kwargs: Any, result: Any) -> float:
     packet, flops = function._overloadpacket, cast(Any, flop_counter)
+    if packet is torch.ops.aten.addmm_:  # which torch counts as nothing
+        packet = torch.ops.aten.addmm
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu:
         return float(flops.sdpa_flop_count(args[0].shape, args[1].shape, args[2].shape))
     if packet is torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward:

@@ -76,6 +76,11 @@ class Linear:
         return [_fp32_product(dxa_Nr.t(), x_NI), _fp32_product(dy_NO.t(), xa_Nr)]
 
 
+def apply(function: Any, *inputs: Any, adapters: Sequence[Linear]) -> Any:
+    """What a `torch.autograd.Function` makes of its inputs and of all adapters, which get their gradients by it."""
+    return function.apply(*inputs, *parameters(adapters))
+
+
 def parameters(parts: Sequence[Linear]) -> list[Tensor]:
     """Of all adapters, in order."""
     return [parameter for part in parts for parameter in part.parameters()]

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from finetune.adapters import lora as adapters
 from finetune.diffusion.fast_kernels import Plain
 from tests.tiny_families import ATTENTION, save_family
-from tests.unit.diffusion.test_fast_blocks import adapted, flat_of
+from tests.unit.diffusion.test_fast_blocks import adapted, flat_of, of_flux, weighted
 
 pytestmark = pytest.mark.gpu
 
@@ -32,8 +32,29 @@ def test_kernels_are_torchs_operations(shape: tuple[int, int], dtype: torch.dtyp
         torch.testing.assert_close(found, expected, **tolerance)
 
 
+@pytest.mark.parametrize("shape", [(2, 7, 3, 16), (1, 33, 24, 128), (2, 5, 3, 6)])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_are_normed_and_turned_as_by_torchs_operations(
+    shape: tuple[int, int, int, int], dtype: torch.dtype
+) -> None:
+    from finetune.diffusion import triton_kernels as kernels
+
+    random = torch.Generator("cuda").manual_seed(0)
+    x, dy = (torch.randn(shape, generator=random, device="cuda").to(dtype) for _ in range(2))
+    weight = torch.linspace(0.5, 2, shape[3], device="cuda").to(dtype)
+    angles = torch.randn(shape[1], shape[3] // 2, generator=random, device="cuda").repeat_interleave(2, 1)
+    rest = weight, angles.cos(), angles.sin(), 1e-6
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype is torch.float32 else {"rtol": 0.02, "atol": 0.02}
+    torch.testing.assert_close(kernels.turn(x, *rest), Plain.turn(x, *rest), **tolerance)
+    torch.testing.assert_close(kernels.turn_backward(dy, x, *rest), Plain.turn_backward(dy, x, *rest), **tolerance)
+
+
 def gradients(model: nn.Module, dtype: torch.dtype) -> Tensor:
     """Of all adapters, as one, in fp32."""
+    if hasattr(model, "x_embedder"):
+        with torch.device("cuda"), torch.autocast("cuda", dtype=dtype, enabled=dtype is not torch.float32):
+            loss = weighted(of_flux(model.cuda(), torch.Generator("cuda").manual_seed(2)))
+        return flat_of(torch.autograd.grad(loss, adapters.adapter_parameters(model)))
     random = torch.Generator().manual_seed(2)
     noisy, text = (torch.randn(shape, generator=random).cuda() for shape in ((2, 4, 16, 16), (2, 77, 32)))
     more = {"text_embeds": text[:, 0, :16].to(dtype), "time_ids": torch.ones(2, 6, device="cuda").to(dtype)}
@@ -47,12 +68,13 @@ def gradients(model: nn.Module, dtype: torch.dtype) -> Tensor:
     return flat_of(found)
 
 
-def test_gradients_are_no_coarser_than_those_of_plain_blocks(tmp_path: Path) -> None:
-    save_family(tmp_path, "sdxl")
+@pytest.mark.parametrize(("kind", "part"), [("sdxl", "unet"), ("flux", "transformer")])
+def test_gradients_are_no_coarser_than_those_of_plain_blocks(tmp_path: Path, kind: str, part: str) -> None:
+    save_family(tmp_path, kind)
     targets = [*ATTENTION, "ff.net.0.proj", "ff.net.2"]
-    exact = gradients(adapted(tmp_path / "unet", targets, fast=False), torch.float32)
+    exact = gradients(adapted(tmp_path / part, targets, fast=False), torch.float32)
     errors = []
     for fast in (False, True):
-        model = adapted(tmp_path / "unet", targets, fast=fast, dtype=torch.bfloat16)
+        model = adapted(tmp_path / part, targets, fast=fast, dtype=torch.bfloat16)
         errors.append(float((gradients(model, torch.bfloat16) - exact).norm() / exact.norm()))
     assert errors[1] <= 1.1 * errors[0] < 0.2

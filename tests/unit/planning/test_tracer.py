@@ -94,6 +94,16 @@ def test_sizes_are_those_of_allocated_blocks() -> None:
     assert evaluated(lambda: torch.empty(129)).peak.live == 1024
 
 
+def test_a_product_onto_a_tensor_is_as_much_arithmetic_as_one_beside_it() -> None:
+    def beside() -> None:
+        torch.addmm(torch.empty(WIDE, WIDE), torch.empty(WIDE, 8), torch.empty(8, WIDE))
+
+    def onto() -> None:
+        torch.empty(WIDE, WIDE).addmm_(torch.empty(WIDE, 8), torch.empty(8, WIDE))
+
+    assert evaluated(beside).flops == evaluated(onto).flops == 2 * WIDE * 8 * WIDE
+
+
 def test_attention_keeps_no_scores() -> None:
     heads, length, channels = 4, 2048, 64
     one = heads * length * channels * FLOAT
