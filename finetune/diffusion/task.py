@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from finetune.adapters import lora as lora_layers
 from finetune.adapters.formats import StoredAdapter
-from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, SampleConfig
+from finetune.config.schema import LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.config.spelling import setting
 from finetune.data import order
 from finetune.data.cache import read
@@ -229,8 +229,11 @@ def predict(
 
 
 def replayable(model: ModelConfig) -> bool:
-    """Whether the passes of the backbone may be replayed as CUDA graphs where all activations are kept on the GPU."""
-    return family(model.family).capturable and not model.offload
+    """Whether the passes of the backbone may be replayed as CUDA graphs where all activations are kept on the GPU.
+
+    Layers in int8 look for outliers, for which the host waits.
+    """
+    return family(model.family).capturable and not model.offload and model.quantize is not Quantize.int8
 
 
 def errors(objective: Objective, predicted_BChw: Tensor, tensors: Mapping[str, Tensor]) -> Tensor:

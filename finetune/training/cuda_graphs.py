@@ -12,6 +12,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from finetune.errors import is_out_of_memory
+from finetune.run.plain import first_line
+from finetune.run.progress import say
+
 MOST = 32  # shapes that are captured; each keeps its inputs and gradients
 SLACK = 2**29  # bytes that a capture may take beyond the passes themselves: workspaces, what allocators round up
 
@@ -36,14 +40,9 @@ class CudaGraphs:
     def __call__(self, tensors: Mapping[str, Tensor]) -> Tensor:
         """What the function makes of them."""
         key = tuple((name, tensor.shape, tensor.dtype) for name, tensor in tensors.items())
-        if key not in self.graphs:
-            if key not in self.seen or len(self.graphs) >= MOST or not self._fits():
-                self.seen.add(key)
-                self.make_room()
-                return self.function(**tensors)
-            self.pool = self.pool or torch.cuda.graph_pool_handle()
-            self.stream = self.stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
-            self.graphs[key] = _Graph(self.function, tensors, self.parameters, self.sums, self.pool, self.stream)
+        if key not in self.graphs and not self._captured(key, tensors):
+            self.make_room()
+            return self.function(**tensors)
         graph = self.graphs[key]
         found: Tensor = _Replay.apply(graph, tensors, graph.anchor)  # type: ignore[no-untyped-call]
         return found
@@ -57,6 +56,26 @@ class CudaGraphs:
             self.graphs.clear()
             self.pool = None
             torch.cuda.empty_cache()
+
+    def _captured(self, key: Any, tensors: Mapping[str, Tensor]) -> bool:
+        """Make the graph of these shapes, if they were met before and it finds room."""
+        if key not in self.seen or len(self.graphs) >= MOST or not self._fits():
+            self.seen.add(key)
+            return False
+        self.pool = self.pool or torch.cuda.graph_pool_handle()
+        self.stream = self.stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        random = torch.cuda.get_rng_state()
+        try:
+            self.graphs[key] = _Graph(self.function, tensors, self.parameters, self.sums, self.pool, self.stream)
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+            say(f"train: a step can't be a CUDA graph here ({first_line(error)}); training goes on without")
+            self.limit = 0.0
+            return False
+        finally:
+            torch.cuda.set_rng_state(random)  # dropout draws what it would draw without a capture
+        return True
 
     def _fits(self) -> bool:
         return torch.cuda.memory_allocated() + _largest() + SLACK <= self.limit
@@ -85,7 +104,6 @@ class _Graph:
     ) -> None:
         self.anchor = torch.zeros((), requires_grad=True)
         self.inputs = {name: tensor.clone() for name, tensor in tensors.items()}
-        random = torch.cuda.get_rng_state()
         stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(stream):  # once outside: libraries get their handles and workspaces for this stream
             output = function(**self.inputs)
@@ -107,7 +125,6 @@ class _Graph:
             torch._foreach_add_([total for _, total in self.sums], list(gradients))
             del gradients
         self.output = output.detach()
-        torch.cuda.set_rng_state(random)  # dropout draws what it would draw without a capture
 
     def take_over(self) -> None:
         """Let each parameter's `.grad` be its sum: what it holds already, or zero."""

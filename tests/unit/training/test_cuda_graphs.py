@@ -1,5 +1,6 @@
 """What is captured is the pass as it is without a capture; on a CPU by stand-ins for what only a GPU has."""
 
+import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
 from types import SimpleNamespace
@@ -56,3 +57,34 @@ def test_backward_passes_are_captured_outside_autocast(captures: None) -> None:
         loss.backward()
     assert graphs.graphs
     assert set(seen) == {("forward", True), ("backward", False)}
+
+
+def test_what_cannot_be_captured_is_computed_and_said_once(captures: None, capsys: pytest.CaptureFixture[str]) -> None:
+    layer, calls = nn.Linear(4, 4), itertools.count(1)
+
+    def waiting(x: Tensor) -> Tensor:
+        if next(calls) == 2:  # the first in a capture
+            raise RuntimeError("operation not permitted when stream is capturing")
+        return layer(x).sum()  # type: ignore[no-any-return]
+
+    graphs = CudaGraphs(waiting, list(layer.parameters()), 2.0**40)
+    for _ in range(4):
+        assert graphs({"x": torch.ones(2, 4)}) == layer(torch.ones(2, 4)).sum()
+    assert not graphs.graphs
+    said = capsys.readouterr().err.splitlines()
+    reason = "operation not permitted when stream is capturing"
+    assert said == [f"train: a step can't be a CUDA graph here ({reason}); training goes on without"]
+
+
+def test_memory_that_runs_out_in_a_capture_is_for_the_fallbacks(captures: None) -> None:
+    layer, calls = nn.Linear(4, 4), itertools.count(1)
+
+    def large(x: Tensor) -> Tensor:
+        if next(calls) == 2:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return layer(x).sum()  # type: ignore[no-any-return]
+
+    graphs = CudaGraphs(large, list(layer.parameters()), 2.0**40)
+    graphs({"x": torch.ones(2, 4)})
+    with pytest.raises(torch.OutOfMemoryError):
+        graphs({"x": torch.ones(2, 4)})
