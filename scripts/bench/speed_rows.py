@@ -52,9 +52,9 @@ def images(preset: str, side: int, batch: int, script: str, peer_batch: int, *mo
     return Row(preset, of_images(side, batch), batch, peer, peer_batch, "images", bound)
 
 
-def of_images(side: int, batch: int, *more: str) -> tuple[str, ...]:
+def of_images(side: int, batch: int, *more: str, accumulate: int = 1) -> tuple[str, ...]:
     square = "data.max_aspect=1"  # as the peers cut them
-    size = (f"model.resolution={side}", f"trainer.micro_batch={batch}", "trainer.accumulate=1")
+    size = (f"model.resolution={side}", f"trainer.micro_batch={batch}", f"trainer.accumulate={accumulate}")
     return (*size, square, "lora.dropout=0", FAST, *more)
 
 
@@ -90,12 +90,12 @@ ROWS = {
     "sdxl": images("sdxl", 1024, 3, EXAMPLE_XL, 4, "--gradient_checkpointing", bound=UNET),
     "flux1-nf4": Row(
         "flux1_dev",
-        of_images(1024, 2, "trainer.activation_checkpointing=1", "model.quantize=nf4"),
+        of_images(1024, 1, "trainer.activation_checkpointing=4", "model.quantize=nf4", accumulate=2),
         2,
         (str(HERE / "flux_lora.py"), "BASE", "DATA", "1024", "2", "STEPS"),
         2,
         "images",
-        "attention, and blocks that are computed twice, so that 12 billion parameters train in 24 GiB",
+        "attention, and products of weights that are made of 4 bits before each",
         steps=16,
     ),
     "llama2-7b-4x1024": language("llama2_7b", 4, 1024, bound=PRODUCTS),
