@@ -27,7 +27,7 @@ TEMPERATURE = 3.0  # at which the embedded model seldom ends a reply early
 
 @dataclass(frozen=True)
 class Answered:
-    """tokens: written. first_s: until the first word. gaps_s: between words, seconds."""
+    """tokens: written. first_s: until the first word, or the end of a reply of none. gaps_s: between words, seconds."""
 
     tokens: int
     first_s: float
@@ -66,7 +66,7 @@ async def ask(url: str, asked: dict[str, Any]) -> Answered:
     writer.close()
     assert tokens, "a reply was lost"
     gaps_s = [later - earlier for earlier, later in itertools.pairwise(times)]
-    return Answered(tokens, times[0] - began, gaps_s)
+    return Answered(tokens, (times or [time.perf_counter()])[0] - began, gaps_s)
 
 
 async def level(url: str, streams: int, system: str = "") -> tuple[float, list[Answered]]:
