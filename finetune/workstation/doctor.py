@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import re
 import shutil
 import textwrap
 from collections.abc import Sequence
@@ -17,7 +18,7 @@ from finetune.workstation.verdicts import Check, Verdict, worst
 EXIT_CODES = {Verdict.ok: 0, Verdict.unknown: 0, Verdict.warn: 1, Verdict.bad: 2}
 LEAST_S, MOST_S = 1.0, 3600.0
 WIDTH = 80  # columns; a narrower terminal gets its own width
-UNBROKEN = 1000  # a command to copy stays in one line
+PARTS = re.compile(r"(?<=[;:,] )|(?<= && )")  # of a cure: a command to copy stays in one line
 
 
 def main(words: Sequence[str]) -> int:
@@ -32,7 +33,7 @@ def main(words: Sequence[str]) -> int:
 
 
 def doctor(load_s: float = 0.0) -> list[Check]:
-    """Every check of this machine. Nothing is changed or written.
+    """Every check of this machine. Nothing is changed, and nothing is written but what torch has code for.
 
     load_s: with more than 0 also those of a machine at work: so long on the CPU, and so long on each GPU. Its speeds
     are appended to `history.file()`.
@@ -61,13 +62,23 @@ def text(checks: Sequence[Check]) -> str:
             for name in ("limit", "cost", "cure"):
                 if said := getattr(check, name):
                     more = f" ({check.source})" if name == "limit" and check.source else ""
-                    lines += _wrapped(f"{'':8}{name}: ", f"{said}{more}", columns if name != "cure" else UNBROKEN)
+                    wrapped = _in_parts if name == "cure" else _wrapped
+                    lines += wrapped(f"{'':8}{name}: ", f"{said}{more}", columns)
     counts = [f"{sum(check.verdict is verdict for check in checks)} {verdict.name}" for verdict in Verdict]
     return "\n".join([*lines, "", f"{len(checks)} checks: {', '.join(counts)}"])
 
 
 def _wrapped(head: str, said: str, columns: int) -> list[str]:
     return textwrap.wrap(said, columns, initial_indent=head, subsequent_indent=" " * len(head))
+
+
+def _in_parts(head: str, said: str, columns: int) -> list[str]:
+    lines = [""]
+    for part in PARTS.split(said):
+        if lines[-1] and len(head) + len((lines[-1] + part).rstrip()) > columns:
+            lines.append("")
+        lines[-1] += part
+    return [f"{head if number == 0 else ' ' * len(head)}{line.rstrip()}" for number, line in enumerate(lines)]
 
 
 def _seconds(text: str) -> float:

@@ -1,6 +1,6 @@
 """What is found on this machine, as one plain value: it can be printed, kept, and judged later or elsewhere.
 
-None stands for what can't be told here. Nothing is changed, and nothing is written.
+None stands for what can't be told here. Nothing is changed, and nothing is written but what torch has code for.
 """
 
 import os
@@ -14,32 +14,36 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+from finetune.reading import at_home
 from finetune.workstation import containers, linux, nvml, torch_build, versions
 
 GIB = 2**30
 MANY = 10_000  # files whose rights are asked for within a tenth of a second
 FREQUENCY = Path("/sys/devices/system/cpu/cpu0/cpufreq")
-HIDING = ("CUDA_VISIBLE_DEVICES", "NVIDIA_VISIBLE_DEVICES")
+TORCH = "torch.json"  # in `state`
 IN_CONTAINER = (Path("/.dockerenv"), Path("/run/.containerenv"))
 PLACES = {"outputs": Path("outputs"), "temporary files": Path("/tmp"), "shared memory": Path("/dev/shm")}
 
 
 def read() -> dict[str, Any]:
-    """Every fact, within about a second; with a build of torch for CUDA as long as its import takes, elsewhere."""
+    """Every fact, within about a second; with a build of torch for CUDA that is met for the first time, as long as its
+    import takes in a program of its own."""
     import psutil
 
-    torch = torch_build.ask()
+    driver = nvml.read()
+    torch = torch_build.ask(state() / TORCH, gpus=bool(driver.get("gpus")))
     memory, swap = psutil.virtual_memory(), psutil.swap_memory()
     return {
         "time": time.time(),
         "host": socket.gethostname(),
         "system": f"{platform.system()} {platform.release()}",
         "container": any(path.exists() for path in IN_CONTAINER),
-        "nvml": nvml.read(),
-        "hiding": {name: os.environ[name] for name in HIDING if name in os.environ},
+        "nvml": driver,
+        "visible_devices": os.environ.get("CUDA_VISIBLE_DEVICES"),
         "ram_gib": round(memory.total / GIB, 1),
         "ram_free_gib": round(memory.available / GIB, 1),
         "ram_limit_gib": _scaled(linux.memory_limit(), GIB),
+        "swap_gib": round(swap.total / GIB, 1),
         "swap_used_gib": round(swap.used / GIB, 1),
         "swappiness": linux.number(linux.PROC / "sys" / "vm" / "swappiness"),
         "threads": os.cpu_count(),
@@ -48,6 +52,7 @@ def read() -> dict[str, Any]:
         "governor": linux.text(FREQUENCY / "scaling_governor"),
         "frequency_driver": linux.text(FREQUENCY / "scaling_driver"),
         "open_files": resource.getrlimit(resource.RLIMIT_NOFILE)[0],
+        "open_files_most": resource.getrlimit(resource.RLIMIT_NOFILE)[1],
         "places": {name: found for name, path in places().items() if (found := _place(path))},
         "clock_synchronized": linux.clock_synchronized(),
         "xids": linux.xids(),
@@ -58,6 +63,12 @@ def read() -> dict[str, Any]:
         "load": None,
         "records": {},
     }
+
+
+def state() -> Path:
+    """Where doctor remembers. Of the user, not of a folder of runs, because it is about the machine; where such files
+    belong by the XDG base directory specification."""
+    return at_home(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "finetune"
 
 
 def hub() -> dict[str, Any]:

@@ -7,6 +7,8 @@ from finetune.run.progress import plural
 from finetune.workstation.nvml import POWER_CAP
 from finetune.workstation.verdicts import Check, Facts, Verdict, check_of
 
+REBOOT = "sudo reboot (it ends all that is at work)"
+SILENT = "the driver does not say"
 MISMATCH = "version mismatch"  # of driver and library, as NVML says it
 IDLE_GIB = 1.0  # a desktop and a context or two
 WIDTH, GENERATION = 16, 4  # of PCIe
@@ -41,7 +43,7 @@ def _driver(facts: Facts) -> Iterator[Check]:
     if error and MISMATCH in error.lower():
         yield Check(
             "driver", Verdict.bad, error, "one version of the NVIDIA driver's module and library", "NVIDIA driver",
-            "no program can use the GPU", "sudo reboot",
+            "no program can use the GPU", REBOOT,
         )  # fmt: skip
     elif error:
         yield Check(
@@ -50,7 +52,8 @@ def _driver(facts: Facts) -> Iterator[Check]:
             "start the container with --gpus all" if facts["container"] else "install your system's NVIDIA driver",
         )  # fmt: skip
     else:
-        names = ", ".join(str(gpu["name"]) for gpu in found["gpus"]) or "no GPU"
+        counts = Counter(str(gpu["name"]) for gpu in found["gpus"])
+        names = ", ".join(f"{count} {name}" if count > 1 else name for name, count in counts.items()) or "no GPU"
         yield check_of(
             "driver", not found["gpus"], Verdict.bad, f"driver {found['driver']} with {names}",
             limit="at least one GPU", source="NVML", cost="training runs on the CPU", cure="lspci | grep -i nvidia",
@@ -73,25 +76,33 @@ def _torch(facts: Facts) -> Iterator[Check]:
         "driver-for-torch", has and has // 1000 < needs, Verdict.bad,
         f"the driver runs CUDA {has // 1000}.{has % 1000 // 10}" if has else "the driver does not say",
         limit=f"CUDA {needs}", source="the CUDA that torch was built for; minor versions are compatible",
-        cost="torch finds no GPU", cure="update the NVIDIA driver, then reboot",
+        cost="torch finds no GPU", cure=f"update the NVIDIA driver, then: {REBOOT}",
     )  # fmt: skip
-    hiding = {name: value for name, value in facts["hiding"].items() if value.strip() in ("", "-1", "none", "void")}
-    shown = ", ".join(f"{name}={value!r}" for name, value in hiding.items()) or "no variable hides a GPU"
-    name = next(iter(hiding), "")
-    yield check_of(
-        "hidden", bool(hiding), Verdict.bad, shown, limit="unset", source="CUDA", cost="the GPU stays unused",
-        cure=f"unset {name}",
-    )  # fmt: skip
-    mig = [gpu for gpu in gpus if gpu["mig"]]
-    seen = f"torch sees {torch['gpus']} of {len(gpus)} GPUs"
-    blind = torch["gpus"] == 0 and not hiding
-    yield check_of(
-        "torch-sees", blind, Verdict.bad, f"{seen}: {torch['error']}" if torch["error"] else seen, limit="at least one",
-        source="torch.cuda", cost="training runs on the CPU",
-        cure="make an instance: sudo nvidia-smi mig -cgi 0 -C" if mig else "sudo reboot",
-    )  # fmt: skip
+    yield from _reached(facts["visible_devices"], torch, gpus)
     for gpu in gpus:
         yield _architecture(gpu, torch["architectures"])
+
+
+def _reached(visible: str | None, torch: Facts, gpus: list[Facts]) -> Iterator[Check]:
+    """visible: CUDA_VISIBLE_DEVICES. By choice it hides some GPUs, hardly all; without it CUDA shows every one."""
+    shown, mig = torch["gpus"], any(gpu["mig"] for gpu in gpus)
+    hidden = visible is not None and shown == 0
+    fact = "CUDA_VISIBLE_DEVICES is not set" if visible is None else f"CUDA_VISIBLE_DEVICES={visible!r}"
+    yield check_of(
+        "hidden", None if visible is not None and shown is None else hidden, Verdict.bad,
+        f"{fact} hides every GPU" if hidden else fact,
+        limit="unset, or numbers of GPUs", source="CUDA", cost="the GPU stays unused",
+        cure="unset CUDA_VISIBLE_DEVICES",
+    )  # fmt: skip
+    seen = "CUDA does not say which GPUs it shows" if shown is None else f"CUDA shows {shown} of {len(gpus)} GPUs"
+    fewer = shown is not None and visible is None and (shown == 0 or (shown < len(gpus) and not mig))
+    yield check_of(
+        "cuda-gpus", None if shown is None else fewer, Verdict.warn if shown else Verdict.bad,
+        f"{seen}: {torch['error']}" if torch["error"] else seen,
+        limit="at least one" if visible is not None or mig else "all", source="cuDeviceGetCount of the NVIDIA driver",
+        cost="the others stay unused" if shown else "training runs on the CPU",
+        cure="make an instance: sudo nvidia-smi mig -cgi 0 -C" if mig else REBOOT,
+    )  # fmt: skip
 
 
 def _architecture(gpu: Facts, built: list[str]) -> Check:
@@ -103,7 +114,7 @@ def _architecture(gpu: Facts, built: list[str]) -> Check:
     name = "?" if capability is None else f"sm_{capability[0]}{capability[1]}"
     return check_of(
         f"architecture-{gpu['index']}", not runs if known else None, Verdict.bad, f"{gpu['name']} is {name}",
-        limit=", ".join(built) or "not told", source="torch.cuda.get_arch_list",
+        limit=", ".join(built) or SILENT, source="torch.cuda.get_arch_list",
         cost="programs end with 'no kernel image'", cure="install a torch that was built for this GPU",
     )  # fmt: skip
 
@@ -121,22 +132,21 @@ def _gpus(facts: Facts) -> Iterator[Check]:
 def _others(gpu: Facts) -> Check:
     used, programs = gpu["used_gib"], gpu["processes"] or []
     names = ", ".join(f"{one['name'] or 'a program'} ({one['pid']}): {one['mib'] or '?'} MiB" for one in programs)
-    fact = (
-        "not told"
-        if used is None
-        else f"{used:.1f} of {gpu['memory_gib']:.1f} GiB in use" + (f" by {names}" if names else "")
-    )
+    fact = SILENT if used is None else f"{used:.1f} of {gpu['memory_gib']:.1f} GiB in use"
+    known = ",".join(str(one["pid"]) for one in programs if one["name"])  # the others are of another container
     return check_of(
-        f"memory-in-use-{gpu['index']}", None if used is None else used > IDLE_GIB, Verdict.warn, fact,
+        f"memory-in-use-{gpu['index']}", None if used is None else used > IDLE_GIB, Verdict.warn,
+        fact + (f" by {names}" if names else ""),
         limit=f"under {IDLE_GIB:.0f} GiB before training", source="NVML", cost="that much less for training",
-        cure=f"kill {programs[0]['pid']}" if programs else "end other programs that use the GPU",
+        cure="wait until it is over, or have it ended" + (f"; whose it is: ps -o user,etime,args -p {known}" if known
+        else ", perhaps outside this container"),
     )  # fmt: skip
 
 
 def _throttling(gpu: Facts) -> Check:
     found = gpu["throttling"]
     serious = [reason for reason in found or [] if reason != POWER_CAP]
-    fact = "not told" if found is None else ", ".join(found) or "nothing slows it down now"
+    fact = SILENT if found is None else ", ".join(found) or "nothing slows it down now"
     temperature = f" at {gpu['temperature_c']} °C" if gpu["temperature_c"] is not None and found else ""
     return check_of(
         f"throttling-{gpu['index']}", None if found is None else bool(serious), Verdict.bad, fact + temperature,
@@ -150,8 +160,8 @@ def _power_limit(gpu: Facts) -> Check:
     known = limit is not None and usual is not None
     return check_of(
         f"power-limit-{gpu['index']}", limit < usual - 1 if known else None, Verdict.warn,
-        f"{limit:.0f} W" if limit is not None else "not told",
-        limit=f"{usual:.0f} W" if usual is not None else "not told", source="the card's default",
+        f"{limit:.0f} W" if limit is not None else SILENT,
+        limit=f"{usual:.0f} W" if usual is not None else SILENT, source="the card's default",
         cost="lower clocks under load; wanted by some, for noise and heat",
         cure=f"sudo nvidia-smi -i {gpu['index']} -pl {usual:.0f}" if known else "",
     )  # fmt: skip
@@ -163,8 +173,8 @@ def _link(gpu: Facts) -> Check:
     known = width is not None and most is not None
     return check_of(
         f"pcie-width-{gpu['index']}", width < most if known else None, Verdict.warn,
-        f"x{width}, generation {gpu['pcie']['generation']} now" if known else "not told",
-        limit=f"x{most}, generation {gpu['pcie']['most_generation']} under load" if known else "not told",
+        f"x{width}, generation {gpu['pcie']['generation']} now" if known else SILENT,
+        limit=f"x{most}, generation {gpu['pcie']['most_generation']} under load" if known else SILENT,
         source="what card and slot can do", cost="offloaded blocks and batches arrive slower",
         cure="put the card into the slot next to the CPU, and check the slot's setting in the firmware",
     )  # fmt: skip
@@ -181,7 +191,7 @@ def _slot(gpu: Facts) -> Check:
     held_back = any(slot < min(card, enough) for _, card, slot, enough in known)
     return check_of(
         f"pcie-slot-{gpu['index']}", held_back if known else None, Verdict.warn,
-        "; ".join(f"card {unit}{card}, slot {unit}{slot}" for unit, card, slot, _ in known) or "not told",
+        "; ".join(f"card {unit}{card}, slot {unit}{slot}" for unit, card, slot, _ in known) or SILENT,
         limit=f"x{WIDTH}, generation {GENERATION}, as far as the card can", source="16 GT/s feed a 24 GB GPU",
         cost="offloaded blocks and batches arrive slower",
         cure="put the card into another slot, in most machines the one next to the CPU",
@@ -195,14 +205,14 @@ def _xids(facts: Facts) -> Iterator[Check]:
     codes = Counter(xid["code"] for xid in found or [])
     serious = [code for code in codes if code not in PROGRAM_XIDS]
     words = [f"Xid {code}{XIDS.get(code, '')}, {plural(count, 'time')}" for code, count in codes.items()]
-    told = "none since the start" if found is not None else "only root may read the kernel's log here: sudo"
+    told = "none since the machine started" if found is not None else "only root may read the kernel's log here: sudo"
     last = f"; the last {found[-1]['hours_ago']:.1f} hours ago at {found[-1]['bus']}" if found else ""
     yield check_of(
         "xid", None if found is None else bool(found), Verdict.bad if serious else Verdict.warn,
         "; ".join(words) + last or told,
         limit="none", source="the kernel's log", cost="runs end with CUDA errors; of hardware it comes again",
         cure=(
-            "sudo reboot; if it comes again: power cables, riser, heat, remapped rows; else have the card replaced"
+            f"{REBOOT}; if it comes again: power cables, riser, heat, remapped rows; else have the card replaced"
             if serious
             else "look at what ran then: most such errors are of a program"
         ),
@@ -213,20 +223,21 @@ def _health(gpu: Facts) -> Iterator[Check]:
     index = gpu["index"]
     yield check_of(
         f"recovery-{index}", None if gpu["recovery"] is None else bool(gpu["recovery"]), Verdict.bad,
-        "not told" if gpu["recovery"] is None else gpu["recovery"] or "no action wanted", limit="no action wanted",
-        source="the driver", cost="results may be wrong until then", cure="end all programs, then: sudo reboot",
+        SILENT if gpu["recovery"] is None else gpu["recovery"] or "the driver requires no reset",
+        limit="no reset required", source="the driver", cost="results may be wrong until then",
+        cure=f"end all programs, then: {REBOOT}",
     )  # fmt: skip
     errors = gpu["ecc_errors"]
     yield check_of(
         f"ecc-{index}", None if errors is None else errors > 0, Verdict.bad,
-        "not told; most GeForce cards have no ECC" if errors is None else f"{errors} uncorrected memory errors",
-        limit="0 since the driver was loaded", source="NVML", cost="results may be wrong", cure="sudo reboot",
+        f"{SILENT}; most GeForce cards have no ECC" if errors is None else f"{errors} uncorrected memory errors",
+        limit="0 since the driver was loaded", source="NVML", cost="results may be wrong", cure=REBOOT,
     )  # fmt: skip
     rows = gpu["remapped_rows"]
     failing = None if rows is None else bool(rows["pending"] or rows["failed"] or rows["uncorrected"])
     yield check_of(
         f"remapped-rows-{index}", failing, Verdict.bad,
-        "not told" if rows is None else ", ".join(f"{count} {name}" for name, count in rows.items()),
+        SILENT if rows is None else ", ".join(f"{count} {name}" for name, count in rows.items()),
         limit="0 uncorrected, pending or failed", source="NVML", cost="the card's memory is wearing out",
-        cure="sudo reboot; where rows have failed, have the card replaced",
+        cure=f"{REBOOT}; where rows have failed, have the card replaced",
     )  # fmt: skip

@@ -1,20 +1,21 @@
 """What this machine measured under load before, and whether it is slower now: a line of JSON a load."""
 
 import json
-import os
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from finetune.reading import at_home, read_text
+from finetune.reading import read_text
 from finetune.run.progress import say
+from finetune.workstation.facts import state
 from finetune.workstation.gpu_checks import IDLE_GIB
 from finetune.workstation.load_checks import gpu_name
 from finetune.workstation.verdicts import Check, Facts, Verdict, check_of, place_id
 
 BUSY = 0.1  # of the CPUs: more than a desktop takes that nobody uses
+ALIKE = 0.005  # less is 0 %
 STEADY, SHAKY = 0.10, 0.30
 """How much slower than the record is a finding, of processors and links, and of disks. A choice: `finetune bench` takes
 5 % of short work for chance, a disk's rate depends on what is on it, and 12 % should be found."""
@@ -34,9 +35,8 @@ class Figure:
 
 
 def file() -> Path:
-    """Of the user, not of a folder of runs, because it is the machine's; where histories belong by the XDG base
-    directory specification."""
-    return at_home(os.environ.get("XDG_STATE_HOME") or "~/.local/state") / "finetune" / "doctor.jsonl"
+    """Of every load on this machine."""
+    return state() / "doctor.jsonl"
 
 
 def figures(facts: Facts) -> Iterator[Figure]:
@@ -48,7 +48,8 @@ def figures(facts: Facts) -> Iterator[Figure]:
             yield from _of_gpu(gpu, load["seconds"], known.get(gpu["index"], {}).get("used_gib"), busy)
     cpu = load["cpu"]
     which = f"products of {load['seconds']:g} s, {cpu['name']}, {cpu['threads']} threads"
-    yield Figure("cpu", which, cpu["gflops"], "GFLOP/s", STEADY, busy)
+    if not cpu["error"]:
+        yield Figure("cpu", which, cpu["gflops"], "GFLOP/s", STEADY, busy)
     for disk in load["disks"]:
         if disk.get("error"):
             continue
@@ -82,9 +83,10 @@ def _against(best: dict[str, Any] | None, figure: Figure, now: dict[str, str]) -
     then += "".join(f", with {name} {was}" for name, was in best["versions"].items() if was != now.get(name))
     faulty = less > figure.scatter
     doubtful = faulty and bool(figure.disturbed)
+    against = f"the best so far; {then}" if less <= 0 else f"{less:.0%} slower than {then}"
     return check_of(
         id_, None if doubtful else faulty, Verdict.warn,
-        fact + (f", {less:.0%} slower than {then}" if less > 0 else f", the best so far; {then}")
+        f"{fact}, {f'as fast as {then}' if 0 < less < ALIKE else against}"
         + (f"; {figure.disturbed}" if doubtful else ""),
         limit=f"at most {figure.scatter:.0%} slower than ever before", source=str(file()),
         cost="everything takes longer than it did",

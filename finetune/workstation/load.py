@@ -13,7 +13,8 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import is_gpu_out_of_memory
-from finetune.run.progress import plural, progress, say
+from finetune.run.plain import first_line
+from finetune.run.progress import progress, say
 from finetune.workstation import disk_speed, facts, kernels, linux, nvml
 from finetune.workstation.meanwhile import taken_by_others_s
 
@@ -33,8 +34,8 @@ def read(seconds: float, found: dict[str, Any]) -> dict[str, Any]:
     """Work for so many seconds on the CPU, and then on each GPU. found: what `facts.read` says of the machine."""
     import torch
 
-    gpus = range(found["torch"]["gpus"])
-    each = f" and {seconds:g} s on each of {plural(len(gpus), 'GPU')}" if gpus else ""
+    gpus = range(torch.cuda.device_count() if torch.cuda.is_available() else 0)
+    each = f" and {seconds:g} s on {'the GPU' if len(gpus) == 1 else f'each of {len(gpus)} GPUs'}" if gpus else ""
     say(f"libraries and disks first, then {seconds:g} s on the CPU{each}")
     loaded: dict[str, Any] = {"seconds": seconds, "gpus": []}
     began, others = time.perf_counter(), taken_by_others_s()
@@ -68,16 +69,15 @@ def _disks() -> list[dict[str, Any]]:
 def _cpu(seconds: float) -> dict[str, Any]:
     import torch
 
+    cpu: dict[str, Any] = {"name": facts.processor(), "threads": torch.get_num_threads()}
     throttled = _throttle_count()
-    rates, wrong = products(torch.device("cpu"), torch.float32, CPU_SIDE, seconds)
+    try:
+        rates, wrong = products(torch.device("cpu"), torch.float32, CPU_SIDE, seconds)
+        cpu |= {"gflops": round(median(rates) / 1e9, 1), "wrong": wrong, "error": None}
+    except Exception as error:  # the other figures stay
+        cpu |= {"error": first_line(error)}
     after = _throttle_count()
-    return {
-        "name": facts.processor(),
-        "threads": torch.get_num_threads(),
-        "gflops": round(median(rates) / 1e9, 1),
-        "wrong": wrong,
-        "throttled": None if throttled is None or after is None else after - throttled,
-    }
+    return cpu | {"throttled": None if throttled is None or after is None else after - throttled}
 
 
 def _throttle_count() -> int | None:
@@ -94,19 +94,20 @@ def of_gpu(number: int, seconds: float, known: list[dict[str, Any]]) -> dict[str
     from finetune.memory.device import pick_dtype
 
     device = torch.device("cuda", number)
-    uuid = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
-    index = next((gpu["index"] for gpu in known if gpu["uuid"] == uuid), None)
-    dtype = pick_dtype(Precision.auto, device)
-    gpu: dict[str, Any] = {"index": index, "number": number, "uuid": uuid, "dtype": str(dtype).removeprefix("torch.")}
-    with torch.cuda.device(device), sampled(index) as samples:
-        try:
+    gpu: dict[str, Any] = {"index": None, "number": number, "uuid": None, "dtype": None, "samples": []}
+    try:
+        gpu["uuid"] = f"GPU-{torch.cuda.get_device_properties(device).uuid}"
+        gpu["index"] = next((one["index"] for one in known if one["uuid"] == gpu["uuid"]), None)
+        dtype = pick_dtype(Precision.auto, device)
+        gpu["dtype"] = str(dtype).removeprefix("torch.")
+        with torch.cuda.device(device), sampled(gpu["index"]) as gpu["samples"]:
             gpu["copy_gb_per_s"] = round(median(copies(device)) / 1e9, 2)
             rates, wrong = products(device, dtype, GPU_SIDE, seconds)
             gpu |= {"tflops": round(median(rates) / 1e12, 2), "wrong": wrong, "error": None, "full": False}
             torch.cuda.empty_cache()
-        except RuntimeError as error:  # also of another program's making: the memory may be full
-            gpu |= {"error": str(error).splitlines()[0], "full": is_gpu_out_of_memory(error)}
-    return gpu | {"samples": samples}
+    except Exception as error:  # also of another program's making: the memory may be full
+        gpu |= {"error": first_line(error), "full": is_gpu_out_of_memory(error)}
+    return gpu
 
 
 def products(device: "torch.device", dtype: "torch.dtype", side: int, seconds: float) -> tuple[list[float], int]:

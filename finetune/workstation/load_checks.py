@@ -6,6 +6,7 @@ from statistics import median
 from typing import Any
 
 from finetune.workstation import alerts
+from finetune.workstation.gpu_checks import REBOOT, SILENT
 from finetune.workstation.nvml import POWER_CAP
 from finetune.workstation.verdicts import Check, Facts, Verdict, check_of, place_id
 
@@ -70,7 +71,7 @@ def _products(gpu: Facts) -> Check:
         f"load-products-{gpu_name(gpu)}", None if gpu["full"] else bool(wrong or gpu["error"]), Verdict.bad, fact,
         limit="the same result each time", source="repeated products of the same matrices",
         cost="results are wrong, or runs end with CUDA errors",
-        cure="sudo reboot; if it comes again, remove overclocking, check the power cables, have the card replaced",
+        cure=f"{REBOOT}; if it comes again, remove overclocking, check the power cables, have the card replaced",
     )  # fmt: skip
 
 
@@ -94,7 +95,7 @@ def _link(name: int, samples: list[Facts], pcie: Facts) -> Check:
     known = 0 not in (width, generation, most_width, most)
     return check_of(
         f"load-link-{name}", (width < most_width or generation < most) if known else None, Verdict.warn,
-        f"x{width}, generation {generation}" if known else "not told",
+        f"x{width}, generation {generation}" if known else SILENT,
         limit=f"x{most_width}, generation {most}" if known else "", source="what both ends can do, by NVML",
         cost="offloaded blocks and batches arrive slower",
         cure="seat the card again, without a riser; look for PCIe speed and ASPM in the firmware",
@@ -125,7 +126,7 @@ def _throttling(name: int, samples: list[Facts]) -> Check:
     )
     return check_of(
         f"load-throttling-{name}", faulty if seen else None, Verdict.bad,
-        (fact + (f", at most {power:.0f} W" if power is not None else "")) if seen else "not told",
+        (fact + (f", at most {power:.0f} W" if power is not None else "")) if seen else SILENT,
         limit=f"{THROTTLED_SHARE:.0%} of the time; the power cap is allowed", source="NVML's clock event reasons",
         cost="lower clocks: slower steps", cure="clean the fans and check the airflow and the power cables",
     )  # fmt: skip
@@ -136,7 +137,7 @@ def _clock(name: int, samples: list[Facts], most: float | None) -> Check:
     known = bool(clocks) and most is not None
     return check_of(
         f"load-clock-{name}", median(clocks) < CLOCK_SHARE * (most or 0) if known else None, Verdict.warn,
-        f"{median(clocks):.0f} MHz" if clocks else "not told",
+        f"{median(clocks):.0f} MHz" if clocks else SILENT,
         limit=f"{CLOCK_SHARE * (most or 0):.0f} MHz: {CLOCK_SHARE:.0%} of the highest" if known else "",
         source="the card's highest clock, by NVML", cost="every step takes longer",
         cure=f"sudo nvidia-smi -i {name} -rgc; then check the power cables",
@@ -147,24 +148,25 @@ def _heat(id_: str, degrees: list[float], rule: str) -> Check:
     limit = next(each.limit for each in alerts.load() if each.name == rule)
     return check_of(
         id_, max(degrees) > limit if degrees else None, Verdict.warn,
-        f"{max(degrees):.0f} °C at most" if degrees else "not told; many GeForce cards have no such sensor",
+        f"{max(degrees):.0f} °C at most" if degrees else f"{SILENT}; many GeForce cards have no such sensor",
         limit=f"{limit:.0f} °C", source=f"the rule {rule} of finetune monitor", cost="soon lower clocks, and wear",
         cure="clean the fans and check the airflow",
     )  # fmt: skip
 
 
 def _cpu(cpu: Facts) -> Iterator[Check]:
+    wrong = cpu.get("wrong", 0)
+    fact = f"{wrong} wrong" if wrong else f"{cpu.get('gflops', 0):.0f} GFLOP/s in fp32, the same result each time"
     yield check_of(
-        "cpu-products", bool(cpu["wrong"]), Verdict.bad,
-        f"{cpu['wrong']} wrong" if cpu["wrong"] else f"{cpu['gflops']:.0f} GFLOP/s in fp32, the same result each time",
+        "cpu-products", bool(wrong or cpu["error"]), Verdict.bad, cpu["error"] or fact,
         limit="the same result each time", source="repeated products of the same matrices",
         cost="results are wrong", cure="memtest86+; remove overclocking of processor and memory",
     )  # fmt: skip
     times = cpu["throttled"]
     yield check_of(
         "cpu-throttling", None if times is None else times > 0, Verdict.warn,
-        "not told" if times is None else f"{times} times too hot" if times else "never too hot", limit="0 times",
-        source="the kernel's count of thermal throttling", cost="kernels are launched more slowly",
+        "the kernel does not count it" if times is None else f"{times} times too hot" if times else "never too hot",
+        limit="0 times", source="the kernel's count of thermal throttling", cost="kernels are launched more slowly",
         cure="clean the processor's fan and check the airflow",
     )  # fmt: skip
 
@@ -185,17 +187,18 @@ def _disk(disk: Facts) -> Check:
 
 
 def _libraries(kernels: dict[str, dict[str, str]], *, on_gpu: bool) -> Iterator[Check]:
-    broken = {kind: why for kind, why in kernels["bitsandbytes"].items() if why}
+    broken = [why for why in kernels["bitsandbytes"].values() if why]
     yield check_of(
         "bitsandbytes", bool(broken), Verdict.bad if on_gpu else Verdict.warn,
-        "; ".join(broken.values()) or f"{', '.join(kernels['bitsandbytes'])} work", limit="every kind works",
+        "; ".join(dict.fromkeys(broken)) or f"{', '.join(kernels['bitsandbytes'])} work", limit="every kind works",
         source="a tiny run of each", cost="no base in 4 or 8 bits, no 8-bit optimiser",
         cure="python -m pip install --force-reinstall --no-deps bitsandbytes",
     )  # fmt: skip
     works = [kind for kind, why in kernels["attention"].items() if not why]
+    faults = "; ".join(dict.fromkeys(kernels["attention"].values()))
     yield check_of(
         "attention", not works, Verdict.bad if on_gpu else Verdict.warn,
-        f"{', '.join(works)} work{'s' * (len(works) == 1)}" if works else "; ".join(kernels["attention"].values()),
+        f"{', '.join(works)} work{'s' * (len(works) == 1)}" if works else faults,
         limit="at least one fused kernel, right to a rounding", source="a tiny run of each",
         cost="attention takes far more memory and time", cure="install a torch that was built for this GPU",
     )  # fmt: skip

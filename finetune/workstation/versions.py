@@ -1,5 +1,6 @@
 """Packages that finetune needs: what is installed, what is asked for, and what was tested."""
 
+import tomllib
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -10,16 +11,12 @@ TESTED = (HERE / "constraints.txt", HERE.parent / "constraints.txt")  # in a whe
 
 def read() -> dict[str, dict[str, Any]]:
     """Package -> its `version` (None: missing), the one `wanted`, the newest `tested`, whether it `fits`, and whether
-    it is `newer` than tested by a step that may break things. Nothing where finetune isn't installed."""
+    it is `newer` than tested by a step that may break things. Nothing where nothing says what finetune needs."""
     from packaging.requirements import Requirement
 
-    try:
-        lines = metadata.requires("finetune") or []
-    except metadata.PackageNotFoundError:
-        return {}
     tested = _tested()
     found = {}
-    for line in lines:
+    for line in _required():
         requirement = Requirement(line)
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
@@ -36,6 +33,15 @@ def read() -> dict[str, dict[str, Any]]:
             "newer": bool(version and newest) and _step(str(version)) > _step(str(newest)),
         }
     return found
+
+
+def _required() -> list[str]:
+    """By the installed package; of a folder that is run as it is, by its pyproject.toml."""
+    try:
+        return metadata.requires("finetune") or []
+    except metadata.PackageNotFoundError:
+        file = HERE.parent / "pyproject.toml"
+        return list(tomllib.loads(file.read_text(encoding="utf-8"))["project"]["dependencies"]) if file.exists() else []
 
 
 def _tested() -> dict[str, str]:

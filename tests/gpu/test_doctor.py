@@ -11,6 +11,13 @@ from finetune.workstation import doctor, facts, load
 pytestmark = pytest.mark.gpu
 
 
+def test_what_is_known_without_torch_is_what_torch_says() -> None:
+    known = facts.read()["torch"]
+    assert known["gpus"] == torch.cuda.device_count()
+    assert known["architectures"] == torch.cuda.get_arch_list()
+    assert (known["version"], known["cuda"]) == (torch.__version__, torch.version.cuda)
+
+
 def test_a_gpu_is_burnt_copied_to_and_sampled() -> None:
     found = facts.read()
     found["load"] = load.read(2.0, found)

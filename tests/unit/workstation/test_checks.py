@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 
+from finetune.workstation import checks
 from finetune.workstation.checks import judge
 from finetune.workstation.verdicts import Facts, Verdict, worst
 
@@ -42,10 +43,11 @@ HEALTHY: Facts = {
         "version": "2.13.0+cu130", "cuda": "13.0", "architectures": ["sm_80", "sm_86", "sm_90"],
         "gpus": 1, "error": None,
     },
-    "hiding": {},
+    "visible_devices": None,
     "ram_gib": 62.6,
     "ram_free_gib": 55.0,
     "ram_limit_gib": None,
+    "swap_gib": 8.0,
     "swap_used_gib": 0.0,
     "swappiness": 10,
     "threads": 32,
@@ -54,6 +56,7 @@ HEALTHY: Facts = {
     "governor": "powersave",
     "frequency_driver": "amd-pstate-epp",
     "open_files": 1_048_576,
+    "open_files_most": 1_048_576,
     "places": {
         "outputs": DISK,
         "temporary files": DISK,
@@ -99,8 +102,9 @@ TORCH = HEALTHY["packages"]["torch"]
 PROGRAM = {"pid": 4321, "name": "python3", "mib": 9000}
 FAULTS = [
     ("driver-for-torch", Verdict.bad, {"nvml__cuda": 12080}),
-    ("torch-sees", Verdict.bad, {"torch__gpus": 0, "torch__error": "CUDA unknown error"}),
-    ("hidden", Verdict.bad, {"hiding": {"CUDA_VISIBLE_DEVICES": ""}, "torch__gpus": 0}),
+    ("cuda-gpus", Verdict.bad, {"torch__gpus": 0, "torch__error": "unknown error"}),
+    ("hidden", Verdict.bad, {"visible_devices": "", "torch__gpus": 0}),
+    ("hidden", Verdict.bad, {"visible_devices": "7", "torch__gpus": 0}),
     ("architecture-0", Verdict.bad, {"torch__architectures": ["sm_90", "sm_100"]}),
     ("memory-in-use-0", Verdict.warn, {"nvml__gpus__0__used_gib": 9.5, "nvml__gpus__0__processes": [PROGRAM]}),
     ("throttling-0", Verdict.bad, {"nvml__gpus__0__throttling": ["heat (hardware)"]}),
@@ -155,7 +159,7 @@ def test_a_fault_is_found_and_nothing_else(id_: str, verdict: Verdict, places: d
 
 
 MISMATCH = "Driver/library version mismatch"
-WITHOUT_CUDA = {"version": "2.13.0+cpu", "cuda": None, "architectures": [], "gpus": 0, "error": None}
+WITHOUT_CUDA = {"version": "2.13.0+cpu", "cuda": None, "architectures": [], "gpus": None, "error": None}
 
 
 @pytest.mark.parametrize(
@@ -166,13 +170,76 @@ WITHOUT_CUDA = {"version": "2.13.0+cpu", "cuda": None, "architectures": [], "gpu
         ({"nvml": {"error": "Driver Not Loaded"}, "container": True}, "driver", Verdict.warn, "--gpus all"),
         ({"nvml": {"driver": "580", "cuda": 13000, "gpus": []}}, "driver", Verdict.bad, "lspci"),
         ({"torch": WITHOUT_CUDA}, "torch-build", Verdict.bad, "--force-reinstall torch==2.13.0"),
-        ({"nvml__gpus__0__mig": True, "torch__gpus": 0}, "torch-sees", Verdict.bad, "mig -cgi"),
+        ({"nvml__gpus__0__mig": True, "torch__gpus": 0}, "cuda-gpus", Verdict.bad, "mig -cgi"),
     ],
 )
 def test_what_leaves_torch_without_a_gpu(places: dict[str, Any], id_: str, verdict: Verdict, cure: str) -> None:
     (check,) = [check for check in judge(changed(**places)) if check.id == id_]
     assert check.verdict is verdict
     assert cure in check.cure
+
+
+TWO = {"nvml__gpus": [GPU, GPU | {"index": 1}]}
+MIG = {"nvml__gpus": [GPU | {"mig": True}, GPU | {"index": 1}]}
+
+
+@pytest.mark.parametrize(
+    ("visible", "shown", "gpus", "hidden", "cuda"),
+    [
+        (None, 2, TWO, Verdict.ok, Verdict.ok),
+        ("0", 1, TWO, Verdict.ok, Verdict.ok),  # by choice
+        (None, 1, TWO, Verdict.ok, Verdict.warn),
+        (None, 1, MIG, Verdict.ok, Verdict.ok),
+        (None, None, TWO, Verdict.ok, Verdict.unknown),
+        ("0", None, TWO, Verdict.unknown, Verdict.unknown),
+        ("", 0, TWO, Verdict.bad, Verdict.ok),
+    ],
+)
+def test_gpus_are_shown_hidden_or_missing(
+    visible: str | None, shown: int | None, gpus: dict[str, Any], hidden: Verdict, cuda: Verdict
+) -> None:
+    found = verdicts(changed(visible_devices=visible, torch__gpus=shown, **gpus))
+    assert (found["hidden"], found["cuda-gpus"]) == (hidden, cuda)
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_no_cure_harms_what_is_at_work_or_reaches_for_the_host(container: bool) -> None:
+    for _, _, places in FAULTS:
+        for check in judge(changed(container=container, **places)):
+            assert "kill" not in check.cure
+            assert "reboot" not in check.cure or "(it ends all that is at work)" in check.cure
+            assert check.cure.startswith("on the host: ") == (container and "sudo " in check.cure)
+
+
+def test_programs_on_a_gpu_are_to_be_looked_at() -> None:
+    for program, cure in (
+        (PROGRAM, "wait until it is over, or have it ended; whose it is: ps -o user,etime,args -p 4321"),
+        (PROGRAM | {"name": None}, "wait until it is over, or have it ended, perhaps outside this container"),
+    ):
+        facts = changed(nvml__gpus__0__used_gib=9.5, nvml__gpus__0__processes=[program])
+        assert next(check.cure for check in judge(facts) if check.id == "memory-in-use-0") == cure
+
+
+@pytest.mark.parametrize(
+    ("most", "container", "cure"),
+    [
+        (1_048_576, False, "ulimit -n 1000000"),
+        (-1, True, "ulimit -n 1000000"),
+        (20_000, True, "start the container with --ulimit nofile=1000000"),
+        (
+            20_000,
+            False,
+            "echo '* - nofile 1000000' | sudo tee /etc/security/limits.d/90-finetune.conf; then log in again",
+        ),
+    ],
+)
+def test_more_open_files_are_had_where_their_limit_is_set(most: int, container: bool, cure: str) -> None:
+    facts = changed(open_files=1024, open_files_most=most, container=container)
+    assert next(check.cure for check in judge(facts) if check.id == "open-files") == cure
+
+
+def test_without_swap_nothing_is_swapped() -> None:
+    assert verdicts(changed(swappiness=60, swap_gib=0.0))["swappiness"] is Verdict.ok
 
 
 def blank(value: Any) -> Any:
@@ -187,6 +254,11 @@ def test_what_can_not_be_told_is_never_well() -> None:
     of_the_gpu = {id_: verdict for id_, verdict in verdicts(facts).items() if id_.endswith("-0")}
     assert len(of_the_gpu) == 9
     assert set(of_the_gpu.values()) == {Verdict.unknown}
+    said = {check.id: check.fact for check in judge(facts)}
+    assert said["packages"] == said["tested-versions"] == checks.NO_LIST
+    unpinned = changed(packages__torch=TORCH | {"tested": None})
+    (untold,) = [check for check in judge(unpinned) if check.id == "tested-versions"]
+    assert (untold.verdict, untold.fact) == (Verdict.unknown, "there is no constraints.txt to compare with")
     for id_ in ("swappiness", "cpu-governor", "clock", "packages", "tested-versions", "xid", "outputs-mount"):
         assert verdicts(facts)[id_] is Verdict.unknown
 
@@ -202,12 +274,13 @@ def test_a_machine_without_a_gpu_needs_less(amount: float) -> None:
 
 def test_in_a_container_other_things_are_at_fault() -> None:
     inside = changed(container=True, places__outputs=DISK | {"file_system": "overlay"}, clock_synchronized=False)
-    checks = {check.id: check for check in judge(inside)}
+    found = {check.id: check for check in judge(inside)}
     assert verdicts(changed(places__outputs=DISK | {"file_system": "overlay"}))["outputs-mount"] is Verdict.ok
-    assert checks["outputs-mount"].verdict is Verdict.warn
-    assert "docker run --volume" in checks["outputs-mount"].cure
-    assert checks["container-gpu"].verdict is Verdict.unknown
-    assert checks["clock"].cure.startswith("on the host: ")
+    assert found["outputs-mount"].verdict is Verdict.warn
+    assert "docker run --volume" in found["outputs-mount"].cure
+    assert found["container-gpu"].verdict is Verdict.ok  # the driver answers in here
+    assert verdicts(changed(container=True, nvml={"error": "Driver Not Loaded"}))["container-gpu"] is Verdict.unknown
+    assert found["clock"].cure.startswith("on the host: ")
 
 
 def test_where_no_container_needs_a_gpu_nothing_is_wrong_with_them() -> None:

@@ -3,18 +3,21 @@
 import json
 from collections.abc import Callable
 from importlib import metadata
+from pathlib import Path
 from typing import Any
 
 import pynvml
 import pytest
 
 from finetune.errors import ConfigError
-from finetune.workstation import doctor, facts, nvml
+from finetune.workstation import doctor, facts, nvml, versions
 from finetune.workstation.checks import judge
 from finetune.workstation.verdicts import Check, Verdict
 from tests.conftest import Answer
 from tests.unit.workstation.gpus import GEFORCE, stand_in
-from tests.unit.workstation.test_checks import HEALTHY, changed
+from tests.unit.workstation.test_checks import FAULTS, HEALTHY, changed
+from tests.unit.workstation.test_load import FAULTS as OF_LOAD
+from tests.unit.workstation.test_load import LOADED
 
 Cli = Callable[..., Answer]
 
@@ -30,9 +33,11 @@ def test_this_machine_is_read_and_judged(finetune_cli: Cli) -> None:
     assert packages["verdict"] == "ok", packages
 
 
-def test_run_from_its_folder_it_knows_no_versions(finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_run_from_its_folder_it_knows_what_it_needs(
+    finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
     """Without `pip install`, as on a machine where it is tried."""
-    from_name = metadata.Distribution.from_name
+    installed, from_name = versions.read(), metadata.Distribution.from_name
 
     def uninstalled(name: str) -> metadata.Distribution:
         if name == "finetune":
@@ -40,8 +45,11 @@ def test_run_from_its_folder_it_knows_no_versions(finetune_cli: Cli, monkeypatch
         return from_name(name)
 
     monkeypatch.setattr(metadata.Distribution, "from_name", uninstalled)
+    assert versions.read().keys() == installed.keys()
     rows = json.loads(finetune_cli("doctor", "--json").out)
-    assert [row["verdict"] for row in rows if row["id"] == "packages"] == ["unknown"]
+    assert [row["verdict"] for row in rows if row["id"] == "packages"] == ["ok"]
+    monkeypatch.setattr(versions, "HERE", tmp_path / "finetune")  # of a folder without a pyproject.toml
+    assert versions.read() == {}
     assert finetune_cli("--version").out == "finetune not installed\n"
 
 
@@ -54,11 +62,20 @@ def test_the_exit_code_is_the_worst(
     monkeypatch.setattr(facts, "read", lambda: changed(**places))
     assert doctor.main([]) == code
     lines = capsys.readouterr().out.splitlines()
-    assert max(len(line) for line in lines if "cure: " not in line) <= 80
     assert [line for line in lines if "vm.swappiness=10" in line] == [
-        f"{'':8}cure: echo vm.swappiness=10 | sudo tee /etc/sysctl.d/90-finetune.conf && sudo sysctl --system"
-        for _ in range(code > 0)
-    ]
+        f"{'':8}cure: sudo sysctl vm.swappiness=10; for good:",
+        f"{'':14}echo vm.swappiness=10 | sudo tee /etc/sysctl.d/90-finetune.conf",
+    ][: 2 * (code > 0)]
+
+
+@pytest.mark.parametrize("container", [False, True])
+def test_every_line_fits_a_terminal(container: bool) -> None:
+    """With every fault, in each place of files where they are usually."""
+    for places in [places for _, _, places in FAULTS] + [
+        {f"load__{key}": v for key, v in x.items()} for *_, x in OF_LOAD
+    ]:
+        lines = doctor.text(judge(changed(LOADED, container=container, **places))).splitlines()
+        assert max(map(len, lines)) <= 80, max(lines, key=len)
 
 
 def test_another_word_is_refused(finetune_cli: Cli) -> None:

@@ -45,7 +45,7 @@ LOAD: Facts = {
     "seconds": 5.0,
     "busy": 0.1,
     "gpus": [GPU],
-    "cpu": {"name": "AMD Ryzen 9", "threads": 16, "gflops": 1400.0, "wrong": 0, "throttled": 0},
+    "cpu": {"name": "AMD Ryzen 9", "threads": 16, "gflops": 1400.0, "wrong": 0, "error": None, "throttled": 0},
     "disks": [
         {"places": ["outputs"], "way": "own", "mb_per_s": 3400, "random_per_s": 90_000},
         {"places": ["downloaded models"], "way": "own", "mb_per_s": 540, "random_per_s": 40_000},
@@ -231,6 +231,17 @@ def test_a_gpu_is_known_by_its_uuid_and_its_failures_are_told_apart(monkeypatch:
         assert check.id == "load-products-1"
 
 
+@pytest.mark.usefixtures("one_gpu")
+def test_a_gpu_that_says_nothing_of_itself_is_bad(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(_: Any) -> None:
+        raise RuntimeError("CUDA error: initialization error\nmore")
+
+    monkeypatch.setattr(torch.cuda, "get_device_properties", fail)
+    found = load.of_gpu(0, 1.0, HEALTHY["nvml"]["gpus"])
+    assert (found["number"], found["index"], found["error"]) == (0, None, "CUDA error: initialization error more")
+    assert verdicts(loaded(gpus=[found]))["load-products-0"] is Verdict.bad
+
+
 @pytest.fixture
 def small_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
@@ -294,6 +305,22 @@ def test_this_machine_is_loaded_and_judged(finetune_cli: Cli) -> None:
     assert "GFLOP/s" in rows["cpu-products"]["fact"]
     if not torch.cuda.is_available():
         assert rows["gpu-under-load"]["verdict"] == "unknown"
+
+
+@pytest.mark.usefixtures("small_file")
+def test_a_measurement_that_fails_takes_no_other_along(finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise RuntimeError("input dtypes must be the same")
+
+    monkeypatch.setattr(torch, "matmul", fail)
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fail)
+    answer = finetune_cli("doctor", "--load", "1", "--json")
+    rows = {row["id"]: row for row in json.loads(answer.out)}
+    for id_, verdict in (("cpu-products", "bad"), ("attention", "bad" if torch.cuda.is_available() else "warn")):
+        assert (rows[id_]["verdict"], rows[id_]["fact"]) == (verdict, "input dtypes must be the same")
+    assert {"bitsandbytes", "read-outputs", "ram"} <= rows.keys()
+    assert "slower-cpu" not in rows
+    assert answer.code == 2
 
 
 @pytest.mark.parametrize("seconds", ["0", "-1", "soon", "1e9", "nan"])
