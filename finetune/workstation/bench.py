@@ -6,7 +6,7 @@ import os
 import socket
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,6 +28,8 @@ ARTICLE = {
     "sd21-512px-efficient": 2.9,
     "llama2_7b-fp16-pp256": 210.0,
     "llama2_7b-fp16-tg128": 48.0,
+    "llama2_7b-int8-pp256": 180.0,
+    "llama2_7b-int8-tg128": 57.0,
 }
 """Of an RTX 4090, as an article on such a workstation gives them; lengths of prompts it does not say."""
 NOISE = 0.05  # of the median: smaller changes are not told from chance, even where no repeat of both is alike
@@ -47,8 +49,9 @@ class Figure:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """What was measured where, and by which versions. figures: by id. time: seconds since 1970. load: how many programs
-    wanted a CPU in the minute before; above `BUSY` the figures are those of a busy machine."""
+    """What was measured where, and by which versions. figures: by id. failed: measurement -> its error. time: seconds
+    since 1970. load: how many programs wanted a CPU in the minute before; above `BUSY` the figures are those of a busy
+    machine."""
 
     time: float
     load: float
@@ -57,10 +60,12 @@ class Benchmark:
     threads: int
     versions: dict[str, str]
     figures: dict[str, Figure]
+    failed: dict[str, str] = field(default_factory=dict)
 
 
 def main(words: Sequence[str]) -> int:
-    """Print a table, or JSON; the exit code is 1 where something is slower than in the file to compare with, else 0.
+    """Print a table, or JSON; the exit code is 1 where a measurement failed, or something is slower than in the file to
+    compare with, else 0.
 
     Raises ConfigError for other words and for a file that can't be compared.
     """
@@ -72,20 +77,25 @@ def main(words: Sequence[str]) -> int:
     before = load(at_home(options.compare)) if options.compare else None
     found = bench(options.repeats)
     print(json.dumps(asdict(found), indent=1) if options.json else table(found, before))
-    return int(before is not None and "slower" in {change(before, found, id_) for id_ in found.figures})
+    slower = before is not None and "slower" in {change(before, found, id_) for id_ in found.figures}
+    return int(slower or bool(found.failed))
 
 
 def bench(repeats: int = REPEATS) -> Benchmark:
-    """Measure everything; a minute or two on two cores."""
+    """Measure everything; a minute or two on two cores. What fails is said, and costs the others nothing."""
     import torch
 
     from finetune.workstation.speeds import every_measurement
 
     load_before = os.getloadavg()[0]
-    figures, measurements = dict[str, Figure](), every_measurement()
+    figures, failed, measurements = dict[str, Figure](), dict[str, str](), every_measurement()
     with progress("bench", len(measurements), unit="measurements") as shown:
-        for measure in measurements:
-            figures |= {speed.id: _figure(speed) for speed in measure(repeats)}
+        for name, measure in measurements.items():
+            try:
+                for speed in measure(repeats):
+                    figures[speed.id] = _figure(speed)
+            except Exception as error:
+                failed[name] = first_line(error)
             shown.advance()
     return Benchmark(
         time=time.time(),
@@ -95,6 +105,7 @@ def bench(repeats: int = REPEATS) -> Benchmark:
         threads=torch.get_num_threads(),
         versions=versions(),
         figures=figures,
+        failed=failed,
     )
 
 
@@ -130,6 +141,7 @@ def table(now: Benchmark, before: Benchmark | None = None) -> str:
         if before is not None and (word := change(before, now, id_)):
             line += f"  {figure.median / before.figures[id_].median - 1:+.0%} {word}"
         lines.append(line)
+    lines += ["", *(f"{name} failed: {why}" for name, why in now.failed.items())] if now.failed else []
     beside = [_beside(id_, now.figures[id_]) for id_ in ARTICLE if id_ in now.figures]
     lines += ["", "beside an RTX 4090 with real weights, by an article", *beside] if beside else []
     if before is not None:

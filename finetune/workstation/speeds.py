@@ -26,29 +26,27 @@ TEXT_MODEL, IMAGE_MODEL = (
 )
 
 
-def every_measurement() -> list[Measure]:
-    """Each takes a number of repeats, loads its model, warms it up once and yields its figures."""
+def every_measurement() -> dict[str, Measure]:
+    """By name. Each takes a number of repeats, loads its model, warms it up once and yields its figures."""
     device = pick_device(Device.auto)
     default = pick_precision(Precision.auto, device)
-    precisions = dict.fromkeys((Precision.fp32, Precision.bf16, default))
-    return [
-        *(partial(text, precision=precision, device=device) for precision in precisions),
-        *(partial(text, precision=default, quantize=each, device=device) for each in (Quantize.int8, Quantize.nf4)),
-        *(
-            partial(image, attention=attention, precision=default, device=device)
-            for attention in ("efficient", "plain")
-        ),
-        *training_speeds.every_measurement(device, default),
-        *(large_speeds.every_measurement(device) if device.type == "cuda" else ()),
-    ]
+    plain = dict.fromkeys((Precision.fp32, Precision.bf16, default))
+    texts = [*((each, Quantize.none) for each in plain), (default, Quantize.int8), (default, Quantize.nf4)]
+    found: dict[str, Measure] = {}
+    for precision, quantize in texts:
+        name = f"text-{(precision if quantize is Quantize.none else quantize).name}"
+        found[name] = partial(text, name=name, precision=precision, quantize=quantize, device=device)
+    for attention in ("efficient", "plain"):
+        found[f"image-{attention}"] = partial(image, attention=attention, precision=default, device=device)
+    found |= training_speeds.every_measurement(device, default)
+    return found | (large_speeds.every_measurement(device) if device.type == "cuda" else {})
 
 
 def text(
-    repeats: int, *, precision: Precision, device: torch.device, quantize: Quantize = Quantize.none
+    repeats: int, *, name: str, precision: Precision, device: torch.device, quantize: Quantize = Quantize.none
 ) -> Iterator[Speed]:
     """Of one text by the embedded model; see `generation`. Nothing where bitsandbytes does not work on the device."""
     settings = replace(compose.load(*TEXT_MODEL).model, quantize=quantize)
-    name = f"text-{(precision if quantize is Quantize.none else quantize).name}"
     try:
         model = load_model(settings, DTYPES[precision], device)
     except ModelError as error:

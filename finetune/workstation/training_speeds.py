@@ -37,13 +37,11 @@ PHOTO, CROP = (320, 256), 224  # pixels: about an image of ImageNet after its us
 GPU_BATCHES, CPU_BATCHES = (32, 64, 128), (1,)  # of ResNet-50; one image takes two cores a second
 
 
-def every_measurement(device: torch.device, precision: Precision) -> list[Measure]:
-    """Each takes a number of repeats."""
+def every_measurement(device: torch.device, precision: Precision) -> dict[str, Measure]:
+    """By name; each takes a number of repeats."""
     batches = GPU_BATCHES if device.type == "cuda" else CPU_BATCHES
-    return [
-        *(partial(lora_steps, recipe=recipe, device=device) for recipe in RECIPES),
-        partial(resnet, batches=batches, device=device, precision=precision),
-    ]
+    steps: dict[str, Measure] = {f"train-{each}": partial(lora_steps, recipe=each, device=device) for each in RECIPES}
+    return steps | {"resnet50": partial(resnet, batches=batches, device=device, precision=precision)}
 
 
 def lora_steps(repeats: int, *, recipe: str, device: torch.device) -> Iterator[Speed]:

@@ -14,6 +14,8 @@ import torch
 
 from finetune.config.schema import ModelConfig, Precision, Quantize
 from finetune.errors import ConfigError
+from finetune.language.causal_lm import load_model
+from finetune.language.meta import language_model
 from finetune.workstation import large_speeds, measuring, speeds, training_speeds
 from finetune.workstation.bench import ARTICLE, Benchmark, Figure, change, load, table
 from finetune.workstation.measuring import Meter, Speed
@@ -70,8 +72,8 @@ def test_both_ways_of_attention_are_used(small: None, monkeypatch: pytest.Monkey
         used.append({type(each).__name__ for each in backbone.attn_processors.values()})
 
     monkeypatch.setattr(speeds.ImageSampler, "generate", note)
-    for measure in speeds.every_measurement():
-        if getattr(measure, "func", None) is speeds.image:
+    for name, measure in speeds.every_measurement().items():
+        if name.startswith("image-"):
             list(measure(1))
     assert used == [{"AttnProcessor2_0"}] * 2 + [{"AttnProcessor"}] * 2
 
@@ -96,8 +98,8 @@ def test_a_change_is_told_from_chance(before: Any, now: Any, more_is_better: boo
     assert (change(old, new, "a"), change(old, new, "b")) == (word, "")
 
 
-def measurements(*values: float) -> list[Callable[[int], Iterator[Speed]]]:
-    return [lambda _: iter([Speed("text-fp32-tg128", "tokens/s", True, values)])]
+def measurements(*values: float) -> dict[str, measuring.Measure]:
+    return {"text-fp32": lambda _: iter([Speed("text-fp32-tg128", "tokens/s", True, values)])}
 
 
 @pytest.mark.parametrize(("values", "code", "shown"), [(FAST, 1, "-48% slower"), (SLOW, 0, "+0% same")])
@@ -116,6 +118,23 @@ def test_slower_than_an_earlier_file_is_an_exit_code(
     assert answer.code == code
     [line] = [line for line in answer.out.splitlines() if line.startswith("text-fp32-tg128")]
     assert line.endswith(shown)
+
+
+def test_a_measurement_that_fails_is_one_line_and_the_figures_of_the_others_stay(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def breaks(_: int) -> Iterator[Speed]:
+        yield Speed("resnet50-b32", "iterations/s", True, FAST)
+        raise RuntimeError("input dtypes must be the same\nsomewhere")
+
+    monkeypatch.setattr(speeds, "every_measurement", lambda: {"resnet50": breaks} | measurements(*SLOW))
+    answer = finetune_cli("bench")
+    assert answer.code == 1
+    rows = answer.out.splitlines()
+    assert [row.split()[0] for row in rows if "/s " in row] == ["resnet50-b32", "text-fp32-tg128"]
+    assert [row for row in rows if "failed" in row] == ["resnet50 failed: input dtypes must be the same somewhere"]
+    Path("now.json").write_text(finetune_cli("bench", "--json").out)
+    assert load(Path("now.json")).failed == {"resnet50": "input dtypes must be the same somewhere"}
 
 
 def test_figures_of_the_article_stand_below_those_that_are_like_them() -> None:
@@ -141,14 +160,40 @@ def test_large_bases_are_measured_with_random_weights(
     monkeypatch.setattr(large_speeds, "NEW_TOKENS", 3)
     monkeypatch.setattr(large_speeds, "PROMPT_TOKENS", 8)
     images = large_speeds.image(
-        2, name="sd21", model=ModelConfig(base=str(tiny_base)), side=64, attention="plain", device=CPU
+        2, name="sd21-64px-plain", model=ModelConfig(base=str(tiny_base)), side=64, attention="plain", device=CPU
     )
-    texts = large_speeds.text(
-        2, name="llama2_7b", model=ModelConfig(kind="language", base=str(tiny_language)), device=CPU
-    )
+    base = ModelConfig(kind="language", base=str(tiny_language))
+    texts = large_speeds.text(2, name="llama2_7b-fp16", model=base, stored=Quantize.none, device=CPU)
     found = {speed.id: speed for speed in (*images, *texts)}
     assert list(found) == ["sd21-64px-plain", "llama2_7b-fp16-pp8", "llama2_7b-fp16-tg3"]
     assert all(len(speed.values) == 2 and min(speed.values) > 0 for speed in found.values())
+
+
+@pytest.mark.parametrize("stored", [Quantize.int8, Quantize.nf4])
+def test_random_weights_are_stored_as_a_quantised_base_is(tiny_language: Path, stored: Quantize) -> None:
+    base = ModelConfig(kind="language", base=str(tiny_language), quantize=stored)
+    loaded: Any = load_model(base, torch.float16, CPU)
+    drawn: Any = large_speeds.quantised(language_model(base, torch.float16), stored, CPU)
+    assert {name: _as_stored(layer) for name, layer in drawn.named_modules()} == {
+        name: _as_stored(layer) for name, layer in loaded.named_modules()
+    }
+    ids_BL = torch.arange(8)[None]
+    assert drawn(ids_BL).logits.isfinite().all()
+    weight = drawn.model.layers[0].mlp.up_proj.weight
+    assert float(weight.data.float().std()) > 0
+
+
+def _as_stored(layer: Any) -> tuple[Any, ...]:
+    """What decides which kernels a layer takes."""
+    weight, state = getattr(layer, "weight", None), getattr(layer, "state", None)
+    four = getattr(weight, "quant_state", None)
+    return (
+        type(layer),
+        None if weight is None else (type(weight), weight.dtype, weight.shape),
+        four and (four.quant_type, four.blocksize, four.nested, four.dtype, four.shape),
+        getattr(layer, "compute_dtype", None),
+        state and (state.threshold, state.has_fp16_weights, state.use_pool),
+    )
 
 
 def test_a_gpu_s_own_meters_are_figures_and_missing_ones_are_none(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,6 +260,6 @@ def test_a_precision_that_the_device_has_not_is_said(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
-    assert list(speeds.text(2, precision=Precision.fp32, quantize=Quantize.nf4, device=CPU)) == []
+    assert list(speeds.text(2, name="text-nf4", precision=Precision.fp32, quantize=Quantize.nf4, device=CPU)) == []
     said = capsys.readouterr().err
     assert said.startswith("text-nf4: not on this machine (model.quantize=nf4 does not work on this cpu (")
