@@ -22,11 +22,12 @@ from typing import Any
 
 from finetune.config import mistyped, recipes, typed_text
 from finetune.config.schema import Config
-from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory
+from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory, TrainingError
 from finetune.planning.plan import Plan
 from finetune.reading import at_home
 from finetune.run import libraries, ranks
 from finetune.run.progress import say
+from finetune.run.step_time import Profile
 from finetune.stages import COMMANDS
 from finetune.video import COMMANDS as VIDEO
 from finetune.workstation import COMMANDS as MACHINE
@@ -273,6 +274,8 @@ def _run_config(command: str, config: Config, overrides: Sequence[str], began: f
         terminal.show(config, record, overrides, began=began)
     if isinstance(record, Plan) and not record.fits:
         raise OutOfMemory("\n".join(record.problems))
+    if isinstance(record, Profile) and record.failed:
+        raise TrainingError("\n".join(f"{setting} failed: {why}" for setting, why in record.failed.items()))
     return record
 
 

@@ -355,7 +355,7 @@ def verdict_lines(profile: Profile) -> list[str]:
     if profile.gain is not None:
         lines.append(f"measured gain: {profile.gain:+.0%} {profile.times[0].unit}/s")
     elif profile.check:
-        lines.append("measured gain: there is no change to measure")
+        lines.append("measured gain: " + ("the change failed" if profile.change else "there is no change to measure"))
     if profile.others_cpu > MUCH[OTHERS_CPU]:
         lines.append(
             f"other programs took {profile.others_cpu:.0%} of the CPUs meanwhile: a step is shorter without them"

@@ -1,6 +1,6 @@
 """What `finetune profile` hands back: where the time of a training step goes, and what would make it shorter."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 DATA, COPIES, GAPS, BETWEEN = "waiting for data", "host-device copies", "launch gaps", "between operations"
 ATTENTION, MATMUL, ELEMENT_WISE, OPTIMISER, OTHER = "attention", "matmul", "element-wise", "optimiser", "other"
@@ -68,7 +68,8 @@ class Profile:
     threads: of a CPU that computes, 0 on a GPU. verdict: what holds the step back, in words. change: the settings to
     type, empty if none would help. expected: gain of throughput by it, 0.2 is 20 %, by the plan or by what was measured
     beside it; None if unknown. check: whether that change should be measured; checked: with it. unknown: what this
-    machine can't tell. others_cpu: share of the CPUs' time that other programs took meanwhile.
+    machine can't tell. others_cpu: share of the CPUs' time that other programs took meanwhile. failed: setting -> the
+    error that its measurement ended in.
     """
 
     name: str
@@ -84,6 +85,7 @@ class Profile:
     checked: StepTime | None
     unknown: tuple[str, ...]
     others_cpu: float
+    failed: dict[str, str] = field(default_factory=dict)
 
     @property
     def gain(self) -> float | None:

@@ -3,6 +3,7 @@
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from finetune.planning.choice import Choice, choose
 from finetune.planning.machine import read
 from finetune.planning.plan import KEYS
 from finetune.run import rundir
+from finetune.run.plain import first_line
 from finetune.run.progress import progress, say
 from finetune.run.records import Dataset, TextSet
 from finetune.run.slow_steps import OTHERS_CPU
@@ -40,22 +42,25 @@ BuildTrainer = Callable[[Config, Dataset | TextSet], Trainer]
 def profile(config: Config, dataset: Dataset | TextSet, build: BuildTrainer) -> Profile:
     """Steps of the real trainer, made by `build`, with each setting that is asked for; no training is left anywhere.
 
-    config: with a folder of its own as run folder, where traces stay. Raises OutOfMemory, TrainingError as training.
+    config: with a folder of its own as run folder, where traces stay. Raises OutOfMemory, TrainingError as training, of
+    its own setting; others that fail are named in the record.
     """
     device, asked = pick_device(config.hardware.device), config.profile
     planned = _planned(config)  # before anything is on the GPU
     effective = config.trainer.micro_batch * config.trainer.accumulate
     meanwhile = Meanwhile(device)
-    times = [_timed(config, dataset, build)]
+    times, failed = [_timed(config, dataset, build)], dict[str, str]()
     for size in asked.micro_batches:
         if size != times[0].settings["micro_batch"]:
             settings = {"micro_batch": size, "accumulate": max(1, effective // size)}
-            times.append(_timed(_with(config, settings), dataset, build))
+            with _noted(failed, f"{size} × {settings['accumulate']}"):
+                times.append(_timed(_with(config, settings), dataset, build))
     chooses = device.type == "cuda" and config.trainer.autotune is Autotune.auto
     found = step_verdict.judge(times, planned, fast=config.trainer.fast, chooses=chooses)
     checked = None
     if asked.check and found.change:
-        checked = _timed(compose.apply(config, found.change), dataset, build)
+        with _noted(failed, " ".join(found.change)):
+            checked = _timed(compose.apply(config, found.change), dataset, build)
     rundir.write_config(as_dict(config), Path(config.run_dir))
     return Profile(
         name=config.name,
@@ -71,7 +76,17 @@ def profile(config: Config, dataset: Dataset | TextSet, build: BuildTrainer) -> 
         checked=checked,
         unknown=() if device.type == "cuda" else (COPIES, GAPS),
         others_cpu=meanwhile.since()[OTHERS_CPU],
+        failed=failed,
     )
+
+
+@contextmanager
+def _noted(failed: dict[str, str], setting: str) -> Iterator[None]:
+    """What one setting ends in is written down; what was measured of the others stays."""
+    try:
+        yield
+    except Exception as error:
+        failed[setting] = first_line(error)
 
 
 def _planned(config: Config) -> Choice | None:

@@ -13,11 +13,12 @@ import pytest
 
 from finetune import cli
 from finetune.config.schema import Config
-from finetune.errors import ConfigError
+from finetune.errors import ConfigError, TrainingError
 from finetune.reporting import terminal
 from finetune.reporting.notebook import html
 from finetune.run.plain import from_plain
-from finetune.run.step_time import Profile
+from finetune.run.step_time import Profile, StepTime
+from finetune.stages import profile
 from finetune.workstation import step_verdict
 from tests.unit.conftest import talking_config
 
@@ -26,10 +27,12 @@ FOUR = ("trainer.micro_batch=4", "trainer.accumulate=1")
 
 @dataclass(frozen=True)
 class Told:
-    """What the command printed, in which folder."""
+    """What the command printed, in which folder, and how it ended."""
 
     folder: Path
     printed: dict[str, Any]
+    code: int
+    errors: list[str]
 
     @property
     def record(self) -> Profile:
@@ -44,6 +47,16 @@ def advise_four(*arguments: Any, **settings: Any) -> step_verdict.Verdict:
     return replace(JUDGE(*arguments, **settings), change=FOUR, expected=0.5)
 
 
+TIMED = profile._timed
+
+
+def timed_but_sixteen(config: Config, *others: Any) -> StepTime:
+    """One of the settings fails, as a kernel of a GPU may."""
+    if config.trainer.micro_batch == 16:
+        raise RuntimeError("input dtypes must be the same\nsomewhere")
+    return TIMED(config, *others)
+
+
 @pytest.fixture(scope="module")
 def told(tmp_path_factory: pytest.TempPathFactory, tiny_language: Path) -> Told:
     folder = tmp_path_factory.mktemp("profile")
@@ -54,13 +67,18 @@ def told(tmp_path_factory: pytest.TempPathFactory, tiny_language: Path) -> Told:
     words = ["profile", "conf=pirate_chat", f"model.base={tiny_language}", f"data.file={config.data.file}", "--json"]
     words += ["data.length=192", "data.workers=1", f"data.cache={config.data.cache}", f"run_dir={folder / 'run'}"]
     words += ["profile.steps=1", "profile.warm_up=1", "trainer.micro_batch=1", "trainer.accumulate=4"]
-    out = io.StringIO()
-    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out):
+    out, errors = io.StringIO(), io.StringIO()
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        contextlib.redirect_stdout(out),
+        contextlib.redirect_stderr(errors),
+    ):
         patch.setenv("HYDRA_FULL_ERROR", "1")
         patch.setattr(cli.logging, "basicConfig", lambda **_: None)
         patch.setattr(step_verdict, "judge", advise_four)
-        assert cli.main([*words, "profile.micro_batches=[8]", "--check"]) == 0
-    return Told(folder / "run", json.loads(out.getvalue()))
+        patch.setattr(profile, "_timed", timed_but_sixteen)
+        code = cli.main([*words, "profile.micro_batches=[16,8]", "--check"])
+    return Told(folder / "run", json.loads(out.getvalue()), code, errors.getvalue().splitlines())
 
 
 def test_a_step_is_divided_by_micro_batch(told: Told) -> None:
@@ -77,6 +95,14 @@ def test_a_step_is_divided_by_micro_batch(told: Told) -> None:
     assert own.parts.keys() == eight.parts.keys()
     assert told.record.unknown == ("host-device copies", "launch gaps")
     assert told.record.threads > 0
+
+
+def test_a_setting_that_fails_is_one_line_and_the_others_stay(told: Told, show: Any) -> None:
+    why = "input dtypes must be the same somewhere"
+    assert told.record.failed == {"16 × 1": why}
+    assert told.code == TrainingError.exit_code
+    assert [line for line in told.errors if line.startswith("error: ")] == [f"error: 16 × 1 failed: {why}"]
+    assert "measured gain: the change failed" in "\n".join(show(replace(told.record, checked=None)))
 
 
 def test_traces_stay_and_no_training_does(told: Told) -> None:
