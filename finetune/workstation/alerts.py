@@ -45,20 +45,24 @@ class Rule:
 
 @dataclass(frozen=True)
 class Alert:
-    """firing: false once it is over. which: the GPU, place or sensor; empty where there is only one."""
+    """firing: false once it is over. which: the GPU, place, sensor or run; empty where there is only one. words: what
+    happened, where it is more than a value beyond a limit."""
 
     rule: Rule
     which: str
     value: float | None
     firing: bool
+    words: str = ""
 
     def line(self) -> str:
         """ "critical: GpuHot, gpu 0: 87 °C is above 85 °C for 300 s (…); …"."""
         rule = self.rule
-        label = METRICS[rule.metric][0] if rule.metric in METRICS else ""
+        label = METRICS[rule.metric][0] if rule.metric in METRICS else "run"
         where = f", {label} {self.which}" if self.which else ""
         if not self.firing:
             return f"over: {rule.name}{where}{'' if self.value is not None else ', which is no longer told'}"
+        if self.words:
+            return f"{rule.severity.name}: {rule.name}{where}: {self.words}"
         value, limit = _with_unit(rule.metric, self.value or 0), _with_unit(rule.metric, rule.limit)
         held = f"{value} is {'above' if rule.above else 'below'} {limit} for {rule.for_s:g} s"
         return f"{rule.severity.name}: {rule.name}{where}: {held} ({rule.metric}); {rule.summary}"

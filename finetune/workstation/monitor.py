@@ -17,10 +17,11 @@ from finetune.errors import ConfigError
 from finetune.reading import at_home
 from finetune.run.plain import first_line
 from finetune.run.progress import say
-from finetune.workstation import alerts, nvml, samples
+from finetune.workstation import alerts, facts, nvml, samples
 from finetune.workstation.alerts import Alert, Watch
 from finetune.workstation.flags import Flags
 from finetune.workstation.samples import METRICS, Sample
+from finetune.workstation.slow_runs import SlowRuns
 
 EVERY_S, LEAST_S, FIRST_S = 60.0, 0.5, 0.2
 LOG_BYTES, LOGS = 10_000_000, 5  # a week of samples each at one a minute and one GPU
@@ -63,13 +64,14 @@ def watch(
     keep: Callable[[Sample], object],
     tell: Callable[[Alert], object],
 ) -> int:
-    """Hand every sample to `keep` and every alert that begins or ends to `tell`; the weight of the worst alert.
+    """Hand every sample to `keep`, and to `tell` every alert that begins or ends and every slow step of a run that
+    trains; the weight of the worst alert.
 
     for_s: how long, in seconds; None is for ever.
     """
     import psutil
 
-    watched, worst, number = Watch(rules), 0, 0
+    watched, slow, worst, number = Watch(rules), SlowRuns(facts.PLACES["outputs"]), 0, 0
     with nvml.opened() as error:
         psutil.cpu_percent()
         time.sleep(FIRST_S)  # the CPUs' time is counted from one look to the next
@@ -80,7 +82,7 @@ def watch(
             if number == 0 and (absent := samples.missing(sample)):
                 say(_can_not_tell(absent, error))
             keep(sample)
-            for alert in watched.see(sample, number * every_s):
+            for alert in (*watched.see(sample, number * every_s), *slow.see()):
                 worst = max(worst, alert.rule.severity.value)
                 tell(alert)
             passed = int((time.monotonic() - begun) // every_s)  # after a slow notice, what is past is not made up for

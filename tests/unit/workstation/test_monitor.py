@@ -1,6 +1,7 @@
 """What `finetune monitor` reads, writes, publishes and reports."""
 
 import json
+import os
 import socket
 import sys
 import threading
@@ -18,6 +19,7 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from finetune.errors import ConfigError
+from finetune.run import slow_steps
 from finetune.workstation import facts, monitor, nvml, samples
 from finetune.workstation.alerts import Alert, Rule, Severity, load
 from finetune.workstation.samples import METRICS, look
@@ -294,6 +296,35 @@ def test_an_alert_is_told_after_its_time_on_the_clock(monkeypatch: pytest.Monkey
     )
     assert told == [("GpuWarm", 60), ("GpuHot", 300)]
     assert (code, len(kept)) == (2, 7)
+
+
+def test_slow_steps_of_a_run_that_trains_are_alerts(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Those that were noted before the watch began too, and each once; not those of a run that is over."""
+    slow = {slow_steps.SECONDS: 12.0, slow_steps.USUAL_S: 2.0}
+    for name, pid in (("pixar_style", os.getpid()), ("over", 2**22 + 1)):
+        run = Path("outputs", name)
+        run.mkdir(parents=True)
+        (run / ".lock.json").write_text(json.dumps({"pid": pid}))
+        (run / "metrics.jsonl").write_text(json.dumps({"step": 20, slow_steps.OTHERS_CPU: 0.8} | slow) + "\n")
+    look = samples.look
+
+    def train_on() -> samples.Sample:
+        for file in Path("outputs").glob("*/metrics.jsonl"):
+            with open(file, "a") as log:
+                log.write(json.dumps({"step": 21 + file.read_text().count("\n"), "loss/step": 0.5}) + "\n")
+        return look()
+
+    monkeypatch.setattr(samples, "look", train_on)
+    answer = finetune_cli("monitor", "--every", "0.5", "--for", "1", "--command", "cat > told.txt")
+    assert answer.code == 1
+    line = (
+        "warning: SlowStep, run pixar_style: step 20 took 12 s, 6 times the usual 2 s; "
+        "other programs took 80% of the CPUs"
+    )
+    assert [each for each in answer.errors if "SlowStep" in each] == [line]
+    assert Path("told.txt").read_text() == line + "\n"
 
 
 def test_what_a_slow_notice_has_missed_is_not_made_up_for(monkeypatch: pytest.MonkeyPatch) -> None:
