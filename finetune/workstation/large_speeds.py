@@ -108,7 +108,7 @@ def quantised(model: Any, how: Quantize, device: torch.device) -> nn.Module:
     for parent, name, layer in layers:
         shape = layer.weight.shape
         if shape not in drawn:
-            drawn[shape] = torch.empty(shape, dtype=torch.float16).normal_(std=SPREAD)
+            drawn[shape] = torch.empty(shape, dtype=torch.float16, device=device).normal_(std=SPREAD).cpu()
         setattr(parent, name, _stored(layer, drawn[shape], how, device))
     return model  # type: ignore[no-any-return]
 
