@@ -63,9 +63,10 @@ def _driver(facts: Facts) -> Iterator[Check]:
 def _torch(facts: Facts) -> Iterator[Check]:
     torch, gpus = facts["torch"], facts["nvml"].get("gpus") or []
     build = f"torch {torch['version']}" + (f" for CUDA {torch['cuda']}" if torch["cuda"] else ", a build without CUDA")
-    plain = torch["version"].partition("+")[0]
+    plain, faulty = torch["version"].partition("+")[0], bool(gpus and not torch["cuda"]) or bool(torch["broken"])
     yield check_of(
-        "torch-build", bool(gpus and not torch["cuda"]) if gpus or torch["cuda"] else None, Verdict.bad, build,
+        "torch-build", faulty if gpus or torch["cuda"] else None, Verdict.bad,
+        build + (f", which can't be imported ({torch['broken']})" if torch["broken"] else ""),
         limit="a build with CUDA where there is a GPU", source="torch.version.cuda", cost="the GPU stays unused",
         cure=f"python -m pip install --force-reinstall torch=={plain}",
     )  # fmt: skip

@@ -24,13 +24,15 @@ LIBRARIES = ("libtorch_cuda.so", "libtorch_python.so", "libtorch.so")  # the fir
 def ask(memory: Path, *, gpus: bool) -> Callable[[], dict[str, Any]]:
     """A function that waits for the answer, so that other things are looked at meanwhile.
 
-    `version`, `cuda` (None: a build without), `architectures` (empty: unknown), `gpus` that a program can use (None:
-    can't be told), and `error`: why none. memory: a file in which the architectures are kept, since torch itself must
-    be imported to be asked for them; a build is known by its version and by its library's path, size and time. gpus:
-    whether there are any; else nothing is asked about them.
+    `version`, `cuda` (None: a build without), `broken`: why it can't be imported (None: it can, or it was not tried),
+    `architectures` (empty: unknown), `gpus` that a program can use (None: can't be told), and `error`: why none.
+
+    memory: a file in which the architectures are kept, since torch itself must be imported to be asked for them; a
+    build is known by its version and by its library's path, size and time. gpus: whether there are any; else nothing
+    is asked about them.
     """
     folder = _folder()
-    found = _written_down(folder) | {"architectures": [], "gpus": None, "error": None}
+    found = _written_down(folder) | {"broken": None, "architectures": [], "gpus": None, "error": None}
     if folder is None or not found["cuda"] or not gpus:
         return lambda: found
     build = [found["version"], *_stamp(folder)]
@@ -43,8 +45,8 @@ def ask(memory: Path, *, gpus: bool) -> Callable[[], dict[str, Any]]:
 
     def wait() -> dict[str, Any]:
         answer, count = _answer(reading), _counted(_answer(counting))
-        if "error" in answer:  # such as a library that is missing: torch reaches nothing then
-            return found | {"gpus": 0, "error": answer["error"]}
+        if "error" in answer:  # such as a library that is missing
+            return found | {"broken": answer["error"]} | count
         if answer["architectures"]:
             _remember(memory, build, answer["architectures"])
         return found | answer | count

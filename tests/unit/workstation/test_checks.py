@@ -40,7 +40,7 @@ HEALTHY: Facts = {
     "container": False,
     "nvml": {"driver": "580.95.05", "cuda": 13000, "gpus": [GPU]},
     "torch": {
-        "version": "2.13.0+cu130", "cuda": "13.0", "architectures": ["sm_80", "sm_86", "sm_90"],
+        "version": "2.13.0+cu130", "cuda": "13.0", "broken": None, "architectures": ["sm_80", "sm_86", "sm_90"],
         "gpus": 1, "error": None,
     },
     "visible_devices": None,
@@ -102,6 +102,7 @@ TORCH = HEALTHY["packages"]["torch"]
 PROGRAM = {"pid": 4321, "name": "python3", "mib": 9000}
 FAULTS = [
     ("driver-for-torch", Verdict.bad, {"nvml__cuda": 12080}),
+    ("torch-build", Verdict.bad, {"torch__broken": "ModuleNotFoundError: No module named 'sympy'"}),
     ("cuda-gpus", Verdict.bad, {"torch__gpus": 0, "torch__error": "unknown error"}),
     ("hidden", Verdict.bad, {"visible_devices": "", "torch__gpus": 0}),
     ("hidden", Verdict.bad, {"visible_devices": "7", "torch__gpus": 0}),
@@ -159,7 +160,7 @@ def test_a_fault_is_found_and_nothing_else(id_: str, verdict: Verdict, places: d
 
 
 MISMATCH = "Driver/library version mismatch"
-WITHOUT_CUDA = {"version": "2.13.0+cpu", "cuda": None, "architectures": [], "gpus": None, "error": None}
+WITHOUT_CUDA = {"version": "2.13.0+cpu", "cuda": None, "broken": None, "architectures": [], "gpus": None, "error": None}
 
 
 @pytest.mark.parametrize(

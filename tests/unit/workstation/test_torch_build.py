@@ -17,7 +17,7 @@ KNOWS = """
 class cuda:
     get_arch_list = staticmethod(lambda: ["sm_89"])
 """
-NOTHING = {"architectures": [], "gpus": None, "error": None}
+NOTHING = {"broken": None, "architectures": [], "gpus": None, "error": None}
 
 
 def installed(code: str, folder: Path, patch: pytest.MonkeyPatch, cuda: str | None = "13.0") -> Path:
@@ -60,7 +60,7 @@ def test_a_machine_is_read_without_an_import_of_torch() -> None:
 def test_a_build_says_once_what_it_has_code_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     library, memory = installed(KNOWS, tmp_path, monkeypatch), tmp_path / "state/torch.json"
     driver(ONE_GPU, tmp_path, monkeypatch)
-    known = {"version": "2.13.0", "cuda": "13.0", "architectures": ["sm_89"], "gpus": 1, "error": None}
+    known = {"version": "2.13.0", "cuda": "13.0", "broken": None, "architectures": ["sm_89"], "gpus": 1, "error": None}
     assert torch_build.ask(memory, gpus=True)() == known
     (tmp_path / "torch/__init__.py").write_text(KNOWS.replace("sm_89", "sm_90"))
     assert torch_build.ask(memory, gpus=True)() == known  # it is not imported again
@@ -86,13 +86,13 @@ def test_what_can_not_be_kept_is_asked_again(tmp_path: Path, monkeypatch: pytest
         ("import os; os.abort()", "ended with -6"),
     ],
 )
-def test_a_build_that_can_not_be_imported_reaches_no_gpu(
+def test_a_build_that_can_not_be_imported_says_why(
     code: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     installed(code, tmp_path, monkeypatch)
     driver(ONE_GPU, tmp_path, monkeypatch)
     found = torch_build.ask(tmp_path / "torch.json", gpus=True)()
-    assert found == {"version": "2.13.0", "cuda": "13.0"} | NOTHING | {"gpus": 0, "error": why}
+    assert found == {"version": "2.13.0", "cuda": "13.0"} | NOTHING | {"gpus": 1, "broken": why}
     assert not (tmp_path / "torch.json").exists()
 
 
