@@ -2,7 +2,7 @@
 
 import os
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import yaml
@@ -55,6 +55,14 @@ def read(hardware: HardwareConfig) -> Machine:
         return _preset(hardware)
     device = pick_device(hardware.device)
     return _gpu(hardware) if device.type == "cuda" else _cpu(hardware)
+
+
+def present(hardware: HardwareConfig) -> Machine | None:
+    """What counts for models that are loaded now: the GPU that is here, whatever GPU a preset is of; on a CPU the GPU
+    of a preset, to see what would fit it, or None."""
+    if pick_device(hardware.device).type == "cuda":
+        return read(replace(hardware, gpu=""))
+    return read(hardware) if hardware.gpu else None
 
 
 def _preset(hardware: HardwareConfig) -> Machine:

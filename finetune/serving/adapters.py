@@ -11,7 +11,7 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
+from collections.abc import AsyncIterator, Callable, Collection, Iterator, Mapping
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +57,21 @@ class Source:
         else:
             weights = sorted(self.folder.glob("*.safetensors"))
         return (*weights, *(file for file in settings if file.exists()))
+
+    @property
+    def loaded_bytes(self) -> float:
+        """Of the adapter in use, which is computed in fp32; 0 of one that can't be read: who asks for it is told."""
+        try:
+            weights = formats.read_weights(self.files(None)[0])
+        except (ModelError, IndexError):
+            return 0.0
+        return 4.0 * sum(weight.numel() for weight in weights.values())
+
+
+def most_bytes(sources: Collection[Source], most: int) -> float:
+    """Of all adapters that can be loaded at once, `most` of them, as if each were as large as the largest."""
+    count = min(most, sum(1 + len(source.steps) for source in sources))
+    return count * max((source.loaded_bytes for source in sources), default=0.0)
 
 
 @dataclass(frozen=True)

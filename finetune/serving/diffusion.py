@@ -15,10 +15,12 @@ from finetune.config.schema import Config, ModelConfig
 from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.pipeline import TextEncoder, base_hash, load_backbone
 from finetune.memory.device import pick_device, pick_dtype
-from finetune.serving.adapters import BaseIdentity, Shelf, Source
+from finetune.planning.machine import present
+from finetune.serving.adapters import BaseIdentity, Shelf, Source, most_bytes
 from finetune.serving.attachments import Attachments
 from finetune.serving.fairness import Rates
 from finetune.serving.image_engine import ImageEngine, ImageRequest
+from finetune.serving.image_memory import encoders_fit
 from finetune.serving.image_routes import Canvas, routes
 from finetune.serving.metrics import Metrics
 from finetune.serving.requests import BASE
@@ -31,10 +33,17 @@ class ImageServer:
     """A base with its engine and adapters."""
 
     def __init__(
-        self, model: ModelConfig, device: torch.device, dtype: torch.dtype, *, vram_gib: float, most_waiting: int
+        self,
+        model: ModelConfig,
+        device: torch.device,
+        dtype: torch.dtype,
+        *,
+        encoders_on: torch.device,
+        vram_gib: float,
+        most_waiting: int,
     ) -> None:
-        """Raises ModelError for a base that can't be loaded."""
-        self.encoder = TextEncoder(model, device)
+        """encoders_on: where the text encoders work. Raises ModelError for a base that can't be loaded."""
+        self.encoder = TextEncoder(model, encoders_on)
         self.sampler = ImageSampler(model, [], "", device, dtype, self.encoder)
         self.backbone: Any = load_backbone(model, dtype, device, vram_gib=vram_gib)
         self.identity = BaseIdentity(model.base, base_hash(model), "")
@@ -73,12 +82,17 @@ class ImageServer:
 
 
 def service(config: Config, sources: Mapping[str, Source]) -> "ImageService":
-    """The service of a recipe. Raises ModelError."""
+    """The service of a recipe. Raises ModelError, and ConfigError where it doesn't fit."""
     device = pick_device(config.hardware.device)
+    dtype, encoders_on = pick_dtype(config.trainer.precision, device), device
+    machine, adapters = present(config.hardware), most_bytes(sources.values(), MOST_ADAPTERS)
+    if machine and not encoders_fit(config, dtype, machine, adapters):
+        encoders_on = torch.device("cpu")
     server = ImageServer(
         config.model,
         device,
-        pick_dtype(config.trainer.precision, device),
+        dtype,
+        encoders_on=encoders_on,
         vram_gib=config.hardware.vram_gib,
         most_waiting=config.serve.queue,
     )

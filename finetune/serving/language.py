@@ -4,7 +4,6 @@ import hashlib
 import json
 import shlex
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -20,9 +19,9 @@ from finetune.errors import ModelError
 from finetune.language import causal_lm
 from finetune.language.tokenize import chat_of
 from finetune.memory.device import pick_device, pick_dtype
-from finetune.planning.machine import read
+from finetune.planning.machine import present
 from finetune.run.progress import say
-from finetune.serving.adapters import BaseIdentity, Shelf, Source
+from finetune.serving.adapters import BaseIdentity, Shelf, Source, most_bytes
 from finetune.serving.attachments import Attachments
 from finetune.serving.batch import Batch, CachedBatch, RereadBatch
 from finetune.serving.fairness import Rates
@@ -94,17 +93,15 @@ def service(config: Config, sources: Mapping[str, Source]) -> "LanguageService":
     device = pick_device(config.hardware.device)
     dtype, limits = pick_dtype(config.trainer.precision, device), config.serve
     context = limits.context
-    if device.type == "cuda" or config.hardware.gpu:
-        # Whatever GPU a preset is of: what counts is the one that is here.
+    if machine := present(config.hardware):
         context = longest_replies(
             config.model,
             dtype,
-            read(replace(config.hardware, gpu="") if device.type == "cuda" else config.hardware),
-            sources.values(),
+            machine,
+            most_bytes(sources.values(), MOST_ADAPTERS),
             rows=limits.batch,
             context=context,
             max_new_tokens=limits.max_new_tokens,
-            most_adapters=min(MOST_ADAPTERS, sum(1 + len(source.steps) for source in sources.values())),
         )
     server = LanguageServer(
         config.model,

@@ -3,14 +3,13 @@
 As for a training, the model's own code runs on tensors that have nothing in them; see `planning.tracer`.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from functools import cache
 from typing import Any
 
 import torch
 from torch import nn
 
-from finetune.adapters import formats
 from finetune.config.schema import ModelConfig, Quantize
 from finetune.errors import ConfigError, ModelError
 from finetune.language import causal_lm, meta
@@ -20,7 +19,6 @@ from finetune.planning.candidates import parts
 from finetune.planning.machine import GIB, Machine
 from finetune.planning.tracer import Tracer
 from finetune.run.progress import say
-from finetune.serving.adapters import Source
 from finetune.serving.cache import join, new_cache
 from finetune.serving.prefixes import MOST_TOKENS
 from finetune.serving.sampling import SCORES_BYTES
@@ -33,20 +31,18 @@ def longest_replies(
     model: ModelConfig,
     dtype: torch.dtype,
     machine: Machine,
-    sources: Iterable[Source],
+    adapter_bytes: float,
     *,
     rows: int,
     context: int,
     max_new_tokens: int,
-    most_adapters: int,
 ) -> int:
     """Tokens of a reply and its prompt of which so many rows fit the machine.
 
-    context: as `serve.context`; 0 takes what the base reads, or what fits, and then says so. Raises ConfigError where
-    less fits than is asked for, or than a reply of `max_new_tokens` needs. A base that can't be planned gets what was
-    asked for, and that is said.
+    adapter_bytes: of all that are loaded at once. context: as `serve.context`; 0 takes what the base reads, or what
+    fits, and then says so. Raises ConfigError where less fits than is asked for, or than a reply of `max_new_tokens`
+    needs. A base that can't be planned gets what was asked for, and that is said.
     """
-    adapter_bytes = most_adapters * max(map(_adapter_bytes, sources), default=0.0)
     try:
         base = _Base(model, dtype, machine, adapter_bytes)
         gib = cache(base.gib)
@@ -140,12 +136,3 @@ def _like(cache: Any, rows: int, tokens: int) -> Any:
         parts = (layer.keys, layer.values)
         found.update(*[part.new_empty(rows, part.shape[1], tokens, part.shape[3]) for part in parts], index)
     return found
-
-
-def _adapter_bytes(source: Source) -> float:
-    """Of an adapter in use, which is computed in fp32."""
-    try:
-        weights = formats.read_weights(source.files(None)[0])
-    except (ModelError, IndexError):  # who asks for it is told
-        return 0.0
-    return 4.0 * sum(weight.numel() for weight in weights.values())

@@ -19,7 +19,7 @@ from tests.tiny_language_models import save_language
 GPU = Machine("a small GPU", True, 1.0, 0.5, True, 165.2, 82.6, 1008, 20.0, known=True)
 TOKEN_BYTES = 2 * 2 * 2 * 8 * 2  # keys and values of 2 layers with 2 heads of 8 channels in 16 bit
 ROWS, READS = 8, 256
-SEVERAL = {"rows": ROWS, "context": 0, "max_new_tokens": 40, "most_adapters": 0}
+SEVERAL = {"rows": ROWS, "context": 0, "max_new_tokens": 40}
 
 
 @pytest.fixture(scope="module")
@@ -46,11 +46,11 @@ def test_replies_get_as_long_as_there_is_room_for(
     model: ModelConfig, gib: Callable[[int, int], float], capsys: pytest.CaptureFixture[str]
 ) -> None:
     enough = with_gib(gib(ROWS, READS))
-    assert streams.longest_replies(model, torch.bfloat16, enough, [], **SEVERAL) == READS
-    assert streams.longest_replies(model, torch.bfloat16, enough, [], **SEVERAL | {"context": 100}) == 100
+    assert streams.longest_replies(model, torch.bfloat16, enough, 0.0, **SEVERAL) == READS
+    assert streams.longest_replies(model, torch.bfloat16, enough, 0.0, **SEVERAL | {"context": 100}) == 100
     assert capsys.readouterr().err == ""
     small = with_gib((gib(ROWS, 128) + gib(ROWS, 256)) / 2)
-    found = streams.longest_replies(model, torch.bfloat16, small, [], **SEVERAL)
+    found = streams.longest_replies(model, torch.bfloat16, small, 0.0, **SEVERAL)
     assert 128 < found < 256
     assert gib(ROWS, found) <= small.vram_gib
     said = capsys.readouterr().err
@@ -63,15 +63,15 @@ def test_what_does_not_fit_is_refused_with_what_does(model: ModelConfig, gib: Ca
     with pytest.raises(
         ConfigError, match=r"8 replies of 256 tokens with their prompts take .* try serve\.batch="
     ) as no:
-        streams.longest_replies(model, torch.bfloat16, small, [], **SEVERAL | {"context": READS})
+        streams.longest_replies(model, torch.bfloat16, small, 0.0, **SEVERAL | {"context": READS})
     offered = int(str(no.value).rpartition("=")[2])
     assert ROWS // 4 < offered <= ROWS // 2
     assert gib(offered, READS) <= small.vram_gib
     with pytest.raises(ConfigError, match=r"one alone doesn't fit either; try model\.quantize=nf4"):
-        streams.longest_replies(model, torch.bfloat16, with_gib(0.5), [], **SEVERAL | {"rows": 2})
+        streams.longest_replies(model, torch.bfloat16, with_gib(0.5), 0.0, **SEVERAL | {"rows": 2})
     quantised = replace(model, quantize=Quantize.nf4)
     with pytest.raises(ConfigError, match="try a smaller base"):
-        streams.longest_replies(quantised, torch.bfloat16, with_gib(0.5), [], **SEVERAL | {"rows": 1})
+        streams.longest_replies(quantised, torch.bfloat16, with_gib(0.5), 0.0, **SEVERAL | {"rows": 1})
 
 
 def test_adapters_and_the_precision_of_the_base_count(model: ModelConfig, tmp_path: Path) -> None:
@@ -83,14 +83,14 @@ def test_adapters_and_the_precision_of_the_base_count(model: ModelConfig, tmp_pa
     assert loaded[0] < loaded[2]
     with_adapters = streams._Base(model, torch.bfloat16, GPU, 1024.0**2)
     assert (with_adapters.gib(1, 64) - plain.gib(1, 64)) * GIB == pytest.approx(1024**2)
-    assert streams._adapter_bytes(Source("gone", tmp_path, None)) == 0, "who asks for it is told"
+    assert Source("gone", tmp_path, None).loaded_bytes == 0, "who asks for it is told"
 
 
 def test_a_base_that_can_not_be_planned_is_served_all_the_same(
     model: ModelConfig, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(streams, "new_cache", lambda: None)  # as if the layers kept something else
-    assert streams.longest_replies(model, torch.bfloat16, GPU, [], **SEVERAL | {"context": 100}) == 100
+    assert streams.longest_replies(model, torch.bfloat16, GPU, 0.0, **SEVERAL | {"context": 100}) == 100
     assert "serve: this base can't be planned" in capsys.readouterr().err
 
 
