@@ -86,7 +86,7 @@ def service(config: Config, sources: Mapping[str, Source]) -> "ImageService":
     device = pick_device(config.hardware.device)
     dtype, encoders_on = pick_dtype(config.trainer.precision, device), device
     machine, adapters = present(config.hardware), most_bytes(sources.values(), MOST_ADAPTERS)
-    if machine and not encoders_fit(config, dtype, machine, adapters):
+    if machine and not encoders_fit(config.model, config.sample, dtype, machine, adapters):
         encoders_on = torch.device("cpu")
     server = ImageServer(
         config.model,

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import torch
 
-from finetune.config.schema import Config, ModelConfig, Quantize
+from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelConfig, Quantize, SampleConfig
 from finetune.diffusion import meta
 from finetune.diffusion.memory_model import DiffusionMemoryModel
 from finetune.errors import ConfigError, ModelError
@@ -17,22 +17,24 @@ from finetune.planning.machine import GIB, Machine
 from finetune.run.progress import say
 
 
-def encoders_fit(config: Config, dtype: torch.dtype, machine: Machine, adapter_bytes: float) -> bool:
+def encoders_fit(
+    model: ModelConfig, sample: SampleConfig, dtype: torch.dtype, machine: Machine, adapter_bytes: float
+) -> bool:
     """Whether the text encoders find room on the GPU beside the rest; if not they work in CPU memory, and that is said.
 
     adapter_bytes: of all that are loaded at once. Raises ConfigError where one image of the recipe's resolution doesn't
     fit without the encoders either. A base that can't be planned gets the GPU for all, and that is said.
     """
     try:
-        drawing_gib = _drawing_gib(config, dtype, machine, adapter_bytes)
-        encoders_gib = block_offload.weight_bytes(meta.text_encoders(config.model)) / GIB
+        drawing_gib = _drawing_gib(model, sample, dtype, machine, adapter_bytes)
+        encoders_gib = block_offload.weight_bytes(meta.text_encoders(model)) / GIB
     except ModelError as error:  # one that can't be had at all is named again when it is loaded
         say(f"serve: {error}")
         return True
-    side, where = config.model.resolution, f"{machine.name} has {machine.vram_gib:.1f} GiB"
+    side, where = model.resolution, f"{machine.name} has {machine.vram_gib:.1f} GiB"
     if drawing_gib > machine.vram_gib:
         need = f"an image of {side}×{side} takes {drawing_gib:.1f} GiB"
-        raise ConfigError(f"{need}, and {where}; try {_smaller(config.model)}")
+        raise ConfigError(f"{need}, and {where}; try {_smaller(model)}")
     if drawing_gib + encoders_gib <= machine.vram_gib:
         return True
     say(
@@ -48,22 +50,24 @@ def _smaller(model: ModelConfig) -> str:
     return "a smaller model.resolution" if model.offload else "model.offload=true"
 
 
-def _drawing_gib(config: Config, dtype: torch.dtype, machine: Machine, adapter_bytes: float) -> float:
+def _drawing_gib(
+    model: ModelConfig, sample: SampleConfig, dtype: torch.dtype, machine: Machine, adapter_bytes: float
+) -> float:
     """Of one image, in tiles if that is less."""
     drawn = DiffusionMemoryModel(
         dtype,
         cuda=machine.cuda,
         room=(machine.vram_gib - machine.context_gib) * GIB,
-        model=config.model,
-        lora=config.lora,
-        loss=config.loss,
-        caption=config.caption,
-        sample=replace(config.sample, prompts=["one image"], seeds=[0], previews=1),
+        model=model,
+        lora=LoraConfig(rank=1),  # adapters are counted by their files
+        loss=LossConfig(),
+        caption=CaptionConfig(),
+        sample=replace(sample, prompts=["one image"], seeds=[0], previews=1),
         max_aspect=1.0,
         validations=0,
         previews=0,
         examples=None,
-        seed=config.seed,
+        seed=0,
         fast=False,
     )
     ((_, options),) = drawn.training_phases(1, drawn.offloaded() | {"loaded adapters": adapter_bytes})

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from finetune.config.schema import Config, Device, LoraConfig, Quantize
+from finetune.config.schema import Config, Device, Quantize
 from finetune.diffusion import meta
 from finetune.errors import ConfigError, ModelError
 from finetune.memory import block_offload
@@ -21,15 +21,15 @@ GPU = Machine("a small GPU", True, 9.0, 0.5, True, 165.2, 82.6, 1008, 20.0, know
 
 @pytest.fixture(scope="module")
 def recipe(tmp_path_factory: pytest.TempPathFactory) -> Config:
-    return Config(model=save_family(tmp_path_factory.mktemp("base"), "sd"), lora=LoraConfig(rank=4))
+    return Config(model=save_family(tmp_path_factory.mktemp("base"), "sd"))
 
 
 def drawing_gib(recipe: Config, adapter_bytes: float = 0.0) -> float:
-    return image_memory._drawing_gib(recipe, torch.bfloat16, GPU, adapter_bytes)
+    return image_memory._drawing_gib(recipe.model, recipe.sample, torch.bfloat16, GPU, adapter_bytes)
 
 
 def fits(recipe: Config, vram_gib: float) -> bool:
-    return encoders_fit(recipe, torch.bfloat16, replace(GPU, vram_gib=vram_gib), 0.0)
+    return encoders_fit(recipe.model, recipe.sample, torch.bfloat16, replace(GPU, vram_gib=vram_gib), 0.0)
 
 
 def test_text_encoders_leave_a_gpu_that_is_full_without_them(
