@@ -97,11 +97,11 @@ class FastSingle:
 
     def forward(self, block: Any, tokens: Sequence[Tensor], embedding_BD: Tensor, turns: Turns) -> Sequence[Tensor]:
         """As that of `FastDouble`."""
-        *change, gate_BD = modulation(block.norm, embedding_BD, self.dtype)
+        *change, gate_B1D = modulation(block.norm, embedding_BD, self.dtype)
         with torch.autocast(embedding_BD.device.type, enabled=False):
             x_BSD = torch.cat(list(tokens), 1)
             *states, wide_BSI = apply(States, self.before, change, turns, x_BSD, adapters=self.before.layers)
-            y_BSD = apply(Joined, self.output, gate_BD, x_BSD, attend(*states), wide_BSI, adapters=[self.output])
+            y_BSD = apply(Joined, self.output, gate_B1D, x_BSD, attend(*states), wide_BSI, adapters=[self.output])
             return torch.split(y_BSD, [x_BLD.shape[1] for x_BLD in tokens], 1)
 
 
