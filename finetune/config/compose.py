@@ -45,8 +45,9 @@ def apply(config: Config, overrides: Overrides, say: Say = LOG) -> Config:
     """A copy of `config` with `key=value` overrides. Presets (`lora=r32`) need a recipe: use `load`."""
     judge, words = _Judge(), typed_text.as_words(overrides)
     good = judge.overrides(words)
-    for group, ((name, _), *_) in judge.chosen.items():
-        judge.problems.append(f"{group}={name} chooses a preset, which needs a recipe: conf=…, or finetune.load")
+    for group, names in judge.chosen.items():
+        chooses = "chooses a preset, which needs a recipe: conf=…, or finetune.load"
+        judge.problems += [f"{group}={name} {chooses}" for name, _ in names]
     judge.report(say)
     with explained():
         tree = _literal_tree(asdict(config))
@@ -144,7 +145,13 @@ def name_sweep_folders(overrides: Sequence[str]) -> None:
     """
     parsed = OverridesParser.create().parse_overrides(list(overrides))
     swept = {override.key_or_group for override in parsed if override.is_sweep_override()}
-    OmegaConf.register_new_resolver("sweep_folder", lambda words: recipes.sweep_folder(words, swept), replace=True)
+    OmegaConf.register_new_resolver("sweep_folder", lambda words: _sweep_folder(words, swept), replace=True)
+
+
+def _sweep_folder(words: Sequence[str], swept: set[str]) -> str:
+    parsed = OverridesParser.create().parse_overrides(list(words))
+    recipe = next(_plain(override.value()) for override in parsed if override.key_or_group == recipes.GROUP)
+    return recipes.sweep_folder(recipe, words, swept)
 
 
 def judged(typed: Sequence[str], say: Say, sweep: bool = False) -> list[str]:
@@ -185,6 +192,8 @@ class _Judge:
                 problem = mistyped.unreadable(word)
             if problem:
                 self.problems.append(problem)
+                if recipes.names_file(group := word.partition("=")[0]):
+                    self.chosen[group] = []  # which of them is meant is open; that none was chosen isn't so
             else:
                 good.append(override)
         return good

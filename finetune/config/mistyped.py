@@ -74,7 +74,8 @@ def stray_problems(words: Sequence[str]) -> Iterator[str]:
 def several(word: str) -> str:
     """What to say of a setting with several values where one run is to be made."""
     key, _, text = word.partition("=")
-    if problem := describe.key_problem(key):
+    problem = describe.key_problem(key)
+    if problem and not recipes.names_file(key):
         return problem
     hint, one = describe.leaf_types().get(key), ""
     if len(equal := set(text.split(","))) == 1:  # a width and a height
@@ -95,7 +96,8 @@ def unreadable(word: str) -> str:
     if text.startswith("["):
         return f"cannot read {word}; a list of texts is quoted twice: {_intended(key, text)}"
     is_value = describe.leaf_types().get(key) not in (None, str)
-    if problem := describe.key_problem(key) or (is_value and describe.value_problem(key, text)):
+    problem = describe.key_problem(key) or (is_value and describe.value_problem(key, text))
+    if problem and not recipes.names_file(key):
         return f"cannot read {word}; {problem}"
     rule = "text with spaces, commas, colons or brackets is quoted twice"
     return f"cannot read {word}; {rule}: {_intended(key, text)}"
@@ -128,7 +130,7 @@ def _meant(before: str, strays: Sequence[str]) -> str:
 
 
 def _key(name: str) -> str | None:
-    if name == recipes.GROUP or name in recipes.preset_files():
+    if recipes.names_file(name):
         return name
     return FURTHER.get(name) or (name if describe.key_problem(name) is None else describe.nearest(name))
 
@@ -139,4 +141,5 @@ def _intended(key: str, text: str) -> str:
     if hint == list[str]:
         items = text.strip().removeprefix("[").removesuffix("]").split(",")
         return setting(key, [item.strip().strip("\"'") for item in items])
-    return setting(key, text.strip("\"'")) if hint is str else shlex.quote(f"{key}={text}")
+    is_text = hint is str or recipes.names_file(key)
+    return setting(key, text.strip("\"'")) if is_text else shlex.quote(f"{key}={text}")

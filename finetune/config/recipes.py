@@ -48,6 +48,11 @@ def preset_files() -> dict[str, dict[str, Path]]:
     return found
 
 
+def names_file(key: str) -> bool:
+    """Whether the value of a key is the name of a recipe or preset."""
+    return key == GROUP or key in preset_files()
+
+
 def video_files() -> dict[str, Path]:
     """Recipe of the video commands -> file."""
     return {path.stem: path for folder in conf_dirs() for path in sorted((folder / VIDEO).glob("*.yaml"))}
@@ -89,11 +94,11 @@ def no_such(what: str, word: str, offered: list[str]) -> str:
     return f"no {what} called '{word}'; {hint}there are: {', '.join(offered) or 'none'}"
 
 
-def sweep_folder(words: Sequence[str], swept: set[str]) -> str:
+def sweep_folder(recipe: str, words: Sequence[str], swept: set[str]) -> str:
     """The folder of a job with these overrides: recipe / swept settings, and a digest of the settings in common."""
     settings = {key: value for key, _, value in (word.partition("=") for word in words)}
     settings.pop("run_dir", None)
-    recipe = settings.pop("conf")
+    settings.pop(GROUP)
     varied = ",".join(f"{key}={value}" for key, value in sorted(settings.items()) if key in swept) or "all"
     common = "".join(f"{key}={value}\n" for key, value in sorted(settings.items()) if key not in swept)
     safe = re.sub(r"[^\w.=+,-]", "-", varied)[:LONGEST_FOLDER]

@@ -28,6 +28,8 @@ NUMBERS = re.compile(
     r"""|(?<=[=,\[])\s*(?P<number>[+-]?(?:\.?\d[\w.+-]*|inf|nan)|true|false)(?=\s*(?:[,\]]|$))""",
     re.IGNORECASE,
 )
+# One of several values with a comma behind each; those in quotes stand by themselves.
+ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"\s*|'(?:\\.|[^'\\])*'\s*|[^,]*),""")
 SETTING = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 
 
@@ -54,11 +56,11 @@ def as_typed(word: str) -> str:
         return word
     plus, old, value = match.groups()
     key, value = renamed.new_key(old), renamed.new_value(old, value)
-    if value.startswith("~"):
+    if value.startswith("~") and "," not in value:  # several: `literally` takes them apart
         value = spelling.quoted(at_home(key, value))
     if key == MANY_PATHS and value.startswith("["):
         value = _one_text(value)
-    names_file = _names_file(key)
+    names_file = recipes.names_file(key)
 
     def quoted(item: re.Match[str]) -> str:
         number = item["number"]
@@ -76,16 +78,20 @@ def as_typed(word: str) -> str:
 
 def literally(word: str) -> str:
     """Of a text that Hydra's grammar doesn't take (`Mädchen`, `a=b`, `x (1)`), the override with quotes around it; of
-    the name of a recipe or preset too.
+    the name of a recipe or preset too. Of several with commas between them, with quotes around each.
 
-    A `${…}` in it keeps its meaning. What begins or goes on as the grammar's own is left to it: quotes, lists, commas.
+    A `${…}` in it keeps its meaning. What begins as the grammar's own is left to it: quotes and lists.
     """
     match = SETTING.fullmatch(word)
-    if not match or not (_names_file(match[2]) or describe.leaf_types().get(match[2]) is str):
+    if not match or not (recipes.names_file(match[2]) or describe.leaf_types().get(match[2]) is str):
         return word
     plus, key, text = match.groups()
-    own = text.startswith(('"', "'", "[", "{")) or "," in text
-    return word if own else f"{plus}{key}={spelling.quoted(text)}"
+    if text.startswith(("[", "{")):
+        return word
+    items = [item.strip() for item in ITEM.findall(f"{text},")]
+    return f"{plus}{key}=" + ",".join(
+        item if not item or item.startswith(('"', "'")) else spelling.quoted(item) for item in items
+    )
 
 
 def at_home(key: str, value: str) -> str:
@@ -115,10 +121,6 @@ def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]
             yield key, os.pathsep.join(map(str, value))
         else:
             yield key, value
-
-
-def _names_file(key: str) -> bool:
-    return key == recipes.GROUP or key in recipes.preset_files()
 
 
 def _one_text(value: str) -> str:

@@ -349,6 +349,43 @@ def test_multirun_gives_each_job_a_folder_of_its_own(
     assert len(set(folders)) == 4
 
 
+def test_multirun_takes_names_and_texts_as_one_run_does(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workdir / "conf").mkdir()
+    for name in ("größe", "mit Leerzeichen", "a=b (2)"):
+        (workdir / f"conf/{name}.yaml").write_text("defaults: [smoke]\n", encoding="utf-8")
+    seen: list[Config] = []
+    monkeypatch.setattr(api, "caption", seen.append)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    assert finetune_cli("caption", "conf=größe,smoke,mit Leerzeichen,a=b (2)", "--multirun").code == 0
+    assert [config.name for config in seen] == ["größe", "smoke", "mit Leerzeichen", "a=b (2)"]
+    assert [config.run_dir for config in seen] == [str(workdir / f"outputs/multirun/{c.name}/all") for c in seen]
+    seen.clear()
+    words = ["data.folder=~/my pics,~/Bilder für mich", "caption.trigger=Mädchen,'a, b'"]
+    assert finetune_cli("caption", "conf=größe", *words, "--multirun").code == 0
+    assert [(config.data.folder, config.caption.trigger) for config in seen] == [
+        (str(workdir / f"home/{folder}"), trigger)
+        for folder in ("my pics", "Bilder für mich")
+        for trigger in ("Mädchen", "a, b")
+    ]
+    assert len({config.run_dir for config in seen}) == 4
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("conf=größe,", "error: cannot read conf=größe,; text with spaces, commas, colons or brackets is quoted"),
+        ("conf=smoke,größe", "error: conf got several values"),
+    ],
+)
+def test_a_recipe_that_cannot_be_read_is_one_line(finetune_cli: Cli, word: str, said: str) -> None:
+    answer = finetune_cli("caption", word)
+    assert answer.code == 2
+    assert [line.startswith(said) for line in answer.errors] == [True]
+
+
 def test_multirun_below_a_folder_of_ones_own(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen: list[Config] = []
     monkeypatch.setattr(api, "caption", seen.append)

@@ -2,6 +2,7 @@
 
 import os
 from copy import deepcopy
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -236,6 +237,11 @@ def test_names_of_recipes_and_presets_have_letters_beyond_ascii(workdir: Path) -
     assert (config.name, config.lora.rank) == ("größe", 99)
     with pytest.raises(ConfigError, match="no recipe called 'grösse'; did you mean größe"):
         compose.load("grösse")
+    write(workdir / "conf/mit leer.yaml", "data:\n  folder: x\n")
+    assert compose.judged(["conf=größe,mit leer, pixar_style", "lora=groß (2),r32"], print, sweep=True) == [
+        'conf="größe","mit leer","pixar_style"',
+        'lora="groß (2)","r32"',
+    ]
 
 
 def test_the_current_folders_conf_wins(workdir: Path) -> None:
@@ -417,7 +423,7 @@ def test_apply_refuses_what_load_refuses_and_presets() -> None:
 
 
 def test_the_folder_of_a_sweep_job_is_readable_safe_and_its_own() -> None:
-    name = recipes.sweep_folder
+    name = partial(recipes.sweep_folder, "a")
     assert name(["conf=a", "lora.rank=4", "run_dir=x"], {"lora.rank"}) == "a/lora.rank=4"
     assert name(["conf=a"], set()) == "a/all"
     in_common = [name(["conf=a", "lora.rank=4", f"seed={seed}"], {"lora.rank"}) for seed in (1, 2)]
