@@ -20,6 +20,7 @@ NO_CURSOR = ("dumb", "unknown")  # values of TERM: a shell inside an editor show
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")  # but for line ends and tabs: a terminal obeys them
 WARNING = re.compile(r"(?:\w+: )?warning: ")
 NOTEBOOK_EVERY_S = 0.25  # each is a message to the browser
+FIRST_LINE_S = 2.0  # of something that seldom takes long; nobody waits so long without wondering
 PLAIN_LINE_EVERY_S = 10.0  # without a terminal (logs, CI): often enough to see life, rare enough to read
 
 _warnings: list[str] = []  # of this process, until a receipt takes them
@@ -77,6 +78,21 @@ def taken_warnings() -> tuple[str, ...]:
 def plural(count: int, thing: str) -> str:
     """ "1 image", "2 images"."""
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
+
+
+class Silence:
+    """Since when nothing was said of a step that seldom takes long."""
+
+    def __init__(self) -> None:
+        self.ends = time.monotonic() + FIRST_LINE_S
+
+    def is_long(self) -> bool:
+        """Whether a line is due; then the next one is in a while."""
+        now = time.monotonic()
+        if now < self.ends:
+            return False
+        self.ends = now + PLAIN_LINE_EVERY_S
+        return True
 
 
 class _Counted:

@@ -17,6 +17,7 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from finetune.data.images import walk
 from finetune.errors import ConfigError, DataError, ModelError, RunError
 from tests.end_to_end import command
 
@@ -161,9 +162,20 @@ def test_a_folder_whose_files_can_be_listed_and_not_looked_at(workdir: Path, ima
         answer = command.run("caption", *small, cwd=workdir, before=ORDINARY)
     finally:
         (images / "locked").chmod(0o755)
-    refused(
-        answer, DataError.exit_code, "images/locked/red.png: can't be read (Permission denied); make it readable, or"
-    )
+    refused(answer, DataError.exit_code, "images/locked: can't be read (Permission denied); make it readable, move")
+
+
+def test_a_home_folder_is_no_folder_of_images(
+    finetune_cli: Cli, workdir: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (workdir / "home/project").mkdir(parents=True)
+    for number in range(9):
+        (workdir / f"home/project/{number}.py").touch()
+    monkeypatch.setenv("HOME", str(workdir / "home"))
+    monkeypatch.setattr(walk, "MOST_OTHERS", 5)
+    said = ["home is no folder of images: 0 images among its first", "files and folders", "data.folder=path/to/images"]
+    for command_name in ("train", "caption"):
+        refused(finetune_cli(command_name, *small, "data.folder=~"), DataError.exit_code, said)
 
 
 # -- captions --------------------------------------------------------------------------------------------------------

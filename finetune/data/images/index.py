@@ -18,6 +18,7 @@ from finetune.errors import DataError, RunError
 from finetune.reading import read_bytes
 from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.hashing import RACY_NS, Stamp, hash_of, stamp_of
+from finetune.run.progress import Silence, say
 
 FORMAT = "images-3"  # of the index: change it when a row means something else
 READ_THREADS = 4  # reading, hashing and decoding release the interpreter lock
@@ -73,12 +74,16 @@ class ImageIndex:
         if not changed:
             return
         known = {row.sha256: row for row in self.rows.values() if self._decodes(row)}
-        saved = time.monotonic()
+        saved, silence = time.monotonic(), Silence()
         try:
             with ThreadPoolExecutor(READ_THREADS) as pool:
                 for first in range(0, len(changed), AT_ONCE):
                     files = changed[first : first + AT_ONCE]
-                    self.rows |= zip(files, pool.map(lambda file: self._look(file, known), files), strict=True)
+                    rows = pool.map(lambda file: self._look(file, known), files)
+                    for done, (file, row) in enumerate(zip(files, rows, strict=True), start=first + 1):
+                        self.rows[file] = row
+                        if silence.is_long():
+                            say(f"reading the images of {self.folder}: {done:,} of {len(changed):,} so far")
                     if time.monotonic() - saved > SAVED_EVERY_S:  # a kill loses no more
                         self._save()
                         saved = time.monotonic()

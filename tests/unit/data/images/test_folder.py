@@ -8,9 +8,10 @@ import zipfile
 import pytest
 from PIL import Image
 
-from finetune.data.images import folder
+from finetune.data.images import folder, walk
 from finetune.data.images.metadata import generated
 from finetune.errors import DataError, RunError
+from finetune.run import progress
 
 
 @pytest.fixture(params=["images", "odd [name] *", ".hidden/images"])
@@ -432,3 +433,36 @@ def test_files_with_captions_are_those_that_are_read(root):
         "a.txt",
         "deep/metadata.jsonl",
     }
+
+
+def test_a_long_look_is_said_and_what_is_obviously_no_folder_of_images_refused(tmp_path, monkeypatch, capsys):
+    home = tmp_path / "home"
+    for name in ("project/src", "project/.git", ".cache/huge", "__pycache__"):
+        (home / name).mkdir(parents=True)
+        for number in range(30):
+            (home / name / f"{number}.py").touch()
+    monkeypatch.setattr(walk, "MOST_OTHERS", 20)
+    monkeypatch.setattr(walk, "OTHERS_AN_IMAGE", 3)
+    with pytest.raises(DataError, match=rf"{home} is no folder of images: 0 images among its first 2\d files and fold"):
+        folder.images(home)
+    put(home, *(f"{number}.png" for number in range(11)))  # one for three others is much
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.0)
+    assert len(folder.images(home)) == 11
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert said[0].startswith(f"looking for images in {home} and below: ")
+
+
+def test_what_stands_beside_images_does_not_count_against_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(walk, "MOST_OTHERS", 20)
+    (tmp_path / "labels").mkdir()
+    for number in range(40):
+        (tmp_path / f"labels/{number}.txt").touch()
+    put(tmp_path, "a.png")
+    assert folder.images(tmp_path) == ["a.png"]
+
+
+def test_a_folder_of_hidden_files_says_so(tmp_path):
+    put(tmp_path, ".a.png")
+    with pytest.raises(DataError, match=r"has nothing but what is hidden \(\.a\.png\); put images into it"):
+        folder.images(tmp_path)

@@ -9,6 +9,7 @@ from PIL import Image
 from finetune.data.images import decode, index
 from finetune.data.images.index import ImageIndex
 from finetune.errors import DataError
+from finetune.run import progress
 
 LIMIT = 10_000
 
@@ -221,3 +222,9 @@ def test_a_kill_loses_no_more_than_a_minute_of_looking(root, hashed, monkeypatch
     monkeypatch.setattr(index, "_save", plain)
     assert len(hashes(root)) == 3
     assert len(hashed) == 3
+
+
+def test_long_reading_says_how_far_it_is(root, monkeypatch, capsys):
+    monkeypatch.setattr(progress, "FIRST_LINE_S", 0.0)
+    hashes(root)
+    assert capsys.readouterr().err == f"reading the images of {root}: 1 of 3 so far\n"
