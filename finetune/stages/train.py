@@ -1,5 +1,6 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
+import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -12,17 +13,18 @@ from finetune import hub, kinds
 from finetune.adapters import formats
 from finetune.config import hints
 from finetune.config.describe import as_dict, sections
-from finetune.config.schema import Config
+from finetune.config.schema import Config, Quantize
 from finetune.config.spelling import setting
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import gpu_gib, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
+from finetune.reporting.facts import size_text
 from finetune.run import previous, ranks
 from finetune.run.hashing import hash_adapter, hash_of
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 from finetune.run.receipts import load_receipt, load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
-from finetune.training import checkpoint, distributed
+from finetune.training import checkpoint, disk, distributed
 from finetune.training.accelerator import build_accelerator, without_cudnn_attention
 from finetune.training.loop import Step
 from finetune.training.signals import Stop, catch_stop
@@ -45,7 +47,8 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     """Train to `config.trainer.steps`, or until it no longer helps (`trainer.patience`), from the newest checkpoint.
 
     Raises RunError if an earlier run in the folder was trained with other settings or data (they are listed) or a
-    checkpoint is damaged, TrainingError after too many non-finite steps, Interrupted after a signal (state saved).
+    checkpoint is damaged, or the disk has no room for what will be written, TrainingError after too many non-finite
+    steps, Interrupted after a signal (state saved).
     """
     began, run_dir = time.monotonic(), Path(config.run_dir)
     contents = distributed.on_first_rank(lambda: _contents(config))
@@ -69,6 +72,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     with without_cudnn_attention(), catch_stop() as stop:
         trainer = build_trainer(config, dataset, identity, resumed)
         try:
+            distributed.on_first_rank(lambda: _require_room(config, trainer))
             trainer.start()
             with trainer.bar() as bar:
                 for step in trainer.steps(stop):
@@ -136,6 +140,25 @@ def build_trainer(
         comparable=comparable,
         peak_gib=before,
     )
+
+
+def _require_room(config: Config, trainer: Trainer) -> None:
+    """Raises RunError where the run folder's disk can't take the checkpoints and the export that are to come."""
+    run_dir, model, averaged = Path(config.run_dir), trainer.task.model, trainer.ema is not None
+    there = len(checkpoint.steps_on_disk(run_dir / "checkpoints"))
+    each = disk.checkpoint_bytes(model, config.optim.name, averaged=averaged)
+    most, kept = disk.more_checkpoints(config.trainer, done=trainer.state.step, there=there)
+    quantised = config.model.quantize is not Quantize.none
+    exported = disk.export_bytes(model, config.export.formats, averaged=averaged, quantised=quantised)
+    needed = max(most * each, kept * each + exported)
+    found = shutil.disk_usage(run_dir)
+    if found.total and needed > found.free:  # some network disks don't say how large they are
+        parts = f"{plural(most, 'checkpoint')} of {size_text(each)}, {size_text(exported)} of exports"
+        fewer = " or trainer.keep_checkpoints=1" if config.trainer.keep_checkpoints > 1 else ""
+        raise RunError(
+            f"the disk of {run_dir} is too small: {size_text(found.free)} are free, and up to {size_text(needed)} will "
+            f"be written ({parts}); free some space, or try run_dir=PATH{fewer}"
+        )
 
 
 def _with_settings(

@@ -271,8 +271,9 @@ def test_a_read_only_folder_of_images_without_captions(workdir: Path, images: Pa
 # Runs one command on a roomy disk and then on disks that hold a share of what it wrote, each time once more after the
 # disk has grown; prints how each ended. In a mount namespace of its own: nothing stays mounted.
 ON_SMALL_DISKS = """
-import contextlib, gc, hashlib, io, json, pathlib, subprocess, sys
+import contextlib, gc, hashlib, io, json, pathlib, shutil, subprocess, sys
 from finetune import cli
+shutil.disk_usage = lambda path: shutil._ntuple_diskusage(1 << 40, 0, 1 << 40)  # what fills a disk comes later
 shares, words = json.loads(sys.argv[1]), json.loads(sys.argv[2])
 def mount(*options):
     subprocess.run(["mount", *options, "disk"], check=True)
@@ -294,6 +295,24 @@ for share in shares:
     mount("-o", "remount,size=64m")
     attempt()
 """
+
+
+def test_a_disk_without_room_for_checkpoints_is_said_before_the_first_step(
+    finetune_cli: Cli, workdir: Path, small: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(workdir)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=10_000))
+    said = [
+        "the disk of run is too small: 10 KB are free, and up to ",
+        "checkpoints of ",
+        " of exports); free some space",
+    ]
+    words = ["trainer.steps=2", "trainer.save_every=1"]
+    answer = finetune_cli("train", *small, *words)
+    refused(answer, RunError.exit_code, [*said, "run_dir=PATH or trainer.keep_checkpoints=1"])
+    assert not list(Path("run/checkpoints").glob("*"))
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=0, free=0))  # one that doesn't say
+    assert finetune_cli("train", *small, *words).code == 0
 
 
 @pytest.mark.exhaustive

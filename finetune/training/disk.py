@@ -1,0 +1,51 @@
+"""What a training and its export will write into the run folder, known before the first step."""
+
+from collections.abc import Collection
+
+from torch import nn
+
+from finetune.adapters import lora
+from finetune.config.rules import require_all
+from finetune.config.schema import ExportFormat, Optimizer, TrainerConfig
+from finetune.training.optim import optimizer_bytes
+
+FP32, HALF = 4, 2  # bytes of a number
+IS_WHOLE_MODEL = {
+    ExportFormat.peft: False,
+    ExportFormat.diffusers: False,
+    ExportFormat.kohya: False,
+    ExportFormat.merged: True,
+    ExportFormat.gguf: False,
+}
+MADE_OF_PEFT = {ExportFormat.merged, ExportFormat.gguf}  # a folder that is written with them
+require_all(ExportFormat, IS_WHOLE_MODEL, "training.disk.IS_WHOLE_MODEL")
+
+
+def checkpoint_bytes(model: nn.Module, optimizer: Optimizer, *, averaged: bool) -> float:
+    """Of one checkpoint: the adapter and its average, in fp32, and the optimiser's states. model: with adapters."""
+    numbers = sum(tensor.numel() for tensor in lora.adapter_tensors(model).values())
+    if averaged:
+        numbers += sum(tensor.numel() for tensor in lora.trainable_tensors(model).values())
+    return FP32 * numbers + optimizer_bytes(optimizer, lora.adapter_parameters(model))
+
+
+def more_checkpoints(trainer: TrainerConfig, *, done: int, there: int) -> tuple[int, int]:
+    """How many checkpoints there may be beside the `there` of today, at most while one is written, and at the end.
+
+    done: steps. The newest are kept and the best, and what is no longer kept goes once the new one is written.
+    """
+    to_come = -(-trainer.steps // trainer.save_every) - done // trainer.save_every if done < trainer.steps else 0
+    kept = trainer.keep_checkpoints + bool(trainer.validate_every)
+    most = min(there + to_come, kept + 1) - there
+    return max(most, min(to_come, 1)), max(min(there + to_come, kept) - there, 0)
+
+
+def export_bytes(model: nn.Module, formats: Collection[ExportFormat], *, averaged: bool, quantised: bool) -> float:
+    """Of an export, at most while it is written. model: with adapters; quantised: its base, which is merged twice, of
+    which the better one is kept."""
+    written = {*formats, *([ExportFormat.peft] if MADE_OF_PEFT & set(formats) else [])}
+    adapters = sum(not IS_WHOLE_MODEL[each] for each in written) + averaged
+    numbers = sum(tensor.numel() for tensor in lora.adapter_tensors(model).values())
+    models = sum(IS_WHOLE_MODEL[each] for each in written) * (1 + quantised)
+    trained, total = lora.counts(model)
+    return FP32 * numbers * adapters + HALF * (total - trained) * models
