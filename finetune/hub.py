@@ -22,6 +22,7 @@ from finetune.errors import FinetuneError, ModelError, is_gpu_failure, is_out_of
 from finetune.reading import TEXTS, at_home, damage, read_text, require_whole
 from finetune.run import libraries
 from finetune.run.hashing import known_hash
+from finetune.run.progress import plural
 
 EMBEDDED = Path(__file__).resolve().parent / "embedded"
 ARCHITECTURES = Path(__file__).resolve().parent / "architectures"  # configurations of released bases, without weights
@@ -294,7 +295,7 @@ def _load(loader: Any, reference: str, source: Path | str, options: dict[str, An
     missing = sorted(set(info["missing_keys"]) & {name for name, _ in model.named_parameters()})
     if missing:  # left at random values by from_pretrained, which only warns
         raise ModelError(
-            f"{reference} lacks {len(missing)} weights of {loader.__name__}, first {missing[0]}; get it again"
+            f"{reference} lacks {plural(len(missing), 'weight')} of {loader.__name__}, first {missing[0]}; get it again"
         )
     return model
 

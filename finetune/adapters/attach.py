@@ -10,6 +10,7 @@ from torch import nn
 from finetune import hub
 from finetune.adapters import formats, lora
 from finetune.errors import ModelError
+from finetune.run.progress import plural
 
 
 def attach_peft_folder(model: nn.Module, folder: Path, name: str = lora.ADAPTER) -> Any:
@@ -41,7 +42,7 @@ def attach_peft_folder(model: nn.Module, folder: Path, name: str = lora.ADAPTER)
     tensors = get_peft_model_state_dict(attached, adapter_name=name, save_embedding_layers=False)
     own = {key.removeprefix("base_model.model."): weight for key, weight in tensors.items()}
     if odd := sorted(own.keys() ^ stored.keys()):  # PEFT leaves out what has no place, and says nothing
-        raise mismatch(folder, f"{len(odd)} tensors differ, first {odd[0]}")
+        raise mismatch(folder, f"{plural(len(odd), 'tensor')} without a counterpart, first {odd[0]}")
     move_adapters_to_gpu(attached)
     return attached
 

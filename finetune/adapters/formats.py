@@ -21,7 +21,7 @@ from finetune.adapters import lora
 from finetune.config.spelling import setting
 from finetune.errors import ModelError
 from finetune.reading import read_text, require_file
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 
 # A text-only model loaded from one that also reads images keeps, in this attribute, the prefix that its layers have in
 # the full model. An adapter is exported under the full model's names, which is what everybody else loads.
@@ -74,7 +74,7 @@ class StoredAdapter:
         if not self.unused:
             return ""
         kinds = ", ".join(sorted({key.removesuffix(".weight").rpartition(".")[2] for key in self.unused})[:5])
-        count = f"{len(self.unused)} tensor{'s' if len(self.unused) > 1 else ''}"
+        count = plural(len(self.unused), "tensor")
         return f"{count} without a place in this base ({kinds}; first {self.unused[0]})"
 
 

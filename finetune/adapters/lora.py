@@ -17,6 +17,7 @@ from torch.nn import functional
 
 from finetune.config.schema import LoraConfig, LoraInit
 from finetune.errors import ConfigError, ModelError
+from finetune.run.progress import plural
 
 ADAPTER = "default"  # PEFT's own default name
 # PEFT's fast SVD with 32 iterations: 99 % of the best rank-r part of a matrix without any structure. Its "pissa", an
@@ -145,7 +146,7 @@ def _require_fit(own: Mapping[str, Tensor], weights: Mapping[str, Tensor], sourc
     if own.keys() != weights.keys():
         odd = sorted(own.keys() ^ weights.keys())
         raise ModelError(
-            f"{source} does not fit: {len(odd)} tensors differ, first {odd[0]}; "
+            f"{source} does not fit: {plural(len(odd), 'tensor')} without a counterpart, first {odd[0]}; "
             "was lora.targets, lora.init, lora.dora or model.added_tokens changed?"
         )
     for name, weight in weights.items():

@@ -22,6 +22,7 @@ from finetune.diffusion.families import family, names
 from finetune.diffusion.families.spec import CLIP_TOKENS, FamilySpec
 from finetune.errors import ModelError
 from finetune.run import libraries
+from finetune.run.progress import plural
 
 BACKBONE = "model.diffusion_model."  # before a backbone's names, unless the file holds nothing else
 VAE = ("first_stage_model.", "vae.")
@@ -92,7 +93,8 @@ def load(loader: Any, found: SingleFile, part: str, **options: Any) -> Any:
         built = _build(loader, found, part, **options)
     lacking = [name for name, weight in built.named_parameters() if weight.is_meta]
     if lacking:
-        raise ModelError(f"{found.path} lacks {len(lacking)} weights of its {part}, first {lacking[0]}; get it again")
+        lacks = f"lacks {plural(len(lacking), 'weight')} of its {part}, first {lacking[0]}"
+        raise ModelError(f"{found.path} {lacks}; get it again")
     return built
 
 

@@ -11,6 +11,7 @@ from finetune.config import recipes
 from finetune.config.schema import Device, HardwareConfig, Precision
 from finetune.errors import ConfigError
 from finetune.memory.device import pick_device, resolve_precision
+from finetune.run.progress import plural
 
 GIB = 2.0**30
 CUDA_CONTEXT_GIB = 0.5
@@ -128,7 +129,7 @@ def _cpu(hardware: HardwareConfig) -> Machine:
         gb_per_s,
         hardware.pcie_gb_per_s,
         known=True,
-        words=f"{cores} cores, {free:.1f} GiB of memory free now",
+        words=f"{plural(cores, 'core')}, {free:.1f} GiB of memory free now",
     )
 
 

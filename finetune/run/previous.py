@@ -9,7 +9,7 @@ from pathlib import Path
 from finetune.reading import read_text
 from finetune.run.atomic import write_atomically
 from finetune.run.plain import UNREADABLE
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 from finetune.run.receipts import receipt_path
 from finetune.run.records import METRICS, Dataset, TextSet
 
@@ -94,5 +94,4 @@ def _differences(before: Mapping[str, list[str]], now: Mapping[str, list[str]]) 
     ):
         if files:
             more = f" and {len(files) - NAMED:,} more" if len(files) > NAMED else ""
-            plural = "" if len(files) == 1 else "s"
-            yield f"{len(files):,} {thing}{plural} {how}: {', '.join(sorted(files)[:NAMED])}{more}"
+            yield f"{plural(len(files), thing)} {how}: {', '.join(sorted(files)[:NAMED])}{more}"

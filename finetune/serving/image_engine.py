@@ -10,7 +10,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 
 from finetune.memory.device import release_memory
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 from finetune.serving.engine_thread import EngineThread
 from finetune.serving.fairness import FairQueue
 from finetune.serving.requests import Finish, Refused, Stats, settle
@@ -77,7 +77,7 @@ class ImageEngine(EngineThread):
             own = self._waiting.count(request.client)
             if own + (self._running is not None) > self.most_waiting:
                 seconds = min(LONGEST_RETRY_S, max(1, math.ceil((len(self._waiting) + 1) * self._job_s)))
-                raise Refused(429, f"{own} jobs are waiting already", code="queue_full", retry_after_s=seconds)
+                raise Refused(429, f"waiting already: {plural(own, 'job')}", code="queue_full", retry_after_s=seconds)
             self._waiting.put(request.client, job)
             self._changed.notify()
         return job

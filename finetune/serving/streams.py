@@ -58,11 +58,11 @@ def longest_replies(
     where = f"{machine.name} has {machine.vram_gib:.1f} GiB"
     if fitting:
         say(
-            f"serve: {rows} replies of {fitting:,} tokens, prompts included, fit at once ({where}); this base reads "
-            f"{wanted:,}: for longer ones lower serve.batch"
+            f"serve: replies of {fitting:,} tokens, prompts included, fit with serve.batch={rows} ({where}); this base "
+            f"reads {wanted:,}: for longer ones lower serve.batch"
         )
         return fitting
-    need = f"{rows} replies of {least:,} tokens with their prompts take {gib(rows, least):.1f} GiB, and {where}"
+    need = f"replies of {least:,} tokens take {gib(rows, least):.1f} GiB with serve.batch={rows}, and {where}"
     if rows_fitting := _largest(rows, 1, machine.vram_gib, lambda fewer: gib(fewer, least)):
         raise ConfigError(f"{need}; try serve.batch={rows_fitting}")
     smaller = "model.quantize=nf4" if model.quantize is not Quantize.nf4 else "a smaller base"

@@ -16,7 +16,7 @@ from torch import Tensor
 from finetune.errors import is_out_of_memory
 from finetune.language.generate import random_stream
 from finetune.memory.device import release_memory
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 from finetune.serving.batch import Batch
 from finetune.serving.engine_thread import EngineThread
 from finetune.serving.fairness import FairQueue
@@ -56,7 +56,8 @@ class TextEngine(EngineThread):
             if own + running >= self.most_waiting + max(self.limit, running):
                 rounds = (len(self._waiting) + running) / self.limit
                 seconds = min(LONGEST_RETRY_S, max(1, math.ceil(rounds * self._reply_s)))
-                raise Refused(429, f"{own} requests are waiting already", code="queue_full", retry_after_s=seconds)
+                waiting = f"waiting already: {plural(own, 'request')}"
+                raise Refused(429, waiting, code="queue_full", retry_after_s=seconds)
             self._waiting.put(request.client, row)
             self._changed.notify()
         return row
@@ -131,7 +132,7 @@ class TextEngine(EngineThread):
     def _recover(self, error: Exception) -> None:
         """Begin again with fewer rows at once; a row that fails alone is the one that can't be answered."""
         rows = [*self._rows, *self._joining]
-        say(f"serve: a step failed with {len(rows)} replies ({type(error).__name__}: {error})")
+        say(f"serve: a step of {plural(len(rows), 'request')} failed ({type(error).__name__}: {error})")
         error.__traceback__ = None  # it holds the tensors of every frame it passed
         self.batch.keep([])
         self._rows, self._joining = [], []

@@ -61,7 +61,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
         distributed.on_first_rank(lambda: previous.restart(run_dir, input_hash))
     record = load_record(run_dir, "train", Run, input_hash=input_hash, earlier=earlier, noted=contents)
     if record and Path(record.checkpoint).is_dir():
-        say(f"train: up to date, skipped ({record.steps} steps)")
+        say(f"train: up to date, skipped ({plural(record.steps, 'step')})")
         return record
     resumed = _resume(run_dir / "checkpoints", identity, config.trainer.steps, dataset)
     if resumed is None and ranks.rank() == 0:

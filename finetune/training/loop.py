@@ -16,6 +16,7 @@ from finetune.data.order import seed_from
 from finetune.errors import TrainingError
 from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks
+from finetune.run.progress import plural
 from finetune.training import non_finite
 from finetune.training.oom import OomFallbacks
 from finetune.training.prefetch import Batches, prefetched
@@ -90,7 +91,8 @@ def fit(
         yield Step(number + 1, loss, norm, rate(number), *counts, seconds, skip_reason, tuple(tried))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
             advice = non_finite.advice(accelerator, optimizer.defaults.get("lr", 0.0) if started else None)
-            raise TrainingError(f"{bad} steps in a row were not finite, the last one: {skip_reason}; {advice}")
+            steps = plural(bad, "non-finite step")
+            raise TrainingError(f"stopped after {steps} (trainer.max_bad_steps), the last one: {skip_reason}; {advice}")
 
 
 def forward_backward(

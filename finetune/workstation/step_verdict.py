@@ -77,7 +77,7 @@ def _on_cpu(own: StepTime) -> str:
     import torch
 
     used, there = torch.get_num_threads(), len(os.sched_getaffinity(0))
-    threads = f" Only {used} of {there} cores compute: OMP_NUM_THREADS={there} changes that." if used < there else ""
+    threads = f" It computes on {used} of {there} cores: OMP_NUM_THREADS={there} changes that." if used < there else ""
     if own.share(DATA) > MUCH:
         return f"The step waits for data {own.share(DATA):.0%} of its time.{threads}"
     if own.share(BETWEEN) > IDLE:

@@ -263,7 +263,7 @@ def test_missing_weights_are_not_made_up(copy):
     lost = next(name for name in weights if "fc1.weight" in name)
     del weights[lost]
     save_file(weights, file, metadata={"format": "pt"})
-    with pytest.raises(ModelError, match=r"lacks 1 weights of CLIPTextModel, first .*fc1.weight"):
+    with pytest.raises(ModelError, match=r"lacks 1 weight of CLIPTextModel, first .*fc1.weight"):
         hub.load(CLIPTextModel, str(copy), subfolder="text_encoder")
 
 

@@ -31,7 +31,7 @@ from finetune.data.text.columns import (
     unread,
 )
 from finetune.errors import DataError
-from finetune.run.progress import say
+from finetune.run.progress import plural, say
 
 TEXT = "text"  # the role of the only message of a row of plain text, which goes through no chat template
 ROLES = {
@@ -153,7 +153,7 @@ def read(source: Source, *, bad: Callable[[DataError], None] | None = None) -> I
                 left_out += 1
                 bad(error)
     if not count:
-        raise DataError(f"{source.path}: nothing is left, all {left_out} rows are unusable; try data.skip_bad=false")
+        raise DataError(f"{source.path}: none of {plural(left_out, 'row')} is usable; try data.skip_bad=false")
 
 
 def _of_file(file: Path, source: Source, columns: dict[str, Any], where: str) -> ConversationFormat:

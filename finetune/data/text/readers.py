@@ -27,6 +27,7 @@ from finetune.data.text.columns import ROW_COLUMNS
 from finetune.errors import DataError
 from finetune.reading import ARCHIVES, at_home, read_text, require_file
 from finetune.run.hashing import Stamp, hash_file, stamp_of, trusted
+from finetune.run.progress import plural
 
 SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")
 PARQUET_ROWS = 256  # rows of a Parquet file held at once
@@ -298,7 +299,8 @@ def _csv(path: Path) -> NumberedRows:
                     if twice := [name for name in names if name and names.count(name) > 1]:
                         raise DataError(f"{path}:{line}: has two columns called {twice[0]}; give one another name")
                 elif cells and len(cells) != len(names):
-                    yield line, DataError(f"{path}:{line}: has {len(cells)} cells for {len(names)} columns; {QUOTES}")
+                    counted = f"{plural(len(cells), 'cell')} for {plural(len(names), 'column')}"
+                    yield line, DataError(f"{path}:{line}: has {counted}; {QUOTES}")
                 elif cells:
                     yield line, dict(zip(names, cells, strict=True))
                 line = reader.line_num + 1

@@ -28,7 +28,7 @@ const path = (name, what) => `api/runs/${encodeURIComponent(name)}/${what}`;
 
 const short = value => (value === null || value === undefined ? "–" : String(Number(value.toPrecision(4))));
 
-const progress = run => (run.steps && run.step < run.steps ? `${run.step} of ${run.steps} steps` : `${run.step ?? 0} steps`);
+const progress = run => (run.steps && run.step < run.steps ? `${run.step} of ${run.steps} steps` : `${run.step ?? 0} ${run.step === 1 ? "step" : "steps"}`);
 
 function describe(run) {
   if (run.problem) return run.problem;

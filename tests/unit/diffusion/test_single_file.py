@@ -275,7 +275,7 @@ def test_what_is_wrong_with_a_file_is_one_line(
 def test_weights_that_a_part_lacks_are_not_made_up(model: ModelConfig) -> None:
     name = "cond_stage_model.transformer.text_model.final_layer_norm.bias"
     change(model, lambda weights: weights.pop(name))
-    with pytest.raises(ModelError, match=r"lacks 1 weights of its text_encoder, first .*final_layer_norm.bias; get it"):
+    with pytest.raises(ModelError, match=r"lacks 1 weight of its text_encoder, first .*final_layer_norm.bias; get it"):
         pipeline.TextEncoder(model, CPU)
 
 

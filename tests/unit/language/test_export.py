@@ -261,7 +261,11 @@ def test_adapters_that_are_missing_damaged_or_of_another_base_are_named(
     smaller, shallower = base().config, base().config
     smaller.hidden_size, shallower.num_hidden_layers = 16, 1
     refused(AutoModelForCausalLM.from_config(smaller), folder, r"peft does not fit this base .*trained on another")
-    refused(AutoModelForCausalLM.from_config(shallower), folder, r"does not fit this base \(14 tensors differ, first ")
+    refused(
+        AutoModelForCausalLM.from_config(shallower),
+        folder,
+        r"fit this base \(14 tensors without a counterpart",
+    )
     phi = base(save_language(tmp_path / "phi", "phi3"))
     refused(phi, folder, r"peft does not fit this base \(.*trained on another")
 

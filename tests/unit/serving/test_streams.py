@@ -54,14 +54,14 @@ def test_replies_get_as_long_as_there_is_room_for(
     assert 128 < found < 256
     assert gib(ROWS, found) <= small.vram_gib
     said = capsys.readouterr().err
-    assert f"serve: 8 replies of {found} tokens, prompts included, fit at once (a small GPU has" in said
+    assert f"serve: replies of {found} tokens, prompts included, fit with serve.batch=8 (a small GPU has" in said
     assert "this base reads 256: for longer ones lower serve.batch" in said
 
 
 def test_what_does_not_fit_is_refused_with_what_does(model: ModelConfig, gib: Callable[[int, int], float]) -> None:
     small = with_gib(gib(ROWS // 2, READS))
     with pytest.raises(
-        ConfigError, match=r"8 replies of 256 tokens with their prompts take .* try serve\.batch="
+        ConfigError, match=r"replies of 256 tokens take .* GiB with serve.batch=8, .* try serve\.batch="
     ) as no:
         streams.longest_replies(model, torch.bfloat16, small, 0.0, **SEVERAL | {"context": READS})
     offered = int(str(no.value).rpartition("=")[2])

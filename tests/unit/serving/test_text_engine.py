@@ -94,7 +94,7 @@ def test_a_row_that_fails_ends_alone(engines: Any, capsys: pytest.CaptureFixture
         *(Finish.length, Finish.error, Finish.length, Finish.error, Finish.length, Finish.length, Finish.length)
     ]
     assert all(delta.tokens == 20 for delta in found if delta.finish is Finish.length)
-    assert "serve: a step failed with" in capsys.readouterr().err
+    assert "serve: a step of " in capsys.readouterr().err
     assert replies(engine, [request(100)] * 8)[0].finish is Finish.length, "it goes on"
 
 
@@ -132,7 +132,7 @@ def test_more_than_may_wait_are_refused_with_a_time(engines: Any) -> None:
 
     async def ask() -> None:
         taken = [engine.submit(request(100, most=1000)) for _ in range(3)]
-        with pytest.raises(Refused, match="requests are waiting already") as refused:
+        with pytest.raises(Refused, match=r"waiting already: [0-9]+ request") as refused:
             engine.submit(request(100))
         assert refused.value.status == 429
         assert int(refused.value.headers()["Retry-After"]) >= 1
@@ -204,7 +204,7 @@ def test_a_queue_is_full_for_the_client_that_filled_it(engines: Any) -> None:
 
     async def ask() -> None:
         taken = [engine.submit(replace(request(100, most=1000), client="many")) for _ in range(3)]
-        with pytest.raises(Refused, match="requests are waiting already"):
+        with pytest.raises(Refused, match=r"waiting already: [0-9]+ request"):
             engine.submit(replace(request(100), client="many"))
         other = engine.submit(replace(request(100), client="few"))
         for reply in taken:

@@ -62,7 +62,9 @@ def test_a_non_finite_step_is_skipped_and_named(setting: Setting) -> None:
 def test_bad_steps_in_a_row_end_the_run(setting: Setting) -> None:
     setting.config.trainer.max_bad_steps = 1
     setting.config.optim.lr = 2e-3
-    with pytest.raises(TrainingError, match=r"not finite.*; try optim\.lr=0\.0002$") as caught:
+    with pytest.raises(
+        TrainingError, match=r"^stopped after 1 non-finite step \(trainer\.max_bad_steps\), .*; try optim\.lr=0\.0002$"
+    ) as caught:
         run(setting.config, setting.dataset, poison=2)
     assert len(str(caught.value)) < 300
 

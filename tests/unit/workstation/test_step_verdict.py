@@ -113,4 +113,4 @@ def test_what_holds_a_cpu_back_is_named(parts: dict[str, float], said: str, monk
     monkeypatch.setattr(os, "sched_getaffinity", lambda _: cores)
     assert words(own).words == f"{said} There is no plan to compare with."
     cores |= {99}
-    assert f"Only {len(cores) - 1} of {len(cores)} cores compute: OMP_NUM_THREADS={len(cores)}" in words(own).words
+    assert f"It computes on {len(cores) - 1} of {len(cores)} cores: OMP_NUM_THREADS={len(cores)}" in words(own).words

@@ -421,7 +421,7 @@ def test_a_first_row_that_is_unusable_says_nothing_of_the_others(tmp_path, first
 
 def test_nothing_left_is_an_error(tmp_path):
     path = save(tmp_path, "jsonl", [turns(("user", "a"))] * 3)
-    with pytest.raises(DataError, match=r"nothing is left, all 3 rows are unusable.*data.skip_bad=false"):
+    with pytest.raises(DataError, match=r"none of 3 rows is usable.*data.skip_bad=false"):
         read(path, bad=lambda _: None)
 
 

@@ -217,7 +217,7 @@ def test_broken_csv_names_the_line(tmp_path):
     found = rows(put(tmp_path, "a.csv", "a,b\n1,2\n3\n4,5\n"))
     assert found[0] == (2, {"a": "1", "b": "2"})
     assert found[2] == (4, {"a": "4", "b": "5"})
-    assert "a.csv:3: has 1 cells for 2 columns; put double quotes" in str(found[1][1])
+    assert "a.csv:3: has 1 cell for 2 columns; put double quotes" in str(found[1][1])
     with pytest.raises(DataError, match=r"a.csv:3: is not CSV \(.*\); put double quotes"):
         rows(put(tmp_path, "a.csv", 'a,b\n1,2\n"3"x,4\n'))
 
