@@ -38,8 +38,7 @@ def show(config: Config, record: Any, overrides: Sequence[str] = (), *, began: f
     elif isinstance(record, Profile):
         _profile(config, record, overrides)
     elif isinstance(record, Result):
-        recipe = next((word for word in overrides if word.startswith("conf=")), f"conf={config.name}")
-        _print_table(f"finetune train {recipe}", ("", ""), _result_rows(config, record, began))
+        _print_table(f"finetune train {_recipe(overrides, config.name)}", ("", ""), _result_rows(config, record, began))
         print("next")
         for line in _next(config, record, overrides):
             print(f"  {line}")
@@ -82,9 +81,14 @@ def _result_rows(config: Config, result: Result, began: float) -> list[tuple[str
     return [("stage", names), ("seconds", seconds), *((fact.label, fact.text) for fact in facts)]
 
 
+def _recipe(overrides: Sequence[str], name: str) -> str:
+    """The recipe as it was typed; a run may have another name."""
+    return next((word for word in overrides if word.startswith("conf=")), override("conf", name))
+
+
 def _plan(plan: Plan, overrides: Sequence[str]) -> None:
     for index, table in enumerate(plan_tables(plan)):
-        title = f"\n{table.title}" if index else f"finetune plan conf={plan.name}"
+        title = f"\n{table.title}" if index else f"finetune plan {_recipe(overrides, plan.name)}"
         _print_table(title, ("", *table.head), table.rows)
     _print_table("", ("", ""), [("·", note) for note in plan.notes])
     if plan.fits and plan.chosen:

@@ -90,11 +90,13 @@ def test_the_command_that_a_plan_offers(
 ) -> None:
     chosen = Setting(2, 3, 1, True, False, 0.25, 8, {"weights": 5.0})
     plan = Plan(
-        "smoke", "a/base", "a GPU", 23.5, "bf16", "none", "images", chosen, chosen, (), {"training": 5.0}, (), ()
+        "another name", "a/base", "a GPU", 23.5, "bf16", "none", "images", chosen, chosen, (), {"training": 5.0}, (), ()
     )
     monkeypatch.setattr(api, "plan", lambda config: plan)
     words = [override(key, value) for key, value in ODD.items()]
-    (line,) = printed(finetune_cli("plan", "conf=smoke", *words, "trainer.micro_batch=9").out)
+    answer = finetune_cli("plan", "conf=smoke", *words, "trainer.micro_batch=9")
+    assert answer.out.startswith("finetune plan conf=smoke ")
+    (line,) = printed(answer.out)
     again = settings(line[line.index("train") + 1 :])
     trainer = again.trainer
     assert (trainer.micro_batch, trainer.accumulate, trainer.activation_checkpointing) == (2, 3, 1)
