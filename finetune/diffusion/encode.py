@@ -51,6 +51,7 @@ class SourceImage:
     """One image before encoding: its content hash, caption, and how it is cut.
 
     crop: in upright original pixels. cut_away: share of the image's area outside it. guessed: its colours are.
+    animated: only its first frame is looked at.
     """
 
     file: str
@@ -61,6 +62,7 @@ class SourceImage:
     upscaled: bool
     cut_away: float
     guessed: bool = False
+    animated: bool = False
 
 
 Variant = tuple[SourceImage, bool]  # an image, and whether it is mirrored
@@ -199,11 +201,11 @@ def image_index(captions: CaptionSet, data: DataConfig) -> ImageIndex:
 
 
 def _source_image(item: Caption, sha256: str, index: ImageIndex, shapes: Sequence[buckets.Bucket]) -> SourceImage:
-    size, guessed = index.size(item.file), index.is_guessed(item.file)
+    size, notes = index.size(item.file), (index.is_guessed(item.file), index.is_animated(item.file))
     bucket = buckets.nearest(*size, shapes)
     crop = buckets.centre_crop(*size, bucket)
     cut_away = 1 - crop[2] * crop[3] / (size[0] * size[1])
-    return SourceImage(item.file, sha256, item.text, bucket, crop, buckets.upscales(*size, bucket), cut_away, guessed)
+    return SourceImage(item.file, sha256, item.text, bucket, crop, buckets.upscales(*size, bucket), cut_away, *notes)
 
 
 def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path, cache: Path) -> None:
@@ -241,6 +243,12 @@ def _warn_about(images: Sequence[SourceImage], trigger: str, root: Path, cache: 
             f"warning: CMYK without a colour profile: {len(guessed)} of {plural(len(images), 'image')}, first "
             f"{guessed[0]}; programs differ in their colours, and they are trained as browsers show them; save them as "
             "sRGB images to choose"
+        )
+    animated = [image.file for image in images if image.animated]
+    if animated:
+        say(
+            f"warning: only the first frame is trained: {len(animated)} of {plural(len(images), 'image')}, first "
+            f"{animated[0]}; save the frames that you want as images of their own"
         )
     cut = sorted((image for image in images if image.cut_away > MUCH), key=lambda image: -image.cut_away)
     if cut:

@@ -33,6 +33,7 @@ TEXT_LIMITS = {"MAX_TEXT_CHUNK": 64 * 2**20, "MAX_TEXT_MEMORY": 256 * 2**20}  # 
 PNG = b"\x89PNG\r\n\x1a\n"
 TEXT_CHUNKS = (b"tEXt", b"zTXt", b"iTXt", b"eXIf")
 HEIC_REASON = "is a HEIC image, whatever its name says; save it as JPEG or PNG"
+ANIMATED = ("GIF", "PNG", "WEBP", "AVIF")  # formats, as Pillow calls them, of animations
 FILE_BYTES = 4 << 30  # of an image, three times what `data.max_pixels` of 16 bits take without compression
 CHECK_SIDE = 512  # pixels; JPEGs are checked at a reduced size, which still reads every byte
 PIXELS_AT_ONCE = 100_000_000  # decoded by all threads together: about 12 bytes each at the peak
@@ -68,14 +69,15 @@ def shown(image: ImageFile.ImageFile) -> Image.Image:
     return _rgb(_upright(image), None)
 
 
-def check(path: Path, data: bytes, max_pixels: int) -> tuple[tuple[int, int], bool]:
-    """Of an image that decodes, from the bytes of its file: upright width and height in pixels, and whether its colours
-    are a guess.
+def check(path: Path, data: bytes, max_pixels: int) -> tuple[tuple[int, int], bool, bool]:
+    """Of an image that decodes, from the bytes of its file: upright width and height in pixels, whether its colours are
+    a guess, and whether it is an animation.
 
     It is decoded once, as cheaply as the format allows. Raises DataError as `open_rgb` does.
     """
     image = _open(path, data, max_pixels)
     width, height = image.size
+    moves = _is_animation(image)
     try:
         image.draft(None, (min(width, CHECK_SIDE), min(height, CHECK_SIDE)))
         image.load()
@@ -85,7 +87,15 @@ def check(path: Path, data: bytes, max_pixels: int) -> tuple[tuple[int, int], bo
         width, height = image.size
     elif _orientation(image) in QUARTER_TURNS:
         width, height = height, width
-    return (width, height), colour.is_a_guess(image)
+    return (width, height), colour.is_a_guess(image), moves
+
+
+def _is_animation(image: ImageFile.ImageFile) -> bool:
+    """Whether frames follow that aren't trained; further pages and thumbnails (TIFF, MPO) are none."""
+    try:
+        return image.format in ANIMATED and bool(getattr(image, "is_animated", False))
+    except Exception:  # a second frame that is damaged, which nobody looks at
+        return True
 
 
 @contextmanager

@@ -20,7 +20,7 @@ from finetune.run.atomic import remove_abandoned, write_atomically
 from finetune.run.hashing import RACY_NS, Stamp, hash_of, stamp_of
 from finetune.run.progress import Silence, say
 
-FORMAT = "images-3"  # of the index: change it when a row means something else
+FORMAT = "images-4"  # of the index: change it when a row means something else
 READ_THREADS = 4  # reading, hashing and decoding release the interpreter lock
 AT_ONCE = 1024  # files that wait for a thread
 SAVED_EVERY_S = 60.0  # writing the index of a hundred thousand images takes a second or two
@@ -29,12 +29,13 @@ SAVED_EVERY_S = 60.0  # writing the index of a hundred thousand images takes a s
 @dataclass(frozen=True)
 class Row:
     """One file as it was read last. stamp: empty if it can't be trusted. size: upright width and height in pixels,
-    None if it doesn't decode. guessed: its colours are."""
+    None if it doesn't decode. guessed: its colours are. animated: frames follow the first."""
 
     stamp: Stamp
     sha256: str
     size: tuple[int, int] | None
     guessed: bool = False
+    animated: bool = False
 
 
 class ImageIndex:
@@ -68,6 +69,10 @@ class ImageIndex:
     def is_guessed(self, file: str) -> bool:
         """Whether programs show a file's colours differently."""
         return self.rows[file].guessed
+
+    def is_animated(self, file: str) -> bool:
+        """Whether frames follow the one that is trained."""
+        return self.rows[file].animated
 
     def _read(self, files: Iterable[str]) -> None:
         changed = list(files)
@@ -139,11 +144,11 @@ def _load(path: Path) -> dict[str, Row]:
     if checksum != hash_of(FORMAT, text):
         return {}
     return {
-        file: Row(tuple(stamp), sha256, tuple(size) if size else None, guessed)
-        for file, (stamp, sha256, size, guessed) in json.loads(text).items()
+        file: Row(tuple(stamp), sha256, tuple(size) if size else None, *flags)
+        for file, (stamp, sha256, size, *flags) in json.loads(text).items()
     }
 
 
 def _save(path: Path, rows: dict[str, Row]) -> None:
-    text = json.dumps({file: [row.stamp, row.sha256, row.size, row.guessed] for file, row in rows.items()})
+    text = json.dumps({file: list(vars(row).values()) for file, row in rows.items()})
     write_atomically(path, f"{hash_of(FORMAT, text)}\n{text}\n")

@@ -367,6 +367,13 @@ def test_inks_without_a_profile_are_said_every_time(config, capsys):
         assert "warning: CMYK without a colour profile: 1 of 5 images, first 0.png" in capsys.readouterr().err
 
 
+def test_animations_are_said(config, capsys):
+    frames = [Image.new("RGB", (64, 64), (shade, 0, 0)) for shade in (0, 90, 200)]
+    frames[0].save(Path(config.data.folder) / "0.png", format="GIF", save_all=True, append_images=frames[1:])
+    dataset(config, captions(config))
+    assert "warning: only the first frame is trained: 1 of 5 images, first 0.png" in capsys.readouterr().err
+
+
 def test_bad_images_are_all_named_or_skipped(config, loads):
     listed = captions(config)
     root = Path(config.data.folder)

@@ -73,6 +73,6 @@ def test_inks_without_a_profile_are_a_guess(tmp_path, profile, guessed):
     inks = Image.new("CMYK", (32, 32), (10, 200, 30, 40))
     inks.save(tmp_path / "a.jpg", icc_profile=profile, exif=exif(*R03))
     path = tmp_path / "a.jpg"
-    assert decode.check(path, path.read_bytes(), LIMIT) == ((32, 32), guessed)
+    assert decode.check(path, path.read_bytes(), LIMIT) == ((32, 32), guessed, False)
     if guessed:  # as browsers show them
         assert_shown(decode.open_rgb(path, LIMIT), np.broadcast_to([206.6, 46.4, 189.7], (32, 32, 3)))

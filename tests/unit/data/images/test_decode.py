@@ -363,3 +363,26 @@ def test_a_see_through_colour_lies_on_white(tmp_path, channels, bits, said):
     exact = values[0, 1:] / (2**bits - 1)
     shown = exact if not said else profiles.rgb_shown(np.broadcast_to(exact, (2, 3)), profiles.SRGB, 1.0) / 255
     assert np.abs(read[1:] - 255 * np.broadcast_to(shown, (2, 3))).max() <= 2
+
+
+@pytest.mark.parametrize(
+    ("format_", "frames", "expected"),
+    [
+        ("GIF", 2, True),
+        ("GIF", 1, False),
+        ("PNG", 2, True),
+        ("PNG", 1, False),
+        ("WEBP", 2, True),
+        ("WEBP", 1, False),
+        ("TIFF", 2, False),  # pages
+        ("JPEG", 1, False),
+    ],
+)
+def test_an_animation_is_known(tmp_path, format_, frames, expected):
+    first, *others = [Image.new("RGB", (32, 32), (shade, 0, 0)) for shade in range(0, 200 * frames, 200)]
+    more = {"save_all": True, "append_images": others} if others else {}
+    first.save(tmp_path / "a", format=format_, **more)
+    data = (tmp_path / "a").read_bytes()
+    assert decode.check(tmp_path / "a", data, 10**6)[2] is expected
+    if (format_, frames) == ("GIF", 2):  # what follows the first frame is damaged
+        assert decode.check(tmp_path / "a", data[:-30], 10**6)[0] == (32, 32)
