@@ -91,8 +91,10 @@ def fit(
         yield Step(number + 1, loss, norm, rate(number), *counts, seconds, skip_reason, tuple(tried))
         if bad >= max_bad_steps and not _scaler_still_searching(accelerator):
             advice = non_finite.advice(accelerator, optimizer.defaults.get("lr", 0.0) if started else None)
-            steps = plural(bad, "non-finite step")
-            raise TrainingError(f"stopped after {steps} (trainer.max_bad_steps), the last one: {skip_reason}; {advice}")
+            counted = plural(bad, "non-finite step")
+            raise TrainingError(
+                f"stopped after {counted} (trainer.max_bad_steps), the last one: {skip_reason}; {advice}"
+            )
 
 
 def forward_backward(
