@@ -106,10 +106,14 @@ def peft_folder(path: Path) -> Path:
     return next((inner for inner in (path / "peft", path / "adapter" / "peft") if (inner / PEFT_CONFIG).exists()), path)
 
 
+def holds_weights(path: Path) -> bool:
+    """Whether a path is a file, or a folder with an adapter's weights in it."""
+    return path.is_file() or any((path / name).is_file() for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))
+
+
 def require_start(path: Path) -> None:
     """Raises ModelError where there is no adapter to start from; whether it fits shows when it is read."""
-    found = peft_folder(path)
-    if not (found.is_file() or any((found / name).is_file() for name in (PEFT_WEIGHTS, DIFFUSERS_WEIGHTS))):
+    if not holds_weights(peft_folder(path)):
         raise ModelError(
             f"{setting('lora.start_from', path)} names no adapter; name a run folder, a PEFT folder or, for an image "
             "model, a .safetensors file"

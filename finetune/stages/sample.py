@@ -5,7 +5,7 @@ import time
 from pathlib import Path
 
 from finetune import kinds
-from finetune.adapters import formats
+from finetune.adapters import attach, formats
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config
 from finetune.errors import ModelError
@@ -35,6 +35,7 @@ def sample(config: Config, adapter: Adapter | None, *, own: bool = True) -> Samp
     if not config.sample.prompts:
         return _none(config, run_dir, hash_of(settings["sample"]))
     path = adapter_path(config, adapter)
+    attach.require_adapter(path)  # before everything below a folder is hashed
     kind, precision = kinds.of(config), settings["trainer"]["precision"]
     model = {key: value for key, value in settings["model"].items() if key != "base"}
     contents = kind.contents(config)

@@ -435,6 +435,15 @@ def test_a_damaged_adapter_is_named(
         )
 
 
+def test_a_folder_without_weights_is_no_adapter(
+    finetune_cli: Cli, workdir: Path, images: Path, small: list[str]
+) -> None:
+    (images / "deep").mkdir()
+    (images / "deep" / "other.safetensors").write_bytes(b"not looked at")
+    answer = finetune_cli("sample", *small, f"sample.adapter={images}")
+    refused(answer, ModelError.exit_code, [f"no adapter at {images};", "sample.adapter=FOLDER_OR_FILE"])
+
+
 @pytest.mark.parametrize(
     ("words", "said"),
     [
