@@ -48,8 +48,8 @@ def attach_peft_folder(model: nn.Module, folder: Path, name: str = lora.ADAPTER)
 
 
 def require_adapter(path: Path) -> None:
-    """Raises ModelError if there is no file at `path`, and no folder with weights."""
-    if not formats.holds_weights(path):
+    """Raises ModelError if there is neither a file at `path` nor a folder of an adapter, which may lack its weights."""
+    if not (formats.holds_weights(path) or (path / formats.PEFT_CONFIG).is_file()):
         raise ModelError(f"no adapter at {path}; train one first, or name another with sample.adapter=FOLDER_OR_FILE")
 
 
