@@ -31,7 +31,8 @@ async def answered(url: str, indices: Sequence[int]) -> int:
     async def client() -> None:
         nonlocal tokens
         while waiting:
-            tokens += (await serving.ask(url, serving.body(waiting.pop()))).tokens
+            found = await serving.ask(url, serving.body(waiting.pop()))
+            tokens += found.tokens  # not in one line: a sum that waits in its middle loses what others add
 
     await asyncio.gather(*[client() for _ in range(STREAMS)])
     return tokens
