@@ -49,17 +49,11 @@ def geglu_backward_(dy_NI: Tensor, wide_NJ: Tensor) -> None:
 
 @triton.jit
 def _turn(x, weight, cos, sin, y, eps, length, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    head, pair = tl.arange(0, HEADS)[:, None], 2 * tl.arange(0, HALF)[None]
-    known = pair < 2 * half
-    there = (head < heads) & known
-    place = token * heads * 2 * half + head * 2 * half + pair
-    one = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-    two = tl.load(x + place + 1, mask=there, other=0.0).to(tl.float32)
+    place, there, pair, known, position = _places(length, heads, half, HEADS, HALF)
+    one, two = _pair(x + place, there)
     scale = tl.rsqrt(tl.sum(one * one + two * two, 1) / (2 * half) + eps)[:, None]
-    one *= scale * tl.load(weight + pair, mask=known, other=0.0).to(tl.float32)
-    two *= scale * tl.load(weight + pair + 1, mask=known, other=0.0).to(tl.float32)
-    position = token % length * 2 * half + pair
+    gain_one, gain_two = _pair(weight + pair, known)
+    one, two = one * scale * gain_one, two * scale * gain_two
     c = tl.load(cos + position, mask=known, other=0.0).to(tl.float32)
     s = tl.load(sin + position, mask=known, other=0.0).to(tl.float32)
     tl.store(y + place, (one * c - two * s).to(y.dtype.element_ty), mask=there)
@@ -68,25 +62,36 @@ def _turn(x, weight, cos, sin, y, eps, length, heads, half, HEADS: tl.constexpr,
 
 @triton.jit
 def _turn_backward(dy, x, weight, cos, sin, dx, eps, length, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
-    token = tl.program_id(0).to(tl.int64)
-    head, pair = tl.arange(0, HEADS)[:, None], 2 * tl.arange(0, HALF)[None]
-    known = pair < 2 * half
-    there = (head < heads) & known
-    place = token * heads * 2 * half + head * 2 * half + pair
-    one = tl.load(x + place, mask=there, other=0.0).to(tl.float32)
-    two = tl.load(x + place + 1, mask=there, other=0.0).to(tl.float32)
+    place, there, pair, known, position = _places(length, heads, half, HEADS, HALF)
+    one, two = _pair(x + place, there)
     scale = tl.rsqrt(tl.sum(one * one + two * two, 1) / (2 * half) + eps)[:, None]
     one, two = one * scale, two * scale
-    d_one = tl.load(dy + place, mask=there, other=0.0).to(tl.float32)
-    d_two = tl.load(dy + place + 1, mask=there, other=0.0).to(tl.float32)
-    position = token % length * 2 * half + pair
+    d_one, d_two = _pair(dy + place, there)
     c = tl.load(cos + position, mask=known, other=0.0).to(tl.float32)
     s = tl.load(sin + position, mask=known, other=0.0).to(tl.float32)
-    on_one = (d_one * c + d_two * s) * tl.load(weight + pair, mask=known, other=0.0).to(tl.float32)
-    on_two = (d_two * c - d_one * s) * tl.load(weight + pair + 1, mask=known, other=0.0).to(tl.float32)
+    gain_one, gain_two = _pair(weight + pair, known)
+    on_one, on_two = (d_one * c + d_two * s) * gain_one, (d_two * c - d_one * s) * gain_two
     along = (tl.sum(on_one * one + on_two * two, 1) / (2 * half))[:, None]
     tl.store(dx + place, (scale * (on_one - one * along)).to(dx.dtype.element_ty), mask=there)
     tl.store(dx + place + 1, (scale * (on_two - two * along)).to(dx.dtype.element_ty), mask=there)
+
+
+@triton.jit
+def _places(length, heads, half, HEADS: tl.constexpr, HALF: tl.constexpr):
+    """Of this token's pairs, by head; of a head's pairs; and of those of its position."""
+    token = tl.program_id(0).to(tl.int64)
+    head, pair = tl.arange(0, HEADS)[:, None], 2 * tl.arange(0, HALF)[None]
+    known = pair < 2 * half
+    place = token * heads * 2 * half + head * 2 * half + pair
+    return place, (head < heads) & known, pair, known, token % length * 2 * half + pair
+
+
+@triton.jit
+def _pair(start, there):
+    """A number and its neighbour, in fp32."""
+    one = tl.load(start, mask=there, other=0.0).to(tl.float32)
+    two = tl.load(start + 1, mask=there, other=0.0).to(tl.float32)
+    return one, two
 
 
 @triton.jit
