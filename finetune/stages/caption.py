@@ -120,7 +120,7 @@ def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, sk
     """The files that decode, the others reported. Raises DataError if none does, or unless bad ones are to `skip`."""
     if other := folder.unsupported_files(root):
         unread = f"{plural(len(other), 'image')} in formats that can't be read, first {other[0]}"
-        say(f"warning: left out {unread}; save such images as JPEG or PNG")
+        say(f"warning: left out {unread}; save such images as JPEG or PNG, or rename what is one already")
     if linked := folder.linked_folders(root):
         say(
             f"warning: left out {plural(len(linked), 'linked folder')}, first {linked[0]}; links to folders are not "
