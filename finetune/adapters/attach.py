@@ -48,8 +48,10 @@ def attach_peft_folder(model: nn.Module, folder: Path, name: str = lora.ADAPTER)
 
 
 def require_adapter(path: Path) -> None:
-    """Raises ModelError if there is neither a file at `path` nor a folder of an adapter, which may lack its weights."""
-    if not (formats.holds_weights(path) or (path / formats.PEFT_CONFIG).is_file()):
+    """Raises ModelError if there is nothing at `path`, or a folder that is none of an adapter, which may lack its
+    weights."""
+    is_other = path.is_dir() and not (formats.holds_weights(path) or (path / formats.PEFT_CONFIG).is_file())
+    if is_other or not path.exists():  # what is no file, such as a pipe, is named when it is read
         raise ModelError(f"no adapter at {path}; train one first, or name another with sample.adapter=FOLDER_OR_FILE")
 
 

@@ -5,20 +5,12 @@ from collections.abc import Collection
 from torch import nn
 
 from finetune.adapters import lora
-from finetune.config.rules import require_all
 from finetune.config.schema import ExportFormat, Optimizer, TrainerConfig
 from finetune.training.optim import optimizer_bytes
 
 FP32, HALF = 4, 2  # bytes of a number
-IS_WHOLE_MODEL = {
-    ExportFormat.peft: False,
-    ExportFormat.diffusers: False,
-    ExportFormat.kohya: False,
-    ExportFormat.merged: True,
-    ExportFormat.gguf: False,
-}
+WHOLE_MODEL = {ExportFormat.merged}  # all others hold the adapter alone
 MADE_OF_PEFT = {ExportFormat.merged, ExportFormat.gguf}  # a folder that is written with them
-require_all(ExportFormat, IS_WHOLE_MODEL, "training.disk.IS_WHOLE_MODEL")
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: Optimizer, *, averaged: bool) -> float:
@@ -44,8 +36,8 @@ def export_bytes(model: nn.Module, formats: Collection[ExportFormat], *, average
     """Of an export, at most while it is written. model: with adapters; quantised: its base, which is merged twice, of
     which the better one is kept."""
     written = {*formats, *([ExportFormat.peft] if MADE_OF_PEFT & set(formats) else [])}
-    adapters = sum(not IS_WHOLE_MODEL[each] for each in written) + averaged
+    adapters = len(written - WHOLE_MODEL) + averaged
     numbers = sum(tensor.numel() for tensor in lora.adapter_tensors(model).values())
-    models = sum(IS_WHOLE_MODEL[each] for each in written) * (1 + quantised)
+    models = len(written & WHOLE_MODEL) * (1 + quantised)
     trained, total = lora.counts(model)
     return FP32 * numbers * adapters + HALF * (total - trained) * models
