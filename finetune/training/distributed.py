@@ -18,6 +18,7 @@ from finetune.run.ranks import rank, world_size
 T = TypeVar("T")
 TIMEOUT_S = 24 * 3600.0  # captions of a large folder take hours, in which the other processes only wait
 POLL_ERRORS_S = 0.2  # for errors of the others
+HEARD_S = 2.0  # that an error waits to be heard, before the store may go with the first process
 LONGEST_PAUSE_S = 0.01  # short against a step, which ends in such a wait
 ERROR, LEFT = "error", "left"
 
@@ -39,6 +40,9 @@ def process_group() -> Iterator[None]:
     except BaseException as error:
         atexit.unregister(_disband)  # nobody knows what the others are in the middle of
         channel.tell(error)
+        if rank() == 0:
+            told = time.monotonic()
+            _until(lambda: channel.failures() == world_size() or time.monotonic() - told > HEARD_S)
         raise
     finally:
         if rank() == 0:
@@ -123,6 +127,10 @@ class _Channel:
         """Only the first error counts: the others follow from it, or say the same."""
         if self.store.add(self._full("failures"), 1) == 1:
             self.put(ERROR, _portable(error))
+
+    def failures(self) -> int:
+        """How many processes have told one."""
+        return int(self.store.add(self._full("failures"), 0))
 
     def _full(self, key: str) -> str:
         return f"finetune/{self.run}/{key}"

@@ -176,6 +176,13 @@ def be_killed(index: int, port: int, folder: str) -> None:
             Path(folder, "error").write_text(str(error))
 
 
+def leave(index: int, port: int, folder: str) -> None:
+    """One of two processes, of which the first one fails and is gone at once, with what they speak through."""
+    join(index, port)
+    Path(folder, str(index)).write_text(error_of(fail(0, DataError("no images"))))
+    os._exit(0)
+
+
 @pytest.fixture(scope="module")
 def two(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     """What each of two processes saw."""
@@ -202,6 +209,11 @@ def test_an_error_in_one_is_raised_in_all(two: list[dict[str, Any]]) -> None:
 def test_a_killed_process_ends_the_others_with_an_error(tmp_path: Path) -> None:
     torch.multiprocessing.spawn(be_killed, (free_port(), str(tmp_path)), nprocs=2)
     assert "another process was killed" in (tmp_path / "error").read_text()
+
+
+def test_an_error_is_heard_before_the_first_process_is_gone(tmp_path: Path) -> None:
+    torch.multiprocessing.spawn(leave, (free_port(), str(tmp_path)), nprocs=2)
+    assert [(tmp_path / str(index)).read_text() for index in range(2)] == ["DataError: no images"] * 2
 
 
 def same(two: dict[str, Any], one: dict[str, Any]) -> None:
