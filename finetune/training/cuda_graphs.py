@@ -63,7 +63,8 @@ class CudaGraphs:
             self.seen.add(key)
             return False
         self.pool = self.pool or torch.cuda.graph_pool_handle()
-        self.stream = self.stream or torch.cuda.Stream()  # type: ignore[no-untyped-call]
+        cuda: Any = torch.cuda  # half-typed
+        self.stream = self.stream or cuda.Stream()
         random = torch.cuda.get_rng_state()
         try:
             self.graphs[key] = _Graph(self.function, tensors, self.parameters, self.sums, self.pool, self.stream)

@@ -6,7 +6,7 @@ inputs of a layer.
 
 from collections.abc import Iterator
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -92,9 +92,9 @@ def random_weights(model: nn.Module, device: torch.device) -> nn.Module:
     return model
 
 
-def quantised(model: Any, how: Quantize, device: torch.device) -> nn.Module:
+def quantised(model: nn.Module, how: Quantize, device: torch.device) -> nn.Module:
     """The same with the layers that `model.quantize` stores in 8 or 4 bits; those of one shape are alike."""
-    head = model.get_output_embeddings()
+    head = cast(Any, model).get_output_embeddings()
     layers = [
         (parent, name, layer)
         for parent in model.modules()
@@ -110,7 +110,7 @@ def quantised(model: Any, how: Quantize, device: torch.device) -> nn.Module:
         if shape not in drawn:
             drawn[shape] = torch.empty(shape, dtype=torch.float16, device=device).normal_(std=SPREAD).cpu()
         setattr(parent, name, _stored(layer, drawn[shape], how, device))
-    return model  # type: ignore[no-any-return]
+    return model
 
 
 def _stored(layer: nn.Linear, weight_OI: Tensor, how: Quantize, device: torch.device) -> nn.Module:
@@ -132,4 +132,5 @@ def _stored(layer: nn.Linear, weight_OI: Tensor, how: Quantize, device: torch.de
         made.weight = bnb.nn.Params4bit(weight_OI, requires_grad=False, module=made, **four).to(device)
     if layer.bias is not None:
         made.bias = nn.Parameter(torch.zeros(layer.out_features, dtype=weight_OI.dtype, device=device), False)
-    return made.eval()  # type: ignore[no-any-return]
+    found: nn.Module = made.eval()
+    return found

@@ -329,7 +329,9 @@ def _visible(folder: Path, entries: Iterable[os.DirEntry[str]] | None = None, *,
 
 
 def _relative(folder: Path, entries: Iterable[os.DirEntry[str]]) -> list[Path]:
-    start = len(os.path.join(folder, ""))  # noqa: PTH118 - Path.relative_to takes three times as long as the walk
+    """By their texts: Path.relative_to takes three times as long as the walk."""
+    above = os.fspath(folder)
+    start = len(above) + (not above.endswith(os.sep))
     return [Path(entry.path[start:]) for entry in entries]
 
 
