@@ -64,14 +64,14 @@ class Plain:
 
     @staticmethod
     def turn(x_BLHE: Tensor, weight_E: Tensor, cos_LE: Tensor, sin_LE: Tensor, eps: float) -> Tensor:
-        normed_BLHE, _ = _normed(x_BLHE, eps)
+        normed_BLHE, _ = fast_ops.rms_normed(x_BLHE, eps)
         return _rotated(normed_BLHE * weight_E.float(), cos_LE, sin_LE).to(x_BLHE.dtype)
 
     @staticmethod
     def turn_backward(
         dy_BLHE: Tensor, x_BLHE: Tensor, weight_E: Tensor, cos_LE: Tensor, sin_LE: Tensor, eps: float
     ) -> Tensor:
-        normed_BLHE, scale_BLH1 = _normed(x_BLHE, eps)
+        normed_BLHE, scale_BLH1 = fast_ops.rms_normed(x_BLHE, eps)
         scaled_BLHE = _rotated(dy_BLHE.float(), cos_LE, -sin_LE) * weight_E.float()
         along_BLH1 = (scaled_BLHE * normed_BLHE).mean(-1, keepdim=True)
         return (scale_BLH1 * (scaled_BLHE - normed_BLHE * along_BLH1)).to(x_BLHE.dtype)
@@ -104,12 +104,6 @@ _OPS = fast_ops.define(
     "finetune.diffusion.triton_kernels",
     made={"geglu": lambda wide_NJ: wide_NJ.new_empty(wide_NJ.shape[0], wide_NJ.shape[1] // 2)},
 )
-
-
-def _normed(x_BLHE: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide_BLHE = x_BLHE.float()
-    scale_BLH1 = torch.rsqrt(wide_BLHE.square().mean(-1, keepdim=True) + eps)
-    return wide_BLHE * scale_BLH1, scale_BLH1
 
 
 def _rotated(x_BLHE: Tensor, cos_LE: Tensor, sin_LE: Tensor) -> Tensor:

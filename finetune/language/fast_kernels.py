@@ -49,11 +49,11 @@ class Plain:
 
     @staticmethod
     def rms_norm(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        return _normed(x_ND, eps)[0].to(x_ND.dtype) * weight_D
+        return fast_ops.rms_normed(x_ND, eps)[0].to(x_ND.dtype) * weight_D
 
     @staticmethod
     def rms_norm_backward(dy_ND: Tensor, x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
-        normed_ND, scale_N1 = _normed(x_ND, eps)
+        normed_ND, scale_N1 = fast_ops.rms_normed(x_ND, eps)
         scaled_ND = dy_ND.float() * weight_D.float()
         along_N1 = (scaled_ND * normed_ND).mean(-1, keepdim=True)
         return (scale_N1 * (scaled_ND - normed_ND * along_N1)).to(x_ND.dtype)
@@ -91,9 +91,3 @@ _OPS = fast_ops.define(
     Plain,
     "finetune.language.triton_kernels",
 )
-
-
-def _normed(x_ND: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    wide_ND = x_ND.float()
-    scale_N1 = torch.rsqrt(wide_ND.square().mean(-1, keepdim=True) + eps)
-    return wide_ND * scale_N1, scale_N1

@@ -22,7 +22,7 @@ from torch.autograd.function import once_differentiable
 from finetune.config.schema import LoraConfig, ModelConfig
 from finetune.language import fast_kernels as kernels
 from finetune.run.progress import say
-from finetune.training.fast_linear import Linear, is_off, parameters, reason_against, renew
+from finetune.training.fast_linear import Linear, apply, is_off, reason_against, renew
 
 ARCHITECTURES = {"LlamaDecoderLayer": (), "MistralDecoderLayer": ("sliding_window",)}
 """Class of the layers, and the settings that its attention is called with besides the common ones."""
@@ -211,18 +211,14 @@ def _fast_class(plain: Any) -> Any:
         cos_NE, sin_NE = (turn.expand(packs, -1, -1).flatten(0, 1) for turn in position_embeddings)
         attend = ALL_ATTENTION_FUNCTIONS.get_interface(attention.config._attn_implementation, eager_attention_forward)
         with torch.autocast(x_ND.device.type, enabled=False):  # all is in its dtype
-            states = Projections.apply(  # type: ignore[no-untyped-call]
-                fast, x_ND, cos_NE, sin_NE, *parameters(fast.parts()[:3])
-            )
+            states = apply(Projections, fast, x_ND, cos_NE, sin_NE, adapters=fast.parts()[:3])
             by_head = (states_NHE.unflatten(0, (packs, length)).transpose(1, 2) for states_NHE in states)
             seen, _ = attend(
                 attention, *by_head, attention_mask, dropout=0.0, scaling=attention.scaling, **own, **kwargs
             )
             seen_NO = seen.reshape(packs * length, -1)
             keep = not self.gradient_checkpointing
-            y_ND: Tensor = Rest.apply(  # type: ignore[no-untyped-call]
-                fast, keep, x_ND, seen_NO, *parameters(fast.parts()[3:])
-            )
+            y_ND: Tensor = apply(Rest, fast, keep, x_ND, seen_NO, adapters=fast.parts()[3:])
         return y_ND.view(hidden_states.shape)
 
     return type(plain.__name__, (plain,), {"forward": forward})

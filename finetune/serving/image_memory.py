@@ -3,6 +3,7 @@
 As for a training, the model's own code runs on tensors that have nothing in them; see `planning.tracer`.
 """
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -26,8 +27,10 @@ def encoders_fit(
     fit without the encoders either. A base that can't be planned gets the GPU for all, and that is said.
     """
     try:
-        drawing_gib = _drawing_gib(model, sample, dtype, machine, adapter_bytes)
         encoders_gib = block_offload.weight_bytes(meta.text_encoders(model)) / GIB
+        for drawing_gib in _drawing_gib(model, sample, dtype, machine, adapter_bytes):
+            if drawing_gib + encoders_gib <= machine.vram_gib:
+                return True
     except ModelError as error:  # one that can't be had at all is named again when it is loaded
         say(f"serve: {error}")
         return True
@@ -35,8 +38,6 @@ def encoders_fit(
     if drawing_gib > machine.vram_gib:
         need = f"an image of {side}×{side} takes {drawing_gib:.1f} GiB"
         raise ConfigError(f"{need}, and {where}; try {_smaller(model)}")
-    if drawing_gib + encoders_gib <= machine.vram_gib:
-        return True
     say(
         f"serve: the text encoders ({encoders_gib:.1f} GiB) work in CPU memory, which is slower: images take "
         f"{drawing_gib:.1f} GiB beside them, and {where}"
@@ -52,8 +53,8 @@ def _smaller(model: ModelConfig) -> str:
 
 def _drawing_gib(
     model: ModelConfig, sample: SampleConfig, dtype: torch.dtype, machine: Machine, adapter_bytes: float
-) -> float:
-    """Of one image, in tiles if that is less."""
+) -> Iterator[float]:
+    """Of one image, and of one that is decoded in tiles."""
     drawn = DiffusionMemoryModel(
         dtype,
         cuda=machine.cuda,
@@ -71,4 +72,6 @@ def _drawing_gib(
         fast=False,
     )
     ((_, options),) = drawn.training_phases(1, drawn.offloaded() | {"loaded adapters": adapter_bytes})
-    return min(sum(parts(option.trace, machine).values()) for option in options if option.trace is not None)
+    for option in options:
+        if option.trace is not None:
+            yield sum(parts(option.trace, machine).values())

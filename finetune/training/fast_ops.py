@@ -36,6 +36,13 @@ def define(
     return getattr(torch.ops, namespace)
 
 
+def rms_normed(x: torch.Tensor, eps: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """x divided by the root mean square of its last dimension, in fp32, and what it was multiplied with for that."""
+    wide = x.float()
+    scale = torch.rsqrt(wide.square().mean(-1, keepdim=True) + eps)
+    return wide * scale, scale
+
+
 def _nothing(*_: Any) -> None:
     return None
 

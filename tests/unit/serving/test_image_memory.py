@@ -25,7 +25,7 @@ def recipe(tmp_path_factory: pytest.TempPathFactory) -> Config:
 
 
 def drawing_gib(recipe: Config, adapter_bytes: float = 0.0) -> float:
-    return image_memory._drawing_gib(recipe.model, recipe.sample, torch.bfloat16, GPU, adapter_bytes)
+    return min(image_memory._drawing_gib(recipe.model, recipe.sample, torch.bfloat16, GPU, adapter_bytes))
 
 
 def fits(recipe: Config, vram_gib: float) -> bool:
