@@ -140,7 +140,7 @@ def detector_card(figures: dict[str, Any]) -> str:
     rows = "\n".join(
         f"| {name} | {percent(row['scenes'])} | {percent(row['crowds'])} |" for name, row in figures["ap50"].items()
     )
-    least = min(figures["ap50"].values(), key=lambda row: row["scenes"])
+    frames, crowds = (min(row[key] for row in figures["ap50"].values()) for key in ("frames", "crowd_frames"))
     return f"""---
 license: cc0-1.0
 library_name: transformers
@@ -154,8 +154,8 @@ toy scenes, in any look: what `finetune annotate` needs to be tried without a do
 
 ## Figures
 
-AP50 on renders of scenes that it never saw, {least["frames"]} or more of one thing in each look, and
-{least["crowd_frames"]} of crowds of one to four things, some behind others.
+AP50 on renders of scenes that it never saw, in each look {frames} or more of one thing and {crowds} of crowds of one
+to four things, some behind others.
 
 | look | scenes | crowds |
 |---|---|---|

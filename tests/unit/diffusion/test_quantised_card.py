@@ -6,6 +6,7 @@ Diffusers asks for a GPU before it quantises; bitsandbytes has kernels for CPUs 
 from collections.abc import Callable
 from pathlib import Path
 
+import bitsandbytes
 import pytest
 from diffusers.quantizers.bitsandbytes import bnb_quantizer
 
@@ -20,6 +21,8 @@ def without_a_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
     for quantizer in (bnb_quantizer.BnB4BitDiffusersQuantizer, bnb_quantizer.BnB8BitDiffusersQuantizer):
         monkeypatch.setattr(quantizer, "validate_environment", lambda *_, **__: None)
         monkeypatch.setattr(quantizer, "update_device_map", lambda _, devices: devices or {"": "cpu"})
+    # On a CPU with AVX512-BF16, bitsandbytes would take its layout of its own, which GPUs don't have.
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: False)
 
 
 def test_of_a_folder_in_4_bits(

@@ -11,6 +11,7 @@ import pytest
 
 from finetune.data.images.folder import images
 from finetune.errors import ConfigError, DataError, ModelError
+from finetune.video.tracks import iou
 from tests.conftest import ROOT
 from tests.unit.video.detectors import tiny_detector
 from tests.unit.video.films import film, regular
@@ -24,19 +25,35 @@ def detector(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_the_toy_video_is_annotated_and_then_up_to_date(
-    finetune_cli: Cli, detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    finetune_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    words = ("annotate", "conf=toy_video", detector, "device=cpu", "rate=1")
+    words = ("annotate", "conf=toy_video", "device=cpu")
     answer = finetune_cli(*words)
     assert answer.code == 0, answer.err
-    assert "10 s, 10 frames looked at, 3 scenes" in answer.out
+    assert "10 s, 50 frames looked at, 3 scenes" in answer.out
     run = tmp_path / "outputs" / "toy_video"
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
         *("annotation.json", "annotations.jsonl", "labelled.mp4", "sheet.jpg", "report.html", "config.yaml"),
         *("coco.json", "cvat.xml", "data.yaml", "images", "labels"),
     }
+    truths = json.loads((ROOT / "datasets" / "toy_video" / "boxes.json").read_text())
+    looks = [json.loads(line)["objects"] for line in (run / "annotations.jsonl").read_text().splitlines()]
+    right = sum(map(found_again, looks, truths))
+    assert right >= 0.9 * sum(map(len, truths))  # some hide behind others, or leave the picture
+    assert right >= 0.95 * sum(map(len, looks))
     assert "up to date, skipped" in finetune_cli(*words).out
+
+
+def found_again(found: list[dict[str, Any]], truth: list[dict[str, Any]]) -> int:
+    """The things of a look that were found: their class, in a box that overlaps theirs by half or more."""
+    left = list(found)
+    for thing in truth:
+        for one in left:
+            if one["class"] == thing["class"] and iou(one["bbox"], thing["bbox"]) >= 0.5:
+                left.remove(one)
+                break
+    return len(found) - len(left)
 
 
 def test_a_detector_that_is_not_there_leaves_no_folder(
@@ -48,10 +65,7 @@ def test_a_detector_that_is_not_there_leaves_no_folder(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_the_toy_video_says_what_is_truly_in_it() -> None:
-    truths = json.loads((ROOT / "datasets" / "toy_video" / "boxes.json").read_text())
-    assert len(truths) == 50
-    assert {one["class"] for one in truths[0]} <= {"car", "robot", "lamp"}
+def test_the_toy_video_is_small() -> None:
     assert (ROOT / "datasets" / "toy_video" / "toy_video.mp4").stat().st_size < 2**20
 
 
