@@ -1,6 +1,5 @@
 """The machine that a plan is made for: the facts of a preset, or what is found here."""
 
-import os
 import time
 from dataclasses import dataclass, replace
 from typing import Any
@@ -11,6 +10,7 @@ from finetune.config import recipes
 from finetune.config.schema import Device, HardwareConfig, Precision
 from finetune.errors import ConfigError
 from finetune.memory.device import pick_device, resolve_precision
+from finetune.run.cores import usable_cores
 from finetune.run.progress import plural
 
 GIB = 2.0**30
@@ -116,7 +116,6 @@ def _cpu(hardware: HardwareConfig) -> Machine:
     import psutil
 
     free = psutil.virtual_memory().available / GIB
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     tflops, gb_per_s = _trial()
     return Machine(
         "CPU",
@@ -129,7 +128,7 @@ def _cpu(hardware: HardwareConfig) -> Machine:
         gb_per_s,
         hardware.pcie_gb_per_s,
         known=True,
-        words=f"{plural(cores, 'core')}, {free:.1f} GiB of memory free now",
+        words=f"{plural(usable_cores(), 'core')}, {free:.1f} GiB of memory free now",
     )
 
 

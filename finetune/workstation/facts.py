@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune.reading import at_home
+from finetune.run.cores import usable_cores
 from finetune.workstation import containers, linux, nvml, torch_build, versions
 
 GIB = 2**30
@@ -47,7 +48,7 @@ def read() -> dict[str, Any]:
         "swap_used_gib": round(swap.used / GIB, 1),
         "swappiness": linux.number(linux.PROC / "sys" / "vm" / "swappiness"),
         "threads": os.cpu_count(),
-        "threads_usable": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "threads_usable": usable_cores(),
         "threads_quota": linux.cpu_quota(),
         "governor": linux.text(FREQUENCY / "scaling_governor"),
         "frequency_driver": linux.text(FREQUENCY / "scaling_driver"),

@@ -1,12 +1,12 @@
 """What holds a training step back, in words, and which settings would make it shorter."""
 
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from finetune.config.spelling import setting
 from finetune.planning.choice import Choice
 from finetune.planning.plan import KEYS
+from finetune.run.cores import usable_cores
 from finetune.run.step_time import ATTENTION, BETWEEN, COPIES, DATA, ELEMENT_WISE, GAPS, MATMUL, OTHER, StepTime
 
 MUCH = 0.1  # of a step: shares below are left alone
@@ -76,7 +76,7 @@ def _on_gpu(own: StepTime) -> str:
 def _on_cpu(own: StepTime) -> str:
     import torch
 
-    used, there = torch.get_num_threads(), len(os.sched_getaffinity(0))
+    used, there = torch.get_num_threads(), usable_cores()
     threads = f" It computes on {used} of {there} cores: OMP_NUM_THREADS={there} changes that." if used < there else ""
     if own.share(DATA) > MUCH:
         return f"The step waits for data {own.share(DATA):.0%} of its time.{threads}"

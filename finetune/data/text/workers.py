@@ -27,6 +27,7 @@ from finetune.data.text.formats import Conversation
 from finetune.data.text.tokens import Chat, Encoded
 from finetune.data.text.truncate import truncate
 from finetune.errors import DataError, RunError
+from finetune.run.cores import usable_cores
 
 BATCH = 256  # conversations encoded at once
 SEQUENTIAL = 8  # batches encoded here before processes are started: small sets are done sooner than they are
@@ -70,7 +71,7 @@ def encode_stream(
 
     Raises DataError for an unusable row unless `skip_bad`, and RunError if a process fails or dies.
     """
-    processes = processes or _cores()
+    processes = processes or usable_cores()
     stream = iter(rows)
     batches = itertools.islice(enumerate(iter(lambda: list(itertools.islice(stream, BATCH)), [])), done, None)
     for number, batch in itertools.islice(batches, None if processes == 1 else SEQUENTIAL):
@@ -78,12 +79,6 @@ def encode_stream(
     following = next(batches, None)
     if following is not None:
         yield from _in_parallel(itertools.chain([following], batches), settings, processes)
-
-
-def _cores() -> int:
-    if hasattr(os, "sched_getaffinity"):  # a container may have fewer than the machine
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _in_parallel(

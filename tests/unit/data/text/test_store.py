@@ -329,12 +329,6 @@ def wait_for(condition, seconds=20):
     raise AssertionError("it took too long")
 
 
-def test_a_process_for_each_core(monkeypatch):
-    assert workers._cores() == len(os.sched_getaffinity(0))
-    monkeypatch.delattr(os, "sched_getaffinity")
-    assert workers._cores() == os.cpu_count()
-
-
 @pytest.mark.parametrize(
     ("policy", "rows_", "lost"),
     [("keep_end", 3, True), ("keep_start", 3, True), ("split", 5, False), ("drop", 2, True)],
