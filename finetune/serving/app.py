@@ -28,6 +28,8 @@ class Service(Protocol):
     metrics: Metrics
     main_page: str
     """See `page.TITLES`."""
+    leaves_a_core: bool
+    """Whether its steps are so short that they must not share their cores with the requests."""
 
     def routes(self) -> APIRouter:
         """What this kind of model is asked by."""

@@ -114,6 +114,7 @@ class ImageService:
     """See `app.Service`."""
 
     main_page = "images"
+    leaves_a_core = False
 
     def __init__(self, server: ImageServer, sources: Mapping[str, Source], canvas: Canvas, rates: Rates) -> None:
         self.server, self.canvas, self.rates = server, canvas, rates

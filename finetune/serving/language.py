@@ -129,6 +129,7 @@ class LanguageService:
     """See `app.Service`."""
 
     main_page = "chat"
+    leaves_a_core = True
 
     def __init__(self, server: LanguageServer, sources: Mapping[str, Source], defaults: Defaults, rates: Rates) -> None:
         self.server, self.defaults, self.rates = server, defaults, rates

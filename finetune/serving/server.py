@@ -11,9 +11,11 @@ from concurrent.futures import Future
 from contextlib import contextmanager, suppress
 from typing import cast
 
+import torch
 import uvicorn
 
 from finetune.errors import ConfigError, ModelError
+from finetune.run.cores import usable_cores
 from finetune.run.progress import say
 from finetune.serving.app import Service, State, build
 from finetune.serving.guard import Rules
@@ -49,6 +51,9 @@ def run(service: Service, rules: Rules, listener: socket.socket, runs: Runs) -> 
         for number in (signal.SIGINT, signal.SIGTERM):
             asyncio.get_running_loop().add_signal_handler(number, stop)
 
+    if service.leaves_a_core and "OMP_NUM_THREADS" not in os.environ:
+        # A step is as slow as its slowest thread: one that shares its core with the requests holds up all others.
+        torch.set_num_threads(max(1, usable_cores() - 1))
     asyncio.run(_serve(service, rules, listener, runs, take_signals))
 
 

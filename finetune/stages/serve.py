@@ -1,6 +1,5 @@
 """Answer requests over HTTP, with the base and with adapters, until it is stopped."""
 
-import os
 import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from finetune.config.recipes import recipe_files
 from finetune.config.schema import Config, ExportFormat
 from finetune.config.spelling import override, setting
 from finetune.errors import ConfigError
-from finetune.run.cores import usable_cores
 from finetune.run.progress import plural, say
 from finetune.run.receipts import load_record
 from finetune.run.records import Adapter
@@ -45,21 +43,11 @@ def serve(config: Config, typed: Sequence[str] = ()) -> Served:
 
     typed: recipe and settings as they were given, which a command that is offered repeats.
     """
-    if config.model.kind == "language":
-        _leave_a_core()
     with _prepared(config, typed) as (parts, serving):
         from finetune.serving import server
 
         server.run(*parts)
     return Served(serving.models)
-
-
-def _leave_a_core() -> None:
-    """A step is as slow as its slowest thread: one that shares its core with the requests holds up all others."""
-    import torch
-
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(max(1, usable_cores() - 1))
 
 
 @contextmanager

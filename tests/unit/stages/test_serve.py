@@ -7,7 +7,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import torch
 
 import finetune
 from finetune.config import compose
@@ -18,8 +17,6 @@ from finetune.run.receipts import save_receipt
 from finetune.run.records import Adapter
 from finetune.serving.diffusion import ImageService
 from finetune.serving.language import LanguageService
-from finetune.serving import server
-from finetune.stages import serve
 from finetune.stages.serve import serving
 
 NAME = 'my run (2) = it\'s [ä], "x"'
@@ -92,23 +89,3 @@ def test_the_requests_that_are_shown_name_the_model_as_it_is(kind: Any, key: str
     (client,) = (node for node in ast.walk(call) if isinstance(node, ast.Call) and node is not call)
     options = {word.arg: ast.literal_eval(word.value) for word in client.keywords}
     assert options == {"base_url": "http://127.0.0.1:8000/v1", "api_key": key or "none"}
-
-
-@pytest.mark.parametrize(("wish", "threads"), [(None, 3), ("2", 2)])
-def test_a_core_is_left_for_the_requests_unless_the_user_says_how_many_compute(
-    language_config: Config, monkeypatch: pytest.MonkeyPatch, wish: str | None, threads: int
-) -> None:
-    language_config.serve.port = 0
-    monkeypatch.setattr(serve, "usable_cores", lambda: 4)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    if wish:
-        monkeypatch.setenv("OMP_NUM_THREADS", wish)
-    seen = []
-    monkeypatch.setattr(server, "run", lambda *_: seen.append(torch.get_num_threads()))
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)  # as torch itself reads the variable at its import
-    try:
-        serve.serve(language_config)
-    finally:
-        torch.set_num_threads(before)
-    assert seen == [threads]
