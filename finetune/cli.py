@@ -134,7 +134,7 @@ usage: finetune COMMAND conf=RECIPE [KEY=VALUE …]  (or: python -m finetune …
 commands
 {commands}
 
-commands for videos, such as: finetune frames video=a.mp4 folder=b
+commands for videos, such as: finetune annotate conf=toy_video
 {rows(VIDEO)}
 
 commands about this machine, without a recipe
