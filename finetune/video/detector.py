@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from finetune import hub
 from finetune.errors import ModelError
-from finetune.video.tracks import Detection
+from finetune.video.tracks import Detection, iou
 
 FAMILIES = (
     "rt_detr",
@@ -29,6 +29,7 @@ FAMILIES = (
 )
 """By `model_type`: released under Apache or MIT licences, and loaded without their own code."""
 NO_CLASS = "N/A"  # COCO's numbers have gaps, and released models name them so
+SAME_IOU = 0.8  # of two boxes of one class: DETR's sometimes find a thing twice, mostly within a few pixels
 
 
 class Detector:
@@ -80,7 +81,7 @@ class Detector:
             outputs.logits, outputs.pred_boxes = outputs.logits.float(), outputs.pred_boxes.float()
             sizes = torch.tensor([[height, width]] * len(frames), device=self.device)
             found = self.processor.post_process_object_detection(outputs, threshold=self.threshold, target_sizes=sizes)
-        return [list(self._detections(one, width, height)) for one in found]
+        return [without_doubles(list(self._detections(one, width, height))) for one in found]
 
     def pixels(self, frames: Sequence[NDArray[np.uint8]]) -> torch.Tensor:
         """[B, 3, H, W] as the model takes them. Bytes go to the device: a quarter of what floats would be."""
@@ -104,3 +105,13 @@ class Detector:
             box = (max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom))
             if name and (not self.classes or name in self.classes) and box[0] < box[2] and box[1] < box[3]:
                 yield Detection(name, box, score)
+
+
+def without_doubles(found: Sequence[Detection]) -> list[Detection]:
+    """These in their order; of those that are the same thing, the likeliest alone."""
+    kept: list[int] = []
+    for number, one in sorted(enumerate(found), key=lambda pair: -pair[1].score):
+        same_class = (found[other].box for other in kept if found[other].name == one.name)
+        if all(iou(one.box, box) < SAME_IOU for box in same_class):
+            kept.append(number)
+    return [found[number] for number in sorted(kept)]

@@ -8,7 +8,8 @@ import torch
 from PIL import Image
 
 from finetune.errors import ModelError
-from finetune.video.detector import Detector
+from finetune.video.detector import Detector, without_doubles
+from finetune.video.tracks import Detection
 from tests.unit.video.detectors import tiny_detector
 
 CPU = torch.device("cpu")
@@ -57,7 +58,7 @@ def test_boxes_are_in_pixels_of_the_frame_and_of_the_classes_that_are_wanted(fol
         detector.model(pixel_values=detector.pixels(frames)), threshold=0.0, target_sizes=[(1080, 1920)] * 2
     )
     names = [detector.names.get(int(label)) for each in raw for label in each["labels"]]
-    assert [one.name for one in found] == [name for name in names if name]  # without the number that has no class
+    assert {one.name for one in found} == {name for name in names if name}  # without the number that has no class
     assert None in names
     assert {"car"} <= {one.name for one in found}
     for one in found:
@@ -67,6 +68,13 @@ def test_boxes_are_in_pixels_of_the_frame_and_of_the_classes_that_are_wanted(fol
     only = [one for each in loaded(folder, "car").find(frames, 1920, 1080) for one in each]
     assert only == [one for one in found if one.name == "car"]
     assert loaded(folder, threshold=0.99).find(frames, 1920, 1080) == [[], []]
+
+
+def test_a_thing_that_is_found_twice_counts_once() -> None:
+    first, better = Detection("car", (0, 80, 71, 150), 0.7), Detection("car", (0, 79, 70, 150), 0.8)
+    behind, other = Detection("car", (30, 80, 101, 150), 0.6), Detection("boat", (0, 80, 71, 150), 0.5)
+    assert without_doubles([first, behind, better, other]) == [behind, better, other]
+    assert without_doubles([first, first]) == [first]
 
 
 def test_what_is_no_detector_or_knows_no_such_class_is_named(folder: Path, tmp_path: Path) -> None:
