@@ -51,7 +51,7 @@ def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False
             yield folder
         return
     made = [path for path in (folder, *folder.parents) if not path.exists()]
-    _require_no_other(folder)
+    _require_no_other(folder, settings)
     _make(folder)
     with _locked(folder), _without_trace(made), explained(folder, hint), _in_place(folder):
         remove_leftovers(folder, LEFTOVERS)
@@ -125,8 +125,13 @@ def written_config(folder: Path) -> dict[str, Any]:
         raise RunError(f"{file} is damaged ({first_line(error)}); the same `train` command writes it again") from error
 
 
-def _require_no_other(folder: Path) -> None:
+def _require_no_other(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises RunError for a folder of something else, whose files a run would replace."""
+    written: set[str] = set()
+    with suppress(RunError):  # a damaged one is named by whoever reads it
+        written = written_config(folder).keys() - {"name", "run_dir"}
+    if written and written.isdisjoint(settings):
+        raise RunError(f"{folder} holds what another command made (train, or annotate); choose another: run_dir=PATH")
     foreign = [name for name in REPLACED if (folder / name).exists()]
     if foreign and not _is_of_a_run(folder):
         raise RunError(

@@ -62,14 +62,15 @@ def _all(jobs: Sequence[tuple[Path, Path, Annotate]], settings: Annotate) -> int
 
 def _shown(jobs: Sequence[tuple[Path, Path, Annotate]], results: Iterable[Any]) -> int:
     """Print what came of each as it comes; the exit code of the last that failed."""
-    code = failed = 0
-    for (_, target, _), result in zip(jobs, results, strict=True):
+    code, failed = 0, list[str]()
+    for (video, target, _), result in zip(jobs, results, strict=True):
         if isinstance(result, FinetuneError):
             say(f"error: {result}")
-            code, failed = result.exit_code, failed + 1
+            code, failed = result.exit_code, [*failed, video.name]
         else:
             _show(result[0], target, new=result[1])
-    print(f"{plural(len(jobs) - failed, 'video')} annotated, {failed} failed")
+    names = f": {', '.join(failed)}" if failed else ""
+    print(f"{plural(len(jobs) - len(failed), 'video')} annotated, {len(failed)} failed{names}")
     return code
 
 
@@ -103,11 +104,10 @@ def _name(video: Path, videos: Sequence[Path]) -> str:
 
 
 def _show(record: Annotated, target: Path, *, new: bool) -> None:
-    kinds = ", ".join(f"{count} {name}" for name, count in record.counts.items()) or "nothing"
-    print(f"{Path(record.video).name}: {'' if new else 'up to date, skipped; '}{kinds}")
-    print(f"  {record.seconds:g} s, {record.looks} frames looked at, {plural(len(record.scenes), 'scene')}")
+    print(f"{Path(record.video).name}: {'' if new else 'up to date, skipped; '}{record.found}")
+    print(f"  {record.seconds:g} s, {plural(record.looks, 'look')}, {plural(len(record.scenes), 'scene')}")
+    if record.damage:
+        say(f"warning: {Path(record.video).name} is damaged: {record.damage}")
     if new:
-        speed = record.per_second
-        stages = ", ".join(f"{name} {speed[name]:g}" for name in ("decode", "detect", "encode"))
-        print(f"  {speed['together']:g} frames/s; by themselves {stages}")
-    print(f"  {shown(target)}: report.html, annotations.jsonl, and what else was wanted")
+        print(f"  {record.speed}")
+    print(f"  {shown(target)}/report.html; beside it {', '.join(record.files)}")

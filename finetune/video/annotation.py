@@ -3,7 +3,7 @@
 import json
 import shutil
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import asdict
 from functools import cache
 from math import ceil
@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune import hub
 from finetune.config.schema import Precision
-from finetune.errors import DataError
+from finetune.errors import DataError, RunError
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.reading import read_text
 from finetune.run import rundir
@@ -27,9 +27,14 @@ from finetune.video.records import Annotated
 from finetune.video.settings import Annotate, as_plain
 from finetune.video.source import opened
 
-VERSION = 2  # of what a pass writes
+VERSION = 3  # of what a pass writes
 RECORD, LINES, FILM, SHEET, REPORT = "annotation.json", "annotations.jsonl", "labelled.mp4", "sheet.jpg", "report.html"
 PIECES, IMAGES = "pieces", "images"
+PRODUCTS = {
+    FILM: "film", SHEET: "film", IMAGES: "images", "coco.json": "coco", "data.yaml": "yolo", "labels": "yolo",
+    "cvat.xml": "cvat",
+}  # fmt: skip
+"""What is made only where it is asked for -> the export, or the setting, that asks for it."""
 COUNTS_LITTLE = ("name", "run_dir", "video", "folder", "workers", "batch", "device")  # of settings, for what is found
 
 
@@ -47,14 +52,18 @@ def annotate(video: Path, folder: Path, settings: Annotate, load: Callable[[], F
     load: the detector, asked for where there is.
     Raises DataError for what is no video, RunError where the folder can't be written or is in use.
     """
-    with opened(video):
-        pass  # before the folder is made
+    with opened(video) as source:  # before the folder is made
+        if settings.rate > source.facts.rate:
+            per_second = f"{float(source.facts.rate):g} frames a second"
+            say(f"warning: rate={float(settings.rate):g} is more than {video.name}'s {per_second}: looks repeat frames")
+    sha256 = hash_file(video)
+    _require_own(folder, settings.video, sha256)
     with rundir.held(folder, as_plain(settings), owns_config=True, hint="type batch=1"):
-        sha256 = hash_file(video)
         about = {key: value for key, value in as_plain(settings).items() if key not in COUNTS_LITTLE}
         input_hash = hash_of(sha256, about, hub.content_hash(settings.detector), VERSION)
         record = _known(folder)
-        if record is not None and record.input_hash == input_hash and (folder / LINES).exists():
+        wanted = (LINES, REPORT, *products(settings))
+        if record is not None and record.input_hash == input_hash and all((folder / name).exists() for name in wanted):
             return record, False
         detector = load()  # before anything is made: it may not be there
         pieces = folder / PIECES
@@ -65,8 +74,25 @@ def annotate(video: Path, folder: Path, settings: Annotate, load: Callable[[], F
             shutil.rmtree(folder / IMAGES, ignore_errors=True)  # of other times
             write_atomically(known, input_hash)
         record = _pass(video, folder, settings, detector, sha256, input_hash)
+        for name in set(PRODUCTS) - set(products(settings)):  # of other settings
+            unasked = folder / name
+            shutil.rmtree(unasked) if unasked.is_dir() else unasked.unlink(missing_ok=True)
         shutil.rmtree(pieces)
     return record, True
+
+
+def products(settings: Annotate) -> list[str]:
+    """What these settings ask for, beside lines, record and report."""
+    asked = {"film": settings.labelled, "images": settings.images, **dict.fromkeys(settings.exports, True)}
+    return [file for file, of in PRODUCTS.items() if asked.get(of)]
+
+
+def _require_own(folder: Path, video: str, sha256: str) -> None:
+    """Raises RunError for the folder of another video."""
+    before, record = str(rundir.written_config(folder).get("video", "")), _known(folder)
+    is_same = Path(before).absolute() == Path(video).absolute() or (record is not None and record.sha256 == sha256)
+    if before and not is_same:
+        raise RunError(f"{folder} holds the annotation of {before}; name another folder: name=NAME or run_dir=PATH")
 
 
 def _pass(video: Path, folder: Path, settings: Annotate, detector: Finder, sha256: str, input_hash: str) -> Annotated:
@@ -105,26 +131,25 @@ def _pass(video: Path, folder: Path, settings: Annotate, detector: Finder, sha25
     rows = [json.loads(line) for line in text.splitlines()]
     per_second = {name: round(watch.per_second, 1) for name, watch in work.watches.items()}
     per_second["together"] = round((len(times) - before) / passed, 1)
-    if source.damage or source.cut_off:
-        say(f"warning: {video.name} is damaged; {_damage(source.damage, cut_off=source.cut_off)}")
+    seconds = float((times[-1] + step - times[0]) * facts.unit)
     record = Annotated(
         video=str(video),
         sha256=sha256,
         input_hash=input_hash,
         width=facts.width,
         height=facts.height,
-        seconds=round(float((times[-1] + step - times[0]) * facts.unit), 3),
+        seconds=round(seconds, 3),
         frames=len(times),
         looks=len(rows),
         objects=sum(len(row["objects"]) for row in rows),
-        scenes=tuple(_scene_starts(rows)),
+        scenes=tuple(round(start, 3) for start in done[-1].state["scenes"]),
         model=settings.detector,
         threshold=settings.threshold,
         classes=tuple(detector.names.values()),
         counts=_counts(rows),
         per_second=per_second,
-        damage=source.damage,
-        cut_off=source.cut_off,
+        damage=source.damage_said(seconds),
+        files=(LINES, *products(settings)),
     )
     exports.write(folder, settings.exports, record, rows)
     sheet = page.sheet(sorted(pieces.glob("look-*.jpg")), folder / SHEET)
@@ -138,20 +163,6 @@ def _known(folder: Path) -> Annotated | None:
         return from_plain(Annotated, json.loads(read_text(folder / RECORD)))
     except UNREADABLE:
         return None
-
-
-def _damage(packets: int, *, cut_off: bool) -> str:
-    said = [f"{plural(packets, 'packet')} left out"] * bool(packets) + ["it ends in the middle"] * cut_off
-    return ", ".join(said)
-
-
-def _scene_starts(rows: list[dict[str, Any]]) -> Iterator[float]:
-    """The time of each scene's first look."""
-    scene = None
-    for row in rows:
-        if row["scene"] != scene:
-            scene = row["scene"]
-            yield row["timestamp_sec"]
 
 
 def _counts(rows: list[dict[str, Any]]) -> dict[str, int]:

@@ -25,7 +25,7 @@ def write(folder: Path, names: Sequence[str], record: Annotated, rows: Sequence[
             for row in rows:
                 text = "".join(f"{line}\n" for line in yolo_lines(record, row))
                 (labels / f"{row['frame_id']:06d}.txt").write_text(text, encoding="utf-8")
-        data = {"path": ".", "train": "images", "val": "images", "names": dict(enumerate(record.classes))}
+        data = {"train": "images", "val": "images", "names": dict(enumerate(record.classes))}
         write_atomically(folder / "data.yaml", yaml.safe_dump(data, sort_keys=False, allow_unicode=True))
     if "cvat" in names:
         write_atomically(folder / "cvat.xml", cvat(record, rows))

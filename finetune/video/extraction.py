@@ -6,7 +6,7 @@ Two passes, so that memory stays constant: the first measures every frame small,
 import hashlib
 import json
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice, zip_longest
 from math import ceil
@@ -18,7 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image
 
-from finetune.data.images.metadata import METADATA, line_of
+from finetune.data.images.metadata import METADATA, Row, line_of, read_rows
 from finetune.data.images.split import COLUMN, VALIDATION
 from finetune.errors import DataError
 from finetune.run.atomic import replace_folder, write_atomically
@@ -51,28 +51,35 @@ class Candidate:
 def extract(video: Path, folder: Path, settings: Frames, load: Callable[[], Finder]) -> Extracted:
     """Write the images, and `metadata.jsonl` with the scene, the time and the side (training or validation) of each.
 
-    load: the detector, asked for crops alone. Raises DataError for what is no video, a folder of something else, and
-    a video in which nothing is found.
+    load: the detector, asked for crops alone. Texts of the same images that stand in the folder are kept. Raises
+    DataError for what is no video, a folder of something else, one whose texts would be lost, and a video in which
+    nothing is found.
     """
-    _require_ours(folder)
+    before = _known(folder)
+    sha256 = hash_file(video)
     with opened(video) as source:
         finder = load() if settings.crops else None
-        candidates, sharpness, scenes = _measured(source, settings)
+        candidates, sharpness, scenes, seconds = _measured(source, settings)
+        damage = source.damage_said(seconds)
     chosen = choose(candidates, sharpness, settings)
     with replace_folder(folder) as made:
         with opened(video) as source:
             rows = list(_written(source, made, chosen, settings, finder))
         if not rows:
-            what = f"no {' or '.join(settings.crops)} of {settings.least_px} px" if settings.crops else "no sharp frame"
-            raise DataError(f"{video}: {what} was found; try a lower threshold, sharpness or least_px")
+            what, keys = (" or ".join(settings.crops), "threshold") if settings.crops else ("sharp frame", "sharpness")
+            raise DataError(f"{video}: no {what} of {settings.least_px} px was found; try a lower {keys} or least_px")
         sides = split(rows, settings.validation_share)
-        about = {"source": video.name, "sha256": hash_file(video)}
-        lines = [line_of(row | {COLUMN: sides[row["scene"]]} | about) for row in rows]
-        write_atomically(made / METADATA, "\n".join(lines) + "\n")
+        about = {"source": video.name, "sha256": sha256}
+        rows = _with_texts([row | {COLUMN: sides[row["scene"]]} | about for row in rows], before, folder)
+        write_atomically(made / METADATA, "".join(f"{line_of(row)}\n" for row in rows))
         (made / MADE).write_text(json.dumps(about))
-    held_out = sum(sides[row["scene"]] == VALIDATION for row in rows)
+    held_out = sum(row[COLUMN] == VALIDATION for row in rows)
+    if damage:
+        say(f"warning: {video.name} is damaged: {damage}")
     if settings.validation_share and not held_out:
-        say(f"warning: {video.name} is one scene; nothing is held out for validation by scene")
+        why = f"no scene is small enough for validation_share={settings.validation_share:g}; try a larger one"
+        one_scene = len({row["scene"] for row in rows}) == 1
+        say(f"warning: nothing is held out: {'all images are of one scene' if one_scene else why}")
     return Extracted(str(video), str(folder), scenes, len(candidates), len(chosen), len(rows), held_out)
 
 
@@ -122,12 +129,13 @@ def sharpness(grey: NDArray[np.uint8]) -> float:
     return float((4 * middle - around).var() / (middle.var() + 1.0))
 
 
-def _measured(source: Source, settings: Frames) -> tuple[list[Candidate], float, int]:
-    """The sharpest frame of every stretch of a scene, the median sharpness of all frames, and the number of scenes."""
+def _measured(source: Source, settings: Frames) -> tuple[list[Candidate], float, int, float]:
+    """The sharpest frame of every stretch of a scene, the median sharpness of all frames, the number of scenes, and how
+    many seconds there are."""
     facts, cuts = source.facts, CutFinder()
     found: list[Candidate] = []
     every: list[float] = []
-    stretch = None
+    stretch, seconds = None, 0.0
     total = ceil((facts.duration or 0) * facts.rate)
     with progress("measure", total, unit="frames") as shown:
         for frame in source.frames():
@@ -139,9 +147,9 @@ def _measured(source: Source, settings: Frames) -> tuple[list[Candidate], float,
             if here != stretch or every[-1] > found[-1].sharpness:
                 new = Candidate(frame.pts, float(frame.seconds), scene, every[-1], _cells(grey))
                 found[len(found) - (here == stretch) :] = [new]
-            stretch = here
+            stretch, seconds = here, float(frame.seconds + 1 / facts.rate)
             shown.advance()
-    return found, median(every) if every else 0.0, cuts.scene + 1
+    return found, median(every) if every else 0.0, cuts.scene + 1, seconds
 
 
 def _cells(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
@@ -213,10 +221,29 @@ def _name(one: Candidate) -> str:
     return f"scene{one.scene:04d}_{round(one.seconds * 1000):09d}ms"
 
 
-def _require_ours(folder: Path) -> None:
-    """Raises DataError for a folder with something in it that this command didn't make."""
-    if folder.exists() and (not folder.is_dir() or (any(folder.iterdir()) and not (folder / MADE).exists())):
-        raise DataError(f"{folder} is there and holds something else; name a new folder: folder=DIR")
+def _known(folder: Path) -> Mapping[str, Row]:
+    """The rows of a folder that this command filled. Raises DataError for one with something else in it."""
+    if not folder.exists() or (folder.is_dir() and not any(folder.iterdir())):
+        return {}
+    rows: Mapping[str, Row] = {}
+    foreign = "something else"
+    if (folder / MADE).exists():
+        rows = read_rows(folder / METADATA) if (folder / METADATA).exists() else {}
+        foreign = next((path.name for path in folder.iterdir() if path.name not in {MADE, METADATA, *rows}), "")
+    if foreign:
+        raise DataError(f"{folder} is there and holds {foreign}; name a new folder: folder=DIR")
+    return rows
+
+
+def _with_texts(rows: Sequence[dict[str, Any]], before: Mapping[str, Row], folder: Path) -> list[dict[str, Any]]:
+    """Rows with the texts that the same images had. Raises DataError where one that a person wrote would be lost."""
+    texts = {name: row for name, row in before.items() if row.text}
+    videos = {row["file_name"]: row["sha256"] for row in rows}
+    lost = {name for name, row in texts.items() if videos.get(name) != row.values.get("sha256")}
+    if own := [name for name in texts if name in lost and not texts[name].is_generated]:
+        raise DataError(f"{folder} holds texts that would be lost, such as that of {own[0]}; name a new folder")
+    kept = {name: {**row.values, "text": row.text} for name, row in texts.items() if name not in lost}
+    return [{**row, **kept.get(row["file_name"], {}), COLUMN: row[COLUMN]} for row in rows]
 
 
 def describe(made: Extracted) -> str:
@@ -225,5 +252,5 @@ def describe(made: Extracted) -> str:
     return (
         f"{Path(made.video).name}: {plural(made.images, 'image')} in {made.folder}, {made.validation} for validation\n"
         f"  {plural(made.scenes, 'scene')}; {gave}\n"
-        f"  next: finetune train conf=pixar_style data.folder={made.folder}"
+        f"  next: finetune train conf=pixar_style data.folder={made.folder} name={Path(made.folder).name}"
     )

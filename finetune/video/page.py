@@ -18,6 +18,7 @@ from finetune.run.progress import plural
 from finetune.video.records import Annotated
 
 COLUMNS = 6
+MOST_SHOWN = 60  # frames
 GAP = 4
 SHEET_QUALITY = 86
 WIDTH, ROW, LEFT, RIGHT, FOOT = 900, 22, 110, 24, 26  # of the timeline, in units of its drawing
@@ -32,14 +33,15 @@ def sheet(thumbnails: Sequence[Path], target: Path) -> Path | None:
     """The thumbnails row by row in one image; None where there are none."""
     if not thumbnails:
         return None
-    opened = [Image.open(path) for path in thumbnails]
-    wide, high = opened[0].size
-    columns = min(COLUMNS, len(opened))
-    rows = -(-len(opened) // columns)
+    shown = thumbnails[:: -(-len(thumbnails) // MOST_SHOWN)]  # more where a file doesn't say how long it is
+    with Image.open(shown[0]) as first:
+        wide, high = first.size
+    columns = min(COLUMNS, len(shown))
+    rows = -(-len(shown) // columns)
     whole = Image.new("RGB", (columns * (wide + GAP) - GAP, rows * (high + GAP) - GAP), "white")
-    for number, image in enumerate(opened):
-        whole.paste(image, (number % columns * (wide + GAP), number // columns * (high + GAP)))
-        image.close()
+    for number, path in enumerate(shown):
+        with Image.open(path) as image:
+            whole.paste(image, (number % columns * (wide + GAP), number // columns * (high + GAP)))
     whole.save(target, quality=SHEET_QUALITY)
     return target
 
@@ -47,7 +49,11 @@ def sheet(thumbnails: Sequence[Path], target: Path) -> Path | None:
 def report(record: Annotated, rows: Sequence[Row], contact_sheet: Path | None) -> str:
     """The whole page, self-contained."""
     name = escape(Path(record.video).name)
-    sections = [("timeline", "What is seen when", timeline(record, rows)), ("found", "Tracks", _found(rows))]
+    sections = [
+        ("timeline", "What is seen when", timeline(record, rows)),
+        ("found", "Tracks", _found(rows)),
+        ("files", "Files", _files(record)),
+    ]
     if contact_sheet is not None:
         encoded = base64.b64encode(contact_sheet.read_bytes()).decode()
         image = f'<img src="data:image/jpeg;base64,{encoded}" alt="frames with boxes" style="width:100%">'
@@ -121,27 +127,30 @@ def _facts(record: Annotated) -> str:
 
 def _verdict(record: Annotated) -> str:
     """What was found, in a sentence."""
-    if not record.counts:
-        return "Nothing was found."
-    return escape(f"Found: {', '.join(f'{count} {name}' for name, count in record.counts.items())}.")
+    damage = f" The file is damaged: {record.damage}." if record.damage else ""
+    return escape(f"Found: {record.found}.{damage}")
 
 
 def _tiles(record: Annotated) -> str:
-    speed = record.per_second
-    stages = ", ".join(f"{name} {speed[name]:g}" for name in ("decode", "detect", "encode"))
+    together, _, stages = record.speed.partition("; ")
     facts: Mapping[str, tuple[str, str]] = {
         "video": (
             duration(record.seconds),
             f"{plural(record.frames, 'frame')}, {plural(len(record.scenes), 'scene')}",
         ),
-        "looked at": (plural(record.looks, "frame"), f"{record.looks / max(record.seconds, 1e-9):.3g} per second"),
-        "found": (plural(sum(record.counts.values()), "object"), f"{record.objects:,} boxes"),
-        "speed": (f"{speed['together']:g} frames/s", f"by itself: {stages}"),
+        "looked at": (plural(record.looks, "look"), f"{record.looks / max(record.seconds, 1e-9):.3g} per second"),
+        "found": (plural(sum(record.counts.values()), "track"), f"{record.objects:,} boxes"),
+        "speed": (together, stages),
     }
     return "".join(
         f"<div><dt>{label}</dt><dd>{escape(value)}</dd><dd>{escape(note)}</dd></div>"
         for label, (value, note) in facts.items()
     )
+
+
+def _files(record: Annotated) -> str:
+    """Links, which work as long as the page lies beside them."""
+    return f"<p>{' · '.join(f'<a href={chr(34)}{name}{chr(34)}>{name}</a>' for name in record.files)}</p>"
 
 
 def _found(rows: Sequence[Row]) -> str:

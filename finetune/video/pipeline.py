@@ -21,14 +21,14 @@ from finetune.run.progress import Progress
 from finetune.video import segments
 from finetune.video.cuts import CutFinder, thumbnail
 from finetune.video.drawing import Planes, draw
+from finetune.video.page import MOST_SHOWN
 from finetune.video.segments import Film, Piece
 from finetune.video.source import Facts, Frame, Rgb, Source, planes, rgb
-from finetune.video.tracks import Box, Detection, Tracked, Tracker, moved
+from finetune.video.tracks import Box, Detection, Tracked, Tracker, moved, patience_s
 
 MOST_BYTES = 256 << 20  # of frames between two threads
 MOST_WAITING = 64  # frames, where they are small
 THUMBNAIL_WIDTH = 320
-THUMBNAILS = 60  # of a video, for its contact sheet
 JPEG_QUALITY = 92
 POLL_S = 0.2
 
@@ -226,7 +226,7 @@ def _detect(
     work: Work, state: dict[str, Any] | None, source: "Queue[Any]", out: "Queue[Any]", stop: threading.Event
 ) -> None:
     """Gather frames until a batch of looks is there or memory is full, then look at all of them at once."""
-    tracker = Tracker.from_state(state["tracker"]) if state else Tracker()
+    tracker = Tracker.from_state(state["tracker"]) if state else Tracker(patience_s=patience_s(float(work.rate)))
     waiting: list[Any] = []
     looks, held = 0, 0
     while not stop.is_set():
@@ -270,22 +270,25 @@ def _encode(
     """Lines and labelled frames into pieces; a piece counts when it is whole."""
     facts, watch = work.source.facts, work.watches["encode"]
     size = even_size(facts)
-    every = max(1, ceil((facts.duration or 0) * float(work.rate) / THUMBNAILS))
+    every = max(1, ceil((facts.duration or 0) * float(work.rate) / MOST_SHOWN))
     film: Film | None = None
     lines: list[str] = []
     times: list[int] = []
     seen = from_plain(Seen, state["seen"]) if state else Seen(0.0, -1, ())
+    scenes: list[float] = list(state["scenes"]) if state else []
     while (item := _get(source, stop)) is not None:
         since = time.perf_counter()
         if isinstance(item, Ended):
             if film is not None:
                 film.close()
-            piece = Piece(item.number, tuple(times), item.state | {"seen": asdict(seen)})
+            piece = Piece(item.number, tuple(times), item.state | {"seen": asdict(seen), "scenes": list(scenes)})
             segments.commit(work.folder, piece, lines)
             pieces.append(piece)
             film, lines, times = None, [], []
             continue
         shown, objects = item
+        if shown.scene == len(scenes):
+            scenes.append(float(shown.seconds))
         if objects is not None:
             seen = Seen(float(shown.seconds), shown.scene, tuple(objects))
             lines += [line(work.common, work.rate, look, shown, objects) for look in shown.looks]

@@ -21,7 +21,10 @@ from finetune.reading import at_home, read_text
 S = TypeVar("S", "Annotate", "Frames")
 MOST_RATE = 1000
 EXPORTS = ("coco", "yolo", "cvat")
-NO_DETECTOR = "say which detector: detector=PekingU/rtdetr_v2_r18vd from the hub, or the folder of one on this machine"
+NO_DETECTOR = (
+    "say which detector: detector=PekingU/rtdetr_v2_r18vd from the hub, the folder of one on this machine, or "
+    "embedded:detector, which knows toys alone"
+)
 
 
 @dataclass(frozen=True)
@@ -215,7 +218,9 @@ def _expected(hint: Any) -> str:
 
 
 def _source_problems(settings: Annotate) -> list[str]:
-    if bool(settings.video) == bool(settings.folder):
+    if settings.video and settings.folder:
+        return [f"video={settings.video} and folder={settings.folder} exclude each other; give one of them"]
+    if not (settings.video or settings.folder):
         return ["say which video: video=FILE, or folder=DIR for all in it, or conf=toy_video to try"]
     return []
 

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 
 from finetune.errors import DataError
 from finetune.reading import require_file
+from finetune.run.progress import plural
 
 EXTENSIONS = (
     ".mp4",
@@ -35,6 +36,7 @@ EXTENSIONS = (
     ".3gp",
     ".mxf",
 )
+LEAST_MISSING_S, MISSING_SHARE = 0.5, 0.05  # at the end, before a file counts as cut off: sound may last longer
 LEAST_SIDE = 16  # pixels; below, nothing can be seen
 STILL = ("image2", "_pipe", "gif", "apng", "webp", "ico")  # in the names of FFmpeg's readers of pictures
 
@@ -92,6 +94,16 @@ class Source:
             start = pts if start is None else start
             if after is None or pts > after:
                 yield Frame(pts, (pts - start) * self.facts.unit, picture)
+
+    def damage_said(self, seconds: float) -> str:
+        """What is wrong with the file, of which so many seconds could be read; empty where nothing is."""
+        claimed = self.facts.duration or 0.0
+        said = [f"{plural(self.damage, 'packet')} left out"] if self.damage else []
+        if claimed - seconds > max(LEAST_MISSING_S, MISSING_SHARE * claimed):
+            said.append(f"it ends after {seconds:.1f} of the {claimed:.1f} s that it claims")
+        elif self.cut_off:
+            said.append("it ends in the middle")
+        return ", ".join(said)
 
     def _decoded(self) -> Iterator[Any]:
         """Frames as the decoder has them; damaged packets are counted and left out."""
@@ -181,7 +193,7 @@ def _opened(path: Path) -> Any:
     try:
         require_file(path)
         if path.is_dir():
-            raise DataError(f"{path} is a folder; name a file of it, or type folder={path}")
+            raise DataError(f"{path} is a folder; name a file of it: video=FILE")
         if not path.stat().st_size:
             raise DataError(f"{path} is empty")
         return av.open(str(path))

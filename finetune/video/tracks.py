@@ -10,7 +10,7 @@ Box = tuple[float, float, float, float]
 """Left, top, right, bottom in pixels."""
 
 LEAST_IOU = 0.2
-PATIENCE_S = 1.0  # unseen, before an object counts as gone
+PATIENCE_S, PATIENCE_LOOKS = 1.0, 1.5  # unseen, before an object counts as gone: the longer of the two
 SMOOTHING = 0.5  # of the newest motion in what is expected of the next
 
 
@@ -49,12 +49,13 @@ class Tracker:
     next_number: int = 1
     scene: int = -1
     tracks: list[Track] = field(default_factory=list)
+    patience_s: float = PATIENCE_S
 
     def update(self, seconds: float, scene: int, found: Sequence[Detection]) -> list[Tracked]:
         """What was found in the next frame, with track numbers, in its order."""
         if scene != self.scene:
             self.scene, self.tracks = scene, []
-        self.tracks = [track for track in self.tracks if seconds - track.seen <= PATIENCE_S]
+        self.tracks = [track for track in self.tracks if seconds - track.seen <= self.patience_s]
         expected = [moved(track.box, track.motion, seconds - track.seen) for track in self.tracks]
         pairs = sorted(
             (
@@ -92,7 +93,13 @@ class Tracker:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> "Tracker":
-        return cls(state["next_number"], state["scene"], [from_plain(Track, row) for row in state["tracks"]])
+        tracks = [from_plain(Track, row) for row in state["tracks"]]
+        return cls(state["next_number"], state["scene"], tracks, state["patience_s"])
+
+
+def patience_s(rate: float) -> float:
+    """How long an object may be unseen, with so many looks a second."""
+    return max(PATIENCE_S, PATIENCE_LOOKS / rate)
 
 
 def moved(box: Box, motion: Box, seconds: float) -> Box:

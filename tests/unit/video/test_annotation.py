@@ -15,9 +15,11 @@ import av
 import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from finetune.errors import DataError, RunError
-from finetune.video import pipeline, segments
+from finetune.run import rundir
+from finetune.video import page, pipeline, segments
 from finetune.video.annotation import annotate
 from finetune.video.records import Annotated
 from finetune.video.settings import Annotate
@@ -141,7 +143,8 @@ def test_a_run_cut_anywhere_goes_on_without_a_frame_lost_or_done_twice(
     assert replace(record, per_second={}) == replace(done[1], per_second={})
     for one, other in zip(frames(folder / "labelled.mp4"), frames(done[0] / "labelled.mp4"), strict=True):
         assert one[0] == other[0]
-        assert (one[1] == other[1]).all()
+        # With AVX-512, x264 now and then encodes the same frames otherwise (seen on an AMD EPYC; never with AVX2).
+        assert np.abs(one[1].astype(int) - other[1]).mean() < 1
 
 
 class Cut(SquareFinder):
@@ -174,7 +177,7 @@ def dies(*words):
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*words)
 pipeline.Film.write = dies
-settings = Annotate(video="x", detector={settings.detector!r})
+settings = Annotate(video={settings.video!r}, detector={settings.detector!r})
 annotate(Path({str(long_film)!r}), Path({str(tmp_path / "film")!r}), settings, SquareFinder)
 """
     ended = subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parents[3], check=False)
@@ -199,6 +202,38 @@ def test_what_is_done_is_not_done_again_and_other_settings_are(
     record, new = annotate(long_film, folder, replace(settings, rate=Fraction(1), labelled=False), lambda: finder)
     assert new
     assert (finder.looked, record.looks) == (25, 25)
+    kept = {"annotation.json", "annotations.jsonl", "report.html", "config.yaml", "coco.json"}
+    annotate(long_film, folder, replace(settings, labelled=False, images=False, exports=("coco",)), lambda: finder)
+    assert {path.name for path in folder.iterdir() if not path.name.startswith(".")} == kept
+    (folder / "coco.json").unlink()
+    assert annotate(
+        long_film, folder, replace(settings, labelled=False, images=False, exports=("coco",)), lambda: finder
+    )[1]
+    assert (folder / "coco.json").is_file()
+
+
+def test_the_folder_of_another_video_or_of_a_training_is_left_alone(
+    done: tuple[Path, Annotated], settings: Annotate, tmp_path: Path
+) -> None:
+    other = film(tmp_path / "other.mp4", regular(5))
+    with pytest.raises(RunError, match=r"holds the annotation of film\.mp4; name another folder: name=NAME or run_dir"):
+        annotate(other, done[0], replace(settings, video=str(other)), SquareFinder)
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("model: {}\nrun_dir: run\n")
+    with pytest.raises(RunError, match=r"run holds what another command made \(train, or annotate\); choose another"):
+        annotate(other, tmp_path / "run", replace(settings, video=str(other)), SquareFinder)
+    with pytest.raises(RunError, match="holds what another command made"), rundir.held(done[0], {"model": {}}):
+        pass
+
+
+def test_looks_that_repeat_frames_are_named(
+    settings: Annotate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = film(tmp_path / "film.mp4", regular(10))
+    record, _ = annotate(path, tmp_path / "run", replace(settings, rate=Fraction(20)), SquareFinder)
+    assert record.looks == 20
+    said = "warning: rate=20 is more than film.mp4's 10 frames a second: looks repeat frames"
+    assert said in capsys.readouterr().err
 
 
 def test_coco_is_read_by_its_own_package(done: tuple[Path, Annotated]) -> None:
@@ -292,12 +327,13 @@ def test_cvat_holds_every_track_over_the_sources_frames(done: tuple[Path, Annota
 
 def test_the_page_shows_what_is_seen_when(done: tuple[Path, Annotated]) -> None:
     folder, record = done
-    page = (folder / "report.html").read_text()
-    assert page.count("cut at ") == 12
-    assert "square, 0.0–25.0 s" in page
-    assert f"{record.counts['square']} objects" in page
+    shown = (folder / "report.html").read_text()
+    assert shown.count("cut at ") == 12
+    assert "square, 0.0–25.0 s" in shown
+    assert f"{record.counts['square']} tracks" in shown
+    assert '<a href="labelled.mp4">' in shown
     assert (folder / "sheet.jpg").is_file()
-    assert "http:" not in page.replace("http-equiv", "")
+    assert "http:" not in shown.replace("http-equiv", "")
 
 
 @pytest.mark.exhaustive
@@ -308,12 +344,28 @@ def test_thousands_of_frames_of_one_colour_are_one_scene_without_objects(setting
     few = replace(settings, images=False, rate=Fraction(1, 10))
     record, _ = annotate(path, tmp_path / "run", few, SquareFinder)
     assert (record.frames, record.objects, len(record.scenes), record.looks) == (count, 0, 1, 30)
-    assert "Nothing was found" in (tmp_path / "run" / "report.html").read_text()
+    assert "Found: nothing with a score of 0.5 or more." in (tmp_path / "run" / "report.html").read_text()
 
 
-def test_a_damaged_film_is_annotated_as_far_as_it_goes(
-    settings: Annotate, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_contact_sheet_holds_so_many_frames_and_no_more(tmp_path: Path) -> None:
+    thumbnails = [tmp_path / f"{number:03d}.jpg" for number in range(130)]
+    for path in thumbnails:
+        Image.new("RGB", (32, 18)).save(path)
+    target = page.sheet(thumbnails, tmp_path / "sheet.jpg")
+    assert target is not None
+    with Image.open(target) as sheet:
+        assert sheet.size == (6 * 36 - 4, 8 * 22 - 4)  # every third
+
+
+def test_a_film_without_its_end_is_said_to_be_damaged(settings: Annotate, tmp_path: Path) -> None:
+    path = film(tmp_path / "film.mkv", regular(60))
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+    record, _ = annotate(path, tmp_path / "run", settings, SquareFinder)
+    assert record.damage == f"it ends after {record.seconds:.1f} of the 6.0 s that it claims"
+    assert f"The file is damaged: {record.damage}." in (tmp_path / "run" / "report.html").read_text()
+
+
+def test_a_damaged_film_is_annotated_as_far_as_it_goes(settings: Annotate, tmp_path: Path) -> None:
     path = film(tmp_path / "film.ts", regular(60), unit=Fraction(1, 90000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
     record, _ = annotate(path, tmp_path / "run", settings, SquareFinder)

@@ -31,7 +31,7 @@ def test_the_toy_video_is_annotated_and_then_up_to_date(
     words = ("annotate", "conf=toy_video", "device=cpu")
     answer = finetune_cli(*words)
     assert answer.code == 0, answer.err
-    assert "10 s, 50 frames looked at, 3 scenes" in answer.out
+    assert "10 s, 50 looks, 3 scenes" in answer.out
     run = tmp_path / "outputs" / "toy_video"
     assert {path.name for path in run.iterdir() if not path.name.startswith(".")} == {
         *("annotation.json", "annotations.jsonl", "labelled.mp4", "sheet.jpg", "report.html", "config.yaml"),

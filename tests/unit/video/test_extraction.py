@@ -2,6 +2,7 @@
 
 import json
 from collections import Counter
+from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image, ImageFilter
 
+from finetune.data.images import authors
 from finetune.data.images import folder as image_folder
 from finetune.data.images.split import for_validation
 from finetune.errors import DataError
@@ -110,11 +112,28 @@ def test_a_folder_is_filled_again_and_somebody_elses_is_not_touched(video: Path,
     (tmp_path / "mine" / "note.txt").touch()
     with pytest.raises(DataError, match="is there and holds something else; name a new folder: folder=DIR"):
         extract(video, tmp_path / "mine", settings, no_finder)
+    (tmp_path / "images" / "notes.txt").touch()
+    with pytest.raises(DataError, match=r"is there and holds notes\.txt; name a new folder"):
+        extract(video, tmp_path / "images", settings, no_finder)
+
+
+def test_a_folder_that_is_filled_again_keeps_the_texts_of_its_images(video: Path, tmp_path: Path) -> None:
+    folder, few = tmp_path / "images", Frames(video="x", folder="x", most=2)
+    extract(video, folder, few, no_finder)
+    first, second = rows(folder)
+    lines = [first | {"text": "mine"}, second | {"text": "its", authors.MARK: authors.mark("its")}]
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    extract(video, folder, replace(few, validation_share=0.0), no_finder)
+    assert [(row["text"], row["split"]) for row in rows(folder)] == [("mine", "train"), ("its", "train")]
+    assert rows(folder)[1][authors.MARK] == authors.mark("its")
+    with pytest.raises(DataError, match=f"holds texts that would be lost, such as that of {first['file_name']}; name"):
+        extract(video, folder, replace(few, most=1, sharpness=2.0, rate=Fraction(50)), no_finder)
+    assert [row["text"] for row in rows(folder)] == ["mine", "its"]
 
 
 def test_where_nothing_is_found_no_folder_is_left(tmp_path: Path) -> None:
     video = film(tmp_path / "film.mp4", regular(20))
-    with pytest.raises(DataError, match="no square of 64 px was found; try a lower threshold, sharpness or least_px"):
+    with pytest.raises(DataError, match="no square of 64 px was found; try a lower threshold or least_px"):
         extract(video, tmp_path / "crops", Frames(video="x", folder="x", crops=("square",)), SquareFinder)
     assert not (tmp_path / "crops").exists()
 
@@ -122,7 +141,7 @@ def test_where_nothing_is_found_no_folder_is_left(tmp_path: Path) -> None:
 def test_one_scene_holds_nothing_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = film(tmp_path / "film.mp4", regular(20), draw=lambda n: shots(n % 20), unit=Fraction(1, 12800))
     assert extract(path, tmp_path / "images", Frames(video="x", folder="x"), no_finder).validation == 0
-    assert "film.mp4 is one scene; nothing is held out for validation by scene" in capsys.readouterr().err
+    assert "warning: nothing is held out: all images are of one scene" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("share", [0.0, 0.1, 0.25, 0.5, 0.9])

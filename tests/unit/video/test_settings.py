@@ -61,8 +61,8 @@ def test_every_recipe_that_ships_is_one() -> None:
     ("words", "message"),
     [
         ([], "say which video: video=FILE, or folder=DIR for all in it, or conf=toy_video to try"),
-        (["video=a", "folder=b"], "say which video: video=FILE, or folder=DIR"),
-        (["video=a"], "say which detector: detector=PekingU/rtdetr_v2_r18vd from the hub, or the folder of one"),
+        (["video=a", "folder=b"], "video=a and folder=b exclude each other; give one of them"),
+        (["video=a"], "say which detector: detector=PekingU/rtdetr_v2_r18vd from the hub, the folder of one on "),
         (["video=film.mp4"], "say which detector: detector="),
         (["a.mp4"], "a.mp4 is no setting; type annotate KEY=VALUE, such as video=holiday.mp4"),
         (["--fast"], "--fast is no setting"),

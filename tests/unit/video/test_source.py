@@ -205,7 +205,7 @@ def empty_film(path: Path) -> None:
         ("text.mp4", lambda path: path.write_text("a text " * 999), "can't be read as a video"),
         ("cut.mp4", headless, "can't be read as a video (Invalid data found when processing input); is it whole?"),
         ("gone.mp4", lambda path: None, "there is no video"),
-        ("folder", lambda path: path.mkdir(), "is a folder; name a file of it, or type folder="),
+        ("folder", lambda path: path.mkdir(), "is a folder; name a file of it: video=FILE"),
         ("zeros.mkv", empty_film, "is damaged"),
     ],
 )

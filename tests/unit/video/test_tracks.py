@@ -5,7 +5,7 @@ import json
 import numpy as np
 
 from finetune.video.cuts import HIGH, WIDE, CutFinder
-from finetune.video.tracks import Box, Detection, Tracker
+from finetune.video.tracks import Box, Detection, Tracker, patience_s
 
 
 def at(x: float, name: str = "car", y: float = 50) -> Detection:
@@ -40,6 +40,12 @@ def test_what_is_hidden_for_a_moment_is_the_same_afterwards_and_later_another() 
     assert numbers(tracker, 1.0) == []
     assert numbers(tracker, 1.4, at(15 * 7)) == [1]
     assert numbers(tracker, 3.0, at(15 * 8)) == [2]
+
+
+def test_what_is_looked_at_seldom_keeps_its_number() -> None:
+    tracker = Tracker(patience_s=patience_s(0.5))
+    assert [numbers(tracker, 2.0 * k, at(15 * k)) for k in range(4)] == [[1]] * 4
+    assert patience_s(30) == patience_s(2) == 1.0
 
 
 def test_a_track_is_of_one_class_and_of_one_scene() -> None:
