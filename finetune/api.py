@@ -226,10 +226,12 @@ def _begun(command: str, recipe: str | Config, overrides: Overrides) -> Iterator
         row = COMMANDS[command]
         taken_warnings()  # of a command that failed
         config = _config(recipe, overrides, needs_prompts=row.needs_prompts)
-        limited = _machine(config, row) if row.uses_device else nullcontext()
-        folder, hint = Path(config.run_dir), hints.smaller(config, on_gpu=row.uses_device and _on_gpu(config))
         if not row.trains:
             ranks.require_single_process()
+        if row.reads_data and (row.uses_device or not config.hardware.gpu):  # a plan may be for another machine
+            kinds.require_data(config)
+        limited = _machine(config, row) if row.uses_device else nullcontext()
+        folder, hint = Path(config.run_dir), hints.smaller(config, on_gpu=row.uses_device and _on_gpu(config))
         together = distributed.process_group() if row.trains else nullcontext()
         held = (
             rundir.held(folder, as_dict(config), owns_config=row.trains, hint=hint)

@@ -5,11 +5,16 @@ Nothing else in the program asks which kind a model is.
 
 from collections.abc import Mapping
 from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, cast
 
 from finetune.config.model_kinds import ModelKind, model_kind
 from finetune.config.schema import Config
+from finetune.config.spelling import setting
+from finetune.data.images import folder
+from finetune.data.text import readers
+from finetune.errors import DataError
 from finetune.run.records import Answer, Answers, CaptionSet, Dataset, Run, Sample, Samples, TextSet
 
 if TYPE_CHECKING:
@@ -97,6 +102,22 @@ class Kind(Protocol):
     ) -> tuple[str, tuple[Sample, ...] | tuple[Answer, ...]]:
         """Fill `folder` with what base and tuned model make of the prompts: the page that shows all, and every one."""
         ...
+
+
+FOUND_BY = {"data.folder": folder.images, "data.file": readers.files_of}
+"""Setting that names the examples -> what finds their files, or raises DataError."""
+
+
+def require_data(config: Config) -> None:
+    """Raises DataError where no file is what the examples should be in; imports no kind, so that it is said at once."""
+    key = model_kind(config.model.kind).data_key
+    named = attrgetter(key)(config)
+    try:
+        FOUND_BY[key](Path(named))
+    except OSError as error:  # a folder above is closed to this user
+        raise DataError(
+            f"{setting(key, named)} can't be read ({error.strerror}); make it readable, or name another: {key}=…"
+        ) from error
 
 
 def of(config: Config) -> Kind:

@@ -69,6 +69,15 @@ def workdir(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 
 @pytest.fixture
+def example_data(workdir: Path) -> Path:
+    """Where the example recipes look for their data, files that no stage could read. Returns the current folder."""
+    for file in ("datasets/pixar_style/1.png", "datasets/pirate_chat/conversations.jsonl"):
+        (workdir / file).parent.mkdir(parents=True)
+        (workdir / file).touch()
+    return workdir
+
+
+@pytest.fixture
 def finetune_cli(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> Callable[..., Answer]:
     """Runs a command line in this process and leaves the process as it was."""
     from finetune import cli

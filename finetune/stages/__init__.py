@@ -13,15 +13,17 @@ class Command:
     """What the command line and `finetune.NAME` know of a command.
 
     help: what `finetune --help` says. holds_folder: no other command may use the run folder until this one ends; false
-    for one that only reads, or that serves for hours. uses_device: `hardware.device` has to be there. loads_base: the
-    base model has to run on it. optimises: and the optimiser. takes_run: where no recipe is named, it is the run
-    folder's config.yaml. needs_run: a run has finished in the run folder. needs_prompts: `sample.prompts` is not empty.
-    trains: several processes may take part, and the run folder's config.yaml becomes what the command was given. flags:
-    of the command line alone, and the settings that they stand for.
+    for one that only reads, or that serves for hours. reads_data: the examples have to be there. uses_device:
+    `hardware.device` has to be there. loads_base: the base model has to run on it. optimises: and the optimiser.
+    takes_run: where no recipe is named, it is the run folder's config.yaml. needs_run: a run has finished in the run
+    folder. needs_prompts: `sample.prompts` is not empty. trains: several processes may take part, and the run folder's
+    config.yaml becomes what the command was given. flags: of the command line alone, and the settings that they stand
+    for.
     """
 
     help: str
     holds_folder: bool = True
+    reads_data: bool = False
     uses_device: bool = True
     loads_base: bool = False
     optimises: bool = False
@@ -35,22 +37,27 @@ class Command:
 COMMANDS = {
     "train": Command(
         help="the whole line: caption, dataset, training, export, samples, report",
+        reads_data=True,
         loads_base=True,
         optimises=True,
         trains=True,
     ),
     "plan": Command(
-        help="say whether the run fits the GPU, and the fastest settings that do", holds_folder=False, uses_device=False
+        help="say whether the run fits the GPU, and the fastest settings that do",
+        holds_folder=False,
+        reads_data=True,
+        uses_device=False,
     ),
     "profile": Command(
         help="say where a training step's time goes, and what to change",
+        reads_data=True,
         loads_base=True,
         optimises=True,
         takes_run=True,
         flags={"--check": "profile.check=true", "--json": "profile.json=true"},
     ),
-    "caption": Command(help="write a caption for every image that has none"),
-    "dataset": Command(help="read and encode images or conversations"),
+    "caption": Command(help="write a caption for every image that has none", reads_data=True),
+    "dataset": Command(help="read and encode images or conversations", reads_data=True),
     "export": Command(
         help="write the trained adapter in every file format, checked", loads_base=True, takes_run=True, needs_run=True
     ),

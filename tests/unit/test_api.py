@@ -26,6 +26,8 @@ from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, R
 from finetune.stages import COMMANDS, Command
 from tests.conftest import Answer
 
+pytestmark = pytest.mark.usefixtures("example_data")
+
 RUN = Run("run", "run/checkpoints/step-4", 4, 1, 10, 1.0, 0.5, None, None, None, "images", 8, 1.0, 0.1, 0, "hash")
 RECORDS: dict[str, Any] = {
     "caption": CaptionSet("pics", ()),
@@ -265,7 +267,7 @@ def test_every_bad_value_is_named_and_nothing_is_made(workdir: Path, calls: list
         finetune.sample("smoke", ["lora.rank=0", "optim.lr=0", "sample.prompts=[]"])
     lines = str(raised.value).splitlines()
     assert [line.split()[0] for line in lines] == ["lora.rank", "optim.lr", "sample.prompts"]
-    assert (calls, list(workdir.iterdir())) == ([], [])
+    assert (calls, [path.name for path in workdir.iterdir()]) == ([], ["datasets"])
 
 
 def test_a_warm_up_longer_than_the_run_is_said_in_one_line_by_train_alone(
@@ -594,8 +596,8 @@ def test_what_the_machine_cannot_do_is_refused_before_anything_is_read(
 ) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ConfigError, match=setting):
-        getattr(finetune, verb)("smoke", [setting, "data.folder=nowhere"])
-    assert not list(workdir.iterdir())
+        getattr(finetune, verb)("smoke", [setting])
+    assert [path.name for path in workdir.iterdir()] == ["datasets"]
 
 
 def test_a_forgotten_variable_of_a_launcher_is_one_line(
@@ -607,7 +609,7 @@ def test_a_forgotten_variable_of_a_launcher_is_one_line(
     answer = finetune_cli("train", "conf=smoke")
     assert (answer.code, len(answer.errors)) == (2, 1)
     assert "RANK, LOCAL_RANK, MASTER_ADDR, MASTER_PORT is not set" in answer.errors[0]
-    assert not list(workdir.iterdir())
+    assert [path.name for path in workdir.iterdir()] == ["datasets"]
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,22 @@ def test_showing_a_configuration_does_not_import_torch_or_write() -> None:
     assert python("-c", code).stdout.endswith("False\n")
 
 
+def test_data_that_is_not_there_is_said_before_the_libraries_are_imported(workdir: Path) -> None:
+    code = (
+        "import sys; from finetune.cli import main\n"
+        "for verb in ('train', 'dataset', 'caption', 'plan', 'profile'): main([verb, 'conf=smoke'])\n"
+        "for verb in ('train', 'dataset', 'plan', 'profile'): main([verb, 'conf=pirate_chat'])\n"
+        "print({'torch', 'transformers', 'diffusers', 'datasets'} & sys.modules.keys())"
+    )
+    answer = python("-c", code, cwd=workdir)
+    assert answer.stdout == "set()\n"
+    lines = answer.stderr.splitlines()
+    assert [" ".join(line.split()[1:5]) for line in lines] == ["there is no folder"] * 5 + [
+        "there is no datasets/pirate_chat/conversations.jsonl;"
+    ] * 4
+    assert not list(workdir.iterdir())
+
+
 # -- refusals ------------------------------------------------------------------------------------------------------
 
 

@@ -109,7 +109,7 @@ def test_a_run_that_fails_leaves_the_process_as_it_was(
     assert [key for key, value in before.items() if after[key] != value] == []
 
 
-def test_threads_take_turns(workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_threads_take_turns(example_data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from finetune.memory import device
     from finetune.stages import caption
 
@@ -199,7 +199,7 @@ def chatty(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_at_pythons_prompt_libraries_are_quiet(
-    chatty: None, workdir: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    chatty: None, example_data: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     with warnings.catch_warnings(record=True) as found:
@@ -211,7 +211,7 @@ def test_at_pythons_prompt_libraries_are_quiet(
 def test_in_a_notebook_libraries_are_quiet_and_there_is_a_bar(
     chatty: None,
     language_config: Config,
-    workdir: Path,
+    example_data: Path,
     in_a_notebook: list[dict[str, str]],
     capfd: pytest.CaptureFixture[str],
 ) -> None:

@@ -102,7 +102,8 @@ def test_a_link_to_nowhere_is_named_and_may_be_skipped(finetune_cli: Cli, here: 
 def test_a_model_in_another_format_is_named(finetune_cli: Cli, here: Path, file: str, words: str, said: str) -> None:
     Path(file).parent.mkdir(exist_ok=True)
     Path(file).write_bytes(b"GGUF\3\0\0\0" + bytes(16))
-    answer = ended(finetune_cli, f"{words} run_dir=run" + (" data.folder=images" if "pirate" not in words else ""))
+    data = "data.file=talk.jsonl" if "pirate" in words else "data.folder=images"
+    answer = ended(finetune_cli, f"{words} run_dir=run {data}")
     assert answer.code == 4
     assert said in answer.err.splitlines()[-1]
 

@@ -166,11 +166,11 @@ def test_python_hot_spots_are_a_command_where_the_sampler_is_installed(
     assert last[-2:] == ["profile", "conf=a"]
 
 
-def test_what_this_machine_can_not_do_leaves_nothing(finetune_cli: Callable[..., Any], workdir: Path) -> None:
+def test_what_this_machine_can_not_do_leaves_nothing(finetune_cli: Callable[..., Any], example_data: Path) -> None:
     answer = finetune_cli("profile", "conf=pixar_style", "optim=adamw8bit", "hardware.device=cpu")
     assert answer.code == ConfigError.exit_code
     assert "optim.name=adamw8bit needs a CUDA GPU" in answer.errors[-1]
-    assert not list(workdir.iterdir())
+    assert [path.name for path in example_data.iterdir()] == ["datasets"]
 
 
 @pytest.mark.parametrize(
