@@ -286,7 +286,8 @@ def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
         if config.lora.start_from:
             require_start(Path(config.lora.start_from))
     if row.loads_base:
-        kinds.of(config).require(config, device)
+        kinds.of(config).require_device(config, device)
+        kinds.of(config).require_base(config)
     if row.optimises and config.lora.start_from:
         kinds.of(config).require_start(config)
     if config.model.offload:

@@ -32,9 +32,13 @@ class Kind(Protocol):
     DATASET: type[Dataset] | type[TextSet]
     SAMPLES: type[Samples] | type[Answers]
 
-    def require(self, config: Config, device: "torch.device") -> None:
-        """Raises ConfigError for a model that can't be trained on the device, or exported as asked, ModelError for one
-        that is not there; loads nothing."""
+    def require_device(self, config: Config, device: "torch.device") -> None:
+        """Raises ConfigError for a model that can't be trained on the device."""
+        ...
+
+    def require_base(self, config: Config) -> None:
+        """Raises ModelError for a base that is not there, ConfigError for one that can't be exported as asked; loads
+        nothing."""
         ...
 
     def require_start(self, config: Config) -> None:
@@ -71,7 +75,10 @@ class Kind(Protocol):
         ...
 
     def examples(self, config: Config) -> "Examples | None":
-        """What there is to train on, without reading it; None where it isn't there."""
+        """What there is to train on, by a glance; None where it isn't there, or can't be counted.
+
+        Raises DataError for what shows at a glance to be no data set.
+        """
         ...
 
     def exports_on_cpu(self, config: Config) -> bool:

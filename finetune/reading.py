@@ -22,6 +22,14 @@ def at_home(path: str) -> Path:
         return Path(path)
 
 
+def is_there(path: Path) -> bool:
+    """Whether a path leads somewhere, as far as this user may look."""
+    try:
+        return path.exists()
+    except OSError:  # a folder above is closed, or the path is too long
+        return False
+
+
 def read_text(path: Path) -> str:
     """A text file in UTF-8. Raises OSError, also for one that is too large to be what it should be, and ValueError."""
     require_size(path, MOST_BYTES)

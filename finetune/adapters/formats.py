@@ -113,10 +113,14 @@ def holds_weights(path: Path) -> bool:
 
 def require_start(path: Path) -> None:
     """Raises ModelError where there is no adapter to start from; whether it fits shows when it is read."""
-    if not holds_weights(peft_folder(path)):
+    named = setting("lora.start_from", path)
+    try:
+        found = holds_weights(peft_folder(path))
+    except OSError as error:  # a folder above is closed to this user
+        raise ModelError(f"{named} can't be read ({error.strerror}); make it readable, or name another") from error
+    if not found:
         raise ModelError(
-            f"{setting('lora.start_from', path)} names no adapter; name a run folder, a PEFT folder or, for an image "
-            "model, a .safetensors file"
+            f"{named} names no adapter; name a run folder, a PEFT folder or, for an image model, a .safetensors file"
         )
 
 

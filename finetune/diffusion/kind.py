@@ -23,6 +23,7 @@ from finetune.errors import ConfigError, DataError
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Examples, Workload, previews, validations
+from finetune.reading import is_there
 from finetune.run.receipts import load_record
 from finetune.run.records import CaptionSet, Dataset, Run, Sample, Samples
 from finetune.run.rundir import name_inside
@@ -39,10 +40,13 @@ dataset_complete = encode.complete
 dataset_figures = encode.figures
 
 
-def require(config: Config, device: torch.device) -> None:
+def require_device(config: Config, device: torch.device) -> None:
     quantize = config.model.quantize
     if quantize is not Quantize.none and device.type != "cuda":  # diffusers quantises on GPUs alone
         raise ConfigError(f"model.quantize={quantize.name} of an image model needs a CUDA GPU; try model.quantize=none")
+
+
+def require_base(config: Config) -> None:
     single_file.find(config.model)  # which refuses a base that is no image model, before images are captioned
 
 
@@ -76,14 +80,12 @@ def build_task(config: Config, dataset: Dataset, device: torch.device) -> Task:
 
 
 def examples(config: Config) -> Examples | None:
-    root = Path(config.data.folder)
-    try:
-        files = folder.images(root)
-        captions = folder.captions(root, files).texts
-        marked = split.for_validation(root, files, config.data.validation_share)
-    except DataError:  # the stage that reads them says what is wrong
+    root, share = Path(config.data.folder), config.data.validation_share
+    if not is_there(root):
         return None
-    share = config.data.validation_share
+    files = folder.images(root)
+    captions = folder.captions(root, files).texts
+    marked = split.for_validation(root, files, share)
     held_out = len(marked) if marked else encode.held_out_count(len(files), share)
     return Examples(len(files), len(files) - len(captions), len(files) - held_out, measured=True)
 

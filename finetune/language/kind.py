@@ -13,7 +13,7 @@ from finetune.adapters import lora
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ExportFormat, ModelConfig, Quantize
-from finetune.data.text import readers, store
+from finetune.data.text import formats, readers, store
 from finetune.errors import ConfigError, DataError
 from finetune.language import card, meta, task, tokenize
 from finetune.language import export as exporting
@@ -23,8 +23,9 @@ from finetune.language.memory_model import LanguageMemoryModel
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.planning.workload import Examples, Workload, previews, validations
+from finetune.reading import is_there
 from finetune.run.hashing import hash_file, hash_of
-from finetune.run.receipts import load_record
+from finetune.run.receipts import load_record, receipt_path
 from finetune.run.records import Answer, Answers, Run, TextSet
 from finetune.run.rundir import name_inside, written_config
 from finetune.training.optim import OPTIMIZERS, optimizer_bytes
@@ -41,11 +42,14 @@ dataset_complete = tokenize.complete
 dataset_figures = tokenize.figures
 
 
-def require(config: Config, device: torch.device) -> None:
-    exporting.check_formats(config.model, config.lora, config.export.formats)
+def require_device(config: Config, device: torch.device) -> None:
     if config.lora.dora and config.model.quantize is Quantize.int8 and device.type != "cuda":
         # PEFT drops the scales of int8 weights there.
         raise ConfigError("lora.dora=true can't read int8 weights on a CPU; try model.quantize=nf4")
+
+
+def require_base(config: Config) -> None:
+    exporting.check_formats(config.model, config.lora, config.export.formats)
 
 
 def require_start(config: Config) -> None:
@@ -83,19 +87,20 @@ def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
 
 def examples(config: Config) -> Examples | None:
     """Of the run's data set, if it is there; else guessed from the size of files of text."""
-    written = written_config(Path(config.run_dir))
-    record = load_record(Path(config.run_dir), "dataset", TextSet)
-    settings = as_dict(config)
-    if record and all(written.get(section) == settings[section] for section in ("model", "data")):
-        return Examples(0, 0, record.packs, measured=True)
-    try:
-        files = readers.files_of(Path(config.data.file))
-    except DataError:  # the stage that reads them says what is wrong
+    data, named, run_dir = config.data, Path(config.data.file), Path(config.run_dir)
+    if not all(map(is_there, readers.paths_of(named))):
         return None
+    files = readers.files_of(named)
+    written, record, settings = written_config(run_dir), load_record(run_dir, "dataset", TextSet), as_dict(config)
+    if record and all(written.get(section) == settings[section] for section in ("model", "data")):
+        read = receipt_path(run_dir, "dataset").stat().st_mtime
+        if all(file.stat().st_mtime < read for file in files):
+            return Examples(0, 0, record.packs, measured=True)
+    formats.open_source(named, format_=data.format, columns=data.columns, skip_bad=data.skip_bad)
     if not all(file.is_file() and file.suffix.lower() in TEXT_SUFFIXES for file in files):
         return None
-    size = sum(file.stat().st_size for file in files) * (1 - config.data.validation_share)
-    return Examples(0, 0, max(1.0, size / BYTES_PER_TOKEN / config.data.length), measured=False)
+    size = sum(file.stat().st_size for file in files) * (1 - data.validation_share)
+    return Examples(0, 0, max(1.0, size / BYTES_PER_TOKEN / data.length), measured=False)
 
 
 def workload(config: Config) -> Workload:

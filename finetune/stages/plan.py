@@ -2,16 +2,23 @@
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import torch
 
 from finetune import kinds
+from finetune.adapters import formats
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Quantize
+from finetune.errors import DataError, ModelError
 from finetune.planning import host_memory, speed
 from finetune.planning.candidates import Candidates
 from finetune.planning.choice import Choice, choose
 from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
+from finetune.reading import is_there
 from finetune.reporting.facts import update_scale
+from finetune.training.optim import require_device
 
 OTHERS = 3  # alternatives shown
 MONITOR_GIB = 1.0  # that a desktop takes of a GPU, at most mostly
@@ -30,11 +37,26 @@ REMEDIES = {
 def plan(config: Config) -> Plan:
     """The fastest setting that fits `hardware`, what it takes, and what else there is.
 
-    Nothing is written and nothing is loaded but configurations. Raises ModelError for a base whose configuration isn't
-    on this machine, ConfigError for what base or machine can't do.
+    Nothing is written and nothing is loaded but configurations, and an adapter to start from. Raises ModelError for a
+    base whose configuration isn't on this machine and for an adapter that doesn't fit, ConfigError for what base or
+    machine can't do, DataError for examples that show at a glance to be none. What isn't on this machine is named in
+    the notes of a plan for another.
     """
-    (found,) = plans(config, [read(config.hardware)])
+    machine = read(config.hardware)
+    _require(config, machine)
+    (found,) = plans(config, [machine])
     return found
+
+
+def _require(config: Config, machine: Machine) -> None:
+    """Raises what `train` raises before its first step, as far as it can be said of the machine that is planned for."""
+    device = torch.device("cuda" if machine.cuda else "cpu")
+    require_device(config.optim.name, device)
+    kinds.of(config).require_device(config, device)
+    start = Path(config.lora.start_from)
+    if config.lora.start_from and (is_there(start) or not config.hardware.gpu):
+        formats.require_start(start)
+        kinds.of(config).require_start(config)
 
 
 def plans(config: Config, machines: Iterable[Machine]) -> Iterator[Plan]:
@@ -75,6 +97,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
             *candidates.memory_model.notes,
             *(f"{phase.name}: {phase.words}" for phase in others if phase.words),
             _unread(config),
+            *_no_start(config),
             *_monitor(chosen, machine),
             *host_memory.warning(cpu_gib, machine.cpu_gib, candidates),
         ),
@@ -101,8 +124,21 @@ def _monitor(chosen: Setting | None, machine: Machine) -> Iterator[str]:
 
 def _unread(config: Config) -> str:
     """Why a plan needs no data: what there is could only be smaller, and shapes of one area hardly are."""
+    try:
+        kinds.require_data(config)
+    except DataError as error:  # of a plan for another machine, where they may be
+        return f"warning: {error}"
     key = kinds.of(config).FACTS.data_key
     return f"{key} is counted, not read: no example can be larger than what is planned for"
+
+
+def _no_start(config: Config) -> Iterator[str]:
+    """The same of an adapter to start from."""
+    if config.lora.start_from:
+        try:
+            formats.require_start(Path(config.lora.start_from))
+        except ModelError as error:
+            yield f"warning: {error}"
 
 
 def _others(tried: Sequence[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:
@@ -114,21 +150,21 @@ def _problem(config: Config, machine: Machine, phase: str, gib: float) -> str:
     line = f"{phase} needs {gib:.1f} GiB at least, and {machine.name} has {machine.vram_gib:.1f}"
     if phase != "training":
         return f"{line}; try {REMEDIES[phase]}"
-    for words, changed in _smaller(config):
+    for words, changed in _smaller(config, machine):
         if Candidates(kinds.of(changed).workload(changed), machine).least_gib() <= machine.vram_gib:
             return f"{line}; {words} would fit"
     return f"{line}, and nothing that this program can change makes it fit; try a smaller base model"
 
 
-def _smaller(config: Config) -> Iterator[tuple[str, Config]]:
+def _smaller(config: Config, machine: Machine) -> Iterator[tuple[str, Config]]:
     """What changes the result and takes less memory, mildest first: what to type, and the configuration."""
-    model, prefix = config.model, ""
-    if model.quantize is Quantize.none:
+    model, prefix, facts = config.model, "", kinds.of(config).FACTS
+    if model.quantize is Quantize.none and (machine.cuda or facts.quantizes_on_cpu):
         for how in (Quantize.int8, Quantize.nf4):
             yield f"model.quantize={how.name}", replace(config, model=replace(model, quantize=how, offload=False))
         config, prefix = (
             replace(config, model=replace(model, quantize=Quantize.nf4, offload=False)),
             "model.quantize=nf4 ",
         )
-    for words, changed in kinds.of(config).FACTS.smaller_examples(config):
+    for words, changed in facts.smaller_examples(config):
         yield prefix + words, changed

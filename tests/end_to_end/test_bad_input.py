@@ -20,6 +20,7 @@ from PIL import Image
 from finetune.data.images import walk
 from finetune.errors import ConfigError, DataError, ModelError, RunError
 from tests.end_to_end import command
+from tests.end_to_end.stored_runs import CONVERSATIONS, STORED
 
 Cli = Callable[..., Any]
 
@@ -100,9 +101,37 @@ def test_a_folder_without_images(
         (path if name.endswith("/") else path.parent).mkdir(exist_ok=True)
         if not name.endswith("/"):
             path.write_text("words")
-    refused(finetune_cli("train", *small, "data.folder=other"), DataError.exit_code, said)
+    for verb in ("train", "plan"):
+        refused(finetune_cli(verb, *small, "data.folder=other"), DataError.exit_code, said)
     if made:
         assert not list((workdir / "other").glob("metadata.jsonl"))
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("talk.jsonl", b"no JSON"),
+        ("talk.jsonl", b'{"a": 1}'),
+        ("talk.jsonl", b""),
+        ("talk.json", b"[{"),
+        ("talk.csv", b"a,b\n1,2"),
+        ("talk.parquet", b"PAR1"),
+        ("talk.docx", b"words"),
+        ("talk.zip", b"PK"),
+        ("images/metadata.jsonl", b"no JSON"),
+        ("images/metadata.parquet", b"PAR1"),
+        ("images/red.txt", b"\xff\xfe\xff"),
+    ],
+)
+def test_a_plan_refuses_the_data_that_training_refuses_at_a_glance(
+    finetune_cli: Cli, images: Path, small: list[str], file: str, content: bytes
+) -> None:
+    Path(file).write_bytes(content)
+    words = small if file.startswith("images") else ["conf=pirate_chat", f"data.file={file}", "run_dir=run"]
+    trained, planned = finetune_cli("train", *words), finetune_cli("plan", *words)
+    refused(planned, DataError.exit_code, [Path(file).stem])
+    assert (trained.code, trained.errors[-1]) == (planned.code, planned.errors[-1])
 
 
 def huge(side: int) -> bytes:
@@ -269,6 +298,22 @@ def test_a_read_only_folder_of_images_without_captions(workdir: Path, images: Pa
         DataError.exit_code,
         ["captions can't be written to images/metadata.jsonl (Permission denied)", "chmod u+w", "data.folder=COPY"],
     )
+
+
+@pytest.mark.sampled
+@pytest.mark.usefixtures("rights")
+@pytest.mark.parametrize(
+    ("words", "code"),
+    [
+        (["conf=smoke", "data.folder=closed/images"], DataError.exit_code),
+        (["conf=pirate_chat", "data.file=closed/talk.jsonl"], DataError.exit_code),
+        (["conf=smoke", "data.folder=images", "lora.start_from=closed/adapter"], ModelError.exit_code),
+    ],
+)
+def test_what_lies_in_a_closed_folder_cannot_be_read(workdir: Path, images: Path, words: list[str], code: int) -> None:
+    (workdir / "closed").mkdir(mode=0o000)
+    said = [f"{words[-1]} can't be read (Permission denied)", "make it readable"]
+    refused(command.run("plan", *words, cwd=workdir, before=ORDINARY), code, said)
 
 
 # Runs one command on a roomy disk and then on disks that hold a share of what it wrote, each time once more after the
@@ -453,7 +498,7 @@ def test_a_folder_without_weights_is_no_adapter(
             ["finished does not fit: ", "tensors without a counterpart"],
         ),
         (
-            ["conf=pirate_chat", "lora.rank=4"],
+            ["conf=pirate_chat", f"data.file={STORED / CONVERSATIONS}", "lora.rank=4"],
             ["finished does not fit: ", "tensors without a counterpart"],
         ),
     ],
@@ -468,7 +513,8 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_made(
     recipe = [] if words[0].startswith("conf=") else [word for word in small if not word.startswith("data.cache=")]
     start = ["lora.start_from=finished", "data.cache=cache", "run_dir=run"]
     with untouched(workdir):
-        refused(finetune_cli("train", *recipe, *words, *start), ModelError.exit_code, said)
+        for verb in ("train", "plan"):
+            refused(finetune_cli(verb, *recipe, *words, *start), ModelError.exit_code, said)
     assert sorted(path.name for path in workdir.iterdir()) == ["finished", "images"]
 
 

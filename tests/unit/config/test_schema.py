@@ -305,7 +305,7 @@ def test_the_hint_for_a_full_memory_offers_quantisation_only_where_it_is_not_ref
     config = load(recipe, ["trainer.micro_batch=1", "trainer.activation_checkpointing=1"])
     quantised = replace(config, model=replace(config.model, quantize=Quantize.nf4))
     try:
-        kinds.of(quantised).require(quantised, torch.device(device))
+        kinds.of(quantised).require_device(quantised, torch.device(device))
         works = True
     except ConfigError:
         works = False

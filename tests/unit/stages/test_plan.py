@@ -1,5 +1,6 @@
 """The plan: the fastest setting that fits the GPU, or what would fit where none does."""
 
+import os
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -12,15 +13,19 @@ from huggingface_hub import HfApi
 import finetune
 from finetune import kinds
 from finetune.config import recipes
-from finetune.config.schema import Config, Device, LoraInit, Precision, Quantize
+from finetune.config.describe import as_dict
+from finetune.config.schema import Config, Device, LoraInit, Optimizer, Precision, Quantize
 from finetune.diffusion import tiling
-from finetune.errors import ConfigError, ModelError
+from finetune.errors import ConfigError, DataError, ModelError
 from finetune.memory import block_offload
 from finetune.planning import choice, speed
 from finetune.planning.candidates import Candidates, Phase, parts
 from finetune.planning.machine import read
 from finetune.planning.plan import Plan, Setting
+from finetune.run import rundir
+from finetune.run.records import TextSet
 from finetune.stages import plan as stage
+from finetune.stages.dataset import dataset
 from finetune.stages.plan import plan, plans
 from tests.presets import preset, shortened
 from tests.tiny_models import save_diffusion
@@ -77,6 +82,9 @@ def test_the_fastest_that_fits_whatever_the_budget(
     roomy: Config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(speed, "AROUND_REPLAY_S", 0.0)  # would be most of so small a step
+    if roomy.data.folder:
+        Path(roomy.data.folder).mkdir()
+        Path(roomy.data.folder, "1.png").write_bytes(b"not opened")
     before = sorted(tmp_path.rglob("*"))
     found = plan(roomy)
     consistent(found)
@@ -91,6 +99,39 @@ def test_the_fastest_that_fits_whatever_the_budget(
     assert tighter.chosen.gib < largest
     assert tighter.chosen.seconds >= found.chosen.seconds
     assert sorted(tmp_path.rglob("*")) == before  # nothing is written
+
+
+@pytest.mark.usefixtures("training_alone")
+def test_what_is_not_on_this_machine_is_named_in_a_plan_for_another(roomy: Config) -> None:
+    roomy.data.folder, roomy.data.file = roomy.data.folder and "nowhere", roomy.data.file and "nowhere"
+    roomy.lora.start_from = "nowhere"
+    missing, adapter = (note for note in finetune.plan(roomy).notes if "nowhere" in note)
+    assert missing.startswith("warning: there is no ")
+    assert adapter.startswith("warning: lora.start_from=nowhere names no adapter")
+    roomy.hardware.gpu, roomy.hardware.device = "", Device.cpu
+    with pytest.raises(DataError, match=r"^there is no .*nowhere"):
+        finetune.plan(roomy)
+
+
+def test_what_the_machine_cannot_do_is_refused_as_training_refuses_it(config: Config, language_config: Config) -> None:
+    config.model.quantize, language_config.optim.name = Quantize.nf4, Optimizer.adamw8bit
+    for wrong, said in ((config, "model.quantize=nf4 of an image model"), (language_config, "optim.name=adamw8bit")):
+        with pytest.raises(ConfigError, match=f"^{said} needs a CUDA GPU"):
+            plan(wrong)
+
+
+def test_conversations_that_changed_since_they_were_read_are_looked_at_again(language_config: Config) -> None:
+    rundir.write_config(as_dict(language_config), Path(language_config.run_dir))
+    file, record = Path(language_config.data.file), dataset(language_config, None)
+    os.utime(file, (0, 0))
+    found = kinds.of(language_config).examples(language_config)
+    assert found is not None
+    assert isinstance(record, TextSet)
+    assert (found.per_epoch, found.measured) == (record.packs, True)
+    file.write_text('{"a": 1}')
+    os.utime(file, (2**32, 2**32))
+    with pytest.raises(DataError, match="known format"):
+        kinds.of(language_config).examples(language_config)
 
 
 @pytest.mark.usefixtures("training_alone")
@@ -124,7 +165,8 @@ def test_a_plan_counts_the_data_and_times_every_phase(roomy: Config) -> None:
             (path / f"{number}.png").write_bytes(b"not opened")
         (path / "5.txt").write_text("a caption")
     else:
-        path.write_text("x" * 6 * 10 * config.data.length)
+        row, size = '{"text": "a"}\n', 6 * 10 * config.data.length
+        path.write_text(row + " " * (size - len(row)))
     found = plan(config)
     expected = found.steps * found.effective / (6 if config.model.kind == "diffusion" else 0.8 * 10)
     assert found.epochs == pytest.approx(expected)
@@ -205,14 +247,14 @@ def test_the_mildest_change_that_fits_is_named(
         "language": [f"data.length={length}" for length in (32, 16, 8)],
     }[roomy.model.kind]
     expected = ["model.quantize=int8", "model.quantize=nf4", *(f"model.quantize=nf4 {words}" for words in smaller)]
-    if quantize is Quantize.nf4:
+    if quantize is Quantize.nf4 or not kinds.of(roomy).FACTS.quantizes_on_cpu:
         expected = smaller
     own = candidates_of(roomy)
     for count, words in enumerate([*expected, ""], 1):  # the last time nothing fits
         least_gib = iter([*[100.0] * (count - 1), 0.0, 0.0][: len(expected)])
         made = iter([own, *(SimpleNamespace(least_gib=partial(next, least_gib)) for _ in expected)])
         monkeypatch.setattr(stage, "Candidates", lambda *_, made=made: next(made))
-        (problem,) = plan(roomy).problems
+        (problem,) = next(plans(roomy, [read(roomy.hardware)])).problems
         assert problem.endswith(f"; {words} would fit" if words else "try a smaller base model")
 
 
