@@ -87,7 +87,9 @@ def examples(config: Config) -> Examples | None:
     captions = folder.captions(root, files).texts
     marked = split.for_validation(root, files, share)
     held_out = len(marked) if marked else encode.held_out_count(len(files), share)
-    return Examples(len(files), len(files) - len(captions), len(files) - held_out, measured=True)
+    trained = len(files) - held_out
+    cached = len(files) + (trained if config.data.flip else 0)
+    return Examples(len(files), len(files) - len(captions), trained, cached, measured=True)
 
 
 def workload(config: Config) -> Workload:

@@ -73,6 +73,9 @@ class DiffusionMemoryModel:
         if fast and cuda and not reason_against(model, lora, dtype):
             fast_blocks.install(adapted, dtype)
         self.model = self.tracer.fakify(adapted).train()
+        text_bytes = policy.text_encoder_dtype(large=bool(self.family.large_text)).itemsize
+        texts = sum(math.prod(shape) for shape in self.family.text_shapes(_config(self.model)).values())
+        self.entry_bytes = 2 * 4.0 * math.prod(self.latents) + text_bytes * texts  # mean and deviation in fp32
         self.notes = [f"images of {self.width}×{self.height}, the largest of this recipe's shapes"]
         if self.replayed(0, False):
             self.notes.append("steps are faster where no activations are recomputed (CUDA graphs; trainer.fast)")

@@ -95,12 +95,12 @@ def examples(config: Config) -> Examples | None:
     if record and all(written.get(section) == settings[section] for section in ("model", "data")):
         read = receipt_path(run_dir, "dataset").stat().st_mtime
         if all(file.stat().st_mtime < read for file in files):
-            return Examples(0, 0, record.packs, measured=True)
+            return Examples(0, 0, record.packs, record.tokens / data.length, measured=True)
     formats.open_source(named, format_=data.format, columns=data.columns, skip_bad=data.skip_bad)
     if not all(file.is_file() and file.suffix.lower() in TEXT_SUFFIXES for file in files):
         return None
-    size = sum(file.stat().st_size for file in files) * (1 - data.validation_share)
-    return Examples(0, 0, max(1.0, size / BYTES_PER_TOKEN / data.length), measured=False)
+    packs = sum(file.stat().st_size for file in files) / BYTES_PER_TOKEN / data.length
+    return Examples(0, 0, max(1.0, packs * (1 - data.validation_share)), packs, measured=False)
 
 
 def workload(config: Config) -> Workload:

@@ -8,10 +8,12 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
 from finetune.config.schema import DataConfig, LoraConfig, LoraInit, ModelConfig, Quantize, SampleConfig
+from finetune.data.text import store
 from finetune.language import causal_lm, compare_logits, fast_layers, meta, varlen_attention
 from finetune.language.export import ROWS
 from finetune.language.generate import ANSWER_BATCH
@@ -77,6 +79,7 @@ class LanguageMemoryModel:
         if model.quantize is not Quantize.none:
             self.notes.append("layers in 8 and 4 bit: as stored, and in 16 bit while they compute")
         self.count = data.length
+        self.entry_bytes = float(np.dtype(store.COLUMNS["tokens"]).itemsize * data.length)
         self.less_cpu_memory = {"export": "try 'export.formats=[peft]'"} if merges else {}
 
     def replayed(self, checkpointing: int, offload_activations: bool) -> bool:

@@ -15,6 +15,8 @@ class MemoryModel(Protocol):
     """What throughput counts: images or tokens."""
     count: int
     """Of them in one example."""
+    entry_bytes: float
+    """Of an example in the cache, at most."""
     model: nn.Module
     """With adapters injected."""
     tracer: Tracer

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from finetune.config.spelling import setting
+from finetune.run.room import Need
 
 KEYS = {
     "micro_batch": "trainer.micro_batch",
@@ -53,7 +54,9 @@ class Plan:
     problems: what doesn't fit, a line each that ends in what would. notes: what the figures rest on.
     seconds: of each phase in a whole run, None where that isn't known. steps, effective: of the training. epochs: how
     often it sees each example, None where the data can't be counted; guessed: from the size of files. lr, lr_scale: the
-    peak rate, and what the update is scaled by. download: bytes by name of the model that isn't on this machine.
+    peak rate, and what the update is scaled by. download: bytes by name of the model that isn't on this machine. disk:
+    what will be written into the run folder; cache_bytes: and into the cache, None where the data can't be counted;
+    free_bytes: on the run folder's disk, None where that isn't known.
     """
 
     name: str
@@ -78,6 +81,9 @@ class Plan:
     lr: float = 0.0
     lr_scale: float = 1.0
     download: dict[str, float] = field(default_factory=dict)
+    disk: Need | None = None
+    cache_bytes: float | None = None
+    free_bytes: float | None = None
 
     @property
     def fits(self) -> bool:

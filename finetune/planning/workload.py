@@ -15,13 +15,14 @@ class Examples:
     """What there is to train on, by a glance at the data: files are counted, not read.
 
     to_encode: images, held-out ones included; 0 where encoding takes no time worth a word. to_caption: of them those
-    without a caption. per_epoch: images that are trained on, or packs of conversations. measured: not guessed from the
-    size of files.
+    without a caption. per_epoch: images that are trained on, or packs of conversations. cached: entries of the cache,
+    mirrored images and what is held out included. measured: not guessed from the size of files.
     """
 
     to_encode: int
     to_caption: int
     per_epoch: float
+    cached: float
     measured: bool
 
 

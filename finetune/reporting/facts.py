@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from finetune.config.schema import ExportFormat
 from finetune.planning.plan import Plan, Setting
-from finetune.run.progress import plural
+from finetune.run.progress import plural, size_text
 from finetune.run.records import Adapter, CaptionSet, Dataset, Run, TextSet
 from finetune.run.slow_steps import MUCH, OTHERS_CPU
 from finetune.run.step_time import MEANINGS, Profile, StepTime
@@ -267,6 +267,11 @@ def _plan_facts(plan: Plan) -> list[Fact]:
     if plan.download:
         sizes = ", ".join(f"{size / 1e9:.1f} GB for {name}" for name, size in plan.download.items())
         found.append(Fact("to download", f"about {sizes}"))
+    if plan.disk:
+        cache = "" if plan.cache_bytes is None else f", {size_text(plan.cache_bytes)} of cache"
+        free = "" if plan.free_bytes is None else f"; {size_text(plan.free_bytes)} free"
+        most = size_text(plan.disk.bytes + (plan.cache_bytes or 0.0))
+        found.append(Fact("disk", f"about {most} ({plan.disk.parts}{cache}){free}"))
     if plan.cpu_gib:
         uses = ", ".join(f"{gib:.1f} GiB for {name}" for name, gib in plan.cpu_gib.items())
         found.append(Fact("CPU memory", f"at most {uses}"))
@@ -387,12 +392,3 @@ def file_size(path: Path) -> str:
     """Size of a file, or of everything in a folder, such as "5.7 MB"; "gone" where there is nothing."""
     found = sum(file.stat().st_size for file in [path, *path.rglob("*")] if file.is_file())
     return size_text(found) if found else "gone"
-
-
-def size_text(size: float) -> str:
-    """ "5.7 MB", of bytes."""
-    for unit in ("B", "KB", "MB"):
-        if size < 1000:
-            return f"{size:.3g} {unit}"
-        size /= 1000
-    return f"{size:.1f} GB"

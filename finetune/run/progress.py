@@ -80,6 +80,15 @@ def plural(count: int, thing: str) -> str:
     return f"{count:,} {thing}{'' if count == 1 else 's'}"
 
 
+def size_text(size: float) -> str:
+    """ "5.7 MB", of bytes."""
+    for unit in ("B", "KB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.1f} GB"
+
+
 class Silence:
     """Since when nothing was said of a step that seldom takes long."""
 

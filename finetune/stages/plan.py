@@ -18,7 +18,10 @@ from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
 from finetune.reading import is_there
 from finetune.reporting.facts import update_scale
+from finetune.run.room import Need
+from finetune.training import checkpoint, disk
 from finetune.training.optim import require_device
+from finetune.workstation import facts
 
 OTHERS = 3  # alternatives shown
 MONITOR_GIB = 1.0  # that a desktop takes of a GPU, at most mostly
@@ -76,6 +79,8 @@ def _planned(config: Config, choice: Choice) -> Plan:
     seconds: dict[str, float | None] = {"training": requested.steps * best.seconds}
     seconds |= {phase.name: phase.seconds for phase in others}
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
+    disk_need, free = _disk(config, candidates)
+    short = [] if free is None else disk_need.shortage(Path(config.run_dir), free, requested.keep_checkpoints)
     cpu_gib = host_memory.peaks(candidates, best, {name for name, gib in phases.items() if not gib})
     return Plan(
         name=config.name,
@@ -91,7 +96,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
         ),
         others=_others(choice.tried, chosen, machine.vram_gib),
         phases=phases,
-        problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),
+        problems=(*(_problem(config, machine, name, gib) for name, gib in over.items()), *short),
         notes=(
             speed.explained(machine, candidates.precision),
             *candidates.memory_model.notes,
@@ -110,7 +115,27 @@ def _planned(config: Config, choice: Choice) -> Plan:
         lr=config.optim.lr,
         lr_scale=update_scale(as_dict(config)["lora"]),
         download=candidates.memory_model.download_bytes(),
+        disk=disk_need,
+        cache_bytes=None if examples is None else examples.cached * candidates.memory_model.entry_bytes,
+        free_bytes=free,
     )
+
+
+def _disk(config: Config, candidates: Candidates) -> tuple[Need, float | None]:
+    """What the rest of the run writes, and what is free on the run folder's disk, if it is of this machine."""
+    run_dir = Path(config.run_dir)
+    steps = checkpoint.steps_on_disk(run_dir / "checkpoints")
+    need = disk.need(
+        candidates.memory_model.model,
+        config.trainer,
+        config.optim.name,
+        config.export.formats,
+        done=steps[-1] if steps else 0,
+        there=len(steps),
+        quantised=config.model.quantize is not Quantize.none,
+    )
+    found = None if config.hardware.gpu else facts.usage(run_dir)
+    return need, found and found.free
 
 
 def _monitor(chosen: Setting | None, machine: Machine) -> Iterator[str]:

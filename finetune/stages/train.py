@@ -1,6 +1,5 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
-import shutil
 import signal
 import time
 from collections.abc import Iterator
@@ -18,7 +17,6 @@ from finetune.config.spelling import setting
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import gpu_gib, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
-from finetune.reporting.facts import size_text
 from finetune.run import previous, ranks
 from finetune.run.hashing import hash_adapter, hash_of
 from finetune.run.progress import plural, say
@@ -29,6 +27,7 @@ from finetune.training.accelerator import build_accelerator, without_cudnn_atten
 from finetune.training.loop import Step
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
+from finetune.workstation import facts
 from finetune.workstation.meanwhile import Meanwhile
 
 ADDED = {"loss.weighting": "min_snr"}
@@ -144,21 +143,19 @@ def build_trainer(
 
 def _require_room(config: Config, trainer: Trainer) -> None:
     """Raises RunError where the run folder's disk can't take the checkpoints and the export that are to come."""
-    run_dir, model, averaged = Path(config.run_dir), trainer.task.model, trainer.ema is not None
-    there = len(checkpoint.steps_on_disk(run_dir / "checkpoints"))
-    each = disk.checkpoint_bytes(model, config.optim.name, averaged=averaged)
-    most, kept = disk.more_checkpoints(config.trainer, done=trainer.state.step, there=there)
-    quantised = config.model.quantize is not Quantize.none
-    exported = disk.export_bytes(model, config.export.formats, averaged=averaged, quantised=quantised)
-    needed = max(most * each, kept * each + exported)
-    found = shutil.disk_usage(run_dir)
-    if found.total and needed > found.free:  # some network disks don't say how large they are
-        parts = f"{plural(most, 'checkpoint')} of {size_text(each)}, {size_text(exported)} of exports"
-        fewer = " or trainer.keep_checkpoints=1" if config.trainer.keep_checkpoints > 1 else ""
-        raise RunError(
-            f"the disk of {run_dir} is too small: {size_text(found.free)} are free, and up to {size_text(needed)} will "
-            f"be written ({parts}); free some space, or try run_dir=PATH{fewer}"
-        )
+    run_dir = Path(config.run_dir)
+    needed = disk.need(
+        trainer.task.model,
+        config.trainer,
+        config.optim.name,
+        config.export.formats,
+        done=trainer.state.step,
+        there=len(checkpoint.steps_on_disk(run_dir / "checkpoints")),
+        quantised=config.model.quantize is not Quantize.none,
+    )
+    if found := facts.usage(run_dir):
+        for line in needed.shortage(run_dir, found.free, config.trainer.keep_checkpoints):
+            raise RunError(line)
 
 
 def _with_settings(

@@ -6,11 +6,29 @@ from torch import nn
 
 from finetune.adapters import lora
 from finetune.config.schema import ExportFormat, Optimizer, TrainerConfig
+from finetune.run.room import Need
 from finetune.training.optim import optimizer_bytes
 
 FP32, HALF = 4, 2  # bytes of a number
 WHOLE_MODEL = {ExportFormat.merged}  # all others hold the adapter alone
 MADE_OF_PEFT = {ExportFormat.merged, ExportFormat.gguf}  # a folder that is written with them
+
+
+def need(
+    model: nn.Module,
+    trainer: TrainerConfig,
+    optimizer: Optimizer,
+    formats: Collection[ExportFormat],
+    *,
+    done: int,
+    there: int,
+    quantised: bool,
+) -> Need:
+    """Of the rest of a run. model: with adapters; done, there: steps and checkpoints of it; quantised: its base."""
+    averaged = trainer.ema_decay > 0
+    most, kept = more_checkpoints(trainer, done=done, there=there)
+    exported = export_bytes(model, formats, averaged=averaged, quantised=quantised)
+    return Need(checkpoint_bytes(model, optimizer, averaged=averaged), most, kept, exported)
 
 
 def checkpoint_bytes(model: nn.Module, optimizer: Optimizer, *, averaged: bool) -> float:

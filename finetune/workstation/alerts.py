@@ -9,8 +9,8 @@ from typing import Any
 
 from finetune.errors import ConfigError
 from finetune.reading import read_text
-from finetune.reporting.facts import size_text
 from finetune.run.plain import UNREADABLE, first_line
+from finetune.run.progress import size_text
 from finetune.workstation.samples import METRICS, Sample
 
 RULES = Path(__file__).parent / "monitoring" / "alerts.yaml"

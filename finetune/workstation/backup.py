@@ -12,11 +12,10 @@ from typing import Any
 from finetune.data.images.folder import caption_files, images
 from finetune.errors import ConfigError, DataError, RunError
 from finetune.reading import at_home
-from finetune.reporting.facts import size_text
 from finetune.run import rundir
 from finetune.run.hashing import hash_file
 from finetune.run.outputs import Output, output_of
-from finetune.run.progress import plural, progress
+from finetune.run.progress import plural, progress, size_text
 from finetune.run.receipts import receipt_path
 from finetune.workstation import backup_folder as folders
 from finetune.workstation.backup_folder import Manifest

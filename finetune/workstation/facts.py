@@ -121,9 +121,10 @@ def _place(path: Path) -> dict[str, Any] | None:
 def usage(path: Path) -> Any:
     """Bytes of the disk that a path is on, or would be on: `total`, `used`, `free`; None where they can't be told."""
     try:
-        return shutil.disk_usage(existing(path.absolute()))
+        found = shutil.disk_usage(existing(path.absolute()))
     except OSError:
         return None
+    return found if found.total else None  # some network disks don't say how large they are
 
 
 def existing(path: Path) -> Path:

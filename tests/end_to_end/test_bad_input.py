@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 
 from finetune.data.images import walk
-from finetune.errors import ConfigError, DataError, ModelError, RunError
+from finetune.errors import ConfigError, DataError, ModelError, OutOfMemory, RunError
 from tests.end_to_end import command
 from tests.end_to_end.stored_runs import CONVERSATIONS, STORED
 
@@ -359,6 +359,10 @@ def test_a_disk_without_room_for_checkpoints_is_said_before_the_first_step(
     answer = finetune_cli("train", *small, *words)
     refused(answer, RunError.exit_code, [*said, "run_dir=PATH or trainer.keep_checkpoints=1"])
     assert not list(Path("run/checkpoints").glob("*"))
+    planned = finetune_cli("plan", *small, *words)
+    assert (planned.code, planned.errors) == (OutOfMemory.exit_code, answer.errors[-1:])
+    shown = " ".join(planned.out.split())
+    assert re.search(r" disk about .* \(2 checkpoints of .* of exports, .* of cache\); 10 KB free ", shown)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(total=0, free=0))  # one that doesn't say
     assert finetune_cli("train", *small, *words).code == 0
 

@@ -22,6 +22,7 @@ from finetune.planning.plan import Plan, Setting
 from finetune.reporting import terminal
 from finetune.run.receipts import receipt_path, save_receipt
 from finetune.run.records import Adapter, CaptionSet, Dataset, Report, Result, Run, Samples
+from finetune.run.room import Need
 from finetune.stages import COMMANDS
 
 Cli = Callable[..., Any]
@@ -588,7 +589,10 @@ def test_plan_prints_a_table_of_80_columns_and_what_to_type(
         api,
         "plan",
         lambda config: planned(
-            cpu_gib={"export": 46.04, "training": 3.0}, notes=("try 'export.formats=[peft]'", "x" * 150)
+            cpu_gib={"export": 46.04, "training": 3.0},
+            disk=Need(5e8, 1234, 3, 2e10),
+            free_bytes=2e10,
+            notes=("try 'export.formats=[peft]'", "x" * 150),
         ),
     )
     answer = finetune_cli("plan", "conf=smoke", "data.folder=images", "trainer.micro_batch=8", "trainer.accumulate=1")
@@ -596,6 +600,7 @@ def test_plan_prints_a_table_of_80_columns_and_what_to_type(
     for word in ("weights", "CUDA itself", "phases", "export", "fastest", "own, too large", "32.0", "15.50"):
         assert word in answer.out
     assert "export.formats=[peft]" in answer.out  # no markup of a terminal
+    assert "1,234 checkpoints of 500 MB" in answer.out
     assert "CPU memory  at most 46.0 GiB for export, 3.0 GiB for training" in answer.out
     table, command = answer.out.split("next\n")
     assert max(map(len, table.splitlines())) <= 80

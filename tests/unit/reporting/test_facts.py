@@ -19,6 +19,7 @@ from finetune.reporting.facts import (
     update_scale,
 )
 from finetune.run.records import Caption, CaptionSet, Dataset
+from finetune.run.room import Need
 from tests.unit.reporting.records import run_record, text_set
 
 
@@ -128,6 +129,13 @@ def test_a_plan_says_how_often_each_example_is_seen_at_which_rate_and_what_is_do
     assert rows["training"] == "250 steps of 16 (111 visits an image)"
     assert rows["learning rate"] == "0.0001 (× alpha / rank = 0.0002)"
     assert rows["to download"] == "about 4.3 GB for a/b"
+    assert "disk" not in rows
+    told = replace(told, disk=Need(2e6, 4, 3, 5e6))
+    parts = "4 checkpoints of 2 MB, 5 MB of exports"
+    assert dict(row[:2] for row in plan_tables(told)[0].rows)["disk"] == f"about 11 MB ({parts})"
+    counted = replace(told, cache_bytes=1e6, free_bytes=2e9)
+    shown = dict(row[:2] for row in plan_tables(counted)[0].rows)["disk"]
+    assert shown == f"about 12 MB ({parts}, 1 MB of cache); 2.0 GB free"
     rows = dict(row[:2] for row in plan_tables(replace(told, unit="tokens", epochs=3.2, guessed=True))[0].rows)
     assert rows["training"] == "250 steps of 16 (roughly 3.2 passes over the data)"
 

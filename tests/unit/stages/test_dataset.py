@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
+from finetune import kinds
 from finetune.config.schema import CaptionConfig, Config, DataConfig, Device, HardwareConfig, ModelConfig
 from finetune.data.cache import read
 from finetune.data.images import decode, folder
@@ -79,6 +81,18 @@ def loads(monkeypatch):
     monkeypatch.setattr(encode, "TextEncoder", counting("text", TextEncoder))
     monkeypatch.setattr(encode, "Vae", counting("vae", Vae))
     return counted
+
+
+@pytest.mark.parametrize("flip", [False, True])
+def test_the_cache_is_planned_as_large_as_it_gets(config, flip):
+    config.data.flip, config.lora.targets = flip, "attention"
+    config.model.lora_targets = {"attention": ["to_q"]}
+    workload = kinds.of(config).workload(config)
+    memory_model = workload.build(config.model, torch.float32, False, 1e9)
+    dataset(config, captions(config))
+    entries = [load_file(file) for file in Path(config.data.cache).rglob("*/*.safetensors")]
+    size = sum(tensor.nbytes for entry in entries for tensor in entry.values())
+    assert 0.6 * size < workload.examples.cached * memory_model.entry_bytes < 1.8 * size  # a caption counts twice
 
 
 def test_every_image_with_its_own_caption_latents_and_bucket(config, base):

@@ -105,7 +105,10 @@ def test_the_fastest_that_fits_whatever_the_budget(
 def test_what_is_not_on_this_machine_is_named_in_a_plan_for_another(roomy: Config) -> None:
     roomy.data.folder, roomy.data.file = roomy.data.folder and "nowhere", roomy.data.file and "nowhere"
     roomy.lora.start_from = "nowhere"
-    missing, adapter = (note for note in finetune.plan(roomy).notes if "nowhere" in note)
+    found = finetune.plan(roomy)
+    assert found.disk is not None
+    assert found.free_bytes is None  # of another disk
+    missing, adapter = (note for note in found.notes if "nowhere" in note)
     assert missing.startswith("warning: there is no ")
     assert adapter.startswith("warning: lora.start_from=nowhere names no adapter")
     roomy.hardware.gpu, roomy.hardware.device = "", Device.cpu
@@ -128,6 +131,8 @@ def test_conversations_that_changed_since_they_were_read_are_looked_at_again(lan
     assert found is not None
     assert isinstance(record, TextSet)
     assert (found.per_epoch, found.measured) == (record.packs, True)
+    entry_bytes = candidates_of(language_config).memory_model.entry_bytes
+    assert found.cached * entry_bytes == pytest.approx(Path(record.rows, "tokens.bin").stat().st_size)
     file.write_text('{"a": 1}')
     os.utime(file, (2**32, 2**32))
     with pytest.raises(DataError, match="known format"):

@@ -7,6 +7,7 @@ from torch import nn
 
 from finetune.config.schema import ExportFormat, TrainerConfig
 from finetune.stages.export import export
+from finetune.stages.plan import plan
 from finetune.stages.train import train
 from finetune.training import disk
 from finetune.training.trainer import Trainer
@@ -31,10 +32,15 @@ def test_sizes_of_checkpoints_and_exports_are_those_of_the_files(
         config.export.formats, config.export.divergence = [ExportFormat.merged, ExportFormat.gguf], 9.0
     else:
         config.export.formats = [ExportFormat.diffusers, ExportFormat.kohya]
+    planned = plan(config).disk
+    assert planned is not None
     run = train(config, setting.dataset)
     checkpoint = disk.checkpoint_bytes(models[0], config.optim.name, averaged=True)
+    assert planned.checkpoint == checkpoint
+    assert (planned.checkpoints, planned.kept) == disk.more_checkpoints(config.trainer, done=0, there=0)
     assert size(Path(run.checkpoint)) == pytest.approx(checkpoint, rel=0.15)  # names, and what is round in memory
     exported = disk.export_bytes(models[0], config.export.formats, averaged=True, quantised=False)
+    assert planned.exports == exported
     assert size(Path(export(config, run).folder)) == pytest.approx(exported, rel=0.15)
     merged = ExportFormat.merged in config.export.formats
     twice = disk.export_bytes(models[0], config.export.formats, averaged=True, quantised=True)

@@ -1,0 +1,40 @@
+"""What a run will write, and whether its disk has room for it."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from finetune.run.progress import plural, size_text
+
+
+@dataclass(frozen=True)
+class Need:
+    """What is still to be written into a run folder, at most. checkpoint, exports: bytes of one, and of all exports.
+
+    checkpoints: how many there may be at once, beside those of today. kept: of them when the exports are written.
+    """
+
+    checkpoint: float
+    checkpoints: int
+    kept: int
+    exports: float
+
+    @property
+    def bytes(self) -> float:
+        """At the worst moment."""
+        return max(self.checkpoints * self.checkpoint, self.kept * self.checkpoint + self.exports)
+
+    @property
+    def parts(self) -> str:
+        """What it is made of."""
+        checkpoints = f"{plural(self.checkpoints, 'checkpoint')} of {size_text(self.checkpoint)}"
+        return f"{checkpoints}, {size_text(self.exports)} of exports"
+
+    def shortage(self, run_dir: Path, free: float, keep_checkpoints: int) -> Iterator[str]:
+        """What to say where so many bytes are free and they don't suffice."""
+        if self.bytes > free:
+            fewer = " or trainer.keep_checkpoints=1" if keep_checkpoints > 1 else ""
+            yield (
+                f"the disk of {run_dir} is too small: {size_text(free)} are free, and up to {size_text(self.bytes)} "
+                f"will be written ({self.parts}); free some space, or try run_dir=PATH{fewer}"
+            )
