@@ -206,11 +206,13 @@ class _Judge:
             return f"{word} would delete a setting, which is not possible; give it a value: {key}=…"
         if key.startswith(("hydra.", "hydra/")):
             return None
-        typed = override.sweep_iterator() if override.is_sweep_override() else [override.value()]
+        typed = list(override.sweep_iterator()) if override.is_sweep_override() else [override.value()]
         values = list(map(_plain, typed))
         if key == recipes.GROUP or (key in self.presets and all(isinstance(value, str) for value in values)):
             self.chosen[key] = [(str(value), "") for value in values]
             return None
+        if override.is_sweep_override() and not all(map(_stays, typed)):
+            return mistyped.unreadable(word)
         found = [describe.key_problem(key), *(describe.value_problem(key, value) for value in values)]
         return next(filter(None, found), None)
 
@@ -278,6 +280,14 @@ def _parsed(word: str) -> Override:
         return parser.parse_override(word)
     except HydraException:
         return parser.parse_override(typed_text.literally(word))
+
+
+def _stays(value: Any) -> bool:
+    """Whether a job of a sweep gets this very value: Hydra's functions lose the quotes of texts on the way."""
+    try:
+        return not isinstance(value, str) or OverridesParser.create().parse_override(f"key={value}").value() == value
+    except HydraException:
+        return False
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,7 @@ from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from pathlib import Path
 
-from finetune.config import describe, other_tools, recipes
+from finetune.config import describe, other_tools, recipes, typed_text
 from finetune.config.spelling import setting
 
 FLAG_LIKENESS = 0.8  # of a flag that is offered instead; less offers one that means something else
@@ -95,6 +95,10 @@ def unreadable(word: str) -> str:
         return f"cannot read {word}; write it without spaces: {_intended(key.strip(), text.strip())}"
     if text.startswith("["):
         return f"cannot read {word}; a list of texts is quoted twice: {_intended(key, text)}"
+    if call := typed_text.SWEEP.fullmatch(text):
+        several = shlex.quote(typed_text.literally(f"{key}={call[1]}"))
+        one = f"one text is quoted twice: {_intended(key, text)}; " if describe.leaf_types().get(key) is str else ""
+        return f"cannot read {word}; {one}several values have only commas between them: {several}"
     is_value = describe.leaf_types().get(key) not in (None, str)
     problem = describe.key_problem(key) or (is_value and describe.value_problem(key, text))
     if problem and not recipes.names_file(key):

@@ -30,6 +30,9 @@ NUMBERS = re.compile(
 )
 # One of several values with a comma behind each; those in quotes stand by themselves.
 ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"\s*|'(?:\\.|[^'\\])*'\s*|[^,]*),""")
+# Hydra's functions of a sweep; of `choice`, what stands between its brackets if there are no others.
+SWEEP = re.compile(r"(?:choice|shuffle|sort|range|interval|glob|tag)\((.*)\)", re.DOTALL)
+CHOICE = re.compile(r"""choice\(((?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^()"'])+)\)""")
 SETTING = re.compile(r"(\+{0,2})([\w.]+)=(.*)", re.DOTALL)
 
 
@@ -56,6 +59,8 @@ def as_typed(word: str) -> str:
         return word
     plus, old, value = match.groups()
     key, value = renamed.new_key(old), renamed.new_value(old, value)
+    if (choice := CHOICE.fullmatch(value)) and len(ITEM.findall(f"{choice[1]},")) > 1:
+        value = choice[1]  # is the same, and keeps quotes, which Hydra's functions lose on the way to a job
     if value.startswith("~") and "," not in value:  # several: `literally` takes them apart
         value = spelling.quoted(at_home(key, value))
     if key == MANY_PATHS and value.startswith("["):
@@ -80,13 +85,13 @@ def literally(word: str) -> str:
     """Of a text that Hydra's grammar doesn't take (`Mädchen`, `a=b`, `x (1)`), the override with quotes around it; of
     the name of a recipe or preset too. Of several with commas between them, with quotes around each.
 
-    A `${…}` in it keeps its meaning. What begins as the grammar's own is left to it: quotes and lists.
+    A `${…}` in it keeps its meaning. What begins as the grammar's own is left to it: quotes, lists and functions.
     """
     match = SETTING.fullmatch(word)
     if not match or not (recipes.names_file(match[2]) or describe.leaf_types().get(match[2]) is str):
         return word
     plus, key, text = match.groups()
-    if text.startswith(("[", "{")):
+    if text.startswith(("[", "{")) or SWEEP.fullmatch(text):
         return word
     items = [item.strip() for item in ITEM.findall(f"{text},")]
     return f"{plus}{key}=" + ",".join(

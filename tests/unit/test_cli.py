@@ -388,6 +388,31 @@ def test_multirun_takes_names_and_texts_as_one_run_does(
         for trigger in ("Mädchen", "a, b")
     ]
     assert len({config.run_dir for config in seen}) == 4
+    for typed in ("größe,b", "choice(größe,b)", 'choice("größe",b)', "choice(größe, 'b')"):
+        seen.clear()
+        assert finetune_cli("caption", "conf=smoke", f"name={typed}", "--multirun").code == 0
+        assert [config.name for config in seen] == ["größe", "b"]
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    "call", ["shuffle(größe,b)", 'shuffle("größe",b)', 'sort(b,"größe")', "choice(größe)", "tag(ä,b)"]
+)
+def test_a_function_that_cannot_hold_a_text_is_refused_with_what_can(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch, call: str
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(api, "caption", seen.append)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
+    answer = finetune_cli("caption", "conf=smoke", f"caption.trigger={call}", "--multirun")
+    (line,) = answer.errors
+    assert answer.code == ConfigError.exit_code
+    assert line.startswith(f"error: cannot read caption.trigger={call}; one text is quoted twice: ")
+    one, _, several = line.partition("quoted twice: ")[2].partition("; several values have only commas between them: ")
+    for offered in (one, several):
+        assert finetune_cli("caption", "conf=smoke", *shlex.split(offered), "--multirun").code == 0
+    texts = call.partition("(")[2].removesuffix(")").replace('"', "").split(",")
+    assert [config.caption.trigger for config in seen] == [call, *texts]
 
 
 @pytest.mark.parametrize(
