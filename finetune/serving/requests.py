@@ -104,6 +104,7 @@ class Refused(Exception):
     def __init__(
         self, status: int, message: str, *, code: str, param: str | None = None, retry_after_s: int | None = None
     ) -> None:
+        message = "".join(char if char.isprintable() else ascii(char)[1:-1] for char in message)  # a client's own words
         super().__init__(message)
         self.status, self.message, self.code, self.param = status, message, code, param
         self.retry_after_s = retry_after_s
