@@ -93,7 +93,10 @@ def _answer(words: list[str], debug: bool) -> int:
     asks_help = any(word in ("-h", "--help") for word in words) or words[:1] == ["help"]
     if not words or asks_help:
         recipe = next((word for word in words if word.startswith("conf=")), "")
-        print(_keys_text(recipe, words) if recipe else help_text())
+        if own := next((word for word in words if word in VIDEO), ""):
+            print(import_module("finetune.video.settings").help_text(own, WIDTH))
+        else:
+            print(_keys_text(recipe, words) if recipe else help_text())
         return 0
     if words == ["--version"]:
         from finetune.run.receipts import versions
@@ -154,6 +157,7 @@ main keys
 
 more
   finetune --help conf=RECIPE            every key with its meaning, the presets
+  finetune annotate --help               its settings; the same of frames
   COMMAND … --cfg job                    print the configuration and stop
   COMMAND … KEY=A,B --multirun           one run per value
   COMMAND … --debug                      show tracebacks and every warning

@@ -15,6 +15,7 @@ from difflib import get_close_matches
 from enum import Enum
 from functools import cache
 from operator import attrgetter
+from types import ModuleType
 from typing import Any, NamedTuple
 
 from finetune.config import other_tools, schema, serve, workstation
@@ -76,16 +77,22 @@ def kind_of(key: str) -> str | None:
 
 def meanings() -> dict[str, str]:
     """Every dotted key that holds a value -> the docstring under its field and the rule for its value, in one line."""
+    texts = field_texts(schema, serve, workstation)
+    leaves = (entry for entry in _entries() if entry.key in leaf_types())
+    found = {entry.key: texts[entry.owner, entry.key.rpartition(".")[2]] for entry in leaves}
+    return {key: f"{text} Must {rules()[key].meaning}." if key in rules() else text for key, text in found.items()}
+
+
+def field_texts(*modules: ModuleType) -> dict[tuple[str, str], str]:
+    """Class and field -> the docstring under the field, in one line."""
     texts = {}
-    bodies = (ast.parse(inspect.getsource(module)).body for module in (schema, serve, workstation))
+    bodies = (ast.parse(inspect.getsource(module)).body for module in modules)
     for node in (node for node in itertools.chain(*bodies) if isinstance(node, ast.ClassDef)):
         for statement, below in itertools.pairwise(node.body):
             if isinstance(statement, ast.AnnAssign) and isinstance(below, ast.Expr):
                 text = ast.literal_eval(below.value)
                 texts[node.name, ast.unparse(statement.target)] = " ".join(text.split())
-    leaves = (entry for entry in _entries() if entry.key in leaf_types())
-    found = {entry.key: texts[entry.owner, entry.key.rpartition(".")[2]] for entry in leaves}
-    return {key: f"{text} Must {rules()[key].meaning}." if key in rules() else text for key, text in found.items()}
+    return texts
 
 
 def listing(config: Config, width: int) -> str:
@@ -93,11 +100,15 @@ def listing(config: Config, width: int) -> str:
     texts, lines = meanings(), []
     for key in leaf_types():
         if kind_of(key) in (None, config.model.kind):
-            value = as_dict(attrgetter(key)(config))
-            shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
-            lines.append(textwrap.shorten(f"{key}={shown}", width, placeholder=" …", break_on_hyphens=False))
-            lines.extend(textwrap.wrap(texts[key], width, initial_indent="    ", subsequent_indent="    "))
+            lines += entry_lines(key, as_dict(attrgetter(key)(config)), texts[key], width)
     return "\n".join(lines)
+
+
+def entry_lines(key: str, value: Any, text: str, width: int) -> list[str]:
+    """The lines of one key in a listing."""
+    shown = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False)
+    first = textwrap.shorten(f"{key}={shown}", width, placeholder=" …", break_on_hyphens=False)
+    return [first, *textwrap.wrap(text, width, initial_indent="    ", subsequent_indent="    ")]
 
 
 def key_problem(key: str) -> str | None:

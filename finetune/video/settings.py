@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import sys
 import types
 import typing
 from collections.abc import Sequence
@@ -12,7 +13,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from finetune.config import recipes
+from finetune.config import describe, recipes
 from finetune.config.describe import as_dict
 from finetune.config.schema import Device
 from finetune.errors import ConfigError
@@ -157,10 +158,20 @@ def offered(kind: type[Any], last: str) -> list[str]:
     return [] if sign else [f"{name}=" for name in names if name.startswith(last)]
 
 
-def as_plain(settings: Annotate) -> dict[str, Any]:
+def as_plain(settings: Annotate | Frames) -> dict[str, Any]:
     """The settings as values for config.yaml and for a hash."""
     plain: dict[str, Any] = as_dict(settings)
     return plain | {"rate": str(settings.rate)}
+
+
+def help_text(command: str, width: int) -> str:
+    """What `finetune COMMAND --help` prints: every setting with its default and meaning."""
+    kind = KINDS[command]
+    texts = describe.field_texts(sys.modules[__name__])
+    entries = (
+        describe.entry_lines(key, value, texts[kind.__name__, key], width) for key, value in as_plain(kind()).items()
+    )
+    return "\n".join([f"settings of {command}", *(line for entry in entries for line in entry)])
 
 
 def existing(path: str) -> Path:

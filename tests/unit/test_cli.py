@@ -75,8 +75,17 @@ def test_help_lists_commands_and_recipes(finetune_cli: Cli, words: list[str]) ->
         assert name in answer.out
 
 
-def test_help_fits_a_terminal(finetune_cli: Cli) -> None:
-    assert max(map(len, finetune_cli("--help").out.splitlines())) <= 80
+@pytest.mark.parametrize("words", [["--help"], ["annotate", "--help"], ["--help", "frames"]])
+def test_help_fits_a_terminal(finetune_cli: Cli, words: list[str]) -> None:
+    assert max(map(len, finetune_cli(*words).out.splitlines())) <= 80
+
+
+def test_help_of_a_video_command_lists_its_settings(finetune_cli: Cli) -> None:
+    shown = finetune_cli("annotate", "--help", "conf=toy_video").out.splitlines()
+    assert shown[:3] == ["settings of annotate", "video=", "    The video file."]
+    assert "rate=5" in shown
+    assert "detector=" in shown
+    assert "margin=0.15" in finetune_cli("frames", "--help").out.splitlines()
 
 
 def test_help_shows_each_recipes_first_comment_line(finetune_cli: Cli, workdir: Path) -> None:
