@@ -243,7 +243,7 @@ def _with_texts(rows: Sequence[dict[str, Any]], before: Mapping[str, Row], folde
     if own := [name for name in texts if name in lost and not texts[name].is_generated]:
         raise DataError(f"{folder} holds texts that would be lost, such as that of {own[0]}; name a new folder")
     kept = {name: {**row.values, "text": row.text} for name, row in texts.items() if name not in lost}
-    return [{**row, **kept.get(row["file_name"], {}), COLUMN: row[COLUMN]} for row in rows]
+    return [{**kept.get(row["file_name"], {}), **row, "text": kept.get(row["file_name"], row)["text"]} for row in rows]
 
 
 def describe(made: Extracted) -> str:

@@ -150,7 +150,8 @@ def _tiles(record: Annotated) -> str:
 
 def _files(record: Annotated) -> str:
     """Links, which work as long as the page lies beside them."""
-    return f"<p>{' · '.join(f'<a href={chr(34)}{name}{chr(34)}>{name}</a>' for name in record.files)}</p>"
+    links = (f'<a href="{name}">{name}</a>' for name in record.files)
+    return f"<p>{' · '.join(links)}</p>"
 
 
 def _found(rows: Sequence[Row]) -> str:

@@ -43,7 +43,7 @@ class Annotate:
     rate: Fraction = Fraction(5)
     """Frames looked at per second of video, such as 5, 0.5 or 30000/1001."""
     detector: str = ""
-    """A detector of the DETR family: a local folder or a hub id."""
+    """A detector of the DETR family: a local folder, a hub id, or embedded:detector, which knows toys alone."""
     threshold: float = 0.5
     """Least score of an object, 0 to 1."""
     classes: tuple[str, ...] = ()
