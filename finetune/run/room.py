@@ -1,8 +1,10 @@
 """What a run will write, and whether its disk has room for it."""
 
+import shutil
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from finetune.run.progress import plural, size_text
 
@@ -38,3 +40,17 @@ class Need:
                 f"the disk of {run_dir} is too small: {size_text(free)} are free, and up to {size_text(self.bytes)} "
                 f"will be written ({self.parts}); free some space, or try run_dir=PATH{fewer}"
             )
+
+
+def usage(path: Path) -> Any:
+    """Bytes of the disk that a path is on, or would be on: `total`, `used`, `free`; None where they can't be told."""
+    try:
+        found = shutil.disk_usage(existing(path.absolute()))
+    except OSError:
+        return None
+    return found if found.total else None  # some network disks don't say how large they are
+
+
+def existing(path: Path) -> Path:
+    """The path, or the nearest folder above it that is there."""
+    return next(each for each in (path, *path.parents) if each.exists())

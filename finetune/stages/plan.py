@@ -18,10 +18,10 @@ from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
 from finetune.reading import is_there
 from finetune.reporting.facts import update_scale
+from finetune.run import room
 from finetune.run.room import Need
 from finetune.training import checkpoint, disk
 from finetune.training.optim import require_device
-from finetune.workstation import facts
 
 OTHERS = 3  # alternatives shown
 MONITOR_GIB = 1.0  # that a desktop takes of a GPU, at most mostly
@@ -134,7 +134,7 @@ def _disk(config: Config, candidates: Candidates) -> tuple[Need, float | None]:
         there=len(steps),
         quantised=config.model.quantize is not Quantize.none,
     )
-    found = None if config.hardware.gpu else facts.usage(run_dir)
+    found = None if config.hardware.gpu else room.usage(run_dir)
     return need, found and found.free
 
 

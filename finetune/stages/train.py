@@ -17,7 +17,7 @@ from finetune.config.spelling import setting
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import gpu_gib, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
-from finetune.run import previous, ranks
+from finetune.run import previous, ranks, room
 from finetune.run.hashing import hash_adapter, hash_of
 from finetune.run.progress import plural, say
 from finetune.run.receipts import load_receipt, load_record, save_receipt
@@ -27,7 +27,6 @@ from finetune.training.accelerator import build_accelerator, without_cudnn_atten
 from finetune.training.loop import Step
 from finetune.training.signals import Stop, catch_stop
 from finetune.training.trainer import Trainer
-from finetune.workstation import facts
 from finetune.workstation.meanwhile import Meanwhile
 
 ADDED = {"loss.weighting": "min_snr"}
@@ -153,7 +152,7 @@ def _require_room(config: Config, trainer: Trainer) -> None:
         there=len(checkpoint.steps_on_disk(run_dir / "checkpoints")),
         quantised=config.model.quantize is not Quantize.none,
     )
-    if found := facts.usage(run_dir):
+    if found := room.usage(run_dir):
         for line in needed.shortage(run_dir, found.free, config.trainer.keep_checkpoints):
             raise RunError(line)
 

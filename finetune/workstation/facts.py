@@ -6,7 +6,6 @@ None stands for what can't be told here. Nothing is changed, and nothing is writ
 import os
 import platform
 import resource
-import shutil
 import socket
 import time
 from collections.abc import Iterator
@@ -16,6 +15,7 @@ from typing import Any
 
 from finetune.reading import at_home
 from finetune.run.cores import usable_cores
+from finetune.run.room import existing, usage
 from finetune.workstation import containers, linux, nvml, torch_build, versions
 
 GIB = 2**30
@@ -116,20 +116,6 @@ def _place(path: Path) -> dict[str, Any] | None:
         "file_system": mount and mount.fstype,
         "options": mount and mount.opts,
     }
-
-
-def usage(path: Path) -> Any:
-    """Bytes of the disk that a path is on, or would be on: `total`, `used`, `free`; None where they can't be told."""
-    try:
-        found = shutil.disk_usage(existing(path.absolute()))
-    except OSError:
-        return None
-    return found if found.total else None  # some network disks don't say how large they are
-
-
-def existing(path: Path) -> Path:
-    """The path, or the nearest folder above it that is there."""
-    return next(each for each in (path, *path.parents) if each.exists())
 
 
 def processor() -> str:

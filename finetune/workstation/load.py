@@ -13,6 +13,7 @@ from statistics import median
 from typing import TYPE_CHECKING, Any
 
 from finetune.errors import is_gpu_out_of_memory
+from finetune.run import room
 from finetune.run.plain import first_line
 from finetune.run.progress import progress, say
 from finetune.workstation import disk_speed, facts, kernels, linux, nvml
@@ -58,7 +59,7 @@ def _disks() -> list[dict[str, Any]]:
     """How fast each disk reads; places: what lies on it."""
     found: dict[int, dict[str, Any]] = {}
     for name in DISKS:
-        folder = facts.existing(facts.places()[name].absolute())
+        folder = room.existing(facts.places()[name].absolute())
         disk = folder.stat().st_dev
         if disk not in found:
             found[disk] = {"places": []} | disk_speed.read(folder)

@@ -3,6 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
+from finetune.run import room
 from finetune.workstation import facts, nvml
 
 PREFIX = "finetune_"
@@ -85,6 +86,6 @@ def _machine() -> Iterator[tuple[str, str, float | None]]:
 def _disks() -> Iterator[tuple[str, str, float | None]]:
     places = facts.places()
     for place in DISKS:
-        usage = facts.usage(places[place])
+        usage = room.usage(places[place])
         yield "disk_free_bytes", place, usage and usage.free
         yield "disk_size_bytes", place, usage and usage.total

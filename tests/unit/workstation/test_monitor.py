@@ -19,8 +19,8 @@ import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
 from finetune.errors import ConfigError
-from finetune.run import slow_steps
-from finetune.workstation import facts, monitor, nvml, samples
+from finetune.run import room, slow_steps
+from finetune.workstation import monitor, nvml, samples
 from finetune.workstation.alerts import Alert, Rule, Severity, load
 from finetune.workstation.samples import METRICS, look
 from tests.conftest import Answer
@@ -119,7 +119,7 @@ def test_the_hottest_cpu_sensor_counts(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_disk_that_can_not_be_read_is_absent(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(facts, "usage", lambda path: None)
+    monkeypatch.setattr(room, "usage", lambda path: None)
     assert "finetune_disk_free_bytes" in samples.missing(look())
 
 
