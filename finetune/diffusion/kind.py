@@ -81,7 +81,7 @@ def build_task(config: Config, dataset: Dataset, device: torch.device) -> Task:
 
 def examples(config: Config) -> Examples | None:
     root, share = Path(config.data.folder), config.data.validation_share
-    if not is_there(root):
+    if not config.data.folder or not is_there(root):
         return None
     files = folder.images(root)
     captions = folder.captions(root, files).texts

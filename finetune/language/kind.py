@@ -88,7 +88,7 @@ def build_task(config: Config, dataset: TextSet, device: torch.device) -> Task:
 def examples(config: Config) -> Examples | None:
     """Of the run's data set, if it is there; else guessed from the size of files of text."""
     data, named, run_dir = config.data, Path(config.data.file), Path(config.run_dir)
-    if not all(map(is_there, readers.paths_of(named))):
+    if not data.file or not all(map(is_there, readers.paths_of(named))):
         return None
     files = readers.files_of(named)
     written, record, settings = written_config(run_dir), load_record(run_dir, "dataset", TextSet), as_dict(config)

@@ -50,7 +50,7 @@ WORDS = ["quokka", "zeppelin", "umbra", "fjord", "gyrating", "on"]  # what the t
 
 # Behind the words of a command of the page: tiny models, and no more than it is there to show.
 SHORT = [
-    "hardware.device=cpu",
+    "hardware.device=cpu",  # the first: a plan for a GPU goes without it
     "data.cache=cache",
     "sample.prompts=[]",
     "trainer.validate_every=0",
@@ -261,7 +261,7 @@ def extended(package: Path, tmp_path_factory: pytest.TempPathFactory) -> Extende
     own = ["model.base=aura_flow", "model.quantize=none", "model.resolution=64", "model.bucket_step=32"]
     jobs = {
         "help": ["--help"],
-        "plan": [*plan, *SHORT, "data.folder=images", "caption=git_base", "caption.model=git"],
+        "plan": [*plan, *SHORT[1:], "data.folder=images", "caption=git_base", "caption.model=git"],
         "family": [*family, *IMAGES, *own],
         "plain": ["train", "conf=smoke", *IMAGES],
         "optimiser": [*commands("An optimiser")[0], *IMAGES],
@@ -343,7 +343,12 @@ def test_the_command_is_listed_answers_and_holds_no_folder(extended: Extended) -
 TRAIN = ["train", "conf=smoke", "data.folder=images", "run_dir=run"]
 LEFT_OUT = [  # section, the place that is left out, what is typed or imported then, and what it says
     (0, "finetune/diffusion/families/aura_flow.py", [*TRAIN, "model=aura_flow"], "model.family must be one of flux, "),
-    (0, "finetune/architectures/aura_flow", ["plan", *TRAIN[1:], "model=aura_flow"], "configuration of fal/AuraFlow"),
+    (
+        0,
+        "finetune/architectures/aura_flow",
+        ["plan", *TRAIN[1:], "model=aura_flow", "model.quantize=none"],
+        "configuration of fal/AuraFlow",
+    ),
     (0, "conf/model/aura_flow.yaml", [*TRAIN, "model=aura_flow"], "no model preset called 'aura_flow'"),
     (1, "finetune/training/optim.py", ["finetune.training.optim"], "OPTIMIZERS has no entry for lion"),
     (1, "finetune/config/schema.py", ["finetune.training.optim"], "Optimizer.lion"),

@@ -125,7 +125,7 @@ def test_in_16_bit_gradients_are_no_coarser_than_those_of_plain_blocks(unets: Ca
         with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
             found = flat_of(gradients(model))
         errors.append(float((found - exact).norm() / exact.norm()))
-    assert errors[1] <= 1.1 * errors[0]
+    assert errors[1] <= 1.25 * errors[0]  # 1.17 where a CPU multiplies in bf16 itself (AVX512-BF16)
 
 
 class Kernels(TorchDispatchMode):
