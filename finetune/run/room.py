@@ -1,7 +1,6 @@
 """What a run will write, and whether its disk has room for it."""
 
 import shutil
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -32,14 +31,15 @@ class Need:
         checkpoints = f"{plural(self.checkpoints, 'checkpoint')} of {size_text(self.checkpoint)}"
         return f"{checkpoints}, {size_text(self.exports)} of exports"
 
-    def shortage(self, run_dir: Path, free: float, keep_checkpoints: int) -> Iterator[str]:
-        """What to say where so many bytes are free and they don't suffice."""
-        if self.bytes > free:
-            fewer = " or trainer.keep_checkpoints=1" if keep_checkpoints > 1 else ""
-            yield (
-                f"the disk of {run_dir} is too small: {size_text(free)} are free, and up to {size_text(self.bytes)} "
-                f"will be written ({self.parts}); free some space, or try run_dir=PATH{fewer}"
-            )
+    def shortage(self, run_dir: Path, free: float, keep_checkpoints: int) -> str:
+        """What to say where so many bytes are free and they don't suffice; empty where they do."""
+        if self.bytes <= free:
+            return ""
+        fewer = " or trainer.keep_checkpoints=1" if keep_checkpoints > 1 else ""
+        return (
+            f"the disk of {run_dir} is too small: {size_text(free)} are free, and up to {size_text(self.bytes)} will "
+            f"be written ({self.parts}); free some space, or try run_dir=PATH{fewer}"
+        )
 
 
 def usage(path: Path) -> Any:

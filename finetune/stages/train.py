@@ -152,9 +152,9 @@ def _require_room(config: Config, trainer: Trainer) -> None:
         there=len(checkpoint.steps_on_disk(run_dir / "checkpoints")),
         quantised=config.model.quantize is not Quantize.none,
     )
-    if found := room.usage(run_dir):
-        for line in needed.shortage(run_dir, found.free, config.trainer.keep_checkpoints):
-            raise RunError(line)
+    found = room.usage(run_dir)
+    if found and (line := needed.shortage(run_dir, found.free, config.trainer.keep_checkpoints)):
+        raise RunError(line)
 
 
 def _with_settings(
