@@ -13,7 +13,7 @@ from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from finetune import kinds
+from finetune import hub, kinds
 from finetune.config import describe, hints, mistyped, recipes, renamed
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
@@ -230,6 +230,8 @@ def _begun(command: str, recipe: str | Config, overrides: Overrides) -> Iterator
             ranks.require_single_process()
         if row.reads_data and (row.uses_device or not config.hardware.gpu):  # a plan may be for another machine
             kinds.require_data(config)
+        if row.loads_base and hub.single_file(config.model.base) is None:
+            hub.require(config.model.base)
         limited = _machine(config, row) if row.uses_device else nullcontext()
         folder, hint = Path(config.run_dir), hints.smaller(config, on_gpu=row.uses_device and _on_gpu(config))
         together = distributed.process_group() if row.trains else nullcontext()
@@ -288,6 +290,7 @@ def _machine(config: Config, row: Command) -> AbstractContextManager[None]:
     if row.loads_base:
         kinds.of(config).require_device(config, device)
         kinds.of(config).require_base(config)
+        hub.require_reachable(config.model.base)
     if row.optimises and config.lora.start_from:
         kinds.of(config).require_start(config)
     if config.model.offload:

@@ -13,7 +13,7 @@ import json
 import shlex
 import textwrap
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -40,6 +40,7 @@ PICKLE_WAY_OUT = (  # weights_only runs no code
 MODEL_FILES = {"model_index.json": "an image model", "config.json": "a language model or captioner"}
 WITHOUT_WEIGHTS = ("Config", "Tokenizer", "Processor", "Scheduler")  # in the names of loaders
 OFFLINE_WAYS_OUT = "model=embedded, model=embedded_language and caption=embedded come with the package"
+LAYOUT = f"it needs the ordinary Hugging Face layout with *.safetensors weights ({OFFLINE_WAYS_OUT})"
 
 
 def resolve(reference: str) -> Path | str:
@@ -115,6 +116,28 @@ def require(reference: str, *names: str) -> None:
         )
 
 
+def require_weights(reference: str, *parts: str) -> None:
+    """Raises ModelError for a local folder of which one of these parts has no weights."""
+    source = resolve(reference)
+    if isinstance(source, Path) and (lacking := _without_weights(source, parts)):
+        missing = Path(reference, lacking[0], "*.safetensors")
+        raise ModelError(f"{reference} can't be used: {missing} is missing; {LAYOUT}")
+
+
+def to_download(reference: str, *parts: str) -> list[str]:
+    """Those of these parts of a hub id that have no weights on this machine."""
+    source = resolve(reference)
+    return _without_weights(_snapshot(source), parts) if isinstance(source, str) else []
+
+
+def require_reachable(reference: str) -> None:
+    """Raises ModelError for a hub id without weights here if the hub doesn't answer in time, or has no such model."""
+    if single_file(reference) is None and isinstance(source := resolve(reference), str):
+        folder = _snapshot(source)
+        if folder is None or not any(folder.rglob("*.safetensors")):
+            _ask_hub(source)
+
+
 def local(reference: str) -> Path | None:
     """The folder of a base that is on this machine, downloaded ones included; None if it isn't. Raises ModelError."""
     require(reference)
@@ -122,17 +145,21 @@ def local(reference: str) -> Path | None:
     return source if isinstance(source, Path) else _snapshot(source)
 
 
-def config_folder(base: str) -> Path:
-    """The folder with the base's configuration, without asking the hub: its own, or the one in `ARCHITECTURES`.
-
-    Raises ModelError if there is none on this machine.
-    """
+def known_config(base: str) -> Path | None:
+    """The folder with the base's configuration: its own, or the one in `ARCHITECTURES`; None if neither is there."""
     found = local(base)
     if found is not None and _config_file(found).is_file():
         return found
     for shipped in sorted(ARCHITECTURES.iterdir()):
         if shipped.is_dir() and json.loads(_config_file(shipped).read_text())["_name_or_path"] == base.split("@")[0]:
             return shipped
+    return None
+
+
+def config_folder(base: str) -> Path:
+    """The same; no hub is asked. Raises ModelError if neither is there."""
+    if (found := known_config(base)) is not None:
+        return found
     raise ModelError(
         f"the configuration of {base} is neither on this machine nor in the package, so its memory can't be planned; "
         f"type: {shlex.join(['hf', 'download', base])} --include '*.json', or name a local folder as model.base"
@@ -268,12 +295,13 @@ def _has_weights(loader: Any) -> bool:
     return isinstance(loader, type) and issubclass(loader, torch.nn.Module)
 
 
+def _without_weights(folder: Path | None, parts: Iterable[str]) -> list[str]:
+    return [part for part in parts if folder is None or not any((folder / part).glob("*.safetensors"))]
+
+
 def _unusable(loader: Any, reference: str, options: dict[str, Any], reason: str) -> str:
-    part = "/".join(filter(None, [reference, options.get("subfolder")]))
-    return (
-        f"{part} can't be loaded as {loader.__name__}: {reason}; it needs the ordinary Hugging Face layout with "
-        f"*.safetensors weights ({OFFLINE_WAYS_OUT})"
-    )
+    part = Path(reference, options.get("subfolder") or "")
+    return f"{part} can't be loaded as {loader.__name__}: {reason}; {LAYOUT}"
 
 
 def _attempt(loader: Any, reference: str, source: Path | str, options: dict[str, Any]) -> Any:

@@ -75,8 +75,8 @@ def _captioner(reference: str, model_type: str) -> type[Captioner]:
 
 
 def download_bytes(reference: str) -> dict[str, float]:
-    """By hub id the bytes of a captioner that isn't on this machine; they are released in fp32."""
-    if hub.local(reference) is not None:
+    """By hub id the bytes of a captioner whose weights aren't on this machine; they are released in fp32."""
+    if not hub.to_download(reference, ""):
         return {}
     weights = model_without_weights(reference, torch.float32).parameters()
     return {reference: float(sum(weight.nbytes for weight in weights))}

@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from finetune import hub
 from finetune.adapters import lora
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ModelConfig, Quantize
@@ -47,7 +48,8 @@ def require_device(config: Config, device: torch.device) -> None:
 
 
 def require_base(config: Config) -> None:
-    single_file.find(config.model)  # which refuses a base that is no image model, before images are captioned
+    if single_file.find(config.model) is None:  # which refuses a base that is no image model
+        hub.require_weights(config.model.base, *meta.parts(config.model))
 
 
 def require_start(config: Config) -> None:

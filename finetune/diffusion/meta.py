@@ -53,14 +53,25 @@ def text_encoders(model: ModelConfig) -> nn.ModuleDict:
     return encoders
 
 
+def parts(model: ModelConfig) -> tuple[str, ...]:
+    """Parts with weights, as far as the configuration is on this machine: a base may do without a text encoder."""
+    found, spec = hub.known_config(model.base), family(model.family)
+    texts = (part for part in spec.text_tokens if found and (found / part / "config.json").is_file())
+    return spec.backbone, "vae", *texts
+
+
 def download_bytes(model: ModelConfig) -> dict[str, float]:
-    """By hub id the bytes of a base that isn't on this machine, as its parts are released; nothing of a single file."""
-    if hub.single_file(model.base) is not None or hub.local(model.base) is not None:
+    """By hub id the bytes of parts that aren't on this machine, as they are released; nothing of a single file."""
+    if hub.single_file(model.base) is not None:
+        return {}
+    lacking = hub.to_download(model.base, *parts(model))
+    if not lacking:
         return {}
     index = hub.read_object(_config_folder(model) / "model_index.json")
     dtype = policy.VAE_DTYPE if index.get("_dtype") == "float32" else torch.bfloat16
-    parts = [backbone(model, dtype), autoencoder(model).to(dtype), text_encoders(model).to(dtype)]
-    return {model.base: float(sum(weight.nbytes for part in parts for weight in part.parameters()))}
+    built = dict(text_encoders(model).named_children())
+    built |= {family(model.family).backbone: backbone(model, dtype), "vae": autoencoder(model)}
+    return {model.base: float(sum(w.nbytes for part in lacking for w in built[part].to(dtype).parameters()))}
 
 
 def objective(model: ModelConfig) -> Objective:

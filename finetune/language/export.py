@@ -215,11 +215,14 @@ require_all(MODEL_KINDS["language"].export_formats, WRITERS, "language.export.WR
 
 
 def check_formats(model: ModelConfig, lora: LoraConfig, formats: Sequence[ExportFormat]) -> Any:
-    """The base's configuration. Raises ConfigError if one of the formats can't be had for it: ask early."""
+    """The base's configuration. Raises ConfigError if one of the formats can't be had for it: ask early.
+
+    The hub is asked only for a configuration that is neither on this machine nor in the package.
+    """
     from transformers import AutoConfig
 
     hub.require(model.base, "config.json")
-    base = hub.load(AutoConfig, model.base)
+    base = hub.load(AutoConfig, str(hub.known_config(model.base) or model.base))
     if ExportFormat.gguf in formats:
         gguf_file.require(base.get_text_config(), dora=lora.dora, added_tokens=bool(model.added_tokens))
     return base

@@ -50,6 +50,7 @@ def require_device(config: Config, device: torch.device) -> None:
 
 def require_base(config: Config) -> None:
     exporting.check_formats(config.model, config.lora, config.export.formats)
+    hub.require_weights(config.model.base, "")
 
 
 def require_start(config: Config) -> None:

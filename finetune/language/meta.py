@@ -13,8 +13,8 @@ from finetune.planning.meta import on_meta
 
 
 def download_bytes(model: ModelConfig, weights: int) -> dict[str, float]:
-    """By hub id the bytes of a base of so many weights that isn't on this machine."""
-    if hub.local(model.base) is not None:
+    """By hub id the bytes of a base of so many weights that aren't on this machine."""
+    if not hub.to_download(model.base, ""):
         return {}
     config: Any = causal_lm.architecture(model, hub.config_folder(model.base))[1]
     return {model.base: float(weights * (config.dtype or torch.float32).itemsize)}

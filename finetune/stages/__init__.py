@@ -14,11 +14,11 @@ class Command:
 
     help: what `finetune --help` says. holds_folder: no other command may use the run folder until this one ends; false
     for one that only reads, or that serves for hours. reads_data: the examples have to be there. uses_device:
-    `hardware.device` has to be there. loads_base: the base model has to run on it. optimises: and the optimiser.
-    takes_run: where no recipe is named, it is the run folder's config.yaml. needs_run: a run has finished in the run
-    folder. needs_prompts: `sample.prompts` is not empty. trains: several processes may take part, and the run folder's
-    config.yaml becomes what the command was given. flags: of the command line alone, and the settings that they stand
-    for.
+    `hardware.device` has to be there. loads_base: the base model has to be there, and to run on the device. optimises:
+    and the optimiser. takes_run: where no recipe is named, it is the run folder's config.yaml. needs_run: a run has
+    finished in the run folder. needs_prompts: `sample.prompts` is not empty. trains: several processes may take part,
+    and the run folder's config.yaml becomes what the command was given. flags: of the command line alone, and the
+    settings that they stand for.
     """
 
     help: str
@@ -47,6 +47,7 @@ COMMANDS = {
         holds_folder=False,
         reads_data=True,
         uses_device=False,
+        loads_base=True,
     ),
     "profile": Command(
         help="say where a training step's time goes, and what to change",

@@ -1,12 +1,12 @@
 """Say before anything starts whether a run fits the GPU, and how it is fastest."""
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 
-from finetune import kinds
+from finetune import hub, kinds
 from finetune.adapters import formats
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Quantize
@@ -56,6 +56,13 @@ def _require(config: Config, machine: Machine) -> None:
     device = torch.device("cuda" if machine.cuda else "cpu")
     require_device(config.optim.name, device)
     kinds.of(config).require_device(config, device)
+    if hub.single_file(config.model.base) is None:
+        hub.config_folder(config.model.base)  # with which no hub is asked below
+    try:
+        kinds.of(config).require_base(config)
+    except ModelError:
+        if not config.hardware.gpu:
+            raise
     start = Path(config.lora.start_from)
     if config.lora.start_from and (is_there(start) or not config.hardware.gpu):
         formats.require_start(start)
@@ -101,8 +108,9 @@ def _planned(config: Config, choice: Choice) -> Plan:
             speed.explained(machine, candidates.precision),
             *candidates.memory_model.notes,
             *(f"{phase.name}: {phase.words}" for phase in others if phase.words),
-            _unread(config),
-            *_no_start(config),
+            *_absent(kinds.of(config).require_base, config),
+            *_absent(kinds.require_data, config, otherwise=_unread(config)),
+            *_absent(_require_start, config),
             *_monitor(chosen, machine),
             *host_memory.warning(cpu_gib, machine.cpu_gib, candidates),
         ),
@@ -147,23 +155,25 @@ def _monitor(chosen: Setting | None, machine: Machine) -> Iterator[str]:
         )
 
 
+def _absent(require: Callable[[Config], None], config: Config, *, otherwise: str = "") -> Iterator[str]:
+    """What a plan for another machine, where it may be, misses on this one."""
+    try:
+        require(config)
+    except (DataError, ModelError) as error:
+        yield f"warning: {error}"
+    else:
+        yield from filter(None, [otherwise])
+
+
 def _unread(config: Config) -> str:
     """Why a plan needs no data: what there is could only be smaller, and shapes of one area hardly are."""
-    try:
-        kinds.require_data(config)
-    except DataError as error:  # of a plan for another machine, where they may be
-        return f"warning: {error}"
     key = kinds.of(config).FACTS.data_key
     return f"{key} is counted, not read: no example can be larger than what is planned for"
 
 
-def _no_start(config: Config) -> Iterator[str]:
-    """The same of an adapter to start from."""
+def _require_start(config: Config) -> None:
     if config.lora.start_from:
-        try:
-            formats.require_start(Path(config.lora.start_from))
-        except ModelError as error:
-            yield f"warning: {error}"
+        formats.require_start(Path(config.lora.start_from))
 
 
 def _others(tried: Sequence[Setting], chosen: Setting | None, budget_gib: float) -> tuple[Setting, ...]:

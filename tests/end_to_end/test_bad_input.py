@@ -17,8 +17,9 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from finetune import hub
 from finetune.data.images import walk
-from finetune.errors import ConfigError, DataError, ModelError, OutOfMemory, RunError
+from finetune.errors import ConfigError, DataError, FinetuneError, ModelError, OutOfMemory, RunError
 from tests.end_to_end import command
 from tests.end_to_end.stored_runs import CONVERSATIONS, STORED
 
@@ -132,6 +133,39 @@ def test_a_plan_refuses_the_data_that_training_refuses_at_a_glance(
     trained, planned = finetune_cli("train", *words), finetune_cli("plan", *words)
     refused(planned, DataError.exit_code, [Path(file).stem])
     assert (trained.code, trained.errors[-1]) == (planned.code, planned.errors[-1])
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("words", "error", "said"),
+    [
+        (["conf=pixar_style", "model.base=./nowhere"], ModelError, "no model folder ./nowhere; give a folder"),
+        (["conf=pirate_chat", "model.base=./nowhere"], ModelError, "no model folder ./nowhere; give a folder"),
+        (["conf=pixar_style", "model.base=x.safetensors"], ModelError, "no file x.safetensors; download it"),
+        (["conf=pixar_style", "model.base=./empty"], ModelError, "./empty holds no model_index.json"),
+        (["conf=pirate_chat", "model.base=./empty"], ModelError, "./empty holds no model_index.json"),
+        (["conf=pixar_style", "model.base=./bare"], ModelError, "bare/unet/*.safetensors is missing; it needs"),
+        (["conf=pirate_chat", "model.base=./bare_chat"], ModelError, "bare_chat/*.safetensors is missing; it needs"),
+        (
+            ["conf=pirate_chat", "export.formats=[gguf]", "lora.dora=true"],
+            ConfigError,
+            "names gguf, but lora.dora=true",
+        ),
+    ],
+)
+def test_a_plan_refuses_the_base_that_training_refuses(
+    finetune_cli: Cli, workdir: Path, images: Path, words: list[str], error: type[FinetuneError], said: str
+) -> None:
+    for text in images.glob("*.txt"):
+        text.unlink()
+    (workdir / "empty").mkdir()
+    for folder, name in (("diffusion", "bare"), ("language", "bare_chat")):
+        shutil.copytree(hub.EMBEDDED / folder, name, ignore=shutil.ignore_patterns("*.safetensors"))
+    data = "data.folder=images" if words[0] == "conf=pixar_style" else f"data.file={STORED / CONVERSATIONS}"
+    with untouched(workdir):
+        for verb in ("train", "plan"):
+            refused(finetune_cli(verb, *words, data, "run_dir=run"), error.exit_code, said)
+    assert not Path("run").exists()
 
 
 def huge(side: int) -> bytes:
@@ -526,6 +560,7 @@ def test_an_adapter_that_does_not_fit_is_refused_before_anything_is_made(
 def test_a_model_that_is_nowhere_names_the_embedded_one(workdir: Path, images: Path, small: list[str]) -> None:
     nowhere = {"HF_ENDPOINT": "http://127.0.0.1:9", "HF_HOME": str(workdir / "hub"), "HF_HUB_OFFLINE": "0"}
     words = [word for word in small if not word.startswith("model.")]
+    (images / "red.txt").unlink()  # no caption is made
     with untouched(images):
         answer = command.run("train", *words, "model=sd15", cwd=workdir, **nowhere)
     refused(

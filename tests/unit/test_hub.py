@@ -129,6 +129,26 @@ def test_hub_unreachable_says_so_within_seconds(no_network):
     assert time.monotonic() - start < 5
 
 
+def test_weights_that_are_not_on_this_machine(pipeline, no_network, tmp_path):
+    hub.require_reachable("embedded:diffusion")
+    with pytest.raises(ModelError, match=r"someone/tiny is not on disk .*hub can't be reached"):
+        hub.require_reachable("someone/tiny")
+    snapshot = in_cache(pipeline, tmp_path / "hub")
+    hub.require_reachable("someone/tiny")
+    assert hub.to_download("someone/tiny", "unet", "vae") == []
+    for file in snapshot.glob("unet/*.safetensors"):
+        file.unlink()
+    assert hub.to_download("someone/tiny", "unet", "vae") == ["unet"]
+    hub.require_weights("someone/tiny", "unet")
+    assert hub.to_download(str(snapshot), "unet") == []
+    with pytest.raises(ModelError, match=r"can't be used: .*/unet/\*\.safetensors is missing; it needs the ordinary"):
+        hub.require_weights(str(snapshot), "vae", "unet")
+    for file in snapshot.rglob("*.safetensors"):
+        file.unlink()
+    with pytest.raises(ModelError, match=r"someone/tiny is not on disk .*hub can't be reached"):
+        hub.require_reachable("someone/tiny")
+
+
 def test_a_silent_network_is_given_up_on(no_network, monkeypatch):
     monkeypatch.setattr(hub, "HUB_ANSWER_S", 0.2)
     monkeypatch.setattr(socket, "getaddrinfo", lambda *arguments, **options: time.sleep(1))

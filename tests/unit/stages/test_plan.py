@@ -1,6 +1,7 @@
 """The plan: the fastest setting that fits the GPU, or what would fit where none does."""
 
 import os
+import shutil
 from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
@@ -11,7 +12,7 @@ import pytest
 from huggingface_hub import HfApi
 
 import finetune
-from finetune import kinds
+from finetune import hub, kinds
 from finetune.config import recipes
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Device, LoraInit, Optimizer, Precision, Quantize
@@ -102,13 +103,17 @@ def test_the_fastest_that_fits_whatever_the_budget(
 
 
 @pytest.mark.usefixtures("training_alone")
-def test_what_is_not_on_this_machine_is_named_in_a_plan_for_another(roomy: Config) -> None:
+def test_what_is_not_on_this_machine_is_named_in_a_plan_for_another(roomy: Config, tmp_path: Path) -> None:
     roomy.data.folder, roomy.data.file = roomy.data.folder and "nowhere", roomy.data.file and "nowhere"
     roomy.lora.start_from = "nowhere"
+    bare = shutil.copytree(hub.resolve(roomy.model.base), tmp_path / "bare", ignore=shutil.ignore_patterns("*.saf*"))
+    roomy.model.base = str(bare)
     found = finetune.plan(roomy)
     assert found.disk is not None
     assert found.free_bytes is None  # of another disk
-    missing, adapter = (note for note in found.notes if "nowhere" in note)
+    assert found.download == {}
+    weights, missing, adapter = (note for note in found.notes if note.startswith("warning: "))
+    assert weights.startswith(f"warning: {bare} can't be used: {bare}/")
     assert missing.startswith("warning: there is no ")
     assert adapter.startswith("warning: lora.start_from=nowhere names no adapter")
     roomy.hardware.gpu, roomy.hardware.device = "", Device.cpu
