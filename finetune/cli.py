@@ -22,7 +22,7 @@ from typing import Any
 
 from finetune.config import mistyped, recipes, typed_text
 from finetune.config.schema import Config
-from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory, TrainingError
+from finetune.errors import ConfigError, FinetuneError, Interrupted, OutOfMemory, RunError, TrainingError
 from finetune.planning.plan import Plan
 from finetune.reading import at_home
 from finetune.run import libraries, ranks
@@ -277,7 +277,7 @@ def _run_config(command: str, config: Config, overrides: Sequence[str], began: f
     if ranks.rank() == 0:
         terminal.show(config, record, overrides, began=began)
     if isinstance(record, Plan) and not record.fits:
-        raise OutOfMemory("\n".join(record.problems))
+        raise (OutOfMemory if record.problems else RunError)("\n".join(record.refusals))
     if isinstance(record, Profile) and record.failed:
         raise TrainingError("\n".join(f"{setting} failed: {why}" for setting, why in record.failed.items()))
     return record

@@ -51,12 +51,12 @@ class Plan:
     chosen: the fastest setting that fits, None if none does. requested: the recipe's own. others: the next best that
     fit, fastest first. phases: GiB of each phase at its worst moment, "training" among them, for `chosen` (or the
     setting that needs least); cpu_gib: CPU memory besides that of the GPU, at most, by what is done, the most first.
-    problems: what doesn't fit, a line each that ends in what would. notes: what the figures rest on.
+    problems: what doesn't fit the memory, a line each that ends in what would. notes: what the figures rest on.
     seconds: of each phase in a whole run, None where that isn't known. steps, effective: of the training. epochs: how
     often it sees each example, None where the data can't be counted; guessed: from the size of files. lr, lr_scale: the
     peak rate, and what the update is scaled by. download: bytes by name of the model that isn't on this machine. disk:
     what will be written into the run folder; cache_bytes: and into the cache, None where the data can't be counted;
-    free_bytes: on the run folder's disk, None where that isn't known.
+    free_bytes: on the run folder's disk, None where that isn't known; shortage: a line if they don't suffice.
     """
 
     name: str
@@ -84,8 +84,14 @@ class Plan:
     disk: Need | None = None
     cache_bytes: float | None = None
     free_bytes: float | None = None
+    shortage: str = ""
+
+    @property
+    def refusals(self) -> tuple[str, ...]:
+        """Why the run can't be made on this machine, a line each."""
+        return (*self.problems, *filter(None, [self.shortage]))
 
     @property
     def fits(self) -> bool:
-        """Whether every phase fits."""
-        return not self.problems
+        """Whether every phase fits the memory, and the run the disk."""
+        return not self.refusals

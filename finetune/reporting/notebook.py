@@ -80,7 +80,7 @@ def _answers(answers: Answers) -> str:
 
 def _plan(plan: Plan) -> str:
     """Problems, settings, memory and phases beside the GPU's budget, and what the figures rest on."""
-    problems = "".join(f"<p><b>{escape(problem)}</b></p>" for problem in plan.problems)
+    problems = "".join(f"<p><b>{escape(problem)}</b></p>" for problem in plan.refusals)
     tables = "".join(map(table_of, plan_tables(plan)))
     return f"{problems}{tables}<p>{'<br>'.join(map(escape, plan.notes))}</p>"
 

@@ -119,7 +119,7 @@ TEXTS: dict[type, Callable[[Any], str]] = {
     Answers: _answers,
     Report: lambda report: f"report: {report.file}",
     Result: lambda result: _facts("train", result_facts(result)),
-    Plan: lambda plan: _tables(plan_tables(plan), (*plan.notes, *plan.problems)),
+    Plan: lambda plan: _tables(plan_tables(plan), (*plan.notes, *plan.refusals)),
     Profile: lambda profile: _tables(profile_tables(profile), verdict_lines(profile)),
 }
 """Record -> its text; the command line lays out a `Result` and a `Plan` with more beside them."""

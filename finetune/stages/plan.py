@@ -87,7 +87,6 @@ def _planned(config: Config, choice: Choice) -> Plan:
     seconds |= {phase.name: phase.seconds for phase in others}
     over = {name: gib for name, gib in phases.items() if gib > machine.vram_gib}
     disk_need, free = _disk(config, candidates)
-    short = "" if free is None else disk_need.shortage(Path(config.run_dir), free, requested.keep_checkpoints)
     cpu_gib = host_memory.peaks(candidates, best, {name for name, gib in phases.items() if not gib})
     return Plan(
         name=config.name,
@@ -103,7 +102,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
         ),
         others=_others(choice.tried, chosen, machine.vram_gib),
         phases=phases,
-        problems=(*(_problem(config, machine, name, gib) for name, gib in over.items()), *filter(None, [short])),
+        problems=tuple(_problem(config, machine, name, gib) for name, gib in over.items()),
         notes=(
             speed.explained(machine, candidates.precision),
             *candidates.memory_model.notes,
@@ -126,6 +125,7 @@ def _planned(config: Config, choice: Choice) -> Plan:
         disk=disk_need,
         cache_bytes=None if examples is None else examples.cached * candidates.memory_model.entry_bytes,
         free_bytes=free,
+        shortage="" if free is None else disk_need.shortage(Path(config.run_dir), free, requested.keep_checkpoints),
     )
 
 

@@ -654,6 +654,13 @@ def test_plan_says_in_one_line_and_an_exit_code_that_nothing_fits(
     assert answer.code == errors.OutOfMemory.exit_code == 5
     assert answer.err == f"error: {problem}\n"
     assert "next\n" not in answer.out
+    short = "the disk of run is too small"
+    for problems, code in (((problem,), errors.OutOfMemory.exit_code), ((), errors.RunError.exit_code)):
+        found = planned(problems=problems, shortage=short)
+        monkeypatch.setattr(api, "plan", lambda config, found=found: found)
+        answer = finetune_cli("plan", "conf=smoke")
+        assert (answer.code, answer.errors) == (code, [f"error: {line}" for line in (*problems, short)])
+        assert "next\n" not in answer.out
 
 
 def test_a_very_long_value_does_not_fill_the_screen(workdir: Path, finetune_cli: Cli) -> None:
