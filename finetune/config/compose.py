@@ -151,7 +151,13 @@ def name_sweep_folders(overrides: Sequence[str]) -> None:
 def _sweep_folder(words: Sequence[str], swept: set[str]) -> str:
     parsed = OverridesParser.create().parse_overrides(list(words))
     recipe = next(_plain(override.value()) for override in parsed if override.key_or_group == recipes.GROUP)
-    return recipes.sweep_folder(recipe, words, swept)
+    return recipes.sweep_folder(recipe, [_one_spelling(override) for override in parsed], swept)
+
+
+def _one_spelling(override: Override) -> str:
+    """The same word for the same texts, with quotes or without; numbers stay as they were typed."""
+    value, word = _plain(override.value()), str(override.input_line)
+    return spelling.override(word.partition("=")[0], value) if isinstance(value, str | list | dict) else word
 
 
 def judged(typed: Sequence[str], say: Say, sweep: bool = False) -> list[str]:

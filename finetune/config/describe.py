@@ -124,6 +124,13 @@ def in_mapping(key: str) -> bool:
     return leaf is not None and typing.get_origin(leaf_types()[leaf]) is dict
 
 
+def type_of(key: str) -> Any:
+    """The type of a key's value, or of an entry of a list or mapping; None if there is no such key."""
+    leaf = _leaf_of(key)
+    hint = leaf and leaf_types()[leaf]
+    return hint if leaf in (None, key) else typing.get_args(hint)[-1]
+
+
 def _leaf_of(key: str) -> str | None:
     """The schema's key behind `key`: itself, or the list or mapping that it points into."""
     leaves = leaf_types()

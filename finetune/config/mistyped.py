@@ -1,14 +1,16 @@
 """What people type in place of a setting, and what to type instead."""
 
 import os
+import re
 import shlex
 import typing
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
+from itertools import chain
 from pathlib import Path
 
 from finetune.config import describe, other_tools, recipes, typed_text
-from finetune.config.spelling import setting
+from finetune.config.spelling import setting, written
 
 FLAG_LIKENESS = 0.8  # of a flag that is offered instead; less offers one that means something else
 GOES_ON = ("resume", "continue", "resume_from_checkpoint")
@@ -19,6 +21,8 @@ FLAG_VALUES = {
     "--cfg": ("job", "hydra", "all"),
     "--info": ("all", "config", "defaults", "defaults-tree", "plugins", "searchpath"),
 }
+# In quotes, or a text in a mapping that has none.
+TEXT = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|([^][{},:"'\s](?:[^][{},:"']*[^][{},:"'\s])?)""")
 FURTHER = {"config": recipes.GROUP, "recipe": recipes.GROUP}  # what other tools call what is no key here
 
 
@@ -83,23 +87,30 @@ def several(word: str) -> str:
     if hint in (str, list[str]):
         whole = text.replace('"', "")
         one = f"if that is one text, quote it twice: {setting(key, whole if hint is str else [whole])}; "
-    if typing.get_origin(hint) is list:
+    if typing.get_origin(hint) is list and not text.startswith("["):
         one = f"a list needs brackets: {_intended(key, f'[{text}]')}; {one}"
+    elif hint == list[str]:
+        one = f"one list has one pair of brackets: {setting(key, list(chain.from_iterable(_lists(text))))}; "
     return f"{key} got several values ({text}); {one}several runs need --multirun"
 
 
 def unreadable(word: str) -> str:
     """What to say of a setting that Hydra's grammar doesn't take."""
+    word = word.lstrip("+")
     key, _, text = word.partition("=")
     if key != key.strip():
         return f"cannot read {word}; write it without spaces: {_intended(key.strip(), text.strip())}"
-    if text.startswith("["):
+    hint = describe.type_of(key)
+    if text.startswith("[") and hint == list[str]:
         return f"cannot read {word}; a list of texts is quoted twice: {_intended(key, text)}"
+    if text.startswith("{") and typing.get_origin(hint) is dict:
+        return f"cannot read {word}; texts in it are quoted twice: {_intended(key, text)}"
     if call := typed_text.SWEEP.fullmatch(text):
-        several = shlex.quote(typed_text.literally(f"{key}={call[1]}"))
-        one = f"one text is quoted twice: {_intended(key, text)}; " if describe.leaf_types().get(key) is str else ""
+        lists = hint == list[str]
+        several = _intended(key, call[1]) if lists else shlex.quote(typed_text.literally(f"{key}={call[1]}"))
+        one = f"one text is quoted twice: {_intended(key, text)}; " if hint is str else ""
         return f"cannot read {word}; {one}several values have only commas between them: {several}"
-    is_value = describe.leaf_types().get(key) not in (None, str)
+    is_value = hint not in (None, str)
     problem = describe.key_problem(key) or (is_value and describe.value_problem(key, text))
     if problem and not recipes.names_file(key):
         return f"cannot read {word}; {problem}"
@@ -141,9 +152,23 @@ def _key(name: str) -> str | None:
 
 def _intended(key: str, text: str) -> str:
     """What to type, in a shell, for a setting whose value was typed as `text` without the quotes that it needs."""
-    hint = describe.leaf_types().get(key)
+    hint = describe.type_of(key)
     if hint == list[str]:
-        items = text.strip().removeprefix("[").removesuffix("]").split(",")
-        return setting(key, [item.strip().strip("\"'") for item in items])
+        return shlex.quote(f"{key}={','.join(map(written, _lists(text)))}")
+    if typing.get_origin(hint) is dict:
+        return shlex.quote(f"{key}={TEXT.sub(lambda found: found[1] or written(found[2]), text)}")
     is_text = hint is str or recipes.names_file(key)
     return setting(key, text.strip("\"'")) if is_text else shlex.quote(f"{key}={text}")
+
+
+def _lists(text: str) -> list[list[str]]:
+    """One list, or several with commas between them."""
+    found = list(typed_text.LIST.finditer(f"{text},"))
+    if "".join(one[0] for one in found) == f"{text},":
+        return [_texts(one[1]) for one in found]
+    return [_texts(text.strip().removeprefix("[").removesuffix("]"))]
+
+
+def _texts(items: str) -> list[str]:
+    """The texts of a list that was typed without its brackets and without the quotes that it needs."""
+    return [item.strip().strip("\"'") for item in typed_text.ITEM.findall(f"{items},")]

@@ -20,10 +20,11 @@ def setting(key: str, value: Any) -> str:
 
 def override(key: str, value: Any) -> str:
     """A setting as Hydra's grammar writes it: read by Hydra, it is this very value."""
-    return f"{key}={_written(value)}"
+    return f"{key}={written(value)}"
 
 
-def _written(value: Any) -> str:
+def written(value: Any) -> str:
+    """A value as Hydra's grammar writes it."""
     if value is None or isinstance(value, bool):
         return "null" if value is None else str(value).lower()
     if isinstance(value, int | float):
@@ -31,9 +32,9 @@ def _written(value: Any) -> str:
     if isinstance(value, Enum):
         return value.name
     if isinstance(value, Mapping):
-        return "{" + ",".join(f"{key}:{_written(item)}" for key, item in value.items()) + "}"
+        return "{" + ",".join(f"{key}:{written(item)}" for key, item in value.items()) + "}"
     if isinstance(value, list | tuple):
-        return "[" + ",".join(map(_written, value)) + "]"
+        return "[" + ",".join(map(written, value)) + "]"
     text = str(value)
     if PLAIN.fullmatch(text) and text.lower() not in WORDS:
         return text

@@ -30,6 +30,8 @@ NUMBERS = re.compile(
 )
 # One of several values with a comma behind each; those in quotes stand by themselves.
 ITEM = re.compile(r"""\s*("(?:\\.|[^"\\])*"\s*|'(?:\\.|[^'\\])*'\s*|[^,]*),""")
+# One of several lists with a comma behind each: what stands between its brackets.
+LIST = re.compile(r"""\s*\[((?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^]"'])*)\]\s*,""")
 # Hydra's functions of a sweep; of `choice`, what stands between its brackets if there are no others.
 SWEEP = re.compile(r"(?:choice|shuffle|sort|range|interval|glob|tag)\((.*)\)", re.DOTALL)
 CHOICE = re.compile(r"""choice\(((?:"(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*'|[^()"'])+)\)""")
@@ -88,7 +90,7 @@ def literally(word: str) -> str:
     A `${…}` in it keeps its meaning. What begins as the grammar's own is left to it: quotes, lists and functions.
     """
     match = SETTING.fullmatch(word)
-    if not match or not (recipes.names_file(match[2]) or describe.leaf_types().get(match[2]) is str):
+    if not match or not (recipes.names_file(match[2]) or describe.type_of(match[2]) is str):
         return word
     plus, key, text = match.groups()
     if text.startswith(("[", "{")) or SWEEP.fullmatch(text):

@@ -405,6 +405,50 @@ def test_multirun_takes_names_and_texts_as_one_run_does(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
+    ("spellings", "folders"),
+    [
+        (["name=größe,b", 'name="größe",b', "name='größe','b'", "name=choice(größe,b)"], ["name=-größe-", "name=b"]),
+        (["sample.prompts=['größe'],[b]", 'sample.prompts=["größe"],["b"]'], ["sample.prompts=--größe--", "sample."]),
+        (['data.folder=a b,"c"', "data.folder='a b',c"], ["data.folder=-a-b-", "data.folder=c"]),
+    ],
+)
+def test_one_value_has_one_run_folder_however_it_is_quoted(
+    finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch, spellings: list[str], folders: list[str]
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(api, "caption", seen.append)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
+    for typed in spellings:
+        assert finetune_cli("caption", "conf=smoke", typed, "--multirun").code == 0
+    found = [Path(config.run_dir).name for config in seen]
+    assert found == found[:2] * len(spellings)
+    assert [name[: len(start)] for name, start in zip(found, folders, strict=False)] == folders
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
+    ("typed", "sets"),
+    [
+        ("sample.prompts=[größe],[b]", [["größe"], ["b"]]),
+        ('sample.prompts=[größe, "a, b"], [x: y]', [["größe", "a, b"], ["x: y"]]),
+        ("sample.prompts=choice([größe],[b])", [["größe"], ["b"]]),
+        ("sample.prompts=[x [1], größe]", [["x [1]", "größe"]]),
+    ],
+)
+def test_several_lists_are_offered_as_they_can_be_read(
+    finetune_cli: Cli, monkeypatch: pytest.MonkeyPatch, typed: str, sets: list[list[str]]
+) -> None:
+    seen: list[Config] = []
+    monkeypatch.setattr(api, "caption", seen.append)
+    monkeypatch.setattr(terminal, "show", lambda *_, began: None)
+    (line,) = finetune_cli("caption", "conf=smoke", typed, "--multirun").errors
+    offered = line.partition("a list of texts is quoted twice: ")[2]
+    assert finetune_cli("caption", "conf=smoke", *shlex.split(offered), "--multirun").code == 0
+    assert [config.sample.prompts for config in seen] == sets
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
     "call", ["shuffle(größe,b)", 'shuffle("größe",b)', 'sort(b,"größe")', "choice(größe)", "tag(ä,b)"]
 )
 def test_a_function_that_cannot_hold_a_text_is_refused_with_what_can(

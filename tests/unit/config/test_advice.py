@@ -18,7 +18,7 @@ from finetune.errors import ConfigError
 from tests.conftest import Answer
 
 Cli = Callable[..., Answer]
-SMOKE = "train conf=smoke "
+SMOKE, CHAT = "train conf=smoke ", "train conf=pirate_chat "
 
 # What was typed, what is offered in the error, the command line with that in its place, and what it then sets.
 MEANT: list[tuple[str, str, str, dict[str, Any]]] = [
@@ -31,6 +31,14 @@ MEANT: list[tuple[str, str, str, dict[str, Any]]] = [
     (SMOKE + "'sample.prompts=a, b'", "'sample.prompts=[\"a, b\"]'", SMOKE + "{}", {"sample.prompts": ["a, b"]}),
     (SMOKE + "'sample.prompts=a bee'", "'sample.prompts=[\"a bee\"]'", SMOKE + "{}", {"sample.prompts": ["a bee"]}),
     (SMOKE + "'sample.prompts=[ä, b]'", "'sample.prompts=[\"ä\",b]'", SMOKE + "{}", {"sample.prompts": ["ä", "b"]}),
+    (SMOKE + "'sample.prompts=[\"a\"],[b]'", "'sample.prompts=[a,b]'", SMOKE + "{}", {"sample.prompts": ["a", "b"]}),
+    (
+        CHAT + "data.columns={prompt:größe}",
+        "'data.columns={prompt:\"größe\"}'",
+        CHAT + "{}",
+        {"data.columns.prompt": "größe"},
+    ),
+    (SMOKE + "model.lora_targets.a=ö", "'model.lora_targets.a=[\"ö\"]'", SMOKE + "{}", {"model.lora_targets.a": ["ö"]}),
     (SMOKE + "'caption.trigger=a, b'", "'caption.trigger=\"a, b\"'", SMOKE + "{}", {"caption.trigger": "a, b"}),
     (SMOKE + "'caption.trigger=[a b'", "'caption.trigger=\"[a b\"'", SMOKE + "{}", {"caption.trigger": "[a b"}),
     (SMOKE + "sample.seeds=3", "'sample.seeds=[3]'", SMOKE + "{}", {"sample.seeds": [3]}),
