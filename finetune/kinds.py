@@ -37,8 +37,8 @@ class Kind(Protocol):
         ...
 
     def require_base(self, config: Config) -> None:
-        """Raises ModelError for a base that is not there, ConfigError for one that can't be exported as asked; loads
-        nothing."""
+        """Raises ModelError for a base that is not there, ConfigError for one that can't be exported as asked, and
+        DataError for a chat template that it has not; loads no weights."""
         ...
 
     def require_start(self, config: Config) -> None:

@@ -54,6 +54,7 @@ def model_without_weights(reference: str, dtype: torch.dtype) -> nn.Module:
     """The captioner's model on the meta device, from its configuration alone; no hub is asked. Raises ModelError."""
     from transformers import AutoConfig, AutoModelForImageTextToText
 
+    hub.require(reference, "config.json")
     config = hub.load(AutoConfig, str(hub.config_folder(reference)))
     _captioner(reference, config.model_type)
     with hub.explained(lambda reason: f"the config.json of {reference} describes no captioner ({reason})"):

@@ -2,6 +2,7 @@
 
 import os
 from collections.abc import Mapping
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -51,6 +52,8 @@ def require_device(config: Config, device: torch.device) -> None:
 def require_base(config: Config) -> None:
     exporting.check_formats(config.model, config.lora, config.export.formats)
     hub.require_weights(config.model.base, "")
+    if folder := hub.local(config.model.base):  # what is to be downloaded is seen then
+        tokenize.chat_of(replace(config.model, base=str(folder)), config.data)
 
 
 def require_start(config: Config) -> None:

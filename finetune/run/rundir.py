@@ -11,7 +11,7 @@ from typing import Any
 
 from finetune.errors import FinetuneError, OutOfMemory, RunError, is_out_of_memory
 from finetune.reading import read_text
-from finetune.run import ranks
+from finetune.run import ranks, room
 from finetune.run.atomic import remove_leftovers, write_atomically
 from finetune.run.plain import UNREADABLE, first_line
 from finetune.run.receipts import receipt_path
@@ -58,6 +58,19 @@ def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False
         if not (folder / CONFIG).exists() or (owns_config and not _has_training_state(folder)):
             write_config(settings, folder)
         yield folder
+
+
+def require_usable(folder: Path, settings: Mapping[str, Any]) -> None:
+    """Raises RunError as `held` does, for a folder that can't be written or is no run's; nothing is made or locked."""
+    _require_no_other(folder, settings)
+    above = room.existing(folder)
+    if not above.is_dir():
+        number = errno.EEXIST if above == folder else errno.ENOTDIR
+    elif not os.access(above, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    else:
+        return
+    raise RunError(_unwritable(folder, OSError(number, os.strerror(number))))
 
 
 @contextmanager

@@ -18,7 +18,7 @@ from finetune.planning.machine import Machine, read
 from finetune.planning.plan import Plan, Setting
 from finetune.reading import is_there
 from finetune.reporting.facts import update_scale
-from finetune.run import room
+from finetune.run import room, rundir
 from finetune.run.room import Need
 from finetune.training import checkpoint, disk
 from finetune.training.optim import require_device
@@ -43,7 +43,7 @@ def plan(config: Config) -> Plan:
     Nothing is written and nothing is loaded but configurations, and an adapter to start from. Raises ModelError for a
     base whose configuration isn't on this machine and for an adapter that doesn't fit, ConfigError for what base or
     machine can't do, DataError for examples that show at a glance to be none. What isn't on this machine is named in
-    the notes of a plan for another.
+    the notes of a plan for another. Raises RunError for a run folder that can't be written.
     """
     machine = read(config.hardware)
     _require(config, machine)
@@ -60,9 +60,11 @@ def _require(config: Config, machine: Machine) -> None:
         hub.config_folder(config.model.base)  # with which no hub is asked below
     try:
         kinds.of(config).require_base(config)
-    except ModelError:
+    except (DataError, ModelError):
         if not config.hardware.gpu:
             raise
+    if not config.hardware.gpu:
+        rundir.require_usable(Path(config.run_dir), as_dict(config))
     start = Path(config.lora.start_from)
     if config.lora.start_from and (is_there(start) or not config.hardware.gpu):
         formats.require_start(start)

@@ -144,6 +144,11 @@ def test_a_plan_refuses_the_data_that_training_refuses_at_a_glance(
         (["conf=pixar_style", "model.base=x.safetensors"], ModelError, "no file x.safetensors; download it"),
         (["conf=pixar_style", "model.base=./empty"], ModelError, "./empty holds no model_index.json"),
         (["conf=pirate_chat", "model.base=./empty"], ModelError, "./empty holds no model_index.json"),
+        (["conf=pixar_style", "caption.model=./empty"], ModelError, "./empty holds no config.json"),
+        (["conf=pirate_chat", "data.chat_template=x.jinja"], DataError, "there is no chat template x.jinja; there are"),
+        (["conf=pirate_chat", "run_dir=empty/file"], RunError, "the run folder empty/file (File exists); choose one"),
+        (["conf=pirate_chat", "run_dir=empty/file/a"], RunError, "folder empty/file/a (Not a directory); choose one"),
+        (["conf=pirate_chat", "run_dir=foreign"], RunError, "foreign/report.html is of no run, and a run would"),
         (["conf=pixar_style", "model.base=./bare"], ModelError, "bare/unet/*.safetensors is missing; it needs"),
         (["conf=pirate_chat", "model.base=./bare_chat"], ModelError, "bare_chat/*.safetensors is missing; it needs"),
         (
@@ -153,18 +158,21 @@ def test_a_plan_refuses_the_data_that_training_refuses_at_a_glance(
         ),
     ],
 )
-def test_a_plan_refuses_the_base_that_training_refuses(
+def test_a_plan_refuses_what_training_refuses_before_its_first_step(
     finetune_cli: Cli, workdir: Path, images: Path, words: list[str], error: type[FinetuneError], said: str
 ) -> None:
     for text in images.glob("*.txt"):
         text.unlink()
     (workdir / "empty").mkdir()
+    (workdir / "empty/file").touch()
+    (workdir / "foreign").mkdir()
+    (workdir / "foreign/report.html").touch()
     for folder, name in (("diffusion", "bare"), ("language", "bare_chat")):
         shutil.copytree(hub.EMBEDDED / folder, name, ignore=shutil.ignore_patterns("*.safetensors"))
     data = "data.folder=images" if words[0] == "conf=pixar_style" else f"data.file={STORED / CONVERSATIONS}"
-    with untouched(workdir):
+    with untouched(images):
         for verb in ("train", "plan"):
-            refused(finetune_cli(verb, *words, data, "run_dir=run"), error.exit_code, said)
+            refused(finetune_cli(verb, words[0], data, "run_dir=run", *words[1:]), error.exit_code, said)
     assert not Path("run").exists()
 
 
@@ -314,6 +322,8 @@ def test_a_read_only_output_folder(workdir: Path, images: Path, small: list[str]
     with untouched(images):
         answer = command.run("train", *small, "run_dir=closed/run", cwd=workdir, before=ORDINARY)
     refused(answer, RunError.exit_code, ["run folder closed/run (Permission denied)", "run_dir=PATH"])
+    planned = command.run("plan", *small, "run_dir=closed/run", cwd=workdir, before=ORDINARY)
+    assert (planned.code, planned.errors) == (answer.code, answer.errors)
     assert list(closed.iterdir()) == []
 
 
