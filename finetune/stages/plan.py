@@ -160,7 +160,8 @@ def _monitor(chosen: Setting | None, machine: Machine) -> Iterator[str]:
 def _absent(require: Callable[[Config], None], config: Config, *, otherwise: str = "") -> Iterator[str]:
     """What a plan for another machine, where it may be, misses on this one."""
     try:
-        require(config)
+        if config.hardware.gpu:  # in a plan for this machine it was refused
+            require(config)
     except (DataError, ModelError) as error:
         yield f"warning: {error}"
     else:
