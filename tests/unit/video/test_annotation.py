@@ -19,7 +19,7 @@ from PIL import Image
 
 from finetune.errors import DataError, RunError
 from finetune.run import rundir
-from finetune.video import page, pipeline, segments
+from finetune.video import page, pipeline, segments, writer
 from finetune.video.annotation import annotate
 from finetune.video.records import Annotated
 from finetune.video.settings import Annotate
@@ -126,6 +126,30 @@ def test_boxes_are_drawn_where_the_objects_are_in_every_frame(done: tuple[Path, 
         assert np.abs(edge - plain[24:34, left - 1 : left + 3]).mean() > 30, number
 
 
+@pytest.mark.parametrize(
+    ("most_held", "expected"),
+    [
+        (writer.MOST_HELD_BYTES, [4, 6, 8, 10, 12, 14, 16, 18, 20, 22, 24]),
+        (2 * SIZE[0] * SIZE[1] * 3 // 2, [4, 4, 4, 7.3, 10.7, 14, 15, 16, 18.7, 21.3, 24]),
+    ],
+)
+def test_a_box_glides_from_its_first_look_to_the_next(
+    settings: Annotate, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most_held: int, expected: list[float]
+) -> None:
+    """At two looks a second, five frames apart. Where memory holds two frames only, the last ones catch up."""
+    monkeypatch.setattr(writer, "MOST_HELD_BYTES", most_held)
+    path = film(tmp_path / "film.mp4", regular(11))
+    annotate(path, tmp_path / "run", replace(settings, rate=Fraction(2), images=False), SquareFinder)
+    lefts = [left_edge(picture) for _, picture in frames(tmp_path / "run" / "labelled.mp4")]
+    assert lefts == pytest.approx(expected, abs=1.5)
+
+
+def left_edge(picture: np.ndarray) -> int:
+    """Of the box around the square, which is drawn in blue."""
+    picture = picture.astype(int)
+    return int((picture[28:34, :, 2] - picture[28:34, :, 0] > 60).all(0).argmax())
+
+
 def test_a_run_cut_anywhere_goes_on_without_a_frame_lost_or_done_twice(
     done: tuple[Path, Annotated], long_film: Path, settings: Annotate, tmp_path: Path
 ) -> None:
@@ -166,17 +190,17 @@ def test_a_killed_film_plays_as_far_as_it_was_written(long_film: Path, settings:
     code = f"""
 import os, signal
 from pathlib import Path
-from finetune.video import pipeline
+from finetune.video import segments
 from finetune.video.annotation import annotate
 from finetune.video.settings import Annotate
 from tests.unit.video.films import SquareFinder
-write, count = pipeline.Film.write, [0]
+write, count = segments.Film.write, [0]
 def dies(*words):
     count[0] += 1
     if count[0] == 160:
         os.kill(os.getpid(), signal.SIGKILL)
     return write(*words)
-pipeline.Film.write = dies
+segments.Film.write = dies
 settings = Annotate(video={settings.video!r}, detector={settings.detector!r})
 annotate(Path({str(long_film)!r}), Path({str(tmp_path / "film")!r}), settings, SquareFinder)
 """

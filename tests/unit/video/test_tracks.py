@@ -1,11 +1,13 @@
 """Tracks and cuts by themselves: numbers that last through a shot, and scenes that begin where the picture changes."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 
 from finetune.video.cuts import HIGH, WIDE, CutFinder
-from finetune.video.tracks import Box, Detection, Tracker, patience_s
+from finetune.video.tracks import Box, Detection, Tracked, Tracker, patience_s
+from finetune.video.writer import Seen
 
 
 def at(x: float, name: str = "car", y: float = 50) -> Detection:
@@ -68,6 +70,21 @@ def test_motion_is_learnt_in_pixels_a_second() -> None:
         (one,) = tracker.update(k / 5, 0, [at(11 * k)])
     wanted: Box = (55, 0, 55, 0)
     assert np.allclose(one.motion, wanted, atol=0.1)
+
+
+def test_between_two_looks_boxes_are_on_a_straight_way() -> None:
+    still, gone = (Tracked("car", (x, 50, x + 40, 80), 0.9, x, (10.0, 0, 10, 0)) for x in (0, 100))
+    seen = Seen(1.0, 0, (still, gone), 1.0)
+    following = Seen(3.0, 0, (replace(still, box=(40, 30, 100, 80)),), 3.0)
+    boxes = {one.track: box for one, box in seen.boxes(1.5, 9, following)}
+    assert boxes == {0: (10, 45, 55, 80), 100: (105, 50, 145, 80)}  # the other wasn't found again: it goes on
+    assert dict(seen.boxes(3.0, 9, following))[still] == following.objects[0].box
+    # Drawn without knowing, until 2 s: from there the way is steeper, and no box jumps.
+    late = replace(seen, drawn_until=2.0)
+    assert dict(late.boxes(2.0, 9, following))[still] == dict(late.boxes(2.0, 9, None))[still] == (10, 50, 50, 80)
+    assert dict(late.boxes(2.5, 9, following))[still] == (25, 40, 75, 80)
+    # In another scene nothing is found again, and nothing moves on for longer than to the next look.
+    assert dict(seen.boxes(8.0, 2, replace(following, scene=1)))[still] == (20, 50, 60, 80)
 
 
 def cells(seed: int, shift: int = 0, light: int = 0) -> np.ndarray:
