@@ -17,6 +17,7 @@ COLOURS = ((230, 60, 60), (40, 150, 240), (60, 180, 75), (245, 170, 20), (150, 8
 LINE = 1 / 240  # of the height
 TEXT, LEAST_TEXT = 1 / 40, 12  # of the shorter side; pixels, below which letters run together
 MOST_TEXTS = 256  # kept as ink: tracks count up over the whole video
+STAMP = 24  # pixels of 320: the page shows six thumbnails side by side
 WHITE, BLACK = 235, 16
 
 Planes = tuple[NDArray[np.uint8], ...]
@@ -50,6 +51,23 @@ def draw(planes: Planes, boxes: Iterable[tuple[Box, str, int]]) -> None:
         ink = _ink(text, size)
         placed.append(label_area(area, (ink.shape[1], ink.shape[0]), (width, height), placed))
         _label(planes, ink, placed[-1], yuv(COLOURS[number % len(COLOURS)]))
+
+
+def stamp(image: Image.Image, seconds: float) -> None:
+    """Write a time into the lower right corner of an image, in place."""
+    font = ImageFont.load_default(STAMP)
+    pen = ImageDraw.Draw(image)
+    text, pad = clock(seconds), STAMP // 4
+    corner = (image.width, image.height)
+    left, top, right, bottom = pen.textbbox(corner, text, font=font, anchor="rd")
+    pen.rectangle((left - 2 * pad, top - 2 * pad, right, bottom), fill="black")
+    pen.text((corner[0] - pad, corner[1] - pad), text, fill="white", font=font, anchor="rd")
+
+
+def clock(seconds: float) -> str:
+    """ "1:02.5": minutes and seconds."""
+    minutes, tenths = divmod(round(10 * seconds), 600)
+    return f"{minutes}:{tenths // 10:02d}.{tenths % 10}"
 
 
 def label_area(box: Area, size: tuple[int, int], frame: tuple[int, int], placed: Sequence[Area]) -> Area:

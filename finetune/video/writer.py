@@ -15,7 +15,7 @@ from typing import Any
 from finetune.run.plain import from_plain
 from finetune.video import segments
 from finetune.video.cuts import CutFinder
-from finetune.video.drawing import Planes, draw
+from finetune.video.drawing import Planes, draw, stamp
 from finetune.video.page import MOST_SHOWN
 from finetune.video.segments import Film, Piece
 from finetune.video.source import Facts, Rgb
@@ -174,7 +174,9 @@ class Writer:
         if shown.looks and shown.looks[0] % self.every == 0:
             width, height = self.size
             small = frame.reformat(THUMBNAIL_WIDTH, round(THUMBNAIL_WIDTH * height / width), format="rgb24")
-            small.to_image().save(self.folder / f"look-{shown.looks[0]:06d}.jpg", quality=THUMBNAIL_QUALITY)
+            image = small.to_image()
+            stamp(image, float(shown.seconds))
+            image.save(self.folder / f"look-{shown.looks[0]:06d}.jpg", quality=THUMBNAIL_QUALITY)
 
     def _boxes(self, shown: Shown, following: Seen | None) -> Iterator[tuple[Box, str, int]]:
         """In the film's pixels, with a text and the number of the track."""

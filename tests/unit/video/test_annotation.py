@@ -356,7 +356,9 @@ def test_the_page_shows_what_is_seen_when(done: tuple[Path, Annotated]) -> None:
     assert "square, 0.0–25.0 s" in shown
     assert f"{record.counts['square']} tracks" in shown
     assert '<a href="labelled.mp4">' in shown
-    assert (folder / "sheet.jpg").is_file()
+    with Image.open(folder / "sheet.jpg") as sheet:  # each frame's time in its corner, white on black
+        corner = np.asarray(sheet.convert("L"))[180:212, 250:318]
+    assert (corner.min() < 40, corner.max() > 200) == (True, True)
     assert "http:" not in shown.replace("http-equiv", "")
 
 

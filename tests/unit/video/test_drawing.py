@@ -2,9 +2,10 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from finetune.video import drawing
-from finetune.video.drawing import Area, draw, label_area
+from finetune.video.drawing import Area, clock, draw, label_area, stamp
 
 
 def test_a_label_stands_above_its_box_or_where_it_covers_no_other() -> None:
@@ -66,3 +67,16 @@ def test_a_text_is_inked_in_even_sides_and_only_the_latest_are_kept() -> None:
     for number in range(2 * drawing.MOST_TEXTS):
         drawing._ink(str(number), 12)
     assert drawing._ink.cache_info().currsize == drawing.MOST_TEXTS
+
+
+def test_a_frames_time_stands_in_its_corner() -> None:
+    assert [clock(second) for second in (0, 7.4, 59.96, 62.5, 3605)] == [
+        *("0:00.0", "0:07.4", "1:00.0", "1:02.5", "60:05.0")
+    ]
+    image = Image.new("RGB", (320, 180), "grey")
+    stamp(image, 62.5)
+    changed = (np.asarray(image) != 128).any(2)
+    assert not changed[:140].any()
+    assert not changed[:, :220].any()
+    assert np.asarray(image)[150:, 240:].min() == 0
+    assert np.asarray(image)[150:, 240:].max() == 255
