@@ -84,6 +84,9 @@ class Interrupted(FinetuneError):
         super().__init__(message)
         self.exit_code = 128 + signal_number
 
+    def __reduce__(self) -> tuple[type["Interrupted"], tuple[str, int]]:
+        return type(self), (str(self), self.exit_code - 128)  # from a worker's process to ours
+
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether a GPU or the host ran out: in torch's allocator, in CUDA's libraries, in torch's on a CPU, in Python."""

@@ -1,6 +1,5 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
-import signal
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -25,7 +24,7 @@ from finetune.run.records import Dataset, Run, TextSet
 from finetune.training import checkpoint, disk, distributed
 from finetune.training.accelerator import build_accelerator, without_cudnn_attention
 from finetune.training.loop import Step
-from finetune.training.signals import Stop, catch_stop
+from finetune.training.signals import Stop, catch_stop, cause
 from finetune.training.trainer import Trainer
 from finetune.workstation.meanwhile import Meanwhile
 
@@ -177,8 +176,7 @@ def _heed(stop: Stop, step: Step, trainer: Trainer) -> None:
         return
     distributed.on_first_rank(trainer.save)
     then = "exports what was trained" if step.number == trainer.trainer.steps else "goes on from there"
-    cause = "Ctrl-C" if stop.number == signal.SIGINT else signal.Signals(stop.number).name
-    raise Interrupted(f"stopped by {cause} after step {step.number}; the same command {then}", stop.number)
+    raise Interrupted(f"stopped by {cause(stop.number)} after step {step.number}; the same command {then}", stop.number)
 
 
 def _contents(config: Config) -> dict[str, str]:

@@ -19,6 +19,11 @@ class Stop:
     number: int | None = None
 
 
+def cause(number: int) -> str:
+    """A signal in words."""
+    return "Ctrl-C" if number == signal.SIGINT else signal.Signals(number).name
+
+
 @contextmanager
 def catch_stop() -> Iterator[Stop]:
     """Collect SIGINT and SIGTERM while the block runs; a second one acts at once, as if nothing had caught the first.

@@ -12,7 +12,7 @@ from typing import Any
 
 from finetune import hub
 from finetune.config.schema import Precision
-from finetune.errors import DataError, RunError
+from finetune.errors import DataError, Interrupted, RunError
 from finetune.memory.device import pick_device, pick_dtype
 from finetune.reading import read_text
 from finetune.run import rundir
@@ -20,6 +20,7 @@ from finetune.run.atomic import write_atomically
 from finetune.run.hashing import hash_file, hash_of
 from finetune.run.plain import UNREADABLE, from_plain
 from finetune.run.progress import plural, progress, say
+from finetune.training.signals import Stop, cause
 from finetune.video import exports, page, pipeline, segments
 from finetune.video.detector import Detector
 from finetune.video.pipeline import Finder
@@ -35,6 +36,7 @@ PRODUCTS = {
     "cvat.xml": "cvat",
 }  # fmt: skip
 """What is made only where it is asked for -> the export, or the setting, that asks for it."""
+NEVER = Stop()
 COUNTS_LITTLE = ("name", "run_dir", "video", "folder", "workers", "batch", "device")  # of settings, for what is found
 
 
@@ -46,10 +48,12 @@ def load_detector(settings: Annotate) -> Detector:
     return Detector(settings.detector, device, dtype, threshold=settings.threshold, classes=settings.classes)
 
 
-def annotate(video: Path, folder: Path, settings: Annotate, load: Callable[[], Finder]) -> tuple[Annotated, bool]:
+def annotate(
+    video: Path, folder: Path, settings: Annotate, load: Callable[[], Finder], asked: Stop = NEVER
+) -> tuple[Annotated, bool]:
     """Annotate a video into a folder, on from where a cut run stopped; and whether there was anything to do.
 
-    load: the detector, asked for where there is.
+    load: the detector, asked for where there is. asked: to stop, with Interrupted, as soon as a look is done.
     Raises DataError for what is no video, RunError where the folder can't be written or is in use.
     """
     with opened(video) as source:  # before the folder is made
@@ -65,6 +69,9 @@ def annotate(video: Path, folder: Path, settings: Annotate, load: Callable[[], F
         wanted = (LINES, REPORT, *products(settings))
         if record is not None and record.input_hash == input_hash and all((folder / name).exists() for name in wanted):
             return record, False
+        if asked.number is not None:  # while another video was annotated
+            line = f"stopped by {cause(asked.number)} before {video.name}; the same command goes on from there"
+            raise Interrupted(line, asked.number)
         detector = load()  # before anything is made: it may not be there
         pieces = folder / PIECES
         known = pieces / "input"
@@ -73,7 +80,7 @@ def annotate(video: Path, folder: Path, settings: Annotate, load: Callable[[], F
             pieces.mkdir()
             shutil.rmtree(folder / IMAGES, ignore_errors=True)  # of other times
             write_atomically(known, input_hash)
-        record = _pass(video, folder, settings, detector, sha256, input_hash)
+        record = _pass(video, folder, settings, detector, sha256, input_hash, asked)
         for name in set(PRODUCTS) - set(products(settings)):  # of other settings
             unasked = folder / name
             shutil.rmtree(unasked) if unasked.is_dir() else unasked.unlink(missing_ok=True)
@@ -95,7 +102,9 @@ def _require_own(folder: Path, video: str, sha256: str) -> None:
         raise RunError(f"{folder} holds the annotation of {before}; name another folder: name=NAME or run_dir=PATH")
 
 
-def _pass(video: Path, folder: Path, settings: Annotate, detector: Finder, sha256: str, input_hash: str) -> Annotated:
+def _pass(
+    video: Path, folder: Path, settings: Annotate, detector: Finder, sha256: str, input_hash: str, asked: Stop
+) -> Annotated:
     pieces = folder / PIECES
     images = folder / IMAGES if settings.images else None
     if images is not None:
@@ -118,7 +127,7 @@ def _pass(video: Path, folder: Path, settings: Annotate, detector: Finder, sha25
             say(f"annotate: {plural(before, 'frame')} of {video.name} are done already")
         total = max(before, ceil((facts.duration or 0) * facts.rate))
         with progress("annotate", total, unit="frames", done=before) as shown:
-            done = pipeline.run(work, done, shown)
+            done = pipeline.run(work, done, shown, asked)
     if not done:
         raise DataError(f"{video} is damaged (no frame in it can be decoded); get it again")
     passed = time.monotonic() - began

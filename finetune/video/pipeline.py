@@ -15,7 +15,9 @@ from typing import Any, Protocol
 
 from PIL import Image
 
+from finetune.errors import Interrupted
 from finetune.run.progress import Progress
+from finetune.training.signals import Stop, cause
 from finetune.video.cuts import CutFinder, thumbnail
 from finetune.video.segments import Piece
 from finetune.video.source import Frame, Rgb, Source, planes, rgb
@@ -72,8 +74,18 @@ class Work:
     )
 
 
-def run(work: Work, done: Sequence[Piece], progress: Progress) -> list[Piece]:
-    """Do what is left behind the pieces that are done; all pieces."""
+@dataclass(frozen=True)
+class Over:
+    """What stands behind the last frame. whole: of the video; otherwise a signal ended the pass."""
+
+    whole: bool
+
+
+def run(work: Work, done: Sequence[Piece], progress: Progress, asked: Stop) -> list[Piece]:
+    """Do what is left behind the pieces that are done; all pieces.
+
+    Raises Interrupted where `asked` says so, once a last, shorter piece holds what was done until then.
+    """
     pieces = list(done)
     stop = threading.Event()
     failures: list[BaseException] = []
@@ -95,22 +107,29 @@ def run(work: Work, done: Sequence[Piece], progress: Progress) -> list[Piece]:
         return thread
 
     state = done[-1].state if done else None
-    threads = [
-        guarded(lambda: _decode(work, state, decoded, stop)),
-        guarded(lambda: _encode(work, labelled, stop, pieces, progress)),
-    ]
+    decoder = guarded(lambda: _decode(work, state, decoded, stop))
+    encoder = guarded(lambda: _encode(work, labelled, stop, pieces, progress))
     try:
-        _detect(work, state, decoded, labelled, stop)
-        for thread in threads:
-            while thread.is_alive():
-                thread.join(POLL_S)
+        whole = _detect(work, state, decoded, labelled, stop, asked)
+        while encoder.is_alive():
+            encoder.join(POLL_S)
     finally:
         stop.set()
-        for thread in threads:
+        for thread in (decoder, encoder):
             thread.join()
     if failures:
         raise failures[0]
+    if asked.number is not None and not whole:
+        raise Interrupted(f"stopped by {cause(asked.number)} {_reached(work, pieces)}", asked.number)
     return pieces
+
+
+def _reached(work: Work, pieces: Sequence[Piece]) -> str:
+    state, name = (pieces[-1].state if pieces else None), work.source.path.name
+    if state is None:
+        return f"before the first look at {name}; the same command begins again"
+    seconds = float((state["last_pts"] - state["start"]) * work.source.facts.unit)
+    return f"after {seconds:.1f} s of {name}; the same command goes on from there"
 
 
 def shown_when(
@@ -173,13 +192,19 @@ def _timed(frames: Iterator[Frame], watch: Stopwatch) -> Iterator[Frame]:
 
 
 def _detect(
-    work: Work, state: dict[str, Any] | None, source: "Queue[Any]", out: "Queue[Any]", stop: threading.Event
-) -> None:
-    """Gather frames until a batch of looks is there or memory is full, then look at all of them at once."""
+    work: Work,
+    state: dict[str, Any] | None,
+    source: "Queue[Any]",
+    out: "Queue[Any]",
+    stop: threading.Event,
+    asked: Stop,
+) -> bool:
+    """Gather frames until a batch of looks is there or memory is full, then look at all of them at once. Whether the
+    video's end was reached."""
     tracker = Tracker.from_state(state["tracker"]) if state else Tracker(patience_s=patience_s(float(work.rate)))
     waiting: list[Shown] = []
-    looks, held = 0, 0
-    while not stop.is_set():
+    looks, held, whole = 0, 0, False
+    while not (whole or stop.is_set() or asked.number):
         shown = _get(source, stop)
         if shown is not None:
             looks, held = looks + bool(shown.looks), held + shown.bytes_held
@@ -188,9 +213,9 @@ def _detect(
             for ready in _found(work, tracker, waiting):
                 _put(out, ready, stop)
             waiting, looks, held = [], 0, 0
-        if shown is None:
-            break
-    _put(out, None, stop)
+        whole = shown is None
+    _put(out, Over(whole), stop)
+    return whole
 
 
 def _found(work: Work, tracker: Tracker, waiting: Sequence[Shown]) -> Iterator[Looked]:
@@ -211,13 +236,13 @@ def _found(work: Work, tracker: Tracker, waiting: Sequence[Shown]) -> Iterator[L
 def _encode(work: Work, source: "Queue[Any]", stop: threading.Event, pieces: list[Piece], progress: Progress) -> None:
     facts, colours = work.source.facts, work.source.stream.codec_context
     writer = Writer(work.folder, pieces, rate=work.rate, facts=facts, colours=colours, common=work.common)
-    while (item := _get(source, stop)) is not None:
+    while isinstance(item := _get(source, stop), Looked):
         since = time.perf_counter()
         writer.take(item)
         work.watches["encode"].measured(since)
         progress.advance()
-    if not stop.is_set():
-        writer.end()
+    if item is not None:  # no other thread failed
+        writer.end(whole=item.whole)
 
 
 def _put(queue: "Queue[Any]", item: Any, stop: threading.Event) -> None:

@@ -137,9 +137,9 @@ class Writer:
             self._write(oldest, None)
             self.seen = replace(self.seen, drawn_until=float(oldest.shown.seconds))
 
-    def end(self) -> None:
-        """The video is over."""
-        while self.held:
+    def end(self, *, whole: bool) -> None:
+        """No frame follows: the video is over, or else what came behind the last look is left for another time."""
+        while self.held and whole:
             self._write(self._oldest(), None)
         self._commit()
 
@@ -154,7 +154,7 @@ class Writer:
 
     def _write(self, item: Looked, following: Seen | None) -> None:
         shown = item.shown
-        if self.last is not None and _piece(self.last.shown) != _piece(shown):
+        if self.last is not None and _stretch(self.last.shown) != _stretch(shown):
             self._commit()
         if shown.scene == len(self.scenes):
             self.scenes.append(float(shown.seconds))
@@ -167,7 +167,7 @@ class Writer:
 
     def _film(self, shown: Shown, picture: Planes, following: Seen | None) -> None:
         if self.film is None:
-            path = segments.film_path(self.folder, _piece(shown))
+            path = segments.film_path(self.folder, len(self.pieces))
             self.film = Film(path, self.size, self.facts.unit, self.facts.rate, self.colours)
         draw(picture, self._boxes(shown, following))
         frame = self.film.write(picture, shown.pts)
@@ -203,7 +203,7 @@ class Writer:
             "seen": asdict(self.seen),
             "scenes": list(self.scenes),
         }
-        piece = Piece(_piece(shown), tuple(self.times), state)
+        piece = Piece(len(self.pieces), tuple(self.times), state)
         segments.commit(self.folder, piece, self.lines)
         self.pieces.append(piece)
         self.film, self.last, self.lines, self.times = None, None, [], []
@@ -237,6 +237,6 @@ def even_size(facts: Facts) -> tuple[int, int]:
     return facts.width + facts.width % 2, facts.height + facts.height % 2
 
 
-def _piece(shown: Shown) -> int:
-    """The number of the piece that a frame is in."""
+def _stretch(shown: Shown) -> int:
+    """The number of the ten seconds that a frame is in: a piece ends with them."""
     return int(shown.seconds / segments.LENGTH_S)

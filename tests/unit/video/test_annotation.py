@@ -1,7 +1,9 @@
 """A video annotated: times, boxes, tracks and scenes against what was drawn; cut runs; what other tools read."""
 
 import json
+import re
 import shutil
+import signal
 import subprocess
 import sys
 from dataclasses import replace
@@ -17,8 +19,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from finetune.errors import DataError, RunError
+from finetune.errors import DataError, Interrupted, RunError
 from finetune.run import rundir
+from finetune.training.signals import Stop
 from finetune.video import page, pipeline, segments, writer
 from finetune.video.annotation import annotate
 from finetune.video.records import Annotated
@@ -183,6 +186,69 @@ class Cut(SquareFinder):
         if self.left < 0:
             raise InterruptedError
         return super().find(frames, width, height)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_keeps_every_look_that_was_done(
+    done: tuple[Path, Annotated], long_film: Path, settings: Annotate, tmp_path: Path, number: int
+) -> None:
+    """No look is done twice, and all is as if nothing had happened."""
+    folder, looked = tmp_path / "film", 0
+    for after in (1, 40, 50):
+        asked = Stop()
+        finder = Asks(asked, number, after=after)
+        with pytest.raises(Interrupted) as stopped:
+            annotate(long_film, folder, settings, lambda one=finder: one, asked)
+        assert stopped.value.exit_code == 128 + number
+        reason = "Ctrl-C" if number == signal.SIGINT else "SIGTERM"
+        said = re.fullmatch(
+            rf"stopped by {reason} after (\d+\.\d) s of film\.mp4; the same command goes on from there",
+            str(stopped.value),
+        )
+        assert said
+        looked += finder.looked
+        assert float(said[1]) == pytest.approx((looked - 1) / 5)
+    finder = SquareFinder()
+    record, _ = annotate(long_film, folder, settings, lambda: finder)
+    assert looked + finder.looked == 125
+    assert (folder / "annotations.jsonl").read_bytes() == (done[0] / "annotations.jsonl").read_bytes()
+    assert replace(record, per_second={}) == replace(done[1], per_second={})
+    for one, other in zip(frames(folder / "labelled.mp4"), frames(done[0] / "labelled.mp4"), strict=True):
+        assert one[0] == other[0]
+        assert np.abs(one[1].astype(int) - other[1]).mean() < 2  # a film that begins anew is encoded otherwise
+
+
+class Asks(SquareFinder):
+    """Asks for the end, as a signal does, after so many looks."""
+
+    def __init__(self, asked: Stop, number: int, *, after: int) -> None:
+        super().__init__()
+        self.asked, self.number, self.after = asked, number, after
+
+    def find(self, frames: Any, width: int, height: int) -> Any:
+        found = super().find(frames, width, height)
+        if self.looked >= self.after:
+            self.asked.number = self.number
+        return found
+
+
+def test_a_signal_before_anything_is_looked_at_leaves_nothing_half_done(
+    long_film: Path, settings: Annotate, tmp_path: Path
+) -> None:
+    asked = Stop()
+    asked.number = signal.SIGINT
+    with pytest.raises(Interrupted, match=r"^stopped by Ctrl-C before film\.mp4; the same command goes on from there$"):
+        annotate(long_film, tmp_path / "film", settings, SquareFinder, asked)
+
+    def load() -> SquareFinder:
+        late.number = signal.SIGINT
+        return SquareFinder()
+
+    late = Stop()
+    line = r"^stopped by Ctrl-C before the first look at film\.mp4; the same command begins again$"
+    with pytest.raises(Interrupted, match=line):
+        annotate(long_film, tmp_path / "film", settings, load, late)
+    assert {path.name for path in (tmp_path / "film" / "pieces").iterdir()} == {"input"}
 
 
 def test_a_killed_film_plays_as_far_as_it_was_written(long_film: Path, settings: Annotate, tmp_path: Path) -> None:
@@ -430,7 +496,7 @@ def test_what_waits_between_threads_is_bounded(tmp_path: Path) -> None:
     with opened(path) as source, pytest.MonkeyPatch.context() as patched:
         patched.setattr(pipeline, "_put", counted_put)
         work = pipeline.Work(source, SquareFinder(), tmp_path, Fraction(5), 8, True, None, {})
-        pipeline.run(work, [], Silent())
+        pipeline.run(work, [], Silent(), Stop())
     assert 0 < most[0] <= pipeline.MOST_WAITING
 
 

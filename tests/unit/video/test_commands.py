@@ -1,7 +1,10 @@
 """The video commands as they are typed."""
 
 import json
+import pickle
+import re
 import shutil
+import signal
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -10,7 +13,11 @@ from typing import Any
 import pytest
 
 from finetune.data.images.folder import images
-from finetune.errors import ConfigError, DataError, ModelError
+from finetune.errors import ConfigError, DataError, FinetuneError, Interrupted, ModelError, RunError
+from finetune.training.signals import Stop
+from finetune.video import annotate, extraction
+from finetune.video.detector import Detector
+from finetune.video.settings import Annotate
 from finetune.video.tracks import iou
 from tests.conftest import ROOT
 from tests.unit.video.detectors import tiny_detector
@@ -86,6 +93,83 @@ def test_a_folder_is_annotated_and_one_bad_video_stops_no_other(
     assert "two.mp4 can't be read as a video" in answer.err
     assert "2 videos annotated, 1 failed" in answer.out
     assert sorted(path.parent.name for path in run.glob("*/report.html")) == ["one", "three"]
+
+
+def test_ctrl_c_keeps_what_was_done_and_the_same_command_goes_on(
+    finetune_cli: Cli, detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "film.mp4", regular(40))
+    words = ("annotate", f"video={path}", detector, "device=cpu", f"run_dir={tmp_path / 'run'}", "batch=5")
+    with monkeypatch.context() as patched:
+        patched.setattr(Detector, "find", after(Detector.find, 2, signal.SIGINT))
+        answer = finetune_cli(*words)
+    assert answer.code == 130
+    assert answer.errors[-1] == "stopped by Ctrl-C after 1.8 s of film.mp4; the same command goes on from there"
+    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    answer = finetune_cli(*words)
+    assert answer.code == 0
+    assert "annotate: 19 frames of film.mp4 are done already" in answer.err
+
+
+def test_a_second_ctrl_c_acts_at_once(
+    finetune_cli: Cli, detector: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "film.mp4", regular(20))
+    monkeypatch.setattr(Detector, "find", after(Detector.find, 1, signal.SIGINT, signal.SIGINT))
+    answer = finetune_cli("annotate", f"video={path}", detector, "device=cpu", f"run_dir={tmp_path / 'run'}")
+    assert answer.code == 130
+    line = "stopped by Ctrl-C; the same command goes on behind the last piece of ten seconds"
+    assert answer.errors[-1] == line
+
+
+def after(find: Callable[..., Any], calls: int, *signals: int) -> Callable[..., Any]:
+    """A detector in whose last call these signals come."""
+    left = [calls]
+
+    def found(*words: Any) -> Any:
+        left[0] -= 1
+        if not left[0]:
+            for number in signals:
+                signal.raise_signal(number)
+        return find(*words)
+
+    return found
+
+
+def test_ctrl_c_leaves_a_folder_of_frames_as_it_was(
+    finetune_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "film.mp4", regular(20))
+    folder = tmp_path / "images"
+    monkeypatch.setattr(extraction, "_save", lambda *_: signal.raise_signal(signal.SIGINT))
+    answer = finetune_cli("frames", f"video={path}", f"folder={folder}")
+    assert answer.code == 130
+    assert answer.errors[-1] == f"stopped by Ctrl-C; {folder} is as it was; the same command begins again"
+    assert [each.name for each in tmp_path.iterdir()] == ["film.mp4"]
+
+
+@pytest.mark.parametrize(
+    ("number", "error", "line"),
+    [
+        (None, RunError, "a worker ended by itself (its last lines stand above), perhaps for lack of memory; "),
+        (signal.SIGINT, Interrupted, "stopped by Ctrl-C; the same command goes on behind the last piece"),
+    ],
+)
+def test_a_worker_that_ends_by_itself_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int | None, error: type[FinetuneError], line: str
+) -> None:
+    monkeypatch.setattr(annotate, "_begin", sys.exit)
+    asked = Stop()
+    asked.number = number
+    settings = Annotate(folder="videos", workers=2)
+    jobs = [(tmp_path / name, tmp_path / "run", settings) for name in ("one", "two")]
+    with pytest.raises(error, match=re.escape(line)):
+        annotate._all(jobs, settings, asked)
+
+
+def test_an_interruption_comes_whole_from_a_workers_process() -> None:
+    error = pickle.loads(pickle.dumps(Interrupted("stopped by SIGTERM", 15)))
+    assert (str(error), error.exit_code) == ("stopped by SIGTERM", 143)
 
 
 @pytest.mark.exhaustive
