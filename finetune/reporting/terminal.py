@@ -38,7 +38,7 @@ def show(config: Config, record: Any, overrides: Sequence[str] = (), *, began: f
     elif isinstance(record, Profile):
         _profile(config, record, overrides)
     elif isinstance(record, Result):
-        _print_table(f"finetune train {_recipe(overrides, config.name)}", ("", ""), _result_rows(config, record, began))
+        print_table(f"finetune train {_recipe(overrides, config.name)}", ("", ""), _result_rows(config, record, began))
         print("next")
         for line in _next(config, record, overrides):
             print(f"  {line}")
@@ -64,7 +64,7 @@ def show_sweep(runs: Sequence[SweptRun]) -> None:
         (" ".join(word for word in run.overrides if word not in common), *_losses(run.record), shown(Path(run.folder)))
         for run in runs
     ]
-    _print_table(f"\n{plural(len(runs), 'run')}", ("settings", "loss", "validation", "folder"), rows)
+    print_table(f"\n{plural(len(runs), 'run')}", ("settings", "loss", "validation", "folder"), rows)
 
 
 def _losses(record: Any) -> tuple[str, str]:
@@ -89,8 +89,8 @@ def _recipe(overrides: Sequence[str], name: str) -> str:
 def _plan(plan: Plan, overrides: Sequence[str]) -> None:
     for index, table in enumerate(plan_tables(plan)):
         title = f"\n{table.title}" if index else f"finetune plan {_recipe(overrides, plan.name)}"
-        _print_table(title, ("", *table.head), table.rows)
-    _print_table("", ("", ""), [("·", note) for note in plan.notes])
+        print_table(title, ("", *table.head), table.rows)
+    print_table("", ("", ""), [("·", note) for note in plan.notes])
     if plan.fits and plan.chosen:
         words = [word for word in overrides if word.partition("=")[0].lstrip("+") not in KEYS.values()]
         settings = shlex.join(words or [override("conf", plan.name)])
@@ -121,7 +121,8 @@ def _python_hot_spots(file: Path, settings: str) -> str:
     return f"{_typed(sampler)} record -o {shlex.quote(shown(file))} -- {_program()} profile {settings}"
 
 
-def _print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+def print_table(title: str, head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Print a table that is no wider than the terminal: long texts are folded in their column."""
     from rich.console import Console
 
     console = Console(width=min(WIDTH, Console().width), highlight=False, markup=False)

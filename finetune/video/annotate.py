@@ -13,8 +13,9 @@ from typing import Any
 
 from finetune.config.recipes import shown
 from finetune.errors import ConfigError, FinetuneError, Interrupted, RunError
+from finetune.reporting.terminal import print_table
 from finetune.run import libraries
-from finetune.run.progress import plural, say
+from finetune.run.progress import plural, printable, say
 from finetune.training.signals import Stop, catch_stop, cause
 from finetune.video.records import Annotated
 from finetune.video.settings import Annotate, existing, parse
@@ -135,13 +136,17 @@ def _name(video: Path, videos: Sequence[Path]) -> str:
 
 
 def _show(record: Annotated, target: Path, *, new: bool) -> None:
-    print(f"{Path(record.video).name}: {'' if new else 'up to date, skipped; '}{record.found}")
-    print(f"  {record.seconds:g} s, {plural(record.looks, 'look')}, {plural(len(record.scenes), 'scene')}")
+    name = printable(Path(record.video).name)
+    rows = [
+        ("found", record.found),
+        ("video", f"{record.seconds:g} s, {plural(record.looks, 'look')}, {plural(len(record.scenes), 'scene')}"),
+        *([("speed", record.speed)] if new else []),
+        ("report", f"{shown(target)}/report.html"),
+        ("beside it", ", ".join(record.files)),
+    ]
+    print_table(name if new else f"{name}: up to date, skipped", ("", ""), rows)
     if record.damage:
-        say(f"warning: {Path(record.video).name} is damaged: {record.damage}")
-    if new:
-        print(f"  {record.speed}")
-    print(f"  {shown(target)}/report.html; beside it {', '.join(record.files)}")
+        say(f"warning: {name} is damaged: {record.damage}")
 
 
 _asked: Stop  # of this process, if it is a worker

@@ -23,7 +23,7 @@ from finetune.data.images.split import COLUMN, VALIDATION
 from finetune.errors import DataError
 from finetune.run.atomic import replace_folder, write_atomically
 from finetune.run.hashing import hash_file
-from finetune.run.progress import plural, progress, say
+from finetune.run.progress import progress, say
 from finetune.video.cuts import CutFinder, thumbnail
 from finetune.video.pipeline import Finder
 from finetune.video.records import Extracted
@@ -244,13 +244,3 @@ def _with_texts(rows: Sequence[dict[str, Any]], before: Mapping[str, Row], folde
         raise DataError(f"{folder} holds texts that would be lost, such as that of {own[0]}; name a new folder")
     kept = {name: {**row.values, "text": row.text} for name, row in texts.items() if name not in lost}
     return [{**kept.get(row["file_name"], {}), **row, "text": kept.get(row["file_name"], row)["text"]} for row in rows]
-
-
-def describe(made: Extracted) -> str:
-    """What was taken, and what to type next."""
-    gave = f"{made.frames} of {made.candidates} stretches gave a sharp frame unlike the others"
-    return (
-        f"{Path(made.video).name}: {plural(made.images, 'image')} in {made.folder}, {made.validation} for validation\n"
-        f"  {plural(made.scenes, 'scene')}; {gave}\n"
-        f"  next: finetune train conf=pixar_style data.folder={made.folder} name={Path(made.folder).name}"
-    )

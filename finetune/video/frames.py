@@ -1,12 +1,17 @@
 """`finetune frames`: images for training out of a video."""
 
+import shlex
 import signal
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from finetune.errors import Interrupted
 from finetune.reading import at_home
+from finetune.reporting.terminal import print_table
+from finetune.run.progress import plural, printable
 from finetune.video.annotate import require_packages
+from finetune.video.records import Extracted
 from finetune.video.settings import Annotate, Frames, existing, parse
 
 
@@ -32,5 +37,18 @@ def main(words: Sequence[str]) -> int:
     except KeyboardInterrupt:  # images take the folder's place when all are there
         line = f"stopped by Ctrl-C; {folder} is as it was; the same command begins again"
         raise Interrupted(line, signal.SIGINT) from None
-    print(extraction.describe(made))
+    _show(made)
     return 0
+
+
+def _show(made: Extracted) -> None:
+    """What was taken, and what to type next."""
+    rows = [
+        ("images", f"{made.images:,}, {made.validation:,} of them for validation"),
+        ("video", plural(made.scenes, "scene")),
+        ("taken", f"{made.frames} of {made.candidates} stretches gave a sharp frame unlike the others"),
+        ("folder", made.folder),
+    ]
+    print_table(printable(Path(made.video).name), ("", ""), rows)
+    words = ["train", "conf=pixar_style", f"data.folder={made.folder}", f"name={Path(made.folder).name}"]
+    print(f"next\n  {shlex.join(['finetune', *words])}")

@@ -49,7 +49,9 @@ def test_the_toy_video_is_annotated_and_then_up_to_date(
     right = sum(map(found_again, looks, truths))
     assert right >= 0.9 * sum(map(len, truths))  # some hide behind others, or leave the picture
     assert right >= 0.95 * sum(map(len, looks))
-    assert "up to date, skipped" in finetune_cli(*words).out
+    again = finetune_cli(*words).out
+    assert "toy_video.mp4: up to date, skipped" in again
+    assert max(map(len, (answer.out + again).splitlines())) <= 80
 
 
 def found_again(found: list[dict[str, Any]], truth: list[dict[str, Any]]) -> int:
@@ -170,6 +172,19 @@ def test_a_worker_that_ends_by_itself_is_said(
 def test_an_interruption_comes_whole_from_a_workers_process() -> None:
     error = pickle.loads(pickle.dumps(Interrupted("stopped by SIGTERM", 15)))
     assert (str(error), error.exit_code) == ("stopped by SIGTERM", 143)
+
+
+def test_what_is_printed_of_frames_is_folded_but_for_the_command_to_type(
+    finetune_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = film(tmp_path / "a film.mp4", regular(20))
+    monkeypatch.setenv("COLUMNS", "50")
+    answer = finetune_cli("frames", f"video={path}", f"folder={tmp_path / 'my images'}")
+    assert answer.code == 0, answer.err
+    *lines, last = answer.out.splitlines()
+    assert lines[-1] == "next"
+    assert max(map(len, lines)) <= 50
+    assert last == f"  finetune train conf=pixar_style 'data.folder={tmp_path}/my images' 'name=my images'"
 
 
 @pytest.mark.exhaustive
