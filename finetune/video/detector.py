@@ -4,6 +4,7 @@ B frames, H×W the pixels that the detector reads.
 """
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,6 +29,7 @@ FAMILIES = (
     "yolos",
 )
 """By `model_type`: released under Apache or MIT licences, and loaded without their own code."""
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 NO_CLASS = "N/A"  # COCO's numbers have gaps, and released models name them so
 SAME_IOU = 0.8  # of two boxes of one class: DETR's sometimes find a thing twice, mostly within a few pixels
 
@@ -49,29 +51,49 @@ class Detector:
             )
         self.reference, self.device, self.dtype, self.threshold = reference, device, dtype, threshold
         # The PIL backend, so that no torchvision is needed; frames are resized before it, on their way from FFmpeg.
+        folder = hub.resolve(reference)
+        if isinstance(folder, Path) and not any((folder / name).is_file() for name in PROCESSOR_FILES):
+            raise ModelError(
+                f"{reference} holds no {PROCESSOR_FILES[0]}, which says how frames are resized; "
+                "copy it from where config.json came from"
+            )
         self.processor: Any = hub.load(AutoImageProcessor, reference, backend="pil")
         model = hub.load(AutoModelForObjectDetection, reference, dtype=dtype)
         self.model: Any = model.to(device).eval().requires_grad_(False)
         names = {int(number): str(name) for number, name in self.model.config.id2label.items()}
+        self._require_numbers(names)
+        # Feature maps of several strides are added up: these must divide the sides.
+        self.multiple: int = max(getattr(self.model.config, "feat_strides", None) or [1])
         self.names = {number: name for number, name in names.items() if name != NO_CLASS}
         if unknown := set(classes) - set(self.names.values()):
             there = ", ".join(sorted(self.names.values()))
             raise ModelError(f"{reference} knows no class {sorted(unknown)[0]}; it knows: {there}")
         self.classes = frozenset(classes)
 
+    def _require_numbers(self, names: dict[int, str]) -> None:
+        """Raises ModelError for names that count from 1: which class is meant by a number can't be known then."""
+        count = self.model.config.num_labels
+        if (last := max(names)) >= count:
+            raise ModelError(
+                f"{self.reference}: config.json calls class {last} {names[last]}, but classes are 0 to {count - 1}; "
+                "number id2label from 0"
+            )
+
     def reads(self, width: int, height: int) -> tuple[int, int]:
         """The size, width and height, in which the detector wants frames of this size."""
         size = self.processor.size
         wanted = dict(size) if isinstance(size, dict) else {key: value for key, value in vars(size).items() if value}
         if wanted.get("height") and wanted.get("width"):
-            return int(wanted["width"]), int(wanted["height"])
-        short, long = wanted.get("shortest_edge"), wanted.get("longest_edge")
-        if not short:
+            return self._divisible(wanted["width"]), self._divisible(wanted["height"])
+        edges = ((wanted.get("shortest_edge"), min(width, height)), (wanted.get("longest_edge"), max(width, height)))
+        scales = [edge / side for edge, side in edges if edge]
+        if not scales:
             raise ModelError(f"{self.reference}: its image processor's size {wanted} is not known here")
-        scale = short / min(width, height)
-        if long and scale * max(width, height) > long:
-            scale = long / max(width, height)
-        return round(width * scale), round(height * scale)
+        return self._divisible(width * min(scales)), self._divisible(height * min(scales))
+
+    def _divisible(self, side: float) -> int:
+        """The nearest side that the model can take."""
+        return max(1, round(side / self.multiple)) * self.multiple
 
     @torch.no_grad()
     def find(self, frames: Sequence[NDArray[np.uint8]], width: int, height: int) -> list[list[Detection]]:

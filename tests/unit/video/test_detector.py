@@ -10,7 +10,7 @@ from PIL import Image
 from finetune.errors import ModelError
 from finetune.video.detector import Detector, without_doubles
 from finetune.video.tracks import Detection
-from tests.unit.video.detectors import tiny_detector
+from tests.unit.video.detectors import FAMILIES, tiny_detector
 
 CPU = torch.device("cpu")
 
@@ -44,10 +44,58 @@ def test_pixels_are_those_of_the_models_own_processor(folder: Path) -> None:
 def test_edges_are_those_that_detr_asks_for(folder: Path, frame_size: tuple[int, int], wanted: tuple[int, int]) -> None:
     detector = loaded(folder)
     detector.processor.size = {"shortest_edge": 800, "longest_edge": 1333}
+    detector.multiple = 1  # DETR's own feature map is one
     assert detector.reads(*frame_size) == wanted
     detector.processor.size = {"max_height": 800}
     with pytest.raises(ModelError, match=r"its image processor's size .* is not known here"):
         detector.reads(640, 480)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize(
+    ("size", "wanted"),
+    [
+        ({"shortest_edge": 90, "longest_edge": 150}, (150, 84)),
+        ({"shortest_edge": 90}, (160, 90)),
+        ({"longest_edge": 128}, (128, 72)),
+        ({"height": 90, "width": 130}, (130, 90)),
+    ],
+)
+def test_any_size_that_files_ask_for_works(
+    tmp_path: Path, family: str, size: dict[str, int], wanted: tuple[int, int]
+) -> None:
+    """Or the nearest one that the strides of the model's feature maps divide."""
+    detector = loaded(tiny_detector(tmp_path, family, size=size))
+    width, height = detector.reads(320, 180)
+    reach = 0 if family == "detr" else 16
+    assert (width, height) == pytest.approx(wanted, abs=reach)
+    detector.find([frame(width, height)] * 2, 320, 180)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("family", FAMILIES)
+def test_names_and_size_may_be_missing_and_queries_few(tmp_path: Path, family: str) -> None:
+    """Without names classes have numbers, without a size frames have the family's; one query finds one thing."""
+    detector = loaded(tiny_detector(tmp_path, family, names=None, size=None, queries=1))
+    assert detector.reads(320, 180) == ((1333, 750) if family == "detr" else (640, 640))
+    assert all(name.startswith("LABEL_") for name in detector.names.values())
+    found = detector.find([frame()] * 2, 320, 180)
+    assert all(len(each) <= 1 for each in found)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("family", FAMILIES)
+def test_files_that_do_not_say_enough_are_refused_in_one_line(tmp_path: Path, family: str) -> None:
+    tiny_detector(tmp_path, family, names={1: "cat", 2: "car"})
+    said = r"config\.json calls class 2 car, but classes are 0 to 1; number id2label from 0$"
+    with pytest.raises(ModelError, match=said):
+        loaded(tmp_path)
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(
+        ModelError, match=r"holds no preprocessor_config\.json, which says how frames are resized; copy"
+    ):
+        loaded(tmp_path)
 
 
 def test_boxes_are_in_pixels_of_the_frame_and_of_the_classes_that_are_wanted(folder: Path) -> None:
