@@ -21,10 +21,10 @@ from finetune.run.hashing import hash_adapter, hash_of
 from finetune.run.progress import plural, say
 from finetune.run.receipts import load_receipt, load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
+from finetune.run.signals import Stop, catch_stop, cause
 from finetune.training import checkpoint, disk, distributed
 from finetune.training.accelerator import build_accelerator, without_cudnn_attention
 from finetune.training.loop import Step
-from finetune.training.signals import Stop, catch_stop, cause
 from finetune.training.trainer import Trainer
 from finetune.workstation.meanwhile import Meanwhile
 

@@ -17,11 +17,11 @@ from finetune.errors import TrainingError
 from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks
 from finetune.run.progress import plural
+from finetune.run.signals import Stop
 from finetune.training import non_finite
 from finetune.training.oom import OomFallbacks
 from finetune.training.prefetch import Batches, prefetched
 from finetune.training.reduction import StepTotals, reduce_step
-from finetune.training.signals import Stop
 from finetune.training.task import Batch, Draw, Task
 
 WAITING = "waiting for data"

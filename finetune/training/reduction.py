@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from finetune.errors import RunError
 from finetune.run import ranks
+from finetune.run.signals import Stop
 from finetune.training import distributed
-from finetune.training.signals import Stop
 
 
 @dataclass(frozen=True)

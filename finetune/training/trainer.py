@@ -20,6 +20,7 @@ from finetune.memory.fallbacks import try_within_memory
 from finetune.run import ranks, smoothing
 from finetune.run.progress import Progress, plural, progress, say
 from finetune.run.records import Run
+from finetune.run.signals import Stop
 from finetune.training import checkpoint, distributed, measured
 from finetune.training.accelerator import prepare
 from finetune.training.checkpoint import TrainState
@@ -28,7 +29,6 @@ from finetune.training.ema import Ema
 from finetune.training.loop import Step, fit
 from finetune.training.oom import OomFallbacks
 from finetune.training.optim import build_optimizer, learning_rate, load_state
-from finetune.training.signals import Stop
 from finetune.training.slow_steps import Machine, SlowSteps
 from finetune.training.task import Draw, Task
 from finetune.training.tracking import Tracker

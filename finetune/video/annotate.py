@@ -16,7 +16,7 @@ from finetune.errors import ConfigError, FinetuneError, Interrupted, RunError
 from finetune.reporting.terminal import print_table
 from finetune.run import libraries
 from finetune.run.progress import plural, printable, say
-from finetune.training.signals import Stop, catch_stop, cause
+from finetune.run.signals import Stop, catch_stop, cause
 from finetune.video.records import Annotated
 from finetune.video.settings import Annotate, existing, parse
 

@@ -20,7 +20,7 @@ from finetune.run.atomic import write_atomically
 from finetune.run.hashing import hash_file, hash_of
 from finetune.run.plain import UNREADABLE, from_plain
 from finetune.run.progress import plural, progress, say
-from finetune.training.signals import Stop, cause
+from finetune.run.signals import Stop, cause
 from finetune.video import exports, page, pipeline, segments
 from finetune.video.detector import Detector
 from finetune.video.pipeline import Finder

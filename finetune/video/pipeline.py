@@ -17,7 +17,7 @@ from PIL import Image
 
 from finetune.errors import Interrupted
 from finetune.run.progress import Progress
-from finetune.training.signals import Stop, cause
+from finetune.run.signals import Stop, cause
 from finetune.video.cuts import CutFinder, thumbnail
 from finetune.video.segments import Piece
 from finetune.video.source import Frame, Rgb, Source, planes, rgb

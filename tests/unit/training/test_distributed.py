@@ -16,12 +16,12 @@ from finetune.config.schema import Device, Precision
 from finetune.errors import DataError, FinetuneError, Interrupted, RunError
 from finetune.memory.device import pick_device
 from finetune.run import ranks
+from finetune.run.signals import Stop, catch_stop
 from finetune.training import distributed
 from finetune.training.accelerator import build_accelerator, prepare
 from finetune.training.loop import Step, fit
 from finetune.training.oom import OomFallbacks
 from finetune.training.reduction import broadcast_start
-from finetune.training.signals import Stop, catch_stop
 from finetune.training.task import Batch, Draw
 from tests.conftest import Answer
 from tests.ports import free_port
@@ -116,6 +116,13 @@ def broken() -> None:
     list(steps_of(line, Stop()))
 
 
+class Odd(Exception):
+    """Does not keep its constructor's arguments, so that it can't be made again elsewhere."""
+
+    def __init__(self, message: str, _number: int) -> None:
+        super().__init__(message)
+
+
 def error_of(work: Callable[[], object]) -> str:
     """The error in which a run ends, as this process sees it."""
     try:
@@ -157,7 +164,8 @@ def take_part(index: int, port: int, folder: str) -> None:
         }
     seen["from the second"] = error_of(fail(1, DataError("a bad image")))
     seen["from the first"] = error_of(lambda: distributed.on_first_rank(lambda: fail(0, FinetuneError("no disk"))()))
-    seen["odd"] = error_of(fail(0, Interrupted("by hand", 2)))
+    seen["interrupted"] = error_of(fail(0, Interrupted("by hand", 2)))
+    seen["odd"] = error_of(fail(0, Odd("by hand", 2)))
     seen["in a step"] = error_of(broken)  # the last: the first process leaves a reduction unfinished
     Path(folder, f"{index}.json").write_text(json.dumps(seen))
 
@@ -202,8 +210,9 @@ def test_an_error_in_one_is_raised_in_all(two: list[dict[str, Any]]) -> None:
         assert seen["from the second"] == "DataError: a bad image"
         assert seen["in a step"] == "DataError: no such image"
         assert seen["from the first"] == "FinetuneError: no disk"
-    assert two[0]["odd"] == "Interrupted: by hand"
-    assert two[1]["odd"] == "RuntimeError: Interrupted: by hand"  # its constructor's arguments are not kept
+        assert seen["interrupted"] == "Interrupted: by hand"
+    assert two[0]["odd"] == "Odd: by hand"
+    assert two[1]["odd"] == "RuntimeError: Odd: by hand"
 
 
 def test_a_killed_process_ends_the_others_with_an_error(tmp_path: Path) -> None:

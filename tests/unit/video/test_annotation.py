@@ -21,7 +21,7 @@ from PIL import Image
 
 from finetune.errors import DataError, Interrupted, RunError
 from finetune.run import rundir
-from finetune.training.signals import Stop
+from finetune.run.signals import Stop
 from finetune.video import page, pipeline, segments, writer
 from finetune.video.annotation import annotate
 from finetune.video.records import Annotated

@@ -14,7 +14,7 @@ import pytest
 
 from finetune.data.images.folder import images
 from finetune.errors import ConfigError, DataError, FinetuneError, Interrupted, ModelError, RunError
-from finetune.training.signals import Stop
+from finetune.run.signals import Stop
 from finetune.video import annotate, extraction
 from finetune.video.detector import Detector
 from finetune.video.settings import Annotate

@@ -1,4 +1,4 @@
-"""SIGINT and SIGTERM finish the step instead of cutting it."""
+"""SIGINT and SIGTERM end a command after the step or look at hand instead of cutting it."""
 
 import signal
 import threading
