@@ -1,5 +1,6 @@
 """Small videos made for tests, awkward in one way each, and something that finds what is in them."""
 
+import json
 from collections.abc import Callable, Sequence
 from fractions import Fraction
 from pathlib import Path
@@ -13,6 +14,7 @@ from finetune.video.tracks import Detection
 
 SIZE = (96, 64)
 SIDE = 16  # of the square that moves through most films
+FRAMES, RATE = 250, 10  # of the long one, 25 s: three pieces
 Image = NDArray[np.uint8]
 
 
@@ -39,6 +41,10 @@ def scenes(number: int) -> Image:
     grey = (image == 120).all(-1)
     image[grey] = ((120, 120, 120), (30, 60, 200), (60, 160, 60), (235, 235, 200))[number // 20 % 4]
     return image
+
+
+def odd_scenes(number: int) -> Image:
+    return scenes(number)[:-1, :-1]
 
 
 def film(
@@ -106,3 +112,16 @@ class SquareFinder:
             return []
         box = (float(red[1].min()), float(red[0].min()), float(red[1].max() + 1), float(red[0].max() + 1))
         return [Detection("square", box, 0.9)]
+
+
+def lines(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "annotations.jsonl").read_text().splitlines()]
+
+
+def frames(path: Path) -> list[tuple[Fraction, Image]]:
+    with av.open(str(path)) as container:
+        return [
+            (frame.pts * frame.time_base, frame.to_ndarray(format="rgb24"))
+            for frame in container.decode(video=0)
+            if frame.pts is not None and frame.time_base is not None
+        ]
