@@ -1,5 +1,7 @@
 """SIGINT and SIGTERM end a command after the step or look at hand instead of cutting it."""
 
+import multiprocessing
+import os
 import signal
 import threading
 from collections.abc import Iterator
@@ -53,3 +55,15 @@ def catch_stop() -> Iterator[Stop]:
             signal.signal(number, handler)
     if stop.noted is not None and stop.number is None:
         signal.raise_signal(stop.noted)
+
+
+def end_with_parent() -> None:
+    """Let this process of a pool end as soon as the one that started it does: a killed one can't stop its pool."""
+    threading.Thread(target=_wait_for_parent, daemon=True).start()
+
+
+def _wait_for_parent() -> None:
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        parent.join()
+        os._exit(1)

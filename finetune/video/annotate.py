@@ -16,7 +16,7 @@ from finetune.errors import ConfigError, FinetuneError, Interrupted, RunError
 from finetune.reporting.terminal import print_table
 from finetune.run import libraries
 from finetune.run.progress import plural, printable, say
-from finetune.run.signals import Stop, catch_stop, cause
+from finetune.run.signals import Stop, catch_stop, cause, end_with_parent
 from finetune.video.records import Annotated
 from finetune.video.settings import Annotate, existing, parse
 
@@ -104,6 +104,7 @@ def _begin(gpus: Any) -> None:
     """A worker starts: it takes a GPU for itself, where there are some, and heeds signals as long as it lives."""
     global _asked
     _asked = _signals.enter_context(catch_stop())
+    end_with_parent()
     import torch
 
     libraries.in_command = True

@@ -11,7 +11,6 @@ import multiprocessing
 import os
 import signal
 import sys
-import threading
 import types
 from collections import deque
 from collections.abc import Iterable, Iterator
@@ -28,6 +27,7 @@ from finetune.data.text.tokens import Chat, Encoded
 from finetune.data.text.truncate import truncate
 from finetune.errors import DataError, RunError
 from finetune.run.cores import usable_cores
+from finetune.run.signals import end_with_parent
 
 BATCH = 256  # conversations encoded at once
 SEQUENTIAL = 8  # batches encoded here before processes are started: small sets are done sooner than they are
@@ -123,17 +123,9 @@ def _start_worker(settings: EncodeSettings) -> None:
     global _settings
     _settings = settings
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
-    threading.Thread(target=_end_with_parent, daemon=True).start()
+    end_with_parent()
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # there is a process for each core
     gc.set_threshold(100_000)  # offsets are a million pairs a batch: looking for cycles among them costs a seventh
-
-
-def _end_with_parent() -> None:
-    """A killed parent can't stop the pool."""
-    parent = multiprocessing.parent_process()
-    if parent is not None:
-        parent.join()
-        os._exit(1)
 
 
 _settings: EncodeSettings  # of this process, if it is a worker: the tokenizer is too large to go with every batch
