@@ -55,9 +55,9 @@ def train_decoder(settings: Settings) -> None:
         pause_at=settings.pause_at,
         bf16=settings.on_gpu,
     )
-    if fitted.done:
+    if fitted.steps:  # of a training that pauses the average so far, which fits the encoder too
         vae.save_pretrained(folder)
-        print_restoration(settings, vae, "decoder, after")
+        print_restoration(settings, vae, "decoder, after" if fitted.done else "decoder, so far")
 
 
 def encoded(draw_pictures: Draw, vae: AutoencoderKL) -> Draw:
