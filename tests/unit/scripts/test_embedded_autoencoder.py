@@ -1,8 +1,8 @@
 """The autoencoder's losses, its anchor and its crisper decoder, on tiny random models."""
 
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,6 +10,7 @@ from diffusers import AutoencoderKL
 from torch import Tensor, nn
 from torch.nn import functional
 
+from scripts.embedded import decoder as decoding
 from scripts.embedded.augment import to_float
 from scripts.embedded.autoencoder import (
     WIDEST,
@@ -23,7 +24,7 @@ from scripts.embedded.autoencoder import (
 )
 from scripts.embedded.crispness import detail, laplacian
 from scripts.embedded.decoder import loss_with, new_discriminator, train_decoder
-from scripts.embedded.fit import save_atomically
+from scripts.embedded.fit import Fitted, save_atomically
 from scripts.embedded.render_sets import chunk_path, chunk_scenes, chunks_in_turn, load_base_sets, load_set
 from scripts.embedded.settings import LATENT_CHANNELS, PICTURE_PX, Settings
 from tests.unit.scripts.tiny_autoencoder import tiny_autoencoder
@@ -132,9 +133,22 @@ def test_a_crisper_decoder_leaves_the_latents_as_they_were(settings: Settings) -
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in after.state_dict().items())
 
 
-def test_a_paused_decoder_is_not_yet_put_to_use(settings: Settings) -> None:
+@pytest.mark.parametrize("steps", [0, 2])
+def test_a_paused_decoder_leaves_what_it_has_learnt(
+    settings: Settings, steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folder = settings.work / "autoencoder"
     tiny_autoencoder(halvings=3, channels=LATENT_CHANNELS).save_pretrained(folder)
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
-    train_decoder(replace(settings, pause_at=0.0))
-    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+    def paused(model: nn.Module, *_args: Any, **_kwargs: Any) -> Fitted:
+        for weight in model.parameters():
+            weight.data += steps
+        return Fitted(steps=steps, seconds=1.0, loss=1.0, done=False)
+
+    monkeypatch.setattr(decoding, "fit", paused)
+    train_decoder(settings)
+    after = {path.name: path.read_bytes() for path in folder.iterdir()}
+    assert [name for name in after if after[name] != before[name]] == ["diffusion_pytorch_model.safetensors"] * bool(
+        steps
+    )
