@@ -139,7 +139,8 @@ def test_a_paused_decoder_leaves_what_it_has_learnt(
 ) -> None:
     folder = settings.work / "autoencoder"
     tiny_autoencoder(halvings=3, channels=LATENT_CHANNELS).save_pretrained(folder)
-    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    weights = folder / "diffusion_pytorch_model.safetensors"
+    before = weights.read_bytes()
 
     def paused(model: nn.Module, *_args: Any, **_kwargs: Any) -> Fitted:
         for weight in model.parameters():
@@ -148,7 +149,4 @@ def test_a_paused_decoder_leaves_what_it_has_learnt(
 
     monkeypatch.setattr(decoding, "fit", paused)
     train_decoder(settings)
-    after = {path.name: path.read_bytes() for path in folder.iterdir()}
-    assert [name for name in after if after[name] != before[name]] == ["diffusion_pytorch_model.safetensors"] * bool(
-        steps
-    )
+    assert (weights.read_bytes() != before) == (steps > 0)
