@@ -64,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         return _answer(words, debug)
     except KeyboardInterrupt:
-        say("interrupted")
+        works = any(COMMANDS[word].holds_folder for word in words if word in COMMANDS)
+        say("interrupted; what is finished is kept: the same command goes on from there" if works else "interrupted")
         return INTERRUPTED
     except BrokenPipeError:  # `finetune … --cfg job | head`: nobody reads on, which is no fault
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -345,10 +345,19 @@ def test_a_python_without_the_packages_is_told_where_they_are(
     assert answer.errors == [f"error: {sys.executable} has no package hydra; {way}"]
 
 
-def test_ctrl_c_outside_training(finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(api, "train", _raising(KeyboardInterrupt()))
-    answer = finetune_cli("train", "conf=smoke")
-    assert (answer.code, answer.err) == (130, "interrupted\n")
+@pytest.mark.parametrize(
+    ("command", "line"),
+    [
+        ("train", "interrupted; what is finished is kept: the same command goes on from there\n"),
+        ("plan", "interrupted\n"),
+    ],
+)
+def test_ctrl_c_outside_training(
+    finetune_cli: Cli, workdir: Path, monkeypatch: pytest.MonkeyPatch, command: str, line: str
+) -> None:
+    monkeypatch.setattr(api, command, _raising(KeyboardInterrupt()))
+    answer = finetune_cli(command, "conf=smoke")
+    assert (answer.code, answer.err) == (130, line)
 
 
 def _raising(error: BaseException) -> Callable[[Config], Any]:
