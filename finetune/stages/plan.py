@@ -58,12 +58,8 @@ def _require(config: Config, machine: Machine) -> None:
     kinds.of(config).require_device(config, device)
     if hub.single_file(config.model.base) is None:
         hub.config_folder(config.model.base)  # with which no hub is asked below
-    try:
-        kinds.of(config).require_base(config)
-    except (DataError, ModelError):
-        if not config.hardware.gpu:
-            raise
     if not config.hardware.gpu:
+        kinds.of(config).require_base(config)
         rundir.require_usable(Path(config.run_dir), as_dict(config))
     start = Path(config.lora.start_from)
     if config.lora.start_from and (is_there(start) or not config.hardware.gpu):
