@@ -23,7 +23,10 @@ launch=(python3 -m)
 [[ ${GPUS:-1} == 1 ]] || launch=(python3 -m torch.distributed.run --nproc-per-node "$GPUS" -m)
 "${launch[@]}" scripts.embedded "${phases[@]:-all}" "${flags[@]}" --limit-s "${LIMIT_S:-560}" 2>&1 | tee -a "$work/rebuild.log"
 ended=$?
-# Whatever happened, hand back what there is: of a training that pauses, the average of its weights so far.
-if [[ -d $work/autoencoder && -d $work/diffusion/unet ]]; then python3 -m scripts.embedded export "${flags[@]}"; fi
+# Whatever happened, hand back what there is: of a training that pauses, the average of its weights so far. A call that
+# exports by itself may have written cards, which another export would remove.
+if [[ ! " ${phases[*]:-all} " =~ \ (all|export|evaluate)\  && -d $work/autoencoder && -d $work/diffusion/unet ]]; then
+    python3 -m scripts.embedded export "${flags[@]}"
+fi
 python3 -m scripts.embedded pack "${flags[@]}" --keep none --out "$out" || cp "$work/rebuild.log" "$out"
 exit $ended
