@@ -15,6 +15,7 @@ from finetune.config.spelling import setting
 from finetune.data.images import folder
 from finetune.data.text import readers
 from finetune.errors import DataError
+from finetune.run import room
 from finetune.run.records import Answer, Answers, CaptionSet, Dataset, Run, Sample, Samples, TextSet
 
 if TYPE_CHECKING:
@@ -116,7 +117,13 @@ FOUND_BY = {"data.folder": folder.images, "data.file": readers.files_of}
 
 
 def require_data(config: Config) -> None:
-    """Raises DataError where no file is what the examples should be in; imports no kind, so that it is said at once."""
+    """Raises DataError where no file is what the examples should be in, and where no cache can be made.
+
+    Imports no kind, so that it is said at once.
+    """
+    cache = Path(config.data.cache)
+    if not cache.is_dir() and (error := room.unwritable(cache)):  # one that is full, and read-only, will do
+        raise DataError(f"cannot use the cache {cache} ({error.strerror}); try data.cache=FOLDER")
     key = model_kind(config.model.kind).data_key
     named = attrgetter(key)(config)
     try:

@@ -1,5 +1,7 @@
 """What a run will write, and whether its disk has room for it."""
 
+import errno
+import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,3 +56,15 @@ def usage(path: Path) -> Any:
 def existing(path: Path) -> Path:
     """The path, or the nearest folder above it that is there."""
     return next(each for each in (path, *path.parents) if each.exists())
+
+
+def unwritable(folder: Path) -> OSError | None:
+    """Why nothing can be written into a folder, which may not be there yet; None where it can."""
+    above = existing(folder)
+    if not above.is_dir():
+        number = errno.EEXIST if above == folder else errno.ENOTDIR
+    elif not os.access(above, os.W_OK | os.X_OK):
+        number = errno.EACCES
+    else:
+        return None
+    return OSError(number, os.strerror(number))

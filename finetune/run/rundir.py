@@ -63,14 +63,8 @@ def held(folder: Path, settings: Mapping[str, Any], *, owns_config: bool = False
 def require_usable(folder: Path, settings: Mapping[str, Any]) -> None:
     """Raises RunError as `held` does, for a folder that can't be written or is no run's; nothing is made or locked."""
     _require_no_other(folder, settings)
-    above = room.existing(folder)
-    if not above.is_dir():
-        number = errno.EEXIST if above == folder else errno.ENOTDIR
-    elif not os.access(above, os.W_OK | os.X_OK):
-        number = errno.EACCES
-    else:
-        return
-    raise RunError(_unwritable(folder, OSError(number, os.strerror(number))))
+    if error := room.unwritable(folder):
+        raise RunError(_unwritable(folder, error))
 
 
 @contextmanager

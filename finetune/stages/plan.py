@@ -21,6 +21,7 @@ from finetune.reporting.facts import update_scale
 from finetune.run import room, rundir
 from finetune.run.room import Need
 from finetune.training import checkpoint, disk
+from finetune.training.identity import require_resumable, settings_of
 from finetune.training.optim import require_device
 
 OTHERS = 3  # alternatives shown
@@ -43,7 +44,7 @@ def plan(config: Config) -> Plan:
     Nothing is written and nothing is loaded but configurations, and an adapter to start from. Raises ModelError for a
     base whose configuration isn't on this machine and for an adapter that doesn't fit, ConfigError for what base or
     machine can't do, DataError for examples that show at a glance to be none. What isn't on this machine is named in
-    the notes of a plan for another. Raises RunError for a run folder that can't be written.
+    the notes of a plan for another. Raises RunError for a run folder that can't be written or was trained otherwise.
     """
     machine = read(config.hardware)
     _require(config, machine)
@@ -61,6 +62,8 @@ def _require(config: Config, machine: Machine) -> None:
     if not config.hardware.gpu:
         kinds.of(config).require_base(config)
         rundir.require_usable(Path(config.run_dir), as_dict(config))
+        if not config.trainer.restart:
+            require_resumable(Path(config.run_dir), settings_of(config), config.trainer.steps)
     start = Path(config.lora.start_from)
     if config.lora.start_from and (is_there(start) or not config.hardware.gpu):
         formats.require_start(start)

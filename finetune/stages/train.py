@@ -1,38 +1,32 @@
 """Train the adapter: examples in, checkpoints and curves out. Resumes by itself, loses no step to a signal."""
 
 import time
-from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
-from finetune import hub, kinds
+from finetune import kinds
 from finetune.adapters import formats
 from finetune.config import hints
-from finetune.config.describe import as_dict, sections
+from finetune.config.describe import as_dict
 from finetune.config.schema import Config, Quantize
-from finetune.config.spelling import setting
 from finetune.errors import Interrupted, RunError
 from finetune.memory.device import gpu_gib, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import previous, ranks, room
 from finetune.run.hashing import hash_adapter, hash_of
 from finetune.run.progress import plural, say
-from finetune.run.receipts import load_receipt, load_record, save_receipt
+from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
 from finetune.run.signals import Stop, catch_stop, cause
 from finetune.training import checkpoint, disk, distributed
 from finetune.training.accelerator import build_accelerator, without_cudnn_attention
+from finetune.training.identity import CONTENT, flat, resume, settings_of
 from finetune.training.loop import Step
 from finetune.training.trainer import Trainer
 from finetune.workstation.meanwhile import Meanwhile
 
-ADDED = {"loss.weighting": "min_snr"}
-"""Settings that 0.1 did not have, at the value that it stood for: its runs go on."""
-CONTENT = "content of "  # before the key of a setting that names a base or an adapter
-NOT_THE_RESULT = ("model.offload", "optim.allow_large_lr")
-"""Where weights are, and a consent; in 0.1 the first was part of a run's identity."""
 FIGURES = (
     *("steps", "micro_batch", "processes", "oom_fallbacks", "peak_gib", "planned_gib", "dry_run_gib", "measured_gib"),
     *("first_loss", "last_loss", "first_validation", "best_validation", "skipped_steps"),
@@ -49,7 +43,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     """
     began, run_dir = time.monotonic(), Path(config.run_dir)
     contents = distributed.on_first_rank(lambda: _contents(config))
-    settings = _settings(config, dataset)
+    settings = settings_of(config) | {dataset.identity_key: dataset.content}
     identity = settings | contents
     known = {key: value for key, value in identity.items() if f"{CONTENT}{key}" not in contents}  # names aside
     input_hash = hash_of(known, config.trainer.steps)
@@ -60,7 +54,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     if record and Path(record.checkpoint).is_dir():
         say(f"train: up to date, skipped ({plural(record.steps, 'step')})")
         return record
-    resumed = _resume(run_dir / "checkpoints", identity, config.trainer.steps, dataset)
+    resumed = resume(run_dir, identity, config.trainer.steps, dataset)
     if resumed is None and ranks.rank() == 0:
         previous.save_summary(run_dir, dataset)
         if config.lora.start_from:
@@ -185,79 +179,3 @@ def _contents(config: Config) -> dict[str, str]:
     if config.lora.start_from:
         found["lora.start_from"] = hash_adapter(formats.peft_folder(Path(config.lora.start_from)))
     return {f"{CONTENT}{key}": value for key, value in found.items()}
-
-
-def _settings(config: Config, dataset: Dataset | TextSet) -> dict[str, Any]:
-    """What decides the result, flat; a run may only be continued with the same. Steps may be raised, micro-batch and
-    accumulation exchanged, and weights kept elsewhere."""
-    settings = as_dict(config)
-    trainer = settings["trainer"]
-    if hub.single_file(config.model.base) is None:
-        settings["model"].pop("parts", None)  # not looked at, and runs from before there was one shall go on
-    kept: dict[str, Any] = {
-        "seed": settings["seed"],
-        **{key: value for key, value in settings.items() if key in ("model", "lora", "optim", "loss")},
-        "trainer": {key: trainer[key] for key in ("precision", "clip_norm", "ema_decay")},
-        "effective batch": trainer["micro_batch"] * trainer["accumulate"] * ranks.world_size(),
-        dataset.identity_key: dataset.content,
-    }
-    return {key: value for key, value in flat(kept).items() if key not in NOT_THE_RESULT and ADDED.get(key) != value}
-
-
-def _resume(
-    folder: Path, identity: dict[str, Any], steps: int, dataset: Dataset | TextSet
-) -> checkpoint.Checkpoint | None:
-    """The newest checkpoint if it continues this very run. Raises RunError with every difference otherwise."""
-    found = checkpoint.steps_on_disk(folder)
-    if not found:
-        return None
-    newest = checkpoint.load(checkpoint.at(folder, found[-1]))
-    changed = list(_changes(newest.state.identity, identity, folder.parent, dataset))
-    advice = "take another run_dir=…, or trainer.restart=true to set the earlier run aside and start again"
-    if changed:
-        other_data = newest.state.identity.get(dataset.identity_key) != dataset.content
-        if other_data and (adapter := folder.parent / "adapter").exists():
-            advice += f"; to continue from its adapter, take another name=… and {setting('lora.start_from', adapter)}"
-        what = "data" if other_data and len(changed) == 1 else "settings"
-        raise RunError(f"{folder.parent} was trained with other {what} ({'; '.join(changed)}); {advice}")
-    if found[-1] > steps:
-        raise RunError(f"{folder.parent} is already at step {found[-1]}, past trainer.steps={steps}; {advice}")
-    return newest
-
-
-def _changes(
-    before: dict[str, Any], identity: dict[str, Any], run_dir: Path, dataset: Dataset | TextSet
-) -> Iterator[str]:
-    """Every difference, in words. Contents that an earlier version didn't note are taken for today's."""
-    receipt = load_receipt(run_dir, "train")
-    noted = {key: value for key, value in (receipt.figures if receipt else {}).items() if key.startswith(CONTENT)}
-    before = noted | before
-    defaults = _defaults()  # what a setting that is newer than the run counts as
-    for key in sorted((before.keys() | identity.keys()) - set(NOT_THE_RESULT)):
-        unset = defaults.get(key, "not set")
-        old, new, content = before.get(key, unset), identity.get(key, unset), f"{CONTENT}{key}"
-        moved = content in before and before[content] == identity.get(content)
-        if old == new:
-            if content in before and not moved:
-                yield f"{key}: other files in {new}"
-        elif key == dataset.identity_key:
-            yield previous.changes(run_dir, dataset)
-        elif not moved and not key.startswith(CONTENT):
-            yield f"{key}: {old} -> {new}"
-
-
-def _defaults() -> dict[str, Any]:
-    """Every setting's default, flat."""
-    config = Config()
-    return flat({section: as_dict(getattr(config, section)) for section in sections()})
-
-
-def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings by their dotted keys."""
-    found: dict[str, Any] = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            found |= flat(value, f"{prefix}{key}.")
-        else:
-            found[f"{prefix}{key}"] = value
-    return found

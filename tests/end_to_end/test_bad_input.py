@@ -109,6 +109,18 @@ def test_a_folder_without_images(
 
 
 @pytest.mark.sampled
+@pytest.mark.parametrize("verb", ["train", "plan"])
+@pytest.mark.parametrize("kind", ["images", "text"])
+def test_a_cache_that_can_not_be_made(finetune_cli: Cli, images: Path, small: list[str], kind: str, verb: str) -> None:
+    Path("file").write_text("words")
+    Path("talk.jsonl").write_text('{"prompt": "a", "completion": "b"}')
+    words = small if kind == "images" else ["conf=pirate_chat", "data.file=talk.jsonl", "run_dir=run"]
+    for cache, why in (("file", "File exists"), ("file/below", "Not a directory")):
+        answer = finetune_cli(verb, *words, f"data.cache={cache}")
+        refused(answer, DataError.exit_code, [f"cannot use the cache {cache} ({why})", "data.cache=FOLDER"])
+
+
+@pytest.mark.sampled
 @pytest.mark.parametrize(
     ("file", "content"),
     [
@@ -476,21 +488,25 @@ def test_going_on_with_another_configuration_lists_what_changed(
     finetune_cli: Cli, images: Path, small: list[str], trained: Path
 ) -> None:
     with untouched(images, trained / "checkpoints", trained / "adapter", trained / "samples"):
-        changed = finetune_cli("train", *small, "lora.rank=2", "optim.lr=0.05", "seed=7", "trainer.steps=3")
-        refused(
-            changed,
-            RunError.exit_code,
-            [
-                "run was trained with other settings (lora.rank: 4 -> 2; optim.lr: 0.001 -> 0.05; seed: 0 -> 7)",
-                "run_dir=",
-                "trainer.restart=true",
-            ],
-        )
+        for command in ("train", "plan"):
+            changed = finetune_cli(command, *small, "lora.rank=2", "optim.lr=0.05", "seed=7", "trainer.steps=3")
+            refused(
+                changed,
+                RunError.exit_code,
+                [
+                    "run was trained with other settings (lora.rank: 4 -> 2; optim.lr: 0.001 -> 0.05; seed: 0 -> 7)",
+                    "run_dir=",
+                    "trainer.restart=true",
+                ],
+            )
+            refused(finetune_cli(command, *small, "trainer.steps=1"), RunError.exit_code, ["past trainer.steps=1"])
         (images / "red.txt").write_text("a crimson wall, pixar style")
         recaptioned = finetune_cli("train", *small)
         (images / "red.txt").write_text("a red wall, pixar style")
         refused(recaptioned, RunError.exit_code, ["1 caption changed: red.png", "trainer.restart=true"])
-    assert finetune_cli("train", *small, "trainer.steps=3").code == 0  # more steps are no other run
+    for command in ("plan", "train", "plan"):  # more steps are no other run
+        assert finetune_cli(command, *small, "trainer.steps=3").code == 0
+    assert finetune_cli("plan", *small, "lora.rank=2", "trainer.restart=true").code == 0
 
 
 def test_a_damaged_checkpoint_is_named_and_the_advice_works(

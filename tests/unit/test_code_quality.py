@@ -22,6 +22,7 @@ BUILDERS = {
     "language/tokenize.py": {"inputs", "build"},
     "serving/diffusion.py": {"service"},
     "serving/language.py": {"service"},
+    "training/identity.py": {"settings_of"},
 }
 """Functions at the head of a file that turn the whole configuration into the values that all others take."""
 
