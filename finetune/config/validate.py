@@ -17,6 +17,7 @@ from finetune.config.schema import (
     OptimConfig,
     Optimizer,
     Quantize,
+    SampleConfig,
 )
 from finetune.config.spelling import setting
 from finetune.config.typed_text import PATHS
@@ -38,6 +39,7 @@ def check(config: Config) -> list[str]:
         *_start_problems(config.model, config.lora),
         *_rate_problems(config.optim),
         *_validation_problems(config.trainer.validate_every, config.trainer.patience, config.export.checkpoint),
+        *_negative_problems(config.sample),
         *_profile_problems(config.profile.micro_batches, config.trainer.micro_batch * config.trainer.accumulate),
     ]
 
@@ -139,6 +141,11 @@ def _start_problems(model: ModelConfig, lora: LoraConfig) -> Iterator[str]:
         yield "lora.init=loftq makes up for what nf4 loses; try lora.init=default, or model.quantize=nf4"
     if model.offload and model.quantize is Quantize.int8:
         yield "model.offload=true needs model.quantize=nf4 or none: int8 layers stay on the GPU once used"
+
+
+def _negative_problems(sample: SampleConfig) -> Iterator[str]:
+    if sample.negative.strip() and sample.guidance <= 1:
+        yield f"sample.negative is not looked at with sample.guidance={sample.guidance:g}; try sample.guidance=3"
 
 
 def _rate_problems(optim: OptimConfig) -> Iterator[str]:

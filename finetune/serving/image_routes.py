@@ -121,6 +121,8 @@ def routes(engine: ImageEngine, shelf: Shelf, canvas: Canvas, rates: Rates, metr
             stack.callback(job.cancel)
             news = metrics.timed(job)
             warnings = [f"ignored: {', '.join(form.ignored())}"] if form.ignored() else []
+            if asked.negative and asked.guidance <= 1:
+                warnings.append("negative_prompt is not looked at without guidance above 1")
             if form.stream:
                 return Events(_events(news, asked, loaded), headers_of(loaded, warnings), stack.pop_all())
             last = await finished(news, request)

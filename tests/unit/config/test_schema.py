@@ -206,6 +206,12 @@ def test_a_rate_of_the_small_bases_is_a_caution_for_others() -> None:
     assert cautions(load("pirate_chat", ["model=qwen3_4b", "model.base=Qwen/Qwen3-0.6B"])) == []
 
 
+def test_a_negative_prompt_needs_guidance() -> None:
+    (problem,) = check(load("pixar_style", ["sample.negative=blurred"]))
+    assert problem == "sample.negative is not looked at with sample.guidance=1; try sample.guidance=3"
+    assert check(load("pixar_style", ["sample.negative=blurred", problem.rpartition("try ")[2]])) == []
+
+
 def test_int8_layers_do_not_go_to_main_memory() -> None:
     config = load("pirate_chat", ["model.quantize=int8", "model.offload=true"])
     assert check(config) == [
