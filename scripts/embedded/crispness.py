@@ -18,11 +18,15 @@ def detail(images_N3PP: Tensor) -> float:
 
 def laplacian(images_N3PP: Tensor) -> float:
     """Mean absolute Laplacian: the sum of a pixel's four neighbours less four times the pixel."""
-    images_N3PP = rounded(images_N3PP)
+    return float(second_differences(rounded(images_N3PP)).abs().mean())
+
+
+def second_differences(images_N3PP: Tensor) -> Tensor:
+    """The Laplacian of every pixel inside the edge."""
     inner = images_N3PP[..., 1:-1, 1:-1]
     beside = images_N3PP[..., 1:-1, :-2] + images_N3PP[..., 1:-1, 2:]
     above = images_N3PP[..., :-2, 1:-1] + images_N3PP[..., 2:, 1:-1]
-    return float((beside + above - 4.0 * inner).abs().mean())
+    return beside + above - 4.0 * inner
 
 
 def rounded(images_N3PP: Tensor) -> Tensor:

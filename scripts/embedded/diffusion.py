@@ -118,7 +118,7 @@ def train_diffusion(settings: Settings) -> None:
         loss_with(unet, text_encoder),
         name="diffusion",
         budget=Budget(settings.minutes["diffusion"] * 60, settings.tiny_steps),
-        lr=4e-4 if goes_on else 8e-4,
+        lr=6e-4 if goes_on else 8e-4,
         checkpoint=settings.work / "checkpoints" / "diffusion.pt",
         seed=SEED,
         ema_decay=0.9995,

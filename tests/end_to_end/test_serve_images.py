@@ -95,7 +95,7 @@ def test_the_official_client_draws_and_the_file_says_how(server: Server) -> None
             "negative_prompt": "",
             "seed": "7",
             "steps": "2",
-            "guidance": "3.0",
+            "guidance": "1.0",
             "model": "base",
             "content": "",
         }
@@ -121,7 +121,7 @@ def test_progress_comes_step_by_step(server: Server) -> None:
         "negative_prompt": "",
         "seed": 0,
         "steps": "3",
-        "guidance": "3.0",
+        "guidance": "1.0",
         "size": "16x48",
         "model": "base:pixar_style",
         "content": "",
@@ -159,13 +159,20 @@ def test_a_long_prompt_is_cut_and_says_so(server: Server) -> None:
     assert json.loads(text.split("\n\n")[-3].removeprefix("data: "))["warning"] == headers["x-finetune-warning"]
 
 
+def test_a_negative_prompt_without_guidance_is_named(server: Server) -> None:
+    body = {"prompt": PROMPT, "steps": 1, "negative_prompt": "blue"}
+    for guidance, said in ((1, "negative_prompt is not looked at without guidance above 1"), (2, None)):
+        _, _, headers = server.ask(PATH, body | {"guidance": guidance})
+        assert headers.get("x-finetune-warning") == said
+
+
 def test_the_images_page_begins_with_the_recipes_settings(server: Server) -> None:
     assert '<script type="module" src="static/images.js">' in server.ask("/")[1]
     assert server.ask("/api/image_settings")[1] == {
         "prompt": PROMPT,
         "negative_prompt": "",
         "steps": 1,
-        "guidance": 3.0,
+        "guidance": 1.0,
         "size": "32x32",
     }
 

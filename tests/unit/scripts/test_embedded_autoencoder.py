@@ -23,7 +23,7 @@ from scripts.embedded.autoencoder import (
     whiten,
 )
 from scripts.embedded.crispness import detail, laplacian
-from scripts.embedded.decoder import loss_with, new_discriminator, train_decoder
+from scripts.embedded.decoder import crispness_gap, loss_with, new_discriminator, train_decoder
 from scripts.embedded.fit import Fitted, save_atomically
 from scripts.embedded.render_sets import chunk_path, chunk_scenes, chunks_in_turn, load_base_sets, load_set
 from scripts.embedded.settings import LATENT_CHANNELS, PICTURE_PX, Settings
@@ -81,6 +81,15 @@ def test_a_blurred_picture_is_less_crisp(crispness: Callable[[Tensor], float]) -
     images = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
     assert crispness(functional.avg_pool2d(images, 3, 1, 1)) < 0.7 * crispness(images)
     assert crispness(torch.full((1, 3, 32, 32), 0.5)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_the_crispness_gap_is_that_of_patches() -> None:
+    images_B3PP = torch.rand(2, 3, PICTURE_PX, PICTURE_PX, generator=torch.Generator().manual_seed(0))
+    blurred_B3PP = functional.avg_pool2d(images_B3PP, 3, 1, 1)
+    assert crispness_gap(images_B3PP, images_B3PP) == 0
+    assert crispness_gap(blurred_B3PP, images_B3PP) > 0.1
+    halves = [torch.cat(parts, dim=3) for parts in ((images_B3PP, blurred_B3PP), (blurred_B3PP, images_B3PP))]
+    assert crispness_gap(*halves) > 0.1  # as crisp in the whole, and in other places
 
 
 def test_flat_pictures_are_drawn_with_the_anchors_latents(settings: Settings) -> None:

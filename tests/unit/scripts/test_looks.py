@@ -46,7 +46,7 @@ def _one_thread() -> Iterator[None]:
 @pytest.fixture(scope="module")
 def training_looks() -> list[Look]:
     """Of 10,000 runs of training scenes."""
-    return [training_look(200_000_000 + ALIKE * k) for k in range(10_000)]
+    return [training_look(500_000_000 + ALIKE * k) for k in range(10_000)]
 
 
 def test_no_training_look_comes_near_one_held_out(training_looks: list[Look]) -> None:
