@@ -4,6 +4,7 @@ import os
 import re
 import shlex
 import typing
+import unicodedata
 from collections.abc import Iterator, Sequence
 from difflib import get_close_matches
 from itertools import chain
@@ -23,6 +24,8 @@ FLAG_VALUES = {
 }
 # In quotes, or a text in a mapping that has none.
 TEXT = re.compile(r"""("(?:\\.|[^"\\])*"|'(?:\\.|[^'\\])*')|([^][{},:"'\s](?:[^][{},:"']*[^][{},:"'\s])?)""")
+ITEM = re.compile(r"""(?<![^,])(["'])([^"']*)\1(?=,|$)""")  # of several, one in quotes
+NAMES = "names are plain ASCII without quotes (others stand in a recipe's file)"  # which Hydra's grammar alone takes
 FURTHER = {"config": recipes.GROUP, "recipe": recipes.GROUP}  # what other tools call what is no key here
 
 
@@ -85,7 +88,7 @@ def several(word: str) -> str:
     if len(equal := set(text.split(","))) == 1:  # a width and a height
         one = f"it takes one: {_intended(key, equal.pop())}; "
     if hint in (str, list[str]):
-        whole = text.replace('"', "")
+        whole = ITEM.sub(r"\2", text).replace('"', "")
         one = f"if that is one text, quote it twice: {setting(key, whole if hint is str else [whole])}; "
     if typing.get_origin(hint) is list and not text.startswith("["):
         one = f"a list needs brackets: {_intended(key, f'[{text}]')}; {one}"
@@ -104,7 +107,9 @@ def unreadable(word: str) -> str:
     if text.startswith("[") and hint == list[str]:
         return f"cannot read {word}; a list of texts is quoted twice: {_intended(key, text)}"
     if text.startswith("{") and typing.get_origin(hint) is dict:
-        return f"cannot read {word}; texts in it are quoted twice: {_intended(key, text)}"
+        return f"cannot read {word}; texts in it are quoted twice, {NAMES}: {_intended(key, text)}"
+    if describe.in_mapping(key) and not key.isascii():
+        return f"cannot read {word}; {NAMES}: {_intended(_name(key), text)}"
     if call := typed_text.SWEEP.fullmatch(text):
         lists = hint == list[str]
         several = _intended(key, call[1]) if lists else shlex.quote(typed_text.literally(f"{key}={call[1]}"))
@@ -156,9 +161,21 @@ def _intended(key: str, text: str) -> str:
     if hint == list[str]:
         return shlex.quote(f"{key}={','.join(map(written, _lists(text)))}")
     if typing.get_origin(hint) is dict:
-        return shlex.quote(f"{key}={TEXT.sub(lambda found: found[1] or written(found[2]), text)}")
+        return shlex.quote(f"{key}={TEXT.sub(_part, text)}")
     is_text = hint is str or recipes.names_file(key)
     return setting(key, text.strip("\"'")) if is_text else shlex.quote(f"{key}={text}")
+
+
+def _part(found: re.Match[str]) -> str:
+    """A name or a text of a mapping."""
+    is_name = found.string[found.end() :].lstrip().startswith(":")
+    return _name(found[0].strip("\"'")) if is_name else found[1] or written(found[2])
+
+
+def _name(text: str) -> str:
+    """A name in a mapping as Hydra's grammar takes it, or the nearest one."""
+    letters = (letter for letter in unicodedata.normalize("NFKD", text) if not unicodedata.combining(letter))
+    return re.sub(r"[^\w.-]", "_", "".join(letters), flags=re.ASCII)
 
 
 def _lists(text: str) -> list[list[str]]:

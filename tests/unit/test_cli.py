@@ -458,6 +458,37 @@ def test_several_lists_are_offered_as_they_can_be_read(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
+    ("typed", "name", "path"),
+    [
+        ("serve.adapters={größe:run}", "gro_e", "run"),
+        ('serve.adapters={"formal": "my run"}', "formal", "my run"),
+        ("serve.adapters={'formal':größe}", "formal", "größe"),
+        ("serve.adapters.größe=my run", "gro_e", "my run"),
+    ],
+)
+def test_a_name_that_the_grammar_does_not_take_is_offered_as_it_does(
+    finetune_cli: Cli, typed: str, name: str, path: str
+) -> None:
+    words = ["serve", "conf=pirate_chat", "--cfg", "job"]
+    (line,) = finetune_cli(*words, typed).errors
+    assert line.startswith(f"error: cannot read {typed}; ")
+    offered = line.partition("(others stand in a recipe's file): ")[2]
+    answer = finetune_cli(*words, *shlex.split(offered))
+    assert (answer.code, f"    {name}: {path}\n" in answer.out) == (0, True)
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("typed", ["'größe','b'", '"größe","b"', "größe,b", "'größe',b", "größe,'b'"])
+def test_several_texts_are_offered_as_one(finetune_cli: Cli, typed: str) -> None:
+    words = ["plan", "conf=pirate_chat", "--cfg", "job"]
+    (line,) = finetune_cli(*words, f"name={typed}").errors
+    offered = re.search(r"quote it twice: (.*); several runs need --multirun", line)
+    assert offered is not None
+    assert "\nname: größe,b\n" in f"\n{finetune_cli(*words, *shlex.split(offered[1])).out}"
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
     "call", ["shuffle(größe,b)", 'shuffle("größe",b)', 'sort(b,"größe")', "choice(größe)", "tag(ä,b)"]
 )
 def test_a_function_that_cannot_hold_a_text_is_refused_with_what_can(
