@@ -13,7 +13,7 @@ import json
 import shlex
 import textwrap
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -117,17 +117,22 @@ def require(reference: str, *names: str) -> None:
 
 
 def require_weights(reference: str, *parts: str) -> None:
-    """Raises ModelError for a local folder of which one of these parts has no weights."""
+    """Raises ModelError for a local folder of which one of these parts has no weights, or damaged ones."""
     source = resolve(reference)
-    if isinstance(source, Path) and (lacking := _without_weights(source, parts)):
-        missing = Path(reference, lacking[0], "*.safetensors")
-        raise ModelError(f"{reference} can't be used: {missing} is missing; {LAYOUT}")
+    for part in parts if isinstance(source, Path) else ():
+        if not (files := sorted(Path(source, part).glob("*.safetensors"))):
+            missing = Path(reference, part, "*.safetensors")
+            raise ModelError(f"{reference} can't be used: {missing} is missing; {LAYOUT}")
+        require_whole(*files)
 
 
 def to_download(reference: str, *parts: str) -> list[str]:
     """Those of these parts of a hub id that have no weights on this machine."""
     source = resolve(reference)
-    return _without_weights(_snapshot(source), parts) if isinstance(source, str) else []
+    if isinstance(source, Path):
+        return []
+    folder = _snapshot(source)
+    return [part for part in parts if folder is None or not any((folder / part).glob("*.safetensors"))]
 
 
 def require_reachable(reference: str) -> None:
@@ -293,10 +298,6 @@ def _has_weights(loader: Any) -> bool:
     import torch
 
     return isinstance(loader, type) and issubclass(loader, torch.nn.Module)
-
-
-def _without_weights(folder: Path | None, parts: Iterable[str]) -> list[str]:
-    return [part for part in parts if folder is None or not any((folder / part).glob("*.safetensors"))]
 
 
 def _unusable(loader: Any, reference: str, options: dict[str, Any], reason: str) -> str:

@@ -89,7 +89,8 @@ def what_is_wrong(file: Path) -> str:
     return ""
 
 
-def require_whole(file: Path) -> None:
+def require_whole(*files: Path) -> None:
     """Raises ModelError for damaged weights, and for a configuration or vocabulary that is too large to be one."""
-    if wrong := what_is_wrong(file):
-        raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")
+    for file in files:
+        if wrong := what_is_wrong(file):
+            raise ModelError(f"{file} is damaged ({wrong}); copy or download it again")
