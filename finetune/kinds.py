@@ -47,6 +47,10 @@ class Kind(Protocol):
         is on this machine."""
         ...
 
+    def require_examples(self, config: Config) -> None:
+        """Raises what the stages that read the examples raise, as far as a second tells; makes and keeps nothing."""
+        ...
+
     def dataset_inputs(self, config: Config, captions: CaptionSet | None) -> list[Any]:
         """Everything that decides the data set, as plain values for a hash."""
         ...
@@ -122,7 +126,7 @@ def require_data(config: Config) -> None:
     Imports no kind, so that it is said at once.
     """
     cache = Path(config.data.cache)
-    if not cache.is_dir() and (error := room.unwritable(cache)):  # one that is full, and read-only, will do
+    if room.is_empty(cache) and (error := room.unwritable(cache)):  # one that holds the examples may be read-only
         raise DataError(f"cannot use the cache {cache} ({error.strerror}); try data.cache=FOLDER")
     key = model_kind(config.model.kind).data_key
     named = attrgetter(key)(config)

@@ -53,7 +53,7 @@ class Cache:
             return _notes(file.read(HEADER_BYTES))
 
     def put(self, key: str, tensors: Mapping[str, Tensor], **notes: str) -> Path:
-        """Store tensors (any shapes, CPU) and texts under a key. Raises RunError where the folder can't be written."""
+        """Store tensors (any shapes, CPU) and texts under a key. Raises DataError where the folder can't be written."""
         plain = {name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}
         # One text, because safetensors writes several in any order: equal entries are equal files.
         noted = json.dumps(notes | {CHECKSUM: _checksum(save(plain), notes)})
@@ -63,8 +63,8 @@ class Cache:
             # Not flushed to disk: after a power cut the checksum finds a half-written entry, and it is made again.
             replace_file(path, data, durable=False)
         except OSError as error:
-            raise RunError(
-                f"cannot write the cache {self.folder} ({error.strerror}); free the disk or try data.cache=FOLDER"
+            raise DataError(
+                f"cannot use the cache {self.folder} ({error.strerror}); free the disk, or try data.cache=FOLDER"
             ) from error
         return path
 

@@ -5,6 +5,7 @@ B images, N beams of all images, 3 colours, H×W the side that the captioner rea
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -33,6 +34,11 @@ class Captioner(Protocol):
         ...
 
     @staticmethod
+    def load_readers(reference: str) -> Any:
+        """What turns images into pixels and tokens into words. Raises ModelError where it can't be loaded."""
+        ...
+
+    @staticmethod
     def trace_step(model: Any, *, batch: int, beams: int, new_tokens: int) -> None:
         """Run a `model_without_weights` as far as captioning so many images takes the most memory."""
         ...
@@ -45,9 +51,19 @@ def load_captioner(settings: CaptionConfig, device: torch.device, dtype: torch.d
     """
     from transformers import AutoConfig
 
-    hub.require(settings.model, "config.json")
+    require(settings.model)
     model_type = hub.load(AutoConfig, settings.model).model_type
     return _captioner(settings.model, model_type)(settings, device, dtype)
+
+
+def require(reference: str) -> None:
+    """Raises ModelError for a captioner that can't be loaded, as far as no hub needs to be asked; loads no weights."""
+    from transformers import AutoConfig
+
+    hub.require(reference, "config.json")
+    hub.require_weights(reference, "")
+    if isinstance(hub.resolve(reference), Path):  # what is to be downloaded is seen then
+        _captioner(reference, hub.load(AutoConfig, reference).model_type).load_readers(reference)
 
 
 def model_without_weights(reference: str, dtype: torch.dtype) -> nn.Module:
@@ -87,12 +103,10 @@ class Blip:
     """BLIP (arXiv 2201.12086): the small one that comes with the package or any released one."""
 
     def __init__(self, settings: CaptionConfig, device: torch.device, dtype: torch.dtype) -> None:
-        from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
+        from transformers import BlipForConditionalGeneration
 
         self.device, self.dtype, self.reference = device, dtype, settings.model
-        self.tokenizer: Any = hub.load(AutoTokenizer, settings.model)
-        # The PIL backend on purpose: the same pixels whether torchvision is installed or not.
-        self.processor: Any = hub.load(BlipImageProcessorPil, settings.model)
+        self.tokenizer, self.processor = self.load_readers(settings.model)
         model = hub.load(BlipForConditionalGeneration, settings.model, dtype=dtype)
         self.model: Any = model.to(device).eval().requires_grad_(False)
         room = model.config.text_config.max_position_embeddings - START_TOKENS
@@ -115,6 +129,14 @@ class Blip:
 
     def _explained(self) -> AbstractContextManager[None]:
         return hub.explained(lambda reason: f"the captioner {self.reference} doesn't work ({reason}); get it again")
+
+    @staticmethod
+    def load_readers(reference: str) -> tuple[Any, Any]:
+        """See `Captioner`."""
+        from transformers import AutoTokenizer, BlipImageProcessorPil
+
+        # The PIL backend on purpose: the same pixels whether torchvision is installed or not.
+        return hub.load(AutoTokenizer, reference), hub.load(BlipImageProcessorPil, reference)
 
     @staticmethod
     def trace_step(model: Any, *, batch: int, beams: int, new_tokens: int) -> None:

@@ -13,8 +13,8 @@ from finetune import hub
 from finetune.adapters import lora
 from finetune.config.model_kinds import MODEL_KINDS
 from finetune.config.schema import Config, ModelConfig, Quantize
-from finetune.data.images import decode, folder, split
-from finetune.diffusion import card, encode, meta, single_file, task
+from finetune.data.images import decode, folder, split, usable
+from finetune.diffusion import captioner, card, encode, meta, single_file, task
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
 from finetune.diffusion.brush import Brush
@@ -23,8 +23,9 @@ from finetune.diffusion.pipeline import base_hash
 from finetune.errors import ConfigError, DataError
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
-from finetune.planning.workload import Examples, Workload, previews, validations
+from finetune.planning.workload import GLANCE_S, Examples, Workload, previews, validations
 from finetune.reading import is_there
+from finetune.run.progress import say
 from finetune.run.receipts import load_record
 from finetune.run.records import CaptionSet, Dataset, Run, Sample, Samples
 from finetune.run.rundir import name_inside
@@ -60,6 +61,19 @@ def require_start(config: Config) -> None:
     )
 
 
+def require_examples(config: Config) -> None:
+    root, data, overwrite = Path(config.data.folder), config.data, config.caption.overwrite
+    files = folder.images(root)
+    broken, looked = usable.unreadable(root, files, data.max_pixels, GLANCE_S)
+    written = usable.generated(root, Path(data.cache), load_record(Path(config.run_dir), "caption", CaptionSet))
+    captions = folder.captions(root, files, () if overwrite else written)
+    readable = usable.readable(root, files, broken | folder.no_files(root), skip=data.skip_bad)
+    if usable.to_caption(root, readable, captions, written, overwrite=overwrite):
+        captioner.require(config.caption.model)
+    if looked < len(files):
+        say(f"{looked:,} of {len(files):,} images were looked at; train looks at all of them")
+
+
 def contents(config: Config) -> dict[str, str]:
     return {"model.base": base_hash(config.model)}
 
@@ -86,7 +100,7 @@ def examples(config: Config) -> Examples | None:
     if not config.data.folder or not is_there(root):
         return None
     files = folder.images(root)
-    captions = folder.captions(root, files).texts
+    captions = {} if config.caption.overwrite else folder.captions(root, files).texts
     marked = split.for_validation(root, files, share)
     held_out = len(marked) if marked else encode.held_out_count(len(files), share)
     trained = len(files) - held_out

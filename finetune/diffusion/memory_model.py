@@ -124,7 +124,8 @@ class DiffusionMemoryModel:
         """Every phase but the steps of training, by name."""
         found = self.examples
         words = None if found is None else CAPTION_TOKENS * math.ceil(found.to_caption / self.caption.batch)
-        yield "captioning", [PhaseOption(self._captioning, runs=words)]
+        if words != 0:  # else the captioner need not be there
+            yield "captioning", [PhaseOption(self._captioning, runs=words)]
         yield "encoding texts", self._encoding_texts()
         yield "encoding images", [PhaseOption(self._encoding_images, runs=None if found is None else found.to_encode)]
         yield from self.training_phases(micro_batch, held)

@@ -23,7 +23,7 @@ from finetune.language.conversation import Conversation
 from finetune.language.memory_model import LanguageMemoryModel
 from finetune.memory import policy
 from finetune.memory.device import pick_device, pick_dtype
-from finetune.planning.workload import Examples, Workload, previews, validations
+from finetune.planning.workload import GLANCE_S, Examples, Workload, previews, validations
 from finetune.reading import is_there
 from finetune.run.hashing import hash_file, hash_of
 from finetune.run.receipts import load_record, receipt_path
@@ -62,6 +62,10 @@ def require_start(config: Config) -> None:
         lambda settings: meta.adapted(config.model, settings, torch.float32, config.seed),
         lambda adapted: task.read_start(adapted, config.lora.start_from),
     )
+
+
+def require_examples(config: Config) -> None:
+    tokenize.require_examples(config.model, config.data, GLANCE_S)
 
 
 def contents(config: Config) -> dict[str, str]:

@@ -2,9 +2,11 @@
 
 import os
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from finetune import hub
 from finetune.config.describe import as_dict
 from finetune.config.schema import Config, DataConfig, ModelConfig
 from finetune.config.spelling import setting
@@ -23,6 +25,23 @@ MOST_NAMED = 8  # files in one line
 def chat_of(model: ModelConfig, data: DataConfig) -> Chat:
     """The base's tokenizer with the recipe's chat template. Raises ModelError, DataError."""
     return Chat(load_tokenizer(model.base, model.added_tokens), template=data.chat_template)
+
+
+def require_examples(model: ModelConfig, data: DataConfig, seconds: float) -> None:
+    """Raises what `build` raises for rows that are encoded in so many seconds; of a base that is on this machine."""
+    here = hub.local(model.base)
+    if here is None:  # the first rows are looked at when they are counted
+        return
+    looked = store.look(
+        _source(data),
+        chat_of(replace(model, base=str(here)), data),
+        length=data.length,
+        long_rows=data.long_rows,
+        skip_bad=data.skip_bad,
+        seconds=seconds,
+    )
+    if looked:
+        say(f"the first {plural(looked, 'conversation')} were looked at; train looks at all of them")
 
 
 def inputs(config: Config, captions: CaptionSet | None) -> list[Any]:
@@ -68,9 +87,7 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
     Raises DataError naming the row for whatever would train the wrong tokens.
     """
     data, chat = config.data, chat_of(config.model, config.data)
-    source: Source = formats.open_source(
-        Path(data.file), format_=data.format, columns=data.columns, skip_bad=data.skip_bad
-    )
+    source = _source(data)
     say(f"dataset: {source}")
     if others := [path for path in readers.held_out_files(source.path) if path not in source.files]:
         say(
@@ -115,6 +132,10 @@ def build(config: Config, captions: CaptionSet | None) -> TextSet:
         bad=found.figures.bad,
         cached=found.cached,
     )
+
+
+def _source(data: DataConfig) -> Source:
+    return formats.open_source(Path(data.file), format_=data.format, columns=data.columns, skip_bad=data.skip_bad)
 
 
 def _names(paths: Sequence[Path]) -> str:

@@ -9,6 +9,8 @@ from torch import Tensor
 from finetune.config.schema import ModelConfig, TrainerConfig
 from finetune.planning.memory_model import MemoryModel
 
+GLANCE_S = 1.0  # that a plan looks at examples as training does
+
 
 @dataclass(frozen=True)
 class Examples:

@@ -58,6 +58,14 @@ def existing(path: Path) -> Path:
     return next(each for each in (path, *path.parents) if each.exists())
 
 
+def is_empty(folder: Path) -> bool:
+    """Whether nothing is in a folder that this user could read, or it is none."""
+    try:
+        return not any(folder.iterdir())
+    except OSError:
+        return True
+
+
 def unwritable(folder: Path) -> OSError | None:
     """Why nothing can be written into a folder, which may not be there yet; None where it can."""
     above = existing(folder)

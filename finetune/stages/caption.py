@@ -11,12 +11,12 @@ import torch
 from finetune.config.describe import as_dict
 from finetune.config.model_kinds import model_kind
 from finetune.config.schema import CaptionConfig, Config, DataConfig
-from finetune.data.images import authors, decode, folder
+from finetune.data.images import authors, decode, folder, usable
 from finetune.data.images.ahead import READ_AHEAD, ahead
 from finetune.data.images.index import ImageIndex
 from finetune.data.images.metadata import METADATA
 from finetune.diffusion.captioner import Captioner, load_captioner
-from finetune.errors import ConfigError, DataError
+from finetune.errors import ConfigError
 from finetune.memory.device import pick_device, pick_dtype, release_memory
 from finetune.run.hashing import hash_of
 from finetune.run.outputs import free_name
@@ -25,7 +25,6 @@ from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Caption, CaptionSet
 
 STAGE = "caption"
-LISTED = 10  # texts in an error; the rest is counted
 NOTICED_S, APART = 0.1, 20.0  # writing captions that takes longer waits for so many times as long before the next
 
 
@@ -44,7 +43,7 @@ def caption(config: Config) -> CaptionSet:
     found = folder.images(root)
     index = ImageIndex(root, cache=Path(data.cache), max_pixels=data.max_pixels)
     no_files = folder.no_files(root)
-    generated = _generated(run_dir, Path(data.cache)) | folder.generated_captions(root)
+    generated = usable.generated(root, Path(data.cache), load_record(run_dir, STAGE, CaptionSet))
     hashes = index.hashes(found)
     captions = folder.captions(root, found, () if config.caption.overwrite else generated)
     input_hash = _input_hash(hashes | no_files, captions.texts, config.caption, data)
@@ -53,17 +52,13 @@ def caption(config: Config) -> CaptionSet:
         say(f"{STAGE}: up to date, skipped")
         return record
     broken = index.unreadable(found) | no_files
-    files = _readable(root, found, broken, skip=data.skip_bad)
-    todo = [file for file in files if config.caption.overwrite or file not in captions.texts]
-    _report_strays(
-        [stray for stray in captions.strays if authors.key(stray.name, stray.text) not in generated],
-        missing=0 if config.caption.overwrite else len(todo),
-    )
+    _warn_about_left_out(root)
+    files = usable.readable(root, found, broken, skip=data.skip_bad)
+    todo = usable.to_caption(root, files, captions, generated, overwrite=config.caption.overwrite)
     if unread := captions.unread:
         beside = f"{plural(len(unread), 'file')} beside images without a caption, first {unread[0]}"
         say(f"warning: not read: {beside}; captions beside images are read from {' '.join(folder.SIDECARS)}")
     if todo:
-        folder.check_writable(root, todo)
         _keep_written(root, captions, {file for file in todo if file in captions.texts}, generated)
         device = pick_device(config.hardware.device)
         dtype = pick_dtype(config.trainer.precision, device)
@@ -101,23 +96,7 @@ def _warn_about_unused(captions: folder.Captions) -> None:
         )
 
 
-def _report_strays(strays: Sequence[folder.Stray], *, missing: int) -> None:
-    """Texts that fit no image: a warning. Raises DataError if captions are missing, which they may be."""
-    if not strays:
-        return
-    if not missing:
-        say(f"warning: {plural(len(strays), 'text')} for no image, first {strays[0].where}")
-        return
-    listed = "".join(f"\n  {stray.where}" for stray in strays[:LISTED])
-    more = f"\n  and {len(strays) - LISTED:,} more" if len(strays) > LISTED else ""
-    raise DataError(
-        f"{plural(missing, 'image')} without a caption, and {plural(len(strays), 'text')} for no image. Rename each "
-        f"text to fit its image, or move it out of the folder to have captions generated:{listed}{more}"
-    )
-
-
-def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, skip: bool) -> list[str]:
-    """The files that decode, the others reported. Raises DataError if none does, or unless bad ones are to `skip`."""
+def _warn_about_left_out(root: Path) -> None:
     if other := folder.unsupported_files(root):
         unread = f"{plural(len(other), 'image')} in formats that can't be read, first {other[0]}"
         say(f"warning: left out {unread}; save such images as JPEG or PNG, or rename what is one already")
@@ -129,11 +108,6 @@ def _readable(root: Path, files: Sequence[str], broken: Mapping[str, str], *, sk
     if runs := folder.run_folders(root):
         drawn = f"the images that {plural(len(runs), 'run')} drew, first in {runs[0]}"
         say(f"warning: left out {drawn}; keep runs outside of the folder: run_dir=PATH")
-    decode.report_bad(list(broken.values()), skip=skip)
-    readable = [file for file in files if file not in broken]
-    if not readable:
-        raise DataError(f"{root} has no readable image left; try data.folder=path/to/images")
-    return readable
 
 
 def _keep_written(root: Path, captions: folder.Captions, replaced: Collection[str], generated: Collection[str]) -> None:
@@ -145,13 +119,6 @@ def _keep_written(root: Path, captions: folder.Captions, replaced: Collection[st
             copied = free_name(metadata.with_name(f"before-overwrite-{METADATA}"))
             shutil.copy2(metadata, copied)
             say(f"caption.overwrite replaces captions by you; {metadata} as it was is now {copied}")
-
-
-def _generated(run_dir: Path, cache: Path) -> set[str]:
-    """Keys of the captions that captioners wrote, by what the cache and the run before remember."""
-    before = load_record(run_dir, STAGE, CaptionSet)
-    items = before.items if before else ()
-    return authors.remembered(cache) | {authors.key(i.file, i.text) for i in items if i.source == "generated"}
 
 
 def _generate(

@@ -43,7 +43,7 @@ def plan(config: Config) -> Plan:
 
     Nothing is written and nothing is loaded but configurations, and an adapter to start from. Raises ModelError for a
     base whose configuration isn't on this machine and for an adapter that doesn't fit, ConfigError for what base or
-    machine can't do, DataError for examples that show at a glance to be none. What isn't on this machine is named in
+    machine can't do, DataError for examples that prove unusable within a second. What isn't on this machine is named in
     the notes of a plan for another. Raises RunError for a run folder that can't be written or was trained otherwise.
     """
     machine = read(config.hardware)
@@ -68,6 +68,8 @@ def _require(config: Config, machine: Machine) -> None:
     if config.lora.start_from and (is_there(start) or not config.hardware.gpu):
         formats.require_start(start)
         kinds.of(config).require_start(config)
+    if not config.hardware.gpu:
+        kinds.of(config).require_examples(config)
 
 
 def plans(config: Config, machines: Iterable[Machine]) -> Iterator[Plan]:

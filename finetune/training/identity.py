@@ -44,8 +44,9 @@ def require_resumable(run_dir: Path, settings: dict[str, Any], steps: int) -> No
 
     Not of the batch, which hangs on the number of processes too, nor of a base or an adapter, which may have moved.
     """
+    noted = _noted(run_dir)
     if newest := _newest(run_dir):
-        before = _noted(run_dir) | newest.state.identity
+        before = noted | newest.state.identity
         told = {key for key in settings if key != BATCH and f"{CONTENT}{key}" not in before}
         old, new = ({key: value for key, value in values.items() if key in told} for values in (before, settings))
         _require_same(newest, list(_changes(old, new)), steps)

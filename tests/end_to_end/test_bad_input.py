@@ -24,6 +24,8 @@ from tests.end_to_end import command
 from tests.end_to_end.stored_runs import CONVERSATIONS, STORED
 
 Cli = Callable[..., Any]
+CUT_PNG = (STORED / "pictures" / "blue.png").read_bytes()[:100]
+GOOD_ROW = b'{"prompt": "a", "completion": "b"}\n'
 
 # Runs a command without root's right to ignore file permissions (capabilities(7)); for others it changes nothing.
 DROP = "import ctypes, os, sys; [ctypes.CDLL(None).prctl(24, n) for n in (1, 2)]; os.execv(sys.argv[1], sys.argv[1:])"
@@ -149,6 +151,38 @@ def test_a_plan_refuses_the_data_that_training_refuses_at_a_glance(
 
 @pytest.mark.sampled
 @pytest.mark.parametrize(
+    ("file", "content", "said"),
+    [
+        ("images/blue.png", b"no image", "1 unreadable image; fix or remove what is listed"),
+        ("images/blue.png", b"", "images/blue.png: is empty (0 bytes)"),
+        ("images/blue.png", CUT_PNG, "images/blue.png: is truncated"),
+        ("images/bleu.txt", b"words", "bleu.txt: there is no image bleu"),
+        ("talk.jsonl", GOOD_ROW + b"no JSON", "talk.jsonl:2"),
+        ("talk.jsonl", GOOD_ROW + b'{"prompt": "a", "completion": ""}', "talk.jsonl:2"),
+    ],
+)
+def test_a_plan_looks_at_examples_as_training_does(
+    finetune_cli: Cli, images: Path, small: list[str], file: str, content: bytes, said: str
+) -> None:
+    (images / "red.txt").unlink()
+    Path(file).write_bytes(content)
+    words = small if file.startswith("images") else ["conf=pirate_chat", f"data.file={file}", "run_dir=run"]
+    with untouched(images):
+        trained, planned = finetune_cli("train", *words), finetune_cli("plan", *words)
+    assert said in planned.err
+    errors = [[line for line in answer.errors if line.startswith("error: ")] for answer in (trained, planned)]
+    assert (trained.code, errors[0]) == (planned.code, errors[1]) == (DataError.exit_code, errors[0])
+
+
+def test_a_captioner_that_nothing_is_to_be_captioned_with_need_not_be_there(
+    finetune_cli: Cli, images: Path, small: list[str]
+) -> None:
+    assert finetune_cli("plan", *small, "caption.model=./nowhere").code == 0
+    refused(finetune_cli("plan", *small, "caption.model=./nowhere", "caption.overwrite=true"), 4, "folder ./nowhere")
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize(
     ("words", "error", "said"),
     [
         (["conf=pixar_style", "model.base=./nowhere"], ModelError, "no model folder ./nowhere; give a folder"),
@@ -163,6 +197,10 @@ def test_a_plan_refuses_the_data_that_training_refuses_at_a_glance(
         (["conf=pirate_chat", "run_dir=foreign"], RunError, "foreign/report.html is of no run, and a run would"),
         (["conf=pixar_style", "model.base=./bare"], ModelError, "bare/unet/*.safetensors is missing; it needs"),
         (["conf=pirate_chat", "model.base=./bare_chat"], ModelError, "bare_chat/*.safetensors is missing; it needs"),
+        (["conf=pixar_style", "caption.model=./bare_blip"], ModelError, "bare_blip/*.safetensors is missing; it needs"),
+        (["conf=pixar_style", "caption.model=./mute"], ModelError, "mute/tokenizer.json is missing; it needs"),
+        (["conf=pixar_style", "caption.model=embedded:language"], ModelError, "is a llama model; captions are made by"),
+        (["conf=pirate_chat", "model.base=./cut"], ModelError, "cut/model.safetensors is damaged (9 bytes without a"),
         (
             ["conf=pirate_chat", "export.formats=[gguf]", "lora.dora=true"],
             ConfigError,
@@ -179,8 +217,15 @@ def test_a_plan_refuses_what_training_refuses_before_its_first_step(
     (workdir / "empty/file").touch()
     (workdir / "foreign").mkdir()
     (workdir / "foreign/report.html").touch()
-    for folder, name in (("diffusion", "bare"), ("language", "bare_chat")):
-        shutil.copytree(hub.EMBEDDED / folder, name, ignore=shutil.ignore_patterns("*.safetensors"))
+    for folder, name, without in (
+        ("diffusion", "bare", "*.safetensors"),
+        ("language", "bare_chat", "*.safetensors"),
+        ("language", "cut", "*.safetensors"),
+        ("captioner", "bare_blip", "*.safetensors"),
+        ("captioner", "mute", "tokenizer*"),
+    ):
+        shutil.copytree(hub.EMBEDDED / folder, name, ignore=shutil.ignore_patterns(without))
+    Path("cut/model.safetensors").write_bytes(b"cut short")
     data = "data.folder=images" if words[0] == "conf=pixar_style" else f"data.file={STORED / CONVERSATIONS}"
     with untouched(images):
         for verb in ("train", "plan"):
@@ -347,13 +392,30 @@ def test_a_read_only_folder_of_images_without_captions(workdir: Path, images: Pa
     try:
         with untouched(images):
             answer = command.run("train", *small, cwd=workdir, before=ORDINARY)
+            planned = command.run("plan", *small, cwd=workdir, before=ORDINARY)
     finally:
         images.chmod(0o755)
+    assert (planned.code, planned.errors) == (answer.code, answer.errors)
     refused(
         answer,
         DataError.exit_code,
         ["captions can't be written to images/metadata.jsonl (Permission denied)", "chmod u+w", "data.folder=COPY"],
     )
+
+
+@pytest.mark.sampled
+@pytest.mark.usefixtures("rights")
+@pytest.mark.parametrize("verb", ["train", "plan"])
+@pytest.mark.parametrize(
+    "recipe", [["smoke", "data.folder=images"], ["pirate_chat", f"data.file={STORED / CONVERSATIONS}"]]
+)
+def test_a_cache_that_holds_nothing_and_cannot_be_written(
+    workdir: Path, images: Path, recipe: list[str], verb: str
+) -> None:
+    (workdir / "closed").mkdir(mode=0o555)
+    words = [f"conf={recipe[0]}", *recipe[1:], "run_dir=run", "data.cache=closed"]
+    said = "cannot use the cache closed (Permission denied); try data.cache=FOLDER"
+    refused(command.run(verb, *words, cwd=workdir, before=ORDINARY), DataError.exit_code, said)
 
 
 @pytest.mark.sampled

@@ -9,6 +9,7 @@ import shutil
 import time
 import zlib
 from collections import Counter
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -174,7 +175,7 @@ def encode_or_load(
     """Every row of the source encoded, from the cache where it is there. Memory does not grow with the source.
 
     length: most tokens of a row. workers: processes that encode; 0 is one for each core. Raises DataError for unusable
-    rows (unless `skip_bad`) and where nothing is left, RunError where the cache can't be written.
+    rows (unless `skip_bad`), where nothing is left, and where the cache can't be written.
     """
     from filelock import FileLock
 
@@ -228,21 +229,53 @@ def open_store(folder: Path, *, verify: bool = False) -> TokenStore:
     return TokenStore(folder, figures, cached=True)
 
 
-def _write(folder: Path, source: Source, settings: EncodeSettings, workers: int) -> None:
-    """Encode into a folder, from where a killed command left off."""
-    read: Counter[str] = Counter()
-    errors: list[str] = []
+def look(source: Source, chat: Chat, *, length: int, long_rows: LongRows, skip_bad: bool, seconds: float) -> int:
+    """Encode rows for so many seconds, and keep nothing; how many were looked at, 0 for all of them.
+
+    Raises DataError as `encode_or_load` does.
+    """
+    read, errors, totals = Counter[str](), list[str](), Counter[str]()
+    stream = formats.read(source, bad=_noted(read, errors) if skip_bad else None)
+    until = time.monotonic() + seconds
+    for batch in encode_stream(stream, EncodeSettings(chat, length, long_rows, skip_bad), processes=1):
+        totals.update(batch.counts)
+        errors += batch.errors
+        if time.monotonic() > until:
+            return totals["conversations"]
+    _require_rows(source, totals + read, errors, length)
+    return 0
+
+
+def _noted(read: Counter[str], errors: list[str]) -> Callable[[DataError], None]:
+    """Counts an unusable row that is left out, and keeps the first few errors."""
 
     def bad(error: DataError) -> None:
         read.update(("conversations", "bad"))
         if len(errors) < ERRORS_KEPT:
             errors.append(str(error))
 
+    return bad
+
+
+def _require_rows(source: Source, totals: Counter[str], errors: list[str], length: int) -> None:
+    if not totals["rows"]:
+        unusable = f"{totals['bad']} are unusable, of {totals['left_out']} no trained token is within"
+        raise DataError(
+            f"{source.path}: nothing is left of {plural(totals['conversations'], 'row')}: {unusable} {length} tokens"
+            + (f" ({errors[0]})" if errors else "")
+            + "; allow longer rows with data.length, or choose: data.long_rows=keep_end"
+        )
+
+
+def _write(folder: Path, source: Source, settings: EncodeSettings, workers: int) -> None:
+    """Encode into a folder, from where a killed command left off."""
+    read: Counter[str] = Counter()
+    errors: list[str] = []
     with partial.opened(folder, COLUMNS) as rows:
         before, began, last = rows.counts["conversations"], time.monotonic(), time.monotonic()
         if before:
             say(f"tokens: going on from conversation {before:,}")
-        stream = formats.read(source, bad=bad if settings.skip_bad else None)
+        stream = formats.read(source, bad=_noted(read, errors) if settings.skip_bad else None)
         for batch in encode_stream(stream, settings, processes=workers, done=rows.batches):
             rows.add(batch)
             if time.monotonic() - last > PLAIN_LINE_EVERY_S:
@@ -251,14 +284,7 @@ def _write(folder: Path, source: Source, settings: EncodeSettings, workers: int)
                 rate = (now - before) / (last - began)
                 say(f"tokens: {plural(now + read['conversations'], 'conversation')}, {rate:,.0f} conversations/s")
         totals, errors = rows.counts + read, [*errors, *rows.errors][:ERRORS_KEPT]
-        if not totals["rows"]:
-            unusable = f"{totals['bad']} are unusable, of {totals['left_out']} no trained token is within"
-            raise DataError(
-                f"{source.path}: nothing is left of {plural(totals['conversations'], 'row')}: {unusable} "
-                f"{settings.length} tokens"
-                + (f" ({errors[0]})" if errors else "")
-                + "; allow longer rows with data.length, or choose: data.long_rows=keep_end"
-            )
+        _require_rows(source, totals, errors, settings.length)
     counts = {name: totals[name] for name in (*rows.counts, "bad")}
     figures = Figures(**counts, seconds=round(rows.seconds, 3), errors=tuple(errors))
     (folder / METADATA).write_text(json.dumps({"figures": asdict(figures), "sums": rows.sums, "sizes": rows.sizes}))

@@ -90,7 +90,7 @@ def test_no_changed_bit_of_an_entry_is_passed_over(store, bit):
 
 def test_a_folder_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("")
-    with pytest.raises(RunError, match=r"try data.cache=FOLDER"):
+    with pytest.raises(DataError, match=r"cannot use the cache .*try data.cache=FOLDER"):
         cache.Cache(tmp_path / "file").put("ab", TENSORS)
 
 

@@ -373,7 +373,7 @@ def test_rows_longer_than_the_base_reads_are_refused(language_config: Config) ->
 @pytest.mark.usefixtures("training_alone")
 def test_on_a_cpu(roomy: Config) -> None:
     roomy.hardware.device, roomy.hardware.gpu = Device.cpu, ""
-    found = plan(roomy)
+    (found,) = plans(roomy, [read(roomy.hardware)])
     assert found.precision == "fp32"
     assert found.chosen is not None
     assert "CUDA itself" not in found.chosen.parts

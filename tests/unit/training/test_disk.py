@@ -6,8 +6,9 @@ import pytest
 from torch import nn
 
 from finetune.config.schema import ExportFormat, TrainerConfig
+from finetune.planning.machine import read
 from finetune.stages.export import export
-from finetune.stages.plan import plan
+from finetune.stages.plan import plans
 from finetune.stages.train import train
 from finetune.training import disk
 from finetune.training.trainer import Trainer
@@ -32,7 +33,7 @@ def test_sizes_of_checkpoints_and_exports_are_those_of_the_files(
         config.export.formats, config.export.divergence = [ExportFormat.merged, ExportFormat.gguf], 9.0
     else:
         config.export.formats = [ExportFormat.diffusers, ExportFormat.kohya]
-    planned = plan(config).disk
+    planned = next(plans(config, [read(config.hardware)])).disk
     assert planned is not None
     run = train(config, setting.dataset)
     checkpoint = disk.checkpoint_bytes(models[0], config.optim.name, averaged=True)

@@ -489,3 +489,23 @@ def test_what_killed_processes_left_goes_and_what_others_write_stays(prepare, da
         prepare(data)
     assert not left.exists()
     assert (written / "tokens.bin").exists()
+
+
+def test_a_look_ends_in_time_and_keeps_nothing(tmp_path, chat):
+    draw = random.Random(5)
+    source = open_source(save(tmp_path / "c.jsonl", [turns(draw) for _ in range(2 * workers.BATCH)]))
+    options = {"length": 256, "long_rows": LongRows.refuse, "skip_bad": False}
+    assert store.look(source, chat, **options, seconds=0) == workers.BATCH
+    assert store.look(source, chat, **options, seconds=60) == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["c.jsonl"]
+
+
+def test_a_look_says_what_encoding_says(prepare, tmp_path, chat):
+    draw = random.Random(6)
+    path = save(tmp_path / "c.jsonl", [turns(draw), {"messages": 1}])
+    for options in ({"skip_bad": False, "length": 256}, {"skip_bad": True, "length": 4}):
+        with pytest.raises(DataError) as encoded:
+            prepare(path, long_rows=LongRows.keep_start, **options)
+        with pytest.raises(DataError) as looked:
+            store.look(open_source(path), chat, long_rows=LongRows.keep_start, seconds=60, **options)
+        assert str(looked.value) == str(encoded.value)
