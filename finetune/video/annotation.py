@@ -23,7 +23,7 @@ from finetune.run.progress import plural, progress, say
 from finetune.run.signals import Stop, cause
 from finetune.video import exports, page, pipeline, segments
 from finetune.video.detector import Detector
-from finetune.video.pipeline import Finder
+from finetune.video.pipeline import NEVER, Finder
 from finetune.video.records import Annotated
 from finetune.video.settings import Annotate, as_plain
 from finetune.video.source import opened
@@ -36,7 +36,6 @@ PRODUCTS = {
     "cvat.xml": "cvat",
 }  # fmt: skip
 """What is made only where it is asked for -> the export, or the setting, that asks for it."""
-NEVER = Stop()
 COUNTS_LITTLE = ("name", "run_dir", "video", "folder", "workers", "batch", "device")  # of settings, for what is found
 
 
@@ -74,12 +73,9 @@ def annotate(
             raise Interrupted(line, asked.number)
         detector = load()  # before anything is made: it may not be there
         pieces = folder / PIECES
-        known = pieces / "input"
-        if not known.exists() or known.read_text() != input_hash:
-            shutil.rmtree(pieces, ignore_errors=True)
-            pieces.mkdir()
+        if not segments.are_of(pieces, input_hash):
             shutil.rmtree(folder / IMAGES, ignore_errors=True)  # of other times
-            write_atomically(known, input_hash)
+            segments.begin(pieces, input_hash)
         record = _pass(video, folder, settings, detector, sha256, input_hash, asked)
         for name in set(PRODUCTS) - set(products(settings)):  # of other settings
             unasked = folder / name

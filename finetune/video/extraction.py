@@ -1,108 +1,87 @@
 """Images for training out of a video: sharp frames that differ from one another, or crops of what is in them.
 
-Two passes, so that memory stays constant: the first measures every frame small, the second writes what was chosen.
+Two passes, so that memory stays constant: the first measures every frame small, the second writes what was chosen. What
+they have done is kept beside the folder, in pieces, until all is done.
 """
 
 import hashlib
 import json
-from collections import Counter, defaultdict
+import shutil
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from itertools import islice, zip_longest
-from math import ceil
+from contextlib import contextmanager
 from pathlib import Path
-from statistics import median
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
 from PIL import Image
 
+from finetune import hub
 from finetune.data.images.metadata import METADATA, Row, line_of, read_rows
 from finetune.data.images.split import COLUMN, VALIDATION
-from finetune.errors import DataError
+from finetune.errors import DataError, Interrupted, RunError
 from finetune.run.atomic import replace_folder, write_atomically
-from finetune.run.hashing import hash_file
-from finetune.run.progress import progress, say
-from finetune.video.cuts import CutFinder, thumbnail
-from finetune.video.pipeline import Finder
+from finetune.run.hashing import hash_file, hash_of
+from finetune.run.progress import plural, progress, say
+from finetune.run.signals import Stop, cause
+from finetune.video import segments
+from finetune.video.measuring import Candidate, choose, measure
+from finetune.video.pipeline import NEVER, Finder
 from finetune.video.records import Extracted
-from finetune.video.settings import Frames
+from finetune.video.segments import Log
+from finetune.video.settings import Frames, as_plain
 from finetune.video.source import Facts, Rgb, Source, opened, rgb
 from finetune.video.tracks import Box
 
-MEASURED_WIDTH = 320  # pixels: sharpness is compared at one size
-CELLS = 24  # a side, of what two frames are compared by
+VERSION = 1  # of what is kept in pieces
+IMAGES = "images"
+COUNTS_LITTLE = ("video", "folder", "batch", "device")  # of settings, for which images there are
 QUALITY = 95
 MADE = ".finetune-frames"  # in a folder that this command filled, and may fill again
+Taken = tuple[Candidate, Any]
+"""A chosen frame and its picture."""
 
 
-@dataclass(frozen=True)
-class Candidate:
-    """The sharpest frame of a stretch. cells: [CELLS, CELLS] brightness, 0 to 1, without its mean."""
-
-    pts: int
-    seconds: float
-    scene: int
-    sharpness: float
-    cells: NDArray[np.float32]
-
-
-def extract(video: Path, folder: Path, settings: Frames, load: Callable[[], Finder]) -> Extracted:
+def extract(video: Path, folder: Path, settings: Frames, load: Callable[[], Finder], asked: Stop = NEVER) -> Extracted:
     """Write the images, and `metadata.jsonl` with the scene, the time and the side (training or validation) of each.
 
-    load: the detector, asked for crops alone. Texts of the same images that stand in the folder are kept. Raises
+    On from where a cut run stopped: what is done lies beside the folder until all is. load: the detector, asked for
+    crops alone. asked: to stop, with Interrupted. Texts of the same images that stand in the folder are kept. Raises
     DataError for what is no video, a folder of something else, one whose texts would be lost, and a video in which
-    nothing is found.
+    nothing is found; RunError where the folder can't be written or is being filled.
     """
     before = _known(folder)
-    sha256 = hash_file(video)
-    with opened(video) as source:
+    with opened(video):  # before anything is made
         finder = load() if settings.crops else None
-        candidates, sharpness, scenes, seconds = _measured(source, settings)
-        damage = source.damage_said(seconds)
-    chosen = choose(candidates, sharpness, settings)
-    with replace_folder(folder) as made:
+    sha256 = hash_file(video)
+    about = {"source": video.name, "sha256": sha256}
+    beside = folder.with_name(f".{folder.name}.frames")
+    with _held(beside, folder):
+        pieces, input_hash = beside / "pieces", _input_hash(sha256, settings)
+        if not segments.are_of(pieces, input_hash):
+            segments.begin(pieces, input_hash)
         with opened(video) as source:
-            rows = list(_written(source, made, chosen, settings, finder))
-        if not rows:
-            what, keys = (" or ".join(settings.crops), "threshold") if settings.crops else ("sharp frame", "sharpness")
-            raise DataError(f"{video}: no {what} of {settings.least_px} px was found; try a lower {keys} or least_px")
-        sides = split(rows, settings.validation_share)
-        about = {"source": video.name, "sha256": sha256}
-        rows = _with_texts([row | {COLUMN: sides[row["scene"]]} | about for row in rows], before, folder)
-        write_atomically(made / METADATA, "".join(f"{line_of(row)}\n" for row in rows))
-        (made / MADE).write_text(json.dumps(about))
+            measured = measure(source, pieces / "measured", settings, asked)
+        chosen = choose(measured, settings)
+        try:
+            with opened(video) as source:
+                rows = _written(source, pieces, chosen, settings, finder, asked)
+            sides = split(rows, settings.validation_share)
+            rows = _with_texts([row | {COLUMN: sides[row["scene"]]} | about for row in rows], before, folder)
+        except DataError:  # the same command would end so again
+            shutil.rmtree(beside)
+            raise
+        _fill(folder, pieces / IMAGES, rows, about)
+        shutil.rmtree(beside)
     held_out = sum(row[COLUMN] == VALIDATION for row in rows)
-    if damage:
-        say(f"warning: {video.name} is damaged: {damage}")
+    if measured.damage:
+        say(f"warning: {video.name} is damaged: {measured.damage}")
     if settings.validation_share and not held_out:
         why = f"no scene is small enough for validation_share={settings.validation_share:g}; try a larger one"
         one_scene = len({row["scene"] for row in rows}) == 1
         say(f"warning: nothing is held out: {'all images are of one scene' if one_scene else why}")
-    return Extracted(str(video), str(folder), scenes, len(candidates), len(chosen), len(rows), held_out)
-
-
-def choose(candidates: Sequence[Candidate], usual_sharpness: float, settings: Frames) -> list[Candidate]:
-    """Of the candidates those that are sharp and unlike every one before, in the order of their times.
-
-    usual_sharpness: the median of all frames. Where there are too many, scenes take turns and give their sharpest.
-    """
-    kept: list[Candidate] = []
-    cells = np.empty((len(candidates), CELLS, CELLS), np.float32)
-    for candidate in candidates:
-        if candidate.sharpness < settings.sharpness * usual_sharpness:
-            continue
-        apart = np.abs(cells[: len(kept)] - candidate.cells).mean((1, 2))
-        if apart.min(initial=np.inf) < settings.difference:
-            continue
-        cells[len(kept)] = candidate.cells
-        kept.append(candidate)
-    by_scene: dict[int, list[Candidate]] = defaultdict(list)
-    for candidate in sorted(kept, key=lambda one: -one.sharpness):
-        by_scene[candidate.scene].append(candidate)
-    turns = (one for turn in zip_longest(*by_scene.values()) for one in turn if one is not None)
-    return sorted(islice(turns, settings.most), key=lambda one: one.pts)
+    counts = measured.scenes, len(measured.sharpest), len(chosen), len(rows), held_out
+    return Extracted(str(video), str(folder), *counts)
 
 
 def split(rows: Sequence[dict[str, Any]], share: float) -> dict[int, str]:
@@ -119,78 +98,103 @@ def split(rows: Sequence[dict[str, Any]], share: float) -> dict[int, str]:
     return sides
 
 
-def sharpness(grey: NDArray[np.uint8]) -> float:
-    """How much fine detail there is: the variance of the Laplacian over that of the brightness.
+@contextmanager
+def _held(beside: Path, folder: Path) -> Iterator[None]:
+    """Only one command at a time works beside a folder."""
+    from filelock import FileLock, Timeout
 
-    Contrast counts on both sides, so that a dark scene is not called blurred."""
-    values = grey.astype(np.float32)
-    middle = values[1:-1, 1:-1]
-    around = values[:-2, 1:-1] + values[2:, 1:-1] + values[1:-1, :-2] + values[1:-1, 2:]
-    return float((4 * middle - around).var() / (middle.var() + 1.0))
-
-
-def _measured(source: Source, settings: Frames) -> tuple[list[Candidate], float, int, float]:
-    """The sharpest frame of every stretch of a scene, the median sharpness of all frames, the number of scenes, and how
-    many seconds there are."""
-    facts, cuts = source.facts, CutFinder()
-    found: list[Candidate] = []
-    every: list[float] = []
-    stretch, seconds = None, 0.0
-    total = ceil((facts.duration or 0) * facts.rate)
-    with progress("measure", total, unit="frames") as shown:
-        for frame in source.frames():
-            scene = cuts.look(float(frame.seconds), thumbnail(frame.picture))
-            high = max(2 * CELLS, round(MEASURED_WIDTH * frame.picture.height / frame.picture.width))
-            grey = frame.picture.reformat(MEASURED_WIDTH, high, format="gray", interpolation="AREA").to_ndarray()
-            every.append(sharpness(grey))
-            here = (scene, int(frame.seconds * settings.rate))
-            if here != stretch or every[-1] > found[-1].sharpness:
-                new = Candidate(frame.pts, float(frame.seconds), scene, every[-1], _cells(grey))
-                found[len(found) - (here == stretch) :] = [new]
-            stretch, seconds = here, float(frame.seconds + 1 / facts.rate)
-            shown.advance()
-    return found, median(every) if every else 0.0, cuts.scene + 1, seconds
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+        with FileLock(beside / ".lock", timeout=0):
+            yield
+    except Timeout as error:
+        line = f"{folder} is being filled by another command; wait for it, or name another folder: folder=DIR"
+        raise RunError(line) from error
+    except OSError as error:
+        raise RunError(
+            f"cannot write {beside} ({error.strerror}); free the disk or choose a folder you may write"
+        ) from error
 
 
-def _cells(grey: NDArray[np.uint8]) -> NDArray[np.float32]:
-    small = np.asarray(Image.fromarray(grey).resize((CELLS, CELLS), Image.Resampling.BOX), dtype=np.float32) / 255
-    cells: NDArray[np.float32] = small - small.mean()
-    return cells
+def _input_hash(sha256: str, settings: Frames) -> str:
+    """Of what decides which images there are, and what is in them."""
+    about = {key: value for key, value in as_plain(settings).items() if key not in COUNTS_LITTLE}
+    return hash_of(sha256, about, hub.content_hash(settings.detector) if settings.crops else "", VERSION)
 
 
 def _written(
-    source: Source, folder: Path, chosen: Sequence[Candidate], settings: Frames, finder: Finder | None
-) -> Iterator[dict[str, Any]]:
-    """Write the images; a row of metadata for each."""
-    facts, wanted = source.facts, {one.pts: one for one in chosen}
-    pictures = source.frames() if wanted else iter(())
-    waiting: list[tuple[Candidate, Rgb, Rgb]] = []
-    with progress("frames", len(chosen), unit="images") as shown:
-        for frame in pictures:
-            one = wanted.pop(frame.pts, None)
-            if one is None:
-                continue
-            whole = rgb(frame.picture, facts, facts.width, facts.height)
-            if finder is None:
-                if min(whole.shape[:2]) >= settings.least_px:
-                    yield _save(folder, f"{_name(one)}.jpg", whole, one, {})
-            else:
-                waiting.append((one, whole, rgb(frame.picture, facts, *finder.reads(facts.width, facts.height))))
-                if len(waiting) == settings.batch:
-                    yield from _crops(folder, waiting, facts, settings, finder)
-                    waiting = []
-            shown.advance()
-            if not wanted:
-                break
-        if finder is not None and waiting:
-            yield from _crops(folder, waiting, facts, settings, finder)
+    source: Source, pieces: Path, chosen: Sequence[Candidate], settings: Frames, finder: Finder | None, asked: Stop
+) -> list[dict[str, Any]]:
+    """Write the images that are not there yet; a row of metadata for each.
+
+    Raises Interrupted where `asked` says so, once a piece holds what was written until then.
+    """
+    images, log = pieces / IMAGES, Log(pieces / "written")
+    images.mkdir(exist_ok=True)
+    rows = list(log.rows())
+    if not all((images / row["file_name"]).exists() for row in rows):  # killed while the folder took its place
+        shutil.rmtree(log.folder)
+        rows, log = [], Log(log.folder)
+    done, name = log.frames, source.path.name
+    if done:
+        say(f"frames: {done} of {plural(len(chosen), 'frame')} of {name} are done already")
+    with progress("frames", len(chosen), unit="frames", done=done) as shown:
+        for batch in _batches(source, chosen, done, settings.batch if finder else 1, asked):
+            where = images, batch, source.facts, settings
+            of_each = _crops(*where, finder) if finder else _wholes(*where)
+            over = False
+            for (one, _), found in zip(batch, of_each, strict=True):
+                rows += found
+                over = log.add(one.seconds, one.pts, found) or over
+                shown.advance()
+            if over:
+                log.commit({})
+    if log.times:
+        log.commit({})
+    if asked.number is not None and log.frames < len(chosen):
+        line = f"stopped by {cause(asked.number)} after {log.frames} of {len(chosen)} chosen frames of {name}"
+        raise Interrupted(f"{line}; the same command goes on from there", asked.number)
+    if not rows:
+        what, keys = (" or ".join(settings.crops), "threshold") if settings.crops else ("sharp frame", "sharpness")
+        raise DataError(f"{source.path}: no {what} of {settings.least_px} px was found; try a lower {keys} or least_px")
+    return rows
+
+
+def _batches(source: Source, chosen: Sequence[Candidate], done: int, size: int, asked: Stop) -> Iterator[list[Taken]]:
+    """The chosen frames behind those that are done, so many together. A batch that a signal cuts is left out: the
+    detector gives the very same boxes only for the same frames together."""
+    wanted, batch = {one.pts: one for one in chosen[done:]}, list[Taken]()
+    frames = source.frames(after=chosen[done - 1].pts if done else None) if wanted else iter(())
+    for frame in frames:
+        if asked.number is not None:
+            return
+        one = wanted.pop(frame.pts, None)
+        if one is None:
+            continue
+        batch.append((one, frame.picture))
+        if len(batch) == size or not wanted:
+            yield batch
+            batch = []
+        if not wanted:
+            return
+    if batch:  # a damaged video, in which not every frame is found again
+        yield batch
+
+
+def _wholes(folder: Path, batch: Sequence[Taken], facts: Facts, settings: Frames) -> Iterator[list[dict[str, Any]]]:
+    for one, picture in batch:
+        whole = rgb(picture, facts, facts.width, facts.height)
+        is_large = min(whole.shape[:2]) >= settings.least_px
+        yield [_save(folder, f"{_name(one)}.jpg", whole, one, {})] if is_large else []
 
 
 def _crops(
-    folder: Path, waiting: Sequence[tuple[Candidate, Rgb, Rgb]], facts: Facts, settings: Frames, finder: Finder
-) -> Iterator[dict[str, Any]]:
-    found = finder.find([small for _, _, small in waiting], facts.width, facts.height)
-    for (one, whole, _), detections in zip(waiting, found, strict=True):
+    folder: Path, batch: Sequence[Taken], facts: Facts, settings: Frames, finder: Finder
+) -> Iterator[list[dict[str, Any]]]:
+    size = finder.reads(facts.width, facts.height)
+    found = finder.find([rgb(picture, facts, *size) for _, picture in batch], facts.width, facts.height)
+    for (one, picture), detections in zip(batch, found, strict=True):
+        whole, rows = rgb(picture, facts, facts.width, facts.height), []
         for number, detection in enumerate(detections):
             left, top, right, bottom = around(detection.box, settings.margin, facts)
             if detection.name in settings.crops and min(right - left, bottom - top) >= settings.least_px:
@@ -200,7 +204,8 @@ def _crops(
                     "bbox": [left, top, right, bottom],
                 }
                 name = f"{_name(one)}_{number:02d}_{detection.name.replace('/', '-').replace(' ', '-')}.jpg"
-                yield _save(folder, name, whole[top:bottom, left:right], one, about)
+                rows.append(_save(folder, name, whole[top:bottom, left:right], one, about))
+        yield rows
 
 
 def around(box: Box, margin: float, facts: Facts) -> tuple[int, int, int, int]:
@@ -208,6 +213,18 @@ def around(box: Box, margin: float, facts: Facts) -> tuple[int, int, int, int]:
     more = margin * max(box[2] - box[0], box[3] - box[1])
     left, top = max(0, round(box[0] - more)), max(0, round(box[1] - more))
     return left, top, min(facts.width, round(box[2] + more)), min(facts.height, round(box[3] + more))
+
+
+def _fill(folder: Path, images: Path, rows: Sequence[dict[str, Any]], about: dict[str, Any]) -> None:
+    """Let the images take the folder's place, with their metadata."""
+    names = {row["file_name"] for row in rows}
+    for path in images.iterdir():
+        if path.name not in names:  # of a batch that was cut
+            path.unlink()
+    write_atomically(images / METADATA, "".join(f"{line_of(row)}\n" for row in rows))
+    (images / MADE).write_text(json.dumps(about))
+    with replace_folder(folder) as made:
+        images.replace(made)
 
 
 def _save(folder: Path, name: str, pixels: Rgb, one: Candidate, about: dict[str, Any]) -> dict[str, Any]:

@@ -10,7 +10,8 @@ from finetune.errors import Interrupted
 from finetune.reading import at_home
 from finetune.reporting.terminal import print_table
 from finetune.run.progress import plural, printable
-from finetune.video.annotate import require_packages
+from finetune.run.signals import catch_stop
+from finetune.video.annotate import GOES_ON, require_packages
 from finetune.video.records import Extracted
 from finetune.video.settings import Annotate, Frames, existing, parse
 
@@ -33,10 +34,10 @@ def main(words: Sequence[str]) -> int:
 
     folder = at_home(settings.folder)
     try:
-        made = extraction.extract(existing(settings.video), folder, settings, load)
-    except KeyboardInterrupt:  # images take the folder's place when all are there
-        line = f"stopped by Ctrl-C; {folder} is as it was; the same command begins again"
-        raise Interrupted(line, signal.SIGINT) from None
+        with catch_stop() as asked:
+            made = extraction.extract(existing(settings.video), folder, settings, load, asked)
+    except KeyboardInterrupt:  # the second
+        raise Interrupted(f"stopped by Ctrl-C; {GOES_ON}", signal.SIGINT) from None
     _show(made)
     return 0
 

@@ -28,6 +28,7 @@ MOST_BYTES = 256 << 20  # of frames between two threads
 MOST_WAITING = 64  # frames, where they are small
 JPEG_QUALITY = 92
 POLL_S = 0.2
+NEVER = Stop()  # to end early
 
 
 class Finder(Protocol):

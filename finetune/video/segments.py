@@ -5,6 +5,7 @@ A piece counts once its `.json` is there, which is written last; whatever a kill
 
 import heapq
 import json
+import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
@@ -24,6 +25,7 @@ from finetune.run.progress import say
 from finetune.video.drawing import Planes
 
 LENGTH_S = 10
+INPUT = "input"  # the file that says of what the pieces of a folder are
 ENCODER = {"preset": "veryfast", "crf": "23", "bf": "0"}  # without B-frames pieces join without a gap in their times
 FRAGMENTS = {"movflags": "frag_keyframe+empty_moov+default_base_moof"}  # a cut file plays up to its last fragment
 
@@ -69,6 +71,58 @@ class Film:
         self.container.mux(self.stream.encode(None))
         self.container.close()
         self.partial.replace(self.path)
+
+
+class Log:
+    """Rows of a pass that makes no film, kept in pieces: what a folder holds already, and what is added to it.
+
+    state: behind the last piece; empty where there is none.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.folder, self.pieces = folder, finished(folder, filmed=False)
+        self.state = self.pieces[-1].state if self.pieces else {}
+        self.lines: list[str] = []
+        self.times: list[int] = []
+        self.began_s: float | None = None
+
+    @property
+    def frames(self) -> int:
+        """How many are in whole pieces."""
+        return sum(len(piece.pts) for piece in self.pieces)
+
+    def rows(self) -> Iterator[dict[str, Any]]:
+        """Of whole pieces."""
+        for piece in self.pieces:
+            yield from map(json.loads, read_text(lines_path(self.folder, piece.number)).splitlines())
+
+    def add(self, seconds: float, pts: int, rows: Sequence[dict[str, Any]]) -> bool:
+        """Take the rows of a frame. Whether its ten seconds are over, so that a piece may end."""
+        self.began_s = seconds if self.began_s is None else self.began_s
+        self.times.append(pts)
+        self.lines += [json.dumps(row, ensure_ascii=False) for row in rows]
+        return int(seconds / LENGTH_S) > int(self.began_s / LENGTH_S)
+
+    def commit(self, state: dict[str, Any]) -> None:
+        """End the piece; from here on it is not done again."""
+        piece = Piece(len(self.pieces), tuple(self.times), state)
+        commit(self.folder, piece, self.lines)
+        self.pieces.append(piece)
+        self.state, self.lines, self.times, self.began_s = state, [], [], None
+
+
+def are_of(folder: Path, input_hash: str) -> bool:
+    """Whether the pieces in a folder were made of this."""
+    known = folder / INPUT
+    return known.exists() and known.read_text() == input_hash
+
+
+def begin(folder: Path, input_hash: str) -> None:
+    """An empty folder for pieces of this, in place of those of something else."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    write_atomically(folder / INPUT, input_hash)
 
 
 def film_path(folder: Path, number: int) -> Path:

@@ -15,13 +15,13 @@ import pytest
 from finetune.data.images.folder import images
 from finetune.errors import ConfigError, DataError, FinetuneError, Interrupted, ModelError, RunError
 from finetune.run.signals import Stop
-from finetune.video import annotate, extraction
+from finetune.video import annotate, extraction, measuring
 from finetune.video.detector import Detector
 from finetune.video.settings import Annotate
 from finetune.video.tracks import iou
 from tests.conftest import ROOT
 from tests.unit.video.detectors import tiny_detector
-from tests.unit.video.films import film, regular
+from tests.unit.video.films import film, regular, scenes
 
 Cli = Callable[..., Any]
 
@@ -138,16 +138,36 @@ def after(find: Callable[..., Any], calls: int, *signals: int) -> Callable[..., 
     return found
 
 
-def test_ctrl_c_leaves_a_folder_of_frames_as_it_was(
+def test_frames_go_on_where_ctrl_c_or_sigterm_stopped_them(
     finetune_cli: Cli, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    path = film(tmp_path / "film.mp4", regular(20))
-    folder = tmp_path / "images"
-    monkeypatch.setattr(extraction, "_save", lambda *_: signal.raise_signal(signal.SIGINT))
-    answer = finetune_cli("frames", f"video={path}", f"folder={folder}")
+    path = film(tmp_path / "film.mp4", regular(40), draw=scenes)
+    words = ("frames", f"video={path}", "rate=5", "difference=0", "sharpness=0")
+    assert finetune_cli(*words, f"folder={tmp_path / 'whole'}").code == 0
+    cut = (*words, f"folder={tmp_path / 'cut'}")
+    for module, name, number, said in (
+        (measuring, "sharpness", signal.SIGINT, "stopped by Ctrl-C after 0.6 s of film.mp4 were measured"),
+        (measuring, "sharpness", signal.SIGTERM, "stopped by SIGTERM after 1.3 s of film.mp4 were measured"),
+        (extraction, "_save", signal.SIGINT, "stopped by Ctrl-C after 7 of 20 chosen frames of film.mp4"),
+    ):
+        with monkeypatch.context() as patched:
+            patched.setattr(module, name, after(getattr(module, name), 7, number))
+            answer = finetune_cli(*cut)
+        assert answer.code == 128 + number
+        assert answer.errors[-1] == f"{said}; the same command goes on from there"
+        assert not (tmp_path / "cut").exists()
+    with monkeypatch.context() as patched:
+        patched.setattr(extraction, "_save", after(extraction._save, 2, signal.SIGINT, signal.SIGINT))
+        answer = finetune_cli(*cut)
     assert answer.code == 130
-    assert answer.errors[-1] == f"stopped by Ctrl-C; {folder} is as it was; the same command begins again"
-    assert [each.name for each in tmp_path.iterdir()] == ["film.mp4"]
+    line = "stopped by Ctrl-C; the same command goes on behind the last piece of ten seconds"
+    assert answer.errors[-1] == line
+    answer = finetune_cli(*cut)
+    assert answer.code == 0
+    assert "frames: 7 of 20 frames of film.mp4 are done already" in answer.err
+    assert {each.name for each in tmp_path.iterdir()} == {"film.mp4", "whole", "cut"}
+    for each in (tmp_path / "whole").iterdir():
+        assert each.read_bytes() == (tmp_path / "cut" / each.name).read_bytes()
 
 
 @pytest.mark.parametrize(

@@ -1,23 +1,30 @@
 """Images out of a video: the sharp ones, none twice, each scene on one side; and crops of what is in them."""
 
 import json
+import shutil
+import signal
 from collections import Counter
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
+from filelock import FileLock
 from PIL import Image, ImageFilter
 
 from finetune.data.images import authors
 from finetune.data.images import folder as image_folder
 from finetune.data.images.split import for_validation
-from finetune.errors import DataError
-from finetune.video.extraction import extract, sharpness, split
+from finetune.errors import DataError, Interrupted, RunError
+from finetune.run.signals import Stop
+from finetune.video import extraction, measuring
+from finetune.video.extraction import extract, split
+from finetune.video.measuring import sharpness
 from finetune.video.settings import Frames
-from tests.unit.video.films import SIDE, SquareFinder, film, place, regular
+from tests.unit.video.films import SIDE, SquareFinder, film, place, regular, scenes
 
 SIZE = (160, 120)
 
@@ -88,7 +95,16 @@ def test_the_most_are_shared_out_among_the_scenes(video: Path, tmp_path: Path) -
 
 def test_crops_show_the_object_with_a_margin(tmp_path: Path) -> None:
     path = film(tmp_path / "film.mp4", regular(40), unit=Fraction(1, 12800))
-    settings = Frames(video="x", folder="x", crops=("square",), margin=0.25, least_px=16, difference=0.01, batch=3)
+    settings = Frames(
+        video="x",
+        folder="x",
+        crops=("square",),
+        detector="embedded:detector",
+        margin=0.25,
+        least_px=16,
+        difference=0.01,
+        batch=3,
+    )
     made = extract(path, tmp_path / "crops", settings, SquareFinder)
     assert made.images > 3
     for row in rows(tmp_path / "crops"):
@@ -131,11 +147,99 @@ def test_a_folder_that_is_filled_again_keeps_the_texts_of_its_images(video: Path
     assert [row["text"] for row in rows(folder)] == ["mine", "its"]
 
 
+def cut_at(call: int, what: str, path: Path, folder: Path, settings: Frames) -> str:
+    """Let a signal come in a call of `measuring.sharpness` or `extraction._save`; the line that is printed."""
+    asked, left = Stop(), iter(range(call - 1, -1, -1))
+    module = {"sharpness": measuring, "_save": extraction}[what]
+    real = getattr(module, what)
+
+    def meeting(*words: Any) -> Any:
+        if next(left, 0) == 0:
+            asked.number = signal.SIGTERM
+        return real(*words)
+
+    with mock.patch.object(module, what, meeting), pytest.raises(Interrupted) as stopped:
+        extract(path, folder, settings, SquareFinder, asked)
+    assert stopped.value.exit_code == 143
+    assert not folder.exists()
+    return str(stopped.value)
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("crops", [(), ("square",)])
+def test_a_cut_run_goes_on_and_the_folder_is_the_same_to_the_byte(tmp_path: Path, crops: tuple[str, ...]) -> None:
+    """Cut twice while frames are measured and once while images are written, then killed within an image."""
+    path = film(tmp_path / "film.mp4", regular(240), draw=scenes)
+    settings = Frames(video="x", folder="x", crops=crops, detector="embedded:detector", difference=0, sharpness=0)
+    settings = replace(settings, rate=Fraction(5), least_px=16, batch=3)
+    extract(path, tmp_path / "whole", settings, SquareFinder)
+    folder = tmp_path / "cut"
+    cut_at(20, "sharpness", path, folder, settings)
+    said = cut_at(130, "sharpness", path, folder, settings)
+    assert said == "stopped by SIGTERM after 14.9 s of film.mp4 were measured; the same command goes on from there"
+    said = cut_at(62, "_save", path, folder, settings)
+    done = 63 if crops else 62  # whole batches
+    assert (
+        said == f"stopped by SIGTERM after {done} of 120 chosen frames of film.mp4; the same command goes on from there"
+    )
+    with mock.patch.object(extraction, "_save", half_saved), pytest.raises(ZeroDivisionError):
+        extract(path, folder, settings, SquareFinder)
+    finder = SquareFinder()
+    extract(path, folder, settings, lambda: finder)
+    assert contents(folder) == contents(tmp_path / "whole")
+    assert finder.looked == (120 - done if crops else 0)
+    assert {each.name for each in tmp_path.iterdir()} == {"film.mp4", "whole", "cut"}
+
+
+def half_saved(folder: Path, name: str, *_: Any) -> Any:
+    (folder / name).write_bytes(b"half an image")
+    (folder / f"stray-{name}").touch()  # of a detector that found more
+    raise ZeroDivisionError
+
+
+def test_images_that_are_gone_are_written_again(video: Path, tmp_path: Path) -> None:
+    settings = Frames(video="x", folder="x")
+    extract(video, tmp_path / "whole", settings, no_finder)
+    with mock.patch.object(extraction, "replace_folder", side_effect=MemoryError), pytest.raises(MemoryError):
+        extract(video, tmp_path / "cut", settings, no_finder)
+    shutil.rmtree(tmp_path / ".cut.frames" / "pieces" / "images")
+    extract(video, tmp_path / "cut", settings, no_finder)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_with_other_settings_a_cut_run_begins_again(video: Path, tmp_path: Path) -> None:
+    cut_at(60, "sharpness", video, tmp_path / "cut", Frames(video="x", folder="x", rate=Fraction(5)))
+    settings = Frames(video="x", folder="x")
+    for name in ("cut", "whole"):
+        extract(video, tmp_path / name, settings, no_finder)
+    assert contents(tmp_path / "cut") == contents(tmp_path / "whole")
+
+
+def test_a_folder_that_is_being_filled_or_can_t_be_written_is_named(video: Path, tmp_path: Path) -> None:
+    (tmp_path / ".images.frames").mkdir()
+    with (
+        FileLock(tmp_path / ".images.frames" / ".lock"),
+        pytest.raises(RunError, match="images is being filled by another command; wait for it, or name another folder"),
+    ):
+        extract(video, tmp_path / "images", Frames(video="x", folder="x"), no_finder)
+    (tmp_path / "file").touch()
+    with pytest.raises(RunError, match=r"cannot write .*\.images\.frames \(.*\); free the disk or choose a folder"):
+        extract(video, tmp_path / "file" / "images", Frames(video="x", folder="x"), no_finder)
+
+
 def test_where_nothing_is_found_no_folder_is_left(tmp_path: Path) -> None:
     video = film(tmp_path / "film.mp4", regular(20))
     with pytest.raises(DataError, match="no square of 64 px was found; try a lower threshold or least_px"):
-        extract(video, tmp_path / "crops", Frames(video="x", folder="x", crops=("square",)), SquareFinder)
-    assert not (tmp_path / "crops").exists()
+        extract(
+            video,
+            tmp_path / "crops",
+            Frames(video="x", folder="x", crops=("square",), detector="embedded:detector"),
+            SquareFinder,
+        )
+    assert [each.name for each in tmp_path.iterdir()] == ["film.mp4"]
 
 
 def test_one_scene_holds_nothing_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
