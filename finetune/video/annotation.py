@@ -28,7 +28,7 @@ from finetune.video.records import Annotated
 from finetune.video.settings import Annotate, as_plain
 from finetune.video.source import opened
 
-VERSION = 4  # of what a pass writes
+VERSION = 5  # of what a pass writes
 RECORD, LINES, FILM, SHEET, REPORT = "annotation.json", "annotations.jsonl", "labelled.mp4", "sheet.jpg", "report.html"
 PIECES, IMAGES = "pieces", "images"
 PRODUCTS = {
