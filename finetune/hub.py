@@ -31,6 +31,7 @@ REMEMBERED_BYTES = 64 << 20  # the hash of larger files is remembered: reading 2
 HASHES = "finetune-hashes.json"  # beside the hub's cache, for every project of this user
 REASON = 300  # characters of what a library says that are passed on
 TOKENIZER_FILES = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
+PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 OTHER_FORMATS = (".ckpt", ".pt", ".pth", ".bin", ".gguf")  # what model sites offer besides safetensors
 PICKLE_WAY_OUT = (  # weights_only runs no code
     "import torch, safetensors.torch as s; "
@@ -287,10 +288,10 @@ def _lacks(loader: Any, part: Path) -> str | None:
     """What `from_pretrained` would need and not find in the folder; None if nothing."""
     if not part.is_dir():
         return str(part)
-    if "Tokenizer" in loader.__name__ and not any((part / name).is_file() for name in TOKENIZER_FILES):
-        return str(part / TOKENIZER_FILES[0])  # transformers would make an empty tokenizer and not say so
-    if _has_weights(loader) and not any(part.glob("*.safetensors")):
-        return str(part / "*.safetensors")
+    name, weights = loader.__name__, ("*.safetensors",) if _has_weights(loader) else ()
+    wanted = TOKENIZER_FILES if "Tokenizer" in name else PROCESSOR_FILES if "ImageProcessor" in name else weights
+    if wanted and not any(file.is_file() for pattern in wanted for file in part.glob(pattern)):
+        return str(part / wanted[0])  # transformers would make an empty tokenizer and not say so
     return None
 
 

@@ -29,7 +29,6 @@ FAMILIES = (
     "yolos",
 )
 """By `model_type`: released under Apache or MIT licences, and loaded without their own code."""
-PROCESSOR_FILES = ("preprocessor_config.json", "processor_config.json")  # the second since transformers 5
 NO_CLASS = "N/A"  # COCO's numbers have gaps, and released models name them so
 SAME_IOU = 0.8  # of two boxes of one class: DETR's sometimes find a thing twice, mostly within a few pixels
 
@@ -40,25 +39,27 @@ class Detector:
     def __init__(
         self, reference: str, device: torch.device, dtype: torch.dtype, *, threshold: float, classes: Sequence[str]
     ) -> None:
-        from transformers import AutoConfig, AutoImageProcessor, AutoModelForObjectDetection
+        from transformers import MODEL_FOR_OBJECT_DETECTION_MAPPING, AutoConfig, AutoImageProcessor
 
         hub.require(reference, "config.json")
-        model_type = hub.load(AutoConfig, reference).model_type
-        if model_type not in FAMILIES:
+        config = hub.load(AutoConfig, reference)
+        if config.model_type not in FAMILIES:
             raise ModelError(
-                f"{reference} is a {model_type} model; objects are found by: {', '.join(FAMILIES)}; "
+                f"{reference} is a {config.model_type} model; objects are found by: {', '.join(FAMILIES)}; "
                 "try detector=PekingU/rtdetr_v2_r18vd"
             )
         self.reference, self.device, self.dtype, self.threshold = reference, device, dtype, threshold
-        # The PIL backend, so that no torchvision is needed; frames are resized before it, on their way from FFmpeg.
-        folder = hub.resolve(reference)
-        if isinstance(folder, Path) and not any((folder / name).is_file() for name in PROCESSOR_FILES):
+        try:
+            # The PIL backend, so that no torchvision is needed; frames are resized before it, on their way from FFmpeg.
+            self.processor: Any = hub.load(AutoImageProcessor, reference, backend="pil")
+        except ModelError as error:
+            if not _lacks_processor(reference):
+                raise
             raise ModelError(
-                f"{reference} holds no {PROCESSOR_FILES[0]}, which says how frames are resized; "
-                "copy it from where config.json came from"
-            )
-        self.processor: Any = hub.load(AutoImageProcessor, reference, backend="pil")
-        model = hub.load(AutoModelForObjectDetection, reference, dtype=dtype)
+                f"{reference} holds no {hub.PROCESSOR_FILES[0]}, which says how frames are resized; "
+                "copy it from where config.json came from, or try detector=PekingU/rtdetr_v2_r18vd"
+            ) from error
+        model = hub.load(MODEL_FOR_OBJECT_DETECTION_MAPPING[type(config)], reference, dtype=dtype)
         self.model: Any = model.to(device).eval().requires_grad_(False)
         names = {int(number): str(name) for number, name in self.model.config.id2label.items()}
         self._require_numbers(names)
@@ -127,6 +128,20 @@ class Detector:
             box = (max(0.0, left), max(0.0, top), min(float(width), right), min(float(height), bottom))
             if name and (not self.classes or name in self.classes) and box[0] < box[2] and box[1] < box[3]:
                 yield Detection(name, box, score)
+
+
+def _lacks_processor(reference: str) -> bool:
+    """Whether it is known that a folder, or a model on the hub, has no file that says how images are prepared."""
+    from huggingface_hub import _CACHED_NO_EXIST, try_to_load_from_cache
+
+    source = hub.resolve(reference)
+    if isinstance(source, Path):
+        return not any((source / name).is_file() for name in hub.PROCESSOR_FILES)
+    name, _, revision = source.partition("@")
+    return all(
+        try_to_load_from_cache(name, file, revision=revision or None) is _CACHED_NO_EXIST
+        for file in hub.PROCESSOR_FILES
+    )
 
 
 def without_doubles(found: Sequence[Detection]) -> list[Detection]:

@@ -1,12 +1,17 @@
 """Detectors as they are released: what they are given is what their own processor gives, and what is wrong is said."""
 
+import shutil
 from pathlib import Path
+from typing import Any
 
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from transformers import AutoImageProcessor
 
+from finetune import hub
 from finetune.errors import ModelError
 from finetune.video.detector import Detector, without_doubles
 from finetune.video.tracks import Detection
@@ -96,6 +101,61 @@ def test_files_that_do_not_say_enough_are_refused_in_one_line(tmp_path: Path, fa
         ModelError, match=r"holds no preprocessor_config\.json, which says how frames are resized; copy"
     ):
         loaded(tmp_path)
+
+
+COMMIT = "c0ffee" * 6
+
+
+@pytest.fixture
+def snapshot(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """Of someone/tiny in the hub's cache; the hub answers."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(tmp_path))
+    monkeypatch.setattr(hub, "_ask_hub", lambda source: COMMIT)
+    model = tmp_path / "models--someone--tiny"
+    (model / "refs").mkdir(parents=True)
+    (model / "refs" / "main").write_text(COMMIT)
+    (model / "snapshots" / COMMIT).mkdir(parents=True)
+    return model / "snapshots" / COMMIT
+
+
+def test_what_is_missing_of_a_detector_of_the_hub_is_downloaded(
+    folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its config.json is here, since its family was asked for; that is no reason to expect the other files here too."""
+    shutil.copy(folder / "config.json", snapshot)
+    downloaded: list[str] = []
+    attempt = hub._attempt
+
+    def download(loader: Any, reference: str, source: Path | str, options: dict[str, Any]) -> Any:
+        if isinstance(source, str):
+            name = "preprocessor_config.json" if "Processor" in loader.__name__ else "model.safetensors"
+            downloaded.append(name)
+            shutil.copy(folder / name, snapshot)
+        return attempt(loader, reference, snapshot, {key: options[key] for key in options.keys() - {"revision"}})
+
+    monkeypatch.setattr(hub, "_attempt", download)
+    Detector("someone/tiny", CPU, torch.float32, threshold=0.0, classes=())
+    assert downloaded == ["preprocessor_config.json", "model.safetensors"]
+
+
+def test_a_detector_of_the_hub_without_its_processor_is_refused_in_one_line(
+    folder: Path, snapshot: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: Any, **__: Any) -> None:
+        raise OSError("Can't load image processor for 'someone/tiny'. If you were trying to load it from …")
+
+    shutil.copy(folder / "config.json", snapshot)
+    monkeypatch.setattr(AutoImageProcessor, "from_pretrained", fail)
+    with pytest.raises(ModelError, match=r"someone/tiny can't be loaded as AutoImageProcessor: Can't load"):
+        Detector("someone/tiny", CPU, torch.float32, threshold=0.0, classes=())  # why, nobody knows
+    missing = snapshot.parent.parent / ".no_exist" / COMMIT
+    missing.mkdir(parents=True)
+    for name in hub.PROCESSOR_FILES:
+        (missing / name).touch()
+    with pytest.raises(
+        ModelError, match=r"^someone/tiny holds no preprocessor_config\.json, which says how frames are"
+    ):
+        Detector("someone/tiny", CPU, torch.float32, threshold=0.0, classes=())
 
 
 def test_boxes_are_in_pixels_of_the_frame_and_of_the_classes_that_are_wanted(folder: Path) -> None:
