@@ -110,6 +110,10 @@ class Frames:
             for key, example in FRAMES_NEED.items()
             if not getattr(self, key)
         ]
+        if self.folder and Path(self.folder).name in ("", ".."):
+            missing.append(
+                f"folder={self.folder} is replaced as a whole; give its name: folder={FRAMES_NEED['folder']}"
+            )
         ranges = {"sharpness": (0, 10), "difference": (0, 1), "margin": (0, 2), "validation_share": (0, 0.9)}
         if self.crops and not self.detector:
             missing.append(NO_DETECTOR)
@@ -131,7 +135,8 @@ def parse(kind: type[S], command: str, words: Sequence[str]) -> S:
     for word in words:
         key, sign, text = word.partition("=")
         if not sign or word.startswith("-"):
-            problems.append(f"{word} is no setting; type {command} KEY=VALUE, such as video=holiday.mp4")
+            example = word if Path(word).is_file() else "holiday.mp4"
+            problems.append(f"{word} is no setting; type {command} KEY=VALUE, such as video={example}")
         elif key != recipes.GROUP:
             given[key] = text
     values = {}

@@ -65,6 +65,7 @@ def test_every_recipe_that_ships_is_one() -> None:
         (["video=a"], "say which detector: detector=PekingU/rtdetr_v2_r18vd from the hub, the folder of one on "),
         (["video=film.mp4"], "say which detector: detector="),
         (["a.mp4"], "a.mp4 is no setting; type annotate KEY=VALUE, such as video=holiday.mp4"),
+        ([__file__], f"{__file__} is no setting; type annotate KEY=VALUE, such as video={__file__}"),
         (["--fast"], "--fast is no setting"),
         (["video=a", "rat=5"], "no setting of annotate called 'rat'; did you mean rate?"),
         (["video=a", "rate=often"], "rate=often can't be read; expected a number above 0 and up to 1000"),
@@ -97,6 +98,9 @@ def test_frames_say_what_is_missing() -> None:
         parse(Frames, "frames", ["video=a", "folder=b", "crops=[car]"])
     with pytest.raises(ConfigError, match=r"margin must be from 0 to 2, got 3\.0"):
         parse(Frames, "frames", ["video=a", "folder=b", "margin=3"])
+    for folder in (".", "..", "/"):
+        with pytest.raises(ConfigError, match="is replaced as a whole; give its name: folder=datasets/holiday"):
+            parse(Frames, "frames", ["video=a", f"folder={folder}"])
 
 
 @pytest.mark.parametrize(
