@@ -129,8 +129,7 @@ def require_weights(reference: str, *parts: str) -> None:
 
 def to_download(reference: str, *parts: str) -> list[str]:
     """Those of these parts of a hub id that have no weights on this machine."""
-    source = resolve(reference)
-    if isinstance(source, Path):
+    if isinstance(source := resolve(reference), Path):
         return []
     folder = _snapshot(source)
     return [part for part in parts if folder is None or not any((folder / part).glob("*.safetensors"))]

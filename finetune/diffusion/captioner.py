@@ -51,7 +51,7 @@ def load_captioner(settings: CaptionConfig, device: torch.device, dtype: torch.d
     """
     from transformers import AutoConfig
 
-    require(settings.model)
+    _require_files(settings.model)
     model_type = hub.load(AutoConfig, settings.model).model_type
     return _captioner(settings.model, model_type)(settings, device, dtype)
 
@@ -60,10 +60,14 @@ def require(reference: str) -> None:
     """Raises ModelError for a captioner that can't be loaded, as far as no hub needs to be asked; loads no weights."""
     from transformers import AutoConfig
 
-    hub.require(reference, "config.json")
-    hub.require_weights(reference, "")
+    _require_files(reference)
     if isinstance(hub.resolve(reference), Path):  # what is to be downloaded is seen then
         _captioner(reference, hub.load(AutoConfig, reference).model_type).load_readers(reference)
+
+
+def _require_files(reference: str) -> None:
+    hub.require(reference, "config.json")
+    hub.require_weights(reference, "")
 
 
 def model_without_weights(reference: str, dtype: torch.dtype) -> nn.Module:
