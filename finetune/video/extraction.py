@@ -6,6 +6,7 @@ they have done is kept beside the folder, in pieces, until all is done.
 
 import hashlib
 import json
+import re
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,7 +21,7 @@ from finetune import hub
 from finetune.data.images.metadata import METADATA, Row, line_of, read_rows
 from finetune.data.images.split import COLUMN, VALIDATION
 from finetune.errors import DataError, Interrupted, RunError
-from finetune.run.atomic import replace_folder, write_atomically
+from finetune.run.atomic import remove_leftovers, replace_folder, write_atomically
 from finetune.run.hashing import hash_file, hash_of
 from finetune.run.progress import plural, progress, say
 from finetune.run.signals import Stop, cause
@@ -50,13 +51,15 @@ def extract(video: Path, folder: Path, settings: Frames, load: Callable[[], Find
     DataError for what is no video, a folder of something else, one whose texts would be lost, and a video in which
     nothing is found; RunError where the folder can't be written or is being filled.
     """
-    before = _known(folder)
-    with opened(video):  # before anything is made
+    _known(folder)  # refused before anything is made
+    with opened(video):
         finder = load() if settings.crops else None
     sha256 = hash_file(video)
     about = {"source": video.name, "sha256": sha256}
     beside = folder.with_name(f".{folder.name}.frames")
     with _held(beside, folder):
+        remove_leftovers(folder.parent, {"": re.escape(folder.name)})  # a kill may have left it aside, with its texts
+        before = _known(folder)
         pieces, input_hash = beside / "pieces", _input_hash(sha256, settings)
         if not segments.are_of(pieces, input_hash):
             segments.begin(pieces, input_hash)

@@ -147,6 +147,18 @@ def test_a_folder_that_is_filled_again_keeps_the_texts_of_its_images(video: Path
     assert [row["text"] for row in rows(folder)] == ["mine", "its"]
 
 
+def test_a_kill_while_the_folder_is_replaced_loses_no_text(video: Path, tmp_path: Path) -> None:
+    folder, settings = tmp_path / "images", Frames(video="x", folder="x")
+    extract(video, folder, settings, no_finder)
+    lines = [row | {"text": f"mine {number}"} for number, row in enumerate(rows(folder))]
+    (folder / "metadata.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    folder.rename(tmp_path / ".images.old")
+    (tmp_path / ".images.tmp").mkdir()
+    extract(video, folder, settings, no_finder)
+    assert [row["text"] for row in rows(folder)] == [line["text"] for line in lines]
+    assert [path.name for path in tmp_path.iterdir()] == ["images"]
+
+
 def cut_at(call: int, what: str, path: Path, folder: Path, settings: Frames) -> str:
     """Let a signal come in a call of `measuring.sharpness` or `extraction._save`; the line that is printed."""
     asked, left = Stop(), iter(range(call - 1, -1, -1))
