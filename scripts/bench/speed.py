@@ -54,12 +54,7 @@ Diffusion run them, and the autoencoder, in every step. A dash was not measured 
 *First step*: seconds from the command to the end of it, with imports, loading, encoding, plan, dry run, validation and
 a preview of ours. *Limit*: the step's products alone, at the {tflops:.0f} TFLOP/s that a large bf16 product reached on
 the same GPU. Measured with `python -m scripts.bench.speed`, one run each, torch {torch}. The lines, with every
-step's time, are in `scripts/bench/speed.jsonl`. The rows of 29 November are older than the graphs of packed rows and
-the fast blocks of image models (decisions [25](decisions/0025-fast-blocks-of-unets.md) and
-[27](decisions/0027-fast-blocks-of-flux.md)).
-
-Two rows were trained with them on 30 November and not timed beside their peers, because the GPU's time was up. By the
-runs' own metrics, steps 11 to the end: `sd15-16` 114 images/s, `flux1-nf4` 1.78.
+step's time, are in `scripts/bench/speed.jsonl`.
 
 ## What bounds them now
 {bounds}
