@@ -19,6 +19,12 @@ from finetune.memory.fallbacks import AdaptiveBatch
 from finetune.run.progress import say
 
 IMAGE_BATCH = 8
+FULL_PASS = 512**2  # pixels: with fewer, most processors are not busy
+
+
+def images_at_once(side: int, least: int) -> int:
+    """How many images of `side` pixels are drawn in one pass: `least`, or more where they are small."""
+    return min(IMAGE_BATCH, max(least, FULL_PASS // side**2))
 
 
 class ImageSampler:

@@ -17,7 +17,7 @@ from finetune.config.schema import CaptionConfig, LoraConfig, LossConfig, ModelC
 from finetune.data.images import buckets
 from finetune.diffusion import captioner, export, fast_blocks, meta, single_file, task, tiling
 from finetune.diffusion.families import family
-from finetune.diffusion.image_sampler import IMAGE_BATCH
+from finetune.diffusion.image_sampler import IMAGE_BATCH, images_at_once
 from finetune.memory import block_offload, checkpointing, policy
 from finetune.planning import meta as planning_meta
 from finetune.planning.tracer import PhaseOption, Trace, Tracer
@@ -212,7 +212,8 @@ class DiffusionMemoryModel:
         drawn += self.previews * min(sample.previews, len(sample.prompts))
         rows = drawn * sample.steps * (2 if self._guided() else 1)
         option = partial(PhaseOption, runs=rows / micro_batch, timed=self._forward(micro_batch, held))
-        count = min(IMAGE_BATCH, max(min(sample.previews, len(sample.prompts)), len(sample.seeds)))
+        previews = min(IMAGE_BATCH, sample.previews, len(sample.prompts))
+        count = max(previews, images_at_once(self.base.resolution, len(sample.seeds)))
         yield option(self._drawing(count, self.vae, held))
         while self.cuda and count > 1:
             count //= 2

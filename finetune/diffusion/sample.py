@@ -8,7 +8,7 @@ from typing import Any, BinaryIO
 import torch
 
 from finetune.config.schema import ModelConfig, SampleConfig
-from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.image_sampler import ImageSampler, images_at_once
 from finetune.diffusion.pipeline import load_adapter, load_backbone
 from finetune.memory.device import release_memory
 from finetune.run.progress import plural, progress, say, shortened
@@ -42,15 +42,15 @@ def sample(
         say(f"warning: the prompt {shortened(prompt, 60)} is truncated: {words} dropped: {shortened(tail)}")
     jobs = [(prompt, seed) for prompt in settings.prompts for seed in settings.seeds]
     drawn: dict[str, list[Any]] = {}
+    side, count = model.resolution, images_at_once(model.resolution, len(settings.seeds))
     with progress("sample", 2 * len(jobs), unit="images") as bar:
         for kind in ("tuned", "base"):  # an adapter that can't be used is reported before anything is drawn
             backbone = load_backbone(model, dtype, device, vram_gib=vram_gib)
             if kind == "tuned":
                 backbone = load_adapter(model, backbone, adapter)
             drawn[kind] = []
-            for start in range(0, len(jobs), len(settings.seeds)):
-                part = jobs[start : start + len(settings.seeds)]
-                side = model.resolution
+            for start in range(0, len(jobs), count):
+                part = jobs[start : start + count]
                 drawn[kind] += image_sampler.generate(
                     backbone, part, width=side, height=side, steps=settings.steps, guidance=settings.guidance
                 )
