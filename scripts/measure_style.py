@@ -40,13 +40,14 @@ FIRST_SEED, CLASSIFIER_SEED = 95_000_000, 96_000_000  # scenes that no training 
 BASE = ModelConfig(base="embedded:diffusion")
 CROP = 7 / 8  # of the width: shifted crops and mirroring make more of few pictures, and blur none
 CLASSIFIER_STEPS, CLASSIFIER_BATCH, CLASSIFIER_LR = 300, 32, 2e-3
+CLASSIFIERS = 3  # one alone may have learnt nothing
 
 FIGURES = {
     "style": ("read as the look of the trigger", "at least 0.98"),
     "thing_and_colour": ("thing and colour read right", "at least 0.97"),
     "setting": ("setting read right", "at least 0.95"),
     "crispness": ("mean absolute Laplacian, of that of renders", "0.90 to 1.15"),
-    "told_from_renders": ("a fresh classifier tells samples from renders", "at most 0.75"),
+    "told_from_renders": ("the best of three fresh classifiers tells samples from renders", "at most 0.75"),
     "validation_over_training": ("held-out loss over training loss", "at most 1.5"),
     "novelty": ("distance to the nearest training image, of that of renders", "at least 1"),
     "flat_without_trigger": ("read as flat, without the trigger", "as the base, 0.99"),
@@ -132,14 +133,19 @@ def style_share(images_N3PP: Tensor, look: str) -> float:
 
 
 def told_apart(known: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor], device: str = "cpu") -> float:
-    """How often a fresh classifier is right on two sets of unseen pictures, having learnt from two sets of known ones.
+    """How often the best of CLASSIFIERS fresh classifiers is right on two sets of unseen pictures, having learnt from
+    two sets of known ones."""
+    return max(_told_apart(known, unseen, device, seed) for seed in range(CLASSIFIERS))
+
+
+def _told_apart(known: tuple[Tensor, Tensor], unseen: tuple[Tensor, Tensor], device: str, seed: int) -> float:
+    """By one classifier.
 
     It has the form of the readers and learns for CLASSIFIER_STEPS, or two steps a picture where that is less, from
     shifted and mirrored crops, both sets in every batch in equal parts; it judges the middle of each unseen picture.
-    Seeded.
     """
-    torch.manual_seed(0)
-    generator = torch.Generator().manual_seed(0)
+    torch.manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     classifier = Reader({"set": ("first", "second")}).to(device).train()
     batch = min(CLASSIFIER_BATCH // 2, *map(len, known))
     px = round(CROP * known[0].shape[-1])

@@ -73,10 +73,12 @@ def test_gradients_are_no_coarser_than_those_of_plain_blocks(tmp_path: Path, kin
     save_family(tmp_path, kind)
     targets = [*ATTENTION, "ff.net.0.proj", "ff.net.2"]
     exact = gradients(adapted(tmp_path / part, targets, fast=False), torch.float32)
+    assert 0 < exact.norm() < torch.inf
     errors = []
     for fast in (False, True):
-        model = adapted(tmp_path / part, targets, fast=fast, dtype=torch.bfloat16)
-        errors.append(float((gradients(model, torch.bfloat16) - exact).norm() / exact.norm()))
+        found = gradients(adapted(tmp_path / part, targets, fast=fast, dtype=torch.bfloat16), torch.bfloat16)
+        assert found.isfinite().all(), f"fast={fast}"
+        errors.append(float((found - exact).norm() / exact.norm()))
     plain, fast_ones = errors
-    assert fast_ones < 0.2
+    assert fast_ones < 0.3
     assert fast_ones <= 1.1 * plain
