@@ -330,7 +330,7 @@ def test_phases_take_less_memory_on_a_smaller_gpu(config: Config, monkeypatch: p
     monkeypatch.setattr(tiling, "TILE", 16)
     on_a_gpu(config).sample.seeds = [0, 1, 2, 3]
     candidates = candidates_of(config)
-    images = ["2 images at once", "one image at once"]
+    images = ["4 images at once", "2 images at once", "one image at once"]
     expected = {
         "encoding texts": ["", "fewer captions at once", "in CPU memory, which is slower"],
         "sampling": ["", *images, "one image at once, decoded in tiles"],
