@@ -87,6 +87,7 @@ def train(recipe: str | Config, overrides: Overrides = ()) -> Result:
 
         for line in cautions(config):
             say(f"warning: {line}")
+        distributed.on_first_rank(lambda: kinds.require_resumable(config))
         captions = distributed.on_first_rank(lambda: _captions(config))
         data = distributed.on_first_rank(lambda: dataset.dataset(config, captions))
         run = train.train(config, data)

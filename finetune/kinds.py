@@ -16,6 +16,7 @@ from finetune.data.images import folder
 from finetune.data.text import readers
 from finetune.errors import DataError
 from finetune.run import room
+from finetune.run.hashing import hash_adapter
 from finetune.run.records import Answer, Answers, CaptionSet, Dataset, Run, Sample, Samples, TextSet
 
 if TYPE_CHECKING:
@@ -38,8 +39,8 @@ class Kind(Protocol):
         ...
 
     def require_base(self, config: Config) -> None:
-        """Raises ModelError for a base that is not there, ConfigError for one that can't be exported as asked, and
-        DataError for a chat template that it has not; loads no weights."""
+        """Raises ModelError for a base that is not there, ConfigError for one that can't be exported or drawn with as
+        asked, and DataError for a chat template that it has not; loads no weights."""
         ...
 
     def require_start(self, config: Config) -> None:
@@ -136,6 +137,25 @@ def require_data(config: Config) -> None:
         raise DataError(
             f"{setting(key, named)} can't be read ({error.strerror}); make it readable, or name another: {key}=…"
         ) from error
+
+
+def contents(config: Config) -> dict[str, str]:
+    """Setting that names something outside the data set -> hash of what it names; an equal one may have moved."""
+    from finetune.adapters import formats
+
+    found = of(config).contents(config)
+    if config.lora.start_from:
+        found["lora.start_from"] = hash_adapter(formats.peft_folder(Path(config.lora.start_from)))
+    return found
+
+
+def require_resumable(config: Config) -> None:
+    """Raises RunError for a run folder that was trained otherwise, or whose checkpoint is damaged."""
+    from finetune.training import identity
+
+    if not config.trainer.restart:
+        settings = identity.settings_of(config)
+        identity.require_resumable(Path(config.run_dir), settings, lambda: contents(config), config.trainer.steps)
 
 
 def of(config: Config) -> Kind:

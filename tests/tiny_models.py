@@ -3,6 +3,7 @@
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_file, save_file
 
 from tests.tiny_tokenizers import clip_tokenizer
 
@@ -101,3 +102,9 @@ def save_captioner(folder: Path, *, seed: int = 0) -> Path:
     tokenizer.save_pretrained(folder)
     BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
     return folder
+
+
+def change_weights(folder: Path) -> None:
+    """Other numbers under the same names, in the first file of weights."""
+    file = next(path for path in sorted(folder.rglob("*.safetensors")) if "vae" not in path.parts)
+    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})

@@ -18,6 +18,7 @@ from finetune.diffusion import captioner, card, encode, meta, single_file, task
 from finetune.diffusion import export as exporting
 from finetune.diffusion import sample as sampling
 from finetune.diffusion.brush import Brush
+from finetune.diffusion.families import family
 from finetune.diffusion.memory_model import DiffusionMemoryModel
 from finetune.diffusion.pipeline import base_hash
 from finetune.errors import ConfigError, DataError
@@ -49,6 +50,8 @@ def require_device(config: Config, device: torch.device) -> None:
 
 
 def require_base(config: Config) -> None:
+    if config.sample.negative.strip() and not family(config.model.family).takes_negative:
+        raise ConfigError(f"sample.negative: {config.model.family} takes no negative prompt; leave it out")
     if single_file.find(config.model) is None:  # which refuses a base that is no image model
         hub.require_weights(config.model.base, *meta.parts(config.model))
 

@@ -226,10 +226,7 @@ class DiffusionMemoryModel:
 
     def _guided(self) -> bool:
         """Whether an image is drawn with and without its prompt."""
-        with self.tracer.autocast():
-            text = self._texts(1)
-            arguments = self.family.pipeline_arguments(text, text, self.sample.guidance)
-        return self.sample.guidance > 1 and "negative_prompt_embeds" in arguments
+        return self.sample.guidance > 1 and self.family.takes_negative
 
     def _drawing(self, count: int, vae: nn.Module, held: Mapping[str, float]) -> Trace:
         side = self.base.resolution

@@ -12,6 +12,7 @@ from fastapi import APIRouter
 
 from finetune.adapters import lora
 from finetune.config.schema import Config, ModelConfig
+from finetune.diffusion.families import family
 from finetune.diffusion.image_sampler import ImageSampler
 from finetune.diffusion.pipeline import TextEncoder, base_hash, load_backbone
 from finetune.memory.device import pick_device, pick_dtype
@@ -102,6 +103,7 @@ def service(config: Config, sources: Mapping[str, Source]) -> "ImageService":
         steps=config.sample.steps,
         guidance=config.sample.guidance,
         negative=config.sample.negative,
+        takes_negative=family(config.model.family).takes_negative,
         prompt=next(iter(config.sample.prompts), config.caption.trigger or "a house on a hill"),
         most_images=config.serve.batch,
         timeout_s=config.serve.timeout_s,

@@ -35,7 +35,7 @@ LONGEST_PROMPT = 4000  # characters; encoders read some 77 to 512 tokens
 class Canvas:
     """What holds where a request says nothing. side: pixels. multiple: sides are of it. most_images: of a request.
 
-    prompt: an example.
+    takes_negative: whether the base looks at a negative prompt at all. prompt: an example.
     """
 
     side: int
@@ -43,6 +43,7 @@ class Canvas:
     steps: int
     guidance: float
     negative: str
+    takes_negative: bool
     prompt: str
     most_images: int
     timeout_s: float
@@ -121,7 +122,9 @@ def routes(engine: ImageEngine, shelf: Shelf, canvas: Canvas, rates: Rates, metr
             stack.callback(job.cancel)
             news = metrics.timed(job)
             warnings = [f"ignored: {', '.join(form.ignored())}"] if form.ignored() else []
-            if asked.negative and asked.guidance <= 1:
+            if asked.negative and not canvas.takes_negative:
+                warnings.append("this base takes no negative_prompt")
+            elif asked.negative and asked.guidance <= 1:
                 warnings.append("negative_prompt is not looked at without guidance above 1")
             if form.stream:
                 return Events(_events(news, asked, loaded), headers_of(loaded, warnings), stack.pop_all())

@@ -21,7 +21,6 @@ from finetune.reporting.facts import update_scale
 from finetune.run import room, rundir
 from finetune.run.room import Need
 from finetune.training import checkpoint, disk
-from finetune.training.identity import require_resumable, settings_of
 from finetune.training.optim import require_device
 
 OTHERS = 3  # alternatives shown
@@ -62,13 +61,12 @@ def _require(config: Config, machine: Machine) -> None:
     if not config.hardware.gpu:
         kinds.of(config).require_base(config)
         rundir.require_usable(Path(config.run_dir), as_dict(config))
-        if not config.trainer.restart:
-            require_resumable(Path(config.run_dir), settings_of(config), config.trainer.steps)
     start = Path(config.lora.start_from)
     if config.lora.start_from and (is_there(start) or not config.hardware.gpu):
         formats.require_start(start)
         kinds.of(config).require_start(config)
     if not config.hardware.gpu:
+        kinds.require_resumable(config)
         kinds.of(config).require_examples(config)
 
 

@@ -15,14 +15,14 @@ from finetune.errors import Interrupted, RunError
 from finetune.memory.device import gpu_gib, peak_gib, pick_device, pick_precision, reset_peak
 from finetune.planning import choice
 from finetune.run import previous, ranks, room
-from finetune.run.hashing import hash_adapter, hash_of
+from finetune.run.hashing import hash_of
 from finetune.run.progress import plural, say
 from finetune.run.receipts import load_record, save_receipt
 from finetune.run.records import Dataset, Run, TextSet
 from finetune.run.signals import Stop, catch_stop, cause
 from finetune.training import checkpoint, disk, distributed
 from finetune.training.accelerator import build_accelerator, without_cudnn_attention
-from finetune.training.identity import CONTENT, flat, resume, settings_of
+from finetune.training.identity import CONTENT, flat, noted, resume, settings_of
 from finetune.training.loop import Step
 from finetune.training.trainer import Trainer
 from finetune.workstation.meanwhile import Meanwhile
@@ -42,7 +42,7 @@ def train(config: Config, dataset: Dataset | TextSet) -> Run:
     steps, Interrupted after a signal (state saved).
     """
     began, run_dir = time.monotonic(), Path(config.run_dir)
-    contents = distributed.on_first_rank(lambda: _contents(config))
+    contents = noted(distributed.on_first_rank(lambda: kinds.contents(config)))
     settings = settings_of(config) | {dataset.identity_key: dataset.content}
     identity = settings | contents
     known = {key: value for key, value in identity.items() if f"{CONTENT}{key}" not in contents}  # names aside
@@ -171,11 +171,3 @@ def _heed(stop: Stop, step: Step, trainer: Trainer) -> None:
     distributed.on_first_rank(trainer.save)
     then = "exports what was trained" if step.number == trainer.trainer.steps else "goes on from there"
     raise Interrupted(f"stopped by {cause(stop.number)} after step {step.number}; the same command {then}", stop.number)
-
-
-def _contents(config: Config) -> dict[str, str]:
-    """Hashes of what the settings name outside the data set; an equal one may have moved."""
-    found = kinds.of(config).contents(config)
-    if config.lora.start_from:
-        found["lora.start_from"] = hash_adapter(formats.peft_folder(Path(config.lora.start_from)))
-    return {f"{CONTENT}{key}": value for key, value in found.items()}

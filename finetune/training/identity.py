@@ -1,6 +1,6 @@
 """What a run is: the settings, contents and data that decide its result. Only the same run goes on in its folder."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,17 +39,23 @@ def settings_of(config: Config) -> dict[str, Any]:
     return {key: value for key, value in flat(kept).items() if key not in NOT_THE_RESULT and ADDED.get(key) != value}
 
 
-def require_resumable(run_dir: Path, settings: dict[str, Any], steps: int) -> None:
-    """Raises RunError as `resume` does for what lies in the run folder, as far as the settings alone tell.
+def require_resumable(
+    run_dir: Path, settings: dict[str, Any], contents: Callable[[], dict[str, str]], steps: int
+) -> None:
+    """Raises RunError as `resume` does for what lies in the run folder, as far as it is told before data are read.
 
-    Not of the batch, which hangs on the number of processes too, nor of a base or an adapter, which may have moved.
+    A batch that several processes would make of the one asked for counts as the same.
     """
-    noted = _noted(run_dir)
     if newest := _newest(run_dir):
-        before = noted | newest.state.identity
-        told = {key for key in settings if key != BATCH and f"{CONTENT}{key}" not in before}
-        old, new = ({key: value for key, value in values.items() if key in told} for values in (before, settings))
-        _require_same(newest, list(_changes(old, new)), steps)
+        before, identity = _contents_in_receipt(run_dir) | newest.state.identity, settings | noted(contents())
+        if before.get(BATCH, 0) % identity[BATCH] == 0:
+            before[BATCH] = identity[BATCH]
+        _require_same(newest, list(_changes(before, identity)), steps)
+
+
+def noted(contents: Mapping[str, str]) -> dict[str, str]:
+    """Hashes by the setting that names what is hashed, as an identity has them."""
+    return {f"{CONTENT}{key}": value for key, value in contents.items()}
 
 
 def resume(
@@ -61,7 +67,7 @@ def resume(
         before = newest.state.identity
         same_data = before.get(dataset.identity_key) == dataset.content
         data = "" if same_data else previous.changes(run_dir, dataset)
-        _require_same(newest, list(_changes(_noted(run_dir) | before, identity)), steps, data=data)
+        _require_same(newest, list(_changes(_contents_in_receipt(run_dir) | before, identity)), steps, data=data)
     return newest
 
 
@@ -87,7 +93,7 @@ def _require_same(newest: checkpoint.Checkpoint, changed: list[str], steps: int,
         raise RunError(f"{run_dir} is already at step {step}, past trainer.steps={steps}; {advice}")
 
 
-def _noted(run_dir: Path) -> dict[str, Any]:
+def _contents_in_receipt(run_dir: Path) -> dict[str, Any]:
     """Contents that the receipt knows, of a run whose checkpoints are older than they are."""
     receipt = load_receipt(run_dir, "train")
     return {key: value for key, value in (receipt.figures if receipt else {}).items() if key.startswith(CONTENT)}

@@ -22,6 +22,7 @@ from finetune.data.images import walk
 from finetune.errors import ConfigError, DataError, FinetuneError, ModelError, RunError
 from tests.end_to_end import command
 from tests.end_to_end.stored_runs import CONVERSATIONS, STORED
+from tests.tiny_models import change_weights
 
 Cli = Callable[..., Any]
 CUT_PNG = (STORED / "pictures" / "blue.png").read_bytes()[:100]
@@ -569,6 +570,39 @@ def test_going_on_with_another_configuration_lists_what_changed(
     for command in ("plan", "train", "plan"):  # more steps are no other run
         assert finetune_cli(command, *small, "trainer.steps=3").code == 0
     assert finetune_cli("plan", *small, "lora.rank=2", "trainer.restart=true").code == 0
+
+
+def test_a_base_without_negative_prompts_refuses_one(finetune_cli: Cli, images: Path) -> None:
+    flux = ["model=flux1_dev", "hardware=rtx4090", "sample.guidance=3", "sample.negative=blur"]
+    refused(
+        finetune_cli("plan", "conf=pixar_style", "data.folder=images", *flux),
+        ConfigError.exit_code,
+        ["sample.negative: flux takes no negative prompt; leave it out"],
+    )
+
+
+@pytest.mark.sampled
+@pytest.mark.parametrize("command", ["plan", "train"])
+def test_another_batch_or_base_is_refused_before_captions_are_made(
+    finetune_cli: Cli, tiny_base: Path, images: Path, small: list[str], trained: Path, command: str
+) -> None:
+    (images / "red.txt").unlink()
+    changed = shutil.copytree(tiny_base, Path("changed"))
+    change_weights(changed)
+    with untouched(images, trained / "checkpoints", trained / "adapter"):
+        for words, difference in (
+            (["trainer.micro_batch=4"], "effective batch: 2 -> 4"),
+            ([f"model.base={changed}"], f"model.base: {tiny_base} -> {changed}"),
+        ):
+            refused(
+                finetune_cli(command, *small, *words),
+                RunError.exit_code,
+                [f"run was trained with other settings ({difference})"],
+            )
+    (images / "red.txt").write_text("a red wall, pixar style")
+    assert finetune_cli("plan", *small, "trainer.micro_batch=1").code == 0  # two processes would make the same of it
+    if command == "train":
+        refused(finetune_cli("train", *small, "trainer.micro_batch=1"), RunError.exit_code, ["effective batch: 2 -> 1"])
 
 
 def test_a_damaged_checkpoint_is_named_and_the_advice_works(

@@ -19,6 +19,7 @@ from finetune.run.receipts import load_record
 from finetune.run.records import Samples
 from tests.end_to_end.conftest import settings
 from tests.end_to_end.serving import Server, complaints, other_adapter, serving
+from tests.tiny_families import save_family
 
 PATH = "/v1/images/generations"
 PROMPT = "a red wall, pixar style"
@@ -164,6 +165,15 @@ def test_a_negative_prompt_without_guidance_is_named(server: Server) -> None:
     for guidance, said in ((1, "negative_prompt is not looked at without guidance above 1"), (2, None)):
         _, _, headers = server.ask(PATH, body | {"guidance": guidance})
         assert headers.get("x-finetune-warning") == said
+
+
+@pytest.mark.exhaustive
+def test_a_base_without_negative_prompts_says_so(tmp_path: Path) -> None:
+    model = save_family(tmp_path / "base", "flux")
+    words = [f"model.{key}={value}" for key, value in vars(model).items() if key in ("base", "family", "resolution")]
+    with serving(tmp_path, *words, "hardware.device=cpu", "run_dir=run", recipe="pixar_style") as flux:
+        _, _, headers = flux.ask(PATH, {"prompt": PROMPT, "steps": 1, "guidance": 3, "negative_prompt": "blue"})
+    assert headers["x-finetune-warning"] == "this base takes no negative_prompt"
 
 
 def test_the_images_page_begins_with_the_recipes_settings(server: Server) -> None:

@@ -100,4 +100,5 @@ SPEC = FamilySpec(
     pack_latents=pack,
     decode=decode,
     pipeline_arguments=pipeline_arguments,
+    takes_negative=False,
 )

@@ -123,6 +123,8 @@ class FamilySpec:
     """(autoencoder, latents as the pipeline leaves them, H, W): pixels (B, 3, H, W) in -1 … 1."""
     pipeline_arguments: Callable[[Text, Text, float], Mapping[str, Any]] = guided_arguments
     """(captions, negative captions, guidance): the pipeline's arguments for stacked captions."""
+    takes_negative: bool = True
+    """Whether guidance above 1 draws each image away from a negative prompt too, in a forward pass of its own."""
 
     @property
     def text_parts(self) -> tuple[str, ...]:

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 from accelerate import Accelerator
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
@@ -32,7 +32,7 @@ from finetune.stages.train import train
 from finetune.training import checkpoint
 from finetune.training.task import Task
 from tests import cutting
-from tests.tiny_models import save_diffusion
+from tests.tiny_models import change_weights, save_diffusion
 from tests.unit.conftest import Setting, change_tasks
 
 pytestmark = pytest.mark.sampled
@@ -418,12 +418,6 @@ def with_own_base(config: Config, tmp_path: Path) -> Path:
     base = shutil.copytree(config.model.base, tmp_path / "own_base")
     config.model.base = str(base)
     return base
-
-
-def change_weights(folder: Path) -> None:
-    """Other numbers under the same names, in the first file of weights."""
-    file = next(path for path in sorted(folder.rglob("*.safetensors")) if "vae" not in path.parts)
-    save_file({name: tensor * 1.5 for name, tensor in load_file(file).items()}, file, metadata={"format": "pt"})
 
 
 def test_a_base_is_known_by_its_weights_wherever_it_lies(
