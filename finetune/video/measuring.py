@@ -71,10 +71,10 @@ def measure(source: Source, folder: Path, settings: Frames, asked: Stop) -> Meas
     facts, state = source.facts, log.state
     cuts = CutFinder.from_state(state["cuts"]) if state else CutFinder()
     start, last = state.get("start"), state.get("last")
-    source.damage = state.get("damage", 0)
+    source.damaged.update(state.get("damaged", ()))
 
     def reached() -> dict[str, Any]:
-        return {"start": start, "last": last, "cuts": cuts.state(), "damage": source.damage, "said": None}
+        return {"start": start, "last": last, "cuts": cuts.state(), "damaged": sorted(source.damaged), "said": None}
 
     total = max(log.frames, ceil((facts.duration or 0) * facts.rate))
     with progress("measure", total, unit="frames", done=log.frames) as shown:

@@ -108,6 +108,7 @@ def run(work: Work, done: Sequence[Piece], progress: Progress, asked: Stop) -> l
         return thread
 
     state = done[-1].state if done else None
+    work.source.damaged.update(state.get("damaged", ()) if state else ())
     decoder = guarded(lambda: _decode(work, state, decoded, stop))
     encoder = guarded(lambda: _encode(work, labelled, stop, pieces, progress))
     try:
@@ -235,8 +236,10 @@ def _found(work: Work, tracker: Tracker, waiting: Sequence[Shown]) -> Iterator[L
 
 
 def _encode(work: Work, source: "Queue[Any]", stop: threading.Event, pieces: list[Piece], progress: Progress) -> None:
-    facts, colours = work.source.facts, work.source.stream.codec_context
-    writer = Writer(work.folder, pieces, rate=work.rate, facts=facts, colours=colours, common=work.common)
+    facts, colours, damaged = work.source.facts, work.source.stream.codec_context, work.source.damaged
+    writer = Writer(
+        work.folder, pieces, rate=work.rate, facts=facts, colours=colours, common=work.common, damaged=damaged
+    )
     while isinstance(item := _get(source, stop), Looked):
         since = time.perf_counter()
         writer.take(item)

@@ -66,11 +66,12 @@ class Frame:
 
 
 class Source:
-    """An open video. `damage` counts packets that could not be decoded; FFmpeg's decoders hide what they can."""
+    """An open video. damaged: where packets lie that could not be decoded; FFmpeg's decoders hide what they can."""
 
     def __init__(self, path: Path, container: Any, stream: Any, first: Any) -> None:
         self.path, self.container, self.stream = path, container, stream
-        self.damage, self.cut_off = 0, False
+        self.damaged: set[int] = set()
+        self.cut_off = False
         self.facts = _facts(stream, first)
 
     def frames(self, *, start: int | None = None, after: int | None = None) -> Iterator[Frame]:
@@ -98,7 +99,7 @@ class Source:
     def damage_said(self, seconds: float) -> str:
         """What is wrong with the file, of which so many seconds could be read; empty where nothing is."""
         claimed = self.facts.duration or 0.0
-        said = [f"{plural(self.damage, 'packet')} left out"] if self.damage else []
+        said = [f"{plural(len(self.damaged), 'packet')} left out"] if self.damaged else []
         if claimed - seconds > max(LEAST_MISSING_S, MISSING_SHARE * claimed):
             said.append(f"it ends after {seconds:.1f} of the {claimed:.1f} s that it claims")
         elif self.cut_off:
@@ -106,7 +107,7 @@ class Source:
         return ", ".join(said)
 
     def _decoded(self) -> Iterator[Any]:
-        """Frames as the decoder has them; damaged packets are counted and left out."""
+        """Frames as the decoder has them; damaged packets are noted and left out."""
         packets = self.container.demux(self.stream)
         while True:
             try:
@@ -123,7 +124,7 @@ class Source:
             except EOFError:
                 return
             except av.error.FFmpegError:
-                self.damage += 1
+                self.damaged.add(len(self.damaged) if packet.pos is None else packet.pos)
 
     def _seek(self, pts: int) -> bool:
         """Go to the last key frame at or before this time. False where the file can't."""

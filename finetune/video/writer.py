@@ -94,7 +94,8 @@ def between(start: Box, end: Box, share: float) -> Box:
 class Writer:
     """Takes frames in their order, behind `pieces`, to which it adds every piece that is whole.
 
-    rate: looks a second. colours: the codec context of the source. common: what every line says.
+    rate: looks a second. colours: the codec context of the source. common: what every line says. damaged: as the source
+    has it, which reads ahead.
     """
 
     def __init__(
@@ -106,8 +107,9 @@ class Writer:
         facts: Facts,
         colours: Any,
         common: Mapping[str, Any],
+        damaged: set[int],
     ) -> None:
-        self.folder, self.pieces, self.rate, self.facts = folder, pieces, rate, facts
+        self.folder, self.pieces, self.rate, self.facts, self.damaged = folder, pieces, rate, facts, damaged
         self.colours, self.common = colours, common
         self.size = even_size(facts)
         self.every = max(1, ceil((facts.duration or 0) * float(rate) / MOST_SHOWN))  # looks between two thumbnails
@@ -202,6 +204,7 @@ class Writer:
             "tracker": self.last.tracker,
             "seen": asdict(self.seen),
             "scenes": list(self.scenes),
+            "damaged": sorted(self.damaged),
         }
         piece = Piece(len(self.pieces), tuple(self.times), state)
         segments.commit(self.folder, piece, self.lines)

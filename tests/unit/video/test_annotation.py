@@ -323,6 +323,24 @@ def test_a_film_without_its_end_is_said_to_be_damaged(settings: Annotate, tmp_pa
     assert f"The file is damaged: {record.damage}." in (tmp_path / "run" / "report.html").read_text()
 
 
+def test_damaged_packets_are_counted_once_however_often_the_run_is_stopped(settings: Annotate, tmp_path: Path) -> None:
+    path = film(tmp_path / "film.mov", regular(60), codec="png", pix_fmt="rgb24")
+    data = bytearray(path.read_bytes())
+    images = [found.start() for found in re.finditer(rb"\x89PNG", data)]
+    for number in (8, 9, 45):
+        data[images[number] : images[number] + 16] = bytes(16)
+    path.write_bytes(data)
+    for after in (4, 6):  # looks, of which each is two frames on
+        asked = Stop()
+        finder = Asks(asked, signal.SIGINT, after=after)
+        with pytest.raises(Interrupted):
+            annotate(path, tmp_path / "run", settings, lambda one=finder: one, asked)
+    record, _ = annotate(path, tmp_path / "run", settings, SquareFinder)
+    assert (record.frames, record.damage) == (57, "3 packets left out")
+    whole, _ = annotate(path, tmp_path / "whole", settings, SquareFinder)
+    assert whole.damage == record.damage
+
+
 def test_a_damaged_film_is_annotated_as_far_as_it_goes(settings: Annotate, tmp_path: Path) -> None:
     path = film(tmp_path / "film.ts", regular(60), unit=Fraction(1, 90000))
     path.write_bytes(path.read_bytes()[: path.stat().st_size * 3 // 4])
