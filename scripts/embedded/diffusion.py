@@ -7,7 +7,7 @@ import random
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, UNet2DConditionModel
+from diffusers import AutoencoderKL, DPMSolverMultistepScheduler, UNet2DConditionModel
 from torch import Tensor, nn
 from torch.nn import functional
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
@@ -68,19 +68,19 @@ def new_unet() -> UNet2DConditionModel:
     )
 
 
-def new_scheduler() -> DDIMScheduler:
-    """Zero terminal SNR with trailing timesteps: the sampler starts from what training calls pure noise
-    (arXiv 2305.08891)."""
-    return DDIMScheduler(
+def new_scheduler() -> DPMSolverMultistepScheduler:
+    """DPM-Solver++ (arXiv 2211.01095) with steps evenly spaced in the logarithm of the signal-to-noise ratio, as edges
+    are made at its end. Zero terminal SNR: the sampler starts from what training calls pure noise (arXiv 2305.08891).
+    """
+    return DPMSolverMultistepScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,  # without effect on trailing timesteps; any other value makes the pipeline warn
+        steps_offset=1,  # without effect on these timesteps; any other value makes the pipeline warn
         prediction_type="v_prediction",
         rescale_betas_zero_snr=True,
         timestep_spacing="trailing",
+        use_lu_lambdas=True,
     )
 
 

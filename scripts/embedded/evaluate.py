@@ -29,8 +29,8 @@ from scripts.toyworld.looks import HELD_OUT, NAMED, STYLES
 from scripts.toyworld.render import render
 from scripts.toyworld.scene import Scene, held_out, sample_scene
 
-SAMPLING_STEPS = 25
-GUIDANCES = (1.5, 2.0, 3.0, 4.0, 5.0)
+SAMPLING_STEPS = 20
+GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # 1 is none
 # Guidance is chosen on prompts of its own, so that the choice does not flatter the figures.
 CHOOSING_SEED, MEASURING_SEED = 90_000_000, 91_000_000
 LARGE_SEED = 92_000_000
