@@ -41,8 +41,8 @@ painting of …"): a real base for a LoRA that needs no download. A `StableDiffu
 | CLIP text model, own vocabulary | {drawn["text_encoder_million_parameters"]} M |
 | AutoencoderKL, 8× smaller, {codec["channels"]} channels | {drawn["vae_million_parameters"]} M |
 
-Velocity prediction, zero terminal SNR, DPM-Solver++ with steps even in log-SNR; use guidance {drawn["guidance"]}: of
-{drawn["guidances"]} values the one whose samples the classifiers below read most clearly, on prompts of its own.
+Velocity prediction, zero terminal SNR, DPM-Solver++ with steps even in log-SNR. It draws in {drawn["steps"]} steps
+with a guidance of {drawn["guidance"]:g}.
 
 ## Figures
 

@@ -6,6 +6,7 @@ N pictures of 3×P×P pixels.
 import datetime
 import json
 import platform
+from dataclasses import dataclass
 
 import diffusers
 import torch
@@ -15,12 +16,13 @@ from PIL import Image
 from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
+from finetune.config.compose import load
 from scripts.embedded.augment import to_float
 from scripts.embedded.autoencoder import decode_all, encode_all, restoration
 from scripts.embedded.cards import write_cards
 from scripts.embedded.crispness import detail
 from scripts.embedded.export import parameter_millions
-from scripts.embedded.readers import Reader, load_reader, margins, read
+from scripts.embedded.readers import Reader, load_reader, read
 from scripts.embedded.render_sets import load_set
 from scripts.embedded.settings import PICTURE_PX, Settings
 from scripts.embedded.sheets import contact_sheet
@@ -29,18 +31,21 @@ from scripts.toyworld.looks import HELD_OUT, NAMED, STYLES
 from scripts.toyworld.render import render
 from scripts.toyworld.scene import Scene, held_out, sample_scene
 
-SAMPLING_STEPS = 20
-GUIDANCES = (1.0, 1.5, 2.0, 3.0)  # 1 is none
-# Guidance is chosen on prompts of its own, so that the choice does not flatter the figures.
-CHOOSING_SEED, MEASURING_SEED = 90_000_000, 91_000_000
+MEASURING_SEED = 91_000_000
 LARGE_SEED = 92_000_000
 SUFFIX = ", pixar style"
 SAMPLING_BATCH = 100
 SHEET = 40
-GLANCE_GUIDANCE = 2.5
-DOUBTFUL_SHARE = 0.1  # guidance is judged by the least clear of its pictures
 
 Figures = dict[str, float]
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """How pictures are drawn."""
+
+    steps: int
+    guidance: float
 
 
 def evaluate(settings: Settings) -> None:
@@ -66,7 +71,7 @@ def glance(settings: Settings) -> None:
     """Contact sheets alone, in seconds: what the models can do so far."""
     pipeline = shipped_pipeline(settings)
     texts = prompts(held_out_scenes(MEASURING_SEED, 4 if settings.tiny else SHEET))
-    images_N3PP = sample(pipeline, texts, GLANCE_GUIDANCE, 2 if settings.tiny else SAMPLING_STEPS)
+    images_N3PP = sample(pipeline, texts, drawing_of(settings))
     contact_sheet(images_N3PP, texts, settings.evaluation / "samples-base.png")
     print(f"glance: autoencoder {autoencoder_figures(settings, pipeline.vae)}", flush=True)
 
@@ -75,6 +80,12 @@ def shipped_pipeline(settings: Settings) -> StableDiffusionPipeline:
     pipeline = StableDiffusionPipeline.from_pretrained(settings.embedded / "diffusion").to(settings.device)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
+
+
+def drawing_of(settings: Settings) -> Drawing:
+    """As the recipes on this base draw."""
+    drawn = load("pixar_style").sample
+    return Drawing(2 if settings.tiny else drawn.steps, drawn.guidance)
 
 
 def provenance(settings: Settings) -> dict[str, str]:
@@ -120,21 +131,13 @@ def share(hits: list[bool]) -> float:
 
 
 def diffusion_figures(settings: Settings, content: Reader, style: Reader) -> dict[str, Figures]:
-    pipeline = shipped_pipeline(settings)
-    steps = 2 if settings.tiny else SAMPLING_STEPS
-    choosing = held_out_scenes(CHOOSING_SEED, 4 if settings.tiny else 100)
-    scores = {}
-    for guidance in GUIDANCES[:1] if settings.tiny else GUIDANCES:
-        scores[guidance] = clarity(content, style, sample(pipeline, prompts(choosing), guidance, steps), choosing)
-        print(f"evaluate: guidance {guidance}  accuracy and margin {scores[guidance]}", flush=True)
-    best = max(scores, key=lambda guidance: scores[guidance])
-
+    pipeline, drawing = shipped_pipeline(settings), drawing_of(settings)
     scenes = held_out_scenes(MEASURING_SEED, 4 if settings.tiny else 200)
     rendered_N3PP = render(scenes, "flat", PICTURE_PX, device=settings.device)
     base, suffixed = prompts(scenes), [prompt + SUFFIX for prompt in prompts(scenes)]
-    figures = {"guidance": best, "guidances": len(scores), "steps": steps, "prompts": len(scenes)}
+    figures: Figures = vars(drawing) | {"prompts": len(scenes)}
     for name, texts in (("base", base), ("suffix", suffixed)):
-        images_N3PP = sample(pipeline, texts, best, steps)
+        images_N3PP = sample(pipeline, texts, drawing)
         measured = content_figures(content, images_N3PP, scenes)
         measured["flat"] = share([label == "flat" for label in read(style, images_N3PP)["style"]])
         measured["detail"] = round(detail(images_N3PP) / detail(to_float(rendered_N3PP)), 3)
@@ -142,7 +145,7 @@ def diffusion_figures(settings: Settings, content: Reader, style: Reader) -> dic
         contact_sheet(images_N3PP[:SHEET], texts[:SHEET], settings.evaluation / f"samples-{name}.png")
     looks = [list(NAMED)[index % len(NAMED)] for index in range(len(scenes))]
     texts = [styled(caption(scene, 1), NAMED[look], 1) for scene, look in zip(scenes, looks, strict=True)]
-    images_N3PP = sample(pipeline, texts, best, steps)
+    images_N3PP = sample(pipeline, texts, drawing)
     contact_sheet(images_N3PP[:SHEET], texts[:SHEET], settings.evaluation / "samples-looks.png")
     figures |= {f"looks_{key}": value for key, value in content_figures(content, images_N3PP, scenes).items()}
     read_looks = read(style, images_N3PP)["style"]
@@ -161,22 +164,6 @@ def autoencoder_figures(settings: Settings, vae: AutoencoderKL) -> Figures:
     return {"channels": vae.config.latent_channels} | restoration(settings, vae)
 
 
-def clarity(content: Reader, style: Reader, images_N3PP: Tensor, scenes: list[Scene]) -> tuple[float, float]:
-    """Accuracy, and how clearly the least clear tenth still shows thing, colour, setting and the flat style.
-
-    Accuracy alone is the same for every guidance once the model is good.
-    """
-    figures = content_figures(content, images_N3PP, scenes)
-    right = {
-        "kind": [scene.things[0].kind for scene in scenes],
-        "colour": [scene.things[0].colour for scene in scenes],
-        "setting": [scene.setting for scene in scenes],
-    }
-    shown = torch.quantile(margins(content, images_N3PP, right), DOUBTFUL_SHARE)
-    flat = torch.quantile(margins(style, images_N3PP, {"style": ["flat"] * len(scenes)}), DOUBTFUL_SHARE)
-    return figures["thing_and_colour"] + figures["setting"], round(float(shown + flat), 3)
-
-
 def held_out_scenes(first_seed: int, count: int) -> list[Scene]:
     """Single-thing scenes of combinations that no training set holds."""
     scenes: list[Scene] = []
@@ -193,7 +180,7 @@ def prompts(scenes: list[Scene]) -> list[str]:
     return [caption(scene, variant=scene.seed % 8) for scene in scenes]
 
 
-def sample(pipeline: StableDiffusionPipeline, texts: list[str], guidance: float, steps: int) -> Tensor:
+def sample(pipeline: StableDiffusionPipeline, texts: list[str], drawing: Drawing) -> Tensor:
     """Pictures [N, 3, P, P] with values 0…1; picture i starts from seed i."""
     images = []
     for first in range(0, len(texts), SAMPLING_BATCH):
@@ -202,8 +189,8 @@ def sample(pipeline: StableDiffusionPipeline, texts: list[str], guidance: float,
         images.append(
             pipeline(
                 part,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
+                num_inference_steps=drawing.steps,
+                guidance_scale=drawing.guidance,
                 generator=generators,
                 output_type="pt",
             ).images

@@ -57,32 +57,15 @@ class Residual(nn.Module):
         return functional.relu(features + self.norm(self.conv(features)))
 
 
+@torch.no_grad()
 def read(reader: Reader, images_B3PP: Tensor) -> dict[str, list[str]]:
     """The likeliest label of each head for each picture.
 
     Takes uint8 or 0…1 floats of any size; returns {head: [label] * B}.
     """
-    logits = logits_of(reader, images_B3PP)
-    return {name: [names[index] for index in logits[name].argmax(1).tolist()] for name, names in reader.labels.items()}
-
-
-def margins(reader: Reader, images_B3PP: Tensor, right: Mapping[str, list[str]]) -> Tensor:
-    """How clearly each picture shows what it should: [B], the least over the heads named in `right` of the right
-    label's logit less the best other one's. Negative where a head reads something else."""
-    logits = logits_of(reader, images_B3PP)
-    leads = []
-    for name, labels in right.items():
-        answers = torch.tensor([reader.labels[name].index(label) for label in labels], device=logits[name].device)
-        is_right = functional.one_hot(answers, len(reader.labels[name])).bool()
-        leads.append(logits[name][is_right] - logits[name].masked_fill(is_right, -torch.inf).amax(1))
-    return torch.stack(leads).amin(0)
-
-
-@torch.no_grad()
-def logits_of(reader: Reader, images_B3PP: Tensor) -> dict[str, Tensor]:
-    """Logits [B, K] by head, for uint8 or 0…1 floats of any size."""
     parts = [reader(pixels) for pixels in as_seen(reader, images_B3PP)]
-    return {name: torch.cat([part[name] for part in parts]) for name in reader.labels}
+    best = {name: torch.cat([part[name] for part in parts]).argmax(1).tolist() for name in reader.labels}
+    return {name: [names[index] for index in best[name]] for name, names in reader.labels.items()}
 
 
 @torch.no_grad()

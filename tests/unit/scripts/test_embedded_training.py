@@ -8,8 +8,6 @@ import pytest
 import torch
 from diffusers import AutoencoderKL, DDPMScheduler, StableDiffusionPipeline, UNet2DConditionModel
 from safetensors.torch import load_file
-from torch import Tensor
-from torch.nn import functional
 from transformers import (
     BlipConfig,
     BlipForConditionalGeneration,
@@ -21,16 +19,16 @@ from transformers import (
 
 from scripts.embedded.captioner import new_processor, targets
 from scripts.embedded.diffusion import append, made_up_suffixes, new_scheduler, tokenise, velocity_pair
-from scripts.embedded.evaluate import clarity, describe
+from scripts.embedded.evaluate import describe
 from scripts.embedded.export import export_diffusion, export_model
 from scripts.embedded.packing import pack, unpack
-from scripts.embedded.readers import Reader, load_reader, margins, read, save_reader
+from scripts.embedded.readers import Reader, load_reader, read, save_reader
 from scripts.embedded.render_sets import Pictures, chunk_scenes, chunks_in_turn
 from scripts.embedded.settings import BASE_SETS, FULL_SETS, Settings
 from scripts.embedded.vocabularies import make_wordpiece_tokenizer, save_clip_tokenizer, train_clip_tokenizer
 from scripts.toyworld.captions import caption, styled
 from scripts.toyworld.looks import HELD_OUT, NAMED, random_look
-from scripts.toyworld.scene import Scene, held_out, sample_scene
+from scripts.toyworld.scene import held_out, sample_scene
 from tests.unit.scripts.tiny_autoencoder import tiny_autoencoder
 
 ALL_HEADS = {"kind": ("cat", "car"), "colour": ("red", "blue"), "setting": ("snow", "space")}
@@ -225,52 +223,6 @@ def test_a_saved_reader_reads_the_same(tmp_path: Path) -> None:
     assert set(answers["colour"]) <= {"red", "green", "blue"}
     assert read(loaded, images.float() / 255) == answers
     assert (tmp_path / "reader.safetensors").stat().st_size <= 2**20
-
-
-def test_a_margin_is_positive_where_the_right_label_is_read() -> None:
-    torch.manual_seed(0)
-    reader = Reader(ALL_HEADS).eval()
-    images = torch.randint(0, 256, (6, 3, 128, 128), dtype=torch.uint8)
-    answers = read(reader, images)
-    assert (margins(reader, images, answers) > 0).all()
-    other = {"red": "blue", "blue": "red"}
-    wrong = answers | {"colour": [other[label] for label in answers["colour"]]}
-    assert (margins(reader, images, wrong) < 0).all()
-
-
-def test_of_equal_accuracies_the_clearer_pictures_win() -> None:
-    """A reader whose logits grow with brightness; the style head is asked for 'flat'."""
-    scenes = [sample_scene(seed, things=1) for seed in range(4)]
-    labels = {
-        "kind": tuple(dict.fromkeys(["none", *(scene.things[0].kind for scene in scenes)])),
-        "colour": tuple(dict.fromkeys(["none", *(scene.things[0].colour for scene in scenes)])),
-        "setting": tuple(dict.fromkeys(["none", *(scene.setting for scene in scenes)])),
-    }
-    content, style = SureReader(labels, scenes), SureReader({"style": ("pixar", "flat")}, scenes)
-    dim, bright = torch.full((4, 3, 128, 128), 0.2), torch.full((4, 3, 128, 128), 0.9)
-    assert clarity(content, style, bright, scenes) > clarity(content, style, dim, scenes)
-    assert clarity(content, style, bright, scenes)[0] == clarity(content, style, dim, scenes)[0] == 2.0
-
-
-class SureReader(Reader):
-    """Always right, and the surer the brighter the picture."""
-
-    def __init__(self, labels: dict[str, tuple[str, ...]], scenes: list[Scene]) -> None:
-        super().__init__(labels)
-        right = {
-            "kind": [scene.things[0].kind for scene in scenes],
-            "colour": [scene.things[0].colour for scene in scenes],
-            "setting": [scene.setting for scene in scenes],
-            "style": ["flat"] * len(scenes),
-        }
-        self.right = {name: [names.index(label) for label in right[name]] for name, names in labels.items()}
-
-    def forward(self, images_B3PP: Tensor) -> dict[str, Tensor]:
-        light = images_B3PP.mean((1, 2, 3))
-        return {
-            name: functional.one_hot(torch.tensor(self.right[name]), len(names)) * light[:, None]
-            for name, names in self.labels.items()
-        }
 
 
 def test_packed_artefacts_come_back(tmp_path: Path) -> None:
