@@ -11,7 +11,7 @@ import torch
 
 from finetune.config.schema import ModelConfig
 from finetune.diffusion import pipeline, tiling
-from finetune.diffusion.image_sampler import ImageSampler
+from finetune.diffusion.image_sampler import ImageSampler, images_at_once
 from finetune.diffusion.pipeline import TextEncoder, load_backbone
 from tests.tiny_families import save_family
 
@@ -181,3 +181,8 @@ def test_an_autoencoder_with_tiles_of_its_own_keeps_them(tmp_path: Path) -> None
     tiling.set_slicing(vae, 1, 64 * 64)
     assert vae.use_tiling
     assert vae.tile_sample_min_height == before
+
+
+def test_small_images_are_drawn_several_at_once() -> None:
+    asked = {(64, 1): 8, (128, 2): 8, (256, 2): 4, (512, 1): 1, (512, 4): 4, (1024, 2): 2, (1024, 20): 8}
+    assert {sides: images_at_once(*sides) for sides in asked} == asked
