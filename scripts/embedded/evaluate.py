@@ -6,7 +6,7 @@ N pictures of 3×P×P pixels.
 import datetime
 import json
 import platform
-from dataclasses import dataclass
+from dataclasses import replace
 
 import diffusers
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 from transformers import BlipForConditionalGeneration, BlipProcessor
 
 from finetune.config.compose import load
+from finetune.config.schema import SampleConfig
 from scripts.embedded.augment import to_float
 from scripts.embedded.autoencoder import decode_all, encode_all, restoration
 from scripts.embedded.cards import write_cards
@@ -38,14 +39,6 @@ SAMPLING_BATCH = 100
 SHEET = 40
 
 Figures = dict[str, float]
-
-
-@dataclass(frozen=True)
-class Drawing:
-    """How pictures are drawn."""
-
-    steps: int
-    guidance: float
 
 
 def evaluate(settings: Settings) -> None:
@@ -82,10 +75,10 @@ def shipped_pipeline(settings: Settings) -> StableDiffusionPipeline:
     return pipeline
 
 
-def drawing_of(settings: Settings) -> Drawing:
-    """As the recipes on this base draw."""
-    drawn = load("pixar_style").sample
-    return Drawing(2 if settings.tiny else drawn.steps, drawn.guidance)
+def drawing_of(settings: Settings) -> SampleConfig:
+    """How the recipes on this base draw."""
+    drawing = load("pixar_style").sample
+    return replace(drawing, steps=2) if settings.tiny else drawing
 
 
 def provenance(settings: Settings) -> dict[str, str]:
@@ -135,7 +128,7 @@ def diffusion_figures(settings: Settings, content: Reader, style: Reader) -> dic
     scenes = held_out_scenes(MEASURING_SEED, 4 if settings.tiny else 200)
     rendered_N3PP = render(scenes, "flat", PICTURE_PX, device=settings.device)
     base, suffixed = prompts(scenes), [prompt + SUFFIX for prompt in prompts(scenes)]
-    figures: Figures = vars(drawing) | {"prompts": len(scenes)}
+    figures: Figures = {"steps": drawing.steps, "guidance": drawing.guidance, "prompts": len(scenes)}
     for name, texts in (("base", base), ("suffix", suffixed)):
         images_N3PP = sample(pipeline, texts, drawing)
         measured = content_figures(content, images_N3PP, scenes)
@@ -180,7 +173,7 @@ def prompts(scenes: list[Scene]) -> list[str]:
     return [caption(scene, variant=scene.seed % 8) for scene in scenes]
 
 
-def sample(pipeline: StableDiffusionPipeline, texts: list[str], drawing: Drawing) -> Tensor:
+def sample(pipeline: StableDiffusionPipeline, texts: list[str], drawing: SampleConfig) -> Tensor:
     """Pictures [N, 3, P, P] with values 0…1; picture i starts from seed i."""
     images = []
     for first in range(0, len(texts), SAMPLING_BATCH):
